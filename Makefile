@@ -1,0 +1,100 @@
+# make study   the study on the bundled model and facts: study/report.html
+# make test    the tests
+#
+# PYTHON  interpreter that makes the environments      make test PYTHON=python3.12
+# ARGS    further arguments of the command             make study ARGS="--model hops-llama"
+# OUT     folder of the study's results                make study OUT=llama
+# JOBS    processes that share the tests               make test JOBS=4
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_TL4 ?= .venv-tl4
+OUT ?= study
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+BIN_TL4 := $(VENV_TL4)/bin
+PIP_FLAGS ?= --disable-pip-version-check
+EXTRAS_STUDY := hooked
+EXTRAS_DEV := hooked,data,probes,edit,dev,docs
+EXTRAS_TL4 := data,probes,edit,dev
+PYTEST_FLAGS := -n $(JOBS) --dist loadfile
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help study test test-tl4 env env-tl4 lint format types docs clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+	@echo
+	@echo "Targets: study test test-tl4 env env-tl4 lint format types docs clean"
+
+# -- environments -----------------------------------------------------------------------------
+# A stamp file says that an environment is as pyproject.toml and the pins ask for. torch goes first
+# and alone: its pin has no local suffix, so a CPU build that pip is configured to find is taken.
+
+# $(call install,environment,pins,extras)
+define install
+@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
+    "$(PYTHON) is Python %d.%d, but the pins of $(2) are for Python 3.10 to 3.13; name another " \
+    "interpreter: make PYTHON=/path/to/python3.12" % v)'
+@$(PYTHON) -m venv $(1) || { echo "$(PYTHON) cannot make environments; \
+on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+@echo "Installing into $(1) what $(2) pins; the first time this takes some minutes"
+$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) torch
+$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) -e '.[$(3)]'
+endef
+
+# What the study needs.
+$(VENV)/.study: pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt,$(EXTRAS_STUDY))
+	@touch $@
+
+# What the tests, the checks and the docs need besides.
+$(VENV)/.dev: $(VENV)/.study
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[$(EXTRAS_DEV)]'
+	@touch $@
+
+$(VENV_TL4)/.dev: pyproject.toml constraints-tl4.txt
+	$(call install,$(VENV_TL4),constraints-tl4.txt,$(EXTRAS_TL4))
+	@touch $@
+
+env: $(VENV)/.dev
+
+env-tl4: $(VENV_TL4)/.dev
+
+# -- the two commands -------------------------------------------------------------------------
+
+study: $(VENV)/.study
+	$(BIN)/mi-hops study --out $(OUT) $(ARGS)
+
+test: export OMP_NUM_THREADS ?= 1
+test: env
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) $(ARGS)
+
+# -- the same tests on TransformerLens 4.x, checks and docs -----------------------------------
+
+test-tl4: export OMP_NUM_THREADS ?= 1
+test-tl4: env-tl4
+	$(BIN_TL4)/python -m pytest $(PYTEST_FLAGS) $(ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: env
+	$(BIN)/mypy
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: env
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf site dist build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	find . -name __pycache__ -not -path './.venv*' -type d -exec rm -rf {} +

@@ -1,0 +1,181 @@
+"""What the editing benchmarks share: the cases, the split into halves, the row of a table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mi_hops import Hopland, TwoHopFact, load_model
+from mi_hops.editing import Moments, second_moments
+from mi_hops.reasoning.evaluate import evaluate
+from mi_hops.reasoning.gap import find_gap
+from mi_hops.reasoning.sets import QuerySets, build_sets
+
+FORM = "suffix"
+#: Only these come into the choice of settings and into C; never a fact that is scored.
+TRAINED = "train"
+HELD_OUT = ("first_unseen", "second_unseen")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model, its failed held-out questions in two halves, and the queries of the second.
+
+    Attributes:
+        choose: cases settings may be chosen on.
+        report: cases that are reported; no fact of theirs is in `choose` or in C.
+        queries: of `report`.
+        corpus: statements of trained facts, which C is counted on.
+        practice: trained facts none of whose parts is reported.
+    """
+
+    model: Any
+    name: str
+    choose: list[TwoHopFact]
+    report: list[TwoHopFact]
+    queries: QuerySets
+    corpus: list[str]
+    practice: list[TwoHopFact]
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the model."""
+        return int(self.model.cfg.n_layers)
+
+
+def set_up(name: str, *, cases: int, seed: int = 0, world: Hopland | None = None) -> Setup:
+    """Find the gap on held-out questions and make the sets of the reported half."""
+    import random
+
+    rng = random.Random(seed)
+    world = world or Hopland()
+    model = load_model(name)
+    held = world.two_hop_facts(*HELD_OUT)
+    trained = world.two_hop_facts(TRAINED)
+    asked = rng.sample(held, min(len(held), 5 * cases))
+    pool = asked + rng.sample(trained, min(len(trained), 1500))
+    gap = find_gap(model, pool, form=FORM)
+    inside = {f.id for f in asked}
+    failed = [f for f in gap.failed if f.id in inside]
+    rng.shuffle(failed)
+    # First hops and second hops of the two halves are different facts.
+    report = failed[:cases]
+    used = {hop for f in report for hop in hops(f)}
+    choose = [f for f in failed[cases:] if not used & set(hops(f))][:cases]
+    frame = gap.frame
+    queries = build_sets(
+        report,
+        list(gap.facts),
+        answered_ids=set(frame["id"][frame["two_hop"]]),
+        known_ids=set(frame["id"][frame["second"]]),
+        form=FORM,
+        seed=seed,
+    )
+    clean = [f for f in trained if not used & set(hops(f))]
+    practice = rng.sample(clean, min(len(clean), 3000))
+    corpus = [f"{f.prompt(FORM)} {f.answer}." for f in practice[:1500]]
+    corpus += [
+        f"{prompt} {said}."
+        for f in practice[:1500]
+        for prompt, said in ((f.first_prompt(FORM), f.bridge), (f.second_prompt(FORM), f.answer))
+    ]
+    return Setup(model, str(name), choose, report, queries, sorted(set(corpus)), practice)
+
+
+def hops(fact: TwoHopFact) -> tuple[tuple[str, str], tuple[str, str]]:
+    """The two single facts of a question."""
+    return (fact.subject, fact.relation1), (fact.bridge, fact.relation2)
+
+
+def covariance(setup: Setup, matrix: str = "W_O") -> Moments:
+    """C of every layer, over statements of trained facts that no reported case is made of."""
+    return second_moments(setup.model, setup.corpus, matrix=matrix)
+
+
+class Timed:
+    """A repair with the seconds of its fit and the bytes of its states."""
+
+    def __init__(self, repair: Any) -> None:
+        self.repair, self.seconds, self.n_bytes = repair, float("nan"), 0
+
+    @property
+    def name(self) -> str:
+        """The repair's."""
+        return str(self.repair.name)
+
+    def fit(self, model: Any, facts: Sequence[TwoHopFact]) -> Any:
+        """The repair's, timed."""
+        start = time.perf_counter()
+        states = self.repair.fit(model, facts)
+        self.seconds = (time.perf_counter() - start) / len(facts)
+        self.n_bytes = sum({id(s): bytes_of(s) for s in states}.values()) // len(facts)
+        return states
+
+    def hooks(self, model: Any, states: Any, rows: Any) -> Any:
+        """The repair's."""
+        return self.repair.hooks(model, states, rows)
+
+
+def bytes_of(state: Any) -> int:
+    """Bytes a state takes: edits and codebooks tell, of anything else its tensors are counted."""
+    if hasattr(state, "n_bytes"):
+        return int(state.n_bytes)
+    if hasattr(state, "element_size"):
+        return int(state.numel() * state.element_size())
+    if isinstance(state, list | tuple):
+        return sum(map(bytes_of, state))
+    return sum(map(bytes_of, vars(state).values())) if hasattr(state, "__dict__") else 0
+
+
+COLUMNS = (
+    "repair", "n", "corrected (first token)", "whole answer", "paraphrase", "other order",
+    "same first hop: before", "after", "unrelated kept", "same relation kept", "first hop kept",
+    "second hop kept", "KL neutral", "perplexity x", "s / fact", "bytes / fact",
+)  # fmt: skip
+
+
+def score(setup: Setup, repairs: Sequence[Any]) -> list[list[str]]:
+    """One row of `COLUMNS` a repair; shares of first answer tokens unless named otherwise."""
+    timed = [Timed(r) for r in repairs]
+    found = evaluate(setup.model, timed, setup.queries, setup.report, generate=False)
+    table = found.table(n_resamples=500)
+    rows = []
+    for repair in timed:
+
+        def get(name: str, stat: str, own: str = repair.name) -> float:
+            try:
+                return float(table.loc[(own, name, stat), "value"])
+            except KeyError:
+                return float("nan")
+
+        def share(name: str, stat: str = "first_right_after", own: str = repair.name) -> str:
+            try:
+                row = table.loc[(own, name, stat)]
+            except KeyError:
+                return "-"
+            return f"{row['value']:.1%} ({row['lower']:.1%} to {row['upper']:.1%})"
+
+        ratio = get("neutral", "perplexity_after") / get("neutral", "perplexity_before")
+        rows.append(
+            [
+                repair.name,
+                str(len(setup.report)),
+                share("correction"),
+                share("correction", "whole_right_after"),
+                share("paraphrase"),
+                share("other_order"),
+                share("generalisation", "first_right_before"),
+                share("generalisation"),
+                share("specificity", "first_right_ratio"),
+                share("specificity_same_relation", "first_right_ratio"),
+                share("first_hop", "first_right_ratio"),
+                share("second_hop", "first_right_ratio"),
+                f"{get('neutral', 'kl'):.4f}",
+                f"{ratio:.3f}",
+                f"{repair.seconds:.3f}",
+                f"{repair.n_bytes:,}",
+            ]
+        )
+    return rows

@@ -1,0 +1,190 @@
+"""How fast an edit is made and hundreds are scored, against the plain procedures; memory of C.
+
+``python -m benchmarks.editing_speed [--pairs 5] [--edits 200]`` writes
+``docs/benchmarks/editing-speed.md``. The model has the shape of a 100M-parameter LLaMA and random
+weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.harness import llama_100m, paired, table, write
+from mi_hops.editing import (
+    PAPER,
+    Edit,
+    EditRepair,
+    Request,
+    creme,
+    creme_many,
+    edit_hooks,
+    second_moments,
+)
+from mi_hops.facts.templates import CONTEXTS
+from mi_hops.metrics import target_of
+from mi_hops.model import capture, hook_name, read_w_o, write_w_o
+from mi_hops.scoring import score_prompts
+from mi_hops.tokens import encode, pad
+
+LAYERS = tuple(range(3, 12))
+#: As many contexts as the published code has.
+TEMPLATES = (*CONTEXTS, *(f"w7 w8 {c}" for c in CONTEXTS))
+
+
+def request(i: int) -> Request:
+    """A two-hop question of 12 random words and its second hop."""
+    g = torch.Generator().manual_seed(i)
+    words = [f"w{int(n)}" for n in torch.randint(100, 30000, (16,), generator=g)]
+    bridge = " ".join(words[9:12])
+    return Request(
+        composite=" ".join([*words[:9], "w50"]),
+        guide=" ".join([*words[:3], bridge, "w50"]),
+        bridge=bridge,
+        target=" ".join(words[12:14]),
+        subject=" ".join(words[3:9]),
+        id=str(i),
+    )
+
+
+def layer_by_layer(model: Any, asked: Request) -> list[torch.Tensor]:
+    """The published procedure: three passes over the prompts a layer, full depth, weights edited."""
+    comps = pad([encode(model, t.replace("{}", asked.composite)).ids for t in TEMPLATES])
+    guides = pad([encode(model, t.replace("{}", asked.guide)).ids for t in TEMPLATES])
+    rows = torch.arange(len(TEMPLATES))
+    originals = {layer: read_w_o(model, layer) for layer in LAYERS}
+    changes = []
+    try:
+        for layer in LAYERS:
+            z, out = hook_name("z", layer), hook_name("attn_out", layer)
+            with torch.no_grad():
+                keys = capture(model, comps.tokens, [z], logits=True)[0][z].flatten(2)
+                own = capture(model, comps.tokens, [out], logits=True)[0][out]
+                wanted = capture(model, guides.tokens, [out], logits=True)[0][out]
+            k = keys[rows, comps.last].mean(0)
+            change = wanted[rows, guides.last].mean(0) - own[rows, comps.last].mean(0)
+            changes.append(torch.outer(k / (k @ k), change))
+            write_w_o(model, layer, originals[layer] + changes[-1])
+    finally:
+        for layer, weight in originals.items():
+            write_w_o(model, layer, weight)
+    return changes
+
+
+def making(pairs: int) -> list[str]:
+    """One edit in one pass against the procedure; the same edit."""
+    model, asked = llama_100m(), request(0)
+    settings = {**PAPER, "layers": LAYERS, "templates": TEMPLATES}
+    plain, ours = layer_by_layer(model, asked), creme(model, asked, **settings)
+    worst = max(
+        float((c.delta() - p).abs().max() / p.abs().max())
+        for c, p in zip(ours.changes, plain, strict=True)
+    )
+    found = paired(
+        lambda: creme(model, asked, **settings), lambda: layer_by_layer(model, asked), pairs=pairs
+    )
+    return row(
+        "one CREME edit, 9 layers, 22 templates", found, f"{worst:.1e} of the largest element"
+    )
+
+
+def scoring(pairs: int, n_edits: int, n_queries: int = 10) -> list[str]:
+    """Edits scored in batches by hooks against apply, score, undo one by one."""
+    model = llama_100m()
+    edits = creme_many(
+        model, [request(i) for i in range(n_edits)], layers=LAYERS, templates=("{}",), **PAPER
+    )
+    texts = [request(1000 + i) for i in range(n_edits * n_queries)]
+    prompts = [encode(model, r.composite) for r in texts]
+    targets = [target_of(model, p, r.target) for p, r in zip(prompts, texts, strict=True)]
+
+    def batched() -> torch.Tensor:
+        states = [edits[i // n_queries] for i in range(len(prompts))]
+        return score_prompts(
+            model, prompts, targets, "first_prob", batch_size=128, repair=EditRepair(edits[0]),
+            states=states,
+        )["first_prob"]  # fmt: skip
+
+    def one_by_one() -> torch.Tensor:
+        found = []
+        for i, edit in enumerate(edits):
+            mine = slice(i * n_queries, (i + 1) * n_queries)
+            with edit.applied(model, check=False):
+                score = score_prompts(model, prompts[mine], targets[mine], "first_prob")
+            found.append(score["first_prob"])
+        return torch.cat(found)
+
+    worst = float((batched() - one_by_one()).abs().max())
+    found = paired(batched, one_by_one, pairs=pairs, warm_up=False)
+    return row(
+        f"{n_edits} edits x {n_queries} queries scored", found, f"{worst:.1e} in probability"
+    )
+
+
+def row(what: str, found: dict[str, Any], difference: str) -> list[str]:
+    """A row of the table of pairs."""
+    return [
+        what,
+        f"{found['ours_s']:.2f}",
+        f"{found['theirs_s']:.2f}",
+        f"{found['ratio']:.1f} ({found['lowest']:.1f} to {found['highest']:.1f})",
+        str(found["pairs"]),
+        difference,
+    ]
+
+
+def memory(sizes: Sequence[int]) -> list[list[str]]:
+    """Peak resident memory after counting C over more and more text; it only ever grows."""
+    model = llama_100m()
+    rows = []
+    for n in sizes:
+        texts = (" ".join(f"w{(7 * i + j) % 30000}" for j in range(63)) for i in range(n // 64))
+        moments = second_moments(model, texts, layers=LAYERS, max_tokens=2048)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        rows.append([f"{moments.n:,}", f"{peak:,.0f}"])
+    return rows
+
+
+def largest_difference(model: Any, edit: Edit) -> float:
+    """Weight form against hook form on one prompt: largest difference of a logit."""
+    tokens = torch.tensor([encode(model, request(3).composite).ids])
+    with torch.no_grad():
+        from mi_hops.model import forward
+
+        hooked = forward(model, tokens, hooks=edit_hooks(model, [edit]))
+        with edit.applied(model, check=False):
+            return float((hooked - forward(model, tokens)).abs().max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--edits", type=int, default=200)
+    parser.add_argument("--only", nargs="+", choices=("making", "scoring", "memory"))
+    given = parser.parse_args()
+    wanted = given.only or ("making", "scoring", "memory")
+    rows, parts = [], []
+    if "making" in wanted:
+        rows.append(making(given.pairs))
+    if "scoring" in wanted:
+        rows.append(scoring(given.pairs, given.edits))
+    if rows:
+        columns = ("what", "ours, s", "plain, s", "times faster (range)", "pairs", "difference")
+        parts.append(table(columns, rows))
+        print(parts[-1])
+    if "memory" in wanted:
+        found = table(("tokens counted", "peak MB so far"), memory((4096, 16384, 65536)))
+        parts.append("## Second moments of z at 9 layers\n\n" + found)
+        print(parts[-1])
+    if not given.only:
+        print(
+            write("editing-speed", "Speed of editing", "\n\n".join(parts), script="editing_speed")
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""Patching sweeps against TransformerLens's loops, nnsight and pyvene; how cost grows; what is possible.
+
+``python -m benchmarks.patching_speed [--only NAME ...] [--pairs 5]`` writes
+``docs/benchmarks/patching-speed.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.harness import gpt2_small, llama_100m, paired, table, write
+from mi_hops.fanout import plan_fan_out
+from mi_hops.model import backend_of
+from mi_hops.patching import patch
+from mi_hops.patching.activation import PatchJob
+from mi_hops.patching.sweep import Limits, Sweep
+from mi_hops.tokens import Prompt
+
+SWEEPS = ("resid_pre", "attn_out", "mlp_out", "z")
+RIGHT, WRONG = 7, 11  # the two tokens whose logits are compared
+
+
+def difference(logits: torch.Tensor) -> torch.Tensor:
+    """The metric of every sweep here."""
+    return logits[:, RIGHT] - logits[:, WRONG]
+
+
+def prompts(model: Any, n: int, count: int, seed: int) -> list[Prompt]:
+    """Random token sequences as prompts."""
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randint(20, int(model.cfg.d_vocab), (count, n), generator=g).tolist()
+    return [
+        Prompt(" ".join(map(str, r)), tuple(r), tuple(map(str, r)), ((0, 0),) * n, False)
+        for r in rows
+    ]
+
+
+def ours(model: Any, kind: str, clean: list[Prompt], corrupted: list[Prompt]) -> Callable[[], Any]:
+    """Our sweep as a user calls it; activations of the clean run included."""
+
+    def call() -> Any:
+        return patch(model, clean, corrupted, kinds=kind, metric=difference, batch_size=len(clean))[
+            "score"
+        ].values
+
+    return call
+
+
+def theirs(
+    model: Any, kind: str, clean: list[Prompt], corrupted: list[Prompt]
+) -> Callable[[], Any]:
+    """TransformerLens's own sweep, its cache included; with many pairs its loop over batches."""
+    from transformer_lens import patching
+
+    sweep = {
+        "resid_pre": patching.get_act_patch_resid_pre,
+        "attn_out": patching.get_act_patch_attn_out,
+        "mlp_out": patching.get_act_patch_mlp_out,
+        "z": patching.get_act_patch_attn_head_out_all_pos,
+    }[kind]
+    tokens = [torch.tensor([p.ids for p in side]) for side in (clean, corrupted)]
+
+    def call() -> Any:
+        with torch.no_grad():
+            _, cache = model.run_with_cache(
+                tokens[0], names_filter=lambda n: n.endswith(f"hook_{kind}")
+            )
+            # It keeps one number a cell: the mean over pairs.
+            return sweep(model, tokens[1], cache, lambda x: difference(x[:, -1]).mean())
+
+    return call
+
+
+# -- operation counts ---------------------------------------------------------------------------------
+
+
+def flops_per_token(model: Any, width: int) -> float:
+    """Multiply-adds x 2 of one token through one block."""
+    cfg = model.cfg
+    d, heads = cfg.d_model, cfg.n_heads * cfg.d_head
+    kv = (getattr(cfg, "n_key_value_heads", None) or cfg.n_heads) * cfg.d_head
+    gates = 3 if getattr(cfg, "gated_mlp", False) else 2
+    return 2.0 * (d * (2 * heads + 2 * kv) + gates * d * cfg.d_mlp + 2 * heads * width)
+
+
+def counted(
+    model: Any, kind: str, clean: list[Prompt], corrupted: list[Prompt]
+) -> tuple[float, float]:
+    """Operations of our sweep and of one full forward pass per cell."""
+    job = PatchJob(
+        model, clean, corrupted, answer=None, wrong=None, kinds=kind, layers=None,
+        positions=None if kind != "z" else "all", heads=None, neurons=None, window=1,
+        metric=difference, direction="denoise", source=None, prepend_bos=False,
+        batch_size=len(clean), limits=Limits(),
+    )  # fmt: skip
+    core = job.core(None)
+    sweep = Sweep(model, core.bases)
+    group = list(range(len(clean)))
+    items = core.interventions(group, lambda *_: lambda x: x)
+    width, layers = len(clean[0]), int(model.cfg.n_layers)
+    token, unembed = flops_per_token(model, width), 2.0 * model.cfg.d_model * model.cfg.d_vocab
+    total = 2 * len(clean) * (width * layers * token + unembed)  # sources and bases
+    for step in plan_fan_out(model, sweep.batch, items, scored=sweep.scored):
+        bases = {items[i].base for i in step.members}
+        tokens = width - step.start
+        total += len(bases) * (tokens * layers * token + unembed)
+        for i in step.members:
+            blocks = layers - min(site.layer for site in items[i].sites)
+            total += tokens * blocks * token + unembed
+    loop = len(items) * (width * layers * token + width * unembed)
+    return total, loop
+
+
+def matmul_rate(model: Any) -> float:
+    """Operations a second of a product like the MLP's, at 512 tokens."""
+    a, b = torch.randn(512, model.cfg.d_model), torch.randn(model.cfg.d_model, model.cfg.d_mlp)
+    for _ in range(3):
+        a @ b
+    start = time.perf_counter()
+    for _ in range(20):
+        a @ b
+    return 20 * 2.0 * a.numel() * b.shape[1] / (time.perf_counter() - start)
+
+
+# -- sections ------------------------------------------------------------------------------------------
+
+
+def against_loops(
+    model: Any, label: str, cases: list[tuple[str, int, int]], pairs: int
+) -> list[list[Any]]:
+    """Rows for (kind, positions, prompt pairs)."""
+    rows = []
+    rate = matmul_rate(model)
+    for kind, n, count in cases:
+        clean, corrupted = prompts(model, n, count, 1), prompts(model, n, count, 2)
+        mine, other = ours(model, kind, clean, corrupted), theirs(model, kind, clean, corrupted)
+        error = (torch.as_tensor(mine()).mean(0) - other().cpu()).abs().max().item()
+        times = paired(mine, other, pairs=pairs, warm_up=False)
+        few, many = counted(model, kind, clean, corrupted)
+        rows.append(
+            [
+                label,
+                kind,
+                n,
+                count,
+                f"{error:.1e}",
+                f"**{times['ratio']:.1f}** ({times['lowest']:.1f} to {times['highest']:.1f})",
+                f"{many / few:.1f}",
+                f"{few / times['ours_s'] / rate:.0%}",
+                f"{times['ours_s']:.2f}",
+                f"{times['theirs_s']:.2f}",
+            ]  # fmt: skip
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+LOOP_COLUMNS = [
+    "model", "sweep", "positions", "prompt pairs", "largest difference",
+    "times faster: median (range)", "fewer operations, times", "of the matrix-product rate",
+    "ours, s", "loop, s",
+]  # fmt: skip
+
+
+def against_libraries(model_hf: Any, n: int, pairs: int) -> list[list[Any]]:
+    """The residual sweep in nnsight's and pyvene's natural code, where they are installed."""
+    rows: list[list[Any]] = []
+    model = model_hf
+    clean, corrupted = prompts(model, n, 1, 1), prompts(model, n, 1, 2)
+    mine = ours(model, "resid_pre", clean, corrupted)
+    expected = torch.as_tensor(mine())[0]
+    for name, make in (("nnsight", nnsight_sweep), ("pyvene", pyvene_sweep)):
+        try:
+            call = make(model, clean[0], corrupted[0])
+        except ImportError as error:
+            print(f"{name} is not installed ({error}); left out", flush=True)
+            continue
+        error = (call() - expected).abs().max().item()
+        times = paired(mine, call, pairs=pairs, warm_up=False)
+        rows.append(
+            [
+                name,
+                n,
+                f"{error:.1e}",
+                f"**{times['ratio']:.1f}** ({times['lowest']:.1f} to {times['highest']:.1f})",
+                f"{times['ours_s']:.2f}",
+                f"{times['theirs_s']:.2f}",
+            ]  # fmt: skip
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def hugging_face_twin(model: Any) -> Any:
+    """The same GPT-2 as a plain Hugging Face model, for libraries that wrap those."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)  # as `harness.gpt2_small`
+    return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, pad_token_id=0)).eval()
+
+
+def nnsight_sweep(model: Any, clean: Prompt, corrupted: Prompt) -> Callable[[], torch.Tensor]:
+    """One trace a cell: set a block's input at a position, save the last logits."""
+    from nnsight import NNsight
+
+    wrapped = NNsight(hugging_face_twin(model))
+    tokens = [torch.tensor([p.ids]) for p in (clean, corrupted)]
+    layers, width = int(model.cfg.n_layers), len(clean)
+
+    def call() -> torch.Tensor:
+        out = torch.zeros(layers, width)
+        with torch.no_grad():
+            states = []
+            for layer in range(layers):
+                with wrapped.trace(tokens[0]):
+                    state = wrapped.transformer.h[layer].input.save()
+                states.append(state)
+            for layer in range(layers):
+                for pos in range(width):
+                    with wrapped.trace(tokens[1]):
+                        wrapped.transformer.h[layer].input[:, pos] = states[layer][:, pos]
+                        logits = wrapped.lm_head.output[:, -1].save()
+                    out[layer, pos] = difference(logits)[0]
+        return out
+
+    return call
+
+
+def pyvene_sweep(model: Any, clean: Prompt, corrupted: Prompt) -> Callable[[], torch.Tensor]:
+    """One intervenable model a layer, one call a position."""
+    import pyvene
+
+    twin = hugging_face_twin(model)
+    tokens = [{"input_ids": torch.tensor([p.ids])} for p in (clean, corrupted)]
+    layers, width = int(model.cfg.n_layers), len(clean)
+    wrapped = [
+        pyvene.IntervenableModel(
+            {
+                "layer": layer,
+                "component": "block_input",
+                "intervention_type": pyvene.VanillaIntervention,
+            },
+            twin,
+        )  # fmt: skip
+        for layer in range(layers)
+    ]
+
+    def call() -> torch.Tensor:
+        out = torch.zeros(layers, width)
+        with torch.no_grad():
+            for layer in range(layers):
+                for pos in range(width):
+                    _, changed = wrapped[layer](tokens[1], [tokens[0]], {"sources->base": pos})
+                    out[layer, pos] = difference(changed.logits[:, -1])[0]
+        return out
+
+    return call
+
+
+def growth(model: Any) -> list[list[Any]]:
+    """Seconds and operations of the residual sweep as each size grows."""
+    rows: list[list[Any]] = []
+    rate = matmul_rate(model)
+    for what, n, count in (
+        ("positions", 8, 1), ("positions", 16, 1), ("positions", 32, 1), ("positions", 64, 1),
+        ("pairs", 16, 1), ("pairs", 16, 4), ("pairs", 16, 16),
+    ):  # fmt: skip
+        clean, corrupted = prompts(model, n, count, 1), prompts(model, n, count, 2)
+        call = ours(model, "resid_pre", clean, corrupted)
+        call()
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        few, many = counted(model, "resid_pre", clean, corrupted)
+        rows.append(
+            [what, n, count, int(model.cfg.n_layers) * n * count, f"{few / 1e9:.0f}",
+             f"{many / few:.1f}", f"{seconds:.2f}", f"{few / seconds / rate:.0%}"]
+        )  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure, print, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    sections = ("loops", "many", "llama", "libraries", "growth")
+    parser.add_argument("--only", nargs="+", choices=sections, default=list(sections))
+    parser.add_argument("--pairs", type=int, default=5)
+    asked = parser.parse_args()
+    parts = []
+    small = gpt2_small()
+    loops: list[list[Any]] = []
+    if "loops" in asked.only:
+        cases = [("resid_pre", 16, 1), ("resid_pre", 32, 1), ("attn_out", 16, 1),
+                 ("attn_out", 32, 1), ("mlp_out", 16, 1), ("mlp_out", 32, 1), ("z", 32, 1)]  # fmt: skip
+        loops += against_loops(small, "GPT-2 small", cases, asked.pairs)
+    if "many" in asked.only:
+        loops += against_loops(small, "GPT-2 small", [("resid_pre", 8, 64)], min(asked.pairs, 3))
+    if "llama" in asked.only:
+        case = [("resid_pre", 16, 1)]
+        loops += against_loops(llama_100m(), "LLaMA 100M, grouped-query", case, asked.pairs)
+    if loops:
+        parts.append(
+            "## Against TransformerLens's loops\n\nOne full forward pass a cell there; `patch` "
+            "here, as a user calls it, the clean run's activations and all labels included. "
+            "*Fewer operations* counts the multiplications of both; that ratio is what an ideal "
+            "machine would gain. Models have random weights; a cell's value is a logit difference at "
+            "the last token.\n\n" + table(LOOP_COLUMNS, loops)
+        )
+    if "libraries" in asked.only and backend_of(small) == "hooked":
+        rows = against_libraries(small, 16, min(asked.pairs, 3))
+        if rows:
+            columns = ["library", "positions", "largest difference",
+                       "times faster: median (range)", "ours, s", "theirs, s"]  # fmt: skip
+            parts.append(
+                "## Against other libraries\n\nThe residual sweep of GPT-2 small in each one's "
+                "natural code: one traced or intervened call a cell.\n\n" + table(columns, rows)
+            )
+    if "growth" in asked.only:
+        columns = ["what grows", "positions", "pairs", "cells", "Gflop", "fewer operations, times",
+                   "seconds", "of the matrix-product rate"]  # fmt: skip
+        parts.append(
+            "## How cost grows\n\nThe residual sweep of GPT-2 small, one run each.\n\n"
+            + table(columns, growth(small))
+        )
+    print(write("patching-speed", "Patching: speed", "\n\n".join(parts), script="patching_speed"))
+
+
+if __name__ == "__main__":
+    main()

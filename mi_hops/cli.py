@@ -1,0 +1,197 @@
+"""The ``mi-hops`` command: argument handling, clear errors and exit codes, nothing else.
+
+Exit codes: 0 done; 2 bad input or a file or model that cannot be had (one line on stderr);
+130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mi_hops._version import __version__
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(
+    name="mi-hops",
+    help="Find out how a language model answers a two-hop question, why it fails, and repair it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default CUDA where there is one.")
+]
+Seed = Annotated[int, typer.Option(help="Decides everything random.")]
+Force = Annotated[bool, typer.Option("--force", help="Write over what the folder holds.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no table.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False,
+) -> None:
+    """Options that stand before a command."""
+    if version:
+        typer.echo(f"mi-hops {__version__}")
+        raise typer.Exit
+
+
+@app.command(name="version")
+def show_version() -> None:
+    """Show the versions of mi-hops and of the libraries that decide its numbers."""
+    typer.echo(f"mi-hops {__version__}")
+    for name in ("torch", "transformer_lens", "transformers"):
+        typer.echo(f"{name} {metadata.version(name)}")
+
+
+@app.command()
+def study(
+    model: Annotated[
+        str, typer.Option(help="A bundled model, a Hugging Face folder, or a hub id.")
+    ] = "hops-gpt2",
+    facts: Annotated[
+        Path | None, typer.Option(help="A file of two-hop facts; by default the bundled ones.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where report and numbers go.")] = Path("study"),
+    device: Device = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="TransformerLens class: hooked or bridge.")
+    ] = None,
+    seed: Seed = 0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use so many of the facts; by default all.")
+    ] = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Study how a model answers two-hop questions, and write report.html.
+
+    The same command again resumes what is unfinished and reopens what is finished.
+    """
+    resume = "What is done is kept in the folder; the same command resumes."
+    with _friendly(debug=debug, stopped=resume):
+        from mi_hops.study import run_study
+
+        done = run_study(
+            model,
+            facts,
+            out=out,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            seed=seed,
+            limit=limit,
+            force=force,
+            progress=not quiet,
+        )
+        from mi_hops.report import write_report
+
+        report = write_report(done, out / "report.html")
+        if not quiet:
+            _print(_two_columns("Study", done.headlines()))
+            typer.echo(f"Report: {report}")
+
+
+@app.command(name="train-world")
+def train_world(
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint (new or empty).")],
+    family: Annotated[Literal["gpt2", "llama"], typer.Option(help="Model family.")] = "gpt2",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Updates; by default those of the recipe.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and batch order.")] = 0,
+    device: Device = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Measure so many questions a split; by default all.")
+    ] = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small model on Hopland, measure it, and write it as a Hugging Face folder."""
+    with _friendly(debug=debug, stopped="Nothing was written."):
+        if out.exists() and not out.is_dir():
+            raise FileExistsError(f"{out} is a file; --out needs a folder")
+        if out.is_dir() and any(out.iterdir()) and not force:
+            raise FileExistsError(
+                f"{out} is not empty; name another folder, or write over it with --force"
+            )
+        import torch
+
+        from mi_hops.worlds.hopland import Hopland
+        from mi_hops.worlds.train import RECIPES, measure, save, train
+
+        recipe = replace(RECIPES[family], seed=seed)
+        if steps is not None:
+            recipe = replace(recipe, steps=steps)
+        world = Hopland()
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        trained, tokenizer, log = train(world, family, recipe, device=where, progress=not quiet)
+        measured = measure(trained, tokenizer, world, limit=limit)
+        save(out, trained, tokenizer, recipe=recipe, world=world, log=log, measured=measured)
+        if not quiet:
+            _print(_accuracy_table(family, recipe.steps, measured))
+            typer.echo(f"Model: {out}")
+
+
+@contextmanager
+def _friendly(*, debug: bool, stopped: str) -> Iterator[None]:
+    """Turn expected errors into one line on stderr and exit code 2, Ctrl-C into 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. {stopped}", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        line = " ".join(str(error).split()) or type(error).__name__
+        typer.echo(f"Error: {line}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _accuracy_table(family: str, steps: int, measured: dict[str, dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{family} after {steps} steps: greedy accuracy, whole vocabulary")
+    for column in ("split", "form"):
+        table.add_column(column)
+    for column in ("n", "first token", "whole answer"):
+        table.add_column(column, justify="right")
+    for key, scores in measured.items():
+        split, form = key.rsplit("/", 1)
+        shares = (f"{scores[k]:.1%}" for k in ("first_token", "whole"))
+        table.add_row(split, form, str(scores["n"]), *shares)
+    return table
+
+
+def _two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table)

@@ -1,0 +1,160 @@
+"""Many CREME edits in one model: solved together, or made one after the other.
+
+Together: at each layer, with the keys K of all facts as rows and R what their outputs lack,
+``Δ = C^-1 K^T (K C^-1 K^T + λ I)^-1 R`` is the change that minimises
+``|K Δ - R|^2 + λ tr(Δ^T C Δ)``; it equals MEMIT's ``(λ C + K^T K)^-1 K^T R`` (arXiv 2210.07229), there
+for MLPs. Layers go in ascending order, the keys and outputs of each read from the model as edited
+below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from mi_hops.editing.change import Change, input_hook, merge, output_hook
+from mi_hops.editing.checks import check_ground, check_layers
+from mi_hops.editing.creme import creme
+from mi_hops.editing.edit import Edit
+from mi_hops.editing.passes import run_blocks
+from mi_hops.editing.plans import CremeSettings, Plan, chunk_plans, plan_request, read_plan
+from mi_hops.editing.request import Request, requests_of
+from mi_hops.editing.rows import edit_hooks
+from mi_hops.editing.solve import inverse_times, solve_keys
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.model import Hook, LensModel, dtype_of, hook_name, processing_of
+from mi_hops.tokens import pad
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def creme_joint(
+    model: LensModel,
+    asked: Iterable[TwoHopFact | Request],
+    *,
+    layers: Sequence[int],
+    ridge: float = 0.3,
+    batch_size: int = 256,
+    progress: bool = False,
+    **settings: Any,
+) -> Edit:
+    """One edit for many facts, their keys solved together; the model is left as it is.
+
+    Takes one pass over all prompts for each layer, in batches, so memory does not grow with the
+    number of facts but for their keys and changes.
+
+    Args:
+        asked: facts, or requests.
+        layers: blocks to edit.
+        ridge: λ above, in units of the mean of the diagonal of ``K C^-1 K^T``. 0 meets every key
+            exactly, which needs keys that do not depend on one another, fewer than d_in.
+        batch_size: prompts in one pass.
+        progress: show a progress bar over layers.
+        settings: see `CremeSettings`; the kept prompts of all facts are kept together.
+
+    Returns:
+        An `Edit` with as many factors a layer as there are keys, or a dense change where those
+        would take more room.
+
+    Raises:
+        ValueError: no facts, a negative ridge, or as `creme.creme_many`.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    how = CremeSettings(**settings)
+    requests = requests_of(asked, how.form, how.keep)
+    if not requests:
+        raise ValueError("no facts to edit")
+    if ridge < 0:
+        raise ValueError(f"ridge is {ridge}; expected 0 or more")
+    chosen = check_layers(model, layers)
+    print_of_weights = check_ground(model, how.covariance, chosen, processed=how.processed)
+    plans = [plan_request(model, request, how) for request in requests]
+    wide = torch.promote_types(dtype_of(model), torch.float32)
+
+    def edit(changes: Sequence[Change]) -> Edit:
+        return Edit(
+            method="creme-joint",
+            changes=tuple(changes),
+            fingerprint=print_of_weights,
+            processing=processing_of(model),
+            request={"joint": [request.to_dict() for request in requests]},
+            settings={"layers": list(chosen), "ridge": ridge, **how.to_dict()},
+        )
+
+    done: list[Change] = []
+    for layer in tqdm(chosen, disable=not progress, desc="joint CREME, layers"):
+        below = edit(done) if done else None
+        keys, kept, change = _gather(model, plans, layer, how, below, batch_size)
+        inverse = inverse_times(how.covariance, layer, torch.cat([keys, kept]))
+        left = solve_keys(
+            keys, kept if len(kept) else None, inverse=inverse, slack=how.slack, ridge=ridge
+        )
+        done.append(merge([Change("W_O", layer, left.to(wide), change.to(wide))]))
+    return edit(done)
+
+
+def _gather(
+    model: LensModel,
+    plans: Sequence[Plan],
+    layer: int,
+    how: CremeSettings,
+    below: Edit | None,
+    batch_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, kept keys and changes of all plans at one layer, with `below` in force."""
+    import torch
+
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for members in chunk_plans(plans, batch_size):
+        part = [plans[i] for i in members]
+        tokens = pad([row for plan in part for row in plan.rows]).tokens
+        rows = [below if on else None for plan in part for on in plan.edited(how.target)]
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str, seen: dict[str, Tensor] = seen) -> Any:
+            return lambda x: seen.update({name: x.flatten(2)})
+
+        hooks: list[Hook] = [
+            *edit_hooks(model, rows),
+            (hook_name("resid_pre", layer), keep("before")),
+            (input_hook("W_O", layer), keep("z")),
+            (output_hook("W_O", layer), keep("out")),
+        ]
+        run_blocks(model, tokens, layer, hooks)
+        stream = seen["out"] + seen["before"] if how.match == "residual" else seen["out"]
+        start = 0
+        for plan in part:
+            found.append(read_plan(plan, start, seen["z"], stream))
+            start += len(plan.rows)
+    keys, kept, change = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return keys, kept, change
+
+
+def creme_sequential(
+    model: LensModel,
+    asked: Iterable[TwoHopFact | Request],
+    *,
+    layers: Sequence[int],
+    progress: bool = False,
+    **settings: Any,
+) -> list[Edit]:
+    """CREME edits made one after the other, each on the model as edited so far.
+
+    The model is left as it is. To have the first n in force, apply the first n in order; to have
+    them as one edit, ``stack(edits[:n], check=False)``.
+
+    Raises:
+        ValueError: as `creme.creme_many`.
+    """
+    from tqdm.auto import tqdm
+
+    edits: list[Edit] = []
+    with ExitStack() as applied:
+        for one in tqdm(list(asked), disable=not progress, desc="sequential CREME"):
+            edits.append(creme(model, one, layers=layers, **settings))
+            applied.enter_context(edits[-1].applied(model, check=False))
+    return edits

@@ -1,0 +1,154 @@
+"""MEMIT: many facts written into the MLPs of several layers at once (arXiv 2210.07229).
+
+For each fact a vector δ is searched for (as in `rome`) that, added to the residual stream behind the
+last of the layers at the subject's last token, makes the prompt right. Then, layer by layer from
+below, each layer writes its share of what is still missing there: with keys K as rows and
+``R = (z - h) / (layers left)``, z the stream wanted and h the stream as edited so far,
+``W_out <- W_out + (λ C + K^T K)^-1 K^T R``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mi_hops.editing.change import Change, input_hook, merge
+from mi_hops.editing.checks import check_ground, check_layers
+from mi_hops.editing.edit import Edit
+from mi_hops.editing.moments import Moments
+from mi_hops.editing.passes import run_blocks
+from mi_hops.editing.request import Request, requests_of
+from mi_hops.editing.rome import ValueSearch, mean_by_fact, search_values, teach_requests
+from mi_hops.editing.rows import edit_hooks
+from mi_hops.editing.solve import inverse_times, solve_keys
+from mi_hops.editing.teaching import chunks, require_targets
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.model import Hook, LensModel, dtype_of, hook_name, processing_of
+from mi_hops.repair import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def memit(
+    model: LensModel,
+    asked: Iterable[TwoHopFact | Request],
+    *,
+    layers: Sequence[int],
+    covariance: Moments | None = None,
+    ridge: float = 0.1,
+    processed: bool = False,
+    batch_size: int = 16,
+    **search: Any,
+) -> Edit:
+    """One MEMIT edit for all facts together; the model is left as it is.
+
+    Args:
+        asked: facts or requests.
+        layers: blocks whose MLPs are edited.
+        covariance: second moments of the input of W_out; None for C = I.
+        ridge: λ above, in units of the mean of the diagonal of ``K C^-1 K^T``.
+        processed: edit processed (folded) weights.
+        batch_size: facts in one pass.
+        search: see `rome.ValueSearch`.
+
+    Raises:
+        ValueError: no facts, a negative ridge, or as `rome.rome_many`.
+    """
+    import torch
+
+    how = ValueSearch(**search)
+    requests = requests_of(asked, how.form)
+    require_targets(requests)
+    if not requests or ridge < 0:
+        raise ValueError(f"{len(requests)} facts and ridge {ridge}; expected some, and 0 or more")
+    chosen = check_layers(model, layers, "W_out")
+    made_for = check_ground(model, covariance, chosen, processed=processed, matrix="W_out")
+    wide = torch.promote_types(dtype_of(model), torch.float32)
+    end = hook_name("resid_post", chosen[-1])
+    parts = [[requests[i] for i in part] for part in chunks(len(requests), batch_size)]
+    added = [search_values(model, part, chosen[-1], how, hook=end).values for part in parts]
+
+    def edit(changes: Sequence[Change]) -> Edit:
+        return Edit(
+            method="memit",
+            changes=tuple(changes),
+            fingerprint=made_for,
+            processing=processing_of(model),
+            request={"joint": [r.to_dict() for r in requests]},
+            settings={
+                "layers": list(chosen),
+                "ridge": ridge,
+                "c": covariance is not None,
+                **asdict(how),
+            },
+        )
+
+    done: list[Change] = []
+    wanted: Tensor | None = None
+    for i, layer in enumerate(chosen):
+        below = edit(done) if done else None
+        found = [_read(model, part, layer, end, how, below) for part in parts]
+        keys, stream = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+        if wanted is None:
+            wanted = stream + torch.cat(added).double()
+        missing = (wanted - stream) / (len(chosen) - i)
+        left = solve_keys(keys, inverse=inverse_times(covariance, layer, keys), ridge=ridge)
+        done.append(merge([Change("W_out", layer, left.to(wide), missing.to(wide))]))
+    return edit(done)
+
+
+def _read(
+    model: LensModel,
+    requests: Sequence[Request],
+    layer: int,
+    end: str,
+    how: ValueSearch,
+    below: Edit | None,
+) -> tuple[Tensor, Tensor]:
+    """Keys at a layer and the stream at `end`, means over templates, with `below` in force."""
+    taught, where = teach_requests(model, requests, how)
+    seen: dict[str, Tensor] = {}
+    hooks: list[Hook] = edit_hooks(model, [below] * len(taught.prompts))
+    hooks += [
+        (name, lambda x, name=name: seen.update({name: x}))  # type: ignore[misc]
+        for name in (input_hook("W_out", layer), end)
+    ]
+    run_blocks(model, taught.tokens, int(end.split(".")[1]), hooks)
+    n = len(requests)
+    return (
+        mean_by_fact(seen[input_hook("W_out", layer)], where, n),
+        mean_by_fact(seen[end], where, n),
+    )
+
+
+class MemitRepair:
+    """MEMIT as a `mi_hops.repair.Repair`.
+
+    Args:
+        layers: blocks whose MLPs are edited.
+        joint: one edit for all facts, on every row; else one edit a fact, on its own rows.
+        name: label in tables.
+        settings: as `memit`.
+    """
+
+    def __init__(
+        self, *, layers: Sequence[int], joint: bool = False, name: str = "MEMIT", **settings: Any
+    ) -> None:
+        self._layers, self._joint, self._name, self._settings = layers, joint, name, settings
+
+    @property
+    def name(self) -> str:
+        """Label in tables."""
+        return self._name
+
+    def fit(self, model: LensModel, facts: Sequence[TwoHopFact]) -> list[Edit]:
+        """The same edit for every fact, or one each."""
+        if self._joint:
+            return [memit(model, facts, layers=self._layers, **self._settings)] * len(facts)
+        return [memit(model, [f], layers=self._layers, **self._settings) for f in facts]
+
+    def hooks(self, model: LensModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
+        """Each row under its edit."""
+        return edit_hooks(model, states)

@@ -1,0 +1,334 @@
+"""Second moments of what a matrix multiplies: the metric in which an edit is small.
+
+A change of W that is to act on a key k and disturb other inputs x as little as possible minimises
+``E |Δ^T x|^2 = tr(Δ^T C Δ)`` with ``C = E[x x^T]`` over ordinary text; that is ROME's C, here for z,
+the input of W_O, at any number of layers in one streamed pass. The sums are the only thing kept, so
+memory does not grow with the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mi_hops.corpus import token_batches
+from mi_hops.editing.change import input_hook
+from mi_hops.editing.edit import write_whole
+from mi_hops.editing.passes import run_blocks
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.model import (
+    Hook,
+    HookFn,
+    LensModel,
+    dtype_of,
+    fingerprint,
+    processing_of,
+    require_layers,
+)
+from mi_hops.tokens import Batch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+Positions = Literal["all", "last"]
+Corpus = Iterable[str | TwoHopFact] | str | Path
+_KEY = "mi_hops_moments"
+
+
+class SingularError(ValueError):
+    """A system of equations that has no reliable solution."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second moments of a matrix's input, and how much they are shrunk when used.
+
+    Attributes:
+        matrix: whose input, ``"W_O"`` (z) or ``"W_out"``.
+        second: layer -> mean of ``x x^T`` over the tokens counted, ``[d_in, d_in]``, float64, CPU.
+        fourth: layer -> mean of ``|x|^4`` over the same tokens.
+        n: tokens counted.
+        fingerprint, processing: of the model's weights.
+        shrinkage: ``"ledoit-wolf"``, or a share from 0 to 1 of the scaled identity mixed in.
+        source: what was counted: positions, digest of the text.
+    """
+
+    matrix: str
+    second: Mapping[int, Float[Tensor, "d_in d_in"]]
+    fourth: Mapping[int, float]
+    n: int
+    fingerprint: str
+    processing: str = "none"
+    shrinkage: float | Literal["ledoit-wolf"] = "ledoit-wolf"
+    source: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.shrinkage != "ledoit-wolf" and not (
+            isinstance(self.shrinkage, int | float) and 0 <= self.shrinkage <= 1
+        ):
+            raise ValueError(
+                f"shrinkage is {self.shrinkage!r}; expected 'ledoit-wolf' or a share from 0 to 1"
+            )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers there are moments of, ascending."""
+        return tuple(sorted(self.second))
+
+    def with_shrinkage(self, shrinkage: float | Literal["ledoit-wolf"]) -> Moments:
+        """The same moments, shrunk otherwise."""
+        return replace(self, shrinkage=shrinkage)
+
+    def share(self, layer: int) -> float:
+        """The share s of the scaled identity in `shrunk`.
+
+        ``"ledoit-wolf"`` is the rule of Ledoit and Wolf (2004) for a moment about zero: with
+        ``m = tr(C)/d``, ``D^2 = |C - m I|^2`` and ``B^2 = (E|x|^4 - |C|^2) / n``, it is
+        ``min(B^2, D^2) / D^2``: the share that minimises the expected squared error if the tokens
+        counted were independent.
+        """
+        c = self._of(layer)
+        if self.shrinkage != "ledoit-wolf":
+            return float(self.shrinkage)
+        d = c.shape[0]
+        mean = float(c.diagonal().mean())
+        spread = float((c * c).sum()) - d * mean * mean
+        error = (self.fourth[layer] - float((c * c).sum())) / self.n
+        return 1.0 if spread <= 0 else min(max(error, 0.0), spread) / spread
+
+    def shrunk(self, layer: int) -> Float[Tensor, "d_in d_in"]:
+        """``(1 - s) C + s tr(C)/d I``, float64."""
+        import torch
+
+        c, s = self._of(layer), self.share(layer)
+        eye = torch.eye(c.shape[0], dtype=c.dtype)
+        return (1 - s) * c + s * c.diagonal().mean() * eye
+
+    def _of(self, layer: int) -> Tensor:
+        if layer not in self.second:
+            raise ValueError(
+                f"no moments of layer {layer}, only of {list(self.layers)}; estimate them for all "
+                "layers that are edited"
+            )
+        return self.second[layer]
+
+    @cached_property
+    def _factors(self) -> dict[tuple[int, str], Tensor]:
+        return {}
+
+    def solve(self, layer: int, keys: Float[Tensor, "key d_in"]) -> Float[Tensor, "key d_in"]:
+        """``C^-1 k`` for each key, in float64 on the keys' device; C as `shrunk`.
+
+        Raises:
+            SingularError: C cannot be inverted reliably.
+            ValueError: no moments of that layer.
+        """
+        import torch
+
+        at = (layer, str(keys.device))
+        if at not in self._factors:
+            self._factors[at] = _cholesky(self.shrunk(layer), layer).to(keys.device)
+        return torch.cholesky_solve(keys.double().T, self._factors[at]).T
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, whole or not at all."""
+        from safetensors.torch import save
+
+        head = {
+            "matrix": self.matrix, "n": self.n, "fingerprint": self.fingerprint,
+            "processing": self.processing, "shrinkage": self.shrinkage,
+            "source": dict(self.source or {}), "fourth": {str(k): v for k, v in self.fourth.items()},
+        }  # fmt: skip
+        tensors = {str(layer): c.contiguous() for layer, c in self.second.items()}
+        return write_whole(Path(path), save(tensors, {_KEY: json.dumps(head)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Moments:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file that holds no moments.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no such moments: {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                head = json.loads((file.metadata() or {})[_KEY])
+                second = {int(k): file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            fourth = {int(k): v for k, v in head.pop("fourth").items()}
+            return cls(second=second, fourth=fourth, **head)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no moments that can be read: {error!r}") from error
+
+
+def _cholesky(c: Tensor, layer: int) -> Tensor:
+    import torch
+
+    factor, info = torch.linalg.cholesky_ex(c)
+    diagonal = factor.diagonal()
+    # The squared ratio bounds the condition number from below.
+    limit = c.shape[0] * torch.finfo(c.dtype).eps
+    if info or not torch.isfinite(factor).all() or (diagonal.min() / diagonal.max()) ** 2 < limit:
+        raise SingularError(
+            f"the second moment of layer {layer} is singular ({c.shape[0]} dimensions); count more "
+            "text, or shrink it (moments.with_shrinkage(0.01))"
+        )
+    return factor
+
+
+# -- estimation -----------------------------------------------------------------------------------
+
+
+def second_moments(
+    model: LensModel,
+    corpus: Corpus,
+    *,
+    layers: Sequence[int] | None = None,
+    matrix: str = "W_O",
+    positions: Positions = "all",
+    shrinkage: float | Literal["ledoit-wolf"] = "ledoit-wolf",
+    max_tokens: int = 4096,
+    cache: str | Path | None = None,
+    name: str | None = None,
+    progress: bool = False,
+) -> Moments:
+    """Second moments of a matrix's input over a text, all layers in one pass over it.
+
+    Sums are made in float32, or the model's dtype if wider, batch by batch, and added up in
+    float64. Only real tokens count, never padding.
+
+    Args:
+        corpus: texts, facts (counted as their statements) or the path of a file; see
+            `mi_hops.corpus.token_batches`.
+        layers: default all.
+        matrix: ``"W_O"`` or ``"W_out"``.
+        positions: ``"all"`` tokens, or the ``"last"`` one of each text.
+        shrinkage: see `Moments`; can be changed later without counting again.
+        max_tokens: tokens in one forward pass.
+        cache: a folder. Moments of the same weights, text and settings are read from it, and new
+            ones written there, under a name that is made of those.
+        name: stands for the text in the cache's key; needed where the corpus can be read only
+            once. Otherwise the text itself is digested.
+
+    Raises:
+        ValueError: layers or a matrix the model has not got, an empty corpus, a corpus that can be
+            read only once together with `cache` but no `name`, or activations that are not finite.
+    """
+    wanted = sorted(set(range(model.cfg.n_layers) if layers is None else layers))
+    if not wanted:
+        raise ValueError("no layers were given")
+    require_layers(model, wanted)
+    hooks = [input_hook(matrix, layer) for layer in wanted]
+    if positions not in ("all", "last"):
+        raise ValueError(f"positions is {positions!r}; expected 'all' or 'last'")
+    source: dict[str, Any] = {"positions": positions, "max_tokens": max_tokens}
+    path = None
+    print_of_weights = fingerprint(model)
+    if cache is not None:
+        source["text"] = name if name is not None else _digest(corpus)
+        key = json.dumps([print_of_weights, processing_of(model), matrix, wanted, source])
+        path = Path(cache) / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
+        if path.is_file():
+            return Moments.load(path).with_shrinkage(shrinkage)
+    sums = {layer: _Sum() for layer in wanted}
+    n = 0
+    for batch in _bar(token_batches(model, corpus, max_tokens=max_tokens), progress):
+        mask = _counted(batch, positions)
+        n += int(mask.sum())
+        found: list[Hook] = [
+            (hook, sums[layer].adder(mask)) for hook, layer in zip(hooks, wanted, strict=True)
+        ]
+        run_blocks(model, batch.tokens, wanted[-1], found)
+    moments = Moments(
+        matrix=matrix,
+        second={layer: s.second.cpu() / n for layer, s in sums.items()},
+        fourth={layer: float(s.fourth) / n for layer, s in sums.items()},
+        n=n,
+        fingerprint=print_of_weights,
+        processing=processing_of(model),
+        shrinkage=shrinkage,
+        source={**source, "dtype": str(dtype_of(model)).removeprefix("torch.")},
+    )
+    _refuse_non_finite(moments)
+    if path is not None:
+        moments.save(path)
+    return moments
+
+
+class _Sum:
+    """Running sums of ``x x^T`` and ``|x|^4`` at one layer, on its device."""
+
+    second: Tensor
+    fourth: Tensor
+
+    def adder(self, mask: Tensor) -> HookFn:
+        import torch
+
+        def add(x: Tensor) -> None:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            rows = x.flatten(2)[mask.to(x.device)].to(wide)
+            second = (rows.T @ rows).double()
+            fourth = (rows * rows).sum(1).double().square().sum()
+            if hasattr(self, "second"):
+                self.second += second
+                self.fourth += fourth
+            else:
+                self.second, self.fourth = second, fourth
+
+        return add
+
+
+def _counted(batch: Batch, positions: Positions) -> Tensor:
+    import torch
+
+    if positions == "all":
+        return batch.mask
+    mask = torch.zeros_like(batch.mask)
+    mask[torch.arange(len(batch.last)), batch.last] = True
+    return mask
+
+
+def _refuse_non_finite(moments: Moments) -> None:
+    import torch
+
+    wrong = [i for i, c in moments.second.items() if not torch.isfinite(c).all()]
+    if wrong:
+        raise ValueError(
+            f"the activations of layer(s) {wrong} are not finite (dtype of the run: "
+            f"{(moments.source or {}).get('dtype')}); use a wider dtype"
+        )
+
+
+def _bar(batches: Iterator[Batch], progress: bool) -> Iterable[Batch]:
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, disable=not progress, desc="second moments", unit="batch")
+
+
+def _digest(corpus: Corpus) -> str:
+    """A digest of a text that can be read more than once."""
+    digest = hashlib.sha256()
+    if isinstance(corpus, str | os.PathLike):
+        with open(corpus, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+    if iter(corpus) is corpus:
+        raise ValueError(
+            "the corpus is a generator and can be read only once; pass a list, or a name= under "
+            "which its moments are to be cached"
+        )
+    for item in corpus:
+        text = json.dumps(item.to_dict()) if isinstance(item, TwoHopFact) else str(item)
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()

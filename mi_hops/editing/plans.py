@@ -1,0 +1,204 @@
+"""How CREME edits are made, and what that means in rows of tokens: which prompts, which keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from mi_hops.editing.moments import Moments
+from mi_hops.editing.request import Keep, Position, Request, check_bridge_known, fill, key_position
+from mi_hops.facts.templates import CONTEXTS
+from mi_hops.model import LensModel
+from mi_hops.tokens import answer_ids, encode
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Cover = Literal["first", "answer"]
+Target = Literal["edited", "clean"]
+Match = Literal["attention", "residual"]
+
+#: The edit of the published code, where this package's defaults depart from it.
+PAPER: dict[str, Any] = {"match": "attention", "cover": "first", "keep": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CremeSettings:
+    """How CREME edits are made, layers aside.
+
+    The defaults are what measured best on the bundled models (see the page on CREME); `PAPER` holds
+    the published code's, with ``covariance=None``: ``creme(model, fact, layers=..., **PAPER)``.
+
+    Attributes:
+        form: of the prompts edited (facts only); default the first a fact has of both hops.
+        covariance: second moments of z at the layers edited; None for C = I.
+        templates: context templates, each with one ``{}``; keys and values are averaged over them.
+        position: ``"last"`` token of the prompt, or the last one of the ``"subject"`` (the first-hop
+            phrase; in the guide the bridge).
+        target: where v* comes from: the guide run on the model as ``"edited"`` at lower layers (the
+            published code), or on the ``"clean"`` model.
+        match: what the edited layer is to reproduce at the key: the guide's ``"attention"`` output
+            (the paper), or the guide's ``"residual"`` stream after attention, so that the change
+            makes up for what earlier layers wrote differently as well.
+        cover: ``"first"`` edits the prompt's key only; ``"answer"`` also the keys of the answer's
+            own tokens but the last, so that the rest of the answer is carried over as well.
+        keep: prompts at whose last token the attention output is to stay as it is: ``"hops"`` for
+            the fact's own single-hop prompts of the form edited, or a function from a fact to
+            prompts. A request brings its own; they count where this is not None.
+        slack: how far kept prompts may move (see `solve.solve_keys`).
+        strength: share of the change that is made; 1 reproduces the guide at the key (the paper),
+            less moves unrelated prompts less and the edited one usually still enough.
+        processed: make edits of processed (folded) weights; they are other edits.
+    """
+
+    form: str | None = None
+    covariance: Moments | None = None
+    templates: tuple[str, ...] = CONTEXTS
+    position: Position = "last"
+    target: Target = "edited"
+    match: Match = "residual"
+    cover: Cover = "answer"
+    keep: Keep = "hops"
+    slack: float = 0.1
+    strength: float = 1.0
+    processed: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "templates", tuple(self.templates))
+        if not self.templates:
+            raise ValueError("no context templates; pass ('{}',) for the bare prompt")
+        for template in self.templates:
+            fill(template, "")
+        for name, choices in (
+            ("position", ("last", "subject")),
+            ("target", ("edited", "clean")),
+            ("match", ("attention", "residual")),
+            ("cover", ("first", "answer")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {choices}")
+        if not (self.keep in (None, "hops") or callable(self.keep)):
+            raise ValueError(
+                f"keep is {self.keep!r}; expected 'hops', a function of a fact, or None"
+            )
+        if not self.strength > 0:
+            raise ValueError(f"strength is {self.strength}; expected more than 0")
+        if self.slack < 0:
+            raise ValueError(f"slack is {self.slack}; expected 0 or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for the record of an edit."""
+        c = self.covariance
+        return {
+            "form": self.form,
+            "covariance": None
+            if c is None
+            else {"n": c.n, "shrinkage": c.shrinkage, **(c.source or {})},
+            "templates": list(self.templates),
+            "position": self.position,
+            "target": self.target,
+            "match": self.match,
+            "cover": self.cover,
+            "keep": getattr(self.keep, "__name__", self.keep),
+            "slack": self.slack,
+            "strength": self.strength,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of one fact: composites, guides (one a template each), then kept prompts.
+
+    `composite` and `guide` hold, for each key, the position in each of those rows; `kept` the
+    position in each kept row.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    composite: tuple[tuple[int, ...], ...]
+    guide: tuple[tuple[int, ...], ...]
+    kept: tuple[int, ...]
+
+    @property
+    def templates(self) -> int:
+        """Number of context templates."""
+        return len(self.composite[0])
+
+    def edited(self, target: Target) -> list[bool]:
+        """For each row whether the changes made at lower layers act on it."""
+        n = self.templates
+        guides = target == "edited"
+        return [True] * n + [guides] * n + [True] * len(self.kept)
+
+
+def plan_request(model: LensModel, request: Request, how: CremeSettings) -> Plan:
+    """The tokens and positions of a request.
+
+    Raises:
+        ValueError: a bridge unknown to the tokenizer, or an answer that is needed and lacking.
+        TokenError: a prompt that does not fit the context, or a span that cannot be found.
+    """
+    check_bridge_known(model, request)
+    if how.cover == "answer" and not request.target:
+        raise ValueError(
+            f"edit request {request.id!r}: cover='answer' needs the target answer; "
+            "name it, or pass cover='first'"
+        )
+    rows: list[tuple[int, ...]] = []
+    where: list[list[tuple[int, ...]]] = []
+    for text, phrase in ((request.composite, request.subject), (request.guide, request.bridge)):
+        at = []
+        for template in how.templates:
+            prompt = encode(model, fill(template, text))
+            key = key_position(prompt, phrase, how.position)
+            extra: tuple[int, ...] = ()
+            if how.cover == "answer":
+                extra = answer_ids(model, prompt, request.target)[:-1]
+            rows.append((*prompt.ids, *extra))
+            at.append((key, *(prompt.last + 1 + i for i in range(len(extra)))))
+        where.append(at)
+    kept = [encode(model, text) for text in request.keep] if how.keep else []
+    rows += [p.ids for p in kept]
+    composite, guide = (tuple(zip(*at, strict=True)) for at in where)
+    return Plan(tuple(rows), composite, guide, tuple(p.last for p in kept))
+
+
+def chunk_plans(plans: Sequence[Plan], batch_size: int) -> list[list[int]]:
+    """Facts with prompts of similar length together, `batch_size` rows or one fact at a time."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    order = sorted(range(len(plans)), key=lambda i: (max(map(len, plans[i].rows)), i))
+    chunks: list[list[int]] = []
+    rows = 0
+    for i in order:
+        rows += len(plans[i].rows)
+        if not chunks or rows > batch_size:
+            chunks.append([])
+            rows = len(plans[i].rows)
+        chunks[-1].append(i)
+    return chunks
+
+
+def read_plan(plan: Plan, start: int, z: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys ``[key, d_in]``, kept keys ``[kept, d_in]`` and changes ``[key, d_out]``, float64.
+
+    Keys and changes are means over templates.
+
+    Args:
+        start: row of `z` and `out` where the plan's rows begin.
+        z: ``[row, pos, d_in]``.
+        out: ``[row, pos, d_out]``, what the composite is to have of the guide.
+    """
+    import torch
+
+    n = plan.templates
+    device = z.device
+    composites = torch.arange(start, start + n, device=device)[None]
+    guides = composites + n
+    kept = torch.arange(len(plan.kept), device=device) + start + 2 * n
+    at = torch.tensor(plan.composite, device=device)
+    at_guide = torch.tensor(plan.guide, device=device)
+    at_kept = torch.tensor(plan.kept, dtype=torch.long, device=device)
+    keys = z[composites, at].double().mean(1)
+    change = out[guides, at_guide].double().mean(1) - out[composites, at].double().mean(1)
+    return keys, z[kept, at_kept].double(), change

@@ -1,0 +1,25 @@
+"""Two-hop facts: the record, its wordings, and loaders from files."""
+
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.loaders import load_facts, load_jsonl, save_jsonl
+from mi_hops.facts.memory_injections import load_memory_injections
+from mi_hops.facts.mquake import load_mquake
+from mi_hops.facts.mquake_words import load_wordings
+from mi_hops.facts.reading import Facts, FactsFileError, RowNote
+from mi_hops.facts.tables import load_table
+from mi_hops.facts.templates import Wording
+
+__all__ = [
+    "Facts",
+    "FactsFileError",
+    "RowNote",
+    "TwoHopFact",
+    "Wording",
+    "load_facts",
+    "load_jsonl",
+    "load_memory_injections",
+    "load_mquake",
+    "load_table",
+    "load_wordings",
+    "save_jsonl",
+]

@@ -1,0 +1,209 @@
+"""What every loader of facts shares: the result, its notes on rows, and the errors.
+
+A loader gives `collect` its records and a function that builds a fact from one record. A record
+that cannot be a fact is dropped with a note when the *content* is at fault (the question answers
+itself, the relation has no wording); when the *file* is at fault (a field missing, broken JSON) the
+error names file and row, unless the caller asked for such rows to be dropped too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from mi_hops.facts.fact import TwoHopFact
+
+Record = TypeVar("Record")
+
+
+class FactsFileError(ValueError):
+    """A file of facts that cannot be read; the message names the file and the row or line."""
+
+
+class BadRow(ValueError):
+    """A record that is no fact because its file is at fault; `reason` is short, for counting."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class DropRow(BadRow):
+    """A readable record that is no usable two-hop question: dropped and reported, never raised."""
+
+
+@dataclass(frozen=True)
+class RowNote:
+    """What a loader did to one row.
+
+    Attributes:
+        row: number of the record in its file, from 0 (a header or a blank line is no record).
+        reason: the kind of defect, the same words for every row that has it.
+        done: what was found and what was done about it, for this row.
+    """
+
+    row: int
+    reason: str
+    done: str
+
+
+@dataclass(frozen=True)
+class Facts(Sequence[TwoHopFact]):
+    """The facts of one file, in its order, and what had to be done to get them.
+
+    Attributes:
+        facts: the facts that can be used.
+        source: the file, or a description of the table, they came from.
+        read: number of records read, the dropped ones included.
+        dropped: one note a record that was left out.
+        mended: one note a change; a row with two defects has two.
+    """
+
+    facts: tuple[TwoHopFact, ...]
+    source: str
+    read: int
+    dropped: tuple[RowNote, ...] = ()
+    mended: tuple[RowNote, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def __iter__(self) -> Iterator[TwoHopFact]:
+        return iter(self.facts)
+
+    @overload
+    def __getitem__(self, index: int) -> TwoHopFact: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TwoHopFact, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> TwoHopFact | tuple[TwoHopFact, ...]:
+        return self.facts[index]
+
+    def describe(self) -> str:
+        """One line: "facts.csv: 106 read / 1 dropped (1 bridge equals answer) / 0 mended".
+
+        Rows are counted, not notes: a row mended twice counts once in the total and once for
+        each of its reasons.
+        """
+        return (
+            f"{self.source}: {self.read} read / {_count(self.dropped, 'dropped')} / "
+            f"{_count(self.mended, 'mended')}"
+        )
+
+
+def _count(notes: Sequence[RowNote], what: str) -> str:
+    rows = {note.row for note in notes}
+    if not rows:
+        return f"0 {what}"
+    reasons = Counter(reason for _, reason in {(note.row, note.reason) for note in notes})
+    ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    return f"{len(rows)} {what} ({', '.join(f'{n} {reason}' for reason, n in ordered)})"
+
+
+class Mends:
+    """The changes made to the row being built."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[str, str]] = []
+
+    def note(self, reason: str, done: str) -> None:
+        """Record one change; a row that is dropped in the end keeps none of them."""
+        self.notes.append((reason, done))
+
+    def changed(self, reason: str, name: str, before: str, after: str) -> str:
+        """Return `after`, with a note when it differs from `before`."""
+        if after != before:
+            self.note(reason, f"{name}: {before!r} became {after!r}")
+        return after
+
+
+def collect(
+    records: Iterable[tuple[str, Record]],
+    build: Callable[[int, Record, Mends], TwoHopFact],
+    *,
+    source: str,
+    on_error: str = "raise",
+) -> Facts:
+    """Build a fact from every record and keep account of those that gave none.
+
+    Args:
+        records: pairs of a place ("row 3", "line 4"; it stands in error messages) and a record.
+        build: makes a fact of (row number from 0, record), noting its changes in the third.
+        source: names the file in messages.
+        on_error: "raise", or "drop" for malformed records too.
+
+    Raises:
+        FactsFileError: a malformed record or an id used twice (with ``on_error="raise"``), or no
+            record at all.
+        ValueError: another `on_error`.
+    """
+    if on_error not in ("raise", "drop"):
+        raise ValueError(f'on_error is {on_error!r}; give "raise" or "drop"')
+    facts: list[TwoHopFact] = []
+    dropped: list[RowNote] = []
+    mended: list[RowNote] = []
+    places: dict[str, str] = {}
+    row = -1
+    for row, (place, record) in enumerate(records):
+        mends = Mends()
+        try:
+            fact = build(row, record, mends)
+            if fact.id in places:
+                raise BadRow("id used twice", f"the id {fact.id!r} was used in {places[fact.id]}")
+        except ValueError as error:
+            if on_error == "raise" and not isinstance(error, DropRow):
+                raise FactsFileError(f"{source}: {place}: {error}") from error
+            reason = error.reason if isinstance(error, BadRow) else "not a usable fact"
+            dropped.append(RowNote(row, reason, f"{place} dropped: {error}"))
+            continue
+        places[fact.id] = place
+        facts.append(fact)
+        mended.extend(RowNote(row, *note) for note in mends.notes)
+    if row < 0:
+        raise FactsFileError(f"{source}: no records in it; at least one fact is needed")
+    return Facts(tuple(facts), source, row + 1, tuple(dropped), tuple(mended))
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path of a file that is there and is not empty.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        FactsFileError: a folder, or a file of no bytes.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no facts file {path}; check the path and its spelling")
+    if not path.is_file():
+        raise FactsFileError(f"{path} is not a file; give the path of one file of facts")
+    if path.stat().st_size == 0:
+        raise FactsFileError(f"{path} is empty; at least one fact is needed")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """The whole of a JSON file; `FactsFileError` with the line where it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from error
+    except json.JSONDecodeError as error:
+        raise FactsFileError(
+            f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
+        ) from error
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> FactsFileError:
+    """The error for a file in another encoding."""
+    return FactsFileError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8")
+
+
+def refuse_same(bridge: str, answer: str) -> None:
+    """Drop a question that its first hop alone answers."""
+    if bridge.strip().casefold() == answer.strip().casefold():
+        raise DropRow("bridge equals answer", f"bridge and answer are both {answer!r}")

@@ -1,0 +1,251 @@
+"""Facts from a table: reading CSV strictly, and `load_table` for columns the user names."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.reading import (
+    BadRow,
+    DropRow,
+    Facts,
+    FactsFileError,
+    Mends,
+    collect,
+    existing_file,
+    not_utf8,
+    refuse_same,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: What stands for the relations of a table that does not name them.
+UNNAMED_RELATIONS = ("first hop", "second hop")
+
+WHITE_SPACE = "stray white space"
+_REQUIRED = ("bridge", "answer", "first_hop")
+_NAMES = (*_REQUIRED, "id", "subject", "relation1", "relation2", "split")
+_PROMPTS = ("prompts", "first_prompts", "second_prompts")
+_LISTS = ("paraphrases", "bridge_aliases", "answer_aliases")
+_MAX_SHOWN = 40
+
+
+def load_table(
+    table: str | Path | pd.DataFrame,
+    *,
+    columns: Mapping[str, str | Mapping[str, str] | Sequence[str]],
+    separator: str | None = None,
+    on_error: str = "raise",
+) -> Facts:
+    """Facts from any table: a CSV (or tab-separated ``.tsv``) file, or a frame already loaded.
+
+    Args:
+        table: the file's path or the frame; one row a fact.
+        columns: `TwoHopFact` field -> where it stands. For ``bridge``, ``answer``, ``first_hop``
+            (all three needed), ``id``, ``subject``, ``relation1``, ``relation2`` and ``split``:
+            a column's name. For ``prompts`` (needed), ``first_prompts`` and ``second_prompts``:
+            form -> column, ``{"suffix": "query"}``. For ``paraphrases``, ``bridge_aliases``,
+            ``answer_aliases`` and ``meta``: a column or several.
+        separator: splits a cell of a list field into several texts, e.g. ``"|"``.
+        on_error: what to do with a malformed row (an empty cell where a value is needed):
+            "raise", or "drop" with a note.
+
+    Returns:
+        The facts. Without a column of their own, ids are ``{name of the table}-{row}``, the
+        subject is the first-hop phrase and the relations are called "first hop" and "second hop".
+        White space around a cell is removed, which is reported for names and prompts. Rows whose
+        bridge equals the answer, whose prompt does not contain the first-hop phrase (without
+        regard to case) or does contain the bridge are dropped and reported.
+
+    Raises:
+        FileNotFoundError: no such file.
+        FactsFileError: a file that cannot be read as a table, a column that is not in it, a
+            malformed row.
+        ValueError: a field that `columns` must or cannot name.
+    """
+    wanted = _check_columns(columns)
+    frame, name, stem = _open(table)
+    require_columns(frame, [c for spec in wanted.values() for c in spec.values()], source=name)
+
+    def build(row: int, cells: Mapping[str, Any], mends: Mends) -> TwoHopFact:
+        def text(column: str) -> str:
+            raw = _cell(cells[column])
+            return mends.changed(WHITE_SPACE, column, raw, raw.strip())
+
+        values: dict[str, Any] = {"id": f"{stem}-{row}"}
+        for field, spec in wanted.items():
+            if field in _NAMES:
+                values[field] = text(spec[""])
+            elif field in _PROMPTS:
+                values[field] = {form: t for form, c in spec.items() if (t := text(c))}
+            elif field in _LISTS:
+                values[field] = tuple(t for c in spec for t in _texts(cells[c], separator))
+            else:
+                values[field] = {c: _kept(cells[c]) for c in spec}
+        for field in (*_REQUIRED, "prompts"):
+            if not values[field]:
+                where = sorted(wanted[field].values())
+                raise BadRow("empty cell", f"nothing in {where} for the fact's {field}")
+        for field, default in zip(
+            ("subject", "relation1", "relation2"),
+            (values["first_hop"], *UNNAMED_RELATIONS),
+            strict=True,
+        ):
+            values[field] = values.get(field) or default
+        refuse_same(values["bridge"], values["answer"])
+        for prompt in values["prompts"].values():
+            if find(values["first_hop"], prompt) is None:
+                raise DropRow(
+                    "first hop not in its prompt", f"{values['first_hop']!r} is not in {prompt!r}"
+                )
+            refuse_named(values["bridge"], prompt)
+        return TwoHopFact(**values)
+
+    return collect(frame_rows(frame), build, source=name, on_error=on_error)
+
+
+def _check_columns(columns: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Every field's specification as key -> column; the key is the form where forms matter."""
+    known = (*_NAMES, *_PROMPTS, *_LISTS, "meta")
+    if unknown := sorted(set(columns) - set(known)):
+        raise ValueError(f"columns names the field(s) {unknown}; a fact has {sorted(known)}")
+    if missing := [f for f in (*_REQUIRED, "prompts") if f not in columns]:
+        raise ValueError(f"columns lacks {missing}; say which column holds each")
+    wanted: dict[str, dict[str, str]] = {}
+    for field, spec in columns.items():
+        if field in _NAMES and isinstance(spec, str):
+            wanted[field] = {"": spec}
+        elif field in _PROMPTS and isinstance(spec, Mapping) and spec:
+            wanted[field] = dict(spec)
+        elif field in (*_LISTS, "meta") and not isinstance(spec, Mapping):
+            wanted[field] = {c: c for c in ((spec,) if isinstance(spec, str) else tuple(spec))}
+        else:
+            shape = 'a mapping like {"suffix": "column"}' if field in _PROMPTS else "a column"
+            raise ValueError(f"columns[{field!r}] is {spec!r}; expected {shape}")
+    return wanted
+
+
+def read_frame(path: str | Path) -> pd.DataFrame:
+    """A CSV or ``.tsv`` file in which every cell is text (an answer may be "NA" or "007").
+
+    Raises:
+        FileNotFoundError: no such file.
+        FactsFileError: not UTF-8, no header, two columns of one name, rows of unequal length.
+    """
+    import pandas as pd
+
+    path = existing_file(path)
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    # pandas numbers records and pads short ones with NaN; the csv module tells lines, so that an
+    # error can point at one.
+    rows: list[list[str]] = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.reader(lines, delimiter=separator, strict=True)
+            header = next(reader, [])
+            for cells in reader:
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise FactsFileError(
+                        f"{path}: row {len(rows)} (ending in line {reader.line_num}) has "
+                        f"{len(cells)} cells, the header {len(header)}: {header}"
+                    )
+                rows.append(cells)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from error
+    except csv.Error as error:
+        raise FactsFileError(f"{path}: line {reader.line_num}: not CSV ({error})") from error
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise FactsFileError(f"{path}: the header names {twice} more than once")
+    return pd.DataFrame(rows, columns=header, dtype=object)
+
+
+def require_columns(frame: pd.DataFrame, names: Iterable[str], *, source: str) -> None:
+    """Raise `FactsFileError`, listing the columns there are, unless all of `names` are."""
+    found = [str(c) for c in frame.columns]
+    if missing := [name for name in dict.fromkeys(names) if name not in found]:
+        raise FactsFileError(f"{source}: no column {missing}; it has {found[:_MAX_SHOWN]}")
+
+
+def frame_rows(frame: pd.DataFrame) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows with their places in messages, "row 0" being the first below the header."""
+    names = [str(c) for c in frame.columns]
+    for row, cells in enumerate(frame.itertuples(index=False, name=None)):
+        yield f"row {row}", dict(zip(names, cells, strict=True))
+
+
+def find(
+    phrase: str, text: str, *, fold_accents: bool = False, whole_words: bool = True
+) -> tuple[int, int] | None:
+    """Where `phrase` stands in `text` without regard to case: (start, end), or None.
+
+    Args:
+        phrase: the text looked for.
+        text: the text searched.
+        fold_accents: also take "Simon" for "Simón".
+        whole_words: not within a longer word ("Halle" is not in "Hallelujah").
+    """
+    wanted, searched = _fold(phrase, fold_accents), _fold(text, fold_accents)
+    pattern = re.escape(wanted)
+    if whole_words:
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    match = re.search(pattern, searched) if wanted.strip() else None
+    return match.span() if match else None
+
+
+def _fold(text: str, accents: bool) -> str:
+    """`text` in one case, character by character so that offsets stay those of `text`."""
+    import unicodedata
+
+    def fold(char: str) -> str:
+        lower = char.lower()
+        base = unicodedata.normalize("NFD", lower)[:1] if accents else lower
+        return base if len(base) == 1 else char
+
+    return "".join(map(fold, text))
+
+
+def refuse_named(bridge: str, prompt: str) -> None:
+    """Drop a question whose prompt names the bridge: it asks for one hop only."""
+    if find(bridge, prompt) is not None:
+        raise DropRow("bridge named in its prompt", f"{bridge!r} stands in {prompt!r}")
+
+
+def _open(table: str | Path | pd.DataFrame) -> tuple[pd.DataFrame, str, str]:
+    """The frame, its name in messages and the beginning of its facts' ids."""
+    if isinstance(table, (str, Path)):
+        return read_frame(table), str(table), Path(table).stem
+    return table, "table", "table"
+
+
+def _missing(value: Any) -> bool:
+    """None, NaN and pandas's NA, the ways in which a cell of a frame can be empty."""
+    import pandas as pd
+
+    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
+
+
+def _cell(value: Any) -> str:
+    return "" if _missing(value) else str(value)
+
+
+def _texts(value: Any, separator: str | None) -> list[str]:
+    """The texts in a cell of a list field: a list as it is, a text whole or split."""
+    if isinstance(value, (list, tuple)) or type(value).__name__ == "ndarray":
+        parts = [_cell(v) for v in value]
+    else:
+        parts = _cell(value).split(separator) if separator else [_cell(value)]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _kept(value: Any) -> Any:
+    """A cell for `TwoHopFact.meta`, as a plain Python value that JSON can hold."""
+    if _missing(value):
+        return None
+    return value.tolist() if hasattr(value, "tolist") else value

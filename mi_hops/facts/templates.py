@@ -1,0 +1,66 @@
+"""Wordings: how two relations become prompts in both template orders, and neutral contexts.
+
+The two orders are those of CREME (arXiv 2402.14328): *suffix* puts the relation first, so that the
+first hop stands at the end; *prefix* puts the first hop at the start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SLOT = "[X]"
+FORMS = ("suffix", "prefix", "question")
+
+#: Short neutral lead-ins. A key averaged over them belongs to the prompt, not to its position.
+CONTEXTS = (
+    "{}",
+    "Here is a fact. {}",
+    "Note this: {}",
+    "It is late. {}",
+    "I read it today. {}",
+    "As we know: {}",
+    "Hello there. {}",
+    "My friend wrote: {}",
+    "The weather is fine. {}",
+    "Please remember: {}",
+    "This is a test. {}",
+)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """Three ways to ask for the object of one relation; each has the slot ``[X]`` once.
+
+    Attributes:
+        noun: a noun phrase that stands for the object, "the author of [X]".
+        statement: a clause the object completes, subject first, "[X] was written by".
+        question: "Who wrote [X]?".
+    """
+
+    noun: str
+    statement: str
+    question: str
+
+    def __post_init__(self) -> None:
+        for text in (self.noun, self.statement, self.question):
+            if text.count(SLOT) != 1:
+                raise ValueError(f"{text!r} must contain {SLOT} exactly once")
+
+
+def capitalise(text: str) -> str:
+    """Upper-case the first character and leave the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def prompts_about(wording: Wording, thing: str) -> dict[str, str]:
+    """All forms of the prompt that asks for a relation of `thing`, keyed by form."""
+    return {
+        "suffix": capitalise(wording.noun.replace(SLOT, thing)) + " is",
+        "prefix": capitalise(wording.statement.replace(SLOT, thing)),
+        "question": capitalise(wording.question.replace(SLOT, thing)),
+    }
+
+
+def first_hop_phrase(wording: Wording, subject: str) -> str:
+    """The phrase that stands for the bridge: "the author of Misery"."""
+    return wording.noun.replace(SLOT, subject)

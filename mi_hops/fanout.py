@@ -1,0 +1,468 @@
+"""The fan-out forward: many interventions on base prompts in one pass through the model.
+
+A sweep asks for the model's output under hundreds of interventions that differ from a *base* run
+only from some block on. Here the batch starts as the base prompts alone; at the input of block l
+one copy of its base row is appended for each intervention that first touches block l, and the
+intervention changes only its own row. Nothing below an intervention is computed twice. Where every
+intervention of a group lies at or after position p (and so does what is scored), the tokens before
+p are the base run's: their keys and values are reused and only the tail is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mi_hops.cache import Prefix
+from mi_hops.interventions import Change
+from mi_hops.model import (
+    Hook,
+    LensModel,
+    backend_of,
+    device_of,
+    dtype_of,
+    forward,
+    hook_name,
+    n_heads_of,
+    require_hooks,
+    require_layers,
+)
+from mi_hops.tokens import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Kinds whose activations can be changed; the axis of heads where there is one.
+HEAD_AXIS: dict[str, int | None] = {
+    "resid_pre": None, "resid_mid": None, "resid_post": None, "attn_out": None, "mlp_out": None,
+    "mlp_pre": None, "mlp_post": None, "q": 2, "k": 2, "v": 2, "z": 2, "pattern": 1,
+}  # fmt: skip
+
+Reduce = Callable[["Tensor", list[int]], "Tensor"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the model.
+
+    Attributes:
+        kind: activation kind, a key of `HEAD_AXIS`.
+        layer: block, from 0.
+        positions: token positions of the base prompt (query positions for ``pattern``); None for
+            all of them.
+        head: one head (a key/value head for ``k`` and ``v``), or None for all.
+    """
+
+    kind: str
+    layer: int
+    positions: tuple[int, ...] | None = None
+    head: int | None = None
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One row of a fan-out: `change` applied at every one of `sites`, on a copy of a base row.
+
+    The function sees the selected activation of its own row: ``[pos, d]``; with heads
+    ``[pos, head, d_head]`` or, one head named, ``[pos, d_head]``; patterns ``[head, query, key]``
+    or ``[query, key]``. At the first site that is the base run's activation. A sequence of
+    functions gives each site its own.
+    """
+
+    sites: tuple[Site, ...]
+    change: Change | tuple[Change, ...]
+    base: int = 0
+
+    @classmethod
+    def at(
+        cls,
+        kind: str,
+        layer: int | Iterable[int],
+        change: Change,
+        *,
+        positions: Iterable[int] | None = None,
+        head: int | None = None,
+        base: int = 0,
+    ) -> Intervention:
+        """An intervention at one layer, or the same one in a window of layers."""
+        layers = (layer,) if isinstance(layer, int) else tuple(layer)
+        where = None if positions is None else tuple(positions)
+        return cls(tuple(Site(kind, i, where, head) for i in layers), change, base)
+
+    @property
+    def pairs(self) -> list[tuple[Site, Change]]:
+        """Sites with their functions."""
+        if isinstance(self.change, tuple):
+            return list(zip(self.sites, self.change, strict=True))
+        return [(site, self.change) for site in self.sites]
+
+
+@dataclass(frozen=True)
+class FanOut:
+    """What a fan-out returns.
+
+    Attributes:
+        base: the base prompts' values, ``[base, ...]``.
+        rows: the interventions' values in the order given, ``[intervention, ...]``. The rest is
+            ``[scored, vocab]`` logits, or what `reduce` made of them.
+    """
+
+    base: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of a plan: interventions (indices) whose rows start at `start`."""
+
+    start: int
+    members: tuple[int, ...]
+
+
+def fan_out(
+    model: LensModel,
+    prompts: Batch,
+    interventions: Sequence[Intervention],
+    *,
+    scored: Sequence[Sequence[int]] | None = None,
+    reduce: Reduce | None = None,
+    max_rows: int | None = None,
+    memory: float | None = None,
+    reuse_prefix: bool = True,
+    progress: bool = False,
+) -> FanOut:
+    """Run all interventions in as few passes as the memory budget allows.
+
+    Args:
+        prompts: base prompts, right-padded (`mi_hops.tokens.pad`).
+        interventions: rows to run; none is allowed (then only the base is run).
+        scored: for each base the positions to unembed, as many for every base; default each
+            prompt's last token.
+        reduce: maps logits ``[row, scored, vocab]`` and the rows' base indices to ``[row, ...]``;
+            applied pass by pass, so that logits of all rows never exist at once. Default: keep
+            the logits.
+        max_rows: rows in one pass at the most, bases aside; default from `memory`.
+        memory: bytes that activations may take, estimated; default 1 GiB on CPU, 40% of what is
+            free on CUDA. On running out of memory a pass is halved and run again.
+        reuse_prefix: run only the tail where positions allow.
+        progress: show a progress bar over rows.
+
+    Returns:
+        `FanOut`.
+
+    Raises:
+        ValueError: an unknown kind, a layer, head or position that does not exist, a base that is
+            not there, or unequal numbers of scored positions.
+        MissingHookError: a hook point the model has not got.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    where = _scored(prompts, scored)
+    _check(model, prompts, interventions)
+    plan = plan_fan_out(
+        model, prompts, interventions, scored=where, max_rows=max_rows, memory=memory,
+        reuse_prefix=reuse_prefix,
+    )  # fmt: skip
+    reduce = reduce or (lambda logits, bases: logits)
+    out: list[Tensor | None] = [None] * len(interventions)
+    with torch.no_grad():
+        every = list(range(prompts.tokens.shape[0]))
+        base = reduce(_run(model, prompts, [], [], every, where, 0, None), every)
+        prefix = None
+        if any(p.start for p in plan):
+            prefix = Prefix(model, prompts.tokens)
+        with tqdm(total=len(interventions), disable=not progress, desc="interventions") as bar:
+            stack = list(reversed(plan))
+            while stack:
+                step = stack.pop()
+                try:
+                    values = _pass(model, prompts, interventions, step, where, prefix, reduce)
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if not _out_of_memory(error) or len(step.members) == 1:
+                        raise
+                    half = len(step.members) // 2
+                    stack.append(Pass(step.start, step.members[half:]))
+                    stack.append(Pass(step.start, step.members[:half]))
+                    continue
+                for i, value in zip(step.members, values, strict=True):
+                    out[i] = value
+                bar.update(len(step.members))
+    found = [v for v in out if v is not None]
+    return FanOut(base, torch.stack(found) if found else base[:0])
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        sign in text for sign in ("out of memory", "can't allocate memory")
+    )
+
+
+def _scored(prompts: Batch, scored: Sequence[Sequence[int]] | None) -> list[list[int]]:
+    lengths = prompts.lengths.tolist()
+    if scored is None:
+        return [[n - 1] for n in lengths]
+    rows = [list(r) for r in scored]
+    if len(rows) != len(lengths) or len({len(r) for r in rows}) != 1 or not rows[0]:
+        raise ValueError(
+            f"scored must give every one of the {len(lengths)} prompts equally many positions (at "
+            f"least one); got {[len(r) for r in rows]}"
+        )
+    for row, n in zip(rows, lengths, strict=True):
+        if not all(0 <= p < n for p in row):
+            raise ValueError(f"scored positions {row} are outside a prompt of {n} tokens")
+    return rows
+
+
+def _check(model: LensModel, prompts: Batch, interventions: Sequence[Intervention]) -> None:
+    """Everything wrong with the sites, before anything runs."""
+    lengths = prompts.lengths.tolist()
+    seen: set[tuple[Site, int]] = set()
+    for item in interventions:
+        if not item.sites:
+            raise ValueError("an intervention without a site; name at least one")
+        if not 0 <= item.base < len(lengths):
+            raise ValueError(f"base {item.base} of an intervention: there are {len(lengths)}")
+        seen.update((site, item.base) for site in item.sites)
+    for site, base in seen:
+        if site.kind not in HEAD_AXIS:
+            raise ValueError(f"cannot change {site.kind!r}; expected one of {list(HEAD_AXIS)}")
+        require_layers(model, [site.layer])
+        if site.head is not None:
+            n_heads = n_heads_of(model, site.kind)
+            if HEAD_AXIS[site.kind] is None:
+                raise ValueError(f"{site.kind!r} has no head axis, but head {site.head} was named")
+            if not 0 <= site.head < n_heads:
+                raise ValueError(
+                    f"head {site.head} of {site.kind!r} is out of range; it has heads "
+                    f"0..{n_heads - 1} (key/value heads are counted as they are)"
+                )
+        if site.positions is not None:
+            wrong = [p for p in site.positions if not 0 <= p < lengths[base]]
+            if wrong or not site.positions:
+                raise ValueError(
+                    f"positions {list(site.positions)} of {site.kind!r} do not fit a prompt of "
+                    f"{lengths[base]} tokens"
+                )
+    require_hooks(model, {hook_name(site.kind, site.layer) for site, _ in seen})
+
+
+# -- planning ------------------------------------------------------------------------------------
+
+
+def plan_fan_out(
+    model: LensModel,
+    prompts: Batch,
+    interventions: Sequence[Intervention],
+    *,
+    scored: Sequence[Sequence[int]] | None = None,
+    max_rows: int | None = None,
+    memory: float | None = None,
+    reuse_prefix: bool = True,
+) -> list[Pass]:
+    """The passes a fan-out will make; nothing runs."""
+    where = _scored(prompts, scored)
+    firsts = [_first_layer(model, item) for item in interventions]
+    starts = [_start(item, where[item.base]) if reuse_prefix else 0 for item in interventions]
+    width = prompts.tokens.shape[1]
+    limit = max_rows or _rows_within(model, width, len(where[0]), memory)
+    if limit < 1:
+        raise ValueError(f"max_rows is {max_rows}; expected at least 1")
+    passes = []
+    for start, members in _groups(starts, firsts, width, model.cfg.n_layers, prompts):
+        members.sort(key=lambda i: (firsts[i], interventions[i].base, i))
+        for low in range(0, len(members), limit):
+            passes.append(Pass(start, tuple(members[low : low + limit])))
+    return passes
+
+
+def _site(model: LensModel, site: Site) -> Site:
+    """The output of a block is the input of the next; there a row joins one block later."""
+    if site.kind == "resid_post" and site.layer + 1 < model.cfg.n_layers:
+        return Site("resid_pre", site.layer + 1, site.positions, site.head)
+    return site
+
+
+def _first_layer(model: LensModel, item: Intervention) -> int:
+    return min(_site(model, site).layer for site in item.sites)
+
+
+def _start(item: Intervention, scored: Sequence[int]) -> int:
+    """The first position whose value can differ from the base's, or is needed."""
+    touched = [0 if s.positions is None else min(s.positions) for s in item.sites]
+    return min(*touched, *scored)
+
+
+# A pass costs about as much as this many tokens through every block, whatever its size.
+_OVERHEAD_TOKENS = 48
+
+
+def _groups(
+    starts: list[int], firsts: list[int], width: int, n_layers: int, prompts: Batch
+) -> list[tuple[int, list[int]]]:
+    """Partition rows by the position they start at so that the tokens computed are fewest.
+
+    A group runs from its smallest start. Dynamic programming over the distinct starts, of which at
+    most 32 are kept apart.
+    """
+    if not starts:
+        return []
+    distinct = sorted(set(starts))
+    if len(distinct) > 32:
+        step = len(distinct) / 32
+        distinct = sorted({distinct[int(i * step)] for i in range(32)})
+    rows: dict[int, list[int]] = {s: [] for s in distinct}
+    for i, start in enumerate(starts):
+        rows[max(s for s in distinct if s <= start)].append(i)
+    blocks = [sum(n_layers - firsts[i] for i in rows[s]) for s in distinct]
+    fixed = n_layers * (_OVERHEAD_TOKENS + prompts.tokens.shape[0])
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for end in range(1, len(distinct) + 1):
+        options = []
+        for begin in range(end):
+            tokens = (width - distinct[begin]) * sum(blocks[begin:end])
+            options.append((best[begin][0] + tokens + fixed, begin))
+        best.append(min(options))
+    groups = []
+    end = len(distinct)
+    while end:
+        begin = best[end][1]
+        groups.append((distinct[begin], [i for s in distinct[begin:end] for i in rows[s]]))
+        end = begin
+    return groups[::-1]
+
+
+def _rows_within(model: LensModel, width: int, n_scored: int, memory: float | None) -> int:
+    import torch
+
+    if memory is None:
+        device = device_of(model)
+        memory = 0.4 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**30
+    return max(1, int(memory / row_bytes(model, width, n_scored)))
+
+
+def row_bytes(model: LensModel, width: int, n_scored: int) -> int:
+    """Estimated bytes that one row of `width` tokens needs at its widest moment."""
+    cfg = model.cfg
+    size = dtype_of(model).itemsize
+    d_mlp = getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
+    attention = 4 * cfg.n_heads * (cfg.d_head + width)
+    token = size * (6 * cfg.d_model + max(3 * d_mlp, attention))
+    return width * token + n_scored * cfg.d_vocab * (size + 4)
+
+
+# -- running -------------------------------------------------------------------------------------
+
+
+def _pass(
+    model: LensModel,
+    prompts: Batch,
+    interventions: Sequence[Intervention],
+    step: Pass,
+    scored: list[list[int]],
+    prefix: Prefix | None,
+    reduce: Reduce,
+) -> Tensor:
+    items = [interventions[i] for i in step.members]
+    bases = sorted({item.base for item in items})
+    parents = [bases.index(item.base) for item in items]
+    logits = _run(model, prompts, items, parents, bases, scored, step.start, prefix)
+    return reduce(logits[len(bases) :], [item.base for item in items])
+
+
+def _run(
+    model: LensModel,
+    prompts: Batch,
+    items: Sequence[Intervention],
+    parents: list[int],
+    bases: list[int],
+    scored: list[list[int]],
+    start: int,
+    prefix: Prefix | None,
+) -> Tensor:
+    """One pass; logits ``[bases + items, scored, vocab]``. `items` are sorted by first layer."""
+    import torch
+
+    view = prefix.view(bases, start) if prefix is not None and start else None
+    hooks = _growth_hooks(model, items, parents, view)
+    hooks += _change_hooks(model, items, len(bases), start)
+    device = device_of(model)
+    rows = [*bases, *(item.base for item in items)]
+    where = torch.tensor([[p - start for p in scored[b]] for b in rows], device=device)
+    picker = torch.arange(len(rows), device=device)[:, None]
+
+    def keep_scored(x: Tensor) -> Tensor:
+        return x[picker.to(x.device), where.to(x.device)]
+
+    hooks.append((_last_hook(model), keep_scored))
+    tokens = prompts.tokens[bases, start:].to(device)
+    return forward(model, tokens, hooks=hooks, cache=view, grows=bool(items))
+
+
+def _last_hook(model: LensModel) -> str:
+    # Only scored positions are unembedded. The GPT-2 Bridge reshapes the final norm's output to the
+    # input's shape, so there the cut comes right before the unembedding.
+    if backend_of(model) == "bridge":
+        return "unembed.hook_in"
+    return hook_name("resid_post", model.cfg.n_layers - 1)
+
+
+def _growth_hooks(
+    model: LensModel, items: Sequence[Intervention], parents: list[int], view: Any
+) -> list[Hook]:
+    joining: dict[int, list[int]] = {}
+    for item, parent in zip(items, parents, strict=True):
+        joining.setdefault(_first_layer(model, item), []).append(parent)
+
+    def grow(new: list[int]) -> Callable[[Tensor], Tensor]:
+        def fn(x: Tensor) -> Tensor:
+            import torch
+
+            if view is not None:
+                view.rows += new
+            return torch.cat([x, x[new]])
+
+        return fn
+
+    return [(hook_name("resid_pre", layer), grow(new)) for layer, new in sorted(joining.items())]
+
+
+def _change_hooks(
+    model: LensModel, items: Sequence[Intervention], n_bases: int, start: int
+) -> list[Hook]:
+    by_name: dict[str, list[tuple[int, Site, Change]]] = {}
+    for row, item in enumerate(items, start=n_bases):
+        for site, change in item.pairs:
+            site = _site(model, site)
+            name = hook_name(site.kind, site.layer)
+            by_name.setdefault(name, []).append((row, site, change))
+
+    def apply(todo: list[tuple[int, Site, Change]]) -> Callable[[Tensor], Tensor]:
+        def fn(x: Tensor) -> Tensor:
+            x = x.clone()
+            for row, site, change in todo:
+                index = _index(row, site, start)
+                x[index] = change(x[index])
+            return x
+
+        return fn
+
+    return [(name, apply(todo)) for name, todo in by_name.items()]
+
+
+def _index(row: int, site: Site, start: int) -> tuple[Any, ...]:
+    """What of a hook's activation an intervention sees, as an index."""
+    where: Any = slice(None)
+    if site.positions is not None:
+        shifted = [p - start for p in site.positions]
+        contiguous = shifted == list(range(shifted[0], shifted[-1] + 1))
+        where = slice(shifted[0], shifted[-1] + 1) if contiguous else shifted
+    head: Any = slice(None) if site.head is None else site.head
+    axis = HEAD_AXIS[site.kind]
+    if axis is None:
+        return (row, where)
+    return (row, head, where) if axis == 1 else (row, where, head)

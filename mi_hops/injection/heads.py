@@ -1,0 +1,215 @@
+"""Which heads matter: ablate them one by one, or give a memory to one head at a time.
+
+A whole memory added to "a head's output" is the same for every head, for head outputs are summed;
+so the published head numbers are labels only. Here a head gets the part of the memory that it can
+write itself (`encodings.restrict_to_heads`), and ablation takes away what it wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from mi_hops.fanout import Intervention, Site
+from mi_hops.injection.cases import Case, make_cases, run_cases
+from mi_hops.injection.controls import control_texts
+from mi_hops.injection.encodings import Encoding, Pooling, encode_memories, restrict_to_heads
+from mi_hops.injection.grid import DEFAULT_METRICS
+from mi_hops.injection.memory import Place, scaled
+from mi_hops.interventions import ablate
+from mi_hops.metrics import MetricLike, get_metrics
+from mi_hops.model import LensModel, capture, hook_name, provenance, require_layers
+from mi_hops.results import Result
+from mi_hops.tokens import batches
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mi_hops.facts.fact import TwoHopFact
+    from mi_hops.interventions import Change
+
+_DIMS = ("example", "layer", "head")
+
+
+def head_ablation(
+    model: LensModel,
+    facts: Sequence[TwoHopFact],
+    *,
+    layers: Sequence[int] | None = None,
+    positions: Place = "prompt",
+    mode: Literal["mean", "zero"] = "mean",
+    form: str | None = None,
+    metrics: MetricLike | Sequence[MetricLike] = DEFAULT_METRICS,
+    facts_per_pass: int = 8,
+    max_rows: int | None = None,
+    memory: float | None = None,
+    progress: bool = False,
+) -> Result:
+    """Scores of two-hop prompts with one head's z taken away.
+
+    Args:
+        positions: where the head is ablated (`memory.Place`).
+        mode: ``"zero"``, or ``"mean"``: put the mean z of that head over all ablated positions of
+            the given facts in its place, so that what all prompts share stays.
+        layers, form, metrics, facts_per_pass, max_rows, memory: as in `grid.injection_grid`.
+
+    Returns:
+        Result with one variable a metric (``example, layer, head``) and the baseline
+        ``{metric}_before`` (``example``).
+
+    Raises:
+        ValueError: an unknown mode, a layer out of range, or no fact that can be run.
+    """
+    if mode not in ("mean", "zero"):
+        raise ValueError(f"mode is {mode!r}; expected 'mean' or 'zero'")
+    wanted = get_metrics(metrics)
+    chosen = _layers(model, layers)
+    cases, skipped = make_cases(model, facts, form=form, positions=positions, metrics=wanted)
+    heads = range(int(model.cfg.n_heads))
+    means = _mean_z(model, cases, chosen) if mode == "mean" else {}
+
+    def rows_of(i: int, case: Case, base: int) -> list[Intervention]:
+        return [
+            Intervention.at(
+                "z", layer, ablate(means[layer][head] if means else None),
+                positions=case.where, head=head, base=base,
+            )
+            for layer in chosen
+            for head in heads
+        ]  # fmt: skip
+
+    before, after = run_cases(
+        model, cases, rows_of, wanted, facts_per_pass=facts_per_pass, max_rows=max_rows,
+        memory=memory, progress=progress, label="head ablation",
+    )  # fmt: skip
+    after = after.reshape(len(cases), len(chosen), len(heads), len(wanted))
+    return Result.from_arrays(
+        {m.name: (_DIMS, after[..., k]) for k, m in enumerate(wanted)},
+        coords={"example": [c.fact.id for c in cases], "layer": chosen, "head": heads},
+        baselines={f"{m.name}_before": ("example", before[:, k]) for k, m in enumerate(wanted)},
+        units={m.name: m.unit for m in wanted} | {f"{m.name}_before": m.unit for m in wanted},
+        title=f"{mode} ablation of one head at positions {positions}",
+        skipped=skipped,
+        provenance=provenance(
+            model, method="head_ablation", mode=mode, positions=str(positions), form=form
+        ),
+    )  # fmt: skip
+
+
+def head_injection(
+    model: LensModel,
+    facts: Sequence[TwoHopFact],
+    *,
+    strength: float,
+    layers: Sequence[int] | None = None,
+    encoding: Encoding = "unembed",
+    positions: Place = "all",
+    controls: Sequence[str] = ("permuted_bridge",),
+    relative: bool = False,
+    form: str | None = None,
+    metrics: MetricLike | Sequence[MetricLike] = DEFAULT_METRICS,
+    pooling: Pooling = "set",
+    seed: int = 0,
+    facts_per_pass: int = 8,
+    max_rows: int | None = None,
+    memory: float | None = None,
+    progress: bool = False,
+) -> Result:
+    """Scores under a memory given to one head at a time, as far as that head can write it.
+
+    Args:
+        strength: one factor for all heads; with `relative` in units of the attention output's norm,
+            so that every head writes equally much.
+        controls: texts of `controls.CONTROLS` (not ``norm_matched``).
+        layers, encoding, positions, form, metrics, pooling, seed: as in `grid.injection_grid`.
+
+    Returns:
+        As `head_ablation`, with a dimension ``memory`` after ``example``.
+
+    Raises:
+        ValueError: see `grid.injection_grid`.
+    """
+    import torch
+
+    if "norm_matched" in controls:
+        raise ValueError("a random direction is no memory of a head; leave norm_matched out")
+    wanted = get_metrics(metrics)
+    chosen = _layers(model, layers)
+    cases, skipped = make_cases(model, facts, form=form, positions=positions, metrics=wanted)
+    texts = control_texts(model, [c.fact for c in cases], controls, seed=seed)
+    heads = range(int(model.cfg.n_heads))
+    vectors = torch.stack(
+        [encode_memories(model, column, encoding, pooling=pooling) for column in texts.values()]
+    )
+    parts = torch.stack([restrict_to_heads(model, vectors, [h]) for h in heads])
+
+    def rows_of(i: int, case: Case, base: int) -> list[Intervention]:
+        return [
+            Intervention(
+                (Site("attn_out", layer, case.where),),
+                _adding(parts[head, m, i, layer], strength, relative),
+                base,
+            )
+            for m in range(len(texts))
+            for layer in chosen
+            for head in heads
+        ]
+
+    before, after = run_cases(
+        model, cases, rows_of, wanted, facts_per_pass=facts_per_pass, max_rows=max_rows,
+        memory=memory, progress=progress, label="head injection",
+    )  # fmt: skip
+    after = after.reshape(len(cases), len(texts), len(chosen), len(heads), len(wanted))
+    dims = ("example", "memory", *_DIMS[1:])
+    return Result.from_arrays(
+        {m.name: (dims, after[..., k]) for k, m in enumerate(wanted)},
+        coords={
+            "example": [c.fact.id for c in cases], "memory": list(texts), "layer": chosen,
+            "head": heads,
+        },
+        baselines={f"{m.name}_before": ("example", before[:, k]) for k, m in enumerate(wanted)},
+        units={m.name: m.unit for m in wanted} | {f"{m.name}_before": m.unit for m in wanted},
+        title=f"{encoding} memory given to one head, strength {strength:g}",
+        skipped=skipped,
+        provenance=provenance(
+            model, method="head_injection", strength=strength, encoding=encoding, relative=relative,
+            positions=str(positions), pooling=pooling, form=form, seed=seed,
+        ),
+    )  # fmt: skip
+
+
+def _adding(vector: Tensor, strength: float, relative: bool) -> Change:
+    def change(x: Tensor) -> Tensor:
+        return x + scaled(vector, x, strength, relative=relative)
+
+    return change
+
+
+def _layers(model: LensModel, layers: Sequence[int] | None) -> list[int]:
+    chosen = list(range(int(model.cfg.n_layers))) if layers is None else list(layers)
+    if not chosen:
+        raise ValueError("layers is empty; name at least one, or pass None for all")
+    require_layers(model, chosen)
+    return chosen
+
+
+def _mean_z(model: LensModel, cases: Sequence[Case], layers: Sequence[int]) -> dict[int, Tensor]:
+    """Layer -> mean z ``[head, d_head]`` over the positions to be ablated, each counted once."""
+    import torch
+
+    names = {layer: hook_name("z", layer) for layer in layers}
+    sums: dict[int, Tensor] = {}
+    count = 0
+    with torch.no_grad():
+        for chosen, batch in batches([c.ids for c in cases], 64):
+            found, _ = capture(model, batch.tokens, names.values())
+            rows, columns = torch.tensor(
+                [(r, p) for r, i in enumerate(chosen) for p in cases[i].where]
+            ).T
+            count += len(rows)
+            for layer, name in names.items():
+                z = found[name]
+                part = z[rows.to(z.device), columns.to(z.device)]
+                total = part.to(torch.promote_types(z.dtype, torch.float32)).sum(0)
+                sums[layer] = sums[layer] + total if layer in sums else total
+    return {layer: total / count for layer, total in sums.items()}

@@ -1,0 +1,370 @@
+"""Memory injection: add tau * B to an activation while a prompt runs.
+
+Source: *Memory Injections: Correcting Multi-Hop Reasoning Failures during Inference*
+(Sakarvadia et al. 2023, arXiv 2309.05605). The published code adds tau * B to one head's output,
+which equals adding it at ``attn_out`` of that layer, at every position; that is the default here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from mi_hops.injection.encodings import (
+    Encoding,
+    Pooling,
+    check_encoding,
+    encode_memories,
+    restrict_to_heads,
+)
+from mi_hops.model import Hook, LensModel, hook_name, hooked, require_hooks, require_layers
+from mi_hops.repair import Rows
+from mi_hops.tokens import Prompt, TokenError, Where, encode, find_text, last_position, positions
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from mi_hops.facts.fact import TwoHopFact
+
+#: Where a memory goes. ``"all"``: every token, the answer's and generated ones included (as
+#: published); ``"prompt"``: every token of the prompt; ``"last"``: the prompt's last; ``"first hop"``:
+#: the last token of the fact's first-hop phrase; else an index, a slice or a substring of the prompt
+#: (all tokens that it covers), or a list of any of these.
+Place = Where | Sequence[Where]
+
+#: Hook points of width d_model that a memory can be added to.
+KINDS = ("attn_out", "resid_pre", "resid_mid", "resid_post", "mlp_out")
+
+#: Which memory a fact gets: a named one, or a function giving one text or several.
+Chooser = Literal["bridge", "answer"] | Callable[["TwoHopFact"], "str | Sequence[str]"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is injected for one fact: the state of a `MemoryInjection`.
+
+    Attributes:
+        texts: the memories; several are added up.
+        vectors: ``[layer, d_model]``, one for each layer of the model.
+        first_hop: the phrase whose last token ``"first hop"`` means; may be empty.
+    """
+
+    texts: tuple[str, ...]
+    vectors: Float[Tensor, "layer d_model"]
+    first_hop: str = ""
+
+    def times(self, factor: float) -> Memory:
+        """The memory with its own strength; a negative one suppresses what it says.
+
+        So rows of one batch can be corrected, repaired and suppressed at once. Under a relative
+        strength only the sign of `factor` counts.
+        """
+        return replace(self, vectors=factor * self.vectors)
+
+
+@dataclass(frozen=True)
+class MemoryInjection:
+    """A memory injection as a `repair.Repair`.
+
+    Args:
+        layers: one layer, or several at once.
+        strength: tau, the factor of the vector; one for all layers, or one for each.
+        encoding, pooling, leading_space: see `encodings.encode_memories`.
+        positions: see `Place`. The right places are found in every row, with earlier tokens in a
+            cache or not.
+        relative: scale the vector to the activation's norm at the place where it is added, so that
+            strength 1 means "as long as what is there".
+        memory: which text a fact gets; a function may return several, which are added up.
+        kind: where it is added, one of `KINDS`.
+        heads: add only the part that these heads can write (`encodings.restrict_to_heads`).
+        absent: what to do with a prompt that lacks the first hop or substring: refuse, or leave
+            the row as it is.
+
+    Raises:
+        ValueError: an unknown encoding, pooling, kind or `absent`; no layer; a number of strengths
+            that does not fit the layers; heads with another kind than attn_out.
+    """
+
+    layers: int | Sequence[int]
+    strength: float | Sequence[float]
+    encoding: Encoding = "unembed"
+    positions: Place = "all"
+    relative: bool = False
+    memory: Chooser = "bridge"
+    kind: str = "attn_out"
+    heads: Sequence[int] | None = None
+    pooling: Pooling = "set"
+    leading_space: bool = False
+    absent: Literal["raise", "leave"] = "raise"
+
+    def __post_init__(self) -> None:
+        check_encoding(self.encoding, self.pooling)
+        layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+        if not layers or len(set(layers)) < len(layers):
+            raise ValueError(f"layers is {self.layers}; expected one or more, each once")
+        one = isinstance(self.strength, int | float)
+        strengths = (self.strength,) * len(layers) if one else tuple(self.strength)  # type: ignore[arg-type]
+        if len(strengths) != len(layers):
+            raise ValueError(f"{len(layers)} layers and {len(strengths)} strengths; give one each")
+        if self.kind not in KINDS:
+            raise ValueError(f"cannot inject at {self.kind!r}; expected one of {list(KINDS)}")
+        if self.heads is not None and self.kind != "attn_out":
+            raise ValueError(f"heads write to attn_out, not to {self.kind!r}")
+        if self.absent not in ("raise", "leave"):
+            raise ValueError(f"absent is {self.absent!r}; expected 'raise' or 'leave'")
+        if self.memory not in ("bridge", "answer") and not callable(self.memory):
+            raise ValueError(
+                f"memory is {self.memory!r}; expected 'bridge', 'answer' or a function of a fact"
+            )
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "strength", tuple(float(s) for s in strengths))  # type: ignore[arg-type]
+        if self.heads is not None:
+            object.__setattr__(self, "heads", tuple(self.heads))
+
+    @property
+    def name(self) -> str:
+        """Label with encoding, layers and strengths."""
+        pairs = [f"L{layer} x{s:g}" for layer, s in zip(self._layers, self._strengths, strict=True)]
+        return f"inject {self.encoding} {' '.join(pairs)}"
+
+    @property
+    def _layers(self) -> tuple[int, ...]:
+        return tuple(self.layers)  # type: ignore[arg-type]
+
+    @property
+    def _strengths(self) -> tuple[float, ...]:
+        return tuple(self.strength)  # type: ignore[arg-type]
+
+    def fit(self, model: LensModel, facts: Sequence[TwoHopFact]) -> list[Memory]:
+        """One `Memory` a fact.
+
+        Raises:
+            ValueError: a layer or head the model has not got; see also `encode_memories`.
+            TokenError: an empty memory, or one longer than the context (layer-wise encodings).
+        """
+        chosen = [_chosen(self.memory, fact) for fact in facts]
+        return self.fit_texts(model, chosen, first_hops=[fact.first_hop for fact in facts])
+
+    def fit_texts(
+        self,
+        model: LensModel,
+        memories: Sequence[str | Sequence[str]],
+        *,
+        first_hops: Sequence[str] | None = None,
+    ) -> list[Memory]:
+        """One `Memory` for each text or group of texts, without facts."""
+        require_layers(model, self._layers)
+        require_hooks(model, [hook_name(self.kind, layer) for layer in self._layers])
+        groups = [(m,) if isinstance(m, str) else tuple(m) for m in memories]
+        if empty := [i for i, group in enumerate(groups) if not group]:
+            raise TokenError(f"memory {empty[0]} has no text; there is nothing to inject")
+        if not groups:
+            return []
+        phrases = list(first_hops) if first_hops is not None else [""] * len(groups)
+        if len(phrases) != len(groups):
+            raise ValueError(f"got {len(groups)} memories and {len(phrases)} first hops")
+        distinct = list(dict.fromkeys(text for group in groups for text in group))
+        vectors = encode_memories(
+            model, distinct, self.encoding, pooling=self.pooling, leading_space=self.leading_space
+        )
+        if self.heads is not None:
+            vectors = restrict_to_heads(model, vectors, list(self.heads))
+        at = {text: i for i, text in enumerate(distinct)}
+        return [
+            Memory(group, vectors[[at[text] for text in group]].sum(0), phrase)
+            for group, phrase in zip(groups, phrases, strict=True)
+        ]
+
+    def hooks(self, model: LensModel, states: Sequence[Memory | None], rows: Rows) -> list[Hook]:
+        """Hooks that add each row's memory at that row's own positions of this pass.
+
+        Raises:
+            TokenError: a prompt without the position asked for, unless ``absent="leave"``.
+        """
+        if len(states) != len(rows.prompts):
+            raise ValueError(f"got {len(states)} states for {len(rows.prompts)} rows")
+        cells: list[tuple[int, int]] = []
+        for row, (state, prompt) in enumerate(zip(states, rows.prompts, strict=True)):
+            if state is None:
+                continue
+            try:
+                where = places(prompt, self.positions, state.first_hop)
+            except TokenError:
+                if self.absent == "raise":
+                    raise
+                continue
+            if "all" in _parts(self.positions):
+                # What follows the prompt: an answer's tokens, or generated ones.
+                where = (*where, *range(len(prompt), rows.offset + rows.width))
+            here = sorted({p - rows.offset for p in where})
+            cells += [(row, p) for p in here if 0 <= p < rows.width]
+        if not cells:
+            return []
+        made: list[Hook] = []
+        for layer, strength in zip(self._layers, self._strengths, strict=True):
+            vectors = [states[row].vectors[layer] for row, _ in cells]  # type: ignore[union-attr]
+            made.append(
+                (
+                    hook_name(self.kind, layer),
+                    _adder(cells, vectors, strength, relative=self.relative),
+                )
+            )
+        return made
+
+
+def _chosen(memory: Chooser, fact: TwoHopFact) -> str | Sequence[str]:
+    if callable(memory):
+        return memory(fact)
+    return fact.bridge if memory == "bridge" else fact.answer
+
+
+def _parts(place: Place) -> list[Where]:
+    return list(place) if isinstance(place, Sequence) and not isinstance(place, str) else [place]
+
+
+def places(prompt: Prompt, place: Place, first_hop: str = "") -> tuple[int, ...]:
+    """Positions of a `Place` within the prompt, in order, each once.
+
+    Raises:
+        TokenError: a position, substring or first hop that the prompt has not got.
+    """
+    found: set[int] = set()
+    for part in _parts(place):
+        if isinstance(part, str) and part in ("all", "prompt"):
+            found.update(range(len(prompt)))
+        elif isinstance(part, str) and part == "last":
+            found.add(prompt.last)
+        elif isinstance(part, str) and part == "first hop":
+            if not first_hop:
+                raise TokenError(
+                    "the position 'first hop' needs the phrase; fit the injection to facts, or "
+                    "pass first_hops"
+                )
+            find_text(prompt.text, first_hop)
+            found.add(last_position(prompt, first_hop))
+        else:
+            found.update(positions(prompt, part))
+    if not found:
+        raise TokenError(f"{place!r} names no position")
+    return tuple(sorted(found))
+
+
+def scaled(vector: Tensor, x: Tensor, strength: float, *, relative: bool) -> Tensor:
+    """What is added to activations ``[..., d_model]``: strength * vector, or strength * |x| * unit."""
+    import torch
+
+    wide = torch.promote_types(x.dtype, torch.float32)
+    vector = vector.to(x.device, wide)
+    if relative:
+        length = vector.norm(dim=-1, keepdim=True)
+        unit = vector / length.clamp_min(torch.finfo(wide).tiny)
+        vector = unit * x.to(wide).norm(dim=-1, keepdim=True)
+    return (strength * vector).to(x.dtype)
+
+
+def _adder(
+    cells: Sequence[tuple[int, int]], vectors: Sequence[Tensor], strength: float, *, relative: bool
+) -> Callable[[Tensor], Tensor]:
+    import torch
+
+    rows, columns = torch.tensor(list(cells)).T
+    stacked = torch.stack(list(vectors))
+
+    def add(x: Tensor) -> Tensor:
+        index = (rows.to(x.device), columns.to(x.device))
+        out = x.clone()
+        out[index] = x[index] + scaled(stacked, x[index], strength, relative=relative)
+        return out
+
+    return add
+
+
+@contextmanager
+def inject(
+    model: LensModel,
+    memory: str | Sequence[str],
+    *,
+    layers: int | Sequence[int],
+    strength: float | Sequence[float],
+    prompts: str | Prompt | Sequence[str | Prompt] | None = None,
+    encoding: Encoding = "unembed",
+    positions: Place = "all",
+    relative: bool = False,
+    kind: str = "attn_out",
+    heads: Sequence[int] | None = None,
+    pooling: Pooling = "set",
+    leading_space: bool = False,
+) -> Iterator[None]:
+    """A memory over every call of the model within a ``with`` block; nothing stays behind.
+
+    Args:
+        memory: one text, or several whose vectors are added up.
+        prompts: the prompts that will be run, padded on the right, as `tokens.encode` makes them
+            (BOS first); needed for any other `positions` than ``"all"``. Without them the memory is
+            added at every position of every row: run prompts of one length, or one.
+        layers, strength, encoding, positions, relative, kind, heads, pooling, leading_space: as in
+            `MemoryInjection`.
+
+    Raises:
+        ValueError: a layer out of range, an unknown encoding, positions that need prompts, or a
+            batch of another number of rows than there are prompts.
+        TokenError: an empty memory, or a prompt without the position.
+        RuntimeError: nothing was run within the block.
+    """
+    repair = MemoryInjection(
+        layers, strength, encoding=encoding, positions=positions, relative=relative, kind=kind,
+        heads=heads, pooling=pooling, leading_space=leading_space,
+    )  # fmt: skip
+    (state,) = repair.fit_texts(model, [memory])
+    if prompts is None:
+        if _parts(positions) != ["all"]:
+            raise ValueError(f"positions {positions!r} are found in prompts; pass prompts=")
+        hooks: list[Hook] = [
+            (hook_name(kind, layer), _everywhere(state.vectors[layer], s, relative))
+            for layer, s in zip(repair._layers, repair._strengths, strict=True)
+        ]
+    else:
+        given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
+        known = tuple(encode(model, p) if isinstance(p, str) else p for p in given)
+        cells = [(row, p) for row, prompt in enumerate(known) for p in places(prompt, positions)]
+        hooks = [
+            (
+                hook_name(kind, layer),
+                _checked(cells, state.vectors[layer], s, relative, known),
+            )
+            for layer, s in zip(repair._layers, repair._strengths, strict=True)
+        ]
+    with hooked(model, hooks):
+        yield
+
+
+def _everywhere(vector: Tensor, strength: float, relative: bool) -> Callable[[Tensor], Tensor]:
+    def add(x: Tensor) -> Tensor:
+        return x + scaled(vector, x, strength, relative=relative)
+
+    return add
+
+
+def _checked(
+    cells: Sequence[tuple[int, int]],
+    vector: Tensor,
+    strength: float,
+    relative: bool,
+    prompts: Sequence[Prompt],
+) -> Callable[[Tensor], Tensor]:
+    act = _adder(cells, [vector] * len(cells), strength, relative=relative)
+    widest = max(len(p) for p in prompts)
+
+    def add(x: Tensor) -> Tensor:
+        if x.shape[0] != len(prompts) or x.shape[1] < widest:
+            raise ValueError(
+                f"the injection was made for {len(prompts)} prompts of up to {widest} tokens, the "
+                f"model is run on {tuple(x.shape[:2])}; run the same prompts, padded on the right "
+                "(mi_hops.generate takes an injection as a repair, with its cache)"
+            )
+        return act(x)
+
+    return add

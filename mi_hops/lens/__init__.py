@@ -1,0 +1,1 @@
+"""Lenses: what the activations of a model say when they are read as vocabulary."""

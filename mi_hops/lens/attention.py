@@ -1,0 +1,204 @@
+"""The attention lens: a learned map from each head's output to the vocabulary.
+
+Source: *Attention Lens* (Sakarvadia et al. 2023, arXiv 2310.16270). The published lens of a head is
+an affine map d -> V of its own (38.6M numbers a head for GPT-2 small), started at W_U and trained so
+that the *sum* of a layer's heads gives the model's output. That supervises the sum only; how it is
+split among heads is left to the start. Two other objectives are offered, and two smaller layouts:
+
+* ``full``: A [d, V] and c [V] for each head, as published;
+* ``low_rank``: W_U + P Q with P [d, r], Q [r, V];
+* ``translator``: (I + T) W_U with T [d, d], or of rank r, the vocabulary side shared.
+
+All are the logit lens of the head's output before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from mi_hops.lens.reading import check_layers
+from mi_hops.lens.trained import Example, TrainedLens, kl
+from mi_hops.model import LensModel, device_of, dtype_of, unembedding
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+Variant = Literal["full", "low_rank", "translator"]
+VARIANTS: tuple[Variant, ...] = ("translator", "low_rank", "full")
+
+#: ``sum``: the heads' summed logits give the output (published); ``each``: every head's own do;
+#: ``leave_one_out``: added to the logits of the model run without it, every head's own do.
+OBJECTIVES = ("sum", "each", "leave_one_out")
+
+
+class AttentionLens(TrainedLens):
+    """A lens for every head of some layers; reads ``head_out``.
+
+    Args:
+        layers: default all. A full lens of one layer is 12 x 38.6M numbers for GPT-2 small.
+        variant: see the module.
+        rank: of ``low_rank`` (default 8) and of ``translator`` (default None: a full d x d one).
+        norm: apply the final norm to what the head wrote (translated, if so) before the vocabulary.
+            Published: no.
+        seed: of the random half of low-rank parts (the other half starts at 0).
+
+    Raises:
+        ValueError: an unknown variant, a rank where it does not belong, a layer out of range.
+    """
+
+    type_name: ClassVar[str] = "attention"
+    kind = "head_out"
+
+    def __init__(
+        self,
+        model: LensModel,
+        *,
+        layers: Sequence[int] | None = None,
+        variant: Variant = "translator",
+        rank: int | None = None,
+        norm: bool = False,
+        seed: int = 0,
+    ) -> None:
+        import torch
+
+        chosen = check_layers(model, self.kind, layers)
+        if variant not in VARIANTS:
+            raise ValueError(f"unknown variant {variant!r}; expected one of {list(VARIANTS)}")
+        if variant == "full" and rank is not None:
+            raise ValueError("a full attention lens has no rank; leave it out")
+        if variant == "low_rank" and rank is None:
+            rank = 8
+        d, vocab = int(model.cfg.d_model), int(model.cfg.d_vocab)
+        if rank is not None and not 1 <= rank <= d:
+            raise ValueError(f"rank is {rank}; expected 1..{d}")
+        self.variant, self.rank, self.norm = variant, rank, norm
+        options: dict[str, Any] = {
+            "dtype": torch.promote_types(dtype_of(model), torch.float32),
+            "device": device_of(model),
+        }
+        shape = (len(chosen), int(model.cfg.n_heads))
+        parameters: dict[str, Tensor] = {}
+        if variant == "full":
+            weight, bias = unembedding(model)
+            parameters["weight"] = weight.to(**options).expand(*shape, d, vocab).clone()
+            parameters["bias"] = bias.to(**options).expand(*shape, vocab).clone()
+        elif variant == "translator" and rank is None:
+            parameters["weight"] = torch.zeros(*shape, d, d, **options)
+        else:
+            assert rank is not None  # set above
+            generator = torch.Generator().manual_seed(seed)
+            down = torch.randn(*shape, d, rank, generator=generator) / d**0.5
+            parameters["down"] = down.to(**options)
+            width = d if variant == "translator" else vocab
+            parameters["up"] = torch.zeros(*shape, rank, width, **options)
+        if variant == "translator":
+            parameters["shift"] = torch.zeros(*shape, d, **options)
+        super().__init__(model, chosen, parameters)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Layers, variant, rank, norm."""
+        return {
+            "layers": list(self.layers), "variant": self.variant, "rank": self.rank,
+            "norm": self.norm,
+        }  # fmt: skip
+
+    @classmethod
+    def from_settings(cls, model: LensModel, settings: Mapping[str, Any]) -> AttentionLens:
+        """A fresh lens of the given shape."""
+        return cls(model, **settings)
+
+    @property
+    def name(self) -> str:
+        """``attention (translator)`` and the like."""
+        return f"attention ({self.variant}{'' if self.rank is None else f' {self.rank}'})"
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """See `OBJECTIVES`."""
+        return OBJECTIVES
+
+    def logits(
+        self, vectors: Float[Tensor, "*rows d_model"], *, layer: int, head: int | None = None
+    ) -> Float[Tensor, "*rows vocab"]:
+        """Logits of one head's outputs.
+
+        Raises:
+            ValueError: no head named, or a layer without parameters.
+        """
+        if head is None:
+            raise ValueError("an attention lens reads one head's output; name it with head=")
+        flat = vectors.reshape(-1, 1, vectors.shape[-1])
+        return self._read(flat, self.row(layer), slice(head, head + 1)).reshape(
+            *vectors.shape[:-1], -1
+        )
+
+    def sum_logits(
+        self, outputs: Float[Tensor, "cell head d_model"], *, layer: int
+    ) -> Float[Tensor, "cell vocab"]:
+        """Summed logits of all heads; a bias is counted once a head, as published.
+
+        The vocabulary matrix that heads share is multiplied once, with their summed vectors.
+        """
+        return self._read(outputs, self.row(layer), slice(None))
+
+    def _read(
+        self, outputs: Float[Tensor, "cell head d_model"], at: int, heads: slice
+    ) -> Float[Tensor, "cell vocab"]:
+        """Logits of the chosen heads' outputs, summed over them."""
+        import torch
+
+        p = {name: tensor[at, heads] for name, tensor in self.parameters.items()}
+        any_own = next(iter(p.values()))
+        x = outputs.to(any_own.device, any_own.dtype)
+        if self.variant == "translator":
+            x = x + self._low_or_full(x, p) + p["shift"]
+        if self.norm:
+            x = self._normed(x)
+        if self.variant == "full":
+            flat = p["weight"].flatten(0, 1)  # heads and their inputs as one long input
+            return x.flatten(1) @ flat + p["bias"].sum(0)
+        weight, bias = unembedding(self.model)
+        total = x.sum(1) @ weight.to(x.dtype) + x.shape[1] * bias.to(x.dtype)
+        if self.variant == "low_rank":
+            low = torch.einsum("chd,hdr->chr", x, p["down"])
+            total = total + low.flatten(1) @ p["up"].flatten(0, 1)
+        return total
+
+    def _low_or_full(self, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+        import torch
+
+        if self.rank is None:
+            return torch.einsum("chd,hde->che", x, p["weight"])
+        return torch.einsum("chd,hdr,hre->che", x, p["down"], p["up"])
+
+    def _normed(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, 1, x.shape[-1]).to(dtype_of(self.model))
+        return self.model.ln_final(flat).reshape(x.shape).to(x.dtype)  # type: ignore[attr-defined]
+
+    def losses(
+        self, example: Example, layer: int, objective: str
+    ) -> Iterator[Float[Tensor, "cell"]]:
+        """KL(output || reading), of the sum or head by head (see `OBJECTIVES`).
+
+        Raises:
+            ValueError: an unknown objective, or leave-one-out without the runs it needs.
+        """
+        if objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {objective!r}; expected one of {OBJECTIVES}")
+        outputs = example.read[layer]
+        if objective == "sum":
+            yield kl(example.output, self.sum_logits(outputs, layer=layer))
+            return
+        _, bias = unembedding(self.model)
+        for head in range(outputs.shape[1]):
+            logits = self.logits(outputs[:, head], layer=layer, head=head)
+            if objective == "leave_one_out":
+                if example.without is None:
+                    raise ValueError("leave_one_out needs the model run without each head")
+                # b_U is in the model's own logits already.
+                rest = example.without[layer][head].to(logits.device)
+                logits = logits - bias.to(logits.dtype) + rest
+            yield kl(example.output, logits)

@@ -1,0 +1,186 @@
+"""How well a lens reads a model: held-out KL beside the logit lens, cross-entropy, agreement.
+
+The same numbers answer what becomes of a lens on another layer or another model of the same width
+(`TrainedLens.moved`): evaluate the moved lens on that model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mi_hops.corpus import token_batches
+from mi_hops.lens.examples import make_example, real_cells
+from mi_hops.lens.reading import LogitLens
+from mi_hops.lens.trained import TrainedLens, kl
+from mi_hops.lens.training import Corpus
+from mi_hops.model import LensModel, provenance
+from mi_hops.results import Result
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_UNITS = {
+    "kl": "nats", "logit_lens_kl": "nats", "cross_entropy": "nats", "excess_cross_entropy": "nats",
+    "agreement": "share", "overlap": "share",
+}  # fmt: skip
+
+
+def evaluate_lens(
+    model: LensModel,
+    lens: TrainedLens,
+    corpus: Corpus,
+    *,
+    layers: Sequence[int] | None = None,
+    top_k: int = 10,
+    max_tokens: int = 2048,
+    max_length: int | None = None,
+) -> Result:
+    """Compare a lens's readings with the model's output, text by text.
+
+    For an attention lens the reading is the summed logits of a layer's heads (see
+    `evaluate_heads` for one head at a time).
+
+    Args:
+        corpus: texts that the lens was not trained on (or facts, or a file).
+        layers: default those of the lens.
+        top_k: tokens in the top-k overlap.
+
+    Returns:
+        Result on ``example`` (text) and ``layer``, each value a mean over the text's tokens:
+        ``kl`` = KL(output || lens) and the baseline ``logit_lens_kl``, the same for the logit lens
+        (nats); ``cross_entropy`` of the lens on the text's next tokens (nats; the last token of a
+        text has none), and ``excess_cross_entropy``, how much that is above the model's own, their
+        disagreement; ``agreement``, the share of tokens with the model's first choice; ``overlap``,
+        the share of the model's `top_k` tokens among the lens's.
+
+    Raises:
+        ValueError: a layer that the lens has not got, or an empty corpus.
+    """
+    import torch
+
+    chosen = list(lens.layers) if layers is None else list(layers)
+    for layer in chosen:
+        lens.row(layer)
+    plain = LogitLens(model, lens.norm)
+    per_text: list[Tensor] = []
+    with torch.no_grad():
+        for batch in token_batches(model, corpus, max_tokens=max_tokens, max_length=max_length):
+            rows, columns = real_cells(batch)
+            n = len(batch.lengths)
+            following = torch.cat([batch.tokens[:, 1:], batch.tokens[:, :1]], dim=1)[rows, columns]
+            has_next = columns < batch.last[rows]
+            sums = torch.zeros(n, len(chosen), len(_UNITS), dtype=torch.float64)
+            for part in torch.arange(len(rows)).split(512):
+                example = make_example(model, lens, batch, (rows[part], columns[part]))
+                own = example.output
+                for k, layer in enumerate(chosen):
+                    logits = _reading(lens, example.read[layer], layer)
+                    base = _reading(plain, example.read[layer], layer)
+                    found = _compare(own, logits, base, following[part], has_next[part], top_k)
+                    sums[:, k].index_add_(0, rows[part], found.double().cpu())
+            counts = torch.stack([batch.lengths, (batch.lengths - 1).clamp_min(1)], dim=-1)
+            which = [0, 0, 1, 1, 0, 0]
+            per_text.append(sums / counts[:, which][:, None])
+    values = torch.cat(per_text)
+    # A text of one token has no next token.
+    return Result.from_arrays(
+        {n: (("example", "layer"), values[..., i]) for i, n in enumerate(_UNITS) if i != 1},
+        baselines={"logit_lens_kl": (("example", "layer"), values[..., 1])},
+        coords={"example": [str(i) for i in range(len(values))], "layer": chosen},
+        units=_UNITS,
+        title=f"{lens.name} lens against the model's output, mean over tokens",
+        provenance=provenance(
+            model, method="evaluate_lens", lens=lens.name, trained_on=lens.trained_on, top_k=top_k,
+            notes=lens.notes,
+        ),
+    )  # fmt: skip
+
+
+def evaluate_heads(
+    model: LensModel,
+    lens: TrainedLens,
+    corpus: Corpus,
+    *,
+    max_tokens: int = 1024,
+    max_length: int | None = None,
+) -> Result:
+    """What single heads' readings are worth, by two standards.
+
+    Args:
+        lens: an attention lens; put it beside ``AttentionLens(model)``, untrained, which is the
+            logit lens.
+
+    Returns:
+        Result on ``layer, head``, means over all tokens: ``kl`` = KL(output || the head's reading)
+        and ``leave_one_out_kl`` = KL(output || logits without the head, plus its reading), both in
+        nats, with the baseline ``without_kl`` = KL(output || logits without the head): a reading
+        that tells what the head adds brings the second below the third.
+
+    Raises:
+        ValueError: a lens that does not read heads, or an empty corpus.
+    """
+    import torch
+
+    if lens.kind != "head_out":
+        raise ValueError(f"a {lens.type_name} lens reads {lens.kind!r}, not heads")
+    n_heads = int(model.cfg.n_heads)
+    sums = torch.zeros(3, len(lens.layers), n_heads, dtype=torch.float64)
+    count = 0
+    with torch.no_grad():
+        for batch in token_batches(model, corpus, max_tokens=max_tokens, max_length=max_length):
+            cells = real_cells(batch)
+            for rows, columns in zip(cells[0].split(256), cells[1].split(256), strict=True):
+                example = make_example(model, lens, batch, (rows, columns), without_heads=True)
+                assert example.without is not None  # asked for
+                count += len(rows)
+                for k, layer in enumerate(lens.layers):
+                    kinds = [lens.losses(example, layer, o) for o in ("each", "leave_one_out")]
+                    for head, (each, left) in enumerate(zip(*kinds, strict=True)):
+                        without = kl(example.output, example.without[layer][head])
+                        for i, value in enumerate((each, left, without)):
+                            sums[i, k, head] += value.double().sum().cpu()
+    dims = ("layer", "head")
+    means = sums / count
+    return Result.from_arrays(
+        {"kl": (dims, means[0]), "leave_one_out_kl": (dims, means[1])},
+        baselines={"without_kl": (dims, means[2])},
+        coords={"layer": list(lens.layers), "head": range(n_heads)},
+        units={"kl": "nats", "leave_one_out_kl": "nats", "without_kl": "nats"},
+        title=f"{lens.name} lens, head by head, mean over {count} tokens",
+        used=count,
+        provenance=provenance(
+            model, method="evaluate_heads", lens=lens.name, trained_on=lens.trained_on,
+            notes=lens.notes,
+        ),
+    )  # fmt: skip
+
+
+def _reading(lens: TrainedLens | LogitLens, vectors: Tensor, layer: int) -> Tensor:
+    """Logits at each cell; of heads, their sum."""
+    from mi_hops.lens.attention import AttentionLens
+
+    if isinstance(lens, AttentionLens):
+        return lens.sum_logits(vectors, layer=layer)
+    if vectors.ndim == 3:
+        heads = [lens.logits(vectors[:, h], layer=layer, head=h) for h in range(vectors.shape[1])]
+        return sum(heads[1:], heads[0])
+    return lens.logits(vectors, layer=layer)
+
+
+def _compare(
+    output: Tensor, logits: Tensor, base: Tensor, following: Tensor, has_next: Tensor, top_k: int
+) -> Tensor:
+    """``[cell, measure]`` in the order of `_UNITS`; cells without a next token have no entropy."""
+    import torch
+
+    reading = logits.log_softmax(-1)
+    output = output.to(reading.device)
+    following, has_next = following.to(reading.device), has_next.to(reading.device)
+    lens_loss = -reading.gather(1, following[:, None])[:, 0] * has_next
+    own_loss = -output.gather(1, following[:, None])[:, 0] * has_next
+    best, own_best = (t.topk(top_k, dim=-1).indices for t in (reading, output))
+    shared = (best[:, :, None] == own_best[:, None]).any(1).to(reading.dtype).mean(-1)
+    agree = (best[:, 0] == own_best[:, 0]).to(reading.dtype)
+    columns = (kl(output, logits), kl(output, base), lens_loss, lens_loss - own_loss, agree, shared)
+    return torch.stack([c.to(reading.dtype) for c in columns], dim=-1)

@@ -1,0 +1,77 @@
+"""Batches of text turned into what a lens is trained and judged on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mi_hops.lens.reading import gather
+from mi_hops.lens.trained import Example, TrainedLens
+from mi_hops.model import Hook, LensModel, forward, hook_name, read_out
+from mi_hops.tokens import Batch
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
+
+def real_cells(batch: Batch, *, last_only: bool = False) -> tuple[Tensor, Tensor]:
+    """(rows, positions) of all real tokens, or of each row's last; never padding."""
+    import torch
+
+    if last_only:
+        return torch.arange(len(batch.lengths)), batch.last
+    rows, columns = batch.mask.nonzero().T
+    return rows, columns
+
+
+def make_example(
+    model: LensModel,
+    lens: TrainedLens,
+    batch: Batch,
+    cells: tuple[Int[Tensor, "cell"], Int[Tensor, "cell"]],
+    *,
+    without_heads: bool = False,
+) -> Example:
+    """Run a batch once and keep what the lens reads, and the output, at some cells.
+
+    Args:
+        without_heads: also run it once more for every head of every layer of the lens, with that
+            head's z set to 0 at all positions.
+    """
+    import torch
+
+    with torch.no_grad():
+        found = gather(model, batch.tokens, cells, kind=lens.kind, layers=lens.layers, final=True)
+        assert found.final is not None  # asked for
+        output = read_out(model, found.final, norm=False).log_softmax(-1)
+        without = None
+        if without_heads:
+            without = {layer: _without_heads(model, batch, cells, layer) for layer in lens.layers}
+    return Example(found.read, output, without)
+
+
+def _without_heads(
+    model: LensModel, batch: Batch, cells: tuple[Tensor, Tensor], layer: int
+) -> Tensor:
+    """Logits ``[head, cell, vocab]``."""
+    import torch
+
+    rows, columns = cells
+    out = []
+    for head in range(int(model.cfg.n_heads)):
+
+        def take_away(z: Tensor, head: int = head) -> Tensor:
+            z = z.clone()
+            z[:, :, head] = 0
+            return z
+
+        kept: list[Tensor] = []
+
+        def keep(x: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(x[rows.to(x.device), columns.to(x.device)])
+            return x[:, :1]
+
+        hooks: list[Hook] = [(hook_name("z", layer), take_away), ("unembed.hook_in", keep)]
+        forward(model, batch.tokens, hooks=hooks)
+        out.append(read_out(model, kept[0], norm=False))
+    return torch.stack(out)

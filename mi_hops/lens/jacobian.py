@@ -1,0 +1,95 @@
+"""The Jacobian lens, through TransformerLens: a transport per layer from averaged Jacobians.
+
+TransformerLens fits it (`transformer_lens.tools.analysis.JacobianLens`), on a Bridge with unprocessed
+weights only; here it becomes a lens like the others, so that `logit.logit_lens` and
+`logit.fact_trajectories` read with it. Its source is *Verbalizable Representations Form a Global
+Workspace in Language Models* (Gurnee et al. 2026).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mi_hops.model import LensModel, backend_of, processing_of, read_out
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class JacobianReading:
+    """A fitted TransformerLens `JacobianLens` as a `reading.Lens` for ``"resid"``.
+
+    Layer l here is the stream after l blocks, the output of block l - 1, which that class calls
+    layer l - 1. The last layer is read as it is; the embedding has no transport.
+
+    Args:
+        fitted: a `transformer_lens.tools.analysis.JacobianLens`, fitted or loaded.
+    """
+
+    model: LensModel
+    fitted: Any
+    name: str = "jacobian"
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers of ``"resid"`` that it can read."""
+        return [
+            *(int(layer) + 1 for layer in self.fitted.source_layers),
+            int(self.model.cfg.n_layers),
+        ]
+
+    def logits(
+        self, vectors: Float[Tensor, "*rows d_model"], *, layer: int, head: int | None = None
+    ) -> Float[Tensor, "*rows vocab"]:
+        """W_U norm(J x).
+
+        Raises:
+            ValueError: a layer without a transport.
+        """
+        if layer == self.model.cfg.n_layers:
+            return read_out(self.model, vectors)
+        if layer not in self.layers:
+            raise ValueError(
+                f"this Jacobian lens reads layers {self.layers} of 'resid', not {layer}; pass "
+                "layers=lens.layers"
+            )
+        moved = self.fitted.transport(vectors, layer - 1)
+        return read_out(self.model, moved)
+
+
+def fit_jacobian_lens(
+    model: LensModel,
+    prompts: Sequence[str],
+    *,
+    corpus: str = "unnamed",
+    skip_first_positions: int = 1,
+    progress: bool = False,
+    **keywords: Any,
+) -> JacobianReading:
+    """Fit a Jacobian lens with TransformerLens.
+
+    Args:
+        prompts: texts of some tokens; about 100 of 128 tokens are usable for a large model.
+        corpus: name of the corpus, recorded in the fitted lens.
+        skip_first_positions: positions at the start that are left out of the average.
+        keywords: further arguments of ``JacobianLens.fit``.
+
+    Raises:
+        ValueError: a HookedTransformer, or processed weights; see also ``JacobianLens.fit``.
+    """
+    if backend_of(model) != "bridge" or processing_of(model) != "none":
+        raise ValueError(
+            "TransformerLens fits Jacobian lenses on a TransformerBridge with unprocessed weights; "
+            "load the model with backend='bridge', processing='none'"
+        )
+    from transformer_lens.tools.analysis import JacobianLens
+
+    fitted = JacobianLens.fit(
+        model, list(prompts), corpus=corpus, skip_first_positions=skip_first_positions,
+        show_progress=progress, **keywords,
+    )  # fmt: skip
+    return JacobianReading(model, fitted)

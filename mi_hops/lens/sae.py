@@ -1,0 +1,397 @@
+"""Sparse autoencoders, through SAELens: train a small one, find the bridge's features, clamp one.
+
+SAELens does the training and holds the autoencoder (``pip install 'mi-hops[sae]'``; it needs
+TransformerLens 3). Here are its activations, taken with this package's own reading, and what is asked
+of its features. An autoencoder of ``"resid"`` layer l reads the stream after l blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mi_hops.corpus import token_batches
+from mi_hops.fanout import Intervention, fan_out
+from mi_hops.lens.examples import real_cells
+from mi_hops.lens.reading import check_layers, gather, stream_site
+from mi_hops.lens.tracking import resolve
+from mi_hops.lens.training import Corpus
+from mi_hops.metrics import METRICS, target_of
+from mi_hops.model import LensModel, device_of, provenance
+from mi_hops.results import Result
+from mi_hops.tokens import Batch, Prompt, batches, encode, pad
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from mi_hops.facts.fact import TwoHopFact
+    from mi_hops.interventions import Change
+
+
+def train_sae(
+    model: LensModel,
+    corpus: Corpus,
+    *,
+    layer: int,
+    d_sae: int | None = None,
+    k: int = 16,
+    samples: int = 400_000,
+    batch_size: int = 1024,
+    learning_rate: float = 1e-3,
+    max_tokens: int = 4096,
+    seed: int = 0,
+) -> Any:
+    """Train a top-k autoencoder of the stream after `layer` blocks.
+
+    Activations at BOS, which are like no others, are left out; so is padding.
+
+    Args:
+        corpus: texts, facts or a file, gone through in random order as often as it takes.
+        d_sae: features; default 8 d_model.
+        k: features active at a time.
+        samples: activations that are learnt from, in batches of `batch_size`.
+
+    Returns:
+        An inference autoencoder of SAELens (``sae.encode``, ``sae.decode``, ``sae.W_dec``).
+
+    Raises:
+        ImportError: SAELens is not installed.
+        ValueError: a layer out of range, k beyond d_sae, or an empty corpus.
+    """
+    import torch
+
+    lens = _sae_lens()
+    (layer,) = check_layers(model, "resid", [layer])
+    d_in = int(model.cfg.d_model)
+    width = 8 * d_in if d_sae is None else d_sae
+    if not 1 <= k <= width:
+        raise ValueError(f"k is {k}; expected 1..{width}, the number of features")
+    stream = _activations(model, corpus, layer, batch_size, max_tokens, seed)
+    # SAELens draws its first weights from the global generator, which is put back afterwards.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        training = lens.TopKTrainingSAE(
+            lens.TopKTrainingSAEConfig(
+                d_in=d_in, d_sae=width, k=k, device=str(device_of(model)),
+                normalize_activations="expected_average_only_in",
+            )
+        )  # fmt: skip
+        from sae_lens.config import SAETrainerConfig
+
+        settings = SAETrainerConfig(
+            total_training_samples=samples, train_batch_size_samples=batch_size, lr=learning_rate,
+            lr_end=learning_rate,
+            device=str(device_of(model)), n_batches_for_norm_estimate=10,
+        )  # fmt: skip
+        lens.SAETrainer(settings, training, stream).fit()
+    return _for_inference(lens, training)
+
+
+def sae_quality(model: LensModel, sae: Any, corpus: Corpus, *, layer: int) -> dict[str, float]:
+    """How well an autoencoder does on a corpus.
+
+    Returns:
+        ``explained``: share of the variance that is reconstructed; ``active``: features a token;
+        ``dead``: share of features that no token activates; ``tokens``: how many were read.
+
+    Raises:
+        ValueError: an empty corpus.
+    """
+    import torch
+
+    squares = active = count = 0.0
+    fired: Tensor | None = None
+    every = []
+    for batch in token_batches(model, corpus):
+        x = _rows_of(model, batch, layer)
+        with torch.no_grad():
+            features = sae.encode(x)
+            squares += (x - sae.decode(features)).double().pow(2).sum().item()
+        on = features > 0
+        fired = on.any(0) if fired is None else fired | on.any(0)
+        active += on.double().sum().item()
+        count += len(x)
+        every.append(x.double().cpu())
+    rows = torch.cat(every)
+    variance = (rows - rows.mean(0)).pow(2).sum().item()
+    assert fired is not None  # an empty corpus is refused by token_batches
+    return {
+        "explained": 1 - squares / variance,
+        "active": active / count,
+        "dead": 1 - fired.double().mean().item(),
+        "tokens": count,
+    }
+
+
+def fact_features(
+    model: LensModel,
+    sae: Any,
+    facts: Sequence[TwoHopFact],
+    *,
+    layer: int,
+    role: str = "first hop",
+    form: str | None = None,
+    batch_size: int = 64,
+) -> Result:
+    """Feature activations at one position of two-hop prompts.
+
+    Args:
+        role: ``"first hop"`` (its last token) or ``"last"``.
+
+    Returns:
+        Result ``activation`` on ``example, feature``, with the coordinate ``bridge`` a fact.
+
+    Raises:
+        ValueError: another role, or a fact whose position is not found.
+    """
+    import torch
+
+    prompts, places = _read_at(model, facts, role, form)
+    out = np.empty((len(facts), int(sae.W_dec.shape[0])), dtype=np.float32)
+    for chosen, batch in batches([p.ids for p in prompts], batch_size):
+        cells = (torch.arange(len(chosen)), torch.tensor([places[i] for i in chosen]))
+        x = gather(model, batch.tokens, cells, kind="resid", layers=[layer]).read[layer]
+        with torch.no_grad():
+            out[chosen] = sae.encode(x.to(sae.W_dec.dtype)).float().cpu().numpy()
+    return Result.from_arrays(
+        {"activation": (("example", "feature"), out)},
+        coords={
+            "example": [f.id for f in facts], "feature": range(out.shape[1]),
+            "bridge": ("example", [f.bridge for f in facts]),
+        },
+        units={"activation": "activation"},
+        title=f"feature activations at {role}, after {layer} blocks",
+        provenance=provenance(model, method="fact_features", layer=layer, role=role, form=form),
+    )  # fmt: skip
+
+
+def bridge_features(
+    features: Result, *, min_count: int = 4, threshold: float = 0.0, seed: int = 0
+) -> pd.DataFrame:
+    """For each bridge the feature that tells it best, chosen on one half and judged on the other.
+
+    "Active" (above `threshold`) is taken as saying "this bridge".
+
+    Args:
+        features: from `fact_features`.
+        min_count: facts that a bridge must have; rarer ones are left out.
+
+    Returns:
+        Frame indexed by bridge: ``feature``; ``precision``, ``recall`` and ``f1`` on the other
+        half (0 where the feature is never active there); ``chosen_f1`` on the half that chose;
+        ``mean`` activation on the bridge's facts where active; ``n``.
+
+    Raises:
+        ValueError: no bridge with enough facts.
+    """
+    import pandas as pd
+
+    on = features["activation"].values > threshold
+    bridges = features["bridge"].values
+    order = np.random.default_rng(seed).permutation(len(bridges))
+    half = np.zeros(len(bridges), dtype=bool)
+    half[order[: len(order) // 2]] = True
+    rows = []
+    for bridge in sorted(set(bridges.tolist())):
+        own = bridges == bridge
+        if own.sum() < min_count or not own[half].any() or not own[~half].any():
+            continue
+        _, _, f1 = _detector(on[half], own[half])
+        best = int(np.argmax(f1))
+        precision, recall, judged = (
+            float(v[0]) for v in _detector(on[~half][:, [best]], own[~half])
+        )
+        values = features["activation"].values[own & on[:, best], best]
+        rows.append(
+            {
+                "bridge": bridge, "feature": best, "precision": precision, "recall": recall,
+                "f1": judged, "chosen_f1": float(f1[best]),
+                "mean": float(values.mean()) if len(values) else 0.0, "n": int(own.sum()),
+            }
+        )  # fmt: skip
+    if not rows:
+        raise ValueError(f"no bridge has {min_count} facts, some in each half; give more facts")
+    return pd.DataFrame(rows).set_index("bridge")
+
+
+def clamp(sae: Any, feature: int, value: float) -> Change:
+    """Set one feature to a value and leave the rest of the activation, error included, as it is."""
+
+    def change(x: Tensor) -> Tensor:
+        wide = x.to(sae.W_dec.device, sae.W_dec.dtype)
+        gap = value - sae.encode(wide)[..., feature]
+        return x + (gap[..., None] * sae.W_dec[feature]).to(x.device, x.dtype)
+
+    return change
+
+
+def clamp_effect(
+    model: LensModel,
+    sae: Any,
+    facts: Sequence[TwoHopFact],
+    feature_of: Mapping[str, int],
+    *,
+    layer: int,
+    values: Sequence[float],
+    role: str = "first hop",
+    form: str | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> Result:
+    """Clamp the feature of each fact's bridge and, as a control, that of another bridge.
+
+    Args:
+        feature_of: bridge -> feature (`bridge_features`); facts of other bridges are skipped.
+        values: what the feature is set to; 0 takes it away.
+
+    Returns:
+        Result on ``example, feature_of, value`` (``feature_of`` = own, other): ``first_prob`` of
+        the answer's first token and ``first_right`` (share), with ``{name}_before``.
+
+    Raises:
+        ValueError: fewer than two bridges' features, no value, or no fact left.
+    """
+    import torch
+
+    if len(set(feature_of.values())) < 2 or not len(values):
+        raise ValueError("clamping needs at least one value and the features of two bridges")
+    kept = [f for f in facts if f.bridge in feature_of]
+    skipped = [(f.id, "no feature for its bridge") for f in facts if f.bridge not in feature_of]
+    if not kept:
+        raise ValueError("none of the facts has a bridge with a feature")
+    rng = np.random.default_rng(seed)
+    prompts, places = _read_at(model, kept, role, form)
+    targets = [target_of(model, p, f.answer) for p, f in zip(prompts, kept, strict=True)]
+    pairs = []
+    for fact in kept:
+        own = feature_of[fact.bridge]
+        others = [v for v in feature_of.values() if v != own]
+        pairs.append((own, others[int(rng.integers(len(others)))]))
+    metric = METRICS["first_prob"]
+    rows, before = [], []
+    for low in range(0, len(kept), batch_size):
+        part = range(low, min(low + batch_size, len(kept)))
+        interventions = [
+            Intervention((stream_site(model, layer, places[i]),), clamp(sae, feature, value), base)
+            for base, i in enumerate(part)
+            for feature in pairs[i]
+            for value in values
+        ]
+
+        def reduce(logits: Tensor, bases: list[int], low: int = low) -> Tensor:
+            out = [
+                torch.stack(
+                    [
+                        metric.score(row[None], targets[low + b])[0],
+                        (row[0].argmax() == targets[low + b].answer[0]).float(),
+                    ]
+                )
+                for row, b in zip(logits, bases, strict=True)
+            ]
+            return torch.stack(out)
+
+        found = fan_out(model, pad([prompts[i].ids for i in part]), interventions, reduce=reduce)
+        rows.append(found.rows.reshape(len(part), 2, len(values), 2))
+        before.append(found.base)
+    after, start = torch.cat(rows), torch.cat(before)
+    names = ("first_prob", "first_right")
+    units = {"first_prob": "probability", "first_right": "share"}
+    return Result.from_arrays(
+        {n: (("example", "feature_of", "value"), after[..., i]) for i, n in enumerate(names)},
+        baselines={f"{n}_before": ("example", start[:, i]) for i, n in enumerate(names)},
+        coords={
+            "example": [f.id for f in kept], "feature_of": ["own", "other"],
+            "value": [float(v) for v in values],
+        },
+        units=units | {f"{n}_before": u for n, u in units.items()},
+        title=f"the bridge's feature clamped at {role}, after {layer} blocks",
+        skipped=skipped,
+        provenance=provenance(model, method="clamp_effect", layer=layer, role=role, seed=seed),
+    )  # fmt: skip
+
+
+# -- small parts ----------------------------------------------------------------------------------
+
+
+def _sae_lens() -> Any:
+    try:
+        import sae_lens
+    except ImportError as error:
+        raise ImportError("autoencoders need SAELens: pip install 'mi-hops[sae]'") from error
+    return sae_lens
+
+
+def _for_inference(lens: Any, training: Any) -> Any:
+    """The trained weights as SAELens's inference class, without the training's extras."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        training.save_inference_model(folder)
+        sae = lens.SAE.load_from_disk(folder, device=str(training.W_dec.device))
+    for parameter in sae.parameters():
+        parameter.requires_grad_(False)
+    return sae.eval()
+
+
+def _rows_of(model: LensModel, batch: Batch, layer: int) -> Float[Tensor, "token d_model"]:
+    """The stream at all real tokens of a batch but a BOS at its start, in float32."""
+    rows, columns = real_cells(batch)
+    bos = model.tokenizer.bos_token_id
+    if bos is not None:
+        keep = (columns > 0) | (batch.tokens[rows, columns] != bos)
+        rows, columns = rows[keep], columns[keep]
+    found = gather(model, batch.tokens, (rows, columns), kind="resid", layers=[layer])
+    return found.read[layer].float()
+
+
+def _activations(
+    model: LensModel, corpus: Corpus, layer: int, batch_size: int, max_tokens: int, seed: int
+) -> Iterator[Tensor]:
+    """Batches ``[batch_size, d_model]`` without end, mixed over some forward passes."""
+    import torch
+
+    kept = list(token_batches(model, corpus, max_tokens=max_tokens))
+    generator = torch.Generator().manual_seed(seed)
+
+    def stream() -> Iterator[Tensor]:
+        pool: list[Tensor] = []
+        while True:
+            for i in torch.randperm(len(kept), generator=generator).tolist():
+                pool.append(_rows_of(model, kept[i], layer))
+                if sum(map(len, pool)) < 4 * batch_size:
+                    continue
+                mixed = torch.cat(pool)
+                mixed = mixed[torch.randperm(len(mixed), generator=generator).to(mixed.device)]
+                whole = len(mixed) // batch_size * batch_size
+                yield from mixed[:whole].split(batch_size)
+                pool = [mixed[whole:]]
+
+    return stream()
+
+
+def _read_at(
+    model: LensModel, facts: Sequence[TwoHopFact], role: str, form: str | None
+) -> tuple[list[Prompt], list[int]]:
+    if role not in ("first hop", "last"):
+        raise ValueError(f"role is {role!r}; expected 'first hop' or 'last'")
+    if not facts:
+        raise ValueError("no fact was given")
+    prompts = [encode(model, f.prompt(form)) for f in facts]
+    where: Any = [f.first_hop for f in facts] if role == "first hop" else -1
+    _, places = resolve(prompts, {role: where}, single=False)
+    return prompts, [place for (place,) in places]
+
+
+def _detector(on: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall and F1 of each column of `on` as a detector of `own`."""
+    hits = (on & own[:, None]).sum(0).astype(float)
+    said, there = on.sum(0), own.sum()
+    precision = np.divide(hits, said, out=np.zeros_like(hits), where=said > 0)
+    recall = hits / max(there, 1)
+    both = precision + recall
+    f1 = np.divide(2 * precision * recall, both, out=np.zeros_like(hits), where=both > 0)
+    return precision, recall, f1

@@ -1,0 +1,145 @@
+"""Names to follow through a lens: their spellings as tokens, and roles as positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from mi_hops.lens.reading import Tracked
+from mi_hops.model import LensModel
+from mi_hops.tokens import Prompt, TokenError, Where, answer_ids, last_position, positions
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
+#: One name: its text, several spellings of it (the first is the main one), or token ids.
+Spelling = str | Sequence[str] | Sequence[int]
+
+#: Where to read: "last", "all" (one prompt only), a position of one prompt, or role -> a position
+#: for all prompts or one for each.
+Positions = Where | Mapping[str, Where | Sequence[Where]]
+
+
+def spell(model: LensModel, prompt: Prompt, spelling: Spelling) -> list[tuple[int, ...]]:
+    """Token ids of each spelling as a continuation of `prompt`; ids are taken as they are.
+
+    Raises:
+        TokenError: an empty name, or ids outside the vocabulary.
+    """
+    if isinstance(spelling, str):
+        return [answer_ids(model, prompt, spelling)]
+    items = list(spelling)
+    if not items:
+        raise TokenError(f"a tracked name has no spelling and no token (prompt {prompt.text!r})")
+    if all(isinstance(item, str) for item in items):
+        return [answer_ids(model, prompt, str(item)) for item in items]
+    ids = tuple(int(str(item)) for item in items)
+    wrong = [i for i in ids if not 0 <= i < model.cfg.d_vocab]
+    if wrong:
+        raise TokenError(
+            f"token id(s) {wrong} are outside the vocabulary 0..{model.cfg.d_vocab - 1}"
+        )
+    return [ids]
+
+
+def spell_all(
+    model: LensModel,
+    prompts: Sequence[Prompt],
+    track: Mapping[str, Spelling | Sequence[Spelling]],
+    *,
+    single: bool,
+) -> list[dict[str, list[tuple[int, ...]]]]:
+    """For each prompt, name -> token ids of its spellings.
+
+    Args:
+        single: `track` was given for one prompt (name -> spelling), not as one spelling a prompt.
+
+    Raises:
+        TokenError: see `spell`.
+        ValueError: a name with another number of spellings than there are prompts.
+    """
+    for name, given in track.items():
+        if not single and (isinstance(given, str) or len(given) != len(prompts)):
+            got = repr(given) if isinstance(given, str) else f"{len(given)} of them"
+            raise ValueError(
+                f"track[{name!r}] must give one spelling for each of {len(prompts)} prompts, got {got}"
+            )
+    return [
+        {
+            name: spell(model, prompt, given if single else given[i])  # type: ignore[arg-type]
+            for name, given in track.items()
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def tracked_tokens(rows: Sequence[Mapping[str, Sequence[tuple[int, ...]]]]) -> Tracked:
+    """Spellings of several rows as padded tensors."""
+    mains = [[spellings[0] for spellings in row.values()] for row in rows]
+    starts = [
+        [tuple(dict.fromkeys(s[0] for s in spellings)) for spellings in row.values()]
+        for row in rows
+    ]
+    return Tracked(_padded(mains), _padded(starts))
+
+
+def _padded(rows: Sequence[Sequence[tuple[int, ...]]]) -> Int[Tensor, "row name item"]:
+    import torch
+
+    n_names = len(rows[0]) if rows else 0
+    width = max((len(cell) for row in rows for cell in row), default=1)
+    out = torch.full((len(rows), n_names, width), -1, dtype=torch.long)
+    for i, row in enumerate(rows):
+        for j, cell in enumerate(row):
+            out[i, j, : len(cell)] = torch.tensor(cell)
+    return out
+
+
+def resolve(
+    prompts: Sequence[Prompt], where: Positions, *, single: bool
+) -> tuple[list[str] | None, list[list[int]]]:
+    """Positions of each prompt, and the names of their roles (None where they are just tokens).
+
+    One prompt: a position may cover several tokens, and all are read. Several prompts: each role is
+    one token, the last of what it covers.
+
+    Raises:
+        TokenError: a position that a prompt has not got.
+        ValueError: "all" positions of several prompts, or a role with another number of positions
+            than there are prompts.
+    """
+    if isinstance(where, Mapping):
+        for role, given in where.items():
+            if _is_sequence(given) and len(given) != len(prompts):  # type: ignore[arg-type]
+                raise ValueError(
+                    f"positions[{role!r}] gives {len(given)} positions "  # type: ignore[arg-type]
+                    f"for {len(prompts)} prompts; give one for all, or one each"
+                )
+        if not where:
+            raise ValueError("positions names no role; give e.g. {'last': -1}")
+        places = [
+            [last_position(p, _of(given, i)) for given in where.values()]
+            for i, p in enumerate(prompts)
+        ]
+        return list(where), places
+    if isinstance(where, str) and where == "last":
+        return ["last"], [[prompt.last] for prompt in prompts]
+    if single:
+        whole = isinstance(where, str) and where == "all"
+        return None, [list(positions(prompts[0], slice(None) if whole else where))]
+    if isinstance(where, str) and where == "all":
+        raise ValueError(
+            "positions='all' needs one prompt: those of several do not correspond. Name roles, e.g. "
+            "{'first hop': [phrase of each prompt], 'last': -1}"
+        )
+    name = where if isinstance(where, str) else str(where)
+    return [name], [[last_position(prompt, where)] for prompt in prompts]
+
+
+def _is_sequence(given: object) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, str)
+
+
+def _of(given: Where | Sequence[Where], i: int) -> Where:
+    return given[i] if _is_sequence(given) else given  # type: ignore[index, return-value]

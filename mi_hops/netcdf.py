@@ -1,0 +1,172 @@
+"""Datasets on disk: one NetCDF file each, with a JSON header, written whole or not at all.
+
+`xarray.open_dataset` opens the files as well. What NetCDF cannot hold is carried in JSON: the header
+(an attribute of the file), and text with None, NUL or lone surrogates in it (cell by cell, in arrays
+marked ``mi_hops_cells="json"``). Token strings of byte-level vocabularies have all of these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_HEADER = "mi_hops_header"
+_CELLS = "mi_hops_cells"
+
+
+def write(
+    dataset: xr.Dataset,
+    path: str | os.PathLike[str],
+    *,
+    header: Mapping[str, Any],
+    overwrite: bool = False,
+) -> Path:
+    """Write a dataset and its header; on failure the folder stays as it was.
+
+    Raises:
+        ValueError: The file exists and `overwrite` is False, or the folder does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"no folder {path.parent} to save {path.name} in; make it first")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; pass overwrite=True to replace it")
+    dataset = dataset.drop_encoding()
+    for name in dataset.variables:
+        dataset[name] = _escape(dataset[name])
+    dataset = dataset.assign_attrs({_HEADER: json.dumps(dict(header))})
+    # Beside the target, for os.replace is atomic within one file system only.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        dataset.to_netcdf(temporary, engine="h5netcdf")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read(path: str | os.PathLike[str]) -> tuple[xr.Dataset, dict[str, Any]]:
+    """Read what `write` wrote: the dataset, in memory, and the header.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file was not written by `write`.
+    """
+    import xarray as xr
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        # Undecoded times: units such as "seconds" would be turned into time differences.
+        with xr.open_dataset(
+            path, engine="h5netcdf", decode_times=False, decode_timedelta=False
+        ) as opened:
+            dataset = opened.load()
+        header = json.loads(dataset.attrs.pop(_HEADER))
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a result saved by mi_hops ({type(error).__name__}: {error}); "
+            "use a file that Result.save wrote"
+        ) from error
+    dataset = dataset.drop_encoding()
+    for name in dataset.variables:
+        dataset[name] = _unescape(dataset[name])
+    return dataset, header
+
+
+def storable(array: xr.DataArray) -> xr.DataArray:
+    """The array with a type that a file can hold: bool, int, float, text, or objects JSON knows.
+
+    Raises:
+        ValueError: It holds anything else.
+    """
+    if array.dtype.kind == "f" and array.dtype.itemsize == 2:
+        array = array.astype(np.float32)
+    if array.dtype.kind in "biufUT":
+        return array
+    if array.dtype.kind == "O":
+        items = [item for item in array.values.ravel().tolist() if item is not None]
+        if all(isinstance(item, str | bool | int | float) for item in items):
+            return array
+    raise ValueError(
+        f"{array.name!r} holds {array.dtype}; a result takes booleans, integers, floats, text, and "
+        "these with None for missing"
+    )
+
+
+def json_copy(mapping: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A plain copy through JSON; paths, dtypes and devices as text, numpy scalars as numbers.
+
+    Raises:
+        ValueError: Something in the mapping (`what` it is called) cannot become JSON.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.generic | np.ndarray):
+            return value.tolist()
+        if isinstance(value, os.PathLike) or type(value).__module__.split(".")[0] == "torch":
+            if hasattr(value, "tolist"):
+                return value.tolist()
+            return str(value)
+        if isinstance(value, set | frozenset):
+            return sorted(value)
+        raise TypeError(f"{type(value).__name__} {value!r}")
+
+    try:
+        return dict(json.loads(json.dumps(dict(mapping), default=plain)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} has to be JSON: {error}") from error
+
+
+def _escape(array: xr.DataArray) -> xr.DataArray:
+    """Text that a file cannot hold as it is, as JSON in each cell."""
+    if array.dtype.kind not in "OUT":
+        return array
+    items = array.values.ravel().tolist()
+    if all(isinstance(item, str) and _is_storable(item) for item in items):
+        return array.astype(object)
+    return array.copy(data=_objects(map(json.dumps, items), array.shape)).assign_attrs(
+        {_CELLS: "json"}
+    )
+
+
+def _unescape(array: xr.DataArray) -> xr.DataArray:
+    attributes: dict[Hashable, Any] = {
+        key: value.item() if isinstance(value, np.generic) else value
+        for key, value in array.attrs.items()
+    }
+    if attributes.pop(_CELLS, None) == "json":
+        items = map(json.loads, array.values.ravel().tolist())
+        array = array.copy(data=_objects(items, array.shape))
+    elif array.dtype.kind in "OT":
+        array = array.astype(str)
+    array.attrs = attributes
+    return array
+
+
+def _objects(items: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Object array of exactly these cells (numpy would look into sequences)."""
+    listed = list(items)
+    cells = np.empty(len(listed), dtype=object)
+    cells[:] = listed
+    return cells.reshape(shape)
+
+
+def _is_storable(text: str) -> bool:
+    if "\x00" in text:
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,148 @@
+"""To and from `transformer_lens.patching.PatchingResult`, which TransformerLens 4 has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mi_hops.results import Result
+
+_THEIR_NAME = {"layer": "layer", "position": "pos", "head": "head", "kv_head": "head",
+               "kind": "patch_type", "neuron": "neuron"}  # fmt: skip
+_OUR_NAME = {"layer": "layer", "pos": "position", "dest_pos": "position", "head": "head",
+             "head_index": "head", "src_pos": "source_position", "patch_type": "kind"}  # fmt: skip
+
+
+def _their_class() -> Any:
+    from transformer_lens import patching
+
+    cls = getattr(patching, "PatchingResult", None)
+    if cls is None:
+        raise ValueError(
+            "this TransformerLens has no PatchingResult; it came with version 4 "
+            "(pip install 'transformer_lens>=4')"
+        )
+    return cls
+
+
+def to_transformer_lens(result: Result) -> Any:
+    """A result of `activation.patch` as a `PatchingResult`: scores, baseline and axes.
+
+    Labels become the columns of its ``index_df``; the baseline is the unpatched base run. What it
+    has no place for (effects, units, provenance) stays behind.
+
+    Raises:
+        ValueError: a TransformerLens without the class, or a result that is no patching sweep.
+    """
+    import itertools
+
+    import pandas as pd
+    import torch
+
+    cls = _their_class()
+    if "score" not in result.data or "corrupted" not in result.data:
+        raise ValueError(
+            "only results of activation patching convert: they have 'score' and 'corrupted', this "
+            f"one has {list(result.data.data_vars)}"
+        )
+    array = result["score"]
+    axes = [str(d) for d in array.dims if d not in ("example", "metric")]
+    several = "metric" in array.dims
+    order = [*(["metric"] if several else []), *axes, "example"]
+    base = result["clean" if result.provenance.get("direction") == "noise" else "corrupted"]
+    base = base.transpose(*(d for d in order if d in base.dims))
+    labels = {d: (range(array.sizes[d]) if d == "kind" else array[d].values.tolist()) for d in axes}
+    index = pd.DataFrame(
+        list(itertools.product(*labels.values())), columns=[_THEIR_NAME[d] for d in axes]
+    )
+    names = result["metric"].values.tolist() if several else list(result.provenance["metrics"])
+    kinds = array["kind"].values.tolist() if "kind" in axes else None
+    return cls(
+        values=torch.tensor(array.transpose(*order).values),
+        axis_names=[_THEIR_NAME[d] for d in axes],
+        index_df=index,
+        metric_names=names,
+        reduced=False,
+        baseline=torch.tensor(base.values),
+        has_metric_axis=several,
+        patch_type_names=kinds,
+    )
+
+
+def from_transformer_lens(
+    theirs: Any,
+    *,
+    clean: Any = None,
+    provenance: Mapping[str, Any] | None = None,
+    examples: Sequence[str] | None = None,
+) -> Result:
+    """A `PatchingResult` as a `Result`.
+
+    Args:
+        clean: the metric on the clean run, shaped like its baseline; with it ``effect`` is reckoned.
+        provenance: what is known of model and sweep.
+        examples: labels of the batch; default numbers.
+
+    Returns:
+        `Result` with ``score``, with a baseline also ``change`` and ``corrupted``, with `clean` too
+        ``effect`` and ``clean``. A result reduced over its batch has one example, ``mean``. Zeros
+        that pad key/value heads there are zeros here.
+
+    Raises:
+        ValueError: a flat result (made with an index frame of one's own), a clean score without a
+            baseline, or one of another shape.
+    """
+    if not theirs.axis_names:
+        raise ValueError("a flat PatchingResult has no axes to label; run the sweep by axis names")
+    values = theirs.values.detach().cpu()
+    base = None if theirs.baseline is None else theirs.baseline.detach().cpu()
+    if theirs.reduced:
+        values, base = values[..., None], None if base is None else base[..., None]
+    lead = ["metric"] if theirs.has_metric_axis else []
+    axes = [_OUR_NAME.get(name, name) for name in theirs.axis_names]
+    dims, base_dims = [*lead, *axes, "example"], [*lead, "example"]
+    n = values.shape[-1]
+    labels = ["mean"] if theirs.reduced else list(range(n)) if examples is None else list(examples)
+    coords: dict[str, Any] = {"example": labels}
+    for axis, name in zip(axes, theirs.axis_names, strict=True):
+        column = theirs.index_df[name].drop_duplicates().to_numpy()
+        kinds = theirs.patch_type_names if axis == "kind" else None
+        coords[axis] = np.asarray(kinds) if kinds else column
+    if lead:
+        coords["metric"] = list(theirs.metric_names)
+    arrays = {"score": values}
+    baselines = {}
+    if clean is not None:
+        if base is None:
+            raise ValueError("an effect needs the corrupted baseline; run with baseline=True")
+        import torch
+
+        clean = torch.as_tensor(clean).detach().cpu().reshape(base.shape)
+    if base is not None:
+        shape = (*base.shape[: len(lead)], *(1 for _ in axes), base.shape[-1])
+        change = values - base.reshape(shape)
+        arrays["change"], baselines["corrupted"] = change, base
+        if clean is not None:
+            gap = (clean - base).reshape(shape)
+            arrays = {"effect": change / gap.masked_fill(gap == 0, float("nan")), **arrays}
+            baselines["clean"] = clean
+    order = ["example", *axes, *lead]
+
+    def sorted_dims(array: Any, names: list[str]) -> tuple[list[str], Any]:
+        kept = [d for d in order if d in names]
+        return kept, array.permute([names.index(d) for d in kept])
+
+    return Result.from_arrays(
+        {name: sorted_dims(array, dims) for name, array in arrays.items()},
+        baselines={name: sorted_dims(array, base_dims) for name, array in baselines.items()},
+        coords=coords,
+        units={"effect": "share restored"} if "effect" in arrays else {},
+        provenance={
+            "method": "activation patching", "from": "transformer_lens PatchingResult",
+            "metrics": list(theirs.metric_names), "direction": "denoise", **(provenance or {}),
+        },
+        title="Activation patching",
+        allow_nonfinite=True,  # an effect without a scale
+    )  # fmt: skip

@@ -1,0 +1,288 @@
+"""The cells of a grid as interventions on many prompts, and their scores as a labelled result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mi_hops.fanout import HEAD_AXIS, Intervention, Site
+from mi_hops.interventions import Change, replace
+from mi_hops.metrics import KL, Metric, MetricLike, Target, get_metrics
+from mi_hops.model import LensModel, capture, dtype_of, provenance
+from mi_hops.patching.grid import Cell, Grid
+from mi_hops.patching.pairs import Spans
+from mi_hops.patching.sweep import Limits, Scored, Sweep
+from mi_hops.results import Result
+from mi_hops.tokens import Prompt, pad
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+#: The change that cell `cell` makes at block `layer` in example `example`, in its sample number `s`.
+Values = Callable[[int, Cell, int, int], Change]
+
+#: Makes the `Values` of a few examples at a time, so that what they hold is bounded.
+ValuesOf = Callable[[Sequence[int]], Values]
+
+
+# -- taking an activation and putting it in ---------------------------------------------------------
+
+
+def captured(
+    model: LensModel, prompts: Sequence[Prompt], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Activations of right-padded prompts at hook points from one forward pass."""
+    import torch
+
+    with torch.no_grad():
+        return capture(model, pad([p.ids for p in prompts]).tokens, names)[0]
+
+
+def taken(activation: Tensor, cell: Cell, positions: Sequence[int], length: int) -> Tensor:
+    """What of one prompt's activation a cell is about, as an intervention at these positions sees it.
+
+    Args:
+        activation: of one prompt: ``[pos, d]``, ``[pos, head, d_head]``, ``[head, query, key]``.
+        length: real tokens of that prompt; keys beyond them are cut off.
+    """
+    where = list(positions)
+    if HEAD_AXIS[cell.kind] == 1:
+        heads = activation if cell.head is None else activation[cell.head]
+        return heads[..., where, :length]
+    part = activation[where]
+    return part if cell.head is None else part[:, cell.head]
+
+
+def put(value: Tensor, cell: Cell) -> Change:
+    """Put `value` in place of what the cell is about; other neurons and later keys stay as they are.
+
+    A value of a pattern has the prompt's keys; rows of the same query that reach further (answer
+    tokens, padding) attend there to nothing, being causal.
+    """
+    if cell.neuron is not None:
+        neuron = cell.neuron
+
+        def one(x: Tensor) -> Tensor:
+            x = x.clone()
+            x[..., neuron] = value[..., neuron].to(x.device, x.dtype)
+            return x
+
+        return one
+    if HEAD_AXIS[cell.kind] == 1:
+
+        def rows(x: Tensor) -> Tensor:
+            new = x.new_zeros(x.shape)
+            new[..., : value.shape[-1]] = value.to(x.device, x.dtype)
+            return new
+
+        return rows
+    return replace(value)
+
+
+# -- running a grid -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Core:
+    """A grid of cells on base prompts.
+
+    Attributes:
+        positions: where each span lies in each base prompt, ``[example][span]``.
+        batch_size: examples in one fan-out.
+    """
+
+    model: LensModel
+    bases: Sequence[Scored]
+    positions: Sequence[Sequence[tuple[int, ...]]]
+    grid: Grid
+    batch_size: int = 16
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; expected at least 1")
+
+    def groups(self) -> list[list[int]]:
+        """Examples that share a fan-out, those of similar length together."""
+        order = sorted(range(len(self.bases)), key=lambda i: (len(self.bases[i].prompt), i))
+        return [
+            order[start : start + self.batch_size]
+            for start in range(0, len(order), self.batch_size)
+        ]
+
+    def interventions(
+        self, group: Sequence[int], values: Values, samples: int = 1
+    ) -> list[Intervention]:
+        """All cells in all examples of a group; ``[example][cell][sample]`` in that order."""
+        items = []
+        for i, example in enumerate(group):
+            for cell in self.grid.cells:
+                where = self.positions[example][cell.span]
+                sites = tuple(Site(cell.kind, layer, where, cell.head) for layer in cell.layers)
+                for s in range(samples):
+                    changes = tuple(values(example, cell, layer, s) for layer in cell.layers)
+                    items.append(Intervention(sites, changes, base=i))
+        return items
+
+    def run(
+        self, values_of: ValuesOf, samples: int = 1
+    ) -> tuple[Float[Tensor, "example cell metric"], Float[Tensor, "example metric"]]:
+        """Scores under each cell (mean over samples), and of the base prompts as they are."""
+        import torch
+        from tqdm.auto import tqdm
+
+        groups = self.groups()
+        n_cells, n_metrics = len(self.grid.cells), len(self.bases[0].metrics)
+        wide = torch.promote_types(dtype_of(self.model), torch.float32)
+        scores = torch.empty(len(self.bases), n_cells, n_metrics, dtype=wide)
+        intact = torch.empty(len(self.bases), n_metrics, dtype=wide)
+        many = self.limits.progress and len(groups) > 1
+        limits = Limits(
+            self.limits.max_rows, self.limits.memory, self.limits.reuse_prefix,
+            self.limits.progress and not many,
+        )  # fmt: skip
+        for group in tqdm(groups, disable=not many, desc="groups of examples"):
+            sweep = Sweep(self.model, [self.bases[i] for i in group])
+            found = sweep.run(self.interventions(group, values_of(group), samples), limits)
+            shaped = found.rows.reshape(len(group), n_cells, samples, n_metrics)
+            scores[group] = shaped.mean(2)
+            intact[group] = found.base
+        return scores, intact
+
+
+# -- metrics ------------------------------------------------------------------------------------------
+
+
+def resolve_metrics(
+    metric: MetricLike | Sequence[MetricLike],
+) -> tuple[list[Metric | None], list[str], bool]:
+    """Metrics, their names, and whether there is one given by itself.
+
+    ``"kl"`` stands as None: it needs the baseline of each example (see `scored`).
+    """
+    single = isinstance(metric, str) or not isinstance(metric, Sequence)
+    given: Sequence[MetricLike] = [metric] if single else metric  # type: ignore[list-item,assignment]
+    found: list[Metric | None] = [None if m == "kl" else get_metrics(m)[0] for m in given]
+    names = [_KL_NAME if m is None else m.name for m in found]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"expected at least one metric, each under its own name, got {names}")
+    return found, names, single
+
+
+_KL_NAME = "kl"
+
+
+def scored(
+    prompts: Sequence[Prompt],
+    targets: Sequence[Target],
+    metrics: Sequence[Metric | None],
+    baselines: Sequence[Tensor] | None,
+) -> list[Scored]:
+    """Prompts with their targets and metrics; `baselines` are the logits ``"kl"`` compares with."""
+    out = []
+    for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        own = tuple(
+            m if m is not None else KL(baselines[i])  # type: ignore[index]
+            for m in metrics
+        )
+        out.append(Scored(prompt, target, own))
+    return out
+
+
+def next_token_logits(model: LensModel, prompts: Sequence[Prompt]) -> list[Float[Tensor, "vocab"]]:
+    """Logits after each prompt, in float32 or wider, on the CPU."""
+    import torch
+
+    from mi_hops.scoring import logits_at
+    from mi_hops.tokens import batches
+
+    out: list[Any] = [None] * len(prompts)
+    with torch.no_grad():
+        for chosen, batch in batches([p.ids for p in prompts], 64):
+            logits = logits_at(model, batch.tokens, batch.last[:, None])[:, 0]
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            for i, row in zip(chosen, logits, strict=True):
+                out[i] = row.to("cpu", wide)
+    return out
+
+
+def units_of(metrics: Sequence[Metric | None]) -> list[str]:
+    """Unit of each metric's score."""
+    return ["nats" if m is None else m.unit for m in metrics]
+
+
+# -- results ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What a result of per-example, per-cell, per-metric numbers is labelled with."""
+
+    grid: Grid
+    spans: Spans
+    bases: Sequence[Prompt]
+    metrics: Sequence[Metric | None]
+    names: Sequence[str]
+    single: bool
+    examples: Sequence[str] | None
+
+    def result(
+        self,
+        model: LensModel,
+        values: Mapping[str, Tensor],
+        baselines: Mapping[str, Tensor],
+        *,
+        title: str,
+        units: Mapping[str, str],
+        settings: Mapping[str, Any],
+        skipped: Sequence[tuple[str, str]] = (),
+    ) -> Result:
+        """A `Result` of ``[example, cell, metric]`` values and ``[example, metric]`` baselines.
+
+        Args:
+            units: of the values and baselines whose unit is not the metric's own.
+
+        Raises:
+            ValueError: another number of example labels than examples.
+        """
+        import numpy as np
+
+        n = len(self.bases)
+        labels = list(range(n)) if self.examples is None else list(self.examples)
+        if len(labels) != n:
+            raise ValueError(f"got {len(labels)} example labels for {n} examples")
+        tail = () if self.single else ("metric",)
+        last: Any = 0 if self.single else slice(None)
+        dims = ("example", *self.grid.dims, *tail)
+        arrays = {
+            name: (dims, self.grid.reshape(value)[..., last].contiguous())
+            for name, value in values.items()
+        }
+        base_dims = ("example", *tail)
+        base_arrays = {name: (base_dims, value[..., last]) for name, value in baselines.items()}
+        coords: dict[str, Any] = {"example": labels, **self.grid.coords}
+        own = units_of(self.metrics)
+        known = dict(units)
+        if self.single:
+            for name in (*values, *baselines):
+                known.setdefault(name, own[0])
+        else:
+            coords["metric"] = list(self.names)
+            coords["unit"] = (("metric",), np.asarray(own))
+        tokens = self.spans.tokens(self.bases) if self.spans.axis else None
+        if tokens is not None:
+            coords["token"] = (("example", "position"), np.asarray(tokens, dtype=object))
+        return Result.from_arrays(
+            arrays,
+            baselines=base_arrays,
+            coords=coords,
+            units=known,
+            provenance=provenance(
+                model, **settings, metrics=list(self.names), kinds=list(self.grid.kinds)
+            ),
+            title=title,
+            skipped=skipped,
+            allow_nonfinite=True,  # an effect without a scale; scores were checked before
+        )

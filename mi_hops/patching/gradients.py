@@ -1,0 +1,140 @@
+"""Metric gradients at any hook point, from one forward and one backward pass over many prompts.
+
+Rows do not mix, so the gradient of the summed metric is each row's own. Neither the model's
+parameters nor their ``.grad`` are touched: the graph starts at the residual stream entering the
+lowest block asked for, and blocks below it keep nothing for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mi_hops.model import Hook, LensModel, dtype_of, hook_name
+from mi_hops.patching.sweep import Scored, Sweep
+from mi_hops.scoring import logits_at
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a pass returns; all detached.
+
+    Attributes:
+        scores: the metric of each row, ``[row]``, on the CPU, in float32 or wider.
+        activations: at the named hook points, ``[row, ...]``.
+        gradients: of each row's metric at them, in the same shapes.
+        stream: gradient at the residual stream entering the block the graph starts at.
+    """
+
+    scores: Float[Tensor, "row"]
+    activations: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    stream: Tensor
+
+
+def run_with_gradients(
+    model: LensModel,
+    prompts: Sequence[Scored],
+    names: Sequence[str],
+    *,
+    start: Float[Tensor, "row pos d_model"] | None = None,
+    drop_block: int | None = None,
+) -> Gradients:
+    """Activations and metric gradients at hook points of blocks.
+
+    Args:
+        prompts: with one metric each; answer tokens it appends are run as well.
+        names: hook points, ``blocks.{layer}...``.
+        start: residual stream to enter block 0 with, instead of the prompts' own; it may cover
+            fewer positions than are run (the rest stays).
+        drop_block: let no gradient through what attention and MLP of this block write.
+
+    Raises:
+        ValueError: a metric without a gradient (a rank, a count), or one that is not finite.
+        RuntimeError: a hook point off the graph of this model class.
+    """
+    import torch
+
+    sweep = Sweep(model, prompts)
+    lowest = 0 if start is not None else min((int(n.split(".")[1]) for n in names), default=0)
+    live: dict[str, Tensor] = {}
+    leaf: list[Tensor] = []
+    hooks: list[Hook] = [(hook_name("resid_pre", lowest), _start_graph(leaf, start))]
+    if drop_block is not None:
+        stop: Callable[[Tensor], Tensor] = torch.Tensor.detach
+        hooks += [(hook_name(kind, drop_block), stop) for kind in ("attn_out", "mlp_out")]
+    hooks += [(name, _keep(live, name)) for name in names]
+    positions = torch.tensor(sweep.scored)
+    with torch.enable_grad():
+        logits = logits_at(model, sweep.batch.tokens, positions, hooks=hooks)
+        scores = _scores(sweep, logits)
+        slopes = _slopes(scores.sum(), [*(live[name] for name in names), leaf[0]])
+    gradients = {}
+    for name, slope in zip(names, slopes[:-1], strict=True):
+        if slope is None and drop_block is None:
+            raise RuntimeError(
+                f"no gradient reaches {name}: on this {type(model).__name__} the activation seen by "
+                "the hook is not the one the model goes on with"
+            )
+        gradients[name] = torch.zeros_like(live[name]) if slope is None else slope
+    stream = torch.zeros_like(leaf[0]) if slopes[-1] is None else slopes[-1]
+    activations = {name: tensor.detach() for name, tensor in live.items()}
+    return Gradients(scores.detach(), activations, gradients, stream)
+
+
+def _slopes(total: Tensor, at: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of `total`; None where it does not depend on a tensor."""
+    import torch
+
+    on_graph = [i for i, tensor in enumerate(at) if tensor.requires_grad]
+    found = torch.autograd.grad(total, [at[i] for i in on_graph], allow_unused=True)
+    out: list[Tensor | None] = [None] * len(at)
+    for i, slope in zip(on_graph, found, strict=True):
+        out[i] = slope
+    return out
+
+
+def _start_graph(leaf: list[Tensor], start: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def fn(x: Tensor) -> Tensor:
+        x = x.detach().clone()
+        if start is not None:
+            x[:, : start.shape[1]] = start.to(x.device, x.dtype)
+        leaf.append(x.requires_grad_(True))
+        return leaf[0]
+
+    return fn
+
+
+def _keep(live: dict[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
+    def fn(x: Tensor) -> Tensor:
+        live[name] = x
+        return x  # what the model goes on with, also where the hook saw a reshaped copy
+
+    return fn
+
+
+def _scores(sweep: Sweep, logits: Tensor) -> Tensor:
+    import torch
+
+    rows: list[Any] = []
+    for i, run in enumerate(sweep.runs):
+        item = sweep.prompts[run.prompt]
+        ((m, at),) = run.readings
+        columns = [sweep.scored[i].index(p) for p in at]
+        rows.append(item.metrics[m].score(logits[i : i + 1, columns], item.target)[0])
+    scores = torch.stack(rows)
+    name = sweep.prompts[0].metrics[0].name
+    if not scores.requires_grad:
+        raise ValueError(
+            f"metric {name!r} has no gradient with respect to the logits; attribute a smooth one "
+            "(logit_diff, answer_logprob, first_prob, ...) or patch exactly"
+        )
+    if not scores.isfinite().all():
+        raise ValueError(f"metric {name!r} is not finite on the prompts as they are")
+    wide = torch.promote_types(dtype_of(sweep.model), torch.float32)
+    return scores.to("cpu", wide)

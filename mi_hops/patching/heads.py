@@ -1,0 +1,255 @@
+"""What heads attend to, and which heads read which: scores of heads without any patching.
+
+Detection patterns, the share of attention that falls on them, and composition scores are
+TransformerLens's own (`transformer_lens.head_detector`, `all_composition_scores`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from mi_hops.model import LensModel, capture, forward, hook_name, provenance
+from mi_hops.patching.pairs import Text, as_prompts, one_each
+from mi_hops.results import Result
+from mi_hops.tokens import TokenError, Where, last_position, pad, positions
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+Composition = Literal["q", "k", "v"]
+
+
+def head_scores(
+    model: LensModel,
+    *,
+    tokens: Int[Tensor, "row pos"] | None = None,
+    length: int = 25,
+    samples: int = 8,
+    seed: int = 0,
+) -> Result:
+    """Induction, previous-token and duplicate-token scores of every head.
+
+    A score is the attention that falls where such a head looks, averaged over the queries that have
+    such a place: the token before (previous), earlier occurrences of the same token (duplicate),
+    the tokens that followed them (induction; the prefix-matching score of Olsson et al. 2022).
+
+    Args:
+        tokens: sequences of one length to run; default `samples` blocks of `length` random tokens,
+            each twice in a row, after BOS where the tokenizer has one.
+        seed: of the random tokens.
+
+    Returns:
+        `Result` on ``example``, ``layer`` and ``head`` with ``induction``, ``previous_token`` and
+        ``duplicate_token``, each between 0 and 1.
+
+    Raises:
+        ValueError: sequences that do not fit the context, or in which no token ever repeats.
+    """
+    import torch
+    from transformer_lens import head_detector
+
+    rows = _repeated(model, length, samples, seed) if tokens is None else tokens
+    n = rows.shape[1]
+    if not 1 < n <= int(model.cfg.n_ctx):
+        raise ValueError(f"sequences of {n} tokens; expected 2 to {model.cfg.n_ctx}")
+    detectors = {
+        "induction": head_detector.get_induction_head_detection_pattern,
+        "previous_token": head_detector.get_previous_token_head_detection_pattern,
+        "duplicate_token": head_detector.get_duplicate_token_head_detection_pattern,
+    }
+    layers, heads = range(int(model.cfg.n_layers)), range(int(model.cfg.n_heads))
+    found = {k: torch.zeros(len(rows), len(layers), len(heads)) for k in detectors}
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            patterns = capture(model, row[None], [hook_name("pattern", layer) for layer in layers])
+        for kind, detector in detectors.items():
+            expected = detector(row[None].cpu())
+            queries = int((expected.sum(-1) > 0).sum())
+            if not queries:
+                raise ValueError(
+                    f"no query of sequence {i} has a place for a {kind} head to look at"
+                )
+            for layer in layers:
+                weights = patterns[0][hook_name("pattern", layer)][0].float().cpu()
+                for head in heads:
+                    share = head_detector.compute_head_attention_similarity_score(
+                        weights[head], expected, exclude_bos=False, exclude_current_token=False,
+                        error_measure="mul",
+                    )  # fmt: skip
+                    # A share of all attention, of which every query has 1.
+                    found[kind][i, layer, head] = share * n / queries
+    dims = ("example", "layer", "head")
+    return Result.from_arrays(
+        {kind: (dims, scores) for kind, scores in found.items()},
+        coords={"example": range(len(rows)), "layer": layers, "head": heads},
+        units=dict.fromkeys(found, "share"),
+        provenance=provenance(
+            model, method="head scores", seed=seed, length=n, given=tokens is not None
+        ),
+        title="Share of attention where such a head looks",
+    )
+
+
+def _repeated(model: LensModel, length: int, samples: int, seed: int) -> Int[Tensor, "row pos"]:
+    import torch
+
+    if length < 2 or samples < 1:
+        raise ValueError(f"length {length} and samples {samples}; expected at least 2 and 1")
+    tokenizer = model.tokenizer
+    special = set() if tokenizer is None else set(tokenizer.all_special_ids)
+    usable = torch.tensor([i for i in range(int(model.cfg.d_vocab)) if i not in special])
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(usable), (samples, length), generator=generator)
+    block = usable[picks]
+    rows = torch.cat([block, block], 1)
+    bos = None if tokenizer is None else tokenizer.bos_token_id
+    if bos is not None:
+        rows = torch.cat([torch.full((samples, 1), bos), rows], 1)
+    return rows
+
+
+def attention_to(
+    model: LensModel,
+    prompts: Text | Sequence[Text],
+    span: Where | Sequence[Where],
+    *,
+    query: Where = -1,
+    examples: Sequence[str] | None = None,
+    prepend_bos: bool = True,
+) -> Result:
+    """How much of its attention each head of the answer position pays to a span.
+
+    Args:
+        span: an index, slice or substring; one for all prompts, or a list of one each.
+        query: the position that attends; of a span its last token.
+
+    Returns:
+        `Result` on ``example``, ``layer`` and ``head`` with ``attention``, summed over the span's
+        tokens, between 0 and 1.
+
+    Raises:
+        TokenError: a span that is absent, or that no token of it comes before the query.
+    """
+    import torch
+
+    found = as_prompts(model, prompts, prepend_bos=prepend_bos)
+    spans = one_each("span", span, len(found))
+    layers = range(int(model.cfg.n_layers))
+    names = [hook_name("pattern", layer) for layer in layers]
+    values = torch.zeros(len(found), len(layers), int(model.cfg.n_heads))
+    for i, (prompt, where) in enumerate(zip(found, spans, strict=True)):
+        at = last_position(prompt, query)
+        keys = [p for p in positions(prompt, where) if p <= at]
+        if not keys:
+            raise TokenError(
+                f"no token of {where!r} comes before position {at} of {prompt.text!r}, so it cannot "
+                "be attended to from there"
+            )
+        with torch.no_grad():
+            patterns, _ = capture(model, pad([prompt.ids]).tokens, names)
+        for layer, name in zip(layers, names, strict=True):
+            values[i, layer] = patterns[name][0, :, at, keys].float().sum(-1).cpu()
+    return Result.from_arrays(
+        {"attention": (("example", "layer", "head"), values)},
+        coords={
+            "example": list(range(len(found))) if examples is None else list(examples),
+            "layer": layers,
+            "head": range(int(model.cfg.n_heads)),
+        },
+        units={"attention": "share"},
+        provenance=provenance(model, method="attention to a span", prepend_bos=prepend_bos),
+        title="Attention to the span",
+    )
+
+
+def composition(model: LensModel, mode: Composition) -> Result:
+    """How much a later head's queries, keys or values read of what an earlier head writes.
+
+    ``||W_OV W_QK|| / (||W_OV|| ||W_QK||)`` (Elhage et al. 2021), from weights alone: no prompt, no
+    norm. Random weights do not score 0; compare heads with one another.
+
+    Returns:
+        `Result` on ``sender`` and ``receiver`` (names such as ``L0H3``) with ``composition``, NaN
+        where the sender does not come first.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    import torch
+
+    if mode not in ("q", "k", "v"):
+        raise ValueError(f"mode is {mode!r}; expected 'q', 'k' or 'v'")
+    found: Any = model.all_composition_scores(mode.upper())  # type: ignore[attr-defined]
+    scores = getattr(found, "scores", found).detach().float().cpu()
+    n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
+    order = torch.arange(n_layers)
+    later = (order[:, None] < order)[:, None, :, None].expand_as(scores)
+    scores = scores.masked_fill(~later, float("nan")).reshape(n_layers * n_heads, -1)
+    names = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
+    return Result.from_arrays(
+        {"composition": (("sender", "receiver"), scores)},
+        coords={"sender": names, "receiver": names},
+        units={"composition": "share"},
+        provenance=provenance(model, method=f"{mode.upper()}-composition"),
+        title=f"{mode.upper()}-composition of heads",
+        allow_nonfinite=True,
+    )
+
+
+def icl_score(
+    model: LensModel,
+    prompts: Text | Sequence[Text],
+    *,
+    early: int = 50,
+    late: int = 500,
+    width: int = 1,
+    prepend_bos: bool = True,
+    batch_size: int = 8,
+) -> Result:
+    """In-context-learning score: loss at a late token less loss at an early one (Olsson et al. 2022).
+
+    Negative: later tokens are predicted better, so the model learns from its context.
+
+    Args:
+        early, late: token positions, from 0.
+        width: positions averaged, ending at each.
+
+    Returns:
+        `Result` on ``example`` with ``icl`` (nats), ``early_loss`` and ``late_loss``.
+
+    Raises:
+        ValueError: positions out of order, a prompt that is too short.
+    """
+    import torch
+
+    if not width <= early < late or width < 1:
+        raise ValueError(
+            f"early {early}, late {late}, width {width}; expected 1 <= width <= early < late"
+        )
+    found = as_prompts(model, prompts, prepend_bos=prepend_bos)
+    short = [p.text[:40] for p in found if len(p) <= late]
+    if short:
+        raise ValueError(f"{len(short)} prompt(s) have no token {late}: {short[:3]}")
+    losses: list[Float[Tensor, "row at"]] = []
+    at = torch.tensor([[p - j for j in range(width)] for p in (early, late)])
+    for start in range(0, len(found), batch_size):
+        tokens = torch.tensor([p.ids[: late + 1] for p in found[start : start + batch_size]])
+        with torch.no_grad():
+            logits = forward(model, tokens[:, :-1])[:, at - 1]
+        said = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        target = tokens[:, at].to(said.device)
+        losses.append(-said.gather(-1, target[..., None])[..., 0].mean(-1).cpu())
+    loss = torch.cat(losses)
+    values = {"icl": loss[:, 1] - loss[:, 0], "early_loss": loss[:, 0], "late_loss": loss[:, 1]}
+    return Result.from_arrays(
+        {name: (("example",), value) for name, value in values.items()},
+        coords={"example": range(len(found))},
+        units=dict.fromkeys(values, "nats"),
+        provenance=provenance(
+            model, method="in-context-learning score", early=early, late=late, width=width,
+            prepend_bos=prepend_bos,
+        ),
+        title=f"Loss at token {late} less loss at token {early}",
+    )  # fmt: skip

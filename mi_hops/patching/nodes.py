@@ -1,0 +1,266 @@
+"""The model as a graph: nodes that write to the residual stream, and nodes that read it.
+
+Writers: ``"embed"``, heads ``"L3H2"``, whole attention layers ``"ATTN3"``, ``"MLP3"``.
+Readers: ``"L3H2.q"``, ``"L3H2.k"``, ``"L3H2.v"`` (key/value heads as they are counted),
+``"MLP3"``, ``"logits"``. There is an edge from every writer to every reader that comes after it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mi_hops.fanout import Intervention, Site
+from mi_hops.model import (
+    Hook,
+    LensModel,
+    device_of,
+    forward,
+    hook_name,
+    n_heads_of,
+    require_hooks,
+    w_o,
+)
+from mi_hops.patching.core import captured
+from mi_hops.tokens import Prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+Role = Literal["embed", "head", "attn", "mlp", "q", "k", "v", "logits"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A writer or reader of the residual stream.
+
+    Attributes:
+        role: what it is.
+        layer: its block; 0 for the embedding and the number of blocks for the logits.
+        head: for heads and their inputs.
+    """
+
+    role: Role
+    layer: int
+    head: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As in the module's description."""
+        if self.role in ("embed", "logits"):
+            return self.role
+        if self.role in ("mlp", "attn"):
+            return f"{self.role.upper()}{self.layer}"
+        head = f"L{self.layer}H{self.head}"
+        return head if self.role == "head" else f"{head}.{self.role}"
+
+    @property
+    def stage(self) -> int:
+        """When it acts: writers reach the readers of later stages only."""
+        if self.role == "embed":
+            return -1
+        return 2 * self.layer + (self.role == "mlp")
+
+    def reaches(self, reader: Node) -> bool:
+        """Whether there is an edge from this writer to `reader`."""
+        return self.stage < reader.stage
+
+
+def writers(model: LensModel, given: str | Iterable[str]) -> list[Node]:
+    """Writers by name or group: ``"heads"``, ``"attns"``, ``"mlps"``, ``"all"`` (embedding, heads, MLPs).
+
+    Raises:
+        ValueError: an unknown name, or a layer or head that does not exist.
+    """
+    layers = range(int(model.cfg.n_layers))
+    heads = [Node("head", i, h) for i in layers for h in range(n_heads_of(model, "z"))]
+    mlps = [Node("mlp", i) for i in layers]
+    attns = [Node("attn", i) for i in layers]
+    embed = [Node("embed", 0)]
+    groups = {
+        "heads": heads,
+        "attns": attns,
+        "mlps": mlps,
+        "all": sorted([*embed, *heads, *mlps], key=lambda n: n.stage),
+    }
+    known = {n.name: n for n in [*embed, *heads, *attns, *mlps]}
+    return _named("writer", given, groups, known)
+
+
+def readers(model: LensModel, given: str | Iterable[str]) -> list[Node]:
+    """Readers by name or group: ``"q"``, ``"k"``, ``"v"``, ``"mlps"``, ``"all"`` (with the logits).
+
+    Raises:
+        ValueError: an unknown name, or a layer or head that does not exist.
+    """
+    n_layers = int(model.cfg.n_layers)
+    groups: dict[str, list[Node]] = {"mlps": [Node("mlp", i) for i in range(n_layers)]}
+    inputs: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
+    for role in inputs:
+        groups[role] = [
+            Node(role, i, h) for i in range(n_layers) for h in range(n_heads_of(model, role))
+        ]
+    logits = Node("logits", n_layers)
+    every = [*(n for group in groups.values() for n in group), logits]
+    known = {n.name: n for n in every}
+    groups["all"] = sorted(every, key=lambda n: (n.stage, n.role))
+    return _named("reader", given, groups, known)
+
+
+def _named(
+    what: str, given: str | Iterable[str], groups: dict[str, list[Node]], known: dict[str, Node]
+) -> list[Node]:
+    names = [given] if isinstance(given, str) else list(given)
+    found: dict[Node, None] = {}
+    for name in names:
+        if name in groups:
+            found |= dict.fromkeys(groups[name])
+        elif name in known:
+            found[known[name]] = None
+        else:
+            like = [k for k in known if re.sub(r"\d", "", k) == re.sub(r"\d", "", name)]
+            hint = f"{like[0]} to {like[-1]} exist" if like else "no name is like it"
+            raise ValueError(
+                f"unknown {what} {name!r} ({hint}); expected a name such as {list(known)[:3]} or "
+                f"a group of {list(groups)}"
+            )
+    if not found:
+        raise ValueError(f"no {what} was given")
+    return list(found)
+
+
+# -- what writers write ----------------------------------------------------------------------------
+
+
+class Writes:
+    """What writers add to the residual stream in some prompts.
+
+    Raises:
+        ValueError: heads of a model in which attention writes anything but the sum of ``z @ W_O``
+            and a constant (a norm after attention, for instance).
+    """
+
+    def __init__(self, model: LensModel, prompts: Sequence[Prompt], nodes: Iterable[Node]) -> None:
+        self._model, self._prompts = model, list(prompts)
+        nodes = list(nodes)
+        with_heads = sorted({n.layer for n in nodes if n.role == "head"})
+        names = {self._hook(n) for n in nodes} | {hook_name("attn_out", i) for i in with_heads}
+        self._store = captured(model, self._prompts, sorted(names))
+        for layer in with_heads:
+            self._check(layer)
+
+    def __call__(self, node: Node, example: int) -> Float[Tensor, "pos d_model"]:
+        """In float32 or wider."""
+        import torch
+
+        found = self._store[self._hook(node)][example, : len(self._prompts[example])]
+        wide = torch.promote_types(found.dtype, torch.float32)
+        found = found.to(wide)
+        if node.role != "head":
+            return found
+        weight = w_o(self._model, node.layer).detach()[node.head]
+        return found[:, node.head] @ weight.to(found.device, wide)
+
+    @staticmethod
+    def _hook(node: Node) -> str:
+        kind = {"embed": "resid_pre", "head": "z", "attn": "attn_out", "mlp": "mlp_out"}
+        return hook_name(kind[node.role], node.layer)
+
+    def _check(self, layer: int) -> None:
+        import torch
+
+        z = self._store[hook_name("z", layer)][0, : len(self._prompts[0])]
+        out = self._store[hook_name("attn_out", layer)][0, : len(self._prompts[0])]
+        wide = torch.promote_types(z.dtype, torch.float32)
+        weight = w_o(self._model, layer).detach().to(z.device, wide)
+        rest = out.to(wide) - torch.einsum("phd,hdm->pm", z.to(wide), weight)
+        narrow = torch.finfo(z.dtype).bits < 32
+        scale = float(out.abs().max()) or 1.0
+        if float((rest - rest[:1]).abs().max()) > (5e-2 if narrow else 1e-4) * scale:
+            raise ValueError(
+                f"attention of block {layer} does not write the sum of its heads' z @ W_O (is there "
+                "a norm or a scale after it?), so single heads have no write of their own; use "
+                f"'ATTN{layer}'"
+            )
+
+
+# -- what readers make of another input ---------------------------------------------------------------
+
+
+def read_hooks(reader: Node) -> tuple[str, str]:
+    """Where a reader's input enters its block, and the hook point of what it makes of it."""
+    if reader.role == "mlp":
+        return "resid_mid", hook_name("mlp_out", reader.layer)
+    return "resid_pre", hook_name(reader.role, reader.layer)
+
+
+def probe(
+    model: LensModel,
+    tokens: Int[Tensor, "1 pos"],
+    layer: int,
+    entry: str,
+    change: Callable[[Tensor], Tensor],
+    names: Sequence[str],
+    *,
+    before: Sequence[Hook] = (),
+) -> dict[str, Tensor]:
+    """What a block's norm and projections make of changed inputs, exactly.
+
+    The prompt runs up to `layer`; there its stream is copied for each changed input, which nothing
+    but the readers at `names` ever sees. It works on any attention, for no weight is read.
+
+    Args:
+        entry: ``"resid_pre"`` (queries, keys, values) or ``"resid_mid"`` (the MLP).
+        change: from the stream at `entry`, ``[1, pos, d_model]``, to inputs ``[row, pos, d_model]``.
+        before: hooks on the way up.
+
+    Returns:
+        By name, ``[row, pos, ...]``.
+    """
+    import torch
+
+    found: dict[str, Tensor] = {}
+
+    def copy(x: Tensor) -> Tensor:
+        if entry == "resid_pre":
+            return torch.cat([x, change(x).to(x.dtype)])
+        rows = change(x.new_zeros(x.shape)).shape[0]
+        return torch.cat([x, x.expand(rows, -1, -1)])
+
+    def alter(x: Tensor) -> Tensor:
+        return torch.cat([x[:1], change(x[:1]).to(x.dtype)])
+
+    def keep(name: str) -> Callable[[Tensor], Tensor]:
+        def fn(x: Tensor) -> Tensor:
+            found[name] = x[1:]
+            return x
+
+        return fn
+
+    hooks: list[Hook] = [*before, (hook_name("resid_pre", layer), copy)]
+    if entry == "resid_mid":
+        hooks.append((hook_name("resid_mid", layer), alter))
+    hooks += [(name, keep(name)) for name in names]
+    stop: int | None = layer + 1
+    if stop == int(model.cfg.n_layers):  # to the end, but not through the vocabulary
+        stop = None
+        hooks.append(("unembed.hook_in", lambda x: x[:1, :1]))
+    require_hooks(model, [name for name, _ in hooks])
+    forward(model, tokens.to(device_of(model)), hooks=hooks, stop_at_layer=stop, grows=True)
+    return found
+
+
+def arrival(reader: Node, value: Tensor, positions: tuple[int, ...]) -> Intervention:
+    """An intervention that gives a reader's own result the value it has from another input."""
+    from mi_hops.interventions import replace
+
+    if reader.head is not None:
+        value = value[:, reader.head]
+    role = "mlp_out" if reader.role == "mlp" else reader.role
+    site = Site(role, reader.layer, positions, reader.head)
+    return Intervention((site,), replace(value[list(positions)]))

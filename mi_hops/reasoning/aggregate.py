@@ -1,0 +1,284 @@
+"""From one row a query to one row a statistic: how a repair's score is averaged and hedged.
+
+Everything is averaged over the queries inside a case first, then over cases, the order of the CREME
+paper's code (arXiv 2402.14328): a case with many queries weighs no more than one with a single
+query. Intervals are percentile bootstraps over cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mi_hops.statistics import bootstrap_ci
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("value", "lower", "upper", "n_queries", "n_cases", "unit")
+
+#: Share of the cases that `trimmed_mean` leaves out at each end.
+TRIM = 0.1
+
+
+@dataclass
+class Scores:
+    """What is to be averaged: arrays ``[query]``, NaN where a query has no such value.
+
+    Attributes:
+        means: statistic -> (values, unit): mean inside each case, then over cases.
+        spreads: statistic -> (values, unit, reduce): mean inside each case, then
+            ``reduce(case_values, axis=...)``.
+        case_ratios: statistic -> (top, bottom, unit, offset): the mean of one over the mean of
+            the other, both over cases, plus an offset.
+        query_shares: statistic -> values: share over all queries, whatever their case.
+        counts: statistic -> values: how many queries, without an interval.
+    """
+
+    means: dict[str, tuple[np.ndarray, str]] = field(default_factory=dict)
+    spreads: dict[str, tuple[np.ndarray, str, Callable[..., Any]]] = field(default_factory=dict)
+    case_ratios: dict[str, tuple[np.ndarray, np.ndarray, str, float]] = field(default_factory=dict)
+    query_shares: dict[str, np.ndarray] = field(default_factory=dict)
+    counts: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def aggregate(
+    frame: pd.DataFrame,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Change of the queries' probabilities, from a plain table; also of a published run.
+
+    Args:
+        frame: one row a query. Columns ``case``, ``set``, ``before`` and ``after`` (probability of
+            the right answer, unrepaired and repaired); optionally ``wrong_before`` and
+            ``wrong_after`` (of a competing answer, NaN where there is none) and ``repair``. Other
+            columns are passed over.
+        level, n_resamples, seed: of the bootstrap over cases.
+
+    Returns:
+        Frame indexed by (repair where given,) set and statistic, with columns ``value``, ``lower``,
+        ``upper``, ``n_queries`` and ``n_cases`` (which have a value), ``unit``. Intervals are NaN
+        below two cases. With r = (after - before) / before, 0 where before is 0:
+
+        - ``mean_before``, ``mean_after``, ``mean_change``;
+        - ``mean_relative_change``: mean r, the CREME paper's number (17.03 is +1703 %);
+        - ``median_relative_change``, ``trimmed_mean_relative_change``: of the cases' mean r; the
+          trimmed one without the lowest and highest tenth of the cases;
+        - ``mean_log_change``: mean ln(after / before) of queries where both are positive;
+        - ``share_improved``: share with after > before;
+        - ``ratio_of_means_change``: ``mean_after / mean_before - 1``;
+        - ``zero_before``: number of queries with before = 0;
+        - ``target_over_wrong_before``, ``..._after``: share of *queries* (not averaged inside cases,
+          as published) whose right answer is more probable than the wrong one;
+        - ``wrong_mean_relative_change``, ``wrong_mean_log_change``: of the wrong answer.
+
+    Raises:
+        ValueError: a missing column, no rows, or a probability that is negative or not finite.
+    """
+    frame = _checked(frame)
+    return by_group(
+        frame,
+        lambda part: change_scores(
+            *(part[c].to_numpy(float) for c in ("before", "after")),
+            *(part[c].to_numpy(float) for c in ("wrong_before", "wrong_after") if c in part),
+        ),
+        level=level,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
+
+
+def change_scores(
+    before: np.ndarray,
+    after: np.ndarray,
+    wrong_before: np.ndarray | None = None,
+    wrong_after: np.ndarray | None = None,
+) -> Scores:
+    """The statistics of `aggregate` for probabilities ``[query]``."""
+    relative, logs = _relative(before, after), _log_ratio(before, after)
+    fraction = "fraction of before"
+    scores = Scores(
+        means={
+            "mean_before": (before, "probability"),
+            "mean_after": (after, "probability"),
+            "mean_change": (after - before, "probability"),
+            "mean_relative_change": (relative, fraction),
+            "mean_log_change": (logs, "nats"),
+            "share_improved": ((after > before).astype(float), "share"),
+        },
+        spreads={
+            "median_relative_change": (relative, fraction, np.median),
+            "trimmed_mean_relative_change": (relative, fraction, trimmed_mean),
+        },
+        case_ratios={
+            "ratio_of_means_change": (after, before, "fraction of mean before", -1.0),
+        },
+        counts={"zero_before": (before == 0).astype(float)},
+    )
+    if wrong_before is None or wrong_after is None:
+        return scores
+    told = np.isfinite(wrong_before) & np.isfinite(wrong_after)
+    for when, right, wrong in (("before", before, wrong_before), ("after", after, wrong_after)):
+        ahead = np.where(told, right > wrong, np.nan)
+        scores.query_shares[f"target_over_wrong_{when}"] = ahead
+    wrong_relative = np.where(told, _relative(wrong_before, wrong_after), np.nan)
+    scores.means["wrong_mean_relative_change"] = (wrong_relative, fraction)
+    scores.means["wrong_mean_log_change"] = (_log_ratio(wrong_before, wrong_after), "nats")
+    return scores
+
+
+def by_group(
+    frame: pd.DataFrame,
+    scores_of: Callable[[pd.DataFrame], Scores],
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Reduce the scores of each (repair,) set of a long frame; see `aggregate` for the result."""
+    import pandas as pd
+
+    keys = [c for c in ("repair", "set") if c in frame]
+    parts = {}
+    for label, part in frame.groupby(keys, sort=False, observed=True):
+        scores = scores_of(part)
+        cases = part["case"].to_numpy()
+        parts[label] = reduce_scores(cases, scores, level=level, n_resamples=n_resamples, seed=seed)
+    return pd.concat(parts, names=[*keys, "statistic"])
+
+
+def reduce_scores(
+    cases: Sequence[Any] | np.ndarray, scores: Scores, *, level: float, n_resamples: int, seed: int
+) -> pd.DataFrame:
+    """One row a statistic, with its bootstrap interval over cases (see `aggregate`).
+
+    Args:
+        cases: ``[query]``, the case of each query.
+    """
+    import pandas as pd
+
+    settings: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
+    _, codes = np.unique(np.asarray(cases, dtype=str), return_inverse=True)
+    rows: dict[str, tuple[float, float, float, int, int, str]] = {}
+
+    def add(name: str, values: np.ndarray, unit: str, value: float, ends: tuple[Any, Any]) -> None:
+        known = ~np.isnan(values)
+        n_cases = len(np.unique(codes[known]))
+        lower, upper = ends if n_cases > 1 else (np.nan, np.nan)
+        rows[name] = (value, float(lower), float(upper), int(known.sum()), n_cases, unit)
+
+    if scores.means:
+        grid = np.stack([_case_means(codes, v) for v, _ in scores.means.values()], axis=1)
+        lower, upper = bootstrap_ci(grid, **settings)
+        for i, (name, (values, unit)) in enumerate(scores.means.items()):
+            add(name, values, unit, _nan_mean(grid[:, i]), (lower[i], upper[i]))
+    for name, (values, unit, reduce) in scores.spreads.items():
+        found = _case_means(codes, values)
+        found = found[~np.isnan(found)]
+        value = float(reduce(found, axis=0)) if len(found) else np.nan
+        add(name, values, unit, value, bootstrap_ci(found, statistic=reduce, **settings))
+    for name, (over, under, unit, offset) in scores.case_ratios.items():
+        top, bottom = _case_means(codes, over), _case_means(codes, under)
+        value, *ends = _ratio_ci(top, bottom, **settings)
+        add(name, over, unit, value + offset, (ends[0] + offset, ends[1] + offset))
+    for name, values in scores.query_shares.items():
+        known = ~np.isnan(values)
+        n_cases = codes.max() + 1
+        hits = np.bincount(codes[known], weights=values[known], minlength=n_cases)
+        counts = np.bincount(codes[known], minlength=n_cases).astype(float)
+        value, *ends = _ratio_ci(hits[counts > 0], counts[counts > 0], **settings)
+        add(name, values, "share of queries", value, (ends[0], ends[1]))
+    for name, values in scores.counts.items():
+        add(name, values, "queries", float(np.nansum(values)), (np.nan, np.nan))
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS))
+    return table.rename_axis("statistic")
+
+
+def trimmed_mean(values: Any, axis: int = 0) -> np.ndarray:
+    """Mean without the lowest and the highest `TRIM` of the values (rounded down)."""
+    from scipy.stats import trim_mean
+
+    return np.asarray(trim_mean(values, TRIM, axis=axis))
+
+
+def case_table(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Means of some columns over the queries of each (repair, set, case), and ``n_queries``."""
+    keys = [c for c in ("repair", "set", "case") if c in frame]
+    groups = frame.groupby(keys, sort=False, observed=True)
+    means = groups[list(columns)].mean()
+    means.insert(0, "n_queries", groups.size())
+    return means
+
+
+def _checked(frame: pd.DataFrame) -> pd.DataFrame:
+    missing = [c for c in ("case", "set", "before", "after") if c not in frame]
+    wrong = [c for c in ("wrong_before", "wrong_after") if c in frame]
+    if missing or len(wrong) == 1:
+        raise ValueError(
+            f"the table has columns {list(frame.columns)}; needed are case, set, before, after, "
+            f"and wrong_before and wrong_after both or neither (missing: {missing or 'one of them'})"
+        )
+    if frame.empty:
+        raise ValueError("the table has no rows, so there is nothing to aggregate")
+    for name in ["before", "after", *wrong]:
+        values = frame[name].to_numpy(float)
+        fine = np.isfinite(values) & (values >= 0) | (np.isnan(values) & (name in wrong))
+        if not fine.all():
+            row = int(np.flatnonzero(~fine)[0])
+            raise ValueError(
+                f"{name} is {values[row]} in row {row} (case {frame['case'].iloc[row]!r}); expected "
+                "a probability: finite and not negative"
+            )
+    return frame
+
+
+def _relative(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    return np.divide(after - before, before, out=np.zeros(len(before)), where=before > 0)
+
+
+def _log_ratio(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    both = (before > 0) & (after > 0)
+    logs = np.full(len(before), np.nan)
+    logs[both] = np.log(after[both]) - np.log(before[both])
+    return logs
+
+
+def _case_means(codes: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Mean of the queries of each case, NaN where none has a value."""
+    known = ~np.isnan(values)
+    n_cases = int(codes.max()) + 1
+    sums = np.bincount(codes[known], weights=values[known], minlength=n_cases)
+    counts = np.bincount(codes[known], minlength=n_cases)
+    return np.divide(sums, counts, out=np.full(n_cases, np.nan), where=counts > 0)
+
+
+def _nan_mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _ratio_ci(
+    top: np.ndarray, bottom: np.ndarray, *, level: float, n_resamples: int, seed: int
+) -> tuple[float, float, float]:
+    """sum(top) / sum(bottom) over cases and its bootstrap interval; NaN where bottom sums to 0."""
+    known = ~(np.isnan(top) | np.isnan(bottom))
+    pair = np.stack([top[known], bottom[known]], axis=1)
+
+    def ratio(cells: np.ndarray, axis: int) -> np.ndarray:
+        sums = cells.sum(axis)
+        share = np.divide(
+            sums[..., :1], sums[..., 1:], out=np.full(sums[..., :1].shape, np.nan),
+            where=sums[..., 1:] > 0,
+        )  # fmt: skip
+        return np.repeat(share, 2, axis=-1)  # one for each of the two cells that are resampled
+
+    lower, upper = bootstrap_ci(
+        pair, statistic=ratio, level=level, n_resamples=n_resamples, seed=seed
+    )
+    return float(ratio(pair, 0)[0]), float(lower[0]), float(upper[0])

@@ -1,0 +1,231 @@
+"""Does the bridge cause the answer? Erase it from a hidden state and see what is left.
+
+At one layer and position the block's output h is changed so that the bridge's tokens read lowest
+in the lens, and the forward pass goes on. Two forms, both on the raw lens v = W_U h (no norm):
+
+* ``published`` (arXiv 2402.14328, released code): a change of the lens read-out is requested, the
+  bridge's logits down to the minimum, and mapped back through the pseudo-inverse of W_U; a
+  *recheck* then pushes the answer's logits, times 10, back towards where they were. Only the part
+  of the request that lies in W_U's column space is realised, so the minimum is not reached.
+* ``exact``: the shortest change of h that sets the bridge's logits to the minimum and leaves the
+  answer's logits exactly where they are.
+
+The control erases another entity's tokens, as many of them, by the same formula (the published
+code gave its control no recheck; here it is treated alike).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.fanout import Intervention, fan_out
+from mi_hops.interventions import Change
+from mi_hops.model import LensModel, provenance, unembedding
+from mi_hops.results import Result
+from mi_hops.tokens import Prompt, TokenError, answer_ids, encode, last_position, pad
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+Form = Literal["published", "exact"]
+ROLES = ("first hop", "last")
+
+
+class Eraser:
+    """Changes of a hidden state that lower chosen tokens in the raw lens.
+
+    Args:
+        recheck: strength of the published form's push on kept tokens; 0 leaves it out.
+    """
+
+    def __init__(self, model: LensModel, *, recheck: float = 10.0) -> None:
+        import torch
+
+        weight = unembedding(model)[0].to(torch.float64)
+        self.rows = weight.T.contiguous()  # [vocab, d_model]
+        self.factor = torch.linalg.cholesky(weight @ weight.T)  # of W_U^T W_U, [d_model, d_model]
+        self.recheck = recheck
+
+    def change(self, form: Form, lower: Sequence[int], keep: Sequence[int]) -> Change:
+        """A change of ``[pos, d_model]``: `lower` to the minimum; `keep` is held (see the forms)."""
+        import torch
+
+        down = torch.tensor([t for t in dict.fromkeys(lower) if t not in set(keep)])
+        held = torch.tensor(list(dict.fromkeys(keep)))
+        step = self._exact if form == "exact" else self._published
+
+        def change(x: Tensor) -> Tensor:
+            h = x.to(self.rows.device, torch.float64)
+            return (h + step(h, down, held)).to(x.device, x.dtype)
+
+        return change
+
+    def _exact(self, h: Tensor, down: Tensor, held: Tensor) -> Tensor:
+        import torch
+
+        v = h @ self.rows.T
+        wanted = v.min(-1, keepdim=True).values - v[:, down]
+        rows = self.rows[torch.cat([down, held])]
+        target = torch.cat([wanted, wanted.new_zeros(len(h), len(held))], 1)
+        # Minimum-norm solution of rows @ delta = target.
+        return (torch.linalg.pinv(rows) @ target.T).T
+
+    def _published(self, h: Tensor, down: Tensor, held: Tensor) -> Tensor:
+        v = h @ self.rows.T
+        wanted = v.min(-1, keepdim=True).values - v[:, down]
+        delta = self._mapped(wanted, down)
+        if self.recheck:
+            moved = (h + delta) @ self.rows[held].T
+            delta = delta + self._mapped(self.recheck * (v[:, held] - moved), held)
+        return delta
+
+    def _mapped(self, request: Float[Tensor, "row n"], tokens: Tensor) -> Tensor:
+        """(W_U^T W_U)^-1 W_U^T applied to a request that is zero off `tokens`."""
+        import torch
+
+        return torch.cholesky_solve((request @ self.rows[tokens]).T, self.factor).T
+
+
+@dataclass(frozen=True)
+class _Case:
+    fact: TwoHopFact
+    prompt: Prompt
+    where: tuple[int, ...]
+    bridge: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+def erase_bridge(
+    model: LensModel,
+    facts: Sequence[TwoHopFact],
+    *,
+    form: str | None = None,
+    methods: Sequence[Form] = ("published", "exact"),
+    layers: Sequence[int] | None = None,
+    controls: int = 3,
+    recheck: float = 10.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    prepend_bos: bool = True,
+    progress: bool = False,
+) -> Result:
+    """P(answer) after the bridge was erased, by layer, beside an equal-sized control.
+
+    Args:
+        form: template order of the two-hop prompt.
+        layers: blocks whose output is changed, one at a time; default all.
+        controls: entities erased in the bridge's stead, each another fact's bridge with as many
+            tokens and none of them the bridge's or the answer's (random tokens where there are
+            too few such entities); their values are averaged.
+        batch_size: facts in one fan-out.
+
+    Returns:
+        `Result` with ``bridge`` and ``control``, dims (example, variant, position, layer), the
+        probability of the answer's first token after the erasure (control: mean over its draws),
+        and the baseline ``clean`` (example). Positions are the roles ``"first hop"`` (the last
+        token of the first hop's phrase) and ``"last"``. Differences ``bridge - control`` are
+        paired: use ``result.difference_ci("control", variable="bridge")``.
+
+    Raises:
+        ValueError: no usable fact; a bad layer.
+    """
+    import numpy as np
+    import torch
+    from tqdm.auto import tqdm
+
+    layers = list(range(model.cfg.n_layers)) if layers is None else list(layers)
+    cases, skipped = _cases(model, facts, form, prepend_bos)
+    eraser = Eraser(model, recheck=recheck)
+    rng = random.Random(seed)
+    pool = sorted({case.bridge for case in cases})
+    shape = (len(cases), len(methods), len(ROLES), len(layers))
+    values = {"bridge": np.zeros(shape), "control": np.zeros(shape)}
+    clean = np.zeros(len(cases))
+    starts = range(0, len(cases), batch_size)
+    for start in tqdm(starts, disable=not progress, desc="erasure"):
+        part = cases[start : start + batch_size]
+        items: list[Intervention] = []
+        cells: list[tuple[str, tuple[int, ...], float]] = []
+        for base, case in enumerate(part):
+            drawn = _controls(case, pool, controls, rng, model.cfg.d_vocab)
+            sets = [("bridge", case.bridge, 1.0), *(("control", c, 1 / controls) for c in drawn)]
+            for m, method in enumerate(methods):
+                for group, tokens, weight in sets:
+                    change = eraser.change(method, tokens, case.answer)
+                    for p, position in enumerate(case.where):
+                        for j, layer in enumerate(layers):
+                            items.append(
+                                Intervention.at(
+                                    "resid_post", layer, change, positions=[position], base=base
+                                )
+                            )
+                            cells.append((group, (start + base, m, p, j), weight))
+        firsts = torch.tensor([case.answer[0] for case in part])
+
+        def first_prob(logits: Tensor, bases: list[int], firsts: Tensor = firsts) -> Tensor:
+            probs = logits[:, 0].float().softmax(-1)
+            return probs[range(len(bases)), firsts[bases].to(probs.device)].cpu()
+
+        out = fan_out(model, pad([c.prompt.ids for c in part]), items, reduce=first_prob)
+        clean[start : start + len(part)] = out.base.numpy()
+        for (group, index, weight), value in zip(cells, out.rows.tolist(), strict=True):
+            values[group][index] += weight * value
+    dims = ("example", "variant", "position", "layer")
+    return Result.from_arrays(
+        {name: (dims, array) for name, array in values.items()},
+        coords={
+            "example": [case.fact.id for case in cases],
+            "variant": list(methods),
+            "position": list(ROLES),
+            "layer": layers,
+        },
+        baselines={"clean": ("example", clean)},
+        units={"bridge": "probability", "control": "probability", "clean": "probability"},
+        provenance=provenance(
+            model, what="erasure", form=form, controls=controls, recheck=recheck, seed=seed,
+            prepend_bos=prepend_bos, hook="resid_post",
+        ),
+        title="P(answer) after erasing the bridge",
+        skipped=skipped,
+    )  # fmt: skip
+
+
+def _cases(
+    model: LensModel, facts: Sequence[TwoHopFact], form: str | None, prepend_bos: bool
+) -> tuple[list[_Case], list[tuple[str, str]]]:
+    cases, skipped = [], []
+    for fact in facts:
+        try:
+            prompt = encode(model, fact.prompt(form), prepend_bos=prepend_bos)
+            where = (last_position(prompt, fact.first_hop), prompt.last)
+            bridge = answer_ids(model, prompt, fact.bridge)
+            answer = answer_ids(model, prompt, fact.answer)
+        except (TokenError, ValueError) as error:
+            skipped.append((fact.id, str(error)))
+            continue
+        if set(bridge) <= set(answer):
+            skipped.append((fact.id, "every token of the bridge is one of the answer's"))
+            continue
+        cases.append(_Case(fact, prompt, where, bridge, answer))
+    if not cases:
+        raise ValueError(f"no fact can be used for erasure; reasons: {skipped[:3]}")
+    return cases, skipped
+
+
+def _controls(
+    case: _Case, pool: Sequence[tuple[int, ...]], n: int, rng: random.Random, vocab: int
+) -> list[tuple[int, ...]]:
+    """`n` token sets of the bridge's size that share no token with bridge or answer."""
+    taken = {*case.bridge, *case.answer}
+    fit = [c for c in pool if len(c) == len(case.bridge) and not taken & set(c)]
+    drawn: list[Any] = rng.sample(fit, min(n, len(fit)))
+    while len(drawn) < n:
+        tokens = tuple(rng.sample(range(vocab), len(case.bridge)))
+        if not taken & set(tokens):
+            drawn.append(tokens)
+    return drawn

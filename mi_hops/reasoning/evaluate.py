@@ -1,0 +1,347 @@
+"""Did a repair hold, spread, and do no harm? One score for everything that meets the `Repair` protocol.
+
+All queries are asked of the unrepaired model once, and then with each repair on, every row of a batch
+under the repair of its own case. The result is a table with one row for each repair and query; its
+averages are made by `aggregate`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mi_hops.generate import answered, end_ids
+from mi_hops.metrics import (
+    AnswerLogprob,
+    Greedy,
+    Metric,
+    MetricLike,
+    NextToken,
+    Plan,
+    Target,
+    get_metric,
+    get_metrics,
+    require_finite,
+    target_of,
+)
+from mi_hops.model import LensModel, dtype_of, provenance
+from mi_hops.reasoning.aggregate import aggregate
+from mi_hops.reasoning.evaluation import Evaluation
+from mi_hops.reasoning.queries import SETS, Query, QuerySets
+from mi_hops.repair import Repair, Rows
+from mi_hops.scoring import logits_at, score_prompts
+from mi_hops.tokens import Prompt, batches, encode
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from mi_hops.facts.fact import TwoHopFact
+
+__all__ = ["Evaluation", "aggregate", "evaluate"]
+
+#: Sets in which the whole next-token distribution should stay as it was.
+KL_SETS = ("specificity", "specificity_same_relation", "neutral")
+#: Sets whose prompt and answer together are a statement to take the perplexity of.
+TEXT_SETS = ("neutral",)
+
+
+# -- metrics that only an evaluation needs --------------------------------------------------------
+
+
+def _first_right(logits: Tensor, target: Target) -> Tensor:
+    return (logits.argmax(-1) == target.answer[0]).to(logits.dtype)
+
+
+def _wrong_paper_prob(logits: Tensor, target: Target) -> Tensor:
+    if not target.wrong:  # left out of the table afterwards
+        return logits.new_zeros(len(logits))
+    return logits.softmax(-1)[:, list(target.wrong)].mean(-1)
+
+
+@dataclass(frozen=True)
+class _Statement(Target):
+    """The answer, and the prompt's own tokens, which are scored as well."""
+
+    prompt: tuple[int, ...] = ()
+
+
+class _StatementLoss:
+    """Mean negative log-probability of a statement's tokens, each given those before it."""
+
+    name, unit, higher_is_better = "statement_loss", "nats per token", False
+
+    def plan(self, target: Target) -> Plan:
+        """All tokens but the last; every position of the prompt is read, and the answer's."""
+        before = len(target.prompt) if isinstance(target, _Statement) else 1
+        return Plan(target.answer[:-1], tuple(range(1 - before, len(target.answer))))
+
+    def score(
+        self, logits: Float[Tensor, "row scored vocab"], target: Target
+    ) -> Float[Tensor, "row"]:
+        """One mean a row."""
+        text = target.prompt if isinstance(target, _Statement) else ()
+        whole = Target((*text[1:], *target.answer))
+        return -AnswerLogprob().score(logits, whole) / len(whole.answer)
+
+
+# -- the work -------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: LensModel,
+    repairs: Sequence[Repair],
+    queries: QuerySets | Iterable[Query],
+    facts: Sequence[TwoHopFact],
+    *,
+    batch_size: int = 128,
+    metrics: Sequence[MetricLike] = (),
+    generate: bool = True,
+    max_new_tokens: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Score repairs on sets of queries, before and after.
+
+    Each repair is fitted to all `facts` at once; each query is run under the state of its case.
+
+    Args:
+        repairs: each with its own name.
+        queries: from `build_sets`, or one's own.
+        facts: the cases; every query's ``case`` is the id of one of them.
+        metrics: further metrics to record; their mean before, after and change is in the table.
+        generate: also generate texts, for ``said`` and ``said_right`` (aliases count there). All
+            other columns need no generation.
+        max_new_tokens: of the generated texts; raised where an answer needs more.
+        seed: of the bootstrap intervals of the table.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no queries, no repairs or two of one name, a query of an unknown case, facts
+            with one id, a repair that gives another number of states than there are facts, or a
+            score that is not finite.
+        TokenError: an answer that cannot be tokenised after its prompt, or too long a prompt.
+    """
+    import pandas as pd
+    from tqdm import tqdm
+
+    asked, skipped = _checked(repairs, queries, facts)
+    extra = get_metrics(metrics) if len(metrics) else []
+    job = _Job(model, asked, extra, batch_size, max_new_tokens if generate else 0)
+    bar = tqdm(
+        total=(1 + len(repairs)) * len(asked), unit="query", desc="evaluate", disable=not progress
+    )
+    index = {fact.id: i for i, fact in enumerate(facts)}
+    frames = []
+    with bar:
+        before = job.scores(None, None)
+        bar.update(len(asked))
+        for repair in repairs:
+            fitted = list(repair.fit(model, facts))
+            if len(fitted) != len(facts):
+                raise ValueError(
+                    f"repair {repair.name!r} gave {len(fitted)} states for {len(facts)} facts; a "
+                    "Repair's fit must return one a fact"
+                )
+            states = [fitted[index[q.case]] for q in asked]
+            after = job.scores(repair, states)
+            frames.append(job.frame(repair, states, before, after))
+            bar.update(len(asked))
+    settings: dict[str, Any] = {
+        "seed": seed,
+        "repairs": [repair.name for repair in repairs],
+        "metrics": {m.name: m.unit for m in extra},
+        "generated": generate,
+        "max_new_tokens": max_new_tokens,
+    }
+    if isinstance(queries, QuerySets):
+        settings["sets"] = dict(queries.settings)
+    return Evaluation(
+        pd.concat(frames, ignore_index=True),
+        tuple(fact.id for fact in facts),
+        skipped,
+        provenance(model, **settings),
+    )
+
+
+def _checked(
+    repairs: Sequence[Repair], queries: QuerySets | Iterable[Query], facts: Sequence[TwoHopFact]
+) -> tuple[list[Query], tuple[tuple[str, str], ...]]:
+    """The queries in the order of their sets, and what was skipped."""
+    names = [r.name for r in repairs]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"expected one or more repairs, each with its own name; got {names}")
+    ids = [fact.id for fact in facts]
+    if len(set(ids)) < len(ids):
+        twice = [i for i, n in Counter(ids).items() if n > 1]
+        raise ValueError(f"fact ids must be unique; these are not: {twice[:5]}")
+    asked = list(queries)
+    if not asked:
+        raise ValueError(
+            "there are no queries to score; build_sets(...).describe() tells why sets are empty"
+        )
+    strangers = sorted({q.case for q in asked} - set(ids))
+    if strangers:
+        raise ValueError(
+            f"queries of unknown case(s) {strangers[:5]}; each query's case must be the id of one of "
+            f"the {len(ids)} facts given, which begin with {ids[:5]}"
+        )
+    repeated = [i for i, n in Counter(q.query_id for q in asked).items() if n > 1]
+    if repeated:
+        raise ValueError(f"query ids must be unique; these are not: {repeated[:5]}")
+    place = {name: i for i, name in enumerate(SETS)}
+    asked.sort(key=lambda q: place.get(q.set, len(SETS)))  # stable
+    if isinstance(queries, QuerySets):
+        known = [(f"{s}: {case}", why) for s, case, why in queries.skipped if case in set(ids)]
+        return asked, tuple(known)
+    has = {(q.set, q.case) for q in asked}
+    sets = dict.fromkeys(q.set for q in asked)
+    return asked, tuple((f"{s}: {i}", "no query") for s in sets for i in ids if (s, i) not in has)
+
+
+class _Job:
+    """The queries as tokens and targets, scored under one repair after another."""
+
+    def __init__(
+        self,
+        model: LensModel,
+        queries: Sequence[Query],
+        metrics: Sequence[Metric],
+        batch_size: int,
+        max_new_tokens: int,
+    ) -> None:
+        self.model, self.queries, self.batch_size = model, queries, batch_size
+        self.max_new_tokens = max_new_tokens
+        texts = {q.prompt: encode(model, q.prompt) for q in queries}
+        self.prompts = [texts[q.prompt] for q in queries]
+        self.targets = [
+            target_of(model, p, q.answer, q.wrong)
+            for p, q in zip(self.prompts, queries, strict=True)
+        ]
+        own = [get_metric(n) for n in ("first_prob", "answer_logprob", "paper_prob", "rank")]
+        own += [
+            Greedy(end_ids(model), name="whole_right"),
+            NextToken("first_right", "share", True, _first_right),
+            NextToken("wrong_paper_prob", "probability", True, _wrong_paper_prob),
+        ]
+        self.metrics = get_metrics([*own, *metrics])
+        self.kl_rows = [i for i, q in enumerate(queries) if q.set in KL_SETS]
+        self.text_rows = [i for i, q in enumerate(queries) if q.set in TEXT_SETS]
+
+    def scores(self, repair: Repair | None, states: Sequence[Any] | None) -> dict[str, Any]:
+        """Column -> values ``[query]`` of the model under a repair (None: as it is)."""
+        keywords: dict[str, Any] = {"batch_size": self.batch_size, "repair": repair}
+        tensors = score_prompts(
+            self.model, self.prompts, self.targets, self.metrics, states=states, **keywords
+        )
+        found: dict[str, Any] = {name: score.double().numpy() for name, score in tensors.items()}
+        none = np.array([q.wrong is None for q in self.queries])
+        found["wrong_paper_prob"] = np.where(none, np.nan, found["wrong_paper_prob"])
+        ahead = found["paper_prob"] > found["wrong_paper_prob"]
+        found["target_over_wrong"] = np.where(none, np.nan, ahead)
+        found["statement_loss"] = self._statement_loss(repair, states)
+        found["kl"] = self._kl(repair, states)
+        if self.max_new_tokens:
+            found["said"], found["said_right"] = self._said(repair, states)
+        return found
+
+    def frame(
+        self,
+        repair: Repair,
+        states: Sequence[Any],
+        before: dict[str, Any],
+        after: dict[str, Any],
+    ) -> pd.DataFrame:
+        """One row a query."""
+        import pandas as pd
+
+        names = ("case", "set", "query_id", "prompt", "answer", "wrong")
+        frame = pd.DataFrame({n: [getattr(q, n) for q in self.queries] for n in names})
+        # Text and None, not NaN, whatever the version of pandas makes of None.
+        frame["wrong"] = pd.Series([q.wrong for q in self.queries], dtype=object)
+        frame.insert(0, "repair", repair.name)
+        frame["repaired"] = [state is not None for state in states]
+        for name in (n for n in after if n != "kl"):
+            frame[f"{name}_before"] = before[name]
+            frame[f"{name}_after"] = after[name]
+        frame["kl"] = after["kl"]
+        return frame
+
+    def _statement_loss(self, repair: Repair | None, states: Sequence[Any] | None) -> np.ndarray:
+        found = np.full(len(self.queries), np.nan)
+        rows = self.text_rows
+        if rows:
+            prompts = [self.prompts[i] for i in rows]
+            targets = [
+                _Statement(self.targets[i].answer, prompt=p.ids)
+                for i, p in zip(rows, prompts, strict=True)
+            ]
+            score = score_prompts(
+                self.model, prompts, targets, [_StatementLoss()], batch_size=self.batch_size,
+                repair=repair, states=None if states is None else [states[i] for i in rows],
+            )  # fmt: skip
+            found[rows] = score["statement_loss"].double().numpy()
+        return found
+
+    def _kl(self, repair: Repair | None, states: Sequence[Any] | None) -> np.ndarray:
+        found = np.full(len(self.queries), np.nan)
+        if repair is not None and states is not None and self.kl_rows:
+            found[self.kl_rows] = _divergence(
+                self.model, [self.prompts[i] for i in self.kl_rows], repair,
+                [states[i] for i in self.kl_rows], self.batch_size,
+            )  # fmt: skip
+        return found
+
+    def _said(
+        self, repair: Repair | None, states: Sequence[Any] | None
+    ) -> tuple[list[str], np.ndarray]:
+        # The same prompt in two sets, or unrepaired in many cases, is generated once.
+        given = [None] * len(self.queries) if states is None else states
+        keys = [
+            (q.prompt, q.answer, q.aliases, id(state))
+            for q, state in zip(self.queries, given, strict=True)
+        ]
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        rows = sorted(first.values())
+        replies = answered(
+            self.model, [self.prompts[i] for i in rows], [self.queries[i].answer for i in rows],
+            [self.queries[i].aliases for i in rows], max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size, repair=repair,
+            states=None if states is None else [states[i] for i in rows],
+        )  # fmt: skip
+        by_row = dict(zip(rows, replies, strict=True))
+        said = [by_row[first[key]] for key in keys]
+        return [reply.text for reply in said], np.array([float(reply.right) for reply in said])
+
+
+def _divergence(
+    model: LensModel,
+    prompts: Sequence[Prompt],
+    repair: Repair,
+    states: Sequence[Any],
+    batch_size: int,
+) -> np.ndarray:
+    """KL(unrepaired || repaired) of each prompt's next token, in nats."""
+    import torch
+
+    wide = torch.promote_types(dtype_of(model), torch.float32)
+    found = torch.empty(len(prompts), dtype=wide)
+    with torch.no_grad():
+        # Both distributions of a batch are made anew, so that memory does not grow with the queries.
+        for chosen, batch in batches([p.ids for p in prompts], batch_size):
+            rows = Rows(tuple(prompts[i] for i in chosen), batch.tokens.shape[1])
+            hooks = repair.hooks(model, [states[i] for i in chosen], rows)
+            before, after = (
+                logits_at(model, batch.tokens, batch.last[:, None], hooks=h)[:, 0]
+                .to(wide)
+                .log_softmax(-1)
+                for h in ((), hooks)
+            )
+            found[chosen] = (before.exp() * (before - after)).sum(-1).cpu()
+    require_finite("kl", found)
+    return found.double().numpy()

@@ -1,0 +1,264 @@
+"""The scores of repairs: one row a repair and query, their averages, a figure and a file."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mi_hops.reasoning.aggregate import Scores, by_group, case_table, change_scores
+from mi_hops.reasoning.queries import SETS
+from mi_hops.results import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+#: Ways to be right; the last needs generation.
+ACCURACIES = ("first_right", "whole_right", "said_right")
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Scores of every repair on every query.
+
+    Attributes:
+        frame: one row a (repair, query). Columns ``repair, case, set, query_id, prompt, answer,
+            wrong`` (None: no competitor), ``repaired`` (whether the repair has a state for the
+            case), and with ``_before`` (unrepaired) and ``_after`` (repaired) each:
+
+            - ``first_prob``: probability of the answer's first token;
+            - ``answer_logprob``: of the whole answer, nats, teacher-forced;
+            - ``paper_prob``, ``wrong_paper_prob``: the CREME paper's score (`metrics.METRICS`) of the
+              right and of the competing answer (NaN: none);
+            - ``target_over_wrong``: whether the first exceeds the second (NaN: no competitor);
+            - ``rank`` of the answer's first token, 1 = top;
+            - ``first_right``: the first token is the most probable one (1 or 0);
+            - ``whole_right``: greedy decoding gives the whole answer and its end, token for token;
+            - ``said`` and ``said_right``, where texts were generated: the text, and whether it is
+              the answer or an alias of it (`generate.matches`);
+            - ``statement_loss``: nats a token of prompt and answer, on neutral statements;
+            - what other metrics were asked for.
+
+            and ``kl``: KL(before || after) of the next token in nats, on specificity and neutral
+            sets.
+        case_ids: the cases that were asked for.
+        skipped: (set and case, reason) where a set has no query for a case.
+        provenance: model, settings, versions.
+    """
+
+    frame: pd.DataFrame
+    case_ids: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def table(
+        self, *, level: float = 0.95, n_resamples: int = 2000, seed: int | None = None
+    ) -> pd.DataFrame:
+        """Averages of each repair and set: mean over a case's queries first, then over cases.
+
+        Args:
+            level, n_resamples, seed: of the bootstrap over cases; the seed of the evaluation by
+                default.
+
+        Returns:
+            Frame indexed by repair, set, statistic; columns as in `aggregate`. Statistics: those of
+            `aggregate` for ``paper_prob``; for each way to be right (``first_right``,
+            ``whole_right``, ``said_right``) ``..._before``, ``..._after``, ``..._change``,
+            ``..._retained`` (share right after among queries right before) and ``..._ratio``
+            (accuracy after / before); ``first_prob``, ``answer_logprob`` and further metrics
+            before, after and change; median ``rank``; ``kl``; ``perplexity_before`` and
+            ``..._after`` (exp of the mean ``statement_loss``); and ``cases_used``,
+            ``cases_skipped`` (cases without a query in the set).
+        """
+        import pandas as pd
+
+        settings: dict[str, Any] = {"level": level, "n_resamples": n_resamples}
+        settings["seed"] = self.provenance.get("seed", 0) if seed is None else seed
+        table = by_group(self.frame, self._scores, **settings)
+        table = _with_perplexity(table)
+        groups = [(r, s) for r in dict.fromkeys(self.frame["repair"]) for s in self._sets()]
+        rows = {}
+        for repair, name in groups:
+            mine = self.frame[(self.frame["repair"] == repair) & (self.frame["set"] == name)]
+            used, asked = mine["case"].nunique(), len(self.case_ids)
+            for statistic, n in (("cases_used", used), ("cases_skipped", asked - used)):
+                row = (float(n), np.nan, np.nan, len(mine), used, "cases")
+                rows[repair, name, statistic] = row
+        counts = pd.DataFrame.from_dict(rows, orient="index", columns=list(table.columns))
+        counts.index = pd.MultiIndex.from_tuples(counts.index, names=table.index.names)
+        both = pd.concat([table, counts])
+        order = {group: i for i, group in enumerate(groups)}
+        place = [order[repair, name] for repair, name, _ in both.index]
+        return both.iloc[np.argsort(place, kind="stable")]
+
+    def _sets(self) -> list[str]:
+        """All sets, also those without any query."""
+        named = [*self.frame["set"], *(who.split(": ")[0] for who, _ in self.skipped)]
+        place = {name: i for i, name in enumerate(SETS)}
+        return sorted(dict.fromkeys(named), key=lambda name: place.get(name, len(SETS)))
+
+    def cases(self) -> pd.DataFrame:
+        """Means over the queries of each repair, set and case; index (repair, set, case)."""
+        numbers = [c for c in self.frame.columns if c.endswith(("_before", "_after")) or c == "kl"]
+        numbers = [c for c in numbers if not c.startswith("said_") or c.startswith("said_right")]
+        return case_table(self.frame, numbers)
+
+    def plot(
+        self,
+        score: str = "first_right",
+        *,
+        sets: Sequence[str] | None = None,
+        title: str | None = None,
+        **options: Any,
+    ) -> go.Figure:
+        """Bars of a score on each set: the unrepaired model, then every repair, with intervals.
+
+        Args:
+            score: a statistic of `table` without its ``_before`` / ``_after``.
+            sets: which, in order; all by default.
+            options: for `table` (``level``, ``n_resamples``, ``seed``).
+
+        Raises:
+            ValueError: a score or set the table has not got.
+        """
+        import pandas as pd
+
+        from mi_hops import plots
+
+        table = self.table(**options).reset_index()
+        known = list(dict.fromkeys(table["set"]))
+        chosen = known if sets is None else list(sets)
+        if set(chosen) - set(known):
+            raise ValueError(f"no set(s) {sorted(set(chosen) - set(known))}; there are {known}")
+        rows = table[table["set"].isin(chosen)]
+        after = rows[rows["statistic"] == f"{score}_after"].assign(model=lambda t: t["repair"])
+        before = rows[rows["statistic"] == f"{score}_before"].assign(model="unrepaired")
+        if after.empty or before.empty:
+            names = [s.removesuffix("_after") for s in table["statistic"] if s.endswith("_after")]
+            raise ValueError(f"no score {score!r}; expected one of {list(dict.fromkeys(names))}")
+        before = before.drop_duplicates("set")  # the same for every repair
+        data = pd.concat([before, after]).rename(columns={"n_cases": "n"})
+        data = data.sort_values("set", key=lambda s: s.map(chosen.index), kind="stable")
+        data = data.sort_values("model", key=lambda s: s != "unrepaired", kind="stable")
+        return plots.bars(
+            data, x="set", y="value", group="model", lower="lower", upper="upper",
+            title=title or f"{score} on each set of queries (mean over cases, 95 % intervals)",
+            x_label="set of queries", y_label=score,
+        )  # fmt: skip
+
+    def describe(self) -> str:
+        """What was scored on how much: one line a set, skipped cases and why."""
+        first = self.frame[self.frame["repair"] == self.frame["repair"].iloc[0]]
+        repairs = ", ".join(dict.fromkeys(self.frame["repair"]))
+        lines = [f"{len(self.case_ids)} cases, {len(first)} queries; repairs: {repairs}"]
+        for name in self._sets():
+            part = first[first["set"] == name]
+            mine = [why for who, why in self.skipped if who.split(": ")[0] == name]
+            reasons = ", ".join(f"{n} {why}" for why, n in Counter(mine).most_common())
+            n = part["case"].nunique()
+            lines.append(
+                f"{name}: n used {n} cases ({len(part)} queries), n skipped {len(self.case_ids) - n}"
+                + (f" ({reasons})" if reasons else "")
+            )
+        for repair, part in self.frame.groupby("repair", sort=False):
+            without = part.loc[~part["repaired"].astype(bool), "case"].nunique()
+            if without:
+                lines.append(f"{repair}: no state for {without} cases, which it left as they are")
+        return "\n".join(lines)
+
+    def to_result(self) -> Result:
+        """The table as a `Result` with one dimension ``row``."""
+        columns = {
+            str(name): ("row", self.frame[name].to_numpy(_dtype(self.frame[name])))
+            for name in self.frame.columns
+        }
+        return Result(
+            columns, provenance={**self.provenance, "cases": list(self.case_ids)},
+            title="evaluation of repairs", main="paper_prob_after", used=len(self.case_ids),
+            skipped=self.skipped, allow_nonfinite=True,
+        )  # fmt: skip
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write one NetCDF file, whole or not at all (see `Result.save`)."""
+        return self.to_result().save(path, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Evaluation:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file holds something else.
+        """
+        import pandas as pd
+
+        result = Result.load(path)
+        if result.main != "paper_prob_after" or "cases" not in result.provenance:
+            raise ValueError(f"{path} holds the result {result.title!r}, not an evaluation")
+        data = {str(name): array.values for name, array in result.data.data_vars.items()}
+        frame = pd.DataFrame({k: _series(v) for k, v in data.items()})
+        source = dict(result.provenance)
+        return cls(frame, tuple(source.pop("cases")), tuple(result.skipped), source)
+
+    def _scores(self, part: pd.DataFrame) -> Scores:
+        def column(name: str) -> np.ndarray:
+            return part[name].to_numpy(float)
+
+        scores = change_scores(
+            *(column(f"{p}paper_prob_{w}") for p in ("", "wrong_") for w in ("before", "after"))
+        )
+        for name in (a for a in ACCURACIES if f"{a}_after" in part):
+            before, after = column(f"{name}_before"), column(f"{name}_after")
+            scores.means |= {
+                f"{name}_before": (before, "share"),
+                f"{name}_after": (after, "share"),
+                f"{name}_change": (after - before, "share"),
+                f"{name}_retained": (np.where(before == 1, after, np.nan), "share"),
+            }
+            scores.case_ratios[f"{name}_ratio"] = (after, before, "fraction of before", 0.0)
+        units = {"first_prob": "probability", "answer_logprob": "nats"}
+        for name, unit in {**units, **self.provenance.get("metrics", {})}.items():
+            before, after = column(f"{name}_before"), column(f"{name}_after")
+            scores.means[f"{name}_before"] = (before, unit)
+            scores.means[f"{name}_after"] = (after, unit)
+            scores.means[f"{name}_change"] = (after - before, unit)
+        for when in ("before", "after"):
+            scores.spreads[f"median_rank_{when}"] = (column(f"rank_{when}"), "rank", np.median)
+            scores.means[f"statement_loss_{when}"] = (column(f"statement_loss_{when}"), "nats")
+        scores.means["kl"] = (column("kl"), "nats")
+        empty = [n for n, (values, _) in scores.means.items() if np.isnan(values).all()]
+        for name in empty:
+            del scores.means[name]
+        return scores
+
+
+def _with_perplexity(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of mean loss a token, as perplexity."""
+    import pandas as pd
+
+    name = table.index.get_level_values("statistic")
+    rows = table[name.str.startswith("statement_loss")].copy()
+    rows[["value", "lower", "upper"]] = np.exp(rows[["value", "lower", "upper"]])
+    rows["unit"] = "perplexity"
+    rows = rows.rename(index=lambda s: str(s).replace("statement_loss", "perplexity"), level=-1)
+    return pd.concat([table[~name.str.startswith("statement_loss")], rows])
+
+
+def _dtype(column: pd.Series) -> Any:
+    return column.dtype if column.dtype.kind in "bif" else object
+
+
+def _series(values: np.ndarray) -> pd.Series:
+    import pandas as pd
+
+    if values.dtype.kind != "O":
+        return pd.Series(values.tolist() if values.dtype.kind in "UT" else values)
+    # xarray and pandas make NaN of a None among texts.
+    texts = [value if isinstance(value, str) else None for value in values]
+    return pd.Series(texts, dtype=object if None in texts else None)

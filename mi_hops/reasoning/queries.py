@@ -1,0 +1,176 @@
+"""Queries: the prompts that a repair is scored on, each with its case and its set.
+
+A *case* is a failed two-hop fact together with the repair fitted to it. Each query is asked while
+the repair of its case is on, and belongs to one of these sets (after CREME, arXiv 2402.14328):
+
+=============================  ===================================================================
+``correction``                 the case's own two-hop prompt, in the form the repair was fitted to
+``paraphrase``                 its other wordings: other template order, question form, paraphrases
+``other_order``                the part of ``paraphrase`` that is the other template order
+``generalisation``             same first hop, another second hop (known) with another answer
+``specificity``                unrelated two-hop questions that the unedited model answers rightly
+``specificity_same_relation``  such questions that ask for the same second relation
+``first_hop``                  the case's first hop by itself (answer: the bridge)
+``second_hop``                 its second hop by itself
+``neutral``                    statements of single facts that no case is made of
+=============================  ===================================================================
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mi_hops.generate import normalise
+
+#: In the order of tables and figures.
+SETS = (
+    "correction",
+    "paraphrase",
+    "other_order",
+    "generalisation",
+    "specificity",
+    "specificity_same_relation",
+    "first_hop",
+    "second_hop",
+    "neutral",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """One prompt that is asked while the repair of one case is on.
+
+    Attributes:
+        case: id of the fact whose repair is on.
+        set: the set the query belongs to.
+        query_id: unique among the queries scored together.
+        prompt: ends right before the answer, without white space.
+        answer: the right answer to *this* prompt.
+        aliases: other accepted spellings of it.
+        wrong: a competing answer: what the unedited model wrongly said (correction, paraphrases),
+            or the case's own answer where it would be leakage (all sets with another right answer).
+        source: id of the fact the prompt was taken from.
+
+    Raises:
+        ValueError: an empty text, a prompt that ends in white space, or a wrong answer that is right.
+    """
+
+    case: str
+    set: str
+    query_id: str
+    prompt: str
+    answer: str
+    aliases: tuple[str, ...] = ()
+    wrong: str | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "aliases", tuple(self.aliases))
+        for name in ("case", "set", "query_id", "prompt", "answer"):
+            text = getattr(self, name)
+            if not text.strip() or text != text.rstrip():
+                raise ValueError(
+                    f"query {self.query_id!r}: {name} is {text!r}; it must not be empty or end in "
+                    "white space"
+                )
+        if self.wrong is not None and among(self.wrong, self.answer, *self.aliases):
+            raise ValueError(
+                f"query {self.query_id!r}: the wrong answer {self.wrong!r} is the answer or one of "
+                "its aliases; pass None where there is no wrong answer"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, ready for JSON."""
+        return {**asdict(self), "aliases": list(self.aliases)}
+
+
+@dataclass(frozen=True)
+class QuerySets:
+    """The queries of several cases, and which case has none in which set, and why.
+
+    Attributes:
+        queries: all queries.
+        cases: ids of the cases, those without any query included.
+        skipped: (set, case id, reason) wherever a set has no query for a case.
+        settings: form, seed and the like, for provenance.
+
+    Raises:
+        ValueError: a query id used twice, a query of an unknown case, or leakage: a query that
+            repeats the correction prompt of its own case under another name.
+    """
+
+    queries: tuple[Query, ...]
+    cases: tuple[str, ...]
+    skipped: tuple[tuple[str, str, str], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        repeated = [i for i, n in Counter(q.query_id for q in self.queries).items() if n > 1]
+        if repeated:
+            raise ValueError(f"query ids must be unique; these are not: {repeated[:5]}")
+        strangers = sorted({q.case for q in self.queries} - set(self.cases))
+        if strangers:
+            raise ValueError(f"queries of unknown case(s) {strangers[:5]}")
+        own = {(q.case, q.prompt) for q in self.queries if q.set == "correction"}
+        for q in self.queries:
+            if q.set != "correction" and (q.case, q.prompt) in own:
+                raise ValueError(
+                    f"leakage: query {q.query_id!r} of set {q.set!r} repeats the correction prompt "
+                    f"of its case: {q.prompt!r}"
+                )
+
+    def __iter__(self) -> Iterator[Query]:
+        return iter(self.queries)
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def of(self, *sets: str) -> QuerySets:
+        """The queries of some sets only.
+
+        Raises:
+            ValueError: a set there is no query and no skipped case of.
+        """
+        here = {q.set for q in self.queries} | {name for name, _, _ in self.skipped}
+        if set(sets) - here:
+            raise ValueError(f"no set(s) {sorted(set(sets) - here)}; there are {sorted(here)}")
+        return QuerySets(
+            tuple(q for q in self.queries if q.set in sets),
+            self.cases,
+            tuple(s for s in self.skipped if s[0] in sets),
+            self.settings,
+        )
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """Set -> ``queries``, ``cases`` with a query, ``skipped`` cases, ``why`` (reason -> cases)."""
+        names = dict.fromkeys([q.set for q in self.queries] + [s for s, _, _ in self.skipped])
+        table = {}
+        for name in sorted(names, key=lambda s: (SETS.index(s) if s in SETS else len(SETS), s)):
+            members = [q for q in self.queries if q.set == name]
+            why = Counter(reason for s, _, reason in self.skipped if s == name)
+            table[name] = {
+                "queries": len(members),
+                "cases": len({q.case for q in members}),
+                "skipped": sum(why.values()),
+                "why": dict(why),
+            }
+        return table
+
+    def describe(self) -> str:
+        """One line a set: ``paraphrase: 80 queries of 40 cases, 3 cases skipped (3 ...)``."""
+        lines = [f"{len(self.cases)} cases, {len(self.queries)} queries"]
+        for name, n in self.counts().items():
+            why = ", ".join(f"{count} {reason}" for reason, count in n["why"].items())
+            lines.append(
+                f"{name}: {n['queries']} queries of {n['cases']} cases, {n['skipped']} cases skipped"
+                + (f" ({why})" if why else "")
+            )
+        return "\n".join(lines)
+
+
+def among(text: str, *others: str) -> bool:
+    """Whether a text equals one of the others after `generate.normalise`."""
+    return normalise(text) in {normalise(o) for o in others}

@@ -1,0 +1,41 @@
+"""The rule by which the study chooses an edit's layers and strength, on the half it does not report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+IDENTITY, ESTIMATED = "CREME as published (C = I)", "CREME, C estimated"
+
+#: Strengths tried for each kind of edit; the published edit has only the full one.
+STRENGTHS: dict[str, tuple[float, ...]] = {IDENTITY: (1.0,), ESTIMATED: (0.5, 0.7, 1.0)}
+
+CHOICE_RULE = (
+    "Candidates: runs of layers that start between one before and two after the first located layer "
+    "and end at the last located one (located: replacing the attention output at the last token has "
+    "at least half of the largest mean effect); the published edit at full strength, the edit with "
+    "estimated C at strengths 0.5, 0.7 and 1. Chosen, on the choosing half, by the largest sum of "
+    "the share of failures whose first answer token is put right and of four times the share of "
+    "unrelated questions still answered rightly; of equals, the fewest layers."
+)
+
+
+def layer_spans(located: Sequence[int], n_layers: int) -> list[tuple[int, ...]]:
+    """The runs of layers that an edit may take, by `CHOICE_RULE`: four at the most.
+
+    Where nothing was located, the middle third stands in.
+    """
+    first = min(located) if located else n_layers // 3
+    last = max(located) if located else 2 * n_layers // 3
+    starts = range(max(0, first - 1), min(first + 2, last) + 1)
+    return [tuple(range(start, last + 1)) for start in starts]
+
+
+def choose_edit(candidates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The candidate with the largest correction + 4 x kept; the fewest layers break ties."""
+
+    def score(c: Mapping[str, Any]) -> tuple[float, int]:
+        kept = 1.0 if c["kept"] is None else c["kept"]
+        return c["correction"] + 4 * kept, -len(c["layers"])
+
+    return dict(sorted(candidates, key=score)[-1])

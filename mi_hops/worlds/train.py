@@ -1,0 +1,420 @@
+"""Train a small GPT-2 or LLaMA on Hopland and write it as an ordinary Hugging Face folder.
+
+The loss is the cross-entropy of the answer's tokens and of the full stop that ends it; prompts are
+not modelled. What makes a model compose rather than memorise is the ratio of trained compositions
+to single facts (compare arXiv 2405.15071), so most of each batch are compositions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mi_hops.facts.templates import CONTEXTS, FORMS
+from mi_hops.worlds.card import model_card
+from mi_hops.worlds.hopland import Hopland
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Family = Literal["gpt2", "llama"]
+END = "."
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a trained model besides the world and the family.
+
+    Attributes:
+        steps, batch_size: number of updates and sequences in each.
+        micro_batches: pieces of similar length a batch is cut into (saves padding).
+        composed: share of a batch that are compositions; the rest are single facts.
+        forms: shares of the template orders and the question form.
+        context: share of sequences that follow one of the neutral lead-ins.
+        lr, warmup, weight_decay, betas, clip: AdamW with linear warm-up and linear decay.
+        restarts: further cycles, each (steps, peak rate), begun with a fresh optimiser and a batch
+            order of its own; `steps` and `lr` are the first cycle's.
+        n_layer, d_model, n_head, n_kv_head, d_mlp, n_ctx: shape; `n_kv_head` is for LLaMA.
+        autocast: run the matrix products in bfloat16 (weights and optimiser stay float32).
+        seed: weights and batch order.
+    """
+
+    steps: int = 4000
+    batch_size: int = 512
+    micro_batches: int = 4
+    composed: float = 0.85
+    forms: tuple[float, float, float] = (0.42, 0.42, 0.16)
+    context: float = 0.12
+    lr: float = 2e-3
+    warmup: int = 200
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0
+    restarts: tuple[tuple[int, float], ...] = ()
+    n_layer: int = 6
+    d_model: int = 128
+    n_head: int = 4
+    n_kv_head: int = 2
+    d_mlp: int = 512
+    n_ctx: int = 64
+    autocast: bool = False
+    seed: int = 0
+
+
+#: The recipes of the bundled models. Weight decay this strong helped GPT-2 to compose.
+RECIPES: dict[Family, Recipe] = {
+    "gpt2": Recipe(steps=2500, weight_decay=0.5, restarts=((1000, 1.5e-3),)),
+    "llama": Recipe(steps=2800),
+}
+
+
+def words_of(world: Hopland) -> list[str]:
+    """The words of every text the world can utter, sorted: the vocabulary."""
+    texts = [c.format("") for c in CONTEXTS]
+    for first, second, _ in world.compositions():
+        texts += [*Hopland.record(first, second).prompts.values(), second.object]
+    for fact in world.facts.values():
+        texts += [*fact.prompts().values(), fact.object]
+    words = set()
+    for text in texts:
+        for mark in (".", ":", "?"):
+            text = text.replace(mark, f" {mark} ")
+        words.update(text.split())
+    return sorted(words)
+
+
+def build_tokenizer(world: Hopland, family: Family) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with the family's rule for spaces.
+
+    GPT-2 marks the leading space in the token (as byte-level BPE does) and adds no BOS of its own;
+    LLaMA uses SentencePiece's marker and a template that adds BOS.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    marker = {"gpt2": "\u0120", "llama": "\u2581"}[family]
+    special = {
+        "gpt2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|unk|>",
+                 "pad_token": "<|pad|>"},
+        "llama": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>",
+                  "pad_token": "<pad>"},
+    }[family]  # fmt: skip
+    marks = (".", ":", "?")
+    vocab = list(dict.fromkeys(special.values()))
+    vocab += [w if w in marks else marker + w for w in words_of(world)]
+    core = Tokenizer(
+        models.WordLevel({t: i for i, t in enumerate(vocab)}, unk_token=special["unk_token"])
+    )
+    if family == "gpt2":
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        core.decoder = decoders.ByteLevel()
+    else:
+        split = pre_tokenizers.Split(Regex(r"[.:?]"), "isolated")
+        core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), split])
+        core.decoder = decoders.Metaspace()
+        bos = special["bos_token"]
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab.index(bos))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, clean_up_tokenization_spaces=False, model_max_length=64, **special
+    )
+
+
+def build_model(family: Family, tokenizer: Any, recipe: Recipe) -> PreTrainedModel:
+    """An untrained model of the family in the recipe's shape, seeded."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(recipe.seed)
+    ids = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if family == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                n_positions=recipe.n_ctx, n_embd=recipe.d_model, n_layer=recipe.n_layer,
+                n_head=recipe.n_head, n_inner=recipe.d_mlp,
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
+                activation_function="gelu_pytorch_tanh", **ids,
+            )
+        )  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=recipe.d_model, num_hidden_layers=recipe.n_layer,
+            num_attention_heads=recipe.n_head, num_key_value_heads=recipe.n_kv_head,
+            intermediate_size=recipe.d_mlp * 2 // 3 // 8 * 8, max_position_embeddings=recipe.n_ctx,
+            tie_word_embeddings=False, **ids,
+        )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Tokenised training texts of one kind and form: `tokens` padded right, `prompt` lengths."""
+
+    tokens: list[list[int]]
+    prompt: list[int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def _sequences(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Sequences:
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    prompts = encode([p for p, _ in pairs])
+    wholes = encode([f"{p} {a}{END}" for p, a in pairs])
+    bos = tokenizer.bos_token_id
+    for p, w in zip(prompts, wholes, strict=True):
+        if w[: len(p)] != p:
+            raise ValueError("a prompt's tokens are not the start of prompt + answer's tokens")
+    return Sequences([[bos, *w] for w in wholes], [1 + len(p) for p in prompts])
+
+
+class Sampler:
+    """Draws batches: kind (single or composed) and form by the recipe's shares, then uniformly."""
+
+    def __init__(self, world: Hopland, tokenizer: Any, recipe: Recipe) -> None:
+        trained = world.two_hop_facts("train")
+        singles = list(world.facts.values())
+        self.pools: dict[tuple[bool, str], Sequences] = {}
+        for form in FORMS:
+            self.pools[True, form] = _sequences(
+                tokenizer, [(f.prompts[form], f.answer) for f in trained]
+            )
+            self.pools[False, form] = _sequences(
+                tokenizer, [(f.prompts()[form], f.object) for f in singles]
+            )
+        lead_ins = [c.format("").strip() for c in CONTEXTS if c != "{}"]
+        self.contexts = tokenizer(lead_ins, add_special_tokens=False)["input_ids"]
+        self.recipe, self.rng = recipe, random.Random(recipe.seed)
+
+    def draw(self) -> list[tuple[list[int], int]]:
+        """`batch_size` sequences, each as (tokens, length of its prompt), sorted by length."""
+        recipe, rng = self.recipe, self.rng
+        batch = []
+        for form in rng.choices(FORMS, recipe.forms, k=recipe.batch_size):
+            pool = self.pools[rng.random() < recipe.composed, form]
+            i = rng.randrange(len(pool))
+            tokens, prompt = pool.tokens[i], pool.prompt[i]
+            if rng.random() < recipe.context:
+                lead = rng.choice(self.contexts)
+                tokens, prompt = [tokens[0], *lead, *tokens[1:]], prompt + len(lead)
+            batch.append((tokens, prompt))
+        return sorted(batch, key=lambda pair: len(pair[0]))
+
+    def micro_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+        """(tokens [row, pos], flat scored positions, targets, scored positions of the whole batch).
+
+        Rows are padded on the right by repeating their last token: nothing looks ahead, and
+        padding is never scored.
+        """
+        batch = self.draw()
+        total = sum(len(tokens) - prompt for tokens, prompt in batch)
+        size = math.ceil(len(batch) / self.recipe.micro_batches)
+        for start in range(0, len(batch), size):
+            piece = batch[start : start + size]
+            width = len(piece[-1][0])
+            rows = np.array([t + t[-1:] * (width - len(t)) for t, _ in piece])
+            where = [
+                r * width + j
+                for r, (t, prompt) in enumerate(piece)
+                for j in range(prompt - 1, len(t) - 1)
+            ]
+            flat = np.array(where)
+            yield (
+                torch.from_numpy(rows),
+                torch.from_numpy(flat),
+                torch.from_numpy(rows.reshape(-1)[flat + 1]),
+                total,
+            )
+
+
+def _rate(step: int, recipe: Recipe) -> float:
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    return max(0.0, (recipe.steps - step) / max(1, recipe.steps - recipe.warmup))
+
+
+def _optimiser(model: PreTrainedModel, recipe: Recipe) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+
+
+@torch.no_grad()
+def accuracy(
+    model: PreTrainedModel, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int = 256
+) -> dict[str, float]:
+    """Greedy accuracy over the whole vocabulary of (prompt, answer) pairs.
+
+    Returns:
+        ``"first_token"`` and ``"whole"``: shares in [0, 1]; whole means every answer token and the
+        full stop after it. Greedy decoding gives the whole answer exactly if every teacher-forced
+        argmax along it is right, so no generation loop is needed.
+    """
+    device = next(model.parameters()).device
+    data = _sequences(tokenizer, pairs)
+    order = sorted(range(len(data)), key=lambda i: len(data.tokens[i]))
+    first = whole = 0
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        width = len(data.tokens[rows[-1]])
+        tokens = torch.tensor(
+            [data.tokens[i] + data.tokens[i][-1:] * (width - len(data.tokens[i])) for i in rows]
+        ).to(device)
+        hits = model(tokens, use_cache=False).logits[:, :-1].argmax(-1) == tokens[:, 1:]
+        for r, i in enumerate(rows):
+            scored = hits[r, data.prompt[i] - 1 : len(data.tokens[i]) - 1]
+            first += bool(scored[0])
+            whole += bool(scored.all())
+    n = max(1, len(pairs))
+    return {"first_token": first / n, "whole": whole / n}
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: Any, world: Hopland, *, limit: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Accuracy by split and form; ``limit`` takes the first of a seeded shuffle of each split."""
+    rng = random.Random(0)
+    splits: dict[str, list[tuple[dict[str, str], str]]] = {
+        "single": [(f.prompts(), f.object) for f in world.facts.values()]
+    }
+    for split in ("train", "seen_parts", "first_unseen", "second_unseen"):
+        splits[split] = [(dict(f.prompts), f.answer) for f in world.two_hop_facts(split)]
+    report: dict[str, dict[str, Any]] = {}
+    for split, items in splits.items():
+        items = rng.sample(items, min(limit or len(items), len(items)))
+        for form in FORMS:
+            scores = accuracy(model, tokenizer, [(p[form], a) for p, a in items])
+            report[f"{split}/{form}"] = {"n": len(items), **scores}
+    return report
+
+
+def _step(
+    model: PreTrainedModel,
+    sampler: Sampler,
+    optimiser: torch.optim.Optimizer,
+    device: str | torch.device,
+    recipe: Recipe,
+) -> float:
+    """One update; the loss of its batch, nats a scored token."""
+    kind, loss_of_batch = torch.device(device).type, 0.0
+    for tokens, where, targets, total in sampler.micro_batches():
+        tokens, where, targets = (t.to(device) for t in (tokens, where, targets))
+        with torch.autocast(kind, torch.bfloat16, enabled=recipe.autocast):
+            hidden = model.base_model(tokens, use_cache=False).last_hidden_state
+            logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[where])
+        loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / total
+        loss.backward()
+        loss_of_batch += loss.item()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return loss_of_batch
+
+
+def train(
+    world: Hopland,
+    family: Family,
+    recipe: Recipe | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    log_every: int = 100,
+    eval_every: int = 0,
+    on_eval: Any = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[dict[str, Any]]]:
+    """Train from the recipe's seed.
+
+    Args:
+        eval_every: if positive, measure on 200 cases of each split every so many steps.
+        on_eval: called with each log record that holds a measurement.
+
+    Returns:
+        model (in evaluation mode), tokenizer, and the log: one record every `log_every` steps with
+        ``step``, ``loss`` (nats per scored token, mean over the steps since the last record) and,
+        at evaluations, ``accuracy``.
+    """
+    recipe = recipe or RECIPES[family]
+    tokenizer = build_tokenizer(world, family)
+    model = build_model(family, tokenizer, recipe).train()
+    model.to(torch.device(device))
+    log: list[dict[str, Any]] = []
+    running = 0.0
+    cycles = [
+        replace(recipe, steps=steps, lr=lr, seed=recipe.seed + i)
+        for i, (steps, lr) in enumerate([(recipe.steps, recipe.lr), *recipe.restarts])
+    ]
+    total_steps = sum(cycle.steps for cycle in cycles)
+    step = 0
+    with tqdm(total=total_steps, disable=not progress, desc=f"train {family}") as bar:
+        for cycle in cycles:
+            sampler = Sampler(world, tokenizer, cycle)
+            optimiser = _optimiser(model, cycle)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_rate, recipe=cycle))
+            for _ in range(cycle.steps):
+                step += 1
+                running += _step(model, sampler, optimiser, device, recipe)
+                schedule.step()
+                bar.update()
+                if step % log_every == 0 or step == total_steps:
+                    loss = running / ((step - 1) % log_every + 1)
+                    record: dict[str, Any] = {"step": step, "loss": loss}
+                    running = 0.0
+                    if eval_every and (step % eval_every == 0 or step == total_steps):
+                        model.eval()
+                        record["accuracy"] = measure(model, tokenizer, world, limit=200)
+                        model.train()
+                        if on_eval:
+                            on_eval(record)
+                    log.append(record)
+    return model.eval(), tokenizer, log
+
+
+def save(
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    recipe: Recipe,
+    world: Hopland,
+    log: list[dict[str, Any]],
+    measured: dict[str, dict[str, Any]],
+) -> None:
+    """Write checkpoint, tokenizer, ``training.json`` (recipe, world, curve, accuracy) and card."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if model.config.model_type == "gpt2":
+        # Trained with the fused kernel; the file names the same function as GPT-2's own do.
+        model.config.activation_function = "gelu_new"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    record = {
+        "recipe": asdict(recipe),
+        "world": {"seed": world.seed, **world.counts()},
+        "curve": log,
+        "measured": measured,
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    card = model_card(folder.name, model.config.model_type, model.num_parameters(), record)
+    (folder / "README.md").write_text(card)

@@ -1,0 +1,63 @@
+"""Small facts over the tiny models' words, and the CREME procedure written out plainly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mi_hops.editing import creme, creme_joint, creme_many
+from mi_hops.editing.plans import PAPER
+from mi_hops.facts.fact import TwoHopFact
+
+TEMPLATES = ("{}", "w40 w41 {}", "w42 {}")
+
+
+def paper(model, asked, **settings):
+    """`creme` with the published code's settings, where none are given."""
+    return creme(model, asked, **(PAPER | settings))
+
+
+def paper_many(model, asked, **settings):
+    return creme_many(model, asked, **(PAPER | settings))
+
+
+def paper_joint(model, asked, **settings):
+    return creme_joint(model, asked, **(PAPER | settings))
+
+
+def make_fact(i: int = 0) -> TwoHopFact:
+    """Fact i: prompts of different lengths in two forms, single hops, two-word bridge."""
+    s, b, a = f"w{5 + i}", f"w{20 + i} w{30 + i}", f"w{50 + i} w{60 + i}"
+    return TwoHopFact(
+        id=f"f{i}",
+        subject=s,
+        relation1="r1",
+        bridge=b,
+        relation2="r2",
+        answer=a,
+        first_hop=f"w1 w2 {s}",
+        prompts={"suffix": f"w3 w4 w1 w2 {s} w0", "prefix": f"w1 w2 {s} w70" + " w71" * (i % 3)},
+        first_prompts={"suffix": f"w1 w2 {s} w0"},
+        second_prompts={"suffix": f"w3 w4 {b} w0", "prefix": f"{b} w70" + " w71" * (i % 3)},
+        split="test",
+    )
+
+
+@pytest.fixture
+def fact():
+    return make_fact()
+
+
+@pytest.fixture
+def facts():
+    return [make_fact(i) for i in range(5)]
+
+
+def weights(model):
+    """Every parameter, copied."""
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def assert_same_bits(model, before):
+    for n, p in model.named_parameters():
+        assert torch.equal(p, before[n]), n

@@ -1,0 +1,348 @@
+"""CREME against the procedure written out layer by layer, and its identities."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from mi_hops.editing import (
+    CremeRepair,
+    Edit,
+    Request,
+    SingularError,
+    edit_hooks,
+    second_moments,
+)
+from mi_hops.model import capture, forward, hook_name, read_w_o, write_w_o
+from mi_hops.repair import Repair, Rows
+from mi_hops.tokens import encode, pad
+from tests.editing.conftest import (
+    TEMPLATES,
+    assert_same_bits,
+    make_fact,
+    paper,
+    paper_many,
+    weights,
+)
+
+CASES = [(s, b) for s in ("gpt2", "llama", "llama32") for b in ("hooked", "bridge")]
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def wide(request, load_tiny):
+    """A tiny float64 model."""
+    return load_tiny(*request.param, dtype="float64")
+
+
+def last_mean(model, texts, kind, layer, position=None):
+    """Mean over prompts, each run alone, of an activation at the last token."""
+    found = []
+    for text in texts:
+        tokens = torch.tensor([encode(model, text).ids])
+        cache, _ = capture(model, tokens, [hook_name(kind, layer)])
+        value = cache[hook_name(kind, layer)][0].flatten(1)
+        found.append(value[-1 if position is None else position(tokens)])
+    return torch.stack(found).mean(0)
+
+
+def plain_creme(model, composite, guide, layers, templates, inverse=None, clean_guide=False):
+    """Layer by layer in the weights, which stay changed; returns the new W_O by layer."""
+    comps = [t.format(composite) for t in templates]
+    guides = [t.format(guide) for t in templates]
+    targets = {i: last_mean(model, guides, "attn_out", i) for i in layers}
+    out = {}
+    for layer in sorted(layers):
+        k = last_mean(model, comps, "z", layer)
+        a = last_mean(model, comps, "attn_out", layer)
+        v = targets[layer] if clean_guide else last_mean(model, guides, "attn_out", layer)
+        direction = k if inverse is None else inverse[layer] @ k
+        new = read_w_o(model, layer) + torch.outer(direction / (direction @ k), v - a)
+        write_w_o(model, layer, new)
+        out[layer] = new
+    return out
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 2], [2, 0, 1]], ids=str)
+@pytest.mark.parametrize("target", ["edited", "clean"])
+def test_one_pass_equals_the_layer_by_layer_procedure(wide, fact, layers, target):
+    before = weights(wide)
+    edit = paper(wide, fact, layers=layers, templates=TEMPLATES, target=target)
+    assert_same_bits(wide, before)
+    originals = {i: read_w_o(wide, i) for i in layers}
+    try:
+        plain = plain_creme(
+            wide, fact.prompt("suffix"), fact.second_prompt("suffix"), layers, TEMPLATES,
+            clean_guide=target == "clean",
+        )  # fmt: skip
+    finally:
+        for i, w in originals.items():
+            write_w_o(wide, i, w)
+    assert edit.layers == tuple(sorted(layers))
+    for change in edit.changes:
+        got = originals[change.layer] + change.delta()
+        assert change.rank == 1
+        torch.testing.assert_close(got, plain[change.layer], atol=1e-9, rtol=0)
+
+
+def test_with_covariance_equals_the_plain_procedure(wide, fact, facts):
+    moments = second_moments(wide, facts, layers=[0, 1], shrinkage=0.1)
+    edit = paper(wide, fact, layers=[0, 1], templates=TEMPLATES, covariance=moments)
+    inverse = {i: torch.linalg.inv(moments.shrunk(i)) for i in (0, 1)}
+    originals = {i: read_w_o(wide, i) for i in (0, 1)}
+    try:
+        plain = plain_creme(
+            wide, fact.prompt(), fact.second_prompt(), [0, 1], TEMPLATES, inverse=inverse
+        )
+    finally:
+        for i, w in originals.items():
+            write_w_o(wide, i, w)
+    for change in edit.changes:
+        got = originals[change.layer] + change.delta()
+        torch.testing.assert_close(got, plain[change.layer], atol=1e-7, rtol=1e-7)
+    identity = paper(wide, fact, layers=[0, 1], templates=TEMPLATES)
+    assert (identity.changes[0].delta() - edit.changes[0].delta()).abs().max() > 1e-3
+
+
+def test_full_shrinkage_is_the_identity(wide, fact, facts):
+    moments = second_moments(wide, facts, layers=[1], shrinkage=1.0)
+    with_c = paper(wide, fact, layers=[1], templates=TEMPLATES, covariance=moments)
+    without = paper(wide, fact, layers=[1], templates=TEMPLATES)
+    torch.testing.assert_close(with_c.changes[0].delta(), without.changes[0].delta())
+
+
+def lower_part(edit, layer):
+    """The edit's changes below a layer, as an edit."""
+    below = tuple(c for c in edit.changes if c.layer < layer)
+    return Edit(method="part", changes=below, fingerprint=edit.fingerprint) if below else None
+
+
+@pytest.mark.parametrize("position", ["last", "subject"])
+def test_the_edited_weight_maps_key_to_value(wide, fact, position):
+    """With the whole edit, the composite's attention output is the guide's under the lower part."""
+    edit = paper(wide, fact, layers=[0, 1, 2], templates=("{}",), position=position)
+    back = {"last": 0, "subject": 1}[position]  # tokens after the subject
+    where = [encode(wide, text).last - back for text in (fact.prompt(), fact.second_prompt())]
+    for layer in (0, 1, 2):
+        below = lower_part(edit, layer)
+        with below.applied(wide) if below else nullcontext():
+            want = last_mean(
+                wide, [fact.second_prompt()], "attn_out", layer, position=lambda _: where[1]
+            )
+        with edit.applied(wide):
+            got = last_mean(wide, [fact.prompt()], "attn_out", layer, position=lambda _: where[0])
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+
+
+def test_many_equal_one_by_one(tiny, facts):
+    """Whatever the chunks; in float32."""
+    alone = [paper(tiny, f, layers=[0, 2], templates=TEMPLATES) for f in facts]
+    for batch_size in (1, 13, 500):
+        together = paper_many(
+            tiny, facts, layers=[0, 2], templates=TEMPLATES, batch_size=batch_size
+        )
+        for a, b in zip(alone, together, strict=True):
+            assert a.request == b.request
+            for x, y in zip(a.changes, b.changes, strict=True):
+                torch.testing.assert_close(x.delta(), y.delta(), atol=2e-5, rtol=1e-4)
+
+
+def test_form_is_taken_from_the_fact(tiny, fact):
+    edit = paper(tiny, fact, layers=[1], form="prefix", templates=("{}",))
+    assert edit.request["composite"] == fact.prompt("prefix")
+    assert edit.request["guide"] == fact.second_prompt("prefix")
+
+
+def test_kept_prompts_keep_their_output(wide, fact):
+    layers = [0, 1]
+    kept = [fact.first_prompt("suffix"), fact.second_prompt("suffix")]
+    strict = paper(wide, fact, layers=layers, templates=("{}",), keep="hops", slack=0.0)
+    assert strict.request["keep"] == kept
+    loose = paper(wide, fact, layers=layers, templates=("{}",))
+    clean = {(t, i): last_mean(wide, [t], "attn_out", i) for t in kept for i in layers}
+    moved = {}
+    for name, edit in (("strict", strict), ("loose", loose)):
+        with edit.applied(wide):
+            # The first edited layer sees the same keys as before, so its output stays exactly.
+            moved[name] = max(
+                (last_mean(wide, [t], "attn_out", 0) - clean[t, 0]).abs().max() for t in kept
+            )
+    assert moved["strict"] < 1e-9 < 1e-3 < moved["loose"]
+
+
+def test_what_is_kept_can_be_chosen(wide, fact):
+    def neighbours(f):
+        return ["w8 w9 w0"]
+
+    edit = paper(wide, fact, layers=[0], templates=("{}",), keep=neighbours, slack=0.0)
+    want = last_mean(wide, neighbours(fact), "attn_out", 0)
+    with edit.applied(wide):
+        torch.testing.assert_close(last_mean(wide, neighbours(fact), "attn_out", 0), want)
+    assert edit.settings["keep"] == "neighbours"
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 2]], ids=str)
+@pytest.mark.parametrize("target", ["edited", "clean"])
+def test_matching_the_residual_stream(wide, fact, layers, target):
+    """After the edit the stream behind the last edited attention is the guide's."""
+    edit = paper(wide, fact, layers=layers, templates=("{}",), match="residual", target=target)
+    below = lower_part(edit, layers[-1]) if target == "edited" else None
+    with below.applied(wide) if below else nullcontext():
+        want = last_mean(wide, [fact.second_prompt()], "resid_mid", layers[-1])
+    with edit.applied(wide):
+        got = last_mean(wide, [fact.prompt()], "resid_mid", layers[-1])
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+
+
+def test_covering_the_answer_edits_every_answer_position(wide, fact):
+    edit = paper(wide, fact, layers=[1], templates=("{}",), cover="answer")
+    assert edit.changes[0].rank == 2
+    for tail in ("", f" {fact.answer.split()[0]}"):
+        want = last_mean(wide, [fact.second_prompt() + tail], "attn_out", 1)
+        with edit.applied(wide):
+            got = last_mean(wide, [fact.prompt() + tail], "attn_out", 1)
+        torch.testing.assert_close(got, want)
+
+
+def test_biases_cancel(load_tiny, fact):
+    """The edit does not depend on b_O: v* - a is a difference."""
+    model = load_tiny("gpt2", "bridge", "float64", fresh=True)
+    a = paper(model, fact, layers=[0], templates=("{}",)).changes[0]
+    z = last_mean(model, [fact.prompt()], "z", 0)
+    g = last_mean(model, [fact.second_prompt()], "z", 0)
+    want = torch.outer(z / (z @ z), (g - z) @ read_w_o(model, 0))
+    torch.testing.assert_close(a.delta(), want, atol=1e-10, rtol=1e-8)
+
+
+def test_repair_protocol(tiny, facts):
+    repair = CremeRepair(layers=[0, 1], templates=TEMPLATES)
+    assert isinstance(repair, Repair) and repair.name == "CREME"
+    states = repair.fit(tiny, facts[:2])
+    prompts = [encode(tiny, f.prompt()) for f in facts[:3]]
+    batch = pad([p.ids for p in prompts])
+    rows = Rows(tuple(prompts), batch.tokens.shape[1])
+    with torch.no_grad():
+        clean = forward(tiny, batch.tokens)
+        got = forward(tiny, batch.tokens, hooks=repair.hooks(tiny, [*states, None], rows))
+        torch.testing.assert_close(got[2], clean[2])
+        for i, edit in enumerate(states):
+            with edit.applied(tiny):
+                n = len(prompts[i])
+                want = forward(tiny, torch.tensor([prompts[i].ids]))[0]
+                torch.testing.assert_close(got[i, :n], want, atol=2e-4, rtol=1e-3)
+                assert (got[i, :n] - clean[i, :n]).abs().max() > 1e-2
+
+
+def test_works_beside_edits_that_are_applied(wide, facts):
+    """Made on an edited model, an edit belongs on top of the first one."""
+    first = paper(wide, facts[0], layers=[1], templates=("{}",))
+    with first.applied(wide):
+        second = paper(wide, facts[1], layers=[1], templates=("{}",))
+        want = last_mean(wide, [facts[1].second_prompt()], "attn_out", 1)
+    assert second.fingerprint != first.fingerprint
+    with pytest.raises(ValueError, match="made for weights"):
+        second.apply(wide)
+    with first.applied(wide), second.applied(wide):
+        got = last_mean(wide, [facts[1].prompt()], "attn_out", 1)
+        torch.testing.assert_close(got, want)
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+def request_with(**changes):
+    good = {"composite": "w3 w4 w1 w5 w0", "guide": "w3 w4 w20 w0", "bridge": "w20"}
+    return Request(**(good | changes))
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: request_with(guide="w3 w4 w1 w5 w0"), "change nothing"),
+        (lambda: request_with(bridge="w21"), "does not stand in the guide"),
+        (lambda: request_with(bridge=" "), "bridge is empty"),
+        (lambda: request_with(subject="w9 w9"), "does not stand in the composite"),
+        (lambda: Request.from_slot("w3 w4", subject="w5", bridge="w6"), "exactly one slot"),
+        (lambda: Request.from_slot("{} w3 {}", subject="w5", bridge="w6"), "exactly one slot"),
+    ],
+    ids="null-edit no-bridge empty-bridge no-subject no-slot two-slots".split(),
+)
+def test_requests_that_cannot_be_met(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    "asked, settings, words",
+    [
+        (request_with(), {"layers": []}, "one or more"),
+        (request_with(), {"layers": [1, 1]}, "each once"),
+        (request_with(), {"layers": [3]}, "out of range"),
+        (request_with(), {"layers": [-1]}, "out of range"),
+        (request_with(), {"layers": [1], "templates": ()}, "no context templates"),
+        (request_with(), {"layers": [1], "templates": ("w1",)}, "exactly one slot"),
+        (request_with(), {"layers": [1], "target": "dirty"}, "target is 'dirty'"),
+        (request_with(), {"layers": [1], "position": "subject"}, "names its subject"),
+        (request_with(), {"layers": [1], "cover": "answer"}, "needs the target"),
+        (request_with(guide="w3 nowhere w0", bridge="nowhere"), {"layers": [1]}, "does not know"),
+        (request_with(composite="w3 " * 70 + "w0"), {"layers": [1]}, "context"),
+    ],
+    ids="no-layer twice range negative no-template no-slot target subject answer unknown long".split(),
+)
+def test_bad_input_leaves_the_model_alone(tiny, asked, settings, words):
+    before = weights(tiny)
+    with pytest.raises(ValueError, match=words):
+        paper(tiny, asked, **settings)
+    assert_same_bits(tiny, before)
+
+
+def test_a_fact_without_a_second_hop_prompt(tiny):
+    fact = make_fact()
+    bare = fact.from_dict({k: v for k, v in fact.to_dict().items() if k != "second_prompts"})
+    with pytest.raises(ValueError, match="one form of both"):
+        paper(tiny, bare, layers=[1])
+
+
+def test_singular_covariance(tiny, fact):
+    moments = second_moments(tiny, ["w3 w4"], layers=[1], shrinkage=0.0)
+    with pytest.raises(SingularError, match="layer 1 is singular"):
+        paper(tiny, fact, layers=[1], covariance=moments)
+
+
+def test_covariance_of_other_weights_or_layers(tiny, load_tiny, fact, facts):
+    moments = second_moments(tiny, facts, layers=[1])
+    with pytest.raises(ValueError, match=r"needed: W_O at \[0, 1\]"):
+        paper(tiny, fact, layers=[0, 1], covariance=moments)
+    other = load_tiny("llama32", "bridge")
+    with pytest.raises(ValueError, match="the covariance was made for weights"):
+        paper(other, fact, layers=[1], covariance=moments)
+
+
+def test_exact_keeping_of_dependent_prompts_is_refused(tiny, fact):
+    twice = Request.from_fact(fact, "suffix")
+    kept = Request(**{**vars(twice), "keep": (fact.prompt("suffix"),)})
+    with pytest.raises(SingularError, match="not independent"):
+        paper(tiny, kept, layers=[0], templates=("{}",), keep="hops", slack=0.0)
+
+
+def test_processed_weights_are_refused_unless_named(load_tiny, fact):
+    model = load_tiny("gpt2", "bridge", processing="fold")
+    with pytest.raises(ValueError, match="processed=True"):
+        paper(model, fact, layers=[1])
+    assert paper(model, fact, layers=[1], processed=True).processing == "fold"
+
+
+def test_non_finite_activations(load_tiny, fact):
+    model = load_tiny("llama", "bridge", fresh=True)
+    weight = read_w_o(model, 0)
+    model.blocks[0].attn.W_O.data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="finite"):
+        paper(model, fact, layers=[1])
+    write_w_o(model, 0, weight)
+
+
+def test_wrong_number_of_rows(tiny, facts):
+    edits = paper_many(tiny, facts[:2], layers=[1])
+    with pytest.raises(ValueError, match="given for 2 rows, the pass has 1"):
+        forward(tiny, torch.tensor([[1, 5, 6]]), hooks=edit_hooks(tiny, edits))

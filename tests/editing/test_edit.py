@@ -1,0 +1,401 @@
+"""The life cycle of an edit: weights, stack, rows, files."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mi_hops.editing import (
+    AppliedError,
+    Change,
+    Edit,
+    EditRepair,
+    WrongWeightsError,
+    applied_edits,
+    creme_many,
+    describe,
+    edit_hooks,
+    stack,
+)
+from mi_hops.editing import applied as applied_module
+from mi_hops.model import dtype_of, fingerprint, forward, read_w_o
+from mi_hops.repair import Repair, Rows
+from mi_hops.tokens import encode
+from tests.editing.conftest import assert_same_bits, weights
+
+TOKENS = torch.tensor([[1, 9, 30, 7, 12], [1, 4, 5, 6, 50], [1, 80, 3, 2, 8]])
+
+
+def random_edit(model, seed=0, matrices=("W_O", "W_out"), layers=(0, 2), rank=1, scale=0.1):
+    """Random factors for a model; `rank` 0 makes a dense change."""
+    generator = torch.Generator().manual_seed(seed)
+    changes = []
+    for matrix in matrices:
+        for layer in layers:
+            sizes = {"W_O": model.cfg.n_heads * model.cfg.d_head, "W_out": model.cfg.d_mlp}
+            d_in, d_out = sizes[matrix], model.cfg.d_model
+            left = scale * torch.randn(rank, d_in, generator=generator) if rank else None
+            right = torch.randn(rank or d_in, d_out, generator=generator) * (1 if rank else scale)
+            changes.append(Change(matrix, layer, left, right))
+    return Edit(method="random", changes=tuple(changes), fingerprint=fingerprint(model))
+
+
+def by_hand(model, edits):
+    """Logits with every change added to the weights by hand, then taken away."""
+    before = weights(model)
+    for edit in edits:
+        for c in edit.changes:
+            block = model.blocks[c.layer]
+            w = block.attn.W_O if c.matrix == "W_O" else block.mlp.W_out
+            w.data += c.delta().to(w.dtype).reshape(w.shape)
+    with torch.no_grad():
+        out = forward(model, TOKENS)
+        for n, p in model.named_parameters():
+            p.copy_(before[n])
+    return out
+
+
+@pytest.mark.parametrize("rank", [1, 3, 0])
+def test_applied_equals_by_hand_and_comes_off(tiny, rank):
+    edit = random_edit(tiny, rank=rank)
+    before = weights(tiny)
+    want = by_hand(tiny, [edit])
+    with edit.applied(tiny) as same, torch.no_grad():
+        assert same is edit and edit.is_applied(tiny)
+        torch.testing.assert_close(forward(tiny, TOKENS), want)
+    assert not edit.is_applied(tiny)
+    assert_same_bits(tiny, before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_cast_once_and_undone_bit_for_bit(load_tiny, shape, backend, dtype):
+    model = load_tiny(shape, backend, dtype)
+    edits = [random_edit(model, seed=i) for i in range(3)]
+    before = weights(model)
+    old = read_w_o(model, 0)
+    joint = stack(edits)
+    with joint.applied(model):
+        parts = [old.double(), *(e.changes[0].delta().double() for e in edits)]
+        want, size = sum(parts), sum(p.abs() for p in parts)
+        # One rounding to the weight's dtype, after a sum in float32.
+        wide, narrow = torch.finfo(torch.float32).eps, torch.finfo(dtype_of(model))
+        allowed = 0.5 * narrow.eps * want.abs() + 4 * wide * size + narrow.smallest_normal
+        assert ((read_w_o(model, 0) - want).abs() <= allowed).all()
+    for e in edits:
+        e.apply(model, check=False)
+    assert applied_edits(model) == tuple(edits)
+    for e in reversed(edits):
+        e.undo(model)
+    assert_same_bits(model, before)
+
+
+def test_order_of_undoing(tiny):
+    first, second = random_edit(tiny, 1), random_edit(tiny, 2)
+    before = weights(tiny)
+    first.apply(tiny)
+    second.apply(tiny)
+    assert describe(tiny).splitlines() == [f"0: {first}", f"1: {second}"]
+    with pytest.raises(AppliedError, match="last first"):
+        first.undo(tiny)
+    with pytest.raises(AppliedError, match="already applied"):
+        first.apply(tiny)
+    second.undo(tiny)
+    with pytest.raises(AppliedError, match="not applied"):
+        second.undo(tiny)
+    first.undo(tiny)
+    assert describe(tiny) == "none"
+    assert_same_bits(tiny, before)
+
+
+def test_leaving_a_block_undoes_what_was_left_inside(tiny):
+    before = weights(tiny)
+    with pytest.raises(KeyError), random_edit(tiny, 1).applied(tiny):
+        random_edit(tiny, 2).apply(tiny)
+        tiny.blocks[0].attn.W_O.data.add_(1)
+        raise KeyError
+    assert applied_edits(tiny) == ()
+    assert_same_bits(tiny, before)
+
+
+def test_an_undo_does_not_hide_a_foreign_change(tiny):
+    edit = random_edit(tiny)
+    before = weights(tiny)
+    edit.apply(tiny)
+    tiny.blocks[2].attn.W_O.data.add_(1)
+    with pytest.raises(ValueError, match="W_O of layer 2 was changed by something else"):
+        edit.undo(tiny)
+    edit.undo(tiny, force=True)
+    assert_same_bits(tiny, before)
+
+
+@pytest.mark.parametrize("when", range(4))
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_in_mid_apply_changes_nothing(tiny, monkeypatch, when, kind):
+    edit = random_edit(tiny)
+    before = weights(tiny)
+    real, calls = applied_module.write_matrix, []
+
+    def failing(model, matrix, layer, value):
+        calls.append(matrix)
+        real(model, matrix, layer, value)  # the write happens, then the failure
+        if len(calls) == when + 1:
+            raise kind("stop")
+
+    monkeypatch.setattr(applied_module, "write_matrix", failing)
+    with pytest.raises(kind):
+        edit.apply(tiny)
+    assert len(calls) == when + 1 and applied_edits(tiny) == ()
+    assert_same_bits(tiny, before)
+
+
+def test_overflow_in_the_weights_dtype(load_tiny):
+    model = load_tiny("llama", "bridge", "float16")
+    before = weights(model)
+    with pytest.raises(ValueError, match="layer 2 would hold non-finite"):
+        edit = random_edit(model)
+        huge = Change("W_O", 2, edit.changes[1].left, edit.changes[1].right * 1e7)
+        Edit(method="x", changes=(edit.changes[0], huge), fingerprint=edit.fingerprint).apply(model)
+    assert_same_bits(model, before)
+
+
+def test_damaged_weights(load_tiny):
+    model = load_tiny("llama", "bridge", fresh=True)
+    edit = random_edit(model)
+    model.blocks[0].attn.W_O.data[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="non-finite"):
+        edit.apply(model, check=False)
+
+
+def test_other_weights_are_refused(load_tiny, tmp_path):
+    gpt2, llama = load_tiny("gpt2", "bridge"), load_tiny("llama", "bridge")
+    edit = random_edit(gpt2, matrices=("W_O",))
+    path = edit.save(tmp_path / "edit.safetensors")
+    for attempt in (
+        lambda: edit.apply(llama),
+        lambda: Edit.load(path, llama),
+        lambda: edit_hooks(llama, [edit], check=True),
+    ):
+        with pytest.raises(WrongWeightsError, match=edit.fingerprint):
+            attempt()
+    small = Edit(
+        method="x",
+        changes=(Change("W_O", 0, None, torch.ones(4, 4)),),
+        fingerprint=fingerprint(gpt2),
+    )
+    with pytest.raises(ValueError, match=r"\(4, 4\), the model's is \(32, 32\)"):
+        small.apply(gpt2)
+
+
+def test_both_classes_share_edits(load_tiny):
+    hooked, bridge = load_tiny("gpt2", "hooked"), load_tiny("gpt2", "bridge")
+    edit = random_edit(hooked)
+    with edit.applied(hooked), edit.applied(bridge), torch.no_grad():
+        torch.testing.assert_close(
+            forward(hooked, TOKENS), forward(bridge, TOKENS), atol=1e-4, rtol=1e-4
+        )
+
+
+# -- rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (1, 3), (12, 1), (0, 2), (1,)], ids=str)
+def test_row_hooks_equal_the_weight_form(tiny, ranks):
+    made = [random_edit(tiny, seed=i, rank=r) for i, r in enumerate(ranks)]
+    under = [made[0], None, tuple(made)]
+    with torch.no_grad():
+        got = forward(tiny, TOKENS, hooks=edit_hooks(tiny, under))
+        clean = forward(tiny, TOKENS)
+    assert torch.equal(got[1], clean[1])
+    for row, edits in ((0, made[:1]), (2, made)):
+        torch.testing.assert_close(got[row], by_hand(tiny, edits)[row], atol=2e-4, rtol=1e-4)
+        assert (got[row] - clean[row]).abs().max() > 1e-2
+
+
+def test_one_edit_on_all_rows(tiny):
+    edit = random_edit(tiny)
+    with torch.no_grad():
+        got = forward(tiny, TOKENS, hooks=edit_hooks(tiny, [edit] * 3))
+    torch.testing.assert_close(got, by_hand(tiny, [edit]), atol=2e-4, rtol=1e-4)
+
+
+def test_no_edits_no_hooks(tiny):
+    assert edit_hooks(tiny, [None, (), None]) == []
+
+
+def test_given_edits_as_a_repair(tiny, load_tiny, facts):
+    first, second = (random_edit(tiny, seed=i) for i in range(2))
+    everywhere = EditRepair(first)
+    assert isinstance(everywhere, Repair)
+    assert everywhere.fit(tiny, facts[:2]) == [first, first]
+    some = EditRepair({facts[1].id: [first, second]}, name="two")
+    states = some.fit(tiny, facts[:2])
+    assert states == [None, [first, second]] and some.name == "two"
+    prompt = encode(tiny, "w5 w26 w3 w8")
+    tokens = torch.tensor([prompt.ids] * 2)
+    with torch.no_grad():
+        hooks = some.hooks(tiny, states, Rows((prompt, prompt), tokens.shape[1]))
+        got = forward(tiny, tokens, hooks=hooks)
+        with first.applied(tiny), second.applied(tiny):
+            want = forward(tiny, tokens[1:])
+        torch.testing.assert_close(got[1:], want, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(got[0], forward(tiny, tokens[:1])[0])
+    with pytest.raises(WrongWeightsError):
+        everywhere.fit(load_tiny("llama32", "bridge"), facts)
+
+
+# -- stacking -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [(1, 2), (0, 1), (20, 20)], ids=str)
+def test_a_stack_is_the_sum(tiny, ranks):
+    edits = [random_edit(tiny, seed=i, rank=r) for i, r in enumerate(ranks)]
+    one = stack(edits)
+    assert len(one.changes) == 4 and len(one.request["stack"]) == 2
+    want = by_hand(tiny, edits)
+    with one.applied(tiny), torch.no_grad():
+        torch.testing.assert_close(forward(tiny, TOKENS), want, atol=2e-4, rtol=1e-4)
+
+
+def test_stack_refuses_strangers(load_tiny):
+    edits = [random_edit(load_tiny(s, "bridge"), matrices=("W_O",)) for s in ("gpt2", "llama")]
+    with pytest.raises(ValueError, match="for weights"):
+        stack(edits)
+    with pytest.raises(ValueError, match="no edits"):
+        stack([])
+    assert stack(edits, check=False).fingerprint == edits[0].fingerprint
+
+
+def test_bad_edits():
+    change = Change("W_O", 0, None, torch.ones(2, 2))
+    with pytest.raises(ValueError, match="one change for each matrix"):
+        Edit(method="x", changes=(change, change), fingerprint="")
+    with pytest.raises(ValueError, match="plain JSON"):
+        Edit(method="x", changes=(change,), fingerprint="", request={"a": object()})
+    with pytest.raises(ValueError, match="ranks 2 and 3"):
+        Change("W_O", 0, torch.ones(2, 4), torch.ones(3, 4))
+    with pytest.raises(ValueError, match="not finite"):
+        Change("W_O", 0, None, torch.tensor([[float("nan")]]))
+    with pytest.raises(ValueError, match="float32 or float64"):
+        Change("W_O", 0, None, torch.ones(2, 2, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="unknown matrix 'W_Q'"):
+        Change("W_Q", 0, None, torch.ones(2, 2))
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def assert_same_edit(a, b):
+    assert (a.method, a.fingerprint, a.processing) == (b.method, b.fingerprint, b.processing)
+    assert (a.request, a.settings) == (b.request, b.settings)
+    assert [c.site for c in a.changes] == [c.site for c in b.changes]
+    for x, y in zip(a.changes, b.changes, strict=True):
+        assert (x.left is None) == (y.left is None)
+        for name in x.tensors:
+            assert torch.equal(x.tensors[name], y.tensors[name])
+            assert x.tensors[name].dtype == y.tensors[name].dtype
+
+
+@st.composite
+def edits(draw):
+    json_values = st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=8),
+        lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3),
+        max_leaves=5,
+    )
+    sites = draw(
+        st.lists(
+            st.tuples(st.sampled_from(["W_O", "W_out"]), st.integers(0, 40)),
+            min_size=1, max_size=4, unique=True,
+        )
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    changes = []
+    for matrix, layer in sites:
+        rank, dtype = draw(st.integers(0, 3)), draw(st.sampled_from([torch.float32, torch.float64]))
+        d_in, d_out = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+        left = torch.randn(rank, d_in, generator=generator, dtype=dtype) if rank else None
+        right = torch.randn(rank or d_in, d_out, generator=generator, dtype=dtype)
+        changes.append(Change(matrix, layer, left, right))
+    return Edit(
+        method=draw(st.text(max_size=5)), changes=tuple(changes), fingerprint=draw(st.text(max_size=5)),
+        request=draw(st.dictionaries(st.text(max_size=4), json_values, max_size=3)),
+        settings=draw(st.dictionaries(st.text(max_size=4), json_values, max_size=3)),
+    )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(edit=edits())
+def test_save_and_load_round_trip(tmp_path_factory, edit):
+    path = tmp_path_factory.mktemp("edit") / "sub" / "edit.safetensors"
+    assert edit.save(path) == path
+    assert_same_edit(Edit.load(path), edit)
+    assert os.listdir(path.parent) == ["edit.safetensors"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**20), rank=st.integers(0, 4), scale=st.sampled_from([1e-6, 0.1, 30.0]))
+def test_apply_save_load_undo_round_trip(load_tiny, tmp_path_factory, seed, rank, scale):
+    model = load_tiny("llama", "bridge", "bfloat16")
+    before = weights(model)
+    edit = random_edit(model, seed=seed, rank=rank, scale=scale)
+    loaded = Edit.load(edit.save(tmp_path_factory.mktemp("e") / "x"), model)
+    with edit.applied(model):
+        inside = weights(model)
+    assert_same_bits(model, before)
+    with loaded.applied(model):
+        assert_same_bits(model, inside)
+    assert_same_bits(model, before)
+
+
+def test_a_failed_save_leaves_the_old_file(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "edit.safetensors"
+    first, second = random_edit(tiny, 1), random_edit(tiny, 2)
+    first.save(path)
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        second.save(path)
+    with pytest.raises(OSError, match="No space left"):
+        second.save(tmp_path / "new.safetensors")
+    assert os.listdir(tmp_path) == ["edit.safetensors"]
+    assert_same_edit(Edit.load(path), first)
+
+
+def test_files_that_are_no_edits(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError):
+        Edit.load(tmp_path / "nothing")
+    junk = tmp_path / "junk"
+    junk.write_bytes(b"not a tensor in sight")
+    bare = tmp_path / "bare"
+    save_file({"x": torch.ones(1)}, bare)
+    newer = tmp_path / "newer"
+    save_file({"x": torch.ones(1)}, newer, {"mi_hops_edit": json.dumps({"format": 99})})
+    lacking = tmp_path / "lacking"
+    head = {
+        "format": 1, "method": "x", "fingerprint": "", "processing": "none",
+        "sites": [["W_O", 1]], "request": {}, "settings": {},
+    }  # fmt: skip
+    save_file({"x": torch.ones(1)}, lacking, {"mi_hops_edit": json.dumps(head)})
+    for path in (junk, bare, newer, lacking):
+        with pytest.raises(ValueError, match=path.name):
+            Edit.load(path)
+
+
+def test_printing(tiny, facts):
+    edit = creme_many(tiny, facts[:1], layers=[0, 2])[0]
+    text = repr(edit)
+    for part in ("creme", facts[0].prompt(), facts[0].answer, "0, 2", "rank 2", edit.fingerprint):
+        assert part in text
+    assert edit.n_bytes == 4 * sum(t.numel() for c in edit.changes for t in c.tensors.values())

@@ -1,0 +1,123 @@
+"""Exported folders: plain transformers gives the edited model's logits."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from mi_hops.editing import Edit, WrongWeightsError, creme, creme_many, export_hf
+from mi_hops.model import forward, load_model
+from tests.editing.conftest import assert_same_bits, weights
+from tests.editing.test_edit import TOKENS, random_edit
+
+
+def plain_logits(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        return model(TOKENS).logits, model
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "llama32"])
+def test_plain_transformers_gives_the_edited_logits(
+    load_tiny, checkpoints, tmp_path, shape, backend, facts
+):
+    model = load_tiny(shape, backend)
+    edits = [*creme_many(model, facts[:2], layers=[0, 2]), random_edit(model, seed=3)]
+    before = weights(model)
+    out = export_hf(model, edits, tmp_path / "new" / "edited")
+    assert_same_bits(model, before)
+    got, hf = plain_logits(out)
+    for e in edits:
+        e.apply(model)
+    with torch.no_grad():
+        want = forward(model, TOKENS)
+    for e in reversed(edits):
+        e.undo(model)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    old, _ = plain_logits(checkpoints[shape])
+    assert (got - old).abs().max() > 1e-2
+    tied = hf.get_input_embeddings().weight is hf.get_output_embeddings().weight
+    assert tied == (shape != "llama")
+    again = load_model(out, device="cpu", backend=backend)
+    with torch.no_grad():
+        torch.testing.assert_close(forward(again, TOKENS), want, atol=1e-5, rtol=1e-5)
+    assert "request" in (out / "mi_hops_edit.json").read_text()
+
+
+def test_everything_else_is_kept(load_tiny, checkpoints, tmp_path, fact):
+    model = load_tiny("gpt2", "bridge")
+    out = export_hf(checkpoints["gpt2"], creme(model, fact, layers=[1]), tmp_path / "edited")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    old, new = (
+        AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (checkpoints["gpt2"], out)
+    )
+    changed = [n for n in old if not torch.equal(old[n], new[n])]
+    assert changed == ["transformer.h.1.attn.c_proj.weight"]
+    assert AutoTokenizer.from_pretrained(out)("w5 w6").input_ids == [9, 10]
+
+
+def test_sharded(load_tiny, checkpoints, tmp_path, fact):
+    model = load_tiny("llama", "bridge")
+    edit = creme(model, fact, layers=[0, 1])
+    first = export_hf(checkpoints["llama"], edit, tmp_path / "one", max_shard_size="20KB")
+    assert len(list(first.glob("*.safetensors"))) > 1
+    whole = export_hf(checkpoints["llama"], edit, tmp_path / "two")
+    assert torch.equal(plain_logits(first)[0], plain_logits(whole)[0])
+    # A sharded folder is a source as well.
+    second = random_edit(load_model(first, device="cpu"), seed=1)
+    twice = export_hf(first, second, tmp_path / "three")
+    model = load_model(first, device="cpu")
+    with second.applied(model), torch.no_grad():
+        torch.testing.assert_close(
+            plain_logits(twice)[0], forward(model, TOKENS), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_half_precision(load_tiny, checkpoints, tmp_path, fact):
+    model = load_tiny("llama", "bridge", "bfloat16")
+    out = export_hf(model, creme(model, fact, layers=[1]), tmp_path / "half")
+    assert load_model(out, device="cpu").W_E.dtype == torch.bfloat16
+    wide = load_tiny("llama", "bridge")
+    edit = creme(wide, fact, layers=[1])
+    with pytest.raises(WrongWeightsError):
+        export_hf(checkpoints["llama"], edit, tmp_path / "no", dtype="bfloat16")
+    assert export_hf(checkpoints["llama"], edit, tmp_path / "y", dtype="bfloat16", check=False)
+
+
+def test_refusals(load_tiny, checkpoints, tmp_path, fact):
+    model = load_tiny("gpt2", "bridge")
+    edit = creme(model, fact, layers=[1])
+    with pytest.raises(WrongWeightsError):
+        export_hf(checkpoints["llama"], random_edit(model), tmp_path / "a")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note").touch()
+    with pytest.raises(FileExistsError):
+        export_hf(model, edit, tmp_path / "full")
+    folded = Edit(method="x", changes=edit.changes, fingerprint="", processing="fold")
+    with pytest.raises(ValueError, match="processed"):
+        export_hf(model, folded, tmp_path / "b")
+    assert os.listdir(tmp_path) == ["full"]
+
+
+@pytest.mark.parametrize("step", ["save_pretrained", "rename"])
+def test_a_failure_leaves_no_folder(load_tiny, checkpoints, tmp_path, fact, monkeypatch, step):
+    from pathlib import Path
+
+    from transformers import GPT2LMHeadModel
+
+    model = load_tiny("gpt2", "bridge")
+    edit = creme(model, fact, layers=[1])
+
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr({"rename": Path}.get(step, GPT2LMHeadModel), step, full)
+    with pytest.raises(OSError, match="No space left"):
+        export_hf(checkpoints["gpt2"], edit, tmp_path / "out")
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,101 @@
+"""FT+L and LoRA: what they learn, what they may not touch, and that the edit is what was taught."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mi_hops.editing.change import read_matrix
+from mi_hops.editing.finetune import FineTuneRepair, LoraRepair, finetune_many
+from mi_hops.editing.teaching import answer_loss, lesson
+from mi_hops.repair import Repair
+from tests.editing.conftest import assert_same_bits, weights
+
+
+def losses(model, facts, edits):
+    found = []
+    for f, edit in zip(facts, edits, strict=True):
+        taught = lesson(model, [f.prompt("suffix")], [f.answer])
+        with torch.no_grad():
+            old = answer_loss(model, taught, []).item()
+            with edit.applied(model):
+                found.append((old, answer_loss(model, taught, []).item()))
+    return found
+
+
+@pytest.mark.parametrize("matrix", ["W_out", "W_O"])
+def test_ftl_learns_within_its_bound(tiny, facts, matrix):
+    before = weights(tiny)
+    edits = finetune_many(
+        tiny, facts[:3], layers=[1, 2], matrix=matrix, steps=30, bound=0.3, batch_size=2
+    )
+    assert_same_bits(tiny, before)
+    for edit in edits:
+        for change in edit.changes:
+            rms = read_matrix(tiny, matrix, change.layer).square().mean().sqrt()
+            assert change.delta().abs().max() <= 0.3001 * rms
+    for old, new in losses(tiny, facts[:3], edits):
+        assert new < old - 2
+    assert isinstance(FineTuneRepair(layers=[1]), Repair)
+
+
+def test_ftl_facts_of_a_batch_do_not_meet(load_tiny, facts):
+    model = load_tiny("llama", "bridge", "float64")
+    together = finetune_many(model, facts[:3], layers=[1], steps=4)
+    alone = finetune_many(model, facts[1:2], layers=[1], steps=4)[0]
+    torch.testing.assert_close(
+        together[1].changes[0].delta(), alone.changes[0].delta(), atol=1e-9, rtol=1e-6
+    )
+
+
+def test_ftl_refusals(tiny, facts):
+    with pytest.raises(ValueError, match="above 0"):
+        finetune_many(tiny, facts, layers=[0], bound=0)
+    with pytest.raises(ValueError, match="out of range"):
+        finetune_many(tiny, facts, layers=[8])
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_lora_edits_are_what_peft_taught(load_tiny, checkpoints, facts, shape, backend):
+    pytest.importorskip("peft")
+    model = load_tiny(shape, backend, fresh=True)
+    before = weights(model)
+    repair = LoraRepair(checkpoints[shape], layers=[1, 2], rank=3, steps=40, lr=0.05)
+    assert isinstance(repair, Repair)
+    edits = repair.fit(model, facts[:2])
+    assert_same_bits(model, before)
+    sites = [("W_O", 1), ("W_O", 2), ("W_out", 1), ("W_out", 2)]
+    assert sorted(c.site for c in edits[0].changes) == sites
+    assert all(c.rank == 3 for c in edits[0].changes)
+    for old, new in losses(model, facts[:2], edits):
+        assert new < old - 2
+    again = repair.fit(model, facts[1:2])  # the seed starts afresh with each fit
+    assert not torch.equal(again[0].changes[0].right, edits[0].changes[0].right)
+
+
+def test_the_adapter_and_the_edit_give_the_same_logits(load_tiny, checkpoints, fact, monkeypatch):
+    pytest.importorskip("peft")
+    model = load_tiny("gpt2", "hooked", fresh=True)
+    tokens = torch.tensor([[1, 9, 30, 7, 12]])
+    seen = {}
+    real = LoraRepair._teach
+
+    def teach(self, adapted, *args):
+        real(self, adapted, *args)
+        with torch.no_grad():
+            seen["logits"] = adapted(tokens).logits
+
+    monkeypatch.setattr(LoraRepair, "_teach", teach)
+    (edit,) = LoraRepair(checkpoints["gpt2"], layers=[0, 2], steps=5, lr=0.05).fit(model, [fact])
+    with edit.applied(model), torch.no_grad():
+        got = model(tokens, return_type="logits")
+    torch.testing.assert_close(got, seen["logits"], atol=1e-4, rtol=1e-4)
+
+
+def test_lora_refuses_another_checkpoint(load_tiny, checkpoints, facts):
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="holds other weights"):
+        LoraRepair(checkpoints["llama"], layers=[1]).fit(
+            load_tiny("gpt2", "bridge", fresh=True), facts[:1]
+        )

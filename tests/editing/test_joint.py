@@ -1,0 +1,129 @@
+"""Joint edits against least squares written out, and sequential ones against doing it by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mi_hops.editing import (
+    SingularError,
+    applied_edits,
+    creme_sequential,
+    second_moments,
+    stack,
+)
+from mi_hops.editing.plans import PAPER
+from mi_hops.editing.solve import solve_keys
+from mi_hops.model import read_w_o, write_w_o
+from tests.editing.conftest import assert_same_bits, paper, paper_joint, weights
+from tests.editing.test_creme import TEMPLATES, last_mean, wide  # noqa: F401
+
+
+def test_joint_equals_memits_normal_equations(wide, facts):  # noqa: F811
+    """Layer by layer in the weights: (λC + K^T K)^-1 K^T R."""
+    layers, ridge = [0, 2], 0.03
+    moments = second_moments(wide, facts, layers=layers, shrinkage=0.1)
+    edit = paper_joint(
+        wide, facts, layers=layers, ridge=ridge, templates=TEMPLATES, covariance=moments,
+        batch_size=13,
+    )  # fmt: skip
+    originals = {i: read_w_o(wide, i) for i in layers}
+    try:
+        for layer, change in zip(layers, edit.changes, strict=True):
+            asked = [
+                [[t.format(text) for t in TEMPLATES] for text in (f.prompt(), f.second_prompt())]
+                for f in facts
+            ]
+            keys = torch.stack([last_mean(wide, comps, "z", layer) for comps, _ in asked])
+            lack = torch.stack(
+                [
+                    last_mean(wide, guides, "attn_out", layer)
+                    - last_mean(wide, comps, "attn_out", layer)
+                    for comps, guides in asked
+                ]
+            )
+            c = moments.shrunk(layer)
+            weight = ridge * (keys @ torch.linalg.inv(c) @ keys.T).diagonal().mean()
+            want = torch.linalg.solve(weight * c + keys.T @ keys, keys.T @ lack)
+            torch.testing.assert_close(change.delta(), want, atol=1e-7, rtol=1e-6)
+            write_w_o(wide, layer, originals[layer] + want)
+    finally:
+        for i, w in originals.items():
+            write_w_o(wide, i, w)
+
+
+@pytest.mark.parametrize("options", [{}, {"target": "clean", "match": "residual"}], ids=str)
+def test_one_fact_alone_is_the_plain_edit(wide, fact, options):  # noqa: F811
+    joint = paper_joint(wide, [fact], layers=[0, 1], ridge=0, templates=TEMPLATES, **options)
+    alone = paper(wide, fact, layers=[0, 1], templates=TEMPLATES, **options)
+    for a, b in zip(joint.changes, alone.changes, strict=True):
+        torch.testing.assert_close(a.delta(), b.delta(), atol=1e-9, rtol=1e-9)
+
+
+def test_without_ridge_every_key_is_met(wide, facts):  # noqa: F811
+    edit = paper_joint(wide, facts, layers=[1], ridge=0, templates=("{}",))
+    want = [last_mean(wide, [f.second_prompt()], "attn_out", 1) for f in facts]
+    with edit.applied(wide):
+        for f, w in zip(facts, want, strict=True):
+            torch.testing.assert_close(last_mean(wide, [f.prompt()], "attn_out", 1), w)
+
+
+def test_more_keys_than_dimensions_become_dense(tiny, facts):
+    many = [facts[i % 5] for i in range(40)]
+    edit = paper_joint(tiny, many, layers=[1], templates=("{}",), cover="answer")
+    d_in = tiny.cfg.n_heads * tiny.cfg.d_head
+    if d_in >= 80:
+        pytest.skip("not more keys than dimensions here")
+    assert edit.changes[0].left is None and edit.changes[0].shape == (d_in, tiny.cfg.d_model)
+    with pytest.raises(SingularError, match="not independent"):
+        paper_joint(tiny, many, layers=[1], templates=("{}",), ridge=0)
+
+
+def test_bad_joint_input(tiny, facts):
+    with pytest.raises(ValueError, match="no facts"):
+        paper_joint(tiny, [], layers=[1])
+    with pytest.raises(ValueError, match="ridge is -1"):
+        paper_joint(tiny, facts, layers=[1], ridge=-1)
+
+
+def test_sequential_edits_see_the_earlier_ones(wide, facts):  # noqa: F811
+    before = weights(wide)
+    edits = creme_sequential(wide, facts[:3], layers=[0, 1], templates=("{}",), **PAPER)
+    assert_same_bits(wide, before)
+    assert applied_edits(wide) == ()
+    edits[0].apply(wide)
+    second = paper(wide, facts[1], layers=[0, 1], templates=("{}",))
+    for a, b in zip(second.changes, edits[1].changes, strict=True):
+        torch.testing.assert_close(a.delta(), b.delta(), atol=1e-9, rtol=1e-9)
+    edits[1].apply(wide)
+    edits[2].apply(wide)
+    inside = {i: read_w_o(wide, i) for i in (0, 1)}
+    for e in reversed(edits):
+        e.undo(wide)
+    assert_same_bits(wide, before)
+    with stack(edits, check=False).applied(wide):
+        for i, w in inside.items():
+            torch.testing.assert_close(read_w_o(wide, i), w, atol=1e-9, rtol=1e-9)
+
+
+def test_solver_identities():
+    generator = torch.Generator().manual_seed(0)
+    keys, kept = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in (3, 2))
+    root = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    c = root @ root.T + torch.eye(12)
+    inverse = torch.linalg.solve(c, torch.cat([keys, kept]).T).T
+    left = solve_keys(keys, kept, inverse=inverse)
+    eye = torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(keys @ left.T, eye)
+    torch.testing.assert_close(kept @ left.T, torch.zeros(2, 3, dtype=torch.float64))
+    # No other change with those outputs is smaller in the metric of C: it is stationary on the
+    # directions that leave all outputs alone.
+    free = torch.linalg.svd(torch.cat([keys, kept]))[2][5:]
+    torch.testing.assert_close(free @ c @ left.T, torch.zeros(7, 3, dtype=torch.float64))
+    # Slack lets the kept ones move and makes the change smaller.
+    loose = solve_keys(keys, kept, inverse=inverse, slack=1.0)
+    torch.testing.assert_close(keys @ loose.T, eye)
+    assert (kept @ loose.T).norm() > 1e-3
+    assert torch.trace(loose @ c @ loose.T) < torch.trace(left @ c @ left.T)
+    with pytest.raises(SingularError, match="zero or not finite"):
+        solve_keys(torch.zeros(1, 4, dtype=torch.float64))

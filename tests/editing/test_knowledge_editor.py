@@ -1,0 +1,113 @@
+"""KnowledgeEditor: its gradient, its formula, that training helps, files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mi_hops.editing import WrongWeightsError
+from mi_hops.editing.change import live_weight
+from mi_hops.editing.knowledge_editor import (
+    EditorTraining,
+    KnowledgeEditor,
+    KnowledgeEditorRepair,
+    _embedded,
+    _gradient,
+    _inputs_and_gradients,
+    train_editor,
+)
+from mi_hops.editing.teaching import answer_loss, lesson
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.repair import Repair
+from tests.editing.conftest import assert_same_bits, make_fact, weights
+
+
+@pytest.mark.parametrize("matrix", ["W_out", "W_O"])
+def test_factors_multiply_to_the_gradient_of_the_weight(load_tiny, facts, matrix):
+    model = load_tiny("gpt2", "hooked", fresh=True)
+    taught = lesson(model, [f.prompt() for f in facts[:2]], [f.answer for f in facts[:2]])
+    found = _inputs_and_gradients(model, taught, matrix, [1])[0]
+    left, right = _gradient(*found)
+    weight = live_weight(model, matrix, 1).requires_grad_(True)
+    for i, f in enumerate(facts[:2]):
+        loss = answer_loss(model, lesson(model, [f.prompt()], [f.answer]), []).sum()
+        (want,) = torch.autograd.grad(loss, weight)
+        want = want.reshape(-1, want.shape[-1])
+        torch.testing.assert_close(left[i].T @ right[i], want / want.norm(), atol=1e-4, rtol=1e-3)
+
+
+def test_the_change_is_the_formula(load_tiny, facts):
+    model = load_tiny("llama", "bridge")
+    editor = KnowledgeEditor(model, EditorTraining(layers=(1,), width=8, scale=0.7))
+    f = facts[0]
+    (edit,) = editor.edits(model, [f], form="suffix")
+    taught = lesson(model, [f.prompt("suffix")], [f.answer])
+    x, g = _gradient(*_inputs_and_gradients(model, taught, "W_out", [1])[0])
+    with torch.no_grad():
+        part = editor.network(*_embedded(model, [f.prompt("suffix")], [f.answer]))[0]
+    gradient = x[0].T @ g[0]
+    gate = 0.7 * live_weight(model, "W_out", 1).norm() * part["eta"].sigmoid()
+    want = gate * (
+        torch.outer(part["alpha"][0].softmax(-1), part["gamma"][0]) * gradient
+        + torch.outer(part["beta"][0].softmax(-1), part["delta"][0])
+    )
+    torch.testing.assert_close(edit.changes[0].delta(), want, atol=1e-6, rtol=1e-4)
+
+
+def practice():
+    """Facts in two wordings whose second relation has several answers."""
+    facts = []
+    for i in range(10):
+        f = make_fact(i).to_dict()
+        f["prompts"]["prefix"] += " w72"
+        facts.append(TwoHopFact.from_dict(f))
+    return facts
+
+
+def test_training_makes_edits_that_work(load_tiny, tmp_path):
+    model = load_tiny("gpt2", "bridge")
+    before = weights(model)
+    state = torch.random.get_rng_state()
+    options = {"layers": [1, 2], "batch_size": 8, "lr": 1e-2, "scale": 2.0, "margin": 0.5}
+    editor = train_editor(model, practice(), steps=60, **options)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert_same_bits(model, before)
+    assert editor.log[-1]["answer_loss"] < editor.log[0]["answer_loss"] - 1
+    repair = KnowledgeEditorRepair(editor)
+    assert isinstance(repair, Repair)
+    facts = [make_fact(i) for i in range(3)]
+    drops = []
+    for f, edit in zip(facts, repair.fit(model, facts), strict=True):
+        taught = lesson(model, [f.prompt("suffix")], [f.answer])
+        with torch.no_grad():
+            old = answer_loss(model, taught, []).item()
+            with edit.applied(model):
+                drops.append(old - answer_loss(model, taught, []).item())
+    assert sum(drops) / 3 > 0.5
+    path = editor.save(tmp_path / "editor")
+    again = KnowledgeEditor.load(path, model).edits(model, facts[:1])[0]
+    torch.testing.assert_close(
+        again.changes[0].delta(), repair.fit(model, facts[:1])[0].changes[0].delta()
+    )
+    with pytest.raises(WrongWeightsError, match="the editor was made for"):
+        KnowledgeEditor.load(path, load_tiny("llama", "bridge"))
+    (tmp_path / "junk").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="no knowledge editor"):
+        KnowledgeEditor.load(tmp_path / "junk", model)
+
+
+def test_one_seed_one_editor(load_tiny):
+    model = load_tiny("llama", "bridge")
+    made = [
+        train_editor(model, practice(), layers=[1], steps=2, batch_size=2, seed=s)
+        for s in (3, 3, 4)
+    ]
+    a, b, c = (torch.cat([p.flatten() for p in e.network.parameters()]) for e in made)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_refusals(tiny):
+    with pytest.raises(ValueError, match="at least two are needed"):
+        train_editor(tiny, practice()[:1], layers=[0])
+    with pytest.raises(ValueError, match="above 0"):
+        train_editor(tiny, practice(), layers=[0], steps=0)

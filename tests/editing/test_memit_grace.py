@@ -1,0 +1,115 @@
+"""MEMIT spreads what ROME's search finds; GRACE's codebook follows its rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mi_hops.editing import Request, second_moments
+from mi_hops.editing.grace import Codebook, GraceRepair
+from mi_hops.editing.memit import MemitRepair, memit
+from mi_hops.editing.rome import ValueSearch, search_values
+from mi_hops.editing.teaching import answer_loss, lesson
+from mi_hops.model import forward, hook_name
+from mi_hops.repair import Repair, Rows
+from mi_hops.tokens import encode, pad
+from tests.editing.conftest import assert_same_bits, weights
+from tests.editing.test_rome import QUICK, at_subject
+
+BARE = {**QUICK, "templates": ("{}",)}
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_the_last_layer_makes_up_what_is_missing(load_tiny, facts, shape):
+    """At ridge 0 the stream behind the last layer is exactly what was searched for."""
+    model = load_tiny(shape, "bridge", "float64")
+    c = second_moments(model, facts, layers=[0, 1], matrix="W_out", shrinkage=0.2)
+    two = facts[:2]
+    end = hook_name("resid_post", 1)
+    values = search_values(
+        model, [Request.from_fact(f) for f in two], 1, ValueSearch(**BARE), hook=end
+    ).values
+    before = [at_subject(model, f.prompt(), f.first_hop, "resid_post", 1) for f in two]
+    edit = memit(model, two, layers=[1, 0], covariance=c, ridge=0.0, **BARE)
+    assert [c.site for c in edit.changes] == [("W_out", 0), ("W_out", 1)]
+    with edit.applied(model):
+        for f, old, value in zip(two, before, values, strict=True):
+            new = at_subject(model, f.prompt(), f.first_hop, "resid_post", 1)
+            torch.testing.assert_close(new - old, value, atol=1e-6, rtol=1e-5)
+
+
+def test_memit_repair(tiny, facts):
+    before = weights(tiny)
+    joint = MemitRepair(layers=[0, 1], joint=True, **BARE)
+    assert isinstance(joint, Repair)
+    states = joint.fit(tiny, facts[:2])
+    assert states[0] is states[1]
+    alone = MemitRepair(layers=[0, 1], **BARE).fit(tiny, facts[:2])
+    assert alone[0].changes[0].rank == 1
+    assert_same_bits(tiny, before)
+    with pytest.raises(ValueError, match="0 facts"):
+        memit(tiny, [], layers=[0])
+
+
+# -- GRACE ----------------------------------------------------------------------------------------
+
+
+def vector(*x):
+    return torch.tensor([float(v) for v in x])
+
+
+def test_the_codebooks_rule():
+    book = Codebook(layer=0, radius=1.0)
+    assert book.lookup(vector(0, 0)) is None
+    assert book.learn(vector(0, 0), vector(1, 1), "a") == "add"
+    assert book.learn(vector(5, 0), vector(2, 2), "b") == "add"
+    assert book.learn(vector(0, 1.5), vector(3, 3), "a") == "expand"
+    assert book.radii == [1.5, 1.0] and len(book.keys) == 2
+    assert book.learn(vector(0, 0.5), vector(9, 9), "a") == "expand"
+    assert book.radii[0] == 1.5  # it never shrinks by expanding
+    assert book.learn(vector(0, 2), vector(4, 4), "c") == "split"
+    assert book.radii == [1.0, 1.0, 1.0]
+    for state, value in (((0, 0.4), 1), ((0, 1.6), 4), ((5.5, 0), 2)):
+        assert torch.equal(book.lookup(vector(*state)), vector(value, value))
+    assert book.lookup(vector(0, -1.1)) is None
+    assert book.lookup(vector(6.01, 0)) is None
+    assert book.n_bytes == 3 * (2 * 2 * 4 + 8)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_grace_puts_its_facts_right_and_nothing_else(tiny, facts, shared):
+    repair = GraceRepair(layer=1, steps=150, lr=0.3, shared=shared)
+    assert isinstance(repair, Repair)
+    before = weights(tiny)
+    books = repair.fit(tiny, facts[:3])
+    assert_same_bits(tiny, before)
+    assert (books[0] is books[1]) == shared
+    for i, f in enumerate(facts[:3]):
+        taught = lesson(tiny, [f.prompt("suffix")], [f.answer])
+        rows = Rows(taught.prompts, taught.tokens.shape[1])
+        with torch.no_grad():
+            old = answer_loss(tiny, taught, []).item()
+            new = answer_loss(tiny, taught, repair.hooks(tiny, [books[i]], rows)).item()
+        assert new < old - 2
+    stranger = encode(tiny, "w80 w81 w82")
+    batch = pad([stranger.ids])
+    with torch.no_grad():
+        clean = forward(tiny, batch.tokens)
+        hooks = repair.hooks(tiny, [books[0]], Rows((stranger,), batch.tokens.shape[1]))
+        assert torch.equal(forward(tiny, batch.tokens, hooks=hooks), clean)
+
+
+def test_grace_rows_and_offsets(tiny, facts):
+    repair = GraceRepair(layer=1, steps=2)
+    books = repair.fit(tiny, facts[:1])
+    prompt = encode(tiny, facts[0].prompt())
+    assert repair.hooks(tiny, [None], Rows((prompt,), 8)) == []
+    assert repair.hooks(tiny, books, Rows((prompt,), 1, offset=len(prompt))) == []
+    assert len(repair.hooks(tiny, books, Rows((prompt,), 1, offset=prompt.last))) == 2
+
+
+def test_grace_refusals(tiny, facts):
+    with pytest.raises(ValueError, match="above 0"):
+        GraceRepair(layer=0, radius=-1.0)
+    with pytest.raises(ValueError, match="out of range"):
+        GraceRepair(layer=5).fit(tiny, facts)

@@ -1,0 +1,101 @@
+"""ROME: the rank-one identity, the search, and independence of the facts in a batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mi_hops.editing import Request, second_moments
+from mi_hops.editing.rome import RomeRepair, ValueSearch, rome, rome_many, search_values
+from mi_hops.editing.teaching import answer_loss, lesson
+from mi_hops.model import capture, hook_name
+from mi_hops.repair import Repair
+from mi_hops.tokens import encode, last_position
+from tests.editing.conftest import TEMPLATES, assert_same_bits, weights
+
+QUICK = {"templates": TEMPLATES, "steps": 12, "lr": 0.3, "kl": 0.0, "decay": 0.0, "clamp": 50.0}
+
+
+def at_subject(model, text, phrase, kind, layer):
+    prompt = encode(model, text)
+    cache, _ = capture(model, torch.tensor([prompt.ids]), [hook_name(kind, layer)])
+    return cache[hook_name(kind, layer)][0, last_position(prompt, phrase)]
+
+
+def test_the_loss_is_the_answers_log_probability(tiny, facts):
+    taught = lesson(tiny, [f.prompt() for f in facts[:2]], [facts[0].answer, "w7"])
+    loss = answer_loss(tiny, taught, [])
+    for i, answer in enumerate((facts[0].answer.split(), ["w7"])):
+        ids = [*encode(tiny, facts[i].prompt()).ids]
+        total = 0.0
+        for word in answer:
+            with torch.no_grad():
+                logits = tiny(torch.tensor([ids]), return_type="logits")[0, -1]
+            token = encode(tiny, word).ids[-1]
+            total -= logits.log_softmax(-1)[token].item()
+            ids.append(token)
+        assert loss[i].item() == pytest.approx(total / len(answer), abs=1e-4)
+
+
+@pytest.mark.parametrize("with_c", [False, True])
+def test_the_edit_writes_the_value_at_the_key(load_tiny, fact, facts, with_c):
+    model = load_tiny("llama", "bridge", "float64")
+    c = second_moments(model, facts, layers=[1], matrix="W_out", shrinkage=0.1) if with_c else None
+    how = ValueSearch(**{**QUICK, "templates": ("{}",)})
+    found = search_values(model, [Request.from_fact(fact)], 1, how)
+    before = at_subject(model, fact.prompt(), fact.first_hop, "mlp_out", 1)
+    edit = rome(model, fact, layer=1, covariance=c, **{**QUICK, "templates": ("{}",)})
+    with edit.applied(model):
+        after = at_subject(model, fact.prompt(), fact.first_hop, "mlp_out", 1)
+    torch.testing.assert_close(after - before, found.values[0], atol=1e-6, rtol=1e-5)
+    assert edit.changes[0].matrix == "W_out" and edit.changes[0].rank == 1
+
+
+def test_the_target_becomes_likely_and_the_model_stays(tiny, facts):
+    before = weights(tiny)
+    grads = [p.requires_grad for p in tiny.parameters()]
+    search = {**QUICK, "steps": 40, "position": "last"}
+    edits = rome_many(tiny, facts[:3], layer=1, batch_size=2, **search)
+    assert_same_bits(tiny, before)
+    assert grads == [p.requires_grad for p in tiny.parameters()]
+    for f, edit in zip(facts, edits, strict=False):
+        taught = lesson(tiny, [f.prompt("suffix")], [f.answer])
+        with torch.no_grad():
+            old = answer_loss(tiny, taught, []).item()
+            with edit.applied(tiny):
+                assert answer_loss(tiny, taught, []).item() < old - 1
+
+
+def test_facts_of_a_batch_do_not_meet(load_tiny, facts):
+    model = load_tiny("gpt2", "bridge", "float64")
+    search = {**QUICK, "kl": 0.1, "decay": 0.1}
+    together = rome_many(model, facts[:3], layer=1, **search)
+    for f, edit in zip(facts, together, strict=False):
+        alone = rome(model, f, layer=1, **search)
+        torch.testing.assert_close(
+            edit.changes[0].delta(), alone.changes[0].delta(), atol=1e-6, rtol=1e-4
+        )
+
+
+def test_clamp_and_decay_bound_the_value(load_tiny, fact):
+    model = load_tiny("llama", "bridge")
+    requests = [Request.from_fact(fact)]
+    size = at_subject(model, fact.prompt(), fact.first_hop, "mlp_out", 1).norm()
+    options = {**QUICK, "templates": ("{}",)}
+    tight = search_values(model, requests, 1, ValueSearch(**{**options, "clamp": 0.1})).values
+    assert tight.norm() <= 0.1001 * size
+    free = search_values(model, requests, 1, ValueSearch(**options)).values
+    decayed = search_values(model, requests, 1, ValueSearch(**{**options, "decay": 10.0})).values
+    assert decayed.norm() < free.norm()
+
+
+def test_repair_and_refusals(tiny, fact):
+    assert isinstance(RomeRepair(layer=1), Repair)
+    with pytest.raises(ValueError, match="no target"):
+        rome(tiny, Request(composite="w3 w1", guide="w3 w2", bridge="w2", subject="w1"), layer=0)
+    with pytest.raises(ValueError, match="out of range"):
+        rome(tiny, fact, layer=9)
+    with pytest.raises(ValueError, match="steps 0"):
+        rome(tiny, fact, layer=0, steps=0)
+    with pytest.raises(ValueError, match="the loss is nan at step 0"):
+        rome(tiny, fact, layer=0, **{**QUICK, "kl": float("inf")})

@@ -1,0 +1,246 @@
+"""The grid against one forward pass a cell, the controls, and choosing on one half."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.injection.controls import (
+    control_texts,
+    norm_matched,
+    permuted_bridges,
+    whole_words,
+)
+from mi_hops.injection.encodings import encode_memories
+from mi_hops.injection.grid import FIRST_RIGHT, injection_grid
+from mi_hops.injection.memory import MemoryInjection
+from mi_hops.injection.select import Cell, cell_report, select_cell, split_halves
+from mi_hops.metrics import target_of
+from mi_hops.results import Result, summarise_change
+from mi_hops.scoring import score_prompts
+from mi_hops.tokens import encode
+
+METRICS = (FIRST_RIGHT, "first_prob", "first_logprob", "rank", "answer_logprob", "greedy")
+
+
+def fact(i):
+    """Prompts of three lengths, answers of one and two tokens."""
+    hop = f"w3 of w{i}"
+    return TwoHopFact(
+        id=f"f{i}", subject=f"w{i}", relation1="r", bridge=f"w{20 + i} w{21 + i}", relation2="q",
+        answer=f"w{40 + i}" + (" w50" if i % 2 else ""), first_hop=hop,
+        prompts={"suffix": "w1 w2 " + "w9 " * (i % 3) + f"{hop} is"},
+        second_prompts={"suffix": f"w1 w2 w{20 + i} w{21 + i} is"},
+    )  # fmt: skip
+
+
+FACTS = [fact(i) for i in range(4, 9)]
+
+
+def one_by_one(model, facts, repair, metric):
+    """A metric of each fact's prompt under a repair, a forward pass each."""
+    states = repair.fit(model, facts)
+    found = []
+    for item, state in zip(facts, states, strict=True):
+        prompt = encode(model, item.prompt())
+        target = target_of(model, prompt, item.answer)
+        found.append(
+            score_prompts(model, [prompt], [target], metric, repair=repair, states=[state])
+        )
+    return np.array([next(iter(f.values())).item() for f in found])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"encodings": ("unembed", "embed", "layerwise_code", "layerwise_text")},
+        {"positions": "last", "relative": True},
+        {"positions": ["first hop", "last"], "kind": "resid_mid"},
+        {"positions": "prompt", "kind": "mlp_out", "pooling": "mean"},
+        {"heads": [0, 3], "kind": "attn_out"},
+    ],
+    ids=lambda s: "-".join(map(str, s)),
+)
+def test_the_grid_equals_one_forward_a_cell(tiny, settings):
+    grid = injection_grid(
+        tiny, FACTS, layers=[0, 2, (0, 1)], strengths=(0.5, 4), controls=("answer",),
+        metrics=METRICS, facts_per_pass=3, max_rows=50, **settings,
+    )  # fmt: skip
+    assert grid.n_used == 5
+    options = {k: v for k, v in settings.items() if k != "encodings"}
+    for encoding in settings.get("encodings", ("unembed",)):
+        for memory, layers, strength in (("bridge", 2, 4.0), ("answer", (0, 1), 0.5)):
+            repair = MemoryInjection(layers, strength, encoding=encoding, memory=memory, **options)
+            label = str(layers) if isinstance(layers, int) else "0+1"
+            cell = grid.sel(memory=memory, encoding=encoding, layer=label, strength=strength)
+            for metric in METRICS:
+                name = metric if isinstance(metric, str) else metric.name
+                want = one_by_one(tiny, FACTS, repair, metric)
+                got = cell[name].sel(example=[f.id for f in FACTS]).values
+                assert np.allclose(got, want, atol=1e-4, rtol=1e-4), (name, memory)
+
+
+def test_strength_zero_and_baselines(tiny):
+    grid = injection_grid(tiny, FACTS, strengths=(0,), metrics=METRICS)
+    for name in ("first_prob", "answer_logprob"):
+        before = grid[f"{name}_before"].values
+        assert np.allclose(grid[name].values, before[:, None, None, None, None], atol=1e-5)
+        for prompts, which in (("prompts", "before"), ("second_prompts", "explicit")):
+            asked = [encode(tiny, getattr(f, prompts)["suffix"]) for f in FACTS]
+            targets = [target_of(tiny, p, f.answer) for p, f in zip(asked, FACTS, strict=True)]
+            want = score_prompts(tiny, asked, targets, name)[name]
+            assert np.allclose(grid[f"{name}_{which}"].values, want, atol=1e-5)
+
+
+def test_a_grid_says_what_was_injected_and_round_trips(load_tiny, tmp_path):
+    grid = injection_grid(load_tiny(), FACTS, strengths=(1,), layers=[1], words={"noun": ["w70"]})
+    assert grid["memory"].values.tolist() == [
+        "bridge", "random_noun", "permuted_bridge", "answer", "norm_matched"
+    ]  # fmt: skip
+    assert grid["text"].sel(example="f5", memory="bridge").item() == "w25 w26"
+    assert set(grid["text"].sel(memory="random_noun").values.tolist()) == {"w70"}
+    again = Result.load(grid.save(tmp_path / "grid.nc"))
+    assert np.array_equal(again["first_prob"].values, grid["first_prob"].values)
+    assert again.provenance["positions"] == "all" and again.provenance["processing"] == "none"
+
+
+def test_facts_that_cannot_run_are_skipped_and_memories_follow_their_facts(load_tiny):
+    model = load_tiny()
+    broken = replace(fact(8), id="broken", first_hop="w88 w87")
+    facts = [broken, *FACTS[:2]]
+    grid = injection_grid(
+        model, facts, strengths=(2,), positions="first hop", controls=(), layers=[1],
+        memories={"mine": ["w80", "w81", "w82"]},
+    )  # fmt: skip
+    assert grid["example"].values.tolist() == ["f4", "f5"]
+    assert [who for who, _ in grid.skipped] == ["broken"]
+    assert grid["text"].sel(memory="mine").values.tolist() == ["w81", "w82"]
+    texts = {"f4": "w81", "f5": "w82"}
+    repair = MemoryInjection(1, 2.0, positions="first hop", memory=lambda f: texts[f.id])
+    want = one_by_one(model, FACTS[:2], repair, "first_prob")
+    assert np.allclose(grid["first_prob"].sel(memory="mine").values.ravel(), want, atol=1e-5)
+
+
+def test_controls(load_tiny):
+    model = load_tiny()
+    texts = control_texts(model, FACTS, ("random_word", "permuted_bridge", "answer"), seed=3)
+    assert list(texts) == ["bridge", "random_word", "permuted_bridge", "answer"]
+    words = set(whole_words(model))
+    assert {"w1", "w85"} <= words and "<pad>" not in words
+    for i, item in enumerate(FACTS):
+        drawn = texts["random_word"][i].split()
+        own = f"{item.bridge} {item.answer} {item.first_hop}".split()
+        assert len(drawn) == 2 and set(drawn) <= words - set(own)
+        assert texts["permuted_bridge"][i] in {f.bridge for f in FACTS} - {item.bridge}
+    assert texts == control_texts(
+        model, FACTS, ("random_word", "permuted_bridge", "answer"), seed=3
+    )
+    assert texts != control_texts(
+        model, FACTS, ("random_word", "permuted_bridge", "answer"), seed=4
+    )
+
+
+def test_norm_matched_vectors_have_the_lengths_and_no_direction_in_common(load_tiny):
+    vectors = encode_memories(load_tiny(), [f.bridge for f in FACTS], "layerwise_text")
+    random = norm_matched(vectors, seed=1)
+    assert torch.allclose(random.norm(dim=-1), vectors.norm(dim=-1), rtol=1e-5)
+    cosines = torch.cosine_similarity(random, vectors, dim=-1)
+    assert cosines.abs().max() < 0.7
+    assert torch.equal(random, norm_matched(vectors, seed=1))
+
+
+def test_one_bridge_cannot_be_permuted():
+    same = [replace(fact(4), id=str(i)) for i in range(3)]
+    with pytest.raises(ValueError, match="no other bridge"):
+        permuted_bridges(same, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": [3]}, "0..2"),
+        ({"layers": []}, "at least one"),
+        ({"strengths": ()}, "at least one strength"),
+        ({"encodings": ("word2vec",)}, "unknown encoding"),
+        ({"controls": ("noise",)}, "unknown control"),
+        ({"kind": "pattern"}, "cannot inject at"),
+        ({"form": "question"}, "none of 5 facts"),
+        ({"memories": {"mine": ["w1"]}}, "one text for each of 5"),
+        ({"memories": {"answer": ["w1"] * 5}}, "built in"),
+        ({"words": {"noun": []}}, "sequence of words"),
+        ({"facts_per_pass": 0}, "facts_per_pass"),
+        ({"metrics": "accuracy"}, "unknown metric"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(load_tiny, settings, message):
+    with pytest.raises(ValueError, match=message):
+        injection_grid(load_tiny(), FACTS, **{"strengths": (1,), **settings})
+
+
+# -- choosing a cell --
+
+
+def made_grid():
+    """Four examples, two memories; cell (layer 1, strength 2) repairs e0, e1, (0, 1) only e2."""
+    right = np.zeros((4, 2, 1, 2, 2))
+    right[:2, 0, 0, 1, 1] = 1
+    right[2, 0, 0, 0, 0] = 1
+    right[3, 1, 0, 1, 1] = 1
+    probs = 0.1 + 0.5 * right
+    dims = ("example", "memory", "encoding", "layer", "strength")
+    return Result.from_arrays(
+        {"first_right": (dims, right), "first_prob": (dims, probs), "first_logprob": (dims, np.log(probs))},
+        coords={
+            "example": ["e0", "e1", "e2", "e3"], "memory": ["bridge", "answer"],
+            "encoding": ["unembed"], "layer": [0, 1], "strength": [1.0, 2.0],
+        },
+        baselines={"first_right_before": ("example", np.zeros(4)), "first_prob_before": ("example", np.full(4, 0.1))},
+        provenance={},
+    )  # fmt: skip
+
+
+def test_the_cell_is_chosen_on_the_given_half():
+    grid = made_grid()
+    assert select_cell(grid, examples=["e0", "e1"]) == Cell("unembed", 1, 2.0, 1.0, 2)
+    assert select_cell(grid, examples=["e2"]) == Cell("unembed", 0, 1.0, 1.0, 1)
+    assert select_cell(grid) == Cell("unembed", 1, 2.0, 0.5, 4)
+    assert select_cell(grid, memory="answer", examples=["e3"]).labels == {
+        "encoding": "unembed", "layer": 1, "strength": 2.0
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="examples is empty"):
+        select_cell(grid, examples=[])
+    with pytest.raises(ValueError, match="no metric"):
+        select_cell(grid, metric="greedy")
+
+
+def test_ties_are_settled_by_log_probability():
+    grid = made_grid()
+    grid.data["first_logprob"].loc[{"layer": 1, "strength": 1.0}] = 0.0
+    assert select_cell(grid, examples=["e3"]).labels["strength"] == 1.0
+    assert select_cell(grid, examples=["e3"], tie=None).labels["layer"] == 0
+
+
+def test_the_report_has_shares_intervals_and_the_papers_statistics():
+    grid, cell = made_grid(), Cell("unembed", 1, 2.0, 1.0, 2)
+    table = cell_report(grid, cell, n_resamples=200)
+    assert table.loc["bridge", "right"] == 0.5 and table.loc["answer", "right"] == 0.25
+    assert table.loc["answer", "difference"] == 0.25
+    assert table.loc["bridge", "right_lower"] < 0.5 < table.loc["bridge", "right_upper"]
+    want = summarise_change([0.1] * 4, [0.6, 0.6, 0.1, 0.1], n_resamples=10)["value"]
+    for name in ("trimmed_mean_relative_change", "ratio_of_means_change", "share_improved"):
+        assert np.isclose(table.loc["bridge", name], want[name])
+    half = cell_report(grid, cell, examples=["e2", "e3"], n_resamples=50)
+    assert half.loc["bridge", "right"] == 0 and half["n"].tolist() == [2, 2]
+
+
+def test_halves_part_the_examples():
+    first, second = split_halves(range(7), seed=5)
+    assert sorted([*first, *second]) == list(range(7)) and len(first) == 4
+    assert (first, second) == split_halves(range(7), seed=5)
+    assert any(split_halves(range(7), seed=s)[0] != first for s in range(3))
+    with pytest.raises(ValueError, match="two distinct"):
+        split_halves(["a", "a"])

@@ -1,0 +1,180 @@
+"""Patchscopes: the logit lens as a special case, one hooked forward a pair, generation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mi_hops.generate import generate
+from mi_hops.lens.logit import logit_lens
+from mi_hops.lens.patchscopes import (
+    Affine,
+    Transplant,
+    fit_affine,
+    patchscope,
+    patchscope_generate,
+    states_of,
+)
+from mi_hops.model import forward, hook_name
+from mi_hops.repair import Rows
+from mi_hops.tokens import answer_ids, encode
+
+SOURCES = ("w1 w2 w3 w4 w5", "w9 w8")
+TARGET = "w20 w21 w22 w23"
+
+
+def test_the_logit_lens_is_the_patchscope_into_the_last_layer(tiny):
+    scope = patchscope(
+        tiny, SOURCES, TARGET, target_layers=[3], source_position=["w3", -1], top_k=3,
+        track={"a": ["w7", "w8 w9"]},
+    )  # fmt: skip
+    lens = logit_lens(
+        tiny, SOURCES, positions={"here": ["w3", -1]}, track={"a": ["w7", "w8 w9"]}, top_k=3
+    )
+    for name in ("prob", "rank", "paper_prob", "entropy", "top_probs"):
+        got = scope[name].isel(target_layer=0).values
+        assert np.allclose(got, lens[name].isel(position=0).values, atol=1e-4), name
+    tops = scope["top_tokens"].isel(target_layer=0).values
+    assert (tops == lens["top_tokens"].isel(position=0).values).all()
+
+
+def test_a_prompts_own_state_in_its_own_place_changes_nothing(tiny):
+    scope = patchscope(
+        tiny, TARGET, TARGET, source_position=2, target_position=2, track={"a": "w7"}
+    )
+    for layer in range(4):
+        own = scope["prob"].sel(source_layer=layer, target_layer=layer).values
+        assert np.allclose(own, scope["prob_before"].values, atol=1e-6)
+    assert np.abs(scope["prob"].values - scope["prob_before"].values[:, None, None]).max() > 1e-4
+
+
+def test_every_pair_equals_one_hooked_forward(tiny):
+    targets = (TARGET, "w30 w31 w32 w33 w34 w35")
+    scope = patchscope(
+        tiny, SOURCES, targets, source_position=-1, target_position=["w21", "w33"],
+        track={"a": ["w7", "w8"]}, max_rows=5,
+    )  # fmt: skip
+    for i, (source, target, at) in enumerate(zip(SOURCES, targets, (2, 4), strict=True)):
+        prompt = encode(tiny, target)
+        first = answer_ids(tiny, prompt, ("w7", "w8")[i])[0]
+        known = encode(tiny, source)
+        states = states_of(tiny, [known], [known.last], layers=[0, 1, 2, 3])[0]
+        for start, end in ((0, 2), (3, 0), (1, 3), (2, 2)):
+
+            def put(x, state=states[start], at=at):
+                x = x.clone()
+                x[0, at] = state
+                return x
+
+            name = hook_name("resid_post", 2) if end == 3 else hook_name("resid_pre", end)
+            with torch.no_grad():
+                logits = forward(tiny, torch.tensor([prompt.ids]), hooks=[(name, put)])
+            want = logits[0, -1].softmax(-1)[first].item()
+            got = scope["prob"].values[i, start, end, 0]
+            assert np.isclose(got, want, atol=1e-5)
+
+
+def test_states_are_the_stream_after_so_many_blocks(tiny):
+    prompt = encode(tiny, SOURCES[0])
+    last = states_of(tiny, [prompt], [2], layers=[3])[0, 0]
+    with torch.no_grad():
+        want = forward(tiny, torch.tensor([prompt.ids]))[0, 2]
+        got = tiny.ln_final(last[None, None])[0, 0] @ tiny.W_U
+        bias = getattr(tiny, "b_U", None)
+    assert torch.allclose(got + (0 if bias is None else bias), want, atol=1e-4)
+
+
+@pytest.mark.parametrize(("layer", "position"), [(1, 2), (3, -1), (0, "w22")])
+def test_generation_goes_on_from_the_changed_state(tiny, layer, position):
+    said = patchscope_generate(
+        tiny, SOURCES[0], TARGET, source_layer=2, target_layer=layer, source_position="w3",
+        target_position=position, max_new_tokens=4, stop=(),
+    )  # fmt: skip
+    source, target = encode(tiny, SOURCES[0]), encode(tiny, TARGET)
+    state = states_of(tiny, [source], [3], layers=[2])[0, 0]
+    at = {2: 2, -1: 4, "w22": 3}[position]
+    options = {"repair": Transplant(layer, at), "states": [state], "max_new_tokens": 4, "stop": ()}
+    (uncached,) = generate(tiny, [target], use_cache=False, **options)
+    assert said.ids == uncached.ids
+
+
+def test_a_transplant_acts_in_the_pass_that_holds_its_position(load_tiny):
+    model, prompt = load_tiny(), encode(load_tiny(), TARGET)
+    repair = Transplant(1, 3)
+    assert repair.hooks(model, [None], Rows((prompt,), 1, offset=4)) == []
+    ((name, put),) = repair.hooks(
+        model, [torch.ones(32), None], Rows((prompt, prompt), 2, offset=2)
+    )
+    x = put(torch.zeros(2, 2, 32))
+    assert name == "blocks.1.hook_resid_pre"
+    assert x[0, 1].eq(1).all() and not x[0, 0].any() and not x[1].any()
+    with pytest.raises(ValueError, match="states_of"):
+        repair.fit(model, [])
+
+
+def test_maps_between_models(load_tiny):
+    model, other = load_tiny("gpt2"), load_tiny("llama")
+    identity = Affine(torch.eye(32), torch.zeros(32))
+    plain = patchscope(model, SOURCES[0], TARGET, track={"a": "w7"})
+    mapped = patchscope(model, SOURCES[0], TARGET, track={"a": "w7"}, mapping=identity)
+    assert np.allclose(plain["prob"], mapped["prob"], atol=1e-6)
+    across = patchscope(model, SOURCES[0], TARGET, source_model=other, track={"a": "w7"})
+    assert across.provenance["source_model"] != across.provenance["fingerprint"]
+    source = encode(other, SOURCES[0])
+    state = states_of(other, [source], [source.last], layers=[1])[0, 0]
+
+    def put(x):
+        x = x.clone()
+        x[0, -1] = state
+        return x
+
+    prompt = encode(model, TARGET)
+    with torch.no_grad():
+        logits = forward(
+            model, torch.tensor([prompt.ids]), hooks=[(hook_name("resid_pre", 2), put)]
+        )
+    want = logits[0, -1].softmax(-1)[answer_ids(model, prompt, "w7")[0]].item()
+    assert np.isclose(across["prob"].sel(source_layer=1, target_layer=2).item(), want, atol=1e-5)
+
+
+def test_a_fitted_map_finds_a_linear_relation(load_tiny):
+    # After 0 blocks a LLaMA's stream is the token's embedding, which is linear in a one-hot; the
+    # layer-0 stream of the same model is the simplest target whose map is known: the identity.
+    model = load_tiny("llama")
+    texts = [f"w{i} w{(i * 7) % 86} w{(i * 5 + 2) % 86}" for i in range(60)]
+    fitted = fit_affine(model, model, texts, source_layer=0, target_layer=0, ridge=1e-9)
+    assert torch.allclose(fitted.weight, torch.eye(32), atol=1e-3)
+    assert fitted.bias.abs().max() < 1e-3
+    # Least squares over the corpus cannot be worse there than any one affine map, such as no change.
+    onward = fit_affine(model, model, texts, source_layer=2, target_layer=3, ridge=1e-9)
+    two, three = torch.cat(
+        [
+            states_of(model, [encode(model, t)] * 4, range(4), layers=[2, 3]).transpose(0, 1)
+            for t in texts
+        ],
+        dim=1,
+    )
+    assert (onward(two, 2, 3) - three).norm() < 0.9 * (two - three).norm()
+    mean_only = three - three.mean(0)
+    assert (onward(two, 2, 3) - three).norm() < mean_only.norm()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: patchscope(m, SOURCES, [TARGET] * 3), "2 sources and 3 targets"),
+        (lambda m: patchscope(m, SOURCES[0], TARGET, source_layers=[4]), "0..3"),
+        (lambda m: patchscope(m, SOURCES[0], TARGET, target_position="w99"), "does not occur"),
+        (lambda m: patchscope(m, SOURCES, TARGET, source_position=[1]), "1 positions for 2"),
+        (lambda m: patchscope(m, [], TARGET), "no prompt"),
+        (lambda m: patchscope(m, SOURCES, TARGET, examples=["a"]), "1 labels"),
+        (
+            lambda m: patchscope(m, SOURCES[0], TARGET, mapping=lambda x, s, t: x[:, :5]),
+            r"\(1, 32\)",
+        ),
+    ],
+)
+def test_what_cannot_be_right_is_refused(load_tiny, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(load_tiny())

@@ -1,0 +1,112 @@
+"""Probes find what is linearly there, and control tasks what can be memorised."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.lens.probes import _control, _split, fact_probes
+
+pytest.importorskip("sklearn")
+
+
+def facts(n_subjects=12, n_second=6, bridges=4):
+    """First hop "w3 of w{s}" leads to bridge s mod `bridges`; several second hops each."""
+    return [
+        TwoHopFact(
+            id=f"{s}-{q}", subject=f"w{s}", relation1="r", bridge=f"w{60 + s % bridges}",
+            relation2=f"q{q}", answer=f"w{70 + q}", first_hop=f"w3 of w{10 + s}",
+            prompts={"suffix": f"w1 w{30 + q} w3 of w{10 + s} is"},
+        )
+        for s in range(n_subjects)
+        for q in range(n_second)
+    ]  # fmt: skip
+
+
+def test_what_the_position_holds_is_read_and_memorised_alike(load_tiny):
+    # At the embedding the first hop's last token is the subject's own: its label can only be
+    # memorised, the bridge's as well as the control's; a new subject's is unknown.
+    result = fact_probes(load_tiny("llama"), facts(), layers=[0])
+    assert result["correct"].mean() == 1 and result["control_correct"].mean() == 1
+    assert result["selectivity"].mean() == 0
+    assert result["unseen_correct"].mean() < 0.8
+    assert result["majority"].mean() < 0.6
+
+
+def test_a_label_that_is_linearly_there_is_read_for_unseen_types_too(load_tiny):
+    # The second-hop word stands in the prompt; each prompt is a type of its own kind.
+    made = facts(n_subjects=10, n_second=3)
+    made += [
+        f.__class__(**{**f.__dict__, "id": f.id + "b", "prompts": {"suffix": "w2 " + f.prompt()}})
+        for f in made
+    ]
+    result = fact_probes(
+        load_tiny("llama"), made, layers=[0], role="first hop",
+        label=lambda f: str(int(f.subject[1:]) % 2), kind_of_input=lambda f: f.first_hop,
+    )  # fmt: skip
+    assert result["correct"].mean() == 1
+
+
+def test_the_last_token_of_the_embedding_tells_nothing(load_tiny):
+    result = fact_probes(load_tiny("llama"), facts(), layers=[0, 3], role="last")
+    at_start = result["correct"].sel(layer=0)
+    assert np.isclose(at_start.mean(), result["majority"].mean())
+    assert result["correct"].sel(layer=3).mean() > at_start.mean()
+
+
+def test_every_layer_gets_its_interval_and_skips_are_told(load_tiny):
+    made = [
+        *facts(),
+        facts()[0].__class__(
+            **{
+                **facts()[0].__dict__,
+                "id": "rare",
+                "bridge": "w80",
+                "first_hop": "w3 of w9",
+                "prompts": {"suffix": "w3 of w9"},
+            }
+        ),
+    ]
+    result = fact_probes(load_tiny(), made, layers=[1, 2], n_controls=2)
+    interval = result.ci(variable="selectivity")
+    assert interval["estimate"].dims == ("layer",)
+    assert result.skipped == [("rare", "label with fewer than 3 facts")]
+    again = fact_probes(load_tiny(), made, layers=[1, 2], n_controls=2)
+    assert np.array_equal(result["correct"], again["correct"])
+
+
+def test_the_split_keeps_types_apart():
+    types = [f"t{i % 20}" for i in range(200)]
+    train, test, unseen = _split(types, 0.25, 0.2, np.random.default_rng(0))
+    assert sorted([*train, *test, *unseen]) == list(range(200))
+    assert {types[i] for i in test} <= {types[i] for i in train}
+    assert not {types[i] for i in unseen} & {types[i] for i in train}
+    with pytest.raises(ValueError, match="share between"):
+        _split(types, 0.0, 0.2, np.random.default_rng(0))
+
+
+def test_control_labels_are_fixed_for_a_type_and_as_frequent():
+    types = [f"t{i % 20}" for i in range(100)]
+    labels = [f"l{i % 20 % 4}" for i in range(100)]
+    control = _control(types, labels, np.random.default_rng(1))
+    table = dict(zip(types, control, strict=True))
+    assert [table[t] for t in types] == control.tolist()
+    assert sorted(control.tolist()) == sorted(labels)
+    assert control.tolist() != labels
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"role": "middle"}, "role is 'middle'"),
+        ({"kind": "head_out"}, "whole activations"),
+        ({"min_count": 100}, "0 left"),
+        ({"label": lambda f: f.answer}, "has the labels"),
+        ({"form": "question"}, "none of 72 facts"),
+        ({"layers": [9]}, "0..3"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(load_tiny, settings, message):
+    with pytest.raises(ValueError, match=message):
+        fact_probes(load_tiny(), facts(), **settings)

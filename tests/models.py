@@ -1,0 +1,64 @@
+"""Tiny random models of both families, with norms and biases that are not the identity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = 90
+SHAPES = ("gpt2", "llama", "llama32")
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(WORDS - 4))]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        unk_token="<unk>",
+    )  # fmt: skip
+
+
+def config(shape: str) -> Any:
+    """gpt2: square W_O, biases; llama: grouped-query; llama32: tied, wide heads, scaled rope."""
+    from transformers import GPT2Config, LlamaConfig
+
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": WORDS}
+    if shape == "gpt2":
+        return GPT2Config(n_positions=64, n_embd=32, n_layer=3, n_head=4, **ids)
+    base = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5, **ids,
+    }  # fmt: skip
+    if shape == "llama":
+        rope = {"rope_type": "default", "rope_theta": 500000.0}
+        return LlamaConfig(**base, rope_parameters=rope)
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    return LlamaConfig(**base, head_dim=16, tie_word_embeddings=True, rope_parameters=rope)
+
+
+def save_checkpoint(shape: str, folder: Path, seed: int = 0) -> Path:
+    """Write a randomised checkpoint with its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config(shape))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim == 1 and ("norm" in name or "ln_" in name) and name.endswith("weight"):
+                p.copy_(1 + 0.3 * noise)
+            else:
+                p.copy_((0.2 if p.ndim == 1 else 0.25) * noise)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder

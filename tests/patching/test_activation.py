@@ -1,0 +1,415 @@
+"""Patching and ablation against one forward pass per cell."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mi_hops.fanout import HEAD_AXIS
+from mi_hops.model import forward, hook_name, n_heads_of
+from mi_hops.patching import ablate, patch, plan_patch
+from mi_hops.tokens import TokenError, encode
+from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
+
+CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]
+N = 7  # tokens, BOS included
+
+
+@pytest.mark.parametrize("kind", [k for k, axis in HEAD_AXIS.items() if axis is None])
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_layer_by_position_equals_the_loop(tiny, kind, direction):
+    result = patch(
+        tiny, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS, kinds=kind, direction=direction
+    )
+    assert result["effect"].dims == ("example", "layer", "position")
+    origins, bases = (CLEAN, CORRUPTED) if direction == "denoise" else (CORRUPTED, CLEAN)
+    for i in range(len(PAIRS)):
+        scores = {"answer": ANSWERS[i], "wrong": WRONGS[i]}
+        clean, corrupted = run(tiny, CLEAN[i], **scores), run(tiny, CORRUPTED[i], **scores)
+        base, other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+        assert result["clean"].values[i] == pytest.approx(clean, abs=1e-5)
+        assert result["corrupted"].values[i] == pytest.approx(corrupted, abs=1e-5)
+        for layer in range(3):
+            value = source(tiny, origins[i], kind, layer)
+            for pos in range(N):
+                found = run(tiny, bases[i], [put(kind, layer, value, [pos])], **scores)
+                at = {"example": i, "layer": layer, "position": pos}
+                assert float(result["score"].sel(at)) == pytest.approx(found, abs=1e-5)
+                assert float(result["change"].sel(at)) == pytest.approx(found - base, abs=1e-5)
+                effect = (found - base) / (other - base)
+                assert float(result["effect"].sel(at)) == pytest.approx(effect, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [k for k, axis in HEAD_AXIS.items() if axis is not None])
+def test_heads_equal_the_loop(tiny, kind):
+    """Each head at all positions, and head by position, with a metric of the whole answer."""
+    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": kind, "metric": "answer_logprob"}
+    whole = patch(tiny, CLEAN, CORRUPTED, **options)
+    spots = patch(tiny, CLEAN, CORRUPTED, positions="each", layers=[1], **options)
+    n_heads = n_heads_of(tiny, kind)
+    dim = "kv_head" if n_heads == 2 else "head"
+    assert whole["score"].dims == ("example", "layer", dim)
+    assert spots["score"].sizes[dim] == n_heads
+    for i in range(len(PAIRS)):
+        scores = {"answer": ANSWERS[i], "wrong": WRONGS[i], "metric": "answer_logprob"}
+        for layer in range(3):
+            value = source(tiny, CLEAN[i], kind, layer)
+            for head in range(n_heads):
+                hook = put(kind, layer, value, range(N), head)
+                found = run(tiny, CORRUPTED[i], [hook], **scores)
+                got = float(whole["score"][i, layer, head])
+                assert got == pytest.approx(found, abs=1e-5)
+        value = source(tiny, CLEAN[i], kind, 1)
+        for pos in range(N):
+            for head in range(n_heads):
+                found = run(tiny, CORRUPTED[i], [put(kind, 1, value, [pos], head)], **scores)
+                got = float(spots["score"].sel(example=i, position=pos, layer=1)[head])
+                assert got == pytest.approx(found, abs=1e-5)
+
+
+def test_all_heads_at_once_and_several_kinds(tiny):
+    options = {"answer": ANSWERS, "wrong": WRONGS, "positions": "each"}
+    kinds = ["q", "k", "v", "z"]
+    result = patch(tiny, CLEAN, CORRUPTED, kinds=kinds, heads="all", **options)
+    assert result["effect"].dims == ("example", "kind", "layer", "position")
+    value = source(tiny, CLEAN[1], "v", 2)
+    found = run(tiny, CORRUPTED[1], [put("v", 2, value, [4])], answer=ANSWERS[1], wrong=WRONGS[1])
+    got = float(result["score"].sel(example=1, kind="v", layer=2, position=4))
+    assert got == pytest.approx(found, abs=1e-5)
+
+
+def test_window_patches_blocks_together(tiny):
+    result = patch(
+        tiny, CLEAN[0], CORRUPTED[0], answer="w11", wrong="w21", kinds="mlp_out", window=2
+    )
+    values = [source(tiny, CLEAN[0], "mlp_out", layer) for layer in range(3)]
+    for layer, blocks in enumerate([(0,), (0, 1), (1, 2)]):
+        hooks = [put("mlp_out", b, values[b], [4]) for b in blocks]
+        found = run(tiny, CORRUPTED[0], hooks, answer="w11", wrong="w21")
+        assert float(result["score"][0, layer, 4]) == pytest.approx(found, abs=1e-5)
+
+
+def test_single_neurons(tiny):
+    neurons = [0, 5, 31]
+    result = patch(
+        tiny, CLEAN[0], CORRUPTED[0], answer="w11", wrong="w21", kinds="mlp_post", layers=[1],
+        positions=3, neurons=neurons,
+    )  # fmt: skip
+    assert result["score"].dims == ("example", "layer", "neuron")
+    value = source(tiny, CLEAN[0], "mlp_post", 1)
+    for j, neuron in enumerate(neurons):
+        hook = put("mlp_post", 1, value, [3], neuron=neuron)
+        found = run(tiny, CORRUPTED[0], [hook], answer="w11", wrong="w21")
+        assert float(result["score"][0, 0, j]) == pytest.approx(found, abs=1e-5)
+
+
+def test_unequal_prompts_by_role(tiny):
+    """A pair of unequal lengths, patched from one place to another, in one batch with others."""
+    clean = ["w5 w6 w7", "w1 w7 w8 w9 w30 w31"]
+    corrupted = ["w9 w8 w5 w2 w1 w6", "w1 w40 w8 w12"]
+    roles = {"subject": [("w6", "w5"), ("w8 w9", "w8 w12")], "last": -1, "from the end": (-2, -3)}
+    result = patch(
+        tiny, clean, corrupted, answer=["w11 w12", "w13"], metric="answer_logprob",
+        kinds=["attn_out", "resid_post"], positions=roles,
+    )  # fmt: skip
+    assert list(result["position"].values) == ["subject", "last", "from the end"]
+    takes = {0: {"subject": [2], "last": [3], "from the end": [2]},
+             1: {"subject": [3, 4], "last": [6], "from the end": [5]}}  # fmt: skip
+    puts = {0: {"subject": [3], "last": [6], "from the end": [4]},
+            1: {"subject": [3, 4], "last": [4], "from the end": [2]}}  # fmt: skip
+    for i, answer in enumerate(["w11 w12", "w13"]):
+        for kind in ("attn_out", "resid_post"):
+            for layer in range(3):
+                value = source(tiny, clean[i], kind, layer)
+                for role in roles:
+                    hook = put(kind, layer, value, puts[i][role], take=takes[i][role])
+                    found = run(tiny, corrupted[i], [hook], answer=answer, metric="answer_logprob")
+                    at = {"example": i, "kind": kind, "layer": layer, "position": role}
+                    assert float(result["score"].sel(at)) == pytest.approx(found, abs=1e-5)
+
+
+def test_third_source(tiny):
+    third = "w70 w71 w72 w73 w74 w75"
+    result = patch(
+        tiny, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS, kinds="resid_mid", source=third
+    )
+    value = source(tiny, third, "resid_mid", 1)
+    for i in range(len(PAIRS)):
+        hook = put("resid_mid", 1, value, [2])
+        found = run(tiny, CORRUPTED[i], [hook], answer=ANSWERS[i], wrong=WRONGS[i])
+        assert float(result["score"][i, 1, 2]) == pytest.approx(found, abs=1e-5)
+
+
+def test_several_metrics_in_one_sweep(tiny):
+    def margin(logits):
+        return logits.max(-1).values - logits.mean(-1)
+
+    names = ["logit_diff", "answer_logprob", "greedy", "rank", "kl", "margin"]
+    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": "attn_out"}
+    result = patch(
+        tiny, CLEAN, CORRUPTED, metric=[margin if n == "margin" else n for n in names], **options
+    )
+    assert result["score"].dims == ("example", "layer", "position", "metric")
+    for name in names:
+        alone = patch(
+            tiny, CLEAN, CORRUPTED, metric=margin if name == "margin" else name, **options
+        )
+        together = result.sel(metric=name)
+        assert np.allclose(together["score"], alone["score"], atol=1e-5), name
+        # Not the effect: over a small difference of the runs it magnifies rounding.
+        assert np.allclose(together["change"], alone["change"], atol=1e-5), name
+        assert np.allclose(together["clean"], alone["clean"], atol=1e-5), name
+    tokens = [torch.tensor([encode(tiny, t).ids]) for t in (CLEAN[0], CORRUPTED[0])]
+    p, q = (forward(tiny, t)[0, -1].log_softmax(-1) for t in tokens)
+    kl = float((p.exp() * (p - q)).sum())
+    assert float(result["corrupted"].sel(metric="kl")[0]) == pytest.approx(kl, abs=1e-5)
+    assert float(result["clean"].sel(metric="kl")[0]) == pytest.approx(0, abs=1e-6)
+
+
+def test_patching_everything_restores_everything(tiny):
+    """The stream at block 0 decides all; patching it at all positions is the other run."""
+    result = patch(
+        tiny, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS, kinds="resid_pre", positions="all"
+    )
+    assert np.allclose(result["effect"][:, 0], 1, atol=1e-4)
+    same = patch(tiny, CLEAN, CLEAN, answer=ANSWERS, wrong=WRONGS)
+    assert np.isnan(same["effect"]).all()
+    assert np.allclose(same["change"], 0, atol=1e-5)
+
+
+def test_any_batching_gives_the_same(tiny):
+    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": ["attn_out", "mlp_out"]}
+    full = patch(tiny, CLEAN, CORRUPTED, **options)
+    for chunks in ({"batch_size": 1}, {"batch_size": 2, "max_rows": 5}, {"memory": 1e5}):
+        part = patch(tiny, CLEAN, CORRUPTED, **options, **chunks)
+        assert np.allclose(full["score"], part["score"], atol=1e-5), chunks
+
+
+@pytest.mark.parametrize("kind", list(HEAD_AXIS))
+def test_float64_is_exact_on_hooked(load_tiny, kind):
+    for shape in ("gpt2", "llama"):
+        model = load_tiny(shape, "hooked", "float64")
+        result = patch(
+            model, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS, kinds=kind, positions="each"
+        )
+        assert result["score"].dtype == np.float64
+        for layer, pos in ((0, 5), (1, 3), (2, 6)):
+            head = None if HEAD_AXIS[kind] is None else 1
+            hook = put(kind, layer, source(model, CLEAN[2], kind, layer), [pos], head)
+            found = run(model, CORRUPTED[2], [hook], answer=ANSWERS[2], wrong=WRONGS[2])
+            at = result["score"].sel(example=2, layer=layer, position=pos)
+            got = float(at if head is None else at[head])
+            assert got == pytest.approx(found, abs=1e-10)
+
+
+def test_out_of_memory_halves_the_pass_and_goes_on(tiny):
+    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": "mlp_out"}
+    expected = patch(tiny, CLEAN, CORRUPTED, **options)["score"]
+    widths = []
+
+    def scarce(module, arguments):
+        rows = next(a for a in arguments if isinstance(a, torch.Tensor)).shape[0]
+        widths.append(rows)
+        if rows > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = tiny.blocks[2].register_forward_pre_hook(scarce)
+    try:
+        found = patch(tiny, CLEAN, CORRUPTED, **options)["score"]
+    finally:
+        handle.remove()
+    assert max(widths) > 12
+    assert np.allclose(found, expected, atol=1e-5)
+    assert not any(h.fwd_hooks for h in tiny.hook_dict.values())
+
+
+def test_equals_transformer_lens(load_tiny):
+    from transformer_lens.patching import get_act_patch_attn_head_out_all_pos, get_act_patch_mlp_out
+
+    model = load_tiny("gpt2", "bridge")
+    tokens = [torch.tensor([encode(model, t).ids]) for t in PAIRS[0]]
+    _, cache = model.run_with_cache(tokens[0], return_type="logits")
+    right, wrong = (encode(model, w).ids[-1] for w in ("w11", "w21"))
+
+    def metric(logits):
+        return logits[0, -1, right] - logits[0, -1, wrong]
+
+    options = {"answer": "w11", "wrong": "w21"}
+    for kind, theirs in (
+        ("mlp_out", get_act_patch_mlp_out),
+        ("z", get_act_patch_attn_head_out_all_pos),
+    ):
+        grid = theirs(model, tokens[1], cache, metric)
+        ours = patch(model, *PAIRS[0], kinds=kind, **options)
+        assert np.allclose(ours["score"][0], grid.cpu(), atol=1e-5), kind
+
+
+def test_labels_and_plot(tiny):
+    result = patch(tiny, *PAIRS[0], answer="w11", wrong="w21", examples=["first"])
+    assert list(result["token"].values[0]) == list(encode(tiny, PAIRS[0][1]).labels)
+    assert list(result["example"].values) == ["first"]
+    assert result.provenance["method"] == "activation patching"
+    figure = result.plot()
+    assert figure.data[0].z.shape == (3, N)
+
+
+def test_plan_tells_what_runs(tiny, monkeypatch):
+    from mi_hops import fanout
+    from mi_hops import model as model_module
+
+    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": "z", "positions": "each"}
+    plan = plan_patch(tiny, CLEAN, CORRUPTED, batch_size=2, max_rows=50, **options)
+    assert plan.cells == 3 * N * 4
+    assert plan.rows == plan.cells * 3
+    assert plan.widest <= 50
+    assert plan.bytes == plan.activation_bytes + plan.pass_bytes > 0
+    held = 2 * 3 * N * 4 * tiny.cfg.d_head * 4  # pairs, layers, tokens, heads, width, bytes
+    assert plan.activation_bytes == held
+    calls = []
+    real = model_module.forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    import mi_hops.cache
+
+    for module in (fanout, model_module, mi_hops.cache):
+        monkeypatch.setattr(module, "forward", counted)
+    patch(tiny, CLEAN, CORRUPTED, batch_size=2, max_rows=50, **options)
+    assert len(calls) == plan.forwards
+
+
+@pytest.mark.parametrize("how", ["zero", "mean", "position_mean", "resample"])
+@pytest.mark.parametrize("kind", ["resid_post", "z", "pattern", "mlp_post"])
+def test_ablation_equals_the_loop(tiny, how, kind):
+    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": kind, "how": how}
+    if (how, kind) == ("mean", "pattern"):
+        with pytest.raises(ValueError, match="no mean"):
+            ablate(tiny, CLEAN, **options)
+        return
+    result = ablate(tiny, CLEAN, samples=2 if how == "resample" else 1, positions="each", **options)
+    layer, pos, head = 1, 4, 2 if HEAD_AXIS[kind] is not None else None
+    values = torch.stack([source(tiny, text, kind, layer) for text in CLEAN])
+    for i, text in enumerate(CLEAN):
+        others = [values[i] * 0]
+        if how == "mean":
+            others = [values[:, 1:].mean((0, 1)).expand_as(values[i])]
+        elif how == "position_mean":
+            others = [values.mean(0)]
+        elif how == "resample":  # two draws of two others: both
+            others = [values[j] for j in range(3) if j != i]
+        scores = [
+            run(tiny, text, [put(kind, layer, v, [pos], head)], answer=ANSWERS[i], wrong=WRONGS[i])
+            for v in others
+        ]
+        intact = run(tiny, text, answer=ANSWERS[i], wrong=WRONGS[i])
+        at = {"example": i, "layer": layer, "position": pos}
+        cell = result["score"].sel(at) if head is None else result["score"].sel(at)[head]
+        change = result["change"].sel(at) if head is None else result["change"].sel(at)[head]
+        assert float(cell) == pytest.approx(np.mean(scores), abs=1e-5)
+        assert float(change) == pytest.approx(np.mean(scores) - intact, abs=1e-5)
+        assert float(result["intact"][i]) == pytest.approx(intact, abs=1e-5)
+
+
+def test_resampling_is_seeded_and_takes_from_a_reference(tiny):
+    reference = [" ".join(f"w{7 * i + j}" for j in range(6)) for i in range(5)]
+    options = {"answer": ANSWERS, "wrong": WRONGS, "how": "resample", "reference": reference}
+    state = torch.get_rng_state()
+    one, two = (ablate(tiny, CLEAN, seed=3, **options)["score"] for _ in range(2))
+    other = ablate(tiny, CLEAN, seed=4, **options)["score"]
+    assert np.array_equal(one, two)
+    assert not np.allclose(one, other)
+    assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(ValueError, match="as many other prompts"):
+        ablate(tiny, CLEAN[0], answer="w11", wrong="w21", how="resample")
+
+
+def test_zero_ablated_neuron(tiny):
+    result = ablate(
+        tiny, CLEAN[0], answer="w11", wrong="w21", how="zero", kinds="mlp_post", layers=[2],
+        neurons=[3], positions=-1,
+    )  # fmt: skip
+    value = torch.zeros_like(source(tiny, CLEAN[0], "mlp_post", 2))
+    hook = put("mlp_post", 2, value, [N - 1], neuron=3)
+    found = run(tiny, CLEAN[0], [hook], answer="w11", wrong="w21")
+    assert float(result["score"][0, 0, 0]) == pytest.approx(found, abs=1e-5)
+
+
+@pytest.mark.parametrize("call", [patch, ablate])
+def test_nothing_stays_behind(tiny, call):
+    tokens = torch.tensor([encode(tiny, CLEAN[0]).ids])
+    before = forward(tiny, tokens)
+    prompts = PAIRS[0] if call is patch else PAIRS[0][:1]
+
+    def interrupted(logits):
+        raise KeyboardInterrupt
+
+    def exhausted(logits):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for metric, error in ((interrupted, KeyboardInterrupt), (exhausted, torch.OutOfMemoryError)):
+        with pytest.raises(error):
+            call(tiny, *prompts, metric=metric)
+        assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
+        assert torch.equal(forward(tiny, tokens), before)
+
+
+ONE = {"answer": "w11", "wrong": "w21"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((CLEAN, CORRUPTED[:2]), ONE, "3 clean and 2 corrupted"),
+        ((PAIRS[0][0], "w1 w2"), ONE, "7 and 3 tokens"),
+        (PAIRS[0], {**ONE, "positions": "w99"}, "does not occur"),
+        ((PAIRS[0][0], "w1 w2"), {**ONE, "positions": {"a": ("w7 w8", "w1")}}, "covers 2"),
+        (PAIRS[0], {**ONE, "kinds": "resid"}, "expected one or more of"),
+        (PAIRS[0], {**ONE, "kinds": ["z", "resid_pre"]}, "do not share one axis"),
+        (PAIRS[0], {**ONE, "kinds": "z", "heads": [4]}, r"heads \[4\]"),
+        (PAIRS[0], {**ONE, "heads": [0]}, "no head axis"),
+        (PAIRS[0], {**ONE, "layers": [3]}, "out of range"),
+        (PAIRS[0], {**ONE, "neurons": [1]}, "mlp_pre and mlp_post"),
+        (PAIRS[0], {**ONE, "kinds": "mlp_pre", "neurons": [4096]}, "neurons"),
+        (PAIRS[0], {**ONE, "window": 0}, "at least 1"),
+        (PAIRS[0], {**ONE, "direction": "back"}, "'denoise' or 'noise'"),
+        (PAIRS[0], {**ONE, "batch_size": 0}, "batch_size"),
+        (PAIRS[0], {"answer": "w11"}, "give `wrong`"),
+        (PAIRS[0], {}, "none was given"),
+        (PAIRS[0], {"answer": " ", "metric": "rank"}, "empty answer"),
+        (PAIRS[0], {"metric": lambda logits: logits}, "one number a row"),
+        (PAIRS[0], {"metric": lambda logits: logits[:, 0] / 0}, "not finite"),
+        (PAIRS[0], {**ONE, "metric": ["rank", "rank"]}, "under its own name"),
+        (PAIRS[0], {**ONE, "examples": ["a", "b"]}, "2 example labels"),
+        ((CLEAN, CORRUPTED), {**ONE, "answer": ["w11"]}, "1 of answer for 3"),
+        ((["w1", "w1 w2"], ["w3", "w3 w4"]), ONE, "no common axis"),
+        ((["w1", "w1 w2"], ["w3", "w3 w4"]), {**ONE, "positions": {"a": [0]}}, "1 spans for 2"),
+    ],
+)
+def test_refuses(tiny, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        patch(tiny, *arguments, **options)
+
+
+def test_refuses_patterns_of_unequal_prompts(tiny):
+    with pytest.raises(TokenError, match="7 and 3 tokens"):
+        patch(tiny, PAIRS[0][0], "w1 w2", kinds="pattern", positions=-1, **ONE)
+
+
+def test_wrong_key_value_head(load_tiny):
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        patch(load_tiny("llama"), *PAIRS[0], kinds="k", heads=[2], **ONE)
+
+
+def test_missing_hook_is_named(tiny, monkeypatch):
+    from mi_hops.model import MissingHookError
+
+    name = hook_name("attn_out", 1)
+    hooks = {k: v for k, v in tiny.hook_dict.items() if k != name}
+    monkeypatch.setattr(type(tiny), "hook_dict", property(lambda self: hooks), raising=False)
+    if tiny.hook_dict is not hooks:
+        monkeypatch.setitem(tiny.__dict__, "hook_dict", hooks)
+    with pytest.raises(MissingHookError, match=name):
+        patch(tiny, *PAIRS[0], kinds="attn_out", **ONE)

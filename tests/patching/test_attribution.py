@@ -1,0 +1,298 @@
+"""Attribution against finite differences, identities and exact patching."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mi_hops.fanout import HEAD_AXIS
+from mi_hops.model import capture, forward, hook_name, n_heads_of
+from mi_hops.patching import attribute, patch
+from mi_hops.patching.quadrature import path_points
+from mi_hops.tokens import TokenError, encode
+from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
+
+CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]
+OPTIONS = {"answer": ANSWERS, "wrong": WRONGS}
+N = 7
+
+
+def slope(model, text, kind, layer, there, here, positions, head=None, eps=1e-4, extra=(), **score):
+    """d metric / dt of the activation here + t * (there - here), by central differences."""
+    ends = [
+        run(model, text, [*extra, put(kind, layer, here + t * (there - here), positions, head)],
+            **score)
+        for t in (eps, -eps)
+    ]  # fmt: skip
+    return (ends[0] - ends[1]) / (2 * eps)
+
+
+@pytest.mark.parametrize("kind", list(HEAD_AXIS))
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_every_kind_is_the_directional_derivative(load_tiny, kind, shape, backend):
+    model = load_tiny(shape, backend, "float64")
+    # The Bridge reckons parts in float32 whatever the dtype, so differences need a longer step.
+    eps, tolerance = (1e-4, 1e-6) if backend == "hooked" else (3e-3, 2e-3)
+    found = attribute(
+        model, CLEAN, CORRUPTED, kinds=kind, positions="each", metric="answer_logprob", **OPTIONS
+    ).result
+    for i in (0, 2):
+        score = {"answer": ANSWERS[i], "wrong": WRONGS[i], "metric": "answer_logprob"}
+        for layer, pos in ((0, 2), (2, 6), (1, 4)):
+            there = source(model, CLEAN[i], kind, layer)
+            here = source(model, CORRUPTED[i], kind, layer)
+            heads = [None] if HEAD_AXIS[kind] is None else range(n_heads_of(model, kind))
+            for head in heads:
+                expected = slope(
+                    model, CORRUPTED[i], kind, layer, there, here, [pos], head, eps, **score
+                )
+                at = found["change"].sel(example=i, layer=layer, position=pos)
+                got = float(at) if head is None else float(at[head])
+                assert got == pytest.approx(expected, abs=tolerance)
+        gap = run(model, CLEAN[i], **score) - run(model, CORRUPTED[i], **score)
+        assert np.allclose(found["effect"][i] * gap, found["change"][i], atol=1e-5)
+
+
+def test_both_classes_agree(load_tiny):
+    """The Bridge's gradients, hook_resid_mid and reshaped heads included, are the true ones."""
+    for shape in ("gpt2", "llama"):
+        bridge = load_tiny(shape, "bridge")
+        hooked = load_tiny(shape, "hooked", "float64")
+        for kind in HEAD_AXIS:
+            for method in ("gradient", "atp*"):
+                options = {**OPTIONS, "kinds": kind, "method": method}
+                ours = attribute(bridge, CLEAN, CORRUPTED, **options).result["change"]
+                true = attribute(hooked, CLEAN, CORRUPTED, **options).result["change"]
+                assert np.allclose(ours, true, atol=2e-4), (shape, kind, method)
+
+
+def test_windows_neurons_noising_roles_and_batches(load_tiny):
+    model = load_tiny("llama", "hooked", "float64")
+    single = attribute(model, CLEAN, CORRUPTED, kinds="mlp_out", **OPTIONS).result["change"]
+    window = attribute(model, CLEAN, CORRUPTED, kinds="mlp_out", window=3, **OPTIONS)
+    assert np.allclose(window.result["change"][:, 1], single.sum("layer"))
+    parts = attribute(
+        model, CLEAN, CORRUPTED, kinds="mlp_post", neurons=list(range(48)), positions=-1, **OPTIONS
+    ).result["change"]
+    whole = attribute(model, CLEAN, CORRUPTED, kinds="mlp_post", positions=-1, **OPTIONS)
+    assert np.allclose(parts.sum("neuron"), whole.result["change"])
+    back = attribute(model, CLEAN, CORRUPTED, kinds="mlp_out", direction="noise", **OPTIONS)
+    swapped = attribute(model, CORRUPTED, CLEAN, kinds="mlp_out", **OPTIONS)
+    assert np.allclose(back.result["change"], swapped.result["change"])
+    for change in ({"batch_size": 1}, {"by_family": True}):
+        again = attribute(
+            model, CLEAN, CORRUPTED, kinds=["mlp_out", "attn_out"], **OPTIONS, **change
+        )
+        assert np.allclose(again.result["change"].sel(kind="mlp_out"), single)
+    uneven = attribute(
+        model, ["w5 w6 w7", CLEAN[0]], ["w9 w8 w5 w2 w1 w6", CORRUPTED[0]], kinds="mlp_out",
+        positions={"last": -1}, answer=["w3", ANSWERS[0]], wrong=["w4", WRONGS[0]],
+    ).result["change"]  # fmt: skip
+    assert np.allclose(uneven[1, :, 0], single[0, :, -1])
+    there, here = (source(model, t, "mlp_out", 1) for t in ("w5 w6 w7", "w9 w8 w5 w2 w1 w6"))
+    moved = here.clone()
+    moved[6] = there[3]
+    expected = slope(
+        model, "w9 w8 w5 w2 w1 w6", "mlp_out", 1, moved, here, [6], answer="w3", wrong="w4"
+    )
+    assert float(uneven[0, 1, 0]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_integrated_gradients_are_complete(load_tiny):
+    model = load_tiny("gpt2", "hooked", "float64")
+    errors = {}
+    for rule, steps in (("gauss", 2), ("gauss", 64), ("trapezoid", 200), ("trapezoid", 3)):
+        result = attribute(
+            model, CLEAN, CORRUPTED, method="integrated", rule=rule, steps=steps, layers=[0],
+            **OPTIONS,
+        ).result  # fmt: skip
+        gap = result["clean"] - result["corrupted"]
+        total = result["change"].sum(("layer", "position"))
+        error = np.abs(total - gap) / np.abs(gap)
+        assert np.allclose(error, result["completeness_error"], atol=1e-9)
+        errors[rule, steps] = float(error.max())
+    assert errors["gauss", 64] < 1e-3
+    assert errors["trapezoid", 200] < 1e-2
+    assert errors["gauss", 64] < errors["gauss", 2]
+    assert errors["trapezoid", 200] < errors["trapezoid", 3]
+
+
+def test_integrated_gradient_is_the_mean_of_gradients_along_the_path(load_tiny):
+    """By hand: the gradient at each interpolated input, through finite differences."""
+    model = load_tiny("gpt2", "hooked", "float64")
+    steps = 3
+    found = attribute(
+        model, *PAIRS[0], answer="w11", wrong="w21", kinds="mlp_out", method="integrated",
+        steps=steps, rule="trapezoid",
+    ).result["change"]  # fmt: skip
+    inputs = [source(model, text, "resid_pre", 0) for text in PAIRS[0]]
+    outs = [source(model, text, "mlp_out", 1) for text in PAIRS[0]]
+    total = 0.0
+    for point, weight in path_points(steps, "trapezoid"):
+        start = inputs[1] + point * (inputs[0] - inputs[1])
+        begin = (hook_name("resid_pre", 0), lambda x, start=start: start[None].expand_as(x))
+        tokens = torch.tensor([encode(model, PAIRS[0][1]).ids])
+        here = capture(model, tokens, [hook_name("mlp_out", 1)], hooks=[begin])[0]
+        here = here[hook_name("mlp_out", 1)][0]
+        moved = here + (outs[0] - outs[1])
+        total += weight * slope(
+            model, PAIRS[0][1], "mlp_out", 1, moved, here, [4], extra=[begin], answer="w11",
+            wrong="w21",
+        )  # fmt: skip
+    assert float(found[0, 1, 4]) == pytest.approx(total, abs=1e-6)
+
+
+def test_quadrature():
+    for rule, steps in (("gauss", 1), ("gauss", 5), ("trapezoid", 2), ("trapezoid", 9)):
+        points = path_points(steps, rule)
+        assert sum(w for _, w in points) == pytest.approx(1)
+        assert sum(w * x for x, w in points) == pytest.approx(0.5)
+    assert sum(w * x**9 for x, w in path_points(5, "gauss")) == pytest.approx(0.1)
+    assert path_points(3, "trapezoid") == [(0.0, 0.25), (0.5, 0.5), (1.0, 0.25)]
+    with pytest.raises(ValueError, match="expected 'gauss'"):
+        path_points(3, "simpson")
+    with pytest.raises(ValueError, match="at least 2"):
+        path_points(1, "trapezoid")
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "llama32"])
+@pytest.mark.parametrize("kind", ["q", "k"])
+def test_attention_fix_recomputes_the_softmax(load_tiny, shape, kind):
+    """The pattern of a truly patched query or key, and its slope by finite differences."""
+    model = load_tiny(shape, "hooked", "float64")
+    found = attribute(
+        model, *PAIRS[0], answer="w11", wrong="w21", kinds=kind, positions="each", method="atp*",
+        dropout=False,
+    ).result["change"]  # fmt: skip
+    text = PAIRS[0][1]
+    tokens = torch.tensor([encode(model, text).ids])
+    for layer, pos, head in ((0, 1, 0), (1, 3, 1), (2, 6, 1), (1, 2, 0)):
+        hook = put(kind, layer, source(model, PAIRS[0][0], kind, layer), [pos], head)
+        name = hook_name("pattern", layer)
+        new = capture(model, tokens, [name], hooks=[hook])[0][name][0]
+        old = source(model, text, "pattern", layer)
+        expected = slope(
+            model, text, "pattern", layer, new, old, range(N), answer="w11", wrong="w21"
+        )
+        assert float(found[0, layer, pos, head]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_other_kinds_need_no_attention_fix(load_tiny):
+    model = load_tiny("llama", "hooked", "float64")
+    for kind in HEAD_AXIS:
+        if kind in ("q", "k"):
+            continue
+        plain = attribute(model, CLEAN, CORRUPTED, kinds=kind, **OPTIONS).result["change"]
+        fixed = attribute(
+            model, CLEAN, CORRUPTED, kinds=kind, method="atp*", dropout=False, **OPTIONS
+        ).result["change"]
+        assert np.allclose(plain, fixed, atol=1e-10), kind
+
+
+def test_gradient_dropout_freezes_what_a_block_writes(load_tiny):
+    """By hand: the derivative while attention and MLP of one block are held at base values."""
+    model = load_tiny("gpt2", "hooked", "float64")
+    found = attribute(
+        model, *PAIRS[0], answer="w11", wrong="w21", kinds="z", positions=3, method="atp*"
+    ).result["change"]
+    clean, corrupted = PAIRS[0]
+    score = {"answer": "w11", "wrong": "w21"}
+    for layer, head in ((0, 1), (1, 3), (2, 0)):
+        there, here = (source(model, t, "z", layer) for t in (clean, corrupted))
+        sizes = []
+        for block in range(3):
+            if block == layer:
+                continue
+            held = [
+                put(kind, block, source(model, corrupted, kind, block), range(N))
+                for kind in ("attn_out", "mlp_out")
+            ]
+            sizes.append(abs(slope(
+                model, corrupted, "z", layer, there, here, [3], head, extra=held, **score
+            )))  # fmt: skip
+        plain = slope(model, corrupted, "z", layer, there, here, [3], head, **score)
+        expected = np.sign(plain) * np.mean(sizes)
+        assert float(found[0, layer, head]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_verification_equals_patching(tiny):
+    """The exact side is what `patch` gives; the summary numbers follow from the two."""
+    estimate = attribute(tiny, CLEAN, CORRUPTED, kinds="z", positions="each", **OPTIONS)
+    exact = patch(tiny, CLEAN, CORRUPTED, kinds="z", positions="each", **OPTIONS)["change"]
+    guess = estimate.result["change"]
+    found = estimate.verify(top=None)
+    assert found.n_cells == exact[0].size
+    assert found.largest_error == pytest.approx(float(np.abs(guess - exact).max()), abs=1e-5)
+    means = exact.mean("example")
+    for _, row in found.table.iterrows():
+        at = {
+            "layer": int(row["layer"]),
+            "position": int(row["position"]),
+            "head": int(row["head"]),
+        }
+        assert float(means.sel(at)) == pytest.approx(row["exact"], abs=1e-5)
+    top = estimate.verify(top=5)
+    assert top.n_cells == 5
+    sizes = np.sort(np.abs(guess.mean("example").values).ravel())[::-1][:5]
+    assert np.allclose(np.abs(top.table["estimated"]), sizes, atol=1e-6)
+    assert "rank correlation" in top.describe()
+
+
+def test_estimate_is_exact_where_the_model_is_linear(tiny):
+    """A metric linear in the last block's MLP output, had it no final norm: near-perfect ranks."""
+    estimate = attribute(
+        tiny, CLEAN, CORRUPTED, kinds="mlp_post", layers=[2], positions=-1,
+        neurons=list(range(32)), **OPTIONS,
+    )  # fmt: skip
+    found = estimate.verify(top=None)
+    assert found.rank_correlation > 0.95
+    assert found.sign_agreement > 0.9
+    assert found.largest_error < 0.3 * found.largest_exact
+
+
+@pytest.mark.parametrize("method", ["gradient", "integrated", "atp*"])
+def test_half_precision_models_score_in_float32(load_tiny, method):
+    for backend in ("hooked", "bridge"):
+        narrow = load_tiny("llama", backend, "bfloat16")
+        wide = load_tiny("llama", backend)
+        options = {**OPTIONS, "kinds": "z", "method": method}
+        found = attribute(narrow, CLEAN, CORRUPTED, **options).result["change"]
+        true = attribute(wide, CLEAN, CORRUPTED, **options).result["change"]
+        assert found.dtype == np.float32
+        assert np.corrcoef(found.values.ravel(), true.values.ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("method", ["gradient", "integrated", "atp*"])
+def test_model_is_left_as_it_was(tiny, method):
+    tokens = torch.tensor([encode(tiny, CLEAN[0]).ids])
+    before = forward(tiny, tokens)
+    flags = [p.requires_grad for p in tiny.parameters()]
+
+    def broken(logits):
+        raise KeyboardInterrupt
+
+    attribute(tiny, CLEAN, CORRUPTED, kinds=["q"], method=method, **OPTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        attribute(tiny, CLEAN, CORRUPTED, kinds="q", method=method, metric=broken)
+    assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
+    assert [p.requires_grad for p in tiny.parameters()] == flags
+    assert all(p.grad is None for p in tiny.parameters())
+    assert torch.equal(forward(tiny, tokens), before)
+
+
+def test_refuses(tiny):
+    one = {"answer": "w11", "wrong": "w21"}
+    with pytest.raises(ValueError, match="has no gradient"):
+        attribute(tiny, *PAIRS[0], metric="rank", **one)
+    with pytest.raises(ValueError, match="to one metric"):
+        attribute(tiny, *PAIRS[0], metric=["rank", "logit_diff"], **one)
+    with pytest.raises(ValueError, match="expected 'gradient'"):
+        attribute(tiny, *PAIRS[0], method="grad", **one)
+    with pytest.raises(TokenError, match="7 and 3 tokens"):
+        attribute(tiny, PAIRS[0][0], "w1 w2", positions=-1, method="integrated", **one)
+    with pytest.raises(ValueError, match="same positions"):
+        attribute(tiny, *PAIRS[0], positions={"a": (1, 2)}, method="atp*", **one)
+    with pytest.raises(ValueError, match="top is 0"):
+        attribute(tiny, *PAIRS[0], **one).verify(top=0)

@@ -1,0 +1,279 @@
+"""Edge attribution against derivatives of exact paths; circuits against patching identities."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mi_hops.model import capture, forward, hook_name
+from mi_hops.patching import (
+    Circuit,
+    acdc,
+    all_edges,
+    attribute_edges,
+    extract,
+    faithfulness,
+    patch,
+    path_patch,
+)
+from mi_hops.patching.nodes import readers, writers
+from mi_hops.patching.quadrature import path_points
+from mi_hops.tokens import encode
+from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
+from tests.patching.test_path import write
+
+CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]
+OPTIONS = {"answer": ANSWERS, "wrong": WRONGS}
+ONE = {"answer": ANSWERS[0], "wrong": WRONGS[0]}
+N = 7
+
+
+def path_slope(model, pair, sender, receiver, score, before=(), eps=1e-4):
+    """Derivative of the metric along a path, with the reader's weights applied by hand.
+
+    The base is the first prompt of the pair, as `before` changes its run; the writer's difference
+    is that of the two plain runs.
+    """
+    base, other = pair
+    change = write(model, other, sender) - write(model, base, sender)
+    tokens = torch.tensor([encode(model, base).ids])
+
+    def at(kind, layer):
+        name = hook_name(kind, layer)
+        return capture(model, tokens, [name], hooks=list(before))[0][name][0]
+
+    ends = []
+    for t in (eps, -eps):
+        if receiver.role == "logits":
+            name = hook_name("resid_post", receiver.layer - 1)
+            hook = (name, lambda x, t=t: x + t * change[None])
+        elif receiver.role == "mlp":
+            block = model.blocks[receiver.layer]
+            stream = at("resid_mid", receiver.layer) + t * change
+            out = block.mlp(block.ln2(stream[None]))[0]
+            hook = put("mlp_out", receiver.layer, out, range(N))
+        else:
+            block = model.blocks[receiver.layer]
+            normed = block.ln1((at("resid_pre", receiver.layer) + t * change)[None])[0]
+            letter = receiver.role.upper()
+            weight, bias = getattr(block.attn, f"W_{letter}"), getattr(block.attn, f"b_{letter}")
+            value = at(receiver.role, receiver.layer).clone()
+            head = receiver.head * (model.cfg.n_heads // value.shape[1])
+            value[:, receiver.head] = normed @ weight[head] + bias[head]
+            hook = put(receiver.role, receiver.layer, value, range(N), receiver.head)
+        ends.append(run(model, base, [*before, hook], **score))
+    return (ends[0] - ends[1]) / (2 * eps)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_every_edge_is_the_derivative_of_its_path(load_tiny, shape):
+    model = load_tiny(shape, "hooked", "float64")
+    found = attribute_edges(model, CLEAN, CORRUPTED, metric="answer_logprob", **OPTIONS)
+    score = {"answer": ANSWERS[2], "wrong": WRONGS[2], "metric": "answer_logprob"}
+    checked = 0
+    for u in writers(model, "all")[::3]:
+        for v in readers(model, "all")[::4]:
+            got = float(found["change"].sel(example=2, sender=u.name, receiver=v.name))
+            if not u.reaches(v):
+                assert np.isnan(got)
+                continue
+            expected = path_slope(model, PAIRS[2], u, v, score)
+            assert got == pytest.approx(expected, abs=1e-6), (u.name, v.name)
+            checked += 1
+    assert checked > 15
+
+
+def test_integrated_edges_are_means_along_the_path(load_tiny):
+    model = load_tiny("llama", "hooked", "float64")
+    found = attribute_edges(model, *PAIRS[0], steps=3, rule="trapezoid", **ONE)
+    assert found.provenance["method"] == "EAP-IG"
+    ends = [source(model, text, "resid_pre", 0) for text in PAIRS[0]]
+    for sender, receiver in (("L0H1", "L2H1.k"), ("MLP0", "MLP2"), ("embed", "L1H3.q"),
+                             ("L1H2", "logits")):  # fmt: skip
+        (u,), (v,) = writers(model, sender), readers(model, receiver)
+        total = 0.0
+        for point, weight in path_points(3, "trapezoid"):
+            start = ends[0] + point * (ends[1] - ends[0])
+            begin = (hook_name("resid_pre", 0), lambda x, start=start: start[None].expand_as(x))
+            total += weight * path_slope(model, PAIRS[0], u, v, ONE, before=[begin])
+        got = float(found["change"].sel(sender=sender, receiver=receiver)[0])
+        assert got == pytest.approx(total, abs=1e-6), (sender, receiver)
+
+
+def test_both_classes_agree(load_tiny):
+    for shape in ("gpt2", "llama"):
+        models = [load_tiny(shape, "bridge"), load_tiny(shape, "hooked", "float64")]
+        for options in ({}, {"direction": "denoise", "steps": 3}):
+            found = [
+                attribute_edges(model, CLEAN, CORRUPTED, **OPTIONS, **options)["change"]
+                for model in models
+            ]
+            assert np.allclose(*found, atol=3e-4, equal_nan=True), shape
+
+
+def test_estimates_rank_like_exact_paths(tiny):
+    """On any class: estimates of paths to the logits order as the exact ones do."""
+    from scipy.stats import spearmanr
+
+    paths = {"senders": "heads", "receivers": ["logits", "v"]}
+    guess = attribute_edges(tiny, CLEAN, CORRUPTED, **paths, **OPTIONS)["change"].mean("example")
+    exact = path_patch(tiny, CLEAN, CORRUPTED, direction="noise", **paths, **OPTIONS)
+    true = exact["change"].mean("example")
+    known = np.isfinite(true.values)
+    assert np.array_equal(known, np.isfinite(guess.values))
+    assert spearmanr(guess.values[known], true.values[known]).statistic > 0.7
+
+
+def circuits(model):
+    """All edges, none, and all without: one edge; what a head writes; what it reads."""
+    edges = set(all_edges(model))
+    cuts = {
+        "all": set(),
+        "none": edges,
+        "one": {("L0H1", "L2H0.q")},
+        "mlp": {("L1H2", "MLP1")},
+        "written": {(u, v) for u, v in edges if u == "L1H0"},
+    }
+    return {name: Circuit(frozenset(edges - cut)) for name, cut in cuts.items()}
+
+
+def test_circuits_by_identities(tiny):
+    cut = circuits(tiny)
+    found = faithfulness(tiny, CLEAN, CORRUPTED, list(cut.values()), **OPTIONS)
+    score = {name: found["score"][:, j].values for j, name in enumerate(cut)}
+    assert np.allclose(score["all"], found["clean"], atol=1e-4)
+    assert np.allclose(score["none"], found["corrupted"], atol=1e-4)
+    assert np.allclose(found["faithfulness"][:, 0], 1, atol=1e-3)
+    options = {"direction": "noise", **OPTIONS}
+    for name, (sender, receiver) in (("one", ("L0H1", "L2H0.q")), ("mlp", ("L1H2", "MLP1"))):
+        path = path_patch(tiny, CLEAN, CORRUPTED, senders=sender, receivers=receiver, **options)
+        assert np.allclose(score[name], path["score"][:, 0, 0], atol=1e-4), name
+    noised = patch(tiny, CLEAN, CORRUPTED, kinds="z", layers=[1], heads=[0], **options)
+    assert np.allclose(score["written"], noised["score"][:, 0, 0], atol=1e-4)
+    assert list(found["edges"].values) == [len(c) for c in cut.values()]
+
+
+def test_cutting_what_a_head_reads_noises_it(load_tiny):
+    """On a grouped model its key/value head is shared, so the whole group must lose its inputs."""
+    for shape, heads in (("gpt2", [2]), ("llama", [2, 3])):
+        for backend in ("bridge", "hooked"):
+            model = load_tiny(shape, backend)
+            edges = set(all_edges(model))
+            inputs = {f"L1H{h}.q" for h in heads}
+            inputs |= {f"L1H{1 if shape == 'llama' else 2}.{kind}" for kind in "kv"}
+            circuit = Circuit(frozenset((u, v) for u, v in edges if v not in inputs))
+            found = faithfulness(model, CLEAN[:1], CORRUPTED[:1], [circuit], **ONE)
+            hooks = [put("z", 1, source(model, CORRUPTED[0], "z", 1), range(N), h) for h in heads]
+            expected = run(model, CLEAN[0], hooks, **ONE)
+            assert float(found["score"][0, 0]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_circuits_of_answers_of_several_tokens(tiny):
+    full = Circuit(frozenset(all_edges(tiny)))
+    found = faithfulness(
+        tiny, CLEAN, CORRUPTED, [full, Circuit(frozenset())], metric="answer_logprob",
+        batch_size=1, **OPTIONS,
+    )  # fmt: skip
+    assert np.allclose(found["score"][:, 0], found["clean"], atol=1e-4)
+    assert np.allclose(found["score"][:, 1], found["corrupted"], atol=1e-4)
+
+
+def test_pruning(load_tiny):
+    model = load_tiny("llama")
+    edges = {
+        ("embed", "L0H0.q"), ("L0H0", "MLP1"), ("MLP1", "logits"),  # a way through
+        ("embed", "L1H1.k"), ("L1H3", "logits"),  # through a shared key head
+        ("L0H2", "logits"),  # nothing feeds it
+        ("embed", "MLP0"),  # it feeds nothing
+    }  # fmt: skip
+    kept = Circuit(frozenset(edges)).pruned(model)
+    assert kept.edges == edges - {("L0H2", "logits"), ("embed", "MLP0")}
+    assert "L1H3" in kept.nodes
+    assert Circuit(frozenset({("embed", "MLP0")})).pruned(model).edges == frozenset()
+
+
+def test_extraction_and_faithfulness_curve(tiny):
+    scores = attribute_edges(tiny, CLEAN, CORRUPTED, **OPTIONS)
+    n = len(all_edges(tiny))
+    assert int(np.isfinite(scores["change"][0]).sum()) == n
+    whole = extract(tiny, scores, n)
+    assert whole.edges == set(all_edges(tiny))
+    some = extract(tiny, scores, 10, prune=False)
+    mean = scores["change"].mean("example")
+    sizes = [abs(float(mean.sel(sender=u, receiver=v))) for u, v in some.edges]
+    assert min(sizes) >= np.sort(np.abs(mean.values[np.isfinite(mean.values)]))[-10] - 1e-12
+    serving = extract(tiny, scores, 10, by="serving", prune=False)
+    assert all(float(mean.sel(sender=u, receiver=v)) < 0 for u, v in serving.edges)
+    grown = extract(tiny, scores, 8, select="greedy", prune=False)
+    assert len(grown) == 8
+    into_logits = mean.sel(receiver="logits")
+    best = str(into_logits["sender"].values[int(np.nanargmax(np.abs(into_logits.values)))])
+    assert (best, "logits") in grown.edges  # the first one taken
+    for u, v in grown.edges:  # every edge leads on, through the circuit, to the logits
+        heads = [v.split(".")[0]]
+        if v[-1] in "kv" and "." in v and tiny.cfg.n_heads != (tiny.cfg.n_key_value_heads or 4):
+            group = int(heads[0][3:])
+            heads = [f"{heads[0][:3]}{2 * group + j}" for j in (0, 1)]
+        assert v == "logits" or any(sender in heads for sender, _ in grown.edges), (u, v)
+    assert extract(tiny, scores, n, select="greedy").edges == whole.edges
+    with pytest.raises(ValueError, match="'top' or 'greedy'"):
+        extract(tiny, scores, 2, select="best")
+    with pytest.raises(ValueError, match=f"expected 1 to {n}"):
+        extract(tiny, scores, n + 1)
+    with pytest.raises(ValueError, match="'size' or 'serving'"):
+        extract(tiny, scores, 2, by="rank")
+
+
+def test_acdc_keeps_what_matters(load_tiny):
+    model = load_tiny("llama", "hooked")
+    start = Circuit(frozenset((u, v) for u, v in all_edges(model) if v in ("logits", "MLP2")))
+    rest = frozenset(all_edges(model)) - start.edges
+    begin = Circuit(start.edges | {e for e in rest if e[0] == "embed"})
+    found = acdc(model, CLEAN, CORRUPTED, threshold=0.02, start=begin, prune=False)
+    assert set(zip(found.table["sender"], found.table["receiver"], strict=True)) == begin.edges
+    assert found.circuit.edges == {
+        (r.sender, r.receiver) for r in found.table.itertuples() if r.kept
+    }
+    assert (found.table["harm"][found.table["kept"]] >= 0.02).all()
+    assert (found.table["harm"][~found.table["kept"]] < 0.02).all()
+    # Replay: the first edge's harm is the divergence of two circuits.
+    first = (found.table["sender"][0], found.table["receiver"][0])
+    assert first[1] == "logits"
+    two = faithfulness(
+        model, CLEAN, CORRUPTED, [begin, Circuit(begin.edges - {first})], metric="kl"
+    )["score"].mean("example")
+    assert found.table["harm"][0] == pytest.approx(float(two[1] - two[0]), abs=1e-5)
+    everything = acdc(model, CLEAN, CORRUPTED, threshold=1e9, start=start)
+    assert len(everything.circuit) == 0
+
+
+def test_nothing_stays_behind(tiny):
+    tokens = torch.tensor([encode(tiny, CLEAN[0]).ids])
+    before = forward(tiny, tokens)
+
+    def broken(logits):
+        raise KeyboardInterrupt
+
+    for call in (
+        lambda: attribute_edges(tiny, *PAIRS[0], metric=broken),
+        lambda: faithfulness(tiny, *PAIRS[0], [Circuit(frozenset())], metric=broken),
+        lambda: acdc(tiny, *PAIRS[0], threshold=1.0, metric=broken),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
+    assert torch.equal(forward(tiny, tokens), before)
+
+
+def test_refuses(tiny):
+    with pytest.raises(ValueError, match="steps is 0"):
+        attribute_edges(tiny, *PAIRS[0], steps=0, **ONE)
+    with pytest.raises(ValueError, match="to one metric"):
+        attribute_edges(tiny, *PAIRS[0], metric=["rank", "logit_diff"], **ONE)
+    with pytest.raises(ValueError, match="not the model's"):
+        faithfulness(tiny, *PAIRS[0], [Circuit(frozenset({("MLP2", "MLP1")}))], **ONE)
+    with pytest.raises(ValueError, match="0 circuits"):
+        faithfulness(tiny, *PAIRS[0], [], **ONE)
+    with pytest.raises(ValueError, match="threshold is 0"):
+        acdc(tiny, *PAIRS[0], threshold=0)

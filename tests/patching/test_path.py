@@ -1,0 +1,199 @@
+"""Direct paths against the model's own norm and weights, applied by hand, and TransformerLens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mi_hops.model import forward, hook_name
+from mi_hops.patching import patch, path_patch
+from mi_hops.patching.nodes import Node, readers, writers
+from mi_hops.tokens import TokenError, encode
+from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
+
+CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]
+ONE = {"answer": ANSWERS[0], "wrong": WRONGS[0]}
+N = 7
+
+
+def write(model, text, node):
+    """What a writer adds to the stream, from the weights."""
+    if node.role == "embed":
+        return source(model, text, "resid_pre", 0)
+    if node.role in ("mlp", "attn"):
+        return source(model, text, f"{node.role}_out", node.layer)
+    z = source(model, text, "z", node.layer)
+    return z[:, node.head] @ model.blocks[node.layer].attn.W_O[node.head]
+
+
+def by_hand(model, pair, sender, receiver, score):
+    """The reader's weights on the changed stream, put in with one hook (HookedTransformer only)."""
+    clean, corrupted = pair
+    change = write(model, clean, sender) - write(model, corrupted, sender)
+    if receiver.role == "logits":
+        name = hook_name("resid_post", receiver.layer - 1)
+        return run(model, corrupted, [(name, lambda x: x + change[None])], **score)
+    block = model.blocks[receiver.layer]
+    if receiver.role == "mlp":
+        stream = source(model, corrupted, "resid_mid", receiver.layer) + change
+        out = block.mlp(block.ln2(stream[None]))[0]
+        return run(model, corrupted, [put("mlp_out", receiver.layer, out, range(N))], **score)
+    stream = source(model, corrupted, "resid_pre", receiver.layer) + change
+    normed = block.ln1(stream[None])[0]
+    capital = receiver.role.upper()
+    # Key and value weights are expanded to all heads: every n-th is the key/value head itself.
+    weight, bias = getattr(block.attn, f"W_{capital}"), getattr(block.attn, f"b_{capital}")
+    shared = model.cfg.n_heads // len(source(model, corrupted, receiver.role, 0)[0])
+    head = receiver.head * shared
+    value = source(model, corrupted, receiver.role, receiver.layer).clone()
+    value[:, receiver.head] = normed @ weight[head] + bias[head]
+    hook = put(receiver.role, receiver.layer, value, range(N), receiver.head)
+    return run(model, corrupted, [hook], **score)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_equals_the_weights_applied_by_hand(load_tiny, shape):
+    model = load_tiny(shape, "hooked", "float64")
+    result = path_patch(
+        model, CLEAN, CORRUPTED, senders=["all", "attns"], receivers="all", answer=ANSWERS,
+        wrong=WRONGS,
+    )  # fmt: skip
+    sources, targets = writers(model, ["all", "attns"]), readers(model, "all")
+    assert result["score"].shape == (3, len(sources), len(targets))
+    reached = 0
+    for u in sources:
+        for v in targets:
+            at = {"example": 1, "sender": u.name, "receiver": v.name}
+            got = float(result["score"].sel(at))
+            if not u.reaches(v):
+                assert np.isnan(got)
+                continue
+            reached += 1
+            score = {"answer": ANSWERS[1], "wrong": WRONGS[1]}
+            assert got == pytest.approx(by_hand(model, PAIRS[1], u, v, score), abs=1e-9)
+    assert reached > 100
+
+
+def test_both_classes_agree(load_tiny):
+    for shape in ("gpt2", "llama", "llama32"):
+        found = [
+            path_patch(
+                load_tiny(shape, backend), CLEAN, CORRUPTED, senders="all",
+                receivers=["q", "k", "v", "mlps", "logits"], answer=ANSWERS,
+                metric="answer_logprob",
+            )["score"]
+            for backend in ("hooked", "bridge")
+        ]  # fmt: skip
+        assert np.allclose(*found, atol=2e-4, equal_nan=True), shape
+
+
+def test_equals_transformer_lens(load_tiny):
+    """Where it has the exact form: the pre-norm fork of TransformerLens 4."""
+    patching = pytest.importorskip("transformer_lens.patching")
+    if not hasattr(patching, "get_act_patch_direct_path"):
+        pytest.skip("this TransformerLens has no exact direct path patching")
+    for shape, components in (("gpt2", "qkv"), ("llama", "q")):
+        model = load_tiny(shape, "bridge")
+        tokens = [torch.tensor([encode(model, t).ids]) for t in PAIRS[0]]
+        caches = [model.run_with_cache(t, return_type="logits")[1] for t in tokens]
+        right, wrong = (encode(model, w).ids[-1] for w in ("w11", "w21"))
+
+        def metric(logits, right=right, wrong=wrong):
+            return logits[0, -1, right] - logits[0, -1, wrong]
+
+        for component in components:
+            ours = path_patch(
+                model, *PAIRS[0], senders=["L0H1", "L1H2"], receivers=component, answer="w11",
+                wrong="w21",
+            )["score"]  # fmt: skip
+            for layer, head in ((0, 1), (1, 2)):
+                theirs = patching.get_act_patch_direct_path(
+                    model, tokens[1], caches[0], caches[1], metric, layer, head, component,
+                    verbose=False,
+                )  # fmt: skip
+                mine = ours.sel(sender=f"L{layer}H{head}")[0].values.reshape(3, 4)
+                assert np.allclose(mine[layer + 1 :], theirs[layer + 1 :].cpu(), atol=1e-5)
+
+
+def test_all_writes_together_are_the_whole_change(load_tiny):
+    """The embedding alone reaches block 0, so its path to a query is the patched query itself."""
+    for backend in ("hooked", "bridge"):
+        model = load_tiny("llama", backend)
+        path = path_patch(model, *PAIRS[0], senders="embed", receivers=["L0H1.q", "L0H0.k"], **ONE)
+        for kind, name, dim in (("q", "L0H1.q", "head"), ("k", "L0H0.k", "kv_head")):
+            exact = patch(model, *PAIRS[0], kinds=kind, layers=[0], **ONE)
+            head = 1 if kind == "q" else 0
+            whole = float(exact["score"].sel({dim: head, "layer": 0})[0])
+            assert float(path["score"].sel(receiver=name)[0, 0]) == pytest.approx(whole, abs=1e-5)
+
+
+def test_positions_and_noising(load_tiny):
+    model = load_tiny("gpt2", "hooked", "float64")
+    node, reader = Node("head", 0, 1), Node("q", 2, 3)
+    result = path_patch(
+        model, *PAIRS[0], senders=["L0H1"], receivers=["L2H3.q"], positions=slice(3, 5),
+        direction="noise", **ONE,
+    )  # fmt: skip
+    clean, corrupted = PAIRS[0]
+    change = write(model, corrupted, node) - write(model, clean, node)
+    block = model.blocks[2]
+    stream = source(model, clean, "resid_pre", 2)
+    stream[3:5] += change[3:5]
+    value = source(model, clean, "q", 2).clone()
+    value[:, 3] = block.ln1(stream[None])[0] @ block.attn.W_Q[3] + block.attn.b_Q[3]
+    expected = run(model, clean, [put("q", 2, value, range(N), 3)], **ONE)
+    assert float(result["score"][0, 0, 0]) == pytest.approx(expected, abs=1e-9)
+    gap = run(model, corrupted, **ONE) - run(model, clean, **ONE)
+    share = (expected - run(model, clean, **ONE)) / gap
+    assert float(result["effect"][0, 0, 0]) == pytest.approx(share, abs=1e-9)
+    assert node.reaches(reader)
+
+
+def test_order_of_nodes():
+    assert Node("head", 1, 0).reaches(Node("mlp", 1))
+    assert not Node("mlp", 1).reaches(Node("mlp", 1))
+    assert not Node("head", 1, 0).reaches(Node("q", 1, 2))
+    assert Node("mlp", 1).reaches(Node("k", 2, 0))
+    assert Node("mlp", 2).reaches(Node("logits", 3))
+    assert [n.name for n in (Node("embed", 0), Node("attn", 2), Node("v", 1, 3))] == [
+        "embed", "ATTN2", "L1H3.v",
+    ]  # fmt: skip
+
+
+def test_nothing_stays_behind(tiny):
+    tokens = torch.tensor([encode(tiny, CLEAN[0]).ids])
+    before = forward(tiny, tokens)
+    calls = []
+
+    def broken(logits):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return logits[:, 0]
+
+    with pytest.raises(KeyboardInterrupt):
+        path_patch(tiny, *PAIRS[0], receivers=["q", "mlps"], metric=broken)
+    assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
+    assert torch.equal(forward(tiny, tokens), before)
+
+
+def test_refuses(tiny, monkeypatch):
+    with pytest.raises(ValueError, match="unknown writer 'L9H0'"):
+        path_patch(tiny, *PAIRS[0], senders="L9H0", **ONE)
+    with pytest.raises(ValueError, match="unknown reader 'L1H9.q'"):
+        path_patch(tiny, *PAIRS[0], receivers="L1H9.q", **ONE)
+    with pytest.raises(ValueError, match="no path leads"):
+        path_patch(tiny, *PAIRS[0], senders="L2H0", receivers="L1H0.q", **ONE)
+    with pytest.raises(TokenError, match="7 and 3 tokens"):
+        path_patch(tiny, PAIRS[0][0], "w1 w2", **ONE)
+    with pytest.raises(ValueError, match="one metric"):
+        path_patch(tiny, *PAIRS[0], metric=["rank", "logit_diff"], **ONE)
+
+
+def test_refuses_heads_without_a_write_of_their_own(tiny, monkeypatch):
+    from mi_hops.patching import nodes
+
+    monkeypatch.setattr(nodes, "w_o", lambda model, layer: model.blocks[layer].attn.W_O * 2)
+    with pytest.raises(ValueError, match="'ATTN0'"):
+        path_patch(tiny, *PAIRS[0], senders="L0H0", **ONE)

@@ -1,0 +1,191 @@
+"""Causal tracing against a loop of single forward passes with the same noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mi_hops.model import embedding, forward, hook_name
+from mi_hops.patching import subject_roles, trace
+from mi_hops.patching.tracing import _draws
+from mi_hops.tokens import TokenError, encode, positions
+from tests.patching.loops import run, source
+
+TEXTS = ["w1 w7 w8 w9 w30 w31", "w2 w22 w5 w9 w17 w18"]
+SUBJECTS = ["w7 w8", "w22 w5 w9"]
+ANSWERS = ["w11", "w13 w12"]
+N, SAMPLES, NOISE, SEED = 7, 3, 2.0, 5
+
+
+def noise_hook(model, text, subject, draw):
+    span = list(positions(encode(model, text), subject))
+
+    def fn(x):
+        x = x.clone()
+        x[0, span] += draw.to(x.dtype)
+        return x
+
+    return (hook_name("resid_pre", 0), fn)
+
+
+def restore(model, text, kind, layer, pos, value=None):
+    value = source(model, text, kind, layer) if value is None else value
+
+    def fn(x):
+        x = x.clone()
+        x[0, pos] = value[pos]
+        return x
+
+    return (hook_name(kind, layer), fn)
+
+
+def noisy_value(model, text, kind, layer, noise):
+    found = []
+    tokens = torch.tensor([encode(model, text).ids])
+
+    def keep(x):
+        found.append(x[0].detach())
+
+    with torch.no_grad():
+        forward(model, tokens, hooks=[noise, (hook_name(kind, layer), keep)])
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", ["resid_post", "mlp_out", "attn_out"])
+def test_equals_the_loop(tiny, kind):
+    score = {"metric": "answer_logprob"}
+    result = trace(
+        tiny, TEXTS, SUBJECTS, answer=ANSWERS, kinds=kind, window=1 if kind == "resid_post" else 2,
+        noise=NOISE, samples=SAMPLES, seed=SEED, metric="answer_logprob",
+    )  # fmt: skip
+    std = NOISE * float(embedding(tiny).float().std())
+    assert result.provenance["noise_std"] == pytest.approx(std)
+    for i, text in enumerate(TEXTS):
+        width = len(positions(encode(tiny, text), SUBJECTS[i]))
+        draws = list(_draws(tiny, width, std, SAMPLES, (SEED, i)))
+        noises = [noise_hook(tiny, text, SUBJECTS[i], d) for d in draws]
+        clean = run(tiny, text, answer=ANSWERS[i], **score)
+        noisy = np.mean([run(tiny, text, [n], answer=ANSWERS[i], **score) for n in noises])
+        assert float(result["clean"][i]) == pytest.approx(clean, abs=1e-5)
+        assert float(result["noisy"][i]) == pytest.approx(noisy, abs=1e-5)
+        assert float(result["total"][i]) == pytest.approx(clean - noisy, abs=1e-5)
+        for layer in range(3):
+            blocks = [layer] if kind == "resid_post" else [b for b in (layer - 1, layer) if b >= 0]
+            for pos in (0, 2, 6):
+                hooks = [restore(tiny, text, kind, b, pos) for b in blocks]
+                scores = [run(tiny, text, [n, *hooks], answer=ANSWERS[i], **score) for n in noises]
+                got = result.data.sel(example=i, layer=layer, position=pos)
+                assert float(got["score"]) == pytest.approx(np.mean(scores), abs=1e-5)
+                assert float(got["indirect"]) == pytest.approx(np.mean(scores) - noisy, abs=1e-5)
+                each = [
+                    s - run(tiny, text, [n], answer=ANSWERS[i], **score)
+                    for s, n in zip(scores, noises, strict=True)
+                ]
+                spread = np.std(each, ddof=1) / SAMPLES**0.5
+                assert float(got["spread"]) == pytest.approx(spread, abs=1e-5)
+
+
+@pytest.mark.parametrize("cut", ["mlp", "attn"])
+@pytest.mark.parametrize("kind", ["resid_post", "resid_pre", "attn_out", "mlp_out"])
+def test_severed_equals_the_loop(tiny, cut, kind):
+    text, subject, pos = TEXTS[0], SUBJECTS[0], 3
+    result = trace(
+        tiny, text, subject, answer="w11", kinds=kind, severed=["none", cut], samples=1, seed=SEED
+    )
+    assert result["indirect"].dims == ("example", "severed", "layer", "position")
+    std = 3.0 * float(embedding(tiny).float().std())
+    noise = noise_hook(tiny, text, subject, next(_draws(tiny, 2, std, 1, (SEED, 0))))
+    held = {"mlp": "mlp_out", "attn": "attn_out"}[cut]
+    # By the order of things in a block: attention reads resid_pre, the MLP what attention wrote.
+    same_block = {"mlp": ("resid_pre", "attn_out"), "attn": ("resid_pre",)}[cut]
+    for layer in range(3):
+        restored = restore(tiny, text, kind, layer, pos)
+        first = layer if kind in same_block else layer + 1
+        holds = [
+            restore(tiny, text, held, b, pos, noisy_value(tiny, text, held, b, noise))
+            for b in range(first, 3)
+        ]
+        for variant, hooks in (("none", []), (cut, holds)):
+            expected = run(tiny, text, [noise, restored, *hooks], answer="w11", metric="first_prob")
+            got = result["score"].sel(example=0, severed=variant, layer=layer, position=pos)
+            assert float(got) == pytest.approx(expected, abs=1e-5)
+
+
+def test_identities(tiny):
+    """All states restored is the clean run; nothing but the subject is noisy before block 0."""
+    result = trace(
+        tiny, TEXTS, SUBJECTS, answer=ANSWERS, kinds="resid_pre", positions="all", samples=2
+    )
+    assert np.allclose(result["effect"][:, 0], 1, atol=1e-3)
+    each = trace(tiny, TEXTS, SUBJECTS, answer=ANSWERS, kinds="resid_pre", layers=[0], samples=2)
+    for i, text in enumerate(TEXTS):
+        span = positions(encode(tiny, text), SUBJECTS[i])
+        others = [p for p in range(N) if p not in span]
+        assert np.allclose(each["indirect"][i, 0, others], 0, atol=1e-6)
+        assert np.abs(each["indirect"][i, 0, list(span)]).max() > 1e-4
+
+
+def test_seeded_and_free_of_other_prompts(tiny):
+    options = {"samples": 2, "layers": [1], "metric": "first_logprob"}
+    state = torch.get_rng_state()
+    one = trace(tiny, TEXTS, SUBJECTS, answer=ANSWERS, seed=1, **options)["score"]
+    two = trace(tiny, TEXTS[:1], SUBJECTS[:1], answer=ANSWERS[:1], seed=1, **options)["score"]
+    three = trace(tiny, TEXTS[:1], SUBJECTS[:1], answer=ANSWERS[:1], seed=2, **options)["score"]
+    assert np.allclose(one[0], two[0], atol=1e-6)
+    assert not np.allclose(two, three)
+    assert torch.equal(state, torch.get_rng_state())
+    alone = trace(tiny, TEXTS[0], SUBJECTS[0], answer="w11", samples=1)
+    assert np.isnan(alone["spread"]).all()
+
+
+def test_roles_for_unequal_prompts(tiny):
+    texts = ["w1 w7 w8 w9", "w2 w22 w5 w9 w17 w18"]
+    subjects = ["w7", "w22 w5"]
+    roles = subject_roles(tiny, texts, subjects)
+    assert roles == {
+        "first subject token": [2, 2],
+        "last subject token": [2, 3],
+        "next token": [3, 4],
+        "last token": [4, 6],
+    }
+    result = trace(
+        tiny, texts, subjects, answer=["w11", "w13"], kinds=["mlp_out", "attn_out"],
+        positions=roles, samples=2,
+    )  # fmt: skip
+    alone = trace(tiny, texts[0], "w7", answer="w11", kinds=["mlp_out", "attn_out"], samples=2)
+    same = alone["indirect"].sel(position=4)[0]
+    assert np.allclose(result["indirect"].sel(position="last token")[0], same, atol=1e-5)
+    assert result.plot().data  # a panel a kind
+    with pytest.raises(TokenError, match="no token comes after"):
+        subject_roles(tiny, "w1 w2", "w2")
+
+
+def test_nothing_stays_behind(tiny):
+    tokens = torch.tensor([encode(tiny, TEXTS[0]).ids])
+    before = forward(tiny, tokens)
+    calls = []
+
+    def broken(logits):
+        calls.append(1)
+        if len(calls) > 2:  # the clean run and the noisy one were scored
+            raise KeyboardInterrupt
+        return logits[:, 0]
+
+    with pytest.raises(KeyboardInterrupt):
+        trace(tiny, TEXTS[0], SUBJECTS[0], metric=broken)
+    assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
+    assert torch.equal(forward(tiny, tokens), before)
+
+
+def test_refuses(tiny):
+    for options, message in (
+        ({"noise": 0.0}, "more than 0"),
+        ({"samples": 0}, "more than 0"),
+        ({"severed": "norm"}, "severed is 'norm'"),
+        ({"subject": "w77"}, "does not occur"),
+        ({"subject": ["w7", "w8"]}, "2 of subject for 1"),
+    ):
+        arguments = {"subject": "w7", "answer": "w11", **options}
+        with pytest.raises(ValueError, match=message):
+            trace(tiny, TEXTS[0], **arguments)

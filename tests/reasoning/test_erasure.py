@@ -1,0 +1,106 @@
+"""Erasing the bridge: the algebra, and every cell against a forward pass of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mi_hops.model import forward, hook_name, unembedding
+from mi_hops.reasoning.erasure import ROLES, Eraser, erase_bridge
+from mi_hops.tokens import answer_ids, encode, last_position
+from tests.reasoning.tiny_facts import tiny_facts
+
+
+@pytest.fixture
+def hidden():
+    return torch.randn(3, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def lens(model, h):
+    return h @ unembedding(model)[0].double()
+
+
+def test_exact_form_meets_its_targets_with_the_least_change(tiny, hidden):
+    eraser = Eraser(tiny)
+    lower, keep = [44, 7, 9], [12, 13]
+    moved = eraser.change("exact", lower, keep)(hidden)
+    before, after = lens(tiny, hidden), lens(tiny, moved)
+    low = before.min(-1, keepdim=True).values.expand(-1, 3)
+    assert torch.allclose(after[:, lower], low, atol=1e-9)
+    assert torch.allclose(after[:, keep], before[:, keep], atol=1e-9)
+    rows = eraser.rows[[*lower, *keep]]
+    target = torch.cat([low - before[:, lower], torch.zeros(3, 2, dtype=torch.float64)], 1)
+    least = torch.linalg.lstsq(rows, target.T, driver="gelsd").solution.T
+    assert torch.allclose(moved - hidden, least, atol=1e-9)
+
+
+def test_published_form_is_the_pseudo_inverse_of_the_request(tiny, hidden):
+    lower, keep = [44, 7], [12]
+    weight = unembedding(tiny)[0].double().T
+    inverse = torch.linalg.pinv(weight)
+    v = hidden @ weight.T
+    request = torch.zeros_like(v)
+    request[:, lower] = v.min(-1, keepdim=True).values - v[:, lower]
+    expected = hidden + request @ inverse.T
+    plain = Eraser(tiny, recheck=0).change("published", lower, keep)(hidden)
+    assert torch.allclose(plain, expected, atol=1e-8)
+    push = torch.zeros_like(v)
+    push[:, keep] = 10 * (v - expected @ weight.T)[:, keep]
+    rechecked = Eraser(tiny).change("published", lower, keep)(hidden)
+    assert torch.allclose(rechecked, expected + push @ inverse.T, atol=1e-8)
+
+
+def test_a_kept_token_is_never_lowered(tiny, hidden):
+    moved = Eraser(tiny).change("exact", [12, 7], [12])(hidden)
+    before, after = lens(tiny, hidden), lens(tiny, moved)
+    assert torch.allclose(after[:, 12], before[:, 12], atol=1e-9)
+
+
+def test_cells_equal_single_forward_passes(tiny):
+    facts = tiny_facts(tiny, 3)
+    result = erase_bridge(tiny, facts, controls=1, batch_size=2)
+    eraser = Eraser(tiny)
+    for fact in facts:
+        prompt = encode(tiny, fact.prompt())
+        answer = answer_ids(tiny, prompt, fact.answer)
+        bridge = answer_ids(tiny, prompt, fact.bridge)
+        tokens = torch.tensor([prompt.ids])
+        clean = forward(tiny, tokens)[0, -1].softmax(-1)[answer[0]]
+        assert result.sel(example=fact.id)["clean"].item() == pytest.approx(clean.item(), abs=1e-6)
+        for role, where in zip(
+            ROLES, (last_position(prompt, fact.first_hop), prompt.last), strict=True
+        ):
+            for method in ("published", "exact"):
+                for layer in range(3):
+                    change = eraser.change(method, bridge, answer)
+
+                    def fn(x, where=where, change=change):
+                        x = x.clone()
+                        x[0, where] = change(x[0, where][None])[0]
+                        return x
+
+                    logits = forward(tiny, tokens, hooks=[(hook_name("resid_post", layer), fn)])
+                    cell = result["bridge"].sel(
+                        example=fact.id, variant=method, position=role, layer=layer
+                    )
+                    expected = logits[0, -1].softmax(-1)[answer[0]].item()
+                    assert cell.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_controls_are_seeded_and_share_no_token(tiny):
+    facts = tiny_facts(tiny, 6)
+    first = erase_bridge(tiny, facts, seed=1)["control"].values
+    assert (first == erase_bridge(tiny, facts, seed=1)["control"].values).all()
+    assert not (first == erase_bridge(tiny, facts, seed=2)["control"].values).all()
+
+
+def test_a_fact_that_cannot_be_used_is_reported(tiny):
+    from dataclasses import replace
+
+    facts = tiny_facts(tiny, 2)
+    broken = replace(facts[0], id="broken", first_hop="w80 w81")
+    result = erase_bridge(tiny, [*facts, broken])
+    assert [who for who, _ in result.skipped] == ["broken"]
+    assert "does not occur" in result.skipped[0][1]
+    with pytest.raises(ValueError, match="no fact can be used for erasure"):
+        erase_bridge(tiny, [broken])

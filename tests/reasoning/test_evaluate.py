@@ -1,0 +1,395 @@
+"""Scoring repairs: a repair of known effect, rows against one by one, averages against hand-made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.generate import end_ids, generate
+from mi_hops.metrics import METRICS, Target, target_of
+from mi_hops.reasoning.evaluate import Evaluation, aggregate, evaluate
+from mi_hops.reasoning.sets import Query, build_sets
+from mi_hops.repair import NoRepair
+from mi_hops.tokens import encode
+from tests.repairs import AddVector
+
+
+@dataclass(frozen=True)
+class Say:
+    """Makes a model say the case's answer and stop, wherever the case's first hop is asked about."""
+
+    name: str = "say"
+    skip: tuple[str, ...] = ()
+
+    def fit(self, model, facts):
+        return [None if f.id in self.skip else self._state(model, f) for f in facts]
+
+    @staticmethod
+    def _state(model, fact):
+        prompt = encode(model, fact.prompt())
+        ids = (*target_of(model, prompt, fact.answer).answer, model.tokenizer.eos_token_id)
+        inverse = torch.linalg.pinv(model.W_U.detach())  # [vocab, d_model]
+        return fact.first_hop, [1e4 * inverse[i] for i in ids]
+
+    def hooks(self, model, states, rows):
+        def fn(x):
+            out = x.clone()
+            for r, (state, prompt) in enumerate(zip(states, rows.prompts, strict=True)):
+                if state is None or state[0] not in prompt.text:
+                    continue
+                for step, vector in enumerate(state[1]):
+                    at = prompt.last + step - rows.offset
+                    if 0 <= at < rows.width:
+                        out[r, at] = vector.to(x)
+            return out
+
+        return [("unembed.hook_in", fn)]
+
+
+def _fact(i):
+    """w10 -w20-> w30 -w40-> 'w50 w51', and its neighbours for other i."""
+    first, bridge = f"w1{i} w20", f"w3{i}"
+    return TwoHopFact(
+        id=f"f{i}", subject=f"w1{i}", relation1="w20", bridge=bridge, relation2="w40",
+        answer=f"w5{i} w6{i}", first_hop=first,
+        prompts={"suffix": f"w70 w40 {first}", "prefix": f"{first} w41"},
+        first_prompts={"suffix": first}, second_prompts={"suffix": f"w70 w40 {bridge}"},
+        answer_aliases=(f"w7{i}",),
+    )  # fmt: skip
+
+
+def _other(i, relation2="w44"):
+    fact = _fact(i)
+    first = fact.first_hop
+    return replace(
+        fact, id=f"{fact.id}-{relation2}", relation2=relation2, answer=f"w8{i % 5}",
+        prompts={"suffix": f"w70 {relation2} w45 {first}"}, answer_aliases=(),
+        second_prompts={"suffix": f"w70 {relation2} w3{i}"},
+    )  # fmt: skip
+
+
+CASES = [_fact(i) for i in range(3)]
+POOL = [_other(i) for i in range(6)] + [_fact(i) for i in range(3, 8)]
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return build_sets(
+        CASES, POOL, answered_ids={f.id for f in POOL}, known_ids={f.id for f in POOL},
+        form="suffix", per_case=3, wrong={"f0": "w33", "f1": "w33 w34"}, seed=1,
+    )  # fmt: skip
+
+
+def test_a_repair_of_known_effect(tiny, sets):
+    found = evaluate(tiny, [Say()], sets, CASES)
+    frame = found.frame
+    for name in ("correction", "paraphrase", "other_order"):
+        part = frame[frame["set"] == name]
+        assert len(part) >= 3
+        for score in ("first_right", "whole_right", "said_right"):
+            assert (part[f"{score}_after"] == 1).all(), (name, score)
+        assert (part["rank_after"] == 1).all()
+        assert part["said_after"].tolist() == part["answer"].tolist()
+        assert np.allclose(part["first_prob_after"], 1, atol=1e-6)
+        # Two answer tokens, of which the first has all the probability at the prompt's end.
+        assert np.allclose(part["paper_prob_after"], 0.5, atol=1e-6)
+    spread = frame[frame["set"] == "generalisation"]
+    assert len(spread) == 3
+    assert (spread["first_right_after"] == 0).all()
+    assert (spread["target_over_wrong_after"] == 0).all()
+    kept = frame[frame["set"].str.startswith("specificity") | (frame["set"] == "neutral")]
+    assert len(kept) >= 9
+    for score in ("first_prob", "answer_logprob", "paper_prob", "rank"):
+        assert np.allclose(kept[f"{score}_after"], kept[f"{score}_before"], rtol=1e-4), score
+    assert (kept["said_after"] == kept["said_before"]).all()
+    assert np.allclose(kept["kl"], 0, atol=1e-6)
+    assert frame.loc[~frame["set"].isin(kept["set"]), "kl"].isna().all()
+
+
+def test_rows_are_those_of_one_by_one_and_of_any_batch_size(tiny, sets):
+    repair = AddVector(later=True)
+    states = dict(zip((f.id for f in CASES), repair.fit(tiny, CASES), strict=True))
+    found = evaluate(tiny, [repair], sets, CASES).frame
+    small = evaluate(tiny, [repair], sets, CASES, batch_size=2).frame
+    numbers = [c for c in found.columns if found[c].dtype.kind in "bif"]
+    assert len(numbers) > 15
+    for name in numbers:
+        assert np.allclose(found[name], small[name], rtol=1e-3, atol=1e-5, equal_nan=True), name
+    assert (found["said_after"] == small["said_after"]).all()
+    assert not np.allclose(found["first_prob_before"], found["first_prob_after"])
+    ends = end_ids(tiny)
+    for _, row in found.groupby("set").sample(2, random_state=0).iterrows():
+        prompt = encode(tiny, row["prompt"])
+        target = target_of(tiny, prompt, row["answer"], row["wrong"])
+        for when, state in (("before", None), ("after", states[row["case"]])):
+            logits = _logits(tiny, prompt, target.answer, repair, state)
+            n = len(target.answer)
+            scored = logits[None, prompt.last :][:, : n + 1]
+            for name in ("first_prob", "answer_logprob", "paper_prob", "rank"):
+                expected = METRICS[name].score(scored[:, :n], target).item()
+                assert math.isclose(row[f"{name}_{when}"], expected, rel_tol=1e-3, abs_tol=1e-5)
+            best = scored[0].argmax(-1).tolist()
+            whole = best[:n] == list(target.answer) and best[n] in ends
+            assert row[f"whole_right_{when}"] == whole
+            assert row[f"first_right_{when}"] == (best[0] == target.answer[0])
+            if row["wrong"] is None:
+                assert math.isnan(row[f"wrong_paper_prob_{when}"])
+                assert math.isnan(row[f"target_over_wrong_{when}"])
+            else:
+                wrong = METRICS["paper_prob"].score(scored, Target(target.wrong)).item()
+                assert math.isclose(row[f"wrong_paper_prob_{when}"], wrong, rel_tol=1e-3)
+            given = {} if state is None else {"repair": repair, "states": [state]}
+            (said,) = generate(tiny, [prompt], max_new_tokens=8, **given)
+            assert row[f"said_{when}"] == said.text
+            if row["set"] == "neutral":
+                text = logits[: prompt.last + n].log_softmax(-1)
+                ids = torch.tensor([*prompt.ids[1:], *target.answer])
+                loss = -text.gather(1, ids[:, None]).mean().item()
+                assert math.isclose(row[f"statement_loss_{when}"], loss, rel_tol=1e-3)
+        if not math.isnan(row["kl"]):
+            p, q = (
+                _logits(tiny, prompt, (), repair, s)[-1].log_softmax(-1)
+                for s in (None, states[row["case"]])
+            )
+            assert math.isclose(row["kl"], (p.exp() * (p - q)).sum().item(), rel_tol=1e-3)
+            assert row["kl"] > 1e-3
+
+
+def _logits(model, prompt, extra, repair, state):
+    """All logits of one row alone, through the model's own hooks."""
+    from mi_hops.model import forward
+    from mi_hops.repair import Rows
+
+    tokens = torch.tensor([[*prompt.ids, *extra]])
+    hooks = repair.hooks(model, [state], Rows((prompt,), tokens.shape[1]))
+    with torch.no_grad():
+        return forward(model, tokens, hooks=hooks)[0]
+
+
+@pytest.fixture(scope="module")
+def scored(load_tiny, sets):
+    model = load_tiny("gpt2", "bridge")
+    repairs = [Say(skip=("f2",)), NoRepair()]
+    return evaluate(model, repairs, sets, CASES, metrics=["first_logprob"], seed=5)
+
+
+def test_a_case_without_state_is_left_as_it_is_and_said(scored):
+    part = scored.frame.query("repair == 'say' and case == 'f2'")
+    assert not part["repaired"].any()
+    assert np.allclose(part["paper_prob_before"], part["paper_prob_after"], rtol=1e-4)
+    assert "say: no state for 1 cases" in scored.describe()
+
+
+def test_the_table_averages_over_cases_and_counts_them(scored, sets):
+    table = scored.table(n_resamples=200)
+    assert table.index.is_unique
+    right = table.loc[("say", "correction", "first_right_after")]
+    assert right["value"] == pytest.approx(2 / 3)
+    assert (right["n_queries"], right["n_cases"], right["unit"]) == (3, 3, "share")
+    assert right["lower"] < right["value"] < right["upper"]
+    assert table.loc[("none", "correction", "mean_relative_change"), "value"] == pytest.approx(0)
+    # Case f2 has no wrong answer on record, so two queries can be compared.
+    ahead = table.loc[("say", "correction", "target_over_wrong_after")]
+    assert (ahead["value"], ahead["n_queries"]) == (1.0, 2)
+    counts = sets.counts()
+    for name, n in counts.items():
+        used, skipped = (
+            table.loc[("say", name, f"cases_{w}"), "value"] for w in ("used", "skipped")
+        )
+        assert (used, skipped) == (n["cases"], n["skipped"])
+    loss = scored.cases().loc[("say", "neutral"), "statement_loss_before"].mean()
+    perplexity = table.loc[("say", "neutral", "perplexity_before"), "value"]
+    assert perplexity == pytest.approx(math.exp(loss))
+    assert ("say", "correction", "kl") not in table.index
+    frame = scored.frame.query("repair == 'say' and set == 'correction'")
+    change = (frame["first_logprob_after"] - frame["first_logprob_before"]).mean()
+    assert table.loc[("say", "correction", "first_logprob_change"), "value"] == pytest.approx(
+        change
+    )
+
+
+def test_retained_and_ratio_from_known_rows(scored):
+    frame = scored.frame.query("repair == 'say' and set == 'specificity'").head(4).copy()
+    frame["case"] = ["a", "a", "b", "c"]
+    frame["first_right_before"] = [1.0, 1.0, 0.0, 1.0]
+    frame["first_right_after"] = [1.0, 0.0, 1.0, 1.0]
+    table = replace(scored, frame=frame, case_ids=("a", "b", "c", "d")).table()
+    of = table.loc[("say", "specificity")]["value"]
+    assert of["first_right_before"] == pytest.approx(2 / 3)
+    assert of["first_right_after"] == pytest.approx(2.5 / 3)
+    assert of["first_right_retained"] == pytest.approx((0.5 + 1) / 2)  # b had nothing to keep
+    assert of["first_right_ratio"] == pytest.approx(2.5 / 2)
+    assert (of["cases_used"], of["cases_skipped"]) == (3, 1)
+
+
+def test_save_and_load_give_everything_back(scored, tmp_path):
+    path = scored.save(tmp_path / "scores.nc")
+    again = Evaluation.load(path)
+    pd.testing.assert_frame_equal(again.frame, scored.frame, check_dtype=False)
+    assert [w is None for w in again.frame["wrong"]] == [w is None for w in scored.frame["wrong"]]
+    assert (again.case_ids, again.skipped) == (scored.case_ids, scored.skipped)
+    assert again.provenance == scored.provenance
+    assert again.describe() == scored.describe()
+    pd.testing.assert_frame_equal(again.table(n_resamples=50), scored.table(n_resamples=50))
+    with pytest.raises(ValueError, match="exists"):
+        scored.save(path)
+
+
+def test_the_figure_shows_before_and_after(scored):
+    figure = scored.plot("first_right", sets=["correction", "specificity"], n_resamples=50)
+    assert [bar.name for bar in figure.data] == ["unrepaired", "say", "none"]
+    assert figure.data[1].y[0] == pytest.approx(2 / 3)
+    assert list(figure.data[1].text) == ["correction", "specificity"]
+    with pytest.raises(ValueError, match="no score 'nice'.*first_right"):
+        scored.plot("nice")
+    with pytest.raises(ValueError, match="no set.*'nice'"):
+        scored.plot(sets=["nice"])
+
+
+def test_without_generation_only_the_texts_are_missing(load_tiny, sets, scored):
+    frame = evaluate(load_tiny(), [NoRepair()], sets, CASES, generate=False).frame
+    gone = {f"said{a}_{b}" for a in ("", "_right") for b in ("before", "after")}
+    logprob = {"first_logprob_before", "first_logprob_after"}
+    assert set(scored.frame.columns) - set(frame.columns) == gone | logprob
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_half_precision_is_scored_in_float32(load_tiny, sets, shape):
+    model = load_tiny(shape, "bridge", "bfloat16")
+    frame = evaluate(model, [AddVector()], sets, CASES).frame
+    whole = evaluate(load_tiny(shape, "bridge"), [AddVector()], sets, CASES).frame
+    for when in ("before", "after"):
+        close = abs(frame[f"answer_logprob_{when}"] - whole[f"answer_logprob_{when}"])
+        assert close.median() < 0.3
+    # A softmax in bfloat16 would sum up to a per cent off and hold few distinct values.
+    exact = torch.tensor(frame["first_prob_before"].to_numpy())
+    assert not torch.equal(exact, exact.bfloat16().double())
+
+
+def test_a_set_without_any_query_is_still_counted(load_tiny):
+    lonely = build_sets(CASES, [], answered_ids=(), known_ids=(), form="suffix")
+    found = evaluate(load_tiny(), [NoRepair()], lonely, CASES, generate=False)
+    table = found.table(n_resamples=20)
+    assert table.loc[("none", "specificity", "cases_skipped"), "value"] == 3
+    assert table.loc[("none", "specificity", "cases_used"), "value"] == 0
+    line = "specificity: n used 0 cases (0 queries), n skipped 3 (3 no unrelated answered question)"
+    assert line in found.describe()
+
+
+def test_aliases_count_in_what_is_said(load_tiny, sets):
+    query = next(q for q in sets if q.set == "correction" and q.case == "f0")
+    said = replace(query, answer="w77", aliases=("w50 w60",), wrong=None)
+    frame = evaluate(load_tiny(), [Say()], [said], CASES).frame
+    assert frame["said_after"].tolist() == ["w50 w60"]
+    assert frame["said_right_after"].tolist() == [1]
+    assert frame["whole_right_after"].tolist() == [0]
+
+
+def test_bad_requests_are_refused(load_tiny, sets):
+    model = load_tiny()
+    with pytest.raises(ValueError, match="unknown case.*'f2'.*the 2 facts"):
+        evaluate(model, [Say()], sets, CASES[:2])
+    with pytest.raises(ValueError, match="no queries"):
+        evaluate(model, [Say()], [], CASES)
+    with pytest.raises(ValueError, match="each with its own name; got .*'say', 'say'"):
+        evaluate(model, [Say(), Say()], sets, CASES)
+    with pytest.raises(ValueError, match="one or more repairs"):
+        evaluate(model, [], sets, CASES)
+    with pytest.raises(ValueError, match="fact ids must be unique.*'f0'"):
+        evaluate(model, [Say()], sets, [*CASES, CASES[0]])
+    query = Query(case="f0", set="correction", query_id="q", prompt="w1 w2", answer="w3")
+    with pytest.raises(ValueError, match="query ids must be unique.*'q'"):
+        evaluate(model, [Say()], [query, query], CASES)
+
+    class Short(Say):
+        def fit(self, model, facts):
+            return super().fit(model, facts)[:1]
+
+    with pytest.raises(ValueError, match="'say' gave 1 states for 3 facts"):
+        evaluate(model, [Short()], sets, CASES)
+
+
+# -- aggregate against numbers worked out by hand ---------------------------------------------------
+
+ROWS = pd.DataFrame(
+    [
+        # case, set, before, after, wrong_before, wrong_after
+        ("a", "paraphrase", 0.1, 0.3, 0.2, 0.1),  # r = 2, wrong r = -0.5; behind, then ahead
+        ("a", "paraphrase", 0.2, 0.2, 0.1, 0.2),  # r = 0, wrong r = 1; ahead, then a tie
+        ("b", "paraphrase", 0.1, 0.8, 0.3, 0.3),  # r = 7, wrong r = 0; behind, then ahead
+        ("c", "paraphrase", 0.0, 0.4, np.nan, np.nan),  # r = 0 by definition
+        ("a", "correction", 0.5, 0.25, np.nan, np.nan),  # r = -0.5, and nothing else
+    ],
+    columns=["case", "set", "before", "after", "wrong_before", "wrong_after"],
+)
+
+
+def test_aggregate_follows_the_papers_order_of_averaging():
+    table = aggregate(ROWS, n_resamples=500)
+    of = table.loc["paraphrase"]
+    value = of["value"]
+    assert value["mean_relative_change"] == pytest.approx(((2 + 0) / 2 + 7 + 0) / 3)
+    assert value["median_relative_change"] == pytest.approx(1)
+    assert value["trimmed_mean_relative_change"] == pytest.approx(8 / 3)  # a tenth of 3 is none
+    assert value["mean_log_change"] == pytest.approx((math.log(3) / 2 + math.log(8)) / 2)
+    assert value["share_improved"] == pytest.approx((0.5 + 1 + 1) / 3)
+    assert value["mean_before"] == pytest.approx((0.15 + 0.1 + 0) / 3)
+    assert value["mean_after"] == pytest.approx((0.25 + 0.8 + 0.4) / 3)
+    assert value["mean_change"] == pytest.approx((0.1 + 0.7 + 0.4) / 3)
+    assert value["ratio_of_means_change"] == pytest.approx(1.45 / 0.25 - 1)
+    assert value["zero_before"] == 1
+    # Over queries, not cases; the query without a wrong answer does not count.
+    assert value["target_over_wrong_before"] == pytest.approx(1 / 3)
+    assert value["target_over_wrong_after"] == pytest.approx(2 / 3)
+    assert value["wrong_mean_relative_change"] == pytest.approx(((-0.5 + 1) / 2 + 0) / 2)
+    assert of.loc["mean_relative_change", ["n_queries", "n_cases"]].tolist() == [4, 3]
+    assert of.loc["target_over_wrong_after", ["n_queries", "n_cases"]].tolist() == [3, 2]
+    assert of.loc["mean_log_change", ["n_queries", "n_cases"]].tolist() == [3, 2]
+    lower, upper = of.loc["mean_relative_change", ["lower", "upper"]]
+    assert 0 <= lower < value["mean_relative_change"] < upper <= 7
+    alone = table.loc["correction"]
+    assert alone.loc["mean_relative_change", "value"] == -0.5
+    assert alone[["lower", "upper"]].isna().all(axis=None)
+    assert math.isnan(alone.loc["target_over_wrong_after", "value"])
+
+
+def test_aggregate_leaves_out_the_tails_and_needs_no_wrong_answers():
+    n = 20
+    frame = pd.DataFrame({"case": range(n), "set": "correction", "before": 0.01})
+    frame["after"] = [0.02] * (n - 1) + [1.0]  # r = 1, and once 99
+    value = aggregate(frame, n_resamples=20)["value"].loc["correction"]
+    assert value["mean_relative_change"] == pytest.approx((n - 1 + 99) / n)
+    assert value["trimmed_mean_relative_change"] == pytest.approx(1)
+    assert value["median_relative_change"] == pytest.approx(1)
+    assert not any(name.startswith(("wrong", "target")) for name in value.index)
+
+
+def test_aggregate_keeps_repairs_apart_and_is_seeded():
+    two = pd.concat([ROWS.assign(repair="x"), ROWS.assign(repair="y", after=ROWS["before"])])
+    table = aggregate(two, n_resamples=100, seed=3)
+    assert table.index.names == ["repair", "set", "statistic"]
+    assert table.loc[("y", "paraphrase", "mean_relative_change"), "value"] == 0
+    pd.testing.assert_frame_equal(table.loc["x"], aggregate(ROWS, n_resamples=100, seed=3))
+    other = aggregate(ROWS, n_resamples=100, seed=4)
+    assert not other["lower"].equals(table.loc["x"]["lower"])
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (ROWS.drop(columns="before"), "missing: ..before.."),
+        (ROWS.drop(columns="wrong_after"), "both or neither"),
+        (ROWS.head(0), "no rows"),
+        (ROWS.assign(after=[0.1, 0.1, -0.1, 0.1, 0.1]), "after is -0.1 in row 2 .case 'b'"),
+        (ROWS.assign(before=[0.1, np.nan, 0.1, 0.1, 0.1]), "before is nan in row 1"),
+    ],
+)
+def test_aggregate_refuses_bad_tables(frame, message):
+    with pytest.raises(ValueError, match=message):
+        aggregate(frame)

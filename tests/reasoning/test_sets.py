@@ -1,0 +1,199 @@
+"""Query sets: what belongs in each, seeds, skipped cases, and no leakage."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.generate import normalise
+from mi_hops.reasoning.sets import SETS, Query, QuerySets, build_sets
+from mi_hops.worlds.hopland import Hopland
+
+
+@pytest.fixture(scope="module")
+def world():
+    return Hopland(seed=3, people=16, works=6, companies=6, cities=6, countries=6)
+
+
+@pytest.fixture(scope="module")
+def built(world):
+    failed = world.two_hop_facts("first_unseen")[::20][:12]
+    pool = world.two_hop_facts("seen_parts", "first_unseen", "second_unseen")
+    answered = {f.id for f in pool if f.split == "seen_parts"}
+    wrong = {f.id: f.bridge for f in failed}
+    sets = build_sets(
+        failed, pool, answered_ids=answered, known_ids={f.id for f in pool}, form="suffix",
+        per_case=4, wrong=wrong, seed=7,
+    )  # fmt: skip
+    return failed, pool, answered, sets
+
+
+def _names(fact):
+    return {normalise(n) for n in (fact.subject, fact.bridge, fact.answer)}
+
+
+def test_the_cases_own_sets(built):
+    failed, _, _, sets = built
+    for fact in failed:
+        mine = {name: [q for q in sets if q.case == fact.id and q.set == name] for name in SETS}
+        (correction,) = mine["correction"]
+        assert (correction.prompt, correction.answer) == (fact.prompts["suffix"], fact.answer)
+        assert correction.wrong == fact.bridge
+        assert {q.prompt for q in mine["paraphrase"]} == {
+            fact.prompts["prefix"],
+            fact.prompts["question"],
+        }
+        assert [q.prompt for q in mine["other_order"]] == [fact.prompts["prefix"]]
+        assert {q.prompt for q in mine["first_hop"]} == set(fact.first_prompts.values())
+        assert {(q.answer, q.wrong) for q in mine["first_hop"]} == {(fact.bridge, fact.answer)}
+        assert {q.prompt for q in mine["second_hop"]} == set(fact.second_prompts.values())
+        assert {(q.answer, q.wrong) for q in mine["second_hop"]} == {(fact.answer, None)}
+
+
+def test_generalisation_keeps_the_first_hop_and_is_true_in_the_world(world, built):
+    failed, _, _, sets = built
+    by_id = {f.id: f for f in failed}
+    truth = {f.prompts["suffix"]: f for f in world.two_hop_facts()}
+    found = sets.of("generalisation")
+    assert len(found) > len(failed)
+    for q in found:
+        case, asked = by_id[q.case], truth[q.prompt]
+        assert (asked.subject, asked.relation1) == (case.subject, case.relation1)
+        assert asked.relation2 != case.relation2
+        assert asked.answer == q.answer != case.answer
+        assert q.wrong == case.answer
+    for case in failed:
+        answers = [q.answer for q in found if q.case == case.id]
+        assert len(answers) == len(set(answers)) <= 4
+
+
+def test_specificity_is_unrelated_and_answered(built):
+    failed, pool, answered, sets = built
+    cases, facts = {f.id: f for f in failed}, {f.id: f for f in pool}
+    for q in sets.of("specificity", "specificity_same_relation"):
+        case, source = cases[q.case], facts[q.source]
+        assert source.id in answered
+        assert not _names(case) & _names(source)
+        assert (q.prompt, q.answer) == (source.prompts["suffix"], source.answer)
+        assert q.wrong == case.answer
+        if q.set == "specificity_same_relation":
+            assert source.relation2 == case.relation2
+    assert sets.counts()["specificity"]["queries"] == 4 * len(failed)
+
+
+def test_neutral_statements_are_true_and_part_of_no_case(world, built):
+    failed, _, _, sets = built
+    truth = {s.prompts()["suffix"]: s for s in world.facts.values()}
+    hops = {(f.subject, f.relation1) for f in failed} | {(f.bridge, f.relation2) for f in failed}
+    neutral = sets.of("neutral")
+    assert len(neutral) == 4 * len(failed)
+    for q in neutral:
+        single = truth[q.prompt]
+        assert single.object == q.answer
+        assert (single.subject, single.relation.name) not in hops
+
+
+def test_nothing_repeats_the_correction_prompt(built):
+    *_, sets = built
+    own = {q.case: q.prompt for q in sets.of("correction")}
+    assert all(q.prompt != own[q.case] for q in sets if q.set != "correction")
+    case, prompt = next(iter(own.items()))
+    leak = Query(case=case, set="paraphrase", query_id="leak", prompt=prompt, answer="x")
+    with pytest.raises(ValueError, match="leakage.*'leak'.*'paraphrase'"):
+        QuerySets((*sets.queries, leak), sets.cases)
+
+
+def test_draws_come_from_the_seed_and_the_case_alone(built):
+    failed, pool, answered, sets = built
+    options = {
+        "answered_ids": answered, "known_ids": lambda f: True, "form": "suffix", "per_case": 4,
+        "wrong": {f.id: f.bridge for f in failed},
+    }  # fmt: skip
+    again = build_sets(failed, pool, seed=7, **options)
+    assert again.queries == sets.queries
+    other = build_sets(failed, pool, seed=8, **options)
+    assert other.of("specificity").queries != sets.of("specificity").queries
+    alone = build_sets(failed[3:4], pool, seed=7, **options)
+    drawn = ("specificity", "specificity_same_relation", "generalisation")
+    mine = [q for q in sets.of(*drawn) if q.case == failed[3].id]
+    assert list(alone.of(*drawn)) == mine
+
+
+def _fact(id="a", **changes):
+    fields = {
+        "id": id, "subject": "Misery", "relation1": "author", "bridge": "King",
+        "relation2": "home", "answer": "Maine", "first_hop": "the author of Misery",
+        "prompts": {"suffix": "The home of the author of Misery is"},
+    }  # fmt: skip
+    return TwoHopFact(**{**fields, **changes})
+
+
+def test_known_second_hops_only_and_first_hops_put_in_place():
+    other = _fact(
+        "b", subject="It", relation2="pet", answer="dog", first_hop="the author of It",
+        prompts={"suffix": "The author of It keeps a"},
+    )  # fmt: skip
+    sets = build_sets([_fact()], [other], answered_ids=(), known_ids={"b"})
+    (query,) = sets.of("generalisation")
+    assert (query.prompt, query.answer) == ("The author of Misery keeps a", "dog")
+    sets = build_sets([_fact()], [other], answered_ids=(), known_ids=())
+    assert sets.counts()["generalisation"]["why"] == {"no other second hop is known": 1}
+
+
+def test_skipped_cases_are_counted_with_reasons():
+    same = {"suffix": "The home of the author of Misery is"}
+    fact = _fact(prompts={**same, "prefix": same["suffix"]})
+    sets = build_sets([fact, _fact("b")], [], answered_ids=(), known_ids=())
+    counts = sets.counts()
+    assert counts["correction"] == {"queries": 2, "cases": 2, "skipped": 0, "why": {}}
+    assert counts["other_order"]["why"] == {
+        "only the correction prompt itself": 1,
+        "no other template order": 1,
+    }
+    assert counts["specificity"]["why"] == {"no unrelated answered question": 2}
+    assert counts["first_hop"]["why"] == {"no first-hop prompt": 2}
+    text = sets.describe()
+    assert "2 cases, 2 queries" in text
+    assert (
+        "neutral: 0 queries of 0 cases, 2 cases skipped (2 no single fact that is no part" in text
+    )
+
+
+def test_a_wrong_answer_that_is_right_is_left_out():
+    fact = _fact(answer_aliases=("ME",))
+    for said, kept in (("the me.", None), ("King", "King"), (" ", None)):
+        sets = build_sets([fact], [], answered_ids=(), known_ids=(), wrong={"a": said})
+        assert sets.queries[0].wrong == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": "The home is "}, "prompt is 'The home is '"),
+        ({"answer": ""}, "answer is ''"),
+        ({"wrong": "MAINE"}, "the wrong answer 'MAINE' is the answer"),
+    ],
+)
+def test_bad_queries_are_refused(change, message):
+    query = Query(case="a", set="correction", query_id="q", prompt="The home is", answer="Maine")
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(query, **change)
+
+
+def test_bad_requests_are_refused():
+    nothing = {"answered_ids": (), "known_ids": ()}
+    with pytest.raises(ValueError, match="got 2 with 1 different ids"):
+        build_sets([_fact(), _fact()], [], **nothing)
+    with pytest.raises(ValueError, match="got 0"):
+        build_sets([], [], **nothing)
+    with pytest.raises(ValueError, match="per_case is 0"):
+        build_sets([_fact()], [], per_case=0, **nothing)
+    with pytest.raises(ValueError, match="no two-hop prompt of form 'prefix'"):
+        build_sets([_fact()], [], form="prefix", **nothing)
+    sets = build_sets([_fact()], [], **nothing)
+    with pytest.raises(ValueError, match="no set.*'other'"):
+        sets.of("other")
+    with pytest.raises(ValueError, match="unknown case.*'a'"):
+        QuerySets(sets.queries, ("b",))

@@ -1,0 +1,26 @@
+"""Two-hop facts over the tiny models' words, with answers that a random model gives or not."""
+
+from __future__ import annotations
+
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.generate import generate
+
+
+def tiny_facts(model, n=6):
+    """`n` facts; the model's own greedy first words are the answers of the even ones."""
+    facts = []
+    for i in range(n):
+        subject, bridge = f"w{20 + i} w{30 + i}", f"w{40 + i}"
+        hop, second = f"w10 {subject}", {"suffix": f"w11 w12 {bridge} w13"}
+        two_hop = {"suffix": f"w11 w12 {hop} w13", "prefix": f"{hop} w14 w15"}
+        said = generate(model, [second["suffix"]], max_new_tokens=1)[0].text
+        answer = said if i % 2 == 0 and said not in ("", bridge) else f"w{60 + i} w{70 + i}"
+        facts.append(
+            TwoHopFact(
+                id=str(i), subject=subject, relation1="r1", bridge=bridge, relation2="r2",
+                answer=answer, first_hop=hop, prompts=two_hop,
+                first_prompts={"suffix": f"{hop} w13"},
+                second_prompts={**second, "prefix": f"{bridge} w14 w15"}, split="tiny",
+            )
+        )  # fmt: skip
+    return facts

@@ -1,0 +1,39 @@
+"""A repair for tests: adds a vector of its own to each row, at one attention output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mi_hops.model import hook_name
+
+
+@dataclass(frozen=True)
+class AddVector:
+    """Adds row r's state (a vector, or None) at a layer's attn_out.
+
+    At the prompt's last token, and with `later` also at all tokens after it.
+    """
+
+    layer: int = 1
+    later: bool = False
+    name: str = "add"
+
+    def fit(self, model, facts):
+        generator = torch.Generator().manual_seed(len(facts))
+        return [3 * torch.randn(model.cfg.d_model, generator=generator) for _ in facts]
+
+    def hooks(self, model, states, rows):
+        def fn(x):
+            out = x.clone()
+            for r, (state, prompt) in enumerate(zip(states, rows.prompts, strict=True)):
+                if state is None:
+                    continue
+                for pos in range(rows.width):
+                    at = rows.offset + pos
+                    if at == prompt.last or (self.later and at > prompt.last):
+                        out[r, pos] += state.to(x)
+            return out
+
+        return [(hook_name("attn_out", self.layer), fn)]

@@ -1,0 +1,196 @@
+"""The command line: what it hands on, what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mi_hops import __version__
+from mi_hops.cli import app
+
+runner = CliRunner()
+
+
+class FakeStudy:
+    def headlines(self) -> list[tuple[str, str]]:
+        return [("two-hop questions answered", "61.0% (n = 100)")]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Put recorders in the place of the study and of the report; returns what they were given."""
+    seen: list[dict] = []
+
+    def run_study(model, facts, **settings):
+        seen.append({"model": model, "facts": facts, **settings})
+        return FakeStudy()
+
+    def write_report(study, path):
+        assert isinstance(study, FakeStudy)
+        seen.append({"report": path})
+        return path
+
+    _install(monkeypatch, run_study, write_report)
+    return seen
+
+
+def _install(monkeypatch: pytest.MonkeyPatch, run_study, write_report=None) -> None:
+    for name, attributes in (
+        ("mi_hops.study", {"run_study": run_study}),
+        ("mi_hops.report", {"write_report": write_report}),
+    ):
+        module = types.ModuleType(name)
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_study_defaults(calls):
+    result = runner.invoke(app, ["study"])
+    assert result.exit_code == 0, result.output
+    assert calls[0] == {
+        "model": "hops-gpt2",
+        "facts": None,
+        "out": Path("study"),
+        "device": None,
+        "dtype": None,
+        "backend": None,
+        "seed": 0,
+        "limit": None,
+        "force": False,
+        "progress": True,
+    }
+    assert calls[1] == {"report": Path("study/report.html")}
+    assert "61.0% (n = 100)" in result.output
+    assert "report.html" in result.output
+
+
+def test_study_hands_every_option_on(calls, tmp_path):
+    facts, out = tmp_path / "facts.jsonl", tmp_path / "out"
+    options = f"--model m --facts {facts} --out {out} --device cuda:1 --dtype bfloat16"
+    options += " --backend bridge --seed 7 --limit 12 --force --quiet"
+    result = runner.invoke(app, ["study", *options.split()])
+    assert result.exit_code == 0, result.output
+    assert calls[0] == {
+        "model": "m",
+        "facts": facts,
+        "out": out,
+        "device": "cuda:1",
+        "dtype": "bfloat16",
+        "backend": "bridge",
+        "seed": 7,
+        "limit": 12,
+        "force": True,
+        "progress": False,
+    }
+    assert result.output == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("fact 'a': the bridge\nequals the answer"),
+        FileNotFoundError("no such facts file: x.jsonl"),
+        FileExistsError("study/ holds other settings' results"),
+        OSError("the hub cannot be reached"),
+    ],
+)
+def test_expected_errors_are_one_line_and_exit_code_2(monkeypatch, error):
+    def run_study(*args, **kwargs):
+        raise error
+
+    _install(monkeypatch, run_study)
+    result = runner.invoke(app, ["study"])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == f"Error: {' '.join(str(error).split())}\n"
+
+    shown = runner.invoke(app, ["study", "--debug"])
+    assert shown.exception is error  # raised as it is, so that Python prints the traceback
+
+
+def test_an_unexpected_error_is_not_hidden(monkeypatch):
+    def run_study(*args, **kwargs):
+        raise ZeroDivisionError("a bug")
+
+    _install(monkeypatch, run_study)
+    assert isinstance(runner.invoke(app, ["study"]).exception, ZeroDivisionError)
+
+
+def test_ctrl_c_says_that_the_same_command_resumes(monkeypatch):
+    def run_study(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    _install(monkeypatch, run_study)
+    result = runner.invoke(app, ["study"])
+    assert result.exit_code == 130
+    assert "the same command resumes" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args", [["study", "--limit", "0"], ["study", "--nonsense"], ["frobnicate"]]
+)
+def test_wrong_arguments_are_refused(calls, args):
+    assert runner.invoke(app, args).exit_code == 2
+    assert calls == []
+
+
+def test_versions():
+    assert runner.invoke(app, ["--version"]).output == f"mi-hops {__version__}\n"
+    lines = runner.invoke(app, ["version"]).output.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "mi-hops",
+        "torch",
+        "transformer_lens",
+        "transformers",
+    ]
+    assert all(len(line.split()) == 2 for line in lines)
+
+
+def test_python_m_shows_the_same_help_without_loading_torch():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['mi_hops', '--help']\n"
+        "try:\n    runpy.run_module('mi_hops', run_name='__main__')\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
+        "assert 'torch' not in sys.modules and 'transformer_lens' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train-world" in done.stdout and "study" in done.stdout
+
+
+def test_train_world_refuses_a_folder_with_other_files(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = runner.invoke(app, ["train-world", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "is not empty" in result.stderr and "--force" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+    result = runner.invoke(app, ["train-world", "--out", str(tmp_path / "notes.txt"), "--force"])
+    assert result.exit_code == 2
+    assert "is a file" in result.stderr
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_train_world_writes_a_checkpoint_that_transformers_loads(tmp_path, family):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "world"
+    options = f"--family {family} --steps 3 --seed 5 --device cpu --limit 8 --out {out}"
+    result = runner.invoke(app, ["train-world", *options.split()])
+    assert result.exit_code == 0, result.output
+    assert f"{family} after 3 steps" in result.stdout and "seen_parts" in result.stdout
+
+    record = json.loads((out / "training.json").read_text())
+    assert record["recipe"]["steps"] == 3 and record["recipe"]["seed"] == 5
+    assert record["curve"][-1]["step"] == 3
+    assert {scores["n"] for scores in record["measured"].values()} == {8}
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(out))

@@ -1,0 +1,94 @@
+"""Importing is cheap, every public name and module is there, and the wheel carries the data."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mi_hops
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(mi_hops.__file__).parent
+HEAVY = ("torch", "transformer_lens", "transformers", "plotly", "pandas", "xarray")
+
+
+def _modules() -> list[str]:
+    found = pkgutil.walk_packages([str(PACKAGE)], prefix="mi_hops.")
+    return sorted(module.name for module in found)
+
+
+def test_import_loads_nothing_heavy():
+    code = f"import sys, mi_hops; dir(mi_hops); print([n for n in {HEAVY} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", mi_hops.__all__)
+def test_every_public_name_resolves(name):
+    assert getattr(mi_hops, name) is not None
+    assert name in dir(mi_hops)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'no_such_thing'"):
+        _ = mi_hops.no_such_thing
+
+
+def test_type_checkers_and_the_lazy_table_see_the_same_names():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (guarded,) = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    declared = {
+        alias.name: node.module
+        for node in guarded.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert declared == mi_hops._HOME
+    assert set(mi_hops.__all__) == {*mi_hops._HOME, "__version__"}
+
+
+def test_the_modules_are_found():
+    assert {"mi_hops.cli", "mi_hops.facts.fact", "mi_hops.worlds.train"} <= set(_modules())
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_every_module_imports(name):
+    importlib.import_module(name)
+
+
+def test_every_folder_with_code_is_a_package():
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert [f for f in sorted(folders) if not (f / "__init__.py").exists()] == []
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_every_file_of_the_package(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"mi_hops-{mi_hops.__version__}-py3-none-any.whl"
+    packed = set(zipfile.ZipFile(wheel).namelist())
+
+    files = (p.relative_to(ROOT) for p in PACKAGE.rglob("*") if p.is_file())
+    wanted = {p.as_posix() for p in files if "__pycache__" not in p.parts}
+    assert "mi_hops/py.typed" in packed
+    assert wanted - packed == set()
+    tops = {name.split("/")[0] for name in packed}
+    assert tops == {"mi_hops", f"mi_hops-{mi_hops.__version__}.dist-info"}

@@ -1,0 +1,215 @@
+"""The adapter over both TransformerLens classes, against plain transformers and each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mi_hops import model as M
+
+TOKENS = torch.tensor([[1, 7, 8, 9, 30], [1, 40, 41, 6, 11]])
+
+
+def hf(folder, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).eval()
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "llama32"])
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_logits_equal_transformers(load_tiny, checkpoints, shape, backend):
+    with torch.no_grad():
+        expected = hf(checkpoints[shape])(TOKENS).logits
+    logits = M.forward(load_tiny(shape, backend), TOKENS)
+    assert torch.allclose(logits, expected, atol=2e-5, rtol=0)
+
+
+def test_right_padding_needs_no_mask(tiny):
+    short = TOKENS[:1, :3]
+    padded = torch.cat([short, torch.zeros(1, 4, dtype=torch.long)], 1)
+    alone = M.forward(tiny, short)
+    assert torch.allclose(M.forward(tiny, padded)[:, :3], alone, atol=1e-5, rtol=0)
+
+
+def test_right_padding_whatever_the_tokenizers_side(load_tiny):
+    model = load_tiny("gpt2", "hooked", fresh=True)
+    expected = M.forward(model, TOKENS)
+    model.tokenizer.padding_side = "left"
+    assert torch.equal(M.forward(model, TOKENS), expected)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "llama32"])
+def test_fingerprint_is_the_same_on_both_classes(load_tiny, shape):
+    assert M.fingerprint(load_tiny(shape, "hooked")) == M.fingerprint(load_tiny(shape, "bridge"))
+
+
+def test_fingerprint_sees_a_low_rank_change(tiny):
+    before = M.fingerprint(tiny)
+    old = M.read_w_o(tiny, 1)
+    u = torch.zeros(old.shape[0])
+    u[3] = 1e-3
+    M.write_w_o(tiny, 1, old + u[:, None] * torch.ones(old.shape[1]))
+    assert M.fingerprint(tiny) != before
+    M.write_w_o(tiny, 1, old)
+    assert M.fingerprint(tiny) == before
+
+
+def test_w_o_is_read_and_written_the_right_way_round(tiny):
+    """z @ W_O + b_O is the attention output, although W_O is square."""
+    old = M.read_w_o(tiny, 1)
+    names = [M.hook_name("z", 1), M.hook_name("attn_out", 1)]
+    acts, _ = M.capture(tiny, TOKENS, names)
+    z = acts[names[0]].flatten(2)
+    bias = getattr(tiny.blocks[1].attn, "b_O", None)
+    expected = z @ old + (0 if bias is None else bias)
+    assert torch.allclose(acts[names[1]], expected, atol=1e-5)
+    new = old + torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
+    try:
+        M.write_w_o(tiny, 1, new)
+        changed, _ = M.capture(tiny, TOKENS, names)
+        assert torch.allclose(changed[names[1]], expected + z @ (new - old), atol=1e-4)
+    finally:
+        M.write_w_o(tiny, 1, old)
+    assert torch.equal(M.read_w_o(tiny, 1), old)
+
+
+def test_write_w_o_refuses(tiny):
+    old = M.read_w_o(tiny, 0)
+    with pytest.raises(ValueError, match=r"W_O of layer 0 is \(32, 32\)"):
+        M.write_w_o(tiny, 0, old[:4])
+    with pytest.raises(ValueError, match="non-finite"):
+        M.write_w_o(tiny, 0, old * float("nan"))
+    with pytest.raises(ValueError, match="out of range"):
+        M.write_w_o(tiny, 3, old)
+    assert torch.equal(M.read_w_o(tiny, 0), old)
+
+
+def test_half_precision_overflow_is_refused(load_tiny):
+    model = load_tiny("gpt2", "bridge", "float16")
+    old = M.read_w_o(model, 0)
+    with pytest.raises(ValueError, match="non-finite"):
+        M.write_w_o(model, 0, old.float() + 1e6)
+    assert torch.equal(M.read_w_o(model, 0), old)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_resid_mid_patch_is_true_on_both(load_tiny, shape):
+    """A change at resid_mid reaches the skip connection: equal to the change at attn_out."""
+    delta = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    for backend in ("bridge", "hooked"):
+        model = load_tiny(shape, backend)
+        mid = M.forward(model, TOKENS, hooks=[(M.hook_name("resid_mid", 1), lambda x: x + delta)])
+        out = M.forward(model, TOKENS, hooks=[(M.hook_name("attn_out", 1), lambda x: x + delta)])
+        assert torch.allclose(mid, out, atol=1e-5)
+        assert not torch.allclose(mid, M.forward(model, TOKENS), atol=1e-2)
+
+
+def test_hook_returning_none_leaves_the_activation(tiny):
+    seen = []
+    out = M.forward(tiny, TOKENS, hooks=[(M.hook_name("z", 0), lambda x: seen.append(x.shape))])
+    assert seen == [(2, 5, 4, 8)]
+    assert torch.equal(out, M.forward(tiny, TOKENS))
+
+
+def test_hooks_are_removed_after_an_exception(tiny):
+    def broken(x):
+        raise KeyError("boom")
+
+    with pytest.raises(KeyError):
+        M.forward(tiny, TOKENS, hooks=[(M.hook_name("mlp_out", 0), broken)])
+    assert not any(p.fwd_hooks for p in tiny.hook_dict.values())
+
+
+def test_a_hook_that_never_fires_raises(tiny):
+    with pytest.raises(RuntimeError, match="never fired"):
+        M.forward(tiny, TOKENS, hooks=[(M.hook_name("z", 2), lambda x: x)], stop_at_layer=1)
+
+
+def test_missing_hooks_are_named(tiny):
+    with pytest.raises(M.MissingHookError, match=r"blocks\.7\.attn\.hook_z"):
+        M.forward(tiny, TOKENS, hooks=[("blocks.7.attn.hook_z", lambda x: x)])
+    with pytest.raises(ValueError, match="unknown activation kind 'zz'"):
+        M.hook_name("zz")
+
+
+def test_capture_stops_early_and_equals_the_full_pass(tiny):
+    name = M.hook_name("resid_post", 0)
+    early, none = M.capture(tiny, TOKENS, [name])
+    full, logits = M.capture(tiny, TOKENS, [name], logits=True)
+    assert none is None
+    assert torch.equal(early[name], full[name])
+    assert torch.allclose(logits, M.forward(tiny, TOKENS), atol=1e-6)
+
+
+def test_read_out_is_the_models_own(tiny):
+    name = M.hook_name("resid_post", 2)
+    acts, logits = M.capture(tiny, TOKENS, [name], logits=True)
+    assert torch.allclose(M.read_out(tiny, acts[name]), logits, atol=1e-5)
+    raw = M.read_out(tiny, acts[name], norm=False)
+    assert torch.allclose(raw, acts[name] @ tiny.W_U + M.unembedding(tiny)[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_folded_weights_are_noticed(load_tiny, shape):
+    for backend in ("hooked", "bridge"):
+        assert M.processing_of(load_tiny(shape, backend)) == "none"
+        folded = load_tiny(shape, backend, processing="fold")
+        assert M.processing_of(folded) == "fold"
+        assert M.provenance(folded)["processing"] == "fold"
+
+
+def test_heads_are_counted_as_they_are(load_tiny):
+    llama = load_tiny("llama")
+    assert (M.n_kv_heads(llama), M.n_heads_of(llama, "v"), M.n_heads_of(llama, "z")) == (2, 2, 4)
+    assert M.n_kv_heads(load_tiny("gpt2")) == 4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs(load_tiny, dtype):
+    for backend in ("hooked", "bridge"):
+        model = load_tiny("llama", backend, dtype)
+        assert M.dtype_of(model) == getattr(torch, dtype)
+        assert torch.isfinite(M.forward(model, TOKENS).float()).all()
+
+
+class TestLoading:
+    def test_unknown_name(self):
+        with pytest.raises(OSError, match="cannot load 'no-such-model'"):
+            M.load_model("no-such-model")
+
+    def test_folder_without_config(self, tmp_path):
+        with pytest.raises(ValueError, match="no config.json"):
+            M.load_model(tmp_path)
+
+    def test_missing_folder(self, tmp_path):
+        with pytest.raises(ValueError, match="no local folder"):
+            M.load_model(tmp_path / "gone")
+
+    def test_folder_without_tokenizer(self, checkpoints, tmp_path):
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / name).write_bytes((checkpoints["gpt2"] / name).read_bytes())
+        with pytest.raises(ValueError, match="no tokenizer"):
+            M.load_model(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"dtype": "float31"}, "unknown dtype"),
+            ({"backend": "hoked"}, "backend is 'hoked'"),
+            ({"processing": "some"}, "processing is 'some'"),
+        ],
+    )
+    def test_bad_options(self, checkpoints, options, message):
+        with pytest.raises(ValueError, match=message):
+            M.load_model(checkpoints["gpt2"], **options)
+
+    def test_weights_are_frozen_and_model_evaluates(self, tiny):
+        assert not tiny.training
+        assert not any(p.requires_grad for p in tiny.parameters())
+
+    def test_another_class_is_refused(self):
+        with pytest.raises(ValueError, match="got Linear"):
+            M.backend_of(torch.nn.Linear(2, 2))

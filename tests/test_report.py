@@ -1,0 +1,399 @@
+"""The report: what it says, that it needs no network, and that a browser draws it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from mi_hops.report import write_report
+from mi_hops.report.findings import findings
+from mi_hops.report.parts import figures, layers, number, percent
+from mi_hops.study import Sizes, Study, run_study
+from tests.reasoning.tiny_facts import tiny_facts
+
+SMALL = Sizes(
+    lens=4, erasure=3, locate=3, injection=4, choose=3, edits=4, controls=1, strengths=(1.0, 4.0),
+    per_case=1,
+)  # fmt: skip
+SECTIONS = ("gap", "lens", "erasure", "locate", "injection", "editing")
+EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
+
+
+class Page(HTMLParser):
+    """Ids, links, scripts and visible text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[tuple[str, str, str]] = []
+        self.tags: list[str] = []
+        self.scripts: list[tuple[dict, str]] = []
+        self.styles = ""
+        self.words = ""
+        self._inside: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.tags.append(tag)
+        if "id" in given:
+            self.ids.append(given["id"])
+        self.links += [(tag, name, given[name]) for name in ("src", "href") if name in given]
+        self._inside.append(tag)
+        if tag == "script":
+            self.scripts.append((given, ""))
+
+    def handle_endtag(self, tag):
+        if tag in self._inside:
+            while self._inside.pop() != tag:
+                pass
+
+    def handle_data(self, data):
+        if "script" in self._inside:
+            given, text = self.scripts[-1]
+            self.scripts[-1] = (given, text + data)
+        elif "style" in self._inside:
+            self.styles += data
+        else:
+            self.words += data
+
+    @property
+    def plots(self) -> dict[str, dict]:
+        """Id -> the figure that the page's script draws there."""
+        return {g["data-plot"]: json.loads(t) for g, t in self.scripts if "data-plot" in g}
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", self.words)
+
+
+def array(value):
+    """Numbers of a plotly figure: a list, or typed and in base64."""
+    if isinstance(value, dict):
+        kind = np.dtype(value["dtype"])
+        return np.frombuffer(base64.b64decode(value["bdata"]), dtype=kind).astype(float)
+    return np.array(value, dtype=float)
+
+
+@pytest.fixture(scope="module")
+def study(load_tiny, tmp_path_factory):
+    """A tiny model's study, with a gap dictated so that every step has something to work on."""
+    from mi_hops.reasoning import gap
+
+    model = load_tiny("llama", "bridge")
+    splits = ("seen_parts", "first_unseen")
+    facts = [replace(f, split=splits[i % 4 > 1]) for i, f in enumerate(tiny_facts(model, 16))]
+    real = gap.find_gap
+
+    def dictated(model, asked, **options):
+        found = real(model, asked, **options)
+        found.frame[["first", "second"]] = True
+        found.frame["two_hop"] = [i % 2 == 0 for i in range(len(found.frame))]
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gap, "find_gap", dictated)
+        return run_study(
+            model, facts, out=tmp_path_factory.mktemp("study"), sizes=SMALL, progress=False
+        )
+
+
+@pytest.fixture(scope="module")
+def report(study, tmp_path_factory):
+    return write_report(study, tmp_path_factory.mktemp("report") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return Page(report.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def ignorant(load_tiny, tmp_path_factory):
+    """The study of a model that knows both hops of no fact."""
+    model = load_tiny("gpt2", "bridge")
+    facts = [replace(f, answer=f"w{60 + i} w70") for i, f in enumerate(tiny_facts(model))]
+    return run_study(
+        model, facts, out=tmp_path_factory.mktemp("ignorant"), sizes=SMALL, progress=False
+    )
+
+
+def copied(study: Study, folder) -> Study:
+    shutil.copytree(study.folder, folder)
+    return Study.open(folder)
+
+
+# what it says
+
+
+def test_every_step_has_its_section_in_order_and_in_the_contents(page):
+    assert [i for i in page.ids if i in SECTIONS] == list(SECTIONS)
+    targets = [link.removeprefix("#") for tag, _, link in page.links if link.startswith("#")]
+    assert {*SECTIONS, "found", "terms", "sources"} <= set(targets)
+    assert set(targets) <= set(page.ids)
+    assert len(set(page.ids)) == len(page.ids)
+
+
+def test_every_figure_has_a_title_a_caption_with_n_and_plots(report, page):
+    parts = report.read_text(encoding="utf-8").split("<figure>")[1:]
+    assert len(parts) == 3 + 2 + 2 + 1 + 2 + 2
+    for part in parts:
+        inside = part.split("</figure>")[0]
+        assert re.search(r"<h3>\S.*</h3>", inside)
+        caption = re.search(r"<figcaption>(.*)</figcaption>", inside).group(1)
+        assert re.search(r"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}\d+", caption), caption
+        assert inside.count('class="plot"') == inside.count("data-plot=") >= 1
+    assert len(page.plots) == 3 + (4 + 2) + (4 + 2) + 3 + (2 + 1) + 2
+    assert set(page.plots) <= set(page.ids)
+
+
+def test_the_head_says_what_was_studied(study, page):
+    settings = study.settings
+    for value in ("model", "fingerprint", "dtype", "backend", "processing", "mi_hops"):
+        assert str(settings[value]) in page.text
+    for name, version in settings["versions"].items():
+        assert f"{name} {version}" in page.text
+    assert f"n = {settings['n_facts']}" in page.text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_the_numbers_are_those_of_the_summary(study, page):
+    text = page.text.replace("\N{NO-BREAK SPACE}", " ")
+    forms = study.summary["gap"]["forms"]
+    assert percent(next(iter(forms.values()))["gap"], n=False) in text
+    assert number(study.summary["erasure"]["exact, last"]["bridge_minus_control"], n=False) in text
+    assert number(study.summary["locate"]["resid_post"]["effect"], n=False) in text
+    assert study.summary["editing"]["choices"]["rule"] in text
+    for sets in study.summary["editing"]["scores"].values():
+        first = sets["correction"]["first_right_after"]
+        assert f"{first['value']:.1%}" in text
+    for name in ("median", "trimmed mean", "share raised"):  # beside the heavy-tailed mean
+        assert name in text
+
+
+def test_the_plots_show_what_the_files_hold(study, page):
+    erasure = study.result("erasure")
+    expected = erasure.ci(variable="bridge").sel(variant="published", position="first hop")
+    shown = next(
+        t for t in page.plots["plot-erasure-2-1"]["data"] if t.get("name") == "bridge erased"
+    )
+    assert np.allclose(array(shown["y"]), expected["estimate"], rtol=1e-4)
+
+    locate = study.result("locate").mean().data["effect"]
+    panels = [page.plots[f"plot-locate-2-{i}"] for i in (1, 2, 3)]
+    limits = {(p["layout"]["coloraxis"]["cmin"], p["layout"]["coloraxis"]["cmax"]) for p in panels}
+    ((low, high),) = limits  # one symmetric scale
+    assert low == -high
+    assert high == pytest.approx(float(abs(locate).max()))
+    located = study.summary["locate"]["located_layers"]
+    assert [len(p["layout"].get("shapes", [])) for p in panels] == [len(located), 0, 0]
+
+    gap = next(iter(study.summary["gap"]["forms"].values()))["by_split"]
+    bars = page.plots["plot-gap-2-1"]["data"][0]
+    assert np.allclose(array(bars["y"]), [s["two_hop_of_known"]["value"] for s in gap.values()])
+
+
+def test_cases_show_what_was_said_before_and_after(study, page):
+    frame = study.evaluation().frame
+    first = frame[frame["set"] == "correction"].iloc[0]
+    assert first["prompt"] in page.text
+    assert f"of {len(study.evaluation().case_ids)}" in page.text
+
+
+def test_a_model_that_knows_nothing_gets_a_report_that_says_so(ignorant, tmp_path):
+    text = write_report(ignorant, tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert [i for i in page.ids if i in SECTIONS] == list(SECTIONS)
+    assert "knows both hops of none of these facts" in page.text
+    for step in SECTIONS[1:]:
+        assert ignorant.skipped(step) in page.text.split("1. The compositionality gap")[-1]
+        assert not [i for i in page.plots if i.startswith(f"plot-{step}")]
+    assert "None" not in page.text
+    assert "nan" not in page.text.split()
+
+
+def test_a_step_that_was_left_out_shows_its_reason(study, tmp_path):
+    changed = copied(study, tmp_path / "study")
+    for step in ("erasure", "editing"):
+        changed.path(step).unlink()
+        (changed.folder / f"{step}.skipped").write_text(f"no {step} today, for {EVIL}\n")
+        changed.summary[step] = {"skipped": changed.skipped(step)}
+    page = Page(write_report(changed, tmp_path / "r.html").read_text(encoding="utf-8"))
+    for step in ("erasure", "editing"):
+        assert page.text.count(f"no {step} today") == 2  # among the findings, and in its place
+        assert not [i for i in page.plots if i.startswith(f"plot-{step}")]
+    assert "img" not in page.tags
+
+
+def test_text_of_models_and_facts_is_escaped(study, tmp_path):
+    changed = copied(study, tmp_path / "study")
+    evaluation = changed.evaluation()
+    for column in ("prompt", "answer", "said_before", "said_after"):
+        evaluation.frame[column] = EVIL
+    evaluation.save(changed.path("editing"), overwrite=True)
+    changed.settings["model"] = changed.settings["facts"]["report"] = EVIL
+    for form in changed.summary["gap"]["forms"].values():  # becomes a label inside a plot
+        form["by_split"][EVIL] = form["by_split"].pop("seen_parts")
+    page = Page(write_report(changed, tmp_path / "r.html").read_text(encoding="utf-8"))
+    plain = Page(write_report(study, tmp_path / "plain.html").read_text(encoding="utf-8"))
+    assert EVIL in page.words
+    assert page.tags == plain.tags
+    labels = json.dumps(page.plots["plot-gap-2-1"])
+    assert "&lt;script" in labels and "<script" not in labels
+
+
+# the file
+
+
+def test_it_needs_no_network(report, page):
+    for tag, name, link in page.links:
+        text_link = tag == "a" and name == "href" and link.startswith("https://arxiv.org/abs/")
+        assert text_link or link.startswith(("#", "data:")), (tag, name, link)
+    assert not re.search(r"url\(|@import", page.styles)
+    assert not {"iframe", "img", "object", "embed"} & set(page.tags)
+    libraries = [t for g, t in page.scripts if "Plotly" in t and len(t) > 1_000_000]
+    assert len(libraries) == 1
+    assert report.stat().st_size < len(libraries[0].encode()) + 1_000_000
+
+
+def test_the_same_study_gives_the_same_file(study, report, tmp_path):
+    again = write_report(Study.open(study.folder), tmp_path / "again.html")
+    assert again.read_bytes() == report.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["again.html"]
+
+
+def test_nothing_half_written(study, tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("the old one")
+    with pytest.raises(ValueError, match="not finished.*resume"):
+        write_report(replace(study, summary={}), path)
+    broken = copied(study, tmp_path / "study")
+    broken.path("locate").write_bytes(b"no NetCDF")
+    with pytest.raises((ValueError, OSError)):
+        write_report(broken, path)
+    assert path.read_text() == "the old one"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "study"]
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        write_report(study, tmp_path / "missing" / "report.html")
+
+
+# numbers in words
+
+
+def test_numbers_in_words():
+    share = {"value": 0.378, "low": 0.351, "high": 0.405, "n": 1290}
+    assert percent(share) == "37.8% [35.1, 40.5], n = 1290"
+    assert percent({"value": None, "low": None, "high": None, "n": 0}) == "no case"
+    assert percent({**share, "low": None}, n=False) == "37.8% (no interval)"
+    drop = {"value": -0.078, "low": -0.122, "high": -0.034, "n": 100}
+    assert number(drop) == "−0.078 [−0.122, −0.034], n = 100"
+    assert number({**drop, "high": float("nan")}, n=False) == "−0.078 (no interval)"
+    assert [figures(v) for v in (0, 0.5, 60.806, 23957.7, 0.00067, 0.00002)] == [
+        "0.000", "0.500", "60.806", "23,958", "0.0007", "2.0e−05",
+    ]  # fmt: skip
+    assert figures(None) == figures(float("nan")) == "–"
+    assert [layers(x) for x in ([], [3], [2, 3, 4], [1, 4])] == [
+        "no layer", "layer 3", "layers 2 to 4", "layers 1, 4",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (-0.2, -0.1, "The answer rests on the bridge there."),
+        (-0.2, 0.1, "no clear difference"),
+        (None, None, "no clear difference"),
+    ],
+)
+def test_findings_claim_only_what_the_interval_allows(study, low, high, says):
+    summary = json.loads(json.dumps(study.summary))
+    for name, entry in summary["erasure"].items():
+        if name != "clean":
+            entry["bridge_minus_control"] |= {"value": -0.1, "low": low, "high": high}
+    (found,) = [f for f in findings(summary) if f.section == "erasure"]
+    assert says in found.text
+    assert found.value == "−0.100"
+
+
+# the browser
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-background-networking "
+    "--disable-component-update --disable-sync --no-first-run --enable-logging=stderr --v=0 "
+    "--virtual-time-budget=20000"
+)
+#: Whatever would leave this machine finds nothing.
+OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND"
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+
+
+def browse(chromium, path, profile, *options):
+    """(DOM after drawing, lines that the page wrote to the console)."""
+    done = subprocess.run(
+        [chromium, *FLAGS.split(), OFFLINE, f"--user-data-dir={profile}", *options, path.as_uri()],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_browser_draws_every_plot_without_errors(chromium, report, page, tmp_path, width):
+    measure = (
+        "<script>document.documentElement.dataset.width = document.documentElement.scrollWidth + "
+        "'/' + window.innerWidth;</script></body>"
+    )
+    copy = tmp_path / "report.html"
+    copy.write_text(report.read_text(encoding="utf-8").replace("</body>", measure), "utf-8")
+    dom, console = browse(
+        chromium, copy, tmp_path / "profile", f"--window-size={width},1200", "--dump-dom"
+    )
+    assert console == []
+    for name in page.plots:
+        drawn = dom.split(f'id="{name}"')[1].split("data-plot=")[0]
+        assert 'class="main-svg"' in drawn, f"{name} was not drawn"
+        assert re.search(r'class="(trace |hm)', drawn), f"{name} is empty"
+    needed, there = re.search(r'data-width="(\d+)/(\d+)"', dom).groups()
+    assert int(needed) <= int(there), "the page is wider than the window"
+
+
+@pytest.mark.browser
+def test_a_browser_opens_the_report_of_a_model_that_knows_nothing(chromium, ignorant, tmp_path):
+    path = write_report(ignorant, tmp_path / "report.html")
+    dom, console = browse(chromium, path, tmp_path / "profile", "--dump-dom")
+    assert console == []
+    assert dom.count('class="main-svg"') >= 1  # the hops by themselves are shown
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("fault", ["console.error('broken')", "throw new Error('broken')"])
+def test_the_browser_test_sees_errors(chromium, tmp_path, fault):
+    path = tmp_path / "broken.html"
+    path.write_text(f"<!doctype html><title>x</title><script>{fault}</script>")
+    _, console = browse(chromium, path, tmp_path / "profile", "--dump-dom")
+    assert "broken" in "".join(console)
+
+
+@pytest.mark.browser
+def test_a_browser_takes_a_picture(chromium, report, tmp_path):
+    picture = tmp_path / "report.png"
+    browse(chromium, report, tmp_path / "profile", "--window-size=1200,1400",
+           f"--screenshot={picture}")  # fmt: skip
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 20_000

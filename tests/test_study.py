@@ -1,0 +1,199 @@
+"""The study: resuming, refusing, and every step on models that know something or nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from mi_hops.study import STEPS, Sizes, Study, run_study
+from mi_hops.study.choose import choose_edit, layer_spans
+from mi_hops.study.run import load_study_facts
+from tests.reasoning.tiny_facts import tiny_facts
+
+SMALL = Sizes(
+    lens=4, erasure=3, locate=3, injection=4, choose=3, edits=4, controls=1, strengths=(1.0, 4.0),
+    per_case=1,
+)  # fmt: skip
+
+
+@pytest.fixture(params=[("gpt2", "hooked"), ("llama", "bridge")], ids="-".join)
+def tiny(request, load_tiny):
+    """Each family and each class once: a study is many forward passes."""
+    return load_tiny(*request.param)
+
+
+@pytest.fixture
+def knowing(tiny, monkeypatch):
+    """A tiny model, and a gap dictated so that every step has something to work on."""
+    from mi_hops.reasoning import gap as gap_module
+
+    facts = [replace(f, split="held") for f in tiny_facts(tiny, 16)]
+    real = gap_module.find_gap
+
+    def dictated(model, asked, **options):
+        found = real(model, asked, **options)
+        found.frame[["first", "second"]] = True
+        found.frame["two_hop"] = [i % 2 == 0 for i in range(len(found.frame))]
+        return found
+
+    monkeypatch.setattr(gap_module, "find_gap", dictated)
+    return tiny, facts
+
+
+def run(model, facts, out, **options):
+    return run_study(model, facts, out=out, sizes=SMALL, progress=False, **options)
+
+
+def test_every_step_is_written_and_read_back(knowing, tmp_path):
+    model, facts = knowing
+    study = run(model, facts, tmp_path / "study")
+    assert [study.skipped(step) for step in STEPS] == [None] * len(STEPS)
+    for step in STEPS[:-1]:
+        assert study.result(step).provenance["fingerprint"] == study.settings["fingerprint"]
+    assert study.evaluation().case_ids
+    gap = study.summary["gap"]
+    assert gap["failed"] == gap["passed"] == 8
+    assert gap["forms"]["suffix"]["gap"]["value"] == 0.5
+    assert {"lens", "erasure", "locate", "injection", "editing"} <= set(study.summary)
+    assert all(isinstance(v, str) for line in study.headlines() for v in line)
+    json.loads((tmp_path / "study" / "summary.json").read_text())
+
+
+def test_choosing_and_reporting_never_share_a_fact(knowing, tmp_path):
+    model, facts = knowing
+    study = run(model, facts, tmp_path / "study")
+    located = set(study.result("locate")["example"].values)
+    scored = set(study.evaluation().case_ids)
+    injection = study.result("injection")
+    halves = {
+        name: set(injection["example"].values[injection["half"].values == name])
+        for name in ("choose", "report")
+    }
+    assert not (located | halves["choose"]) & (scored | halves["report"])
+    assert halves["choose"]
+    assert halves["report"]
+
+
+def test_the_model_is_left_as_it_was(knowing, tmp_path):
+    from mi_hops.model import fingerprint
+
+    model, facts = knowing
+    before = fingerprint(model)
+    run(model, facts, tmp_path / "study")
+    assert fingerprint(model) == before
+    assert not any(p.fwd_hooks for p in model.hook_dict.values())
+
+
+def test_a_stopped_study_resumes(knowing, tmp_path, monkeypatch):
+    from mi_hops.reasoning import locate as locate_module
+
+    model, facts = knowing
+    out = tmp_path / "study"
+    real = locate_module.locate
+
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(locate_module, "locate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, facts, out)
+    done = {p.name: p.stat().st_mtime_ns for p in out.glob("*.nc")}
+    assert set(done) == {"gap.nc", "failures.nc", "lens.nc", "erasure.nc"}
+    assert not list(out.glob(".*"))
+    monkeypatch.setattr(locate_module, "locate", real)
+    study = run(model, facts, out)
+    assert all(study.done(step) for step in STEPS)
+    assert {n: (out / n).stat().st_mtime_ns for n in done} == done
+
+
+def test_a_finished_study_is_reopened(knowing, tmp_path, monkeypatch):
+    from mi_hops.study.steps import Run
+
+    model, facts = knowing
+    first = run(model, facts, tmp_path / "study")
+    monkeypatch.setattr(Run, "step", lambda self, name: pytest.fail("a step ran again"))
+    assert run(model, facts, tmp_path / "study").summary == first.summary
+
+
+def test_other_settings_are_not_overwritten(tiny, tmp_path):
+    facts = tiny_facts(tiny, 4)
+    out = tmp_path / "study"
+    run(tiny, facts, out)
+    with pytest.raises(FileExistsError, match=r"other settings \(seed differ\)"):
+        run(tiny, facts, out, seed=1)
+    with pytest.raises(FileExistsError, match="facts_digest"):
+        run(tiny, facts[:3], out)
+    assert run(tiny, facts, out, seed=1, force=True).settings["seed"] == 1
+
+
+def test_other_files_are_not_overwritten(tiny, tmp_path):
+    facts = tiny_facts(tiny, 4)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"thesis\.txt"):
+        run(tiny, facts, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    run(tiny, facts, tmp_path, force=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(FileExistsError, match="is a file"):
+        run(tiny, facts, tmp_path / "thesis.txt")
+
+
+def test_a_model_that_knows_nothing(tiny, tmp_path):
+    facts = [replace(f, bridge="w81 w82 w83", answer="w84 w85 w86") for f in tiny_facts(tiny, 5)]
+    study = run(tiny, facts, tmp_path / "study")
+    assert study.result("gap") is not None
+    for step in STEPS[1:]:
+        assert "knows both hops of none" in study.skipped(step) or "no two-hop" in study.skipped(
+            step
+        )
+    assert study.summary["gap"]["forms"]["suffix"]["gap"]["value"] is None
+    assert any("left out" in text for _, text in study.headlines())
+
+
+def test_nothing_to_ask(tiny, tmp_path):
+    with pytest.raises(ValueError, match="no usable fact"):
+        run(tiny, [], tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_prompt_longer_than_the_context(tiny, tmp_path):
+    facts = tiny_facts(tiny, 2)
+    long = replace(facts[1], id="long", prompts={"suffix": facts[1].prompt() + " w5" * 80})
+    with pytest.raises(ValueError, match=r"fact 'long': .* exceeds the model's context of 64"):
+        run(tiny, [facts[0], long], tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_folder_without_a_study(tmp_path):
+    with pytest.raises(ValueError, match="holds no study"):
+        Study.open(tmp_path)
+
+
+def test_bundled_facts_and_their_limit():
+    everything, source = load_study_facts(None, None, 0)
+    some, _ = load_study_facts(None, 100, 0)
+    assert source["file"] == "hopland.jsonl"
+    assert len(some) <= 100
+    assert {f.split for f in some} == {f.split for f in everything}
+    assert some == load_study_facts(None, 100, 0)[0]
+    assert some != load_study_facts(None, 100, 1)[0]
+    for split in ("seen_parts", "first_unseen", "second_unseen"):
+        assert sum(f.split == split for f in everything) >= 300
+
+
+def test_layer_spans():
+    assert layer_spans([2, 4], 6) == [(1, 2, 3, 4), (2, 3, 4), (3, 4), (4,)]
+    assert layer_spans([0], 6) == [(0,)]
+    assert layer_spans([], 12) == [tuple(range(s, 9)) for s in (3, 4, 5, 6)]
+
+
+def test_choose_edit():
+    rows = [
+        {"layers": [0, 1], "correction": 0.9, "kept": 0.9},
+        {"layers": [0], "correction": 0.8, "kept": 0.99},
+        {"layers": [0, 1, 2], "correction": 0.8, "kept": 0.99},
+        {"layers": [5], "correction": 0.1, "kept": None},
+    ]
+    assert choose_edit(rows) == rows[1]

@@ -1,0 +1,119 @@
+"""Training: batches that score answers only, a loss that falls, a checkpoint that others load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mi_hops.facts.templates import CONTEXTS, FORMS
+from mi_hops.worlds.hopland import Hopland
+from mi_hops.worlds.train import Recipe, Sampler, accuracy, build_tokenizer, measure, save, train
+
+SMALL = Hopland(people=8, works=3, companies=3, cities=3, countries=3)
+RECIPE = Recipe(steps=25, batch_size=48, warmup=5, lr=1e-2, n_layer=2, d_model=32, d_mlp=64, n_head=2,
+                n_kv_head=1)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def trained(request):
+    return request.param, *train(SMALL, request.param, RECIPE, progress=False, log_every=5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_tokenizer_gives_every_text_back(family):
+    tokenizer = build_tokenizer(SMALL, family)
+    for fact in SMALL.two_hop_facts()[:50]:
+        for prompt in fact.prompts.values():
+            for context in CONTEXTS:
+                text = context.format(f"{prompt} {fact.answer}.")
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                assert tokenizer.unk_token_id not in ids
+                assert tokenizer.decode(ids).strip() == text
+
+
+def test_batches_score_answers_and_their_end_only():
+    tokenizer = build_tokenizer(SMALL, "gpt2")
+    sampler = Sampler(SMALL, tokenizer, RECIPE)
+    names = {o.object for o in SMALL.facts.values()}
+    seen, totals = 0, set()
+    for tokens, where, targets, total in sampler.micro_batches():
+        flat = tokens.reshape(-1)
+        assert torch.equal(flat[where + 1], targets)
+        width = tokens.shape[1]
+        for row in range(len(tokens)):
+            mine = targets[(where >= row * width) & (where < (row + 1) * width)]
+            text = tokenizer.decode(mine.tolist()).strip()
+            assert text.endswith(".")
+            assert text[:-1] in names
+        seen += len(targets)
+        totals.add(total)
+    assert totals == {seen}
+
+
+def test_batches_hold_the_shares_asked_for():
+    tokenizer = build_tokenizer(SMALL, "gpt2")
+    recipe = replace(RECIPE, batch_size=2000, forms=(0.0, 1.0, 0.0), composed=1.0, context=0.0)
+    sampler = Sampler(SMALL, tokenizer, recipe)
+    prefix = {tuple(t) for t in sampler.pools[True, FORMS[1]].tokens}
+    assert {tuple(t) for t, _ in sampler.draw()} <= prefix
+
+
+def test_the_loss_falls(trained):
+    _, _, _, log = trained
+    assert [r["step"] for r in log] == [5, 10, 15, 20, 25]
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+
+
+def test_training_repeats_itself():
+    short = replace(RECIPE, steps=3)
+    first, second = (train(SMALL, "gpt2", short, progress=False)[0] for _ in range(2))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_accuracy_equals_greedy_generation(trained):
+    """Teacher-forced argmaxes against a generated continuation."""
+    _, model, tokenizer, _ = trained
+    pairs = [(f.prompts()["suffix"], f.object) for f in list(SMALL.facts.values())[:60]]
+    whole = first = 0
+    for prompt, answer in pairs:
+        ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        wanted = tokenizer(f"{prompt} {answer}.", add_special_tokens=False)["input_ids"]
+        wanted = wanted[len(ids) - 1 :]
+        said = []
+        with torch.no_grad():
+            for _ in wanted:
+                logits = model(torch.tensor([ids + said])).logits[0, -1]
+                said.append(int(logits.argmax()))
+        whole += said == wanted
+        first += said[0] == wanted[0]
+    scores = accuracy(model, tokenizer, pairs)
+    assert scores == {"first_token": first / 60, "whole": whole / 60}
+
+
+def test_saved_folder_is_an_ordinary_checkpoint(trained, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mi_hops.model import forward, load_model
+
+    family, model, tokenizer, log = trained
+    measured = measure(model, tokenizer, SMALL, limit=5)
+    save(tmp_path / "small", model, tokenizer, recipe=RECIPE, world=SMALL, log=log,
+         measured=measured)  # fmt: skip
+    folder = tmp_path / "small"
+    again = AutoModelForCausalLM.from_pretrained(folder).eval()
+    text = "The spouse of Ondo is"
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        assert torch.allclose(again(**ids).logits, model(**ids).logits, atol=1e-5)
+        ours = forward(load_model(folder, device="cpu"), ids["input_ids"])
+    assert torch.allclose(ours, model(**ids).logits, atol=1e-4)
+    record = json.loads((folder / "training.json").read_text())
+    assert record["recipe"]["steps"] == 25
+    assert record["curve"] == log
+    card = (folder / "README.md").read_text()
+    for part in ("Data", "Training", "Measured", f"--family {family}", "first fact in no trained"):
+        assert part in card
