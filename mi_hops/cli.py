@@ -112,7 +112,7 @@ def train_world(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint (new or empty).")],
     family: Annotated[Literal["gpt2", "llama"], typer.Option(help="Model family.")] = "gpt2",
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Updates; by default those of the recipe.")
+        int | None, typer.Option(min=1, help="Updates, in one cycle; by default those of the recipe.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights and batch order.")] = 0,
     device: Device = None,
@@ -138,7 +138,7 @@ def train_world(
 
         recipe = replace(RECIPES[family], seed=seed)
         if steps is not None:
-            recipe = replace(recipe, steps=steps)
+            recipe = replace(recipe, steps=steps, restarts=())
         world = Hopland()
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         trained, tokenizer, log = train(world, family, recipe, device=where, progress=not quiet)

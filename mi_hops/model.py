@@ -363,9 +363,11 @@ def processing_of(model: LensModel) -> Literal["none", "fold"]:
 def fingerprint(model: LensModel) -> str:
     """A short digest of shape and weights.
 
-    Every parameter contributes its shape and up to 4,096 evenly strided elements and its sum in
-    float64, so a low-rank change to any matrix changes the fingerprint, and a 7B model takes
-    seconds. W_O is read in TransformerLens's order; both model classes of one checkpoint agree.
+    The embeddings and each block's W_Q, W_O and MLP matrices contribute shape, up to 4,096 evenly
+    strided elements, and their sum over their norm, in float64 and to nine decimals: a low-rank
+    change to any of them changes the fingerprint, a 7B model takes seconds, and neither device nor
+    thread count matters (centred weights sum to rounding noise). W_O is read in TransformerLens's
+    order; both model classes of one checkpoint agree.
     """
     import torch
 
@@ -381,8 +383,8 @@ def fingerprint(model: LensModel) -> str:
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 4096)][:4096].to("cpu", torch.float64)
-        total = flat.sum(dtype=torch.float64).item()
-        digest.update(f"{tuple(tensor.shape)}{total:.9e}".encode())
+        total = flat.sum(dtype=torch.float64) / torch.linalg.vector_norm(flat, dtype=torch.float64)
+        digest.update(f"{tuple(tensor.shape)}{total.item() + 0.0:.9f}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 

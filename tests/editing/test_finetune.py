@@ -59,7 +59,7 @@ def test_ftl_refusals(tiny, facts):
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_lora_edits_are_what_peft_taught(load_tiny, checkpoints, facts, shape, backend):
     pytest.importorskip("peft")
-    model = load_tiny(shape, backend, fresh=True)
+    model = load_tiny(shape, backend)
     before = weights(model)
     repair = LoraRepair(checkpoints[shape], layers=[1, 2], rank=3, steps=40, lr=0.05)
     assert isinstance(repair, Repair)
@@ -76,7 +76,7 @@ def test_lora_edits_are_what_peft_taught(load_tiny, checkpoints, facts, shape, b
 
 def test_the_adapter_and_the_edit_give_the_same_logits(load_tiny, checkpoints, fact, monkeypatch):
     pytest.importorskip("peft")
-    model = load_tiny("gpt2", "hooked", fresh=True)
+    model = load_tiny("gpt2", "hooked")
     tokens = torch.tensor([[1, 9, 30, 7, 12]])
     seen = {}
     real = LoraRepair._teach
@@ -97,5 +97,5 @@ def test_lora_refuses_another_checkpoint(load_tiny, checkpoints, facts):
     pytest.importorskip("peft")
     with pytest.raises(ValueError, match="holds other weights"):
         LoraRepair(checkpoints["llama"], layers=[1]).fit(
-            load_tiny("gpt2", "bridge", fresh=True), facts[:1]
+            load_tiny("gpt2", "bridge"), facts[:1]
         )
