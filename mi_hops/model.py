@@ -384,7 +384,7 @@ def fingerprint(model: LensModel) -> str:
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 4096)][:4096].to("cpu", torch.float64)
         total = flat.sum(dtype=torch.float64) / torch.linalg.vector_norm(flat, dtype=torch.float64)
-        digest.update(f"{tuple(tensor.shape)}{total.item() + 0.0:.9f}".encode())
+        digest.update(f"{tuple(tensor.shape)}{round(total.item(), 9) + 0.0:.9f}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
