@@ -112,7 +112,8 @@ def train_world(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint (new or empty).")],
     family: Annotated[Literal["gpt2", "llama"], typer.Option(help="Model family.")] = "gpt2",
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Updates, in one cycle; by default those of the recipe.")
+        int | None,
+        typer.Option(min=1, help="Updates, in one cycle; by default those of the recipe."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights and batch order.")] = 0,
     device: Device = None,

@@ -96,6 +96,4 @@ def test_the_adapter_and_the_edit_give_the_same_logits(load_tiny, checkpoints, f
 def test_lora_refuses_another_checkpoint(load_tiny, checkpoints, facts):
     pytest.importorskip("peft")
     with pytest.raises(ValueError, match="holds other weights"):
-        LoraRepair(checkpoints["llama"], layers=[1]).fit(
-            load_tiny("gpt2", "bridge"), facts[:1]
-        )
+        LoraRepair(checkpoints["llama"], layers=[1]).fit(load_tiny("gpt2", "bridge"), facts[:1])
