@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.model import LensModel, backend_of, device_of, forward
+from mi_hops.model import Hook, LensModel, backend_of, device_of, forward
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -27,11 +28,17 @@ class Prefix:
 
     Args:
         tokens: base prompts ``[base, pos]``; one forward pass fills the store.
+        hooks: of that pass.
+
+    Attributes:
+        logits: what that pass gave.
     """
 
-    def __init__(self, model: LensModel, tokens: Int[Tensor, "base pos"]) -> None:
+    def __init__(
+        self, model: LensModel, tokens: Int[Tensor, "base pos"], hooks: Sequence[Hook] = ()
+    ) -> None:
         cache = new_cache(model, tokens.shape[0])
-        forward(model, tokens, cache=cache)
+        self.logits = forward(model, tokens, hooks=hooks, cache=cache)
         self._hooked = backend_of(model) == "hooked"
         self._entries: list[tuple[Tensor, Tensor]]
         if self._hooked:  # [base, pos, kv_head, d_head]

@@ -270,7 +270,7 @@ def _load_hooked(source: str, tokenizer: Any, dtype: Any, device: Any, processin
         state, fold_ln=fold, center_writing_weights=fold, center_unembed=fold,
         fold_value_biases=fold,
     )  # fmt: skip
-    return model.to(device)
+    return model.to(device, print_details=False)
 
 
 def _gpt2_shape(c: Any) -> dict[str, Any]:
@@ -285,8 +285,8 @@ def _gpt2_shape(c: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# The tanh approximation of GELU goes by two names.
-_GELU = {"gelu_pytorch_tanh": "gelu_new"}
+# The tanh approximation of GELU goes by two names; this one is a single kernel.
+_GELU = {"gelu_new": "gelu_pytorch_tanh"}
 
 
 def _llama_shape(c: Any) -> dict[str, Any]:

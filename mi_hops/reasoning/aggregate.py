@@ -2,7 +2,8 @@
 
 Everything is averaged over the queries inside a case first, then over cases, the order of the CREME
 paper's code (arXiv 2402.14328): a case with many queries weighs no more than one with a single
-query. Intervals are percentile bootstraps over cases.
+query. Intervals are percentile bootstraps over cases; exact ones (Clopper-Pearson) for shares where
+every case is all right or all wrong.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mi_hops.statistics import bootstrap_ci
+from mi_hops.statistics import bootstrap_ci, proportion_ci
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,6 +168,13 @@ def reduce_scores(
     _, codes = np.unique(np.asarray(cases, dtype=str), return_inverse=True)
     rows: dict[str, tuple[float, float, float, int, int, str]] = {}
 
+    def exact(shares: np.ndarray, ends: tuple[Any, Any]) -> tuple[Any, Any]:
+        # All or nothing in every case: a bootstrap of 100% would claim certainty.
+        shares = shares[~np.isnan(shares)]
+        if not np.isin(shares, (0, 1)).all():
+            return ends
+        return proportion_ci(int(shares.sum()), len(shares), level=level)
+
     def add(name: str, values: np.ndarray, unit: str, value: float, ends: tuple[Any, Any]) -> None:
         known = ~np.isnan(values)
         n_cases = len(np.unique(codes[known]))
@@ -177,7 +185,10 @@ def reduce_scores(
         grid = np.stack([_case_means(codes, v) for v, _ in scores.means.values()], axis=1)
         lower, upper = bootstrap_ci(grid, **settings)
         for i, (name, (values, unit)) in enumerate(scores.means.items()):
-            add(name, values, unit, _nan_mean(grid[:, i]), (lower[i], upper[i]))
+            ends = (lower[i], upper[i])
+            if unit == "share" and not name.endswith("_change"):
+                ends = exact(grid[:, i], ends)
+            add(name, values, unit, _nan_mean(grid[:, i]), ends)
     for name, (values, unit, reduce) in scores.spreads.items():
         found = _case_means(codes, values)
         found = found[~np.isnan(found)]
@@ -185,15 +196,18 @@ def reduce_scores(
         add(name, values, unit, value, bootstrap_ci(found, statistic=reduce, **settings))
     for name, (over, under, unit, offset) in scores.case_ratios.items():
         top, bottom = _case_means(codes, over), _case_means(codes, under)
-        value, *ends = _ratio_ci(top, bottom, **settings)
-        add(name, over, unit, value + offset, (ends[0] + offset, ends[1] + offset))
+        value, low, high = _ratio_ci(top, bottom, **settings)
+        ends = (low + offset, high + offset)
+        if unit.startswith("fraction of before") and (bottom[~np.isnan(bottom)] == 1).all():
+            ends = exact(top, ends)
+        add(name, over, unit, value + offset, ends)
     for name, values in scores.query_shares.items():
         known = ~np.isnan(values)
         n_cases = codes.max() + 1
         hits = np.bincount(codes[known], weights=values[known], minlength=n_cases)
         counts = np.bincount(codes[known], minlength=n_cases).astype(float)
-        value, *ends = _ratio_ci(hits[counts > 0], counts[counts > 0], **settings)
-        add(name, values, "share of queries", value, (ends[0], ends[1]))
+        value, low, high = _ratio_ci(hits[counts > 0], counts[counts > 0], **settings)
+        add(name, values, "share of queries", value, (low, high))
     for name, values in scores.counts.items():
         add(name, values, "queries", float(np.nansum(values)), (np.nan, np.nan))
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS))

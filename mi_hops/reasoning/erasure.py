@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 Form = Literal["published", "exact"]
 ROLES = ("first hop", "last")
 
+_CHUNK = 8192  # rows of W_U in float64 at once
+
 
 class Eraser:
     """Changes of a hidden state that lower chosen tokens in the raw lens.
@@ -46,9 +48,15 @@ class Eraser:
     def __init__(self, model: LensModel, *, recheck: float = 10.0) -> None:
         import torch
 
-        weight = unembedding(model)[0].to(torch.float64)
-        self.rows = weight.T.contiguous()  # [vocab, d_model]
-        self.factor = torch.linalg.cholesky(weight @ weight.T)  # of W_U^T W_U, [d_model, d_model]
+        weight = unembedding(model)[0]
+        wide = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+        self.rows = weight.T.to(wide)  # [vocab, d_model]; no float64 copy: it is a large matrix
+        gram = torch.zeros(
+            weight.shape[0], weight.shape[0], dtype=torch.float64, device=weight.device
+        )
+        for chunk in self.rows.split(_CHUNK):
+            gram += chunk.double().T @ chunk.double()
+        self.factor = torch.linalg.cholesky(gram)  # of W_U^T W_U, [d_model, d_model]
         self.recheck = recheck
 
     def change(self, form: Form, lower: Sequence[int], keep: Sequence[int]) -> Change:
@@ -68,27 +76,32 @@ class Eraser:
     def _exact(self, h: Tensor, down: Tensor, held: Tensor) -> Tensor:
         import torch
 
-        v = h @ self.rows.T
-        wanted = v.min(-1, keepdim=True).values - v[:, down]
-        rows = self.rows[torch.cat([down, held])]
+        wanted = self._wanted(h, down)
+        rows = self._rows(torch.cat([down, held]))
         target = torch.cat([wanted, wanted.new_zeros(len(h), len(held))], 1)
         # Minimum-norm solution of rows @ delta = target.
         return (torch.linalg.pinv(rows) @ target.T).T
 
     def _published(self, h: Tensor, down: Tensor, held: Tensor) -> Tensor:
-        v = h @ self.rows.T
-        wanted = v.min(-1, keepdim=True).values - v[:, down]
-        delta = self._mapped(wanted, down)
+        delta = self._mapped(self._wanted(h, down), down)
         if self.recheck:
-            moved = (h + delta) @ self.rows[held].T
-            delta = delta + self._mapped(self.recheck * (v[:, held] - moved), held)
+            moved = delta @ self._rows(held).T
+            delta = delta + self._mapped(-self.recheck * moved, held)
         return delta
+
+    def _wanted(self, h: Tensor, down: Tensor) -> Tensor:
+        """How far the read-outs of `down` lie above the smallest of all, negative."""
+        lowest = (h.to(self.rows.dtype) @ self.rows.T).argmin(-1)
+        return (h * self._rows(lowest)).sum(-1, keepdim=True) - h @ self._rows(down).T
+
+    def _rows(self, tokens: Tensor) -> Tensor:
+        return self.rows[tokens.to(self.rows.device)].double()
 
     def _mapped(self, request: Float[Tensor, "row n"], tokens: Tensor) -> Tensor:
         """(W_U^T W_U)^-1 W_U^T applied to a request that is zero off `tokens`."""
         import torch
 
-        return torch.cholesky_solve((request @ self.rows[tokens]).T, self.factor).T
+        return torch.cholesky_solve((request @ self._rows(tokens)).T, self.factor).T
 
 
 @dataclass(frozen=True)
@@ -120,8 +133,8 @@ def erase_bridge(
         form: template order of the two-hop prompt.
         layers: blocks whose output is changed, one at a time; default all.
         controls: entities erased in the bridge's stead, each another fact's bridge with as many
-            tokens and none of them the bridge's or the answer's (random tokens where there are
-            too few such entities); their values are averaged.
+            tokens and none of them the bridge's, the answer's or the prompt's (random tokens where
+            there are too few such entities); their values are averaged.
         batch_size: facts in one fan-out.
 
     Returns:
@@ -220,8 +233,8 @@ def _cases(
 def _controls(
     case: _Case, pool: Sequence[tuple[int, ...]], n: int, rng: random.Random, vocab: int
 ) -> list[tuple[int, ...]]:
-    """`n` token sets of the bridge's size that share no token with bridge or answer."""
-    taken = {*case.bridge, *case.answer}
+    """`n` token sets of the bridge's size that share no token with bridge, answer or prompt."""
+    taken = {*case.bridge, *case.answer, *case.prompt.ids}
     fit = [c for c in pool if len(c) == len(case.bridge) and not taken & set(c)]
     drawn: list[Any] = rng.sample(fit, min(n, len(fit)))
     while len(drawn) < n:

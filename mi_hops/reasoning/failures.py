@@ -6,7 +6,7 @@ them by hand. Here the first of these rules that holds decides:
 1. ``incomplete``: the answer given is the bridge; the model stopped at the first hop.
 2. ``short-cut``: the same answer comes when the subject itself stands in for the first hop ("The
    nationality of *Misery* is"); a surface link between subject and second relation answered.
-3. ``distorted``: the bridge never rises in the lens: its probability, largest over layers, at the
+3. ``distorted``: the bridge never rises in the lens: its probability, largest over blocks, at the
    first hop's last token and at the last token, stays below `faint` of its median peak over the
    questions answered rightly.
 4. ``hasty``: the answer given reads at half of its final probability at the last token no later
@@ -105,11 +105,12 @@ def _read(
         batch_size=batch_size,
     )
     prob = result["prob"].transpose("example", "tracked", "position", "layer")
-    bridge = prob.sel(tracked="bridge").max("position").values
+    # Layer 0 is the embedding: the prompt's own token, not yet anything recalled.
+    bridge = prob.sel(tracked="bridge").isel(layer=slice(1, None)).max("position").values
     answer = prob.sel(tracked="answer", position="last").values
     layers = prob["layer"].values
     reached = answer >= 0.5 * answer[:, -1:]
-    return bridge.max(1), layers[bridge.argmax(1)], layers[reached.argmax(1)]
+    return bridge.max(1), layers[1 + bridge.argmax(1)], layers[reached.argmax(1)]
 
 
 def _without_first_hop(

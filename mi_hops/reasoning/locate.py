@@ -3,7 +3,7 @@
 The two-hop prompt ("The country of citizenship of the author of Misery is") and its guide, the
 second hop with the bridge spelled out ("The country of citizenship of Stephen King is"), end alike.
 One module's output at one position of the first is replaced by the guide's at the corresponding
-position, counted from the end. Source: arXiv 2402.14328, section 6 of `docs/methods/locate.md`.
+position, counted from the end. Source: arXiv 2402.14328.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mi_hops.report.parts import figures, layers
+from mi_hops.study.summary import largest_cost
 
 _PLACES = {"first hop": "the first hop's last token", "last": "the last token"}
 
@@ -70,13 +71,13 @@ def _gap(gap: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _lens(lens: Mapping[str, Any]) -> list[Finding]:
     best = [
-        (place, entry["passed_minus_failed_at_peak"])
+        (place, entry["passed_minus_failed"])
         for place, entry in lens.items()
-        if "passed_minus_failed_at_peak" in entry
+        if "passed_minus_failed" in entry
     ]
     if not best:
         return []
-    place, entry = max(best, key=lambda item: item[1]["value"])
+    place, entry = max(best, key=lambda item: item[1]["on_choosing_half"])
     clear = _clear(entry)
     words = {1: "more bridge", -1: "less bridge", 0: "no clearly different bridge"}[clear]
     return [
@@ -84,30 +85,28 @@ def _lens(lens: Mapping[str, Any]) -> list[Finding]:
             entry,
             f"mean probability of the bridge's tokens in the lens at {_PLACES.get(place, place)} after "
             f"{entry['layer']} blocks, answered rightly minus failed: {words} where the question is "
-            "answered rightly.",
+            "answered rightly. (Layer and position chosen on the other half of the questions.)",
             "lens",
         )
     ]
 
 
 def _erasure(erasure: Mapping[str, Any]) -> list[Finding]:
-    name, entry = min(
-        ((k, v) for k, v in erasure.items() if k != "clean"),
-        key=lambda item: item[1]["bridge_minus_control"]["value"],
-    )
+    name, entry = largest_cost(erasure)
     variant, place = name.split(", ", 1)
     change = entry["bridge_minus_control"]
     verdict = {
         -1: "The answer rests on the bridge there.",
         0: "That is no clear difference.",
-        1: "The control costs more everywhere.",
+        1: "There the control costs more.",
     }[_clear(change)]
     return [
         _value(
             change,
             f"change of P(answer) by erasing the bridge at {_PLACES.get(place, place)}, layer "
             f"{entry['layer']} ({variant} form), beyond what erasing another entity does. {verdict} "
-            "(Layer, position and form are those with the largest cost.)",
+            "(Layer, position and form are those with the largest cost on the other half of the "
+            "questions.)",
             "erasure",
         )
     ]

@@ -220,8 +220,8 @@ def erasure_section(study: Study) -> Section:
             ("form", "position", "interval below zero at", "largest at layer",
              "bridge minus control", "n"),
             rows, texts=3,
-            note="The layer with the largest cost is picked on the same questions, which flatters it "
-            "a little; the second last column is its P(answer) difference and 95% interval.",
+            note="The layer with the largest cost is chosen on one half of the questions; the last "
+            "two columns are its difference of P(answer), 95% interval and n on the other half.",
         )
     )  # fmt: skip
     return section
@@ -319,7 +319,8 @@ def locate_section(study: Study) -> Section:
         Table(
             "The strongest cell of each kind",
             ("module", "position", "layer", "change of P(answer)", "n"),
-            rows, texts=2, note="Brackets: 95% bootstrap intervals of that cell.",
+            rows, texts=2, note="The cell is picked on these same questions, which flatters it a "
+            "little. Brackets: 95% bootstrap intervals.",
         )
     )  # fmt: skip
     return section

@@ -112,10 +112,12 @@ def _lens(result: Result) -> dict[str, Any]:
     """Where the bridge peaks, and by how much more in passed than in failed questions.
 
     The bridge is read by the papers' score, the mean probability of all its tokens; the answer by
-    its first token.
+    its first token. The layer of the difference is the one where it is largest on one half of each
+    group; the number comes from the other half.
     """
     data = result.data
     groups = data["group"].values
+    choosing = _choosing(data["example"].values)
     found: dict[str, Any] = {}
     for position in data["position"].values.tolist():
         here = data.sel(position=position).transpose("example", "layer", ...)
@@ -133,37 +135,60 @@ def _lens(result: Result) -> dict[str, Any]:
                 "answer_final": _mean(told[:, -1]),
                 "answer_half_layer_of_mean": int((told.mean(0) >= told.mean(0)[-1] / 2).argmax()),
             }
-        if {"passed", "failed"} <= set(entry):
-            layer = entry["passed"]["bridge_peak_layer_of_mean"]
-            passed = groups == "passed"
-            value, low, high = difference_ci(bridge[passed, layer], bridge[~passed, layer])
-            entry["passed_minus_failed_at_peak"] = {
-                "layer": layer, "value": float(value), "low": float(low), "high": float(high),
-                "n": int(passed.sum()), "n_other": int((~passed).sum()),
+        sides = [groups == "passed", groups == "failed"]
+        if all((side & part).any() for side in sides for part in (choosing, ~choosing)):
+            chosen = np.subtract(*(bridge[side & choosing].mean(0) for side in sides))[1:]
+            layer = 1 + int(chosen.argmax())
+            reported = [bridge[side & ~choosing, layer] for side in sides]
+            value, low, high = difference_ci(*reported)
+            entry["passed_minus_failed"] = {
+                "layer": layer, "on_choosing_half": float(chosen.max()),
+                "value": float(value), "low": float(low), "high": float(high),
+                "n": len(reported[0]), "n_other": len(reported[1]),
             }  # fmt: skip
         found[position] = entry
     return found
 
 
 def _erasure(result: Result) -> dict[str, Any]:
-    """For each variant and position, the layer where the bridge's erasure costs most."""
+    """For each variant and position, the layer where the bridge's erasure costs most.
+
+    That layer is chosen on one half of the questions and its cost reported on the other; the layers
+    below zero are told from all of them, each by its own interval.
+    """
     ends = result.difference_ci("control", variable="bridge")
+    choosing = _choosing(result["example"].values)
+    paired = result["bridge"] - result["control"]
     found: dict[str, Any] = {"clean": _mean(result["clean"].values)}
     for variant in ends["variant"].values.tolist():
         for position in ends["position"].values.tolist():
             cell = ends.sel(variant=variant, position=position)
-            layer = int(cell["layer"].values[int(cell["estimate"].values.argmin())])
-            at = cell.sel(layer=layer)
+            here = paired.sel(variant=variant, position=position).transpose("example", "layer")
+            cost = here.values[choosing].mean(0)
+            best = int(cost.argmin())
             below = cell["layer"].values[cell["upper"].values < 0]
             found[f"{variant}, {position}"] = {
-                "layer": layer,
-                "bridge_minus_control": {
-                    "value": float(at["estimate"]), "low": float(at["lower"]),
-                    "high": float(at["upper"]), "n": int(at["n"]),
-                },
+                "layer": int(here["layer"].values[best]),
+                "on_choosing_half": float(cost[best]),
+                "bridge_minus_control": _mean(here.values[~choosing, best]),
                 "layers_below_zero": [int(i) for i in below],
-            }  # fmt: skip
+            }
     return found
+
+
+def _choosing(examples: Any) -> np.ndarray:
+    """Which examples choose a cell; the others report it. A single example does neither."""
+    from mi_hops.injection.select import split_halves
+
+    labels = examples.tolist()
+    chosen = set(split_halves(labels)[0]) if len(labels) > 1 else set(labels)
+    return np.array([label in chosen for label in labels])
+
+
+def largest_cost(erasure: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The entry ("variant, position") of the erasure's summary with the largest cost when chosen."""
+    entries = ((name, entry) for name, entry in erasure.items() if name != "clean")
+    return min(entries, key=lambda item: item[1]["on_choosing_half"])
 
 
 def _locate(result: Result) -> dict[str, Any]:
@@ -228,10 +253,7 @@ def _headlines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
     erasure = summary["erasure"]
     if "skipped" not in erasure:
-        name, best = min(
-            ((k, v) for k, v in erasure.items() if k != "clean"),
-            key=lambda item: item[1]["bridge_minus_control"]["value"],
-        )
+        name, best = largest_cost(erasure)
         lines.append(
             (f"erasing the bridge less control ({name}, L{best['layer']})",
              _number(best["bridge_minus_control"]))
@@ -273,6 +295,8 @@ def _pct(share: Mapping[str, Any]) -> str:
 
 
 def _number(estimate: Mapping[str, Any]) -> str:
+    if estimate["value"] is None:
+        return "no case"
     return (
         f"{estimate['value']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}], "
         f"n = {estimate['n']}"

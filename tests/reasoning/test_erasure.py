@@ -28,7 +28,7 @@ def test_exact_form_meets_its_targets_with_the_least_change(tiny, hidden):
     low = before.min(-1, keepdim=True).values.expand(-1, 3)
     assert torch.allclose(after[:, lower], low, atol=1e-9)
     assert torch.allclose(after[:, keep], before[:, keep], atol=1e-9)
-    rows = eraser.rows[[*lower, *keep]]
+    rows = eraser.rows[[*lower, *keep]].double()
     target = torch.cat([low - before[:, lower], torch.zeros(3, 2, dtype=torch.float64)], 1)
     least = torch.linalg.lstsq(rows, target.T, driver="gelsd").solution.T
     assert torch.allclose(moved - hidden, least, atol=1e-9)
