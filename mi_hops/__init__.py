@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from mi_hops.reasoning.evaluate import evaluate
     from mi_hops.reasoning.gap import find_gap
     from mi_hops.reasoning.locate import locate, located_layers
+    from mi_hops.reasoning.sequential import evaluate_sequential
     from mi_hops.reasoning.sets import build_sets
     from mi_hops.results import Result
     from mi_hops.study import Study, run_study
@@ -53,6 +54,7 @@ _HOME = {
     "encode": "mi_hops.tokens",
     "erase_bridge": "mi_hops.reasoning.erasure",
     "evaluate": "mi_hops.reasoning.evaluate",
+    "evaluate_sequential": "mi_hops.reasoning.sequential",
     "fact_trajectories": "mi_hops.lens.logit",
     "fan_out": "mi_hops.fanout",
     "find_gap": "mi_hops.reasoning.gap",
@@ -88,6 +90,7 @@ __all__ = [
     "encode",
     "erase_bridge",
     "evaluate",
+    "evaluate_sequential",
     "fact_trajectories",
     "fan_out",
     "find_gap",

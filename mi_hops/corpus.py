@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import LensModel
-from mi_hops.tokens import Batch, pad
+from mi_hops.tokens import Batch, batches_in_order
 
 Hop = Literal["first", "second", "two_hop"]
 HOPS: tuple[Hop, ...] = ("first", "second", "two_hop")
@@ -91,18 +91,12 @@ def token_batches(
 
 
 def _packed(pieces: Iterable[list[int]], max_tokens: int, source: str) -> Iterator[Batch]:
-    waiting: list[list[int]] = []
-    width = 0
-    for piece in pieces:
-        wider = max(width, len(piece))
-        if waiting and wider * (len(waiting) + 1) > max_tokens:
-            yield pad(waiting)
-            waiting, wider = [], len(piece)
-        waiting.append(piece)
-        width = wider
-    if not waiting:  # it is only ever emptied to take the next piece
+    empty = True
+    for batch in batches_in_order(pieces, max_tokens):
+        empty = False
+        yield batch
+    if empty:
         raise ValueError(f"the corpus is empty: no text with a token in it came from {source}")
-    yield pad(waiting)
 
 
 def _pieces(

@@ -647,22 +647,38 @@ def write_w_o(model: LensModel, layer: int, value: Float[Tensor, "z d_model"]) -
         ValueError: a wrong shape, or values that are not finite (before or after the cast).
         RuntimeError: the write did not reach the weight (then nothing can be edited here).
     """
-    import torch
-
     weight = w_o(model, layer)
     expected = (weight.shape[0] * weight.shape[1], weight.shape[2])
     if tuple(value.shape) != expected:
         raise ValueError(f"W_O of layer {layer} is {expected}, got {tuple(value.shape)}")
+    overwrite(model, f"W_O of layer {layer}", lambda: w_o(model, layer), value)
+
+
+def overwrite(model: LensModel, what: str, live: Callable[[], Tensor], value: Tensor) -> None:
+    """Write a weight in place, cast once to its dtype, and make sure that it reached the model.
+
+    Args:
+        what: the weight's name in errors.
+        live: gets the weight itself from the model; asked again after the write.
+        value: of as many numbers, in the weight's order.
+
+    Raises:
+        ValueError: values that are not finite (before or after the cast); nothing is written.
+        RuntimeError: the write did not reach the weight.
+    """
+    import torch
+
+    weight = live()
     cast = value.detach().to(weight.device, weight.dtype).reshape(weight.shape)
     if not torch.isfinite(cast).all():
         raise ValueError(
-            f"W_O of layer {layer} would hold non-finite values after the edit (dtype "
-            f"{weight.dtype}); nothing was written"
+            f"{what} would hold non-finite values after the edit (dtype {weight.dtype}); nothing "
+            "was written"
         )
     with torch.no_grad():
         weight.data.copy_(cast)
-    if not torch.equal(w_o(model, layer).detach(), cast):
-        raise RuntimeError(f"writing W_O of layer {layer} had no effect on {type(model).__name__}")
+    if not torch.equal(live().detach(), cast):
+        raise RuntimeError(f"writing {what} had no effect on {type(model).__name__}")
 
 
 def unembedding(model: LensModel) -> tuple[Float[Tensor, "d_model vocab"], Float[Tensor, "vocab"]]:

@@ -300,6 +300,24 @@ def batches(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[li
         yield chosen, pad([rows[i] for i in chosen])
 
 
+def batches_in_order(rows: Iterable[Sequence[int]], max_tokens: int) -> Iterator[Batch]:
+    """Right-padded batches of rows as they come, each of at most `max_tokens`, padding counted.
+
+    A longer row makes a batch by itself.
+    """
+    waiting: list[Sequence[int]] = []
+    width = 0
+    for row in rows:
+        wider = max(width, len(row))
+        if waiting and wider * (len(waiting) + 1) > max_tokens:
+            yield pad(waiting)
+            waiting, wider = [], len(row)
+        waiting.append(row)
+        width = wider
+    if waiting:
+        yield pad(waiting)
+
+
 def decode(model: LensModel, ids: Iterable[int]) -> str:
     """Text of token ids, special tokens left out."""
     return str(_tokenizer(model).decode(list(ids), skip_special_tokens=True))

@@ -7,6 +7,7 @@ back bit for bit. Nothing here keeps a model alive.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
@@ -102,13 +103,14 @@ def put_on(model: LensModel, edit: Appliable, *, check: bool = True) -> None:
         originals = tuple(old for _, old in done)
         _STACKS[model] = [*stack, _Layer(edit, before, originals)]
     except BaseException:
-        for change, old in reversed(done):
-            _restore(model, change, old)
+        _put_back(model, done, stack)
         raise
 
 
 def take_off(model: LensModel, edit: Appliable, *, force: bool = False) -> None:
     """Put the weights back that the last applied edit replaced, bit for bit.
+
+    Once begun it is carried through, even where it is interrupted (and then raises that).
 
     Args:
         force: put them back even where something else has changed those weights since.
@@ -136,13 +138,14 @@ def take_off(model: LensModel, edit: Appliable, *, force: bool = False) -> None:
                     f"{change} was changed by something else since the edit was applied; undo that "
                     "first, or pass force=True to put back the weights from before the edit"
                 )
-    for change, old in zip(edit.changes, top.originals, strict=True):
-        _restore(model, change, old)
-    _STACKS[model] = stack[:-1]
+    _put_back(model, list(zip(edit.changes, top.originals, strict=True)), stack[:-1])
 
 
 def unwind(model: LensModel, depth: int) -> None:
-    """Undo the edits above the lowest `depth` ones, whatever else happened to those weights."""
+    """Undo the edits above the lowest `depth` ones, whatever else happened to those weights.
+
+    After a failure it can be called again and goes on where it stopped.
+    """
     for layer in reversed(_STACKS.get(model, [])[depth:]):
         take_off(model, layer.edit, force=True)
 
@@ -157,6 +160,26 @@ def _sum(old: Tensor, change: Change) -> Tensor:
     """Old weight plus change in the factors' dtype, float32 at least."""
     factors = change.to(old.device)
     return old.to(factors.right.dtype) + factors.delta()
+
+
+def _put_back(
+    model: LensModel, originals: Sequence[tuple[Change, Tensor]], stack: list[_Layer]
+) -> None:
+    """Originals back into the weights, and `stack` as what is in force.
+
+    Copying twice does no harm, so whatever stops it in the midst (an interrupt, a device's error)
+    is met by doing all of it once more. Only what fails twice leaves the stack as it was.
+    """
+    try:
+        for change, old in originals:
+            _restore(model, change, old)
+        _STACKS[model] = stack
+    except BaseException:
+        with ExitStack() as each:  # every matrix has its turn, whatever becomes of the others
+            for change, old in originals:
+                each.callback(_restore, model, change, old)
+        _STACKS[model] = stack
+        raise
 
 
 def _restore(model: LensModel, change: Change, old: Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.model import LensModel, hook_name, require_layers, w_o, write_w_o
+from mi_hops.model import LensModel, hook_name, overwrite, require_layers, w_o, write_w_o
 
 if TYPE_CHECKING:
     import torch
@@ -85,8 +85,6 @@ def write_matrix(
         ValueError: a wrong shape, or values that are not finite after the cast.
         RuntimeError: the write had no effect.
     """
-    import torch
-
     if matrix == "W_O":
         write_w_o(model, layer, value)
         return
@@ -95,18 +93,7 @@ def write_matrix(
         raise ValueError(
             f"{matrix} of layer {layer} is {tuple(weight.shape)}, got {tuple(value.shape)}"
         )
-    cast = value.detach().to(weight.device, weight.dtype)
-    if not torch.isfinite(cast).all():
-        raise ValueError(
-            f"{matrix} of layer {layer} would hold non-finite values after the edit (dtype "
-            f"{weight.dtype}); nothing was written"
-        )
-    with torch.no_grad():
-        weight.data.copy_(cast)
-    if not torch.equal(live_weight(model, matrix, layer).detach(), cast):
-        raise RuntimeError(
-            f"writing {matrix} of layer {layer} had no effect on {type(model).__name__}"
-        )
+    overwrite(model, f"{matrix} of layer {layer}", lambda: live_weight(model, matrix, layer), value)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -128,9 +128,14 @@ class Edit:
         that were applied inside and are still there come off as well.
         """
         depth = len(applied_edits(model))
-        self.apply(model, check=check)
+        # Applying stands inside: an interrupt may come when it has just been done. And an interrupt
+        # may stop the first unwinding; the second then finishes it.
         try:
-            yield self
+            try:
+                self.apply(model, check=check)
+                yield self
+            finally:
+                unwind(model, depth)
         finally:
             unwind(model, depth)
 
@@ -253,23 +258,27 @@ def stack(edits: Sequence[Edit], *, check: bool = True) -> Edit:
 
 
 def write_whole(path: Path, content: bytes) -> Path:
-    """Write a file that is there whole or not at all.
+    """Write a file that is there whole or not at all; an older one stays until then.
 
     Raises:
-        OSError: with nothing left behind.
+        OSError: with the file's name, and nothing left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Beside the target, for os.replace is atomic within one file system only.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(partial, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
+        os.replace(partial, path)
+    except OSError as error:
+        if error.filename is None:  # a full disk is told without a name
+            error.filename = str(path)
         raise
+    finally:
+        with suppress(OSError):  # gone already where all went well
+            partial.unlink()
     return path
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,19 +80,39 @@ def export_hf(
     for (matrix, layer), value in edited.items():
         _write(hf, matrix, layer, value)
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
     try:
+        folder.mkdir()
         hf.save_pretrained(folder, max_shard_size=max_shard_size)
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
         (folder / "mi_hops_edit.json").write_text(json.dumps(_record(edit), indent=2))
         if out.exists():
             out.rmdir()
-        folder.chmod(0o755)
         folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    except Exception as error:
+        told = _told(error, out)
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # gone already where all went well
     return out
+
+
+def _told(error: Exception, out: Path) -> Exception:
+    """What a writer raised, as an `OSError` with the folder's name where the system refused.
+
+    safetensors and tokenizers tell of a full disk by exceptions of their own, with the number of
+    the system's error in their text only.
+    """
+    number = re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error))
+    if isinstance(error, OSError):
+        if error.filename is None:
+            error.filename = str(out)
+    elif number:
+        code = int(number[1] or number[2])
+        return OSError(code, os.strerror(code), str(out))
+    return error
 
 
 def _source(

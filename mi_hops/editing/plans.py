@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mi_hops.editing.moments import Moments
-from mi_hops.editing.request import Keep, Position, Request, check_bridge_known, fill, key_position
+from mi_hops.editing.request import (
+    Keep,
+    Position,
+    Request,
+    check_bridge_known,
+    check_templates,
+    fill,
+    key_position,
+)
 from mi_hops.facts.templates import CONTEXTS
 from mi_hops.model import LensModel
 from mi_hops.tokens import answer_ids, encode
@@ -66,10 +74,7 @@ class CremeSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", tuple(self.templates))
-        if not self.templates:
-            raise ValueError("no context templates; pass ('{}',) for the bare prompt")
-        for template in self.templates:
-            fill(template, "")
+        check_templates(self.templates)
         for name, choices in (
             ("position", ("last", "subject")),
             ("target", ("edited", "clean")),

@@ -141,6 +141,18 @@ def fill(template: str, text: str, what: str = "a context template") -> str:
     return template.replace("{}", text)
 
 
+def check_templates(templates: Sequence[str]) -> None:
+    """Refuse context templates that no prompt can be put into.
+
+    Raises:
+        ValueError: none at all, or one without exactly one ``{}``.
+    """
+    if not templates:
+        raise ValueError("no context templates; pass ('{}',) for the bare prompt")
+    for template in templates:
+        fill(template, "")
+
+
 def check_bridge_known(model: LensModel, request: Request) -> None:
     """Refuse a bridge the tokenizer has no words for.
 

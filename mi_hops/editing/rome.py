@@ -23,7 +23,14 @@ from mi_hops.editing.checks import check_ground, check_layers
 from mi_hops.editing.edit import Edit
 from mi_hops.editing.moments import Moments
 from mi_hops.editing.passes import run_blocks
-from mi_hops.editing.request import Position, Request, fill, key_position, requests_of
+from mi_hops.editing.request import (
+    Position,
+    Request,
+    check_templates,
+    fill,
+    key_position,
+    requests_of,
+)
 from mi_hops.editing.rows import edit_hooks
 from mi_hops.editing.solve import inverse_times, solve_keys
 from mi_hops.editing.teaching import (
@@ -71,10 +78,7 @@ class ValueSearch:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", tuple(self.templates))
-        if not self.templates:
-            raise ValueError("no context templates; pass ('{}',) for the bare prompt")
-        for template in self.templates:
-            fill(template, "")
+        check_templates(self.templates)
         if self.position not in ("last", "subject"):
             raise ValueError(f"position is {self.position!r}; expected 'last' or 'subject'")
         if self.steps < 1 or self.lr <= 0 or self.clamp <= 0 or min(self.kl, self.decay) < 0:

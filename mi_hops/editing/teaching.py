@@ -136,9 +136,9 @@ def minimise(
 def frozen(model: LensModel) -> Iterator[None]:
     """No gradients on the model's own parameters inside the block; as before after it."""
     wanted = [p for p in model.parameters() if p.requires_grad]
-    for p in wanted:
-        p.requires_grad_(False)
     try:
+        for p in wanted:
+            p.requires_grad_(False)
         yield
     finally:
         for p in wanted:

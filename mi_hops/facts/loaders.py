@@ -28,6 +28,9 @@ _TABLES = ("prompts", "first_prompts", "second_prompts")
 _LISTS = ("paraphrases", "bridge_aliases", "answer_aliases")
 _LINE_START = 200
 
+#: The bundled facts.
+DATA = Path(__file__).parent.parent / "data"
+
 
 def load_jsonl(path: str | Path, *, on_error: str = "raise") -> Facts:
     """Facts from a file of one JSON object a line, as `save_jsonl` writes it.
@@ -152,10 +155,10 @@ _LOADERS: Mapping[str, tuple[Callable[..., Facts], tuple[str, ...]]] = {
 def load_facts(
     path: str | Path, *, format: str | None = None, on_error: str = "raise", **options: Any
 ) -> Facts:
-    """Facts from a file of any known format.
+    """Facts from a file of any known format, or the bundled ones.
 
     Args:
-        path: the file.
+        path: the file, or ``"hopland"`` for the bundled facts.
         format: "jsonl" (our own), "memory_injections" (CSV), "mquake" (JSON) or "table" (CSV with
             ``columns=``). By default: "table" if ``columns`` is given; otherwise by the name's
             ending, ``.jsonl``, ``.csv`` or ``.tsv``; any other file by its first character, "["
@@ -172,6 +175,7 @@ def load_facts(
         FactsFileError: an empty or malformed file, or one whose format cannot be told.
         ValueError: an unknown format, or an option that the format's loader has not got.
     """
+    path = facts_path(path)
     if format is None:
         format = "table" if "columns" in options else _guess_format(existing_file(path))
     if format not in _LOADERS:
@@ -184,6 +188,12 @@ def load_facts(
     if format == "table" and "columns" not in options:
         raise ValueError(f"{path}: a table needs columns=, the columns that hold a fact's fields")
     return loader(path, on_error=on_error, **options)
+
+
+def facts_path(name_or_path: str | Path) -> Path:
+    """The file of facts that a name stands for: a bundled one's, or the path itself."""
+    bundled = DATA / f"{name_or_path}.jsonl"
+    return bundled if str(name_or_path) == bundled.stem and bundled.exists() else Path(name_or_path)
 
 
 def _guess_format(path: Path) -> str:

@@ -17,7 +17,7 @@ from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.examples import make_example, real_cells
 from mi_hops.lens.trained import TrainedLens
 from mi_hops.model import LensModel
-from mi_hops.tokens import Batch, pad
+from mi_hops.tokens import Batch, batches_in_order
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,7 +143,7 @@ def train_lens(
             f"unknown objective {objective!r}; a {lens.type_name} lens has {lens.objectives}"
         )
     train, held_out = _part(model, corpus, plan)
-    judged = list(_batches(held_out, plan.max_tokens))
+    judged = list(batches_in_order(held_out, plan.max_tokens))
     tensors = list(lens.parameters.values())
     for tensor in tensors:
         tensor.requires_grad_(True)
@@ -309,21 +309,6 @@ def _part(model: LensModel, corpus: Corpus, plan: LensTraining) -> tuple[list[Ro
     return [rows[i] for i in order[n:]], held_out
 
 
-def _batches(rows: Iterable[Row], max_tokens: int) -> Iterator[Batch]:
-    """Right-padded batches in the order given, padding counted."""
-    waiting: list[Row] = []
-    width = 0
-    for row in rows:
-        wider = max(width, len(row))
-        if waiting and wider * (len(waiting) + 1) > max_tokens:
-            yield pad(waiting)
-            waiting, wider = [], len(row)
-        waiting.append(row)
-        width = wider
-    if waiting:
-        yield pad(waiting)
-
-
 def _stream(rows: Sequence[Row], plan: LensTraining, *, skip: int) -> Iterator[Batch]:
     """Batches without end, in a new order at each round; the first `skip` are passed over."""
     import numpy as np
@@ -331,7 +316,7 @@ def _stream(rows: Sequence[Row], plan: LensTraining, *, skip: int) -> Iterator[B
     n, rounds = 0, 0
     while True:
         order = np.random.default_rng([plan.seed, rounds]).permutation(len(rows))
-        for batch in _batches((rows[i] for i in order), plan.max_tokens):
+        for batch in batches_in_order((rows[i] for i in order), plan.max_tokens):
             n += 1
             if n > skip:
                 yield batch

@@ -20,10 +20,9 @@ from mi_hops.patching.core import (
     Values,
     ValuesOf,
     captured,
-    next_token_logits,
     put,
     resolve_metrics,
-    scored,
+    scored_alone,
     taken,
 )
 from mi_hops.patching.grid import Cell, Grid, HeadsLike, build_grid, default_positions
@@ -32,7 +31,6 @@ from mi_hops.patching.pairs import (
     Spans,
     Text,
     as_prompts,
-    as_targets,
     resolve_spans,
 )
 from mi_hops.patching.sweep import Limits
@@ -103,8 +101,7 @@ def ablate(
         model, spans, kinds=kinds, layers=layers, heads=heads, neurons=neurons, window=window
     )
     metrics, names, single = resolve_metrics(metric)
-    targets = as_targets(model, bases, answer, wrong, [m for m in metrics if m is not None])
-    baselines = next_token_logits(model, bases) if None in metrics else None
+    prompts_scored = scored_alone(model, bases, answer, wrong, metrics)
     others = bases if reference is None else as_prompts(model, reference, prepend_bos=prepend_bos)
     values_of: ValuesOf
     if how == "zero":
@@ -121,7 +118,7 @@ def ablate(
             _check_lengths(grid, spans, bases, other_spans, others, drawn)
             values_of = _resamples(model, others, other_spans, grid, drawn)
     core = Core(
-        model, scored(bases, targets, metrics, baselines), spans.base, grid, batch_size,
+        model, prompts_scored, spans.base, grid, batch_size,
         Limits(max_rows=max_rows, memory=memory, progress=progress),
     )  # fmt: skip
     scores, intact = core.run(values_of, samples)

@@ -15,7 +15,6 @@ from mi_hops.metrics import MetricLike, Target, get_metric
 from mi_hops.model import LensModel
 from mi_hops.patching.activation import PatchJob
 from mi_hops.patching.circuit import Circuit, CircuitRunner
-from mi_hops.patching.core import next_token_logits
 from mi_hops.patching.pairs import Text
 from mi_hops.patching.sweep import Limits
 
@@ -69,16 +68,14 @@ def acdc(
 
     if not threshold > 0:
         raise ValueError(f"threshold is {threshold}; expected more than 0")
-    job = PatchJob(
-        model, clean, corrupted, answer=answer, wrong=wrong, kinds="resid_pre", layers=[0],
-        positions="all", heads=None, neurons=None, window=1, metric=metric, direction="noise",
-        source=None, prepend_bos=prepend_bos, batch_size=1, limits=Limits(),
+    job = PatchJob.of_pairs(
+        model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction="noise",
+        prepend_bos=prepend_bos, limits=Limits(),
     )  # fmt: skip
     if not job.single:
         raise ValueError("ACDC watches one metric, got several")
     better = metric != "kl" and get_metric(metric).higher_is_better
-    baselines = next_token_logits(model, job.clean) if None in job.metrics else None
-    bases = job.core(baselines).bases
+    bases = job.core(job.baselines()).bases
     runner = CircuitRunner(model)
     pairs = [
         runner.prepare(base, corrupt) for base, corrupt in zip(bases, job.corrupted, strict=True)

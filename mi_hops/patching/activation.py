@@ -239,9 +239,8 @@ class PatchJob:
             if len(self.sources) != n:
                 raise ValueError(f"got {len(third)} source prompts for {n} pairs; give one, or {n}")
         self.metrics, self.names, self.single = resolve_metrics(metric)
-        known = [m for m in self.metrics if m is not None]
-        self.clean_targets = as_targets(model, self.clean, answer, wrong, known)
-        self.corrupted_targets = as_targets(model, self.corrupted, answer, wrong, known)
+        self.clean_targets = as_targets(model, self.clean, answer, wrong, self.metrics)
+        self.corrupted_targets = as_targets(model, self.corrupted, answer, wrong, self.metrics)
         where = default_positions(kinds) if positions is None else positions
         self.spans = resolve_spans(where, self.sources, self.bases)
         self.grid = build_grid(
@@ -251,6 +250,30 @@ class PatchJob:
         if "pattern" in self.grid.kinds:  # their keys correspond token by token
             for origin, base in zip(self.sources, self.bases, strict=True):
                 align(origin, base)
+
+    @classmethod
+    def of_pairs(
+        cls,
+        model: LensModel,
+        clean: Text | Sequence[Text],
+        corrupted: Text | Sequence[Text],
+        *,
+        answer: str | Target | Sequence[str | Target] | None,
+        wrong: str | Sequence[str] | None,
+        metric: MetricLike,
+        direction: Direction,
+        prepend_bos: bool,
+        limits: Limits,
+    ) -> PatchJob:
+        """Pairs, answers and a metric for methods that have no cells, but nodes and edges.
+
+        The grid is the embedding of all tokens, so the prompts must correspond token by token.
+        """
+        return cls(
+            model, clean, corrupted, answer=answer, wrong=wrong, kinds="resid_pre", layers=[0],
+            positions="all", heads=None, neurons=None, window=1, metric=metric,
+            direction=direction, source=None, prepend_bos=prepend_bos, batch_size=1, limits=limits,
+        )  # fmt: skip
 
     def plan(self) -> PatchPlan:
         """Rows, passes and bytes; nothing runs."""
@@ -284,14 +307,13 @@ class PatchJob:
 
     def run(self, examples: Sequence[str] | None = None) -> Result:
         """The sweep."""
-        baselines = next_token_logits(self.model, self.clean) if None in self.metrics else None
+        baselines = self.baselines()
         core = self.core(baselines)
         scores, base = core.run(self.values_of)
         denoise = self.direction == "denoise"
         other = score(self.model, self.other_scored(baselines))
         effect = normalised(scores, other[:, None], base[:, None], undefined="nan")
         change = scores - base[:, None]
-        clean, corrupted = (other, base) if denoise else (base, other)
         axes = Axes(
             self.grid, self.spans, self.bases, self.metrics, self.names, self.single, examples
         )
@@ -300,18 +322,32 @@ class PatchJob:
         return axes.result(
             self.model,
             {"effect": effect, "score": scores, "change": change},
-            {"clean": clean, "corrupted": corrupted},
+            self.by_run(base, other),
             title=(
                 f"Activation patching, {taken_from} into {put_into}: {', '.join(self.grid.kinds)}; "
                 f"{', '.join(self.names)}"
             ),
-            units={"effect": "share restored" if denoise else "share lost"},
+            units={"effect": self.share},
             settings={
                 "method": "activation patching", "direction": self.direction,
                 "third_source": self.third, "window": self.window,
                 "prepend_bos": self.prepend_bos,
             },
         )  # fmt: skip
+
+    def baselines(self) -> list[Tensor] | None:
+        """The clean logits that ``"kl"`` compares with; None where it is not asked for."""
+        return next_token_logits(self.model, self.clean) if None in self.metrics else None
+
+    def by_run(self, base: Tensor, other: Tensor) -> dict[str, Tensor]:
+        """Scores of the base prompts and of the other run, under ``clean`` and ``corrupted``."""
+        clean, corrupted = (other, base) if self.direction == "denoise" else (base, other)
+        return {"clean": clean, "corrupted": corrupted}
+
+    @property
+    def share(self) -> str:
+        """The unit of an effect."""
+        return "share restored" if self.direction == "denoise" else "share lost"
 
     def other_scored(self, baselines: Sequence[Tensor] | None) -> list[Scored]:
         """The prompts of the run that the base is not, to be scored."""

@@ -29,7 +29,7 @@ from mi_hops.metrics import MetricLike, Target
 from mi_hops.model import LensModel, dtype_of, hook_name
 from mi_hops.patching.activation import Direction, PatchJob
 from mi_hops.patching.atp_star import atp_star
-from mi_hops.patching.core import Axes, captured, next_token_logits, taken
+from mi_hops.patching.core import Axes, captured, taken
 from mi_hops.patching.gradients import Gradients, run_with_gradients
 from mi_hops.patching.grid import Cell, HeadsLike
 from mi_hops.patching.pairs import PositionsLike, Text
@@ -155,7 +155,7 @@ class _Attributor:
         from tqdm.auto import tqdm
 
         job = self.job
-        baselines = next_token_logits(job.model, job.clean) if None in job.metrics else None
+        baselines = job.baselines()
         core = job.core(baselines)
         wide = torch.promote_types(dtype_of(job.model), torch.float32)
         n = len(job.bases)
@@ -178,19 +178,16 @@ class _Attributor:
         other = score(job.model, job.other_scored(baselines))[:, 0]
         gap = other - base
         effect = change / gap[:, None].masked_fill(gap[:, None] == 0, float("nan"))
-        clean, corrupted = (other, base) if job.direction == "denoise" else (base, other)
         extra: dict[str, Tensor] = {}
         if self.method == "integrated":
             extra["completeness_error"] = missing
         axes = Axes(job.grid, job.spans, job.bases, job.metrics, job.names, True, examples)
-        restored = "share restored" if job.direction == "denoise" else "share lost"
         result = axes.result(
             job.model,
             {"effect": effect[..., None], "change": change[..., None]},
-            {name: v[:, None] for name, v in
-             {"clean": clean, "corrupted": corrupted, **extra}.items()},
+            {name: v[:, None] for name, v in (job.by_run(base, other) | extra).items()},
             title=f"Attribution ({self.method}): {', '.join(job.grid.kinds)}; {job.names[0]}",
-            units={"effect": restored} | dict.fromkeys(extra, "share of the difference"),
+            units={"effect": job.share} | dict.fromkeys(extra, "share of the difference"),
             settings={
                 "method": f"attribution: {self.method}", "direction": job.direction,
                 "third_source": job.third, "window": job.window, "prepend_bos": job.prepend_bos,

@@ -27,7 +27,7 @@ from mi_hops.model import (
     w_o,
 )
 from mi_hops.patching.activation import PatchJob
-from mi_hops.patching.core import captured, next_token_logits, units_of
+from mi_hops.patching.core import captured, units_of
 from mi_hops.patching.nodes import Node, Writes, readers, writers
 from mi_hops.patching.pairs import Text
 from mi_hops.patching.sweep import Limits, Scored, Sweep, score
@@ -192,10 +192,9 @@ def faithfulness(
     import torch
     from tqdm.auto import tqdm
 
-    job = PatchJob(
-        model, clean, corrupted, answer=answer, wrong=wrong, kinds="resid_pre", layers=[0],
-        positions="all", heads=None, neurons=None, window=1, metric=metric, direction="noise",
-        source=None, prepend_bos=prepend_bos, batch_size=1, limits=Limits(),
+    job = PatchJob.of_pairs(
+        model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction="noise",
+        prepend_bos=prepend_bos, limits=Limits(),
     )  # fmt: skip
     if not job.single:
         raise ValueError("faithfulness is of one metric, got several; run each by itself")
@@ -203,7 +202,7 @@ def faithfulness(
         raise ValueError(
             f"got {len(circuits)} circuits and batch_size {batch_size}; need 1 or more"
         )
-    baselines = next_token_logits(model, job.clean) if None in job.metrics else None
+    baselines = job.baselines()
     bases = job.core(baselines).bases
     runner = CircuitRunner(model)
     masks = torch.stack([runner.mask(c) for c in circuits])

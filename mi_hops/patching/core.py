@@ -11,7 +11,7 @@ from mi_hops.interventions import Change, replace
 from mi_hops.metrics import KL, Metric, MetricLike, Target, get_metrics
 from mi_hops.model import LensModel, capture, dtype_of, provenance
 from mi_hops.patching.grid import Cell, Grid
-from mi_hops.patching.pairs import Spans
+from mi_hops.patching.pairs import Spans, as_targets
 from mi_hops.patching.sweep import Limits, Scored, Sweep
 from mi_hops.results import Result
 from mi_hops.tokens import Prompt, pad
@@ -189,6 +189,23 @@ def scored(
         )
         out.append(Scored(prompt, target, own))
     return out
+
+
+def scored_alone(
+    model: LensModel,
+    prompts: Sequence[Prompt],
+    answer: str | Target | Sequence[str | Target] | None,
+    wrong: str | Sequence[str] | None,
+    metrics: Sequence[Metric | None],
+) -> list[Scored]:
+    """Prompts that belong to no pair: ``"kl"`` compares with the prompt's own untouched run.
+
+    Raises:
+        ValueError, TokenError: as in `as_targets`.
+    """
+    targets = as_targets(model, prompts, answer, wrong, metrics)
+    baselines = next_token_logits(model, prompts) if None in metrics else None
+    return scored(prompts, targets, metrics, baselines)
 
 
 def next_token_logits(model: LensModel, prompts: Sequence[Prompt]) -> list[Float[Tensor, "vocab"]]:

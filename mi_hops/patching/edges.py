@@ -18,19 +18,28 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mi_hops.metrics import MetricLike, Target
-from mi_hops.model import Hook, HookFn, LensModel, dtype_of, hook_name, provenance
+from mi_hops.model import Hook, HookFn, LensModel, dtype_of, hook_name
 from mi_hops.patching.activation import Direction, PatchJob
-from mi_hops.patching.core import captured, next_token_logits, units_of
+from mi_hops.patching.core import captured
 from mi_hops.patching.gradients import run_with_gradients
-from mi_hops.patching.nodes import Node, Writes, probe, read_hooks, readers, writers
+from mi_hops.patching.nodes import (
+    Node,
+    Writes,
+    edge_result,
+    probe,
+    read_hooks,
+    readers,
+    writers,
+)
 from mi_hops.patching.pairs import Text
 from mi_hops.patching.quadrature import Rule, path_points
 from mi_hops.patching.sweep import Limits, Scored, Sweep, score
-from mi_hops.results import Result
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+    from mi_hops.results import Result
 
 
 def attribute_edges(
@@ -74,15 +83,14 @@ def attribute_edges(
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected at least 1")
     points = [(0.0, 1.0)] if steps == 1 else path_points(steps, rule)
-    job = PatchJob(
-        model, clean, corrupted, answer=answer, wrong=wrong, kinds="resid_pre", layers=[0],
-        positions="all", heads=None, neurons=None, window=1, metric=metric, direction=direction,
-        source=None, prepend_bos=prepend_bos, batch_size=1, limits=Limits(),
+    job = PatchJob.of_pairs(
+        model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction=direction,
+        prepend_bos=prepend_bos, limits=Limits(),
     )  # fmt: skip
     if not job.single:
         raise ValueError("edges are attributed to one metric, got several; run each by itself")
     sources, targets = writers(model, senders), readers(model, receivers)
-    baselines = next_token_logits(model, job.clean) if None in job.metrics else None
+    baselines = job.baselines()
     bases = job.core(baselines).bases
     n = len(bases)
     wide = torch.promote_types(dtype_of(model), torch.float32)
@@ -98,30 +106,11 @@ def attribute_edges(
     other = score(model, job.other_scored(baselines))[:, 0]
     gap = (other - base)[:, None, None]
     effect = change / gap.masked_fill(gap == 0, float("nan"))
-    clean_scores, corrupted_scores = (other, base) if direction == "denoise" else (base, other)
-    dims, unit = ("example", "sender", "receiver"), units_of(job.metrics)[0]
     method = "EAP" if steps == 1 else "EAP-IG"
-    return Result.from_arrays(
-        {"change": (dims, change), "effect": (dims, effect)},
-        baselines={
-            "clean": (("example",), clean_scores),
-            "corrupted": (("example",), corrupted_scores),
-        },
-        coords={
-            "example": list(range(n)) if examples is None else list(examples),
-            "sender": [u.name for u in sources],
-            "receiver": [v.name for v in targets],
-        },
-        units={
-            "effect": "share restored" if direction == "denoise" else "share lost",
-            **dict.fromkeys(("change", "clean", "corrupted"), unit),
-        },
-        provenance=provenance(
-            model, method=method, direction=direction, metrics=job.names, steps=steps, rule=rule,
-            prepend_bos=prepend_bos,
-        ),
-        title=f"Edge attribution ({method}); {job.names[0]}",
-        allow_nonfinite=True,  # no edge, or no scale
+    return edge_result(
+        job, {"change": change, "effect": effect}, job.by_run(base, other), sources, targets,
+        examples=examples, title=f"Edge attribution ({method}); {job.names[0]}",
+        method=method, settings={"steps": steps, "rule": rule},
     )  # fmt: skip
 
 

@@ -8,9 +8,9 @@ Readers: ``"L3H2.q"``, ``"L3H2.k"``, ``"L3H2.v"`` (key/value heads as they are c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mi_hops.fanout import Intervention, Site
 from mi_hops.model import (
@@ -20,10 +20,12 @@ from mi_hops.model import (
     forward,
     hook_name,
     n_heads_of,
+    provenance,
     require_hooks,
     w_o,
 )
-from mi_hops.patching.core import captured
+from mi_hops.patching.core import captured, units_of
+from mi_hops.results import Result
 from mi_hops.tokens import Prompt
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
     from torch import Tensor
+
+    from mi_hops.patching.activation import PatchJob
 
 Role = Literal["embed", "head", "attn", "mlp", "q", "k", "v", "logits"]
 
@@ -264,3 +268,46 @@ def arrival(reader: Node, value: Tensor, positions: tuple[int, ...]) -> Interven
     role = "mlp_out" if reader.role == "mlp" else reader.role
     site = Site(role, reader.layer, positions, reader.head)
     return Intervention((site,), replace(value[list(positions)]))
+
+
+# -- results --------------------------------------------------------------------------------------
+
+
+def edge_result(
+    job: PatchJob,
+    values: Mapping[str, Float[Tensor, "example sender receiver"]],
+    baselines: Mapping[str, Float[Tensor, "example"]],
+    senders: Sequence[Node],
+    receivers: Sequence[Node],
+    *,
+    examples: Sequence[str] | None,
+    title: str,
+    method: str,
+    settings: Mapping[str, Any] | None = None,
+) -> Result:
+    """A `Result` of numbers a pair and edge, NaN where there is no edge.
+
+    Args:
+        values: ``effect``, in the job's share, and others in the unit of its metric.
+        baselines: in the unit of the metric.
+        examples: labels of the pairs; default their numbers.
+        settings: what else the provenance remembers.
+    """
+    dims = ("example", "sender", "receiver")
+    unit = units_of(job.metrics)[0]
+    return Result.from_arrays(
+        {name: (dims, value) for name, value in values.items()},
+        baselines={name: (("example",), value) for name, value in baselines.items()},
+        coords={
+            "example": list(range(len(job.bases))) if examples is None else list(examples),
+            "sender": [u.name for u in senders],
+            "receiver": [v.name for v in receivers],
+        },
+        units={**dict.fromkeys((*values, *baselines), unit), "effect": job.share},
+        provenance=provenance(
+            job.model, method=method, direction=job.direction, metrics=job.names,
+            **(settings or {}), prepend_bos=job.prepend_bos,
+        ),
+        title=title,
+        allow_nonfinite=True,  # no edge, or no scale
+    )  # fmt: skip

@@ -55,18 +55,19 @@ def as_targets(
     prompts: Sequence[Prompt],
     answer: str | Target | Sequence[str | Target] | None,
     wrong: str | Sequence[str] | None,
-    metrics: Sequence[Metric],
+    metrics: Sequence[Metric | None],
 ) -> list[Target]:
     """What each prompt is scored on.
 
-    Without an answer only metrics that read none may be asked for: a divergence or a function.
+    Without an answer only metrics that read none may be asked for: a divergence (None stands for
+    ``"kl"``) or a function.
 
     Raises:
         ValueError: no answer where a metric needs one.
         TokenError: an answer that has no tokens of its own after its prompt.
     """
     if answer is None:
-        needing = [m.name for m in metrics if not isinstance(m, KL | Custom)]
+        needing = [m.name for m in metrics if m is not None and not isinstance(m, KL | Custom)]
         if needing:
             raise ValueError(f"metric(s) {needing} score an answer, and none was given")
         return [Target(prompt.ids[-1:]) for prompt in prompts]  # read by no metric

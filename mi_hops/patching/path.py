@@ -16,19 +16,28 @@ from typing import TYPE_CHECKING
 from mi_hops.fanout import Intervention, Site
 from mi_hops.interventions import Change, add
 from mi_hops.metrics import MetricLike, Target, normalised
-from mi_hops.model import LensModel, dtype_of, provenance
+from mi_hops.model import LensModel, dtype_of
 from mi_hops.patching.activation import Direction, PatchJob
-from mi_hops.patching.core import next_token_logits, units_of
-from mi_hops.patching.nodes import Node, Writes, arrival, probe, read_hooks, readers, writers
+from mi_hops.patching.nodes import (
+    Node,
+    Writes,
+    arrival,
+    edge_result,
+    probe,
+    read_hooks,
+    readers,
+    writers,
+)
 from mi_hops.patching.pairs import Text
 from mi_hops.patching.sweep import Limits, Scored, Sweep, score
-from mi_hops.results import Result
 from mi_hops.tokens import Where, align, pad
 from mi_hops.tokens import positions as positions_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+    from mi_hops.results import Result
 
 
 def path_patch(
@@ -70,11 +79,9 @@ def path_patch(
     import torch
     from tqdm.auto import tqdm
 
-    job = PatchJob(
-        model, clean, corrupted, answer=answer, wrong=wrong, kinds="resid_pre", layers=[0],
-        positions="all", heads=None, neurons=None, window=1, metric=metric, direction=direction,
-        source=None, prepend_bos=prepend_bos, batch_size=1,
-        limits=Limits(max_rows=max_rows, memory=memory),
+    job = PatchJob.of_pairs(
+        model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction=direction,
+        prepend_bos=prepend_bos, limits=Limits(max_rows=max_rows, memory=memory),
     )  # fmt: skip
     if not job.single:
         raise ValueError("path patching takes one metric, got several; run one after the other")
@@ -84,7 +91,7 @@ def path_patch(
             f"no path leads from {[u.name for u in sources][:5]} to {[v.name for v in targets][:5]}: "
             "readers see what earlier blocks wrote (an MLP also its own block's attention)"
         )
-    baselines = next_token_logits(model, job.clean) if None in job.metrics else None
+    baselines = job.baselines()
     bases = job.core(baselines).bases
     n = len(bases)
     wide = torch.promote_types(torch.float32, dtype_of(model))
@@ -99,30 +106,11 @@ def path_patch(
         scores[i], base[i] = _pair(model, bases[i], changes, span[0], sources, targets, job.limits)
     other = score(model, job.other_scored(baselines))[:, 0]
     effect = normalised(scores, other[:, None, None], base[:, None, None], undefined="nan")
-    clean_scores, corrupted_scores = (other, base) if direction == "denoise" else (base, other)
-    dims = ("example", "sender", "receiver")
-    unit = units_of(job.metrics)[0]
     change = scores - base[:, None, None]
-    return Result.from_arrays(
-        {"effect": (dims, effect), "score": (dims, scores), "change": (dims, change)},
-        baselines={
-            "clean": (("example",), clean_scores), "corrupted": (("example",), corrupted_scores)
-        },
-        coords={
-            "example": list(range(n)) if examples is None else list(examples),
-            "sender": [u.name for u in sources],
-            "receiver": [v.name for v in targets],
-        },
-        units={
-            "effect": "share restored" if direction == "denoise" else "share lost",
-            **dict.fromkeys(("score", "change", "clean", "corrupted"), unit),
-        },
-        provenance=provenance(
-            model, method="direct path patching", direction=direction, metrics=job.names,
-            prepend_bos=prepend_bos,
-        ),
-        title=f"Direct paths; {job.names[0]}",
-        allow_nonfinite=True,  # no path, or no scale
+    return edge_result(
+        job, {"effect": effect, "score": scores, "change": change}, job.by_run(base, other),
+        sources, targets, examples=examples, title=f"Direct paths; {job.names[0]}",
+        method="direct path patching",
     )  # fmt: skip
 
 

@@ -21,10 +21,9 @@ from mi_hops.model import LensModel, embedding, hook_name, hooked, require_hooks
 from mi_hops.patching.core import (
     Axes,
     captured,
-    next_token_logits,
     put,
     resolve_metrics,
-    scored,
+    scored_alone,
     taken,
 )
 from mi_hops.patching.grid import Cell, Grid, HeadsLike, build_grid, default_positions
@@ -32,7 +31,6 @@ from mi_hops.patching.pairs import (
     PositionsLike,
     Text,
     as_prompts,
-    as_targets,
     one_each,
     resolve_spans,
 )
@@ -121,9 +119,7 @@ def trace(
     held = [kind for name, kind in _SEVERED_KIND.items() if name in variants]
     require_hooks(model, [hook_name(kind, i) for kind in held for i in range(model.cfg.n_layers)])
     metrics, names, single = resolve_metrics(metric)
-    targets = as_targets(model, bases, answer, wrong, [m for m in metrics if m is not None])
-    baselines = next_token_logits(model, bases) if None in metrics else None
-    prompts_scored = scored(bases, targets, metrics, baselines)
+    prompts_scored = scored_alone(model, bases, answer, wrong, metrics)
     clean = score(model, prompts_scored)
     limits = Limits(max_rows=max_rows, memory=memory)
     std = noise * float(embedding(model).float().std())

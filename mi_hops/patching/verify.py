@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mi_hops.patching.core import next_token_logits
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -65,8 +63,7 @@ def verify(job: PatchJob, estimate: Result, *, top: int | None = 20) -> Verifica
         raise ValueError(f"top is {top}; expected at least 1 cell, or None for all")
     order = np.argsort(-np.abs(estimated.mean(0)), kind="stable")[:top]
     chosen = replace(grid, cells=tuple(grid.cells[i] for i in order))
-    baselines = next_token_logits(job.model, job.clean) if None in job.metrics else None
-    scores, base = replace(job.core(baselines), grid=chosen).run(job.values_of)
+    scores, base = replace(job.core(job.baselines()), grid=chosen).run(job.values_of)
     exact = (scores - base[:, None])[..., 0].numpy().astype(float)
     guess = estimated[:, order].astype(float)
     largest = float(np.abs(exact).max())

@@ -97,7 +97,7 @@ def _choices(choices: Mapping[str, Any]) -> list[Block]:
     n = choices["n_choose"]
     rows = [
         [c["kind"], _span(c["layers"]), f"{c['strength']:g}", _of(c["correction"], n),
-         "–" if c["kept"] is None else f"{c['kept']:.1%}", str(n),
+         "–" if c["kept"] is None else _of(c["kept"], c["n_kept"]), str(n),
          "chosen" if c in chosen else ""]
         for c in choices["candidates"]
     ]  # fmt: skip
@@ -113,8 +113,8 @@ def _choices(choices: Mapping[str, Any]) -> list[Block]:
             texts=2,
             fold=True,
             marked=[i for i, c in enumerate(choices["candidates"]) if c in chosen],
-            note="Used for choosing only. Brackets: exact 95% intervals in percent; the share of "
-            "unrelated questions is a mean over several of them per failure.",
+            note="Used for choosing only. Brackets: exact 95% intervals in percent; for "
+            "unrelated questions over all of them, several per failure.",
         ),
     ]
 

@@ -14,8 +14,8 @@ from mi_hops.report.parts import (
     Text,
     bars,
     heatmap,
-    left_out,
     number,
+    opened,
     percent,
     row,
     used,
@@ -46,14 +46,13 @@ _CHANGES = {
 
 def injection_section(study: Study) -> Section:
     """Step 5."""
-    section = Section(
+    section, result = opened(
+        study,
         "injection",
         "Memory injection",
         "Can a failed question be put right while it runs, by adding the bridge inside the model?",
     )
-    result = study.result("injection")
     if result is None:
-        section.blocks.append(left_out(study.skipped("injection")))
         return section
     summary = study.summary["injection"]
     cell, where = summary["cell"], result.provenance.get("positions", "the chosen positions")

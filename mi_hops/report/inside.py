@@ -12,8 +12,8 @@ from mi_hops.report.parts import (
     frame,
     heatmap,
     layers,
-    left_out,
     number,
+    opened,
     panel,
     used,
 )
@@ -36,14 +36,13 @@ _BLOCKS = "blocks passed (0 = embedding)"
 
 def lens_section(study: Study) -> Section:
     """Step 2."""
-    section = Section(
+    section, result = opened(
+        study,
         "lens",
         "Bridge and answer in the logit lens",
         "Where does the bridge, which never stands in the prompt, show up inside the model?",
     )
-    result = study.result("lens")
     if result is None:
-        section.blocks.append(left_out(study.skipped("lens")))
         return section
     groups = result["group"].values
     names = [name for name in _GROUPS if (groups == name).any()]
@@ -152,14 +151,13 @@ def _peaks(summary: dict[str, Any]) -> Table:
 
 def erasure_section(study: Study) -> Section:
     """Step 3."""
-    section = Section(
+    section, result = opened(
+        study,
         "erasure",
         "Erasing the bridge",
         "Does the bridge cause the answer, or does it merely stand beside it?",
     )
-    result = study.result("erasure")
     if result is None:
-        section.blocks.append(left_out(study.skipped("erasure")))
         return section
     controls = result.provenance.get("controls", "several")
     section.blocks.append(
@@ -265,14 +263,13 @@ def _zero_line(plot: go.Figure) -> go.Figure:
 
 def locate_section(study: Study) -> Section:
     """Step 4."""
-    section = Section(
+    section, result = opened(
+        study,
         "locate",
         "Locating the second hop",
         "Which modules, given what they compute for the plain second hop, put the answer right?",
     )
-    result = study.result("locate")
     if result is None:
-        section.blocks.append(left_out(study.skipped("locate")))
         return section
     summary = study.summary["locate"]
     located = summary["located_layers"]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from mi_hops.results import Result
+    from mi_hops.study.folder import Study
 
 #: An estimate as in ``summary.json``: ``value``, ``low``, ``high`` and ``n``.
 Estimate = Mapping[str, Any]
@@ -85,6 +86,15 @@ class Section:
     title: str
     question: str
     blocks: list[Block] = field(default_factory=list)
+
+
+def opened(study: Study, step: str, title: str, question: str) -> tuple[Section, Result | None]:
+    """The section of a step, and its result; where there is none the section says why."""
+    section = Section(step, title, question)
+    result = study.result(step)
+    if result is None:
+        section.blocks.append(left_out(study.skipped(step)))
+    return section, result
 
 
 def left_out(reason: str | None) -> Text:

@@ -21,8 +21,6 @@ from mi_hops.tokens import TokenError, encode
 if TYPE_CHECKING:
     import torch
 
-FACTS = Path(__file__).parent.parent / "data" / "hopland.jsonl"
-
 
 def run_study(
     model: str | Path | LensModel,
@@ -42,7 +40,7 @@ def run_study(
 
     Args:
         model: a name or path for `load_model`, or a loaded model.
-        facts: a file for `load_facts`, facts, or None for the bundled ones (Hopland).
+        facts: a file or name for `load_facts`, facts, or None for the bundled ones (Hopland).
         out: folder for the results; an unfinished study with the same settings is resumed, a
             finished one reopened.
         device, dtype, backend: for `load_model`.
@@ -111,10 +109,10 @@ def load_study_facts(
     facts: str | Path | Sequence[TwoHopFact] | None, limit: int | None, seed: int
 ) -> tuple[list[TwoHopFact], dict[str, Any]]:
     """The facts of a study (bundled ones for None), thinned to `limit`, and where they came from."""
-    from mi_hops.facts.loaders import load_facts
+    from mi_hops.facts.loaders import facts_path, load_facts
 
     if facts is None or isinstance(facts, str | Path):
-        path = FACTS if facts is None else Path(facts)
+        path = facts_path("hopland" if facts is None else facts)
         loaded = load_facts(path)
         chosen = list(loaded)
         source: dict[str, Any] = {"file": path.name, "report": loaded.describe()}

@@ -352,10 +352,11 @@ class Run:
         for (kind, span, strength), repair in repairs.items():
             part = frame[frame["repair"] == repair.name]
             right = part[part["set"] == "correction"]["first_right_after"].mean()
-            kept = part[part["set"] == "specificity"]["whole_right_after"].mean()
+            told = part[part["set"] == "specificity"]["whole_right_after"]
             candidates.append(
                 {"kind": kind, "layers": list(span), "strength": strength,
-                 "correction": float(right), "kept": float(kept) if kept == kept else None}
+                 "correction": float(right), "kept": float(told.mean()) if len(told) else None,
+                 "n_kept": len(told)}
             )  # fmt: skip
         chosen = {
             kind: choose_edit([c for c in candidates if c["kind"] == kind])

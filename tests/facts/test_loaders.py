@@ -490,3 +490,8 @@ def test_the_published_set_made_from_2wikimultihop(published):
     raw = load_facts(published / "multi_hop_1000.csv", strict_reference=True)
     assert (len(raw), raw.dropped, raw.mended) == (1000, (), ())
     assert raw[604].prompt().startswith("The the publisher")
+
+
+def test_the_bundled_facts_have_a_name():
+    facts = load_facts("hopland")
+    assert len(facts) > 1000 and {"first_unseen", "second_unseen"} <= {f.split for f in facts}

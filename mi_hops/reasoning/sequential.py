@@ -1,0 +1,73 @@
+"""What survives when edits pile up in one model: scores after the first, the tenth, the hundredth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mi_hops.editing import Edit, EditRepair, stack
+from mi_hops.model import LensModel
+from mi_hops.reasoning.evaluate import evaluate
+from mi_hops.reasoning.evaluation import Evaluation
+from mi_hops.reasoning.queries import Query, QuerySets
+
+if TYPE_CHECKING:
+    from mi_hops.facts.fact import TwoHopFact
+
+SIZES = (1, 10, 100)
+
+
+def evaluate_sequential(
+    model: LensModel,
+    edits: Sequence[Edit],
+    queries: QuerySets | Iterable[Query],
+    facts: Sequence[TwoHopFact],
+    *,
+    sizes: Sequence[int] = SIZES,
+    **options: Any,
+) -> Evaluation:
+    """Score the model with the first n edits all in force, on the queries of their n facts.
+
+    Each size is a repair of its own in the result (``"1 edit"``, ``"10 edits"``, ...). Its
+    correction tells how many of the first n edits survive the later ones, its specificity what all
+    of them together cost. The evaluation's ``frame`` has a column ``edit`` besides: the place of
+    the query's case among the edits, from 1, so that old and new ones can be told apart.
+
+    Args:
+        edits: one for each fact, in the order in which they were made, each on the model as edited
+            so far (`creme_sequential`). They are not in force now.
+        sizes: how many edits are in force; those beyond ``len(edits)`` are left out, and all of them
+            are always added.
+        options: for `evaluate`.
+
+    Raises:
+        ValueError: not one edit a fact, a size below 1; see also `evaluate`.
+        WrongWeightsError: the first edit is for other weights than the model's.
+    """
+    import pandas as pd
+
+    if not edits or len(edits) != len(facts):
+        raise ValueError(f"expected one edit a fact; got {len(edits)} for {len(facts)} facts")
+    if wrong := [n for n in sizes if n < 1]:
+        raise ValueError(f"sizes {wrong}; expected numbers of edits from 1")
+    asked = list(queries)
+    place = {fact.id: i for i, fact in enumerate(facts, start=1)}
+    parts: list[Evaluation] = []
+    for n in sorted({*(n for n in sizes if n < len(edits)), len(edits)}):
+        together = stack(edits[:n], check=False)
+        mine = [q for q in asked if place.get(q.case, n + 1) <= n]
+        label = "1 edit" if n == 1 else f"{n} edits"
+        if mine:
+            repair = EditRepair(together, name=label)
+            parts.append(evaluate(model, [repair], mine, facts[:n], **options))
+    if not parts:
+        raise ValueError(f"none of the {len(asked)} queries belongs to one of the facts")
+    frame = pd.concat([part.frame for part in parts], ignore_index=True)
+    frame["edit"] = frame["case"].map(place)
+    last = parts[-1]
+    source = {
+        **last.provenance,
+        "repairs": [name for p in parts for name in p.provenance["repairs"]],
+    }
+    return replace(last, frame=frame, provenance=source)

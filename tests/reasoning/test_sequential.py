@@ -1,0 +1,58 @@
+"""Edits that pile up: each size equals the edited weights, scored on the facts edited so far."""
+
+from __future__ import annotations
+
+import pytest
+
+from mi_hops.editing import creme_sequential, stack
+from mi_hops.reasoning.evaluate import Evaluation, evaluate
+from mi_hops.reasoning.sequential import evaluate_sequential
+from mi_hops.reasoning.sets import Query
+from mi_hops.repair import NoRepair
+from tests.reasoning.tiny_facts import tiny_facts
+
+
+@pytest.fixture
+def piled(tiny):
+    facts = tiny_facts(tiny, 4)
+    edits = creme_sequential(tiny, facts, layers=[0, 1], keep=None)
+    queries = [
+        Query(
+            case=f.id, set="correction", query_id=f"{f.id}/own", prompt=f.prompt(), answer=f.answer
+        )
+        for f in facts
+    ]
+    return facts, edits, queries
+
+
+def test_each_size_equals_the_weights_edited_so_far(tiny, piled):
+    facts, edits, queries = piled
+    found = evaluate_sequential(tiny, edits, queries, facts, sizes=(1, 3, 100), generate=False)
+    assert list(dict.fromkeys(found.frame["repair"])) == ["1 edit", "3 edits", "4 edits"]
+    assert found.provenance["repairs"] == ["1 edit", "3 edits", "4 edits"]
+    for n, label in ((1, "1 edit"), (3, "3 edits"), (4, "4 edits")):
+        mine = found.frame[found.frame["repair"] == label]
+        assert mine["edit"].tolist() == list(range(1, n + 1))
+        with stack(edits[:n], check=False).applied(tiny):
+            weights = evaluate(tiny, [NoRepair()], queries[:n], facts[:n], generate=False)
+        assert mine["first_prob_after"].tolist() == pytest.approx(
+            weights.frame["first_prob_after"].tolist(), abs=1e-5
+        )
+    assert (found.table().loc[("4 edits", "correction", "cases_used"), "value"]) == 4
+
+
+def test_it_is_saved_and_loaded_as_any_evaluation(tiny, piled, tmp_path):
+    facts, edits, queries = piled
+    found = evaluate_sequential(tiny, edits, queries, facts, sizes=(2,), generate=False)
+    again = Evaluation.load(found.save(tmp_path / "piled.nc"))
+    assert again.frame["edit"].tolist() == found.frame["edit"].tolist()
+
+
+def test_refusals(tiny, piled):
+    facts, edits, queries = piled
+    with pytest.raises(ValueError, match="one edit a fact; got 3 for 4"):
+        evaluate_sequential(tiny, edits[:3], queries, facts)
+    with pytest.raises(ValueError, match="from 1"):
+        evaluate_sequential(tiny, edits, queries, facts, sizes=(0,))
+    with pytest.raises(ValueError, match="none of the 0 queries"):
+        evaluate_sequential(tiny, edits, [], facts)
