@@ -27,6 +27,7 @@ class Setup:
         choose: cases settings may be chosen on.
         report: cases that are reported; no fact of theirs is in `choose` or in C.
         queries: of `report`.
+        choosing: of the first 40 of `choose`: the question itself and unrelated ones.
         corpus: statements of trained facts, which C is counted on.
         practice: trained facts none of whose parts is reported.
     """
@@ -36,6 +37,7 @@ class Setup:
     choose: list[TwoHopFact]
     report: list[TwoHopFact]
     queries: QuerySets
+    choosing: QuerySets
     corpus: list[str]
     practice: list[TwoHopFact]
 
@@ -65,13 +67,16 @@ def set_up(name: str, *, cases: int, seed: int = 0, world: Hopland | None = None
     used = {hop for f in report for hop in hops(f)}
     choose = [f for f in failed[cases:] if not used & set(hops(f))][:cases]
     frame = gap.frame
-    queries = build_sets(
-        report,
-        list(gap.facts),
-        answered_ids=set(frame["id"][frame["two_hop"]]),
-        known_ids=set(frame["id"][frame["second"]]),
-        form=FORM,
-        seed=seed,
+    queries, choosing = (
+        build_sets(
+            cases_of,
+            list(gap.facts),
+            answered_ids=set(frame["id"][frame["two_hop"]]),
+            known_ids=set(frame["id"][frame["second"]]),
+            form=FORM,
+            seed=seed,
+        )
+        for cases_of in (report, choose[:40])
     )
     clean = [f for f in trained if not used & set(hops(f))]
     practice = rng.sample(clean, min(len(clean), 3000))
@@ -81,7 +86,10 @@ def set_up(name: str, *, cases: int, seed: int = 0, world: Hopland | None = None
         for f in practice[:1500]
         for prompt, said in ((f.first_prompt(FORM), f.bridge), (f.second_prompt(FORM), f.answer))
     ]
-    return Setup(model, str(name), choose, report, queries, sorted(set(corpus)), practice)
+    return Setup(
+        model, str(name), choose, report, queries, choosing.of("correction", "specificity"),
+        sorted(set(corpus)), practice,
+    )  # fmt: skip
 
 
 def hops(fact: TwoHopFact) -> tuple[tuple[str, str], tuple[str, str]]:

@@ -186,7 +186,8 @@ def test_bundled_facts_and_their_limit():
 def test_layer_spans():
     assert layer_spans([2, 4], 6) == [(1, 2, 3, 4), (2, 3, 4), (3, 4), (4,)]
     assert layer_spans([0], 6) == [(0,)]
-    assert layer_spans([], 12) == [tuple(range(s, 9)) for s in (3, 4, 5, 6)]
+    assert layer_spans([], 12) == [tuple(range(s, 9)) for s in (3, 4, 5, 6, 7, 8)]
+    assert [s[0] for s in layer_spans([10, 29], 32)] == [9, 13, 17, 21, 25, 29]
 
 
 def test_choose_edit():

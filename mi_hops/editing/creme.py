@@ -126,6 +126,11 @@ class CremeRepair:
         """Label in tables."""
         return self._name
 
+    @property
+    def strength(self) -> float:
+        """Share of the change that is made."""
+        return CremeSettings(**self._settings).strength
+
     def fit(self, model: LensModel, facts: Sequence[TwoHopFact]) -> list[Edit]:
         """One edit a fact."""
         return creme_many(model, facts, layers=self.layers, **self._settings)

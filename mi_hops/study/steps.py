@@ -41,10 +41,10 @@ class Sizes:
     """
 
     lens: int = 300
-    erasure: int = 100
+    erasure: int = 400
     locate: int = 100
     injection: int = 200
-    choose: int = 60
+    choose: int = 80
     edits: int = 300
     controls: int = 3
     strengths: tuple[float, ...] = (0.5, 1, 2, 3, 4, 6, 8, 10, 12, 15)
