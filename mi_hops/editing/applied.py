@@ -183,8 +183,5 @@ def _put_back(
 
 
 def _restore(model: LensModel, change: Change, old: Tensor) -> None:
-    import torch
-
     weight = live_weight(model, *change.site)
-    with torch.no_grad():
-        weight.data.copy_(old.reshape(weight.shape))
+    weight.data.copy_(old.reshape(weight.shape))
