@@ -27,7 +27,7 @@ class Setup:
         choose: cases settings may be chosen on.
         report: cases that are reported; no fact of theirs is in `choose` or in C.
         queries: of `report`.
-        choosing: of the first 40 of `choose`: the question itself and unrelated ones.
+        choosing: of `choose`: the question itself and unrelated ones.
         corpus: statements of trained facts, which C is counted on.
         practice: trained facts none of whose parts is reported.
     """
@@ -76,7 +76,7 @@ def set_up(name: str, *, cases: int, seed: int = 0, world: Hopland | None = None
             form=FORM,
             seed=seed,
         )
-        for cases_of in (report, choose[:40])
+        for cases_of in (report, choose)
     )
     clean = [f for f in trained if not used & set(hops(f))]
     practice = rng.sample(clean, min(len(clean), 3000))

@@ -93,7 +93,8 @@ def creme_joint(
         left = solve_keys(
             keys, kept if len(kept) else None, inverse=inverse, slack=how.slack, ridge=ridge
         )
-        done.append(merge([Change("W_O", layer, left.to(wide), change.to(wide))]))
+        right = (how.strength * change).to(wide)
+        done.append(merge([Change("W_O", layer, left.to(wide), right)]))
     return edit(done)
 
 

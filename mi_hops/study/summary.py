@@ -269,7 +269,8 @@ def _headlines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         )  # fmt: skip
     for repair, sets in summary["editing"].get("scores", {}).items():
         chosen = summary["editing"]["choices"]["chosen"][repair]
-        where = f"L{chosen['layers'][0]}-{chosen['layers'][-1]}, strength {chosen['strength']:g}"
+        ends = dict.fromkeys((chosen["layers"][0], chosen["layers"][-1]))
+        where = f"L{'-'.join(map(str, ends))}, strength {chosen['strength']:g}"
         for label, name, statistic in (
             ("first token put right", "correction", "first_right_after"),
             ("whole answer put right", "correction", "whole_right_after"),

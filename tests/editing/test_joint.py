@@ -52,7 +52,9 @@ def test_joint_equals_memits_normal_equations(wide, facts):  # noqa: F811
             write_w_o(wide, i, w)
 
 
-@pytest.mark.parametrize("options", [{}, {"target": "clean", "match": "residual"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"target": "clean", "match": "residual"}, {"strength": 0.5}], ids=str
+)
 def test_one_fact_alone_is_the_plain_edit(wide, fact, options):  # noqa: F811
     joint = paper_joint(wide, [fact], layers=[0, 1], ridge=0, templates=TEMPLATES, **options)
     alone = paper(wide, fact, layers=[0, 1], templates=TEMPLATES, **options)
