@@ -85,6 +85,12 @@ def curves(model, gap, form):
     return rows, notes
 
 
+def steps(record):
+    """``2500 + 1000``: updates of each training cycle."""
+    recipe = record["recipe"]
+    return " + ".join(str(n) for n in (recipe["steps"], *(n for n, _ in recipe.get("restarts", ()))))
+
+
 def main() -> None:
     """Measure, print, and write the page."""
     world = Hopland()
@@ -100,7 +106,7 @@ def main() -> None:
             lens += more
             notes += words
         body += [
-            f"## {name}", "", f"Trained for {record['recipe']['steps']} steps; see its card.", "",
+            f"## {name}", "", f"Trained for {steps(record)} steps; see its card.", "",
             table(["questions", "order", "n (both hops known)", "whole answer right",
                    "first token right", "failed"], scores), "",
             "Lens (logit lens with the final norm), mean probability after 0, 1, ... blocks; "

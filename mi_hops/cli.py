@@ -85,6 +85,8 @@ def study(
     """
     resume = "What is done is kept in the folder; the same command resumes."
     with _friendly(debug=debug, stopped=resume):
+        if quiet:
+            _no_loading_bar()
         from mi_hops.study import run_study
 
         done = run_study(
@@ -164,6 +166,13 @@ def _friendly(*, debug: bool, stopped: str) -> Iterator[None]:
         line = " ".join(str(error).split()) or type(error).__name__
         typer.echo(f"Error: {line}", err=True)
         raise typer.Exit(2) from None
+
+
+def _no_loading_bar() -> None:
+    """transformers shows one of its own while it loads weights."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _accuracy_table(family: str, steps: int, measured: dict[str, dict[str, Any]]) -> Table:
