@@ -88,7 +88,9 @@ def curves(model, gap, form):
 def steps(record):
     """``2500 + 1000``: updates of each training cycle."""
     recipe = record["recipe"]
-    return " + ".join(str(n) for n in (recipe["steps"], *(n for n, _ in recipe.get("restarts", ()))))
+    return " + ".join(
+        str(n) for n in (recipe["steps"], *(n for n, _ in recipe.get("restarts", ())))
+    )
 
 
 def main() -> None:

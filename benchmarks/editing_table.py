@@ -1,7 +1,7 @@
 """CREME and its rivals on failed held-out questions, in one table.
 
 ``python -m benchmarks.editing_table [--model hops-gpt2 hops-llama] [--cases 300]`` writes
-``docs/benchmarks/editing-table.md`` from the rows in ``benchmarks/results/editing-table.json``, of
+``docs/benchmarks/editing-table.md`` from the rows kept in ``benchmarks/results/editing-table/``, of
 which ``--only NAME ...`` makes some anew. Layers and strengths are chosen on other failed questions
 than those reported, by the rule that stands on the page.
 """
@@ -9,16 +9,14 @@ than those reported, by the rule that stands on the page.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.editing_setup import COLUMNS, FORM, Setup, covariance, score, set_up
-from benchmarks.harness import table, write
+from benchmarks.harness import keep, kept, table, write
 from mi_hops.editing import (
     PAPER,
     CremeRepair,
@@ -42,7 +40,7 @@ from mi_hops.repair import Repair, Rows
 from mi_hops.tokens import TokenError, encode, last_position, pad
 
 STRENGTHS = (0.35, 0.5, 0.7, 1.0)
-ROWS = Path(__file__).parent / "results" / "editing-table.json"
+PAGE = "editing-table"
 
 RULE = (
     "Every repair is given the prompts of one form only (suffix). Its layers (for CREME and memory "
@@ -226,12 +224,12 @@ def candidates(setup: Setup, c: Moments, c_mlp: Moments) -> dict[str, Callable[[
     }
 
 
-def page(found: dict[str, Any]) -> str:
+def page() -> str:
     """The tables of all rows there are."""
     parts = [RULE]
-    for name, part in found.items():
-        title = f"## {name}: {part['n']} failed held-out questions"
-        parts += [title, table(COLUMNS, list(part["rows"].values())), part["sets"]]
+    for name, found in kept(PAGE).items():
+        title = f"## {name}: {found['n']} failed held-out questions"
+        parts += [title, table(COLUMNS, list(found["rows"].values())), found["sets"]]
     return "\n\n".join(parts)
 
 
@@ -243,19 +241,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    found: dict[str, Any] = json.loads(ROWS.read_text()) if given.only and ROWS.exists() else {}
     for name in given.model:
         setup = set_up(name, cases=given.cases, seed=given.seed)
         makers = candidates(setup, covariance(setup), covariance(setup, "W_out"))
-        part = found.setdefault(name.split("/")[-1], {"rows": {}})
-        part |= {"n": len(setup.report), "sets": setup.queries.describe()}
+        part = name.split("/")[-1]
+        rows = kept(PAGE).get(part, {}).get("rows", {}) if given.only else {}
         for label in given.only or makers:
-            part["rows"][label] = score(setup, [makers[label]()])[0]
-            print(" | ".join(part["rows"][label]), flush=True)
-        part["rows"] = {label: part["rows"][label] for label in makers if label in part["rows"]}
-    ROWS.parent.mkdir(exist_ok=True)
-    ROWS.write_text(json.dumps(found, indent=1) + "\n")
-    print(write("editing-table", "CREME and its rivals", page(found), script="editing_table"))
+            rows[label] = score(setup, [makers[label]()])[0]
+            print(" | ".join(rows[label]), flush=True)
+            rows = {each: rows[each] for each in makers if each in rows}
+            sets = setup.queries.describe()
+            keep(PAGE, part, {"n": len(setup.report), "sets": sets, "rows": rows})
+            write(PAGE, "CREME and its rivals", page(), script="editing_table")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def machine() -> str:
@@ -115,12 +117,36 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
+def keep(page: str, part: str, value: Any) -> None:
+    """Keep one measured part of a page, so that another run need not measure it again.
+
+    Parts lie one to a file in ``benchmarks/results/<page>/``: several processes may write, and what
+    was measured before a crash is not lost.
+    """
+    folder = RESULTS / page
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"machine": machine(), "value": value}, indent=1)
+    (folder / f"{part}.json").write_text(text + "\n")
+
+
+def kept(page: str) -> dict[str, Any]:
+    """The parts of a page measured so far, by name."""
+    files = sorted((RESULTS / page).glob("*.json"))
+    return {file.stem: json.loads(file.read_text())["value"] for file in files}
+
+
+def machines(page: str) -> str:
+    """Where the parts of a page were measured."""
+    found = {json.loads(f.read_text())["machine"] for f in (RESULTS / page).glob("*.json")}
+    return "; or ".join(sorted(found)) or machine()
+
+
 def write(name: str, title: str, body: str, *, script: str) -> Path:
     """Write ``docs/benchmarks/<name>.md``, with what made it and where it ran."""
     DOCS.mkdir(parents=True, exist_ok=True)
     path = DOCS / f"{name}.md"
     path.write_text(
-        f"# {title}\n\n*Written by `python -m benchmarks.{script}`. Machine: {machine()}.*\n\n"
+        f"# {title}\n\n*Written by `python -m benchmarks.{script}`. Machine: {machines(name)}.*\n\n"
         f"{body.strip()}\n"
     )
     return path

@@ -131,7 +131,7 @@ def main() -> None:
         "layers below, the unembedding of unscored positions, and the cost of small matrix "
         f"products.\n\n{table(columns, rows)}\n\n## Long prompts\n\n{table(long_columns, long_rows)}"
     )
-    print(write("injection_speed", "Injection grids: speed", body, script="injection_speed"))
+    print(write("injection-speed", "Injection grids: speed", body, script="injection_speed"))
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def main() -> None:
             text += f"\n\n### A sparse autoencoder\n\n{part}"
         parts.append(text)
         print(text, flush=True)
-    print(write("lens_bridge", "Is the bridge there?", "\n\n".join(parts), script="lens_bridge"))
+    print(write("lens-bridge", "Is the bridge there?", "\n\n".join(parts), script="lens_bridge"))
 
 
 if __name__ == "__main__":

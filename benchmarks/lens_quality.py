@@ -149,7 +149,7 @@ def main() -> None:
             + "\n\n".join(bridges)
         )
         print(parts[-1], flush=True)
-    print(write("lens_quality", "Trained lenses", "\n\n".join(parts), script="lens_quality"))
+    print(write("lens-quality", "Trained lenses", "\n\n".join(parts), script="lens_quality"))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def main() -> None:
         f"published layout has {theirs_size / 1e6:.0f}M parameters.\n\n" + table(columns, rows)
     )
     print(
-        write("lens_training_speed", "Attention lenses: speed", body, script="lens_training_speed")
+        write("lens-training-speed", "Attention lenses: speed", body, script="lens_training_speed")
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import gpt2_small, llama_100m, paired, table, write
+from benchmarks.harness import gpt2_small, keep, kept, llama_100m, paired, table, write
 from mi_hops.fanout import plan_fan_out
 from mi_hops.model import backend_of
 from mi_hops.patching import patch
@@ -285,50 +285,73 @@ def growth(model: Any) -> list[list[Any]]:
     return rows
 
 
-def main() -> None:
-    """Measure, print, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    sections = ("loops", "many", "llama", "libraries", "growth")
-    parser.add_argument("--only", nargs="+", choices=sections, default=list(sections))
-    parser.add_argument("--pairs", type=int, default=5)
-    asked = parser.parse_args()
-    parts = []
+LIBRARY_COLUMNS = [
+    "library", "positions", "largest difference", "times faster: median (range)", "ours, s",
+    "theirs, s",
+]  # fmt: skip
+GROWTH_COLUMNS = [
+    "what grows", "positions", "pairs", "cells", "Gflop", "fewer operations, times", "seconds",
+    "of the matrix-product rate",
+]  # fmt: skip
+LOOPS = [
+    ("resid_pre", 16, 1), ("resid_pre", 32, 1), ("attn_out", 16, 1), ("attn_out", 32, 1),
+    ("mlp_out", 16, 1), ("mlp_out", 32, 1), ("z", 32, 1),
+]  # fmt: skip
+PAGE = "patching-speed"
+
+
+def measure(section: str, pairs: int) -> list[list[Any]]:
+    """The rows of one section."""
+    if section == "llama":
+        return against_loops(
+            llama_100m(), "LLaMA 100M, grouped-query", [("resid_pre", 16, 1)], pairs
+        )
     small = gpt2_small()
-    loops: list[list[Any]] = []
-    if "loops" in asked.only:
-        cases = [("resid_pre", 16, 1), ("resid_pre", 32, 1), ("attn_out", 16, 1),
-                 ("attn_out", 32, 1), ("mlp_out", 16, 1), ("mlp_out", 32, 1), ("z", 32, 1)]  # fmt: skip
-        loops += against_loops(small, "GPT-2 small", cases, asked.pairs)
-    if "many" in asked.only:
-        loops += against_loops(small, "GPT-2 small", [("resid_pre", 8, 64)], min(asked.pairs, 3))
-    if "llama" in asked.only:
-        case = [("resid_pre", 16, 1)]
-        loops += against_loops(llama_100m(), "LLaMA 100M, grouped-query", case, asked.pairs)
-    if loops:
+    if section == "loops":
+        return against_loops(small, "GPT-2 small", LOOPS, pairs)
+    if section == "many":
+        return against_loops(small, "GPT-2 small", [("resid_pre", 8, 64)], min(pairs, 3))
+    if section == "libraries":
+        return against_libraries(small, 16, min(pairs, 3)) if backend_of(small) == "hooked" else []
+    return growth(small)
+
+
+def page(found: dict[str, list[list[Any]]]) -> str:
+    """What has been measured so far."""
+    parts = []
+    if loops := [row for name in ("loops", "llama", "many") for row in found.get(name, [])]:
         parts.append(
             "## Against TransformerLens's loops\n\nOne full forward pass a cell there; `patch` "
             "here, as a user calls it, the clean run's activations and all labels included. "
             "*Fewer operations* counts the multiplications of both; that ratio is what an ideal "
             "machine would gain. Models have random weights; a cell's value is a logit difference at "
-            "the last token.\n\n" + table(LOOP_COLUMNS, loops)
+            "the last token. Seconds are those of each section's own run.\n\n"
+            + table(LOOP_COLUMNS, loops)
         )
-    if "libraries" in asked.only and backend_of(small) == "hooked":
-        rows = against_libraries(small, 16, min(asked.pairs, 3))
-        if rows:
-            columns = ["library", "positions", "largest difference",
-                       "times faster: median (range)", "ours, s", "theirs, s"]  # fmt: skip
-            parts.append(
-                "## Against other libraries\n\nThe residual sweep of GPT-2 small in each one's "
-                "natural code: one traced or intervened call a cell.\n\n" + table(columns, rows)
-            )
-    if "growth" in asked.only:
-        columns = ["what grows", "positions", "pairs", "cells", "Gflop", "fewer operations, times",
-                   "seconds", "of the matrix-product rate"]  # fmt: skip
+    if found.get("libraries"):
+        parts.append(
+            "## Against other libraries\n\nThe residual sweep of GPT-2 small in each one's natural "
+            "code: one traced or intervened call a cell.\n\n"
+            + table(LIBRARY_COLUMNS, found["libraries"])
+        )
+    if found.get("growth"):
         parts.append(
             "## How cost grows\n\nThe residual sweep of GPT-2 small, one run each.\n\n"
-            + table(columns, growth(small))
+            + table(GROWTH_COLUMNS, found["growth"])
         )
-    print(write("patching-speed", "Patching: speed", "\n\n".join(parts), script="patching_speed"))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Measure, keep what was measured, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    sections = ("loops", "many", "llama", "libraries", "growth")
+    parser.add_argument("--only", nargs="+", choices=sections, default=list(sections))
+    parser.add_argument("--pairs", type=int, default=5)
+    asked = parser.parse_args()
+    for section in asked.only:
+        keep(PAGE, section, measure(section, asked.pairs))
+        print(write(PAGE, "Patching: speed", page(kept(PAGE)), script="patching_speed"))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.model import Hook, LensModel, backend_of, device_of, forward
+from mi_hops.model import LensModel, backend_of, device_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
     from torch import Tensor
 
 
@@ -23,28 +21,88 @@ def new_cache(model: LensModel, rows: int) -> Any:
     return DynamicCache()
 
 
+class Recorder:
+    """Remembers keys and values of the first rows of a pass that starts at the first token.
+
+    Args:
+        n_rows: how many rows; those that join the batch later are not remembered.
+
+    Attributes:
+        cache: to be given to that pass.
+    """
+
+    def __init__(self, model: LensModel, n_rows: int) -> None:
+        self._hooked = backend_of(model) == "hooked"
+        empty = new_cache(model, n_rows)
+        self.cache = _HookedRecorder(empty) if self._hooked else _bridge_recorder(n_rows)
+
+    def prefix(self) -> Prefix:
+        """What was remembered, once the pass has run."""
+        return Prefix(list(self.cache.kept.values()), self._hooked)
+
+
+class _HookedRecorder:
+    """Looks like TransformerLens's empty cache to a forward pass."""
+
+    def __init__(self, empty: Any) -> None:
+        self._entries = empty.entries
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __getitem__(self, layer: int) -> _HookedRecording:
+        return _HookedRecording(self.kept, layer, self._entries[layer])
+
+    def append_attention_mask(self, mask: Tensor) -> Tensor:
+        # One row: it broadcasts over however many rows the batch grows to.
+        return mask.new_ones(1, mask.shape[1])
+
+
+class _HookedRecording:
+    def __init__(self, kept: dict[int, tuple[Tensor, Tensor]], layer: int, empty: Any) -> None:
+        self._kept, self._layer = kept, layer
+        self.past_keys, self.past_values = empty.past_keys, empty.past_values
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        n = self.past_keys.shape[0]
+        self._kept[self._layer] = keys[:n].clone(), values[:n].clone()
+        return keys, values
+
+
+def _bridge_recorder(n_rows: int) -> Any:
+    from transformers import DynamicCache
+
+    class BridgeRecorder(DynamicCache):
+        """Looks like transformers' empty cache to a forward pass."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def update(
+            self,
+            key_states: Tensor,
+            value_states: Tensor,
+            layer_idx: int,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[Tensor, Tensor]:
+            self.kept[layer_idx] = key_states[:n_rows].clone(), value_states[:n_rows].clone()
+            return key_states, value_states
+
+        def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+            return 0
+
+    return BridgeRecorder()
+
+
 class Prefix:
     """Keys and values of base prompts, to be reused for tokens before a position.
 
-    Args:
-        tokens: base prompts ``[base, pos]``; one forward pass fills the store.
-        hooks: of that pass.
-
-    Attributes:
-        logits: what that pass gave.
+    Made by `Recorder`; one pair a layer, ``[base, pos, kv_head, d_head]`` for HookedTransformer and
+    ``[base, kv_head, pos, d_head]`` for the Bridge.
     """
 
-    def __init__(
-        self, model: LensModel, tokens: Int[Tensor, "base pos"], hooks: Sequence[Hook] = ()
-    ) -> None:
-        cache = new_cache(model, tokens.shape[0])
-        self.logits = forward(model, tokens, hooks=hooks, cache=cache)
-        self._hooked = backend_of(model) == "hooked"
-        self._entries: list[tuple[Tensor, Tensor]]
-        if self._hooked:  # [base, pos, kv_head, d_head]
-            self._entries = [(e.past_keys, e.past_values) for e in cache.entries]
-        else:  # [base, kv_head, pos, d_head]
-            self._entries = [(layer.keys, layer.values) for layer in cache.layers]
+    def __init__(self, entries: list[tuple[Tensor, Tensor]], hooked: bool) -> None:
+        self._entries, self._hooked = entries, hooked
 
     def view(self, bases: list[int], length: int) -> Any:
         """A cache of the first `length` positions for rows that start as `bases`.

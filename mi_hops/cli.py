@@ -169,7 +169,7 @@ def _friendly(*, debug: bool, stopped: str) -> Iterator[None]:
 
 
 def _no_loading_bar() -> None:
-    """transformers shows one of its own while it loads weights."""
+    """Transformers shows one of its own while it loads weights."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

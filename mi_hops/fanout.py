@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.cache import Prefix
+from mi_hops.cache import Prefix, Recorder
 from mi_hops.interventions import Change
+from mi_hops.layout import laid_out
 from mi_hops.model import (
     Hook,
     LensModel,
@@ -114,7 +115,11 @@ class FanOut:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of a plan: interventions (indices) whose rows start at `start`."""
+    """One forward pass of a plan: interventions (indices) whose rows start at `start`.
+
+    The first pass of a plan holds every base from its first token; where no interventions can share
+    it, it has no members.
+    """
 
     start: int
     members: tuple[int, ...]
@@ -166,33 +171,43 @@ def fan_out(
         reuse_prefix=reuse_prefix,
     )  # fmt: skip
     reduce = reduce or (lambda logits, bases: logits)
+    n_bases = prompts.tokens.shape[0]
+    base: Tensor | None = None
+    prefix: Prefix | None = None
     out: list[Tensor | None] = [None] * len(interventions)
-    with torch.no_grad():
-        every = list(range(prompts.tokens.shape[0]))
-        cut = _cut(model, [], [where[b] for b in every])
-        prefix = None
-        if any(p.start for p in plan):
-            prefix = Prefix(model, prompts.tokens, hooks=[cut])
-            logits = prefix.logits
-        else:
-            logits = forward(model, prompts.tokens, hooks=[cut])
-        base = reduce(logits, every)
-        with tqdm(total=len(interventions), disable=not progress, desc="interventions") as bar:
-            stack = list(reversed(plan))
-            while stack:
-                step = stack.pop()
-                try:
-                    values = _pass(model, prompts, interventions, step, where, prefix, reduce)
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if not _out_of_memory(error) or len(step.members) == 1:
-                        raise
-                    half = len(step.members) // 2
-                    stack.append(Pass(step.start, step.members[half:]))
-                    stack.append(Pass(step.start, step.members[:half]))
-                    continue
-                for i, value in zip(step.members, values, strict=True):
-                    out[i] = value
-                bar.update(len(step.members))
+    with (
+        torch.no_grad(),
+        laid_out(model),
+        tqdm(total=len(interventions), disable=not progress, desc="interventions") as bar,
+    ):
+        stack = list(reversed(plan))
+        while stack:
+            step = stack.pop()
+            recorder = None
+            if base is None and any(p.start for p in plan):
+                recorder = Recorder(model, n_bases)
+            try:
+                logits, parents = _pass(
+                    model, prompts, interventions, step, where, prefix, recorder
+                )
+                if base is None:
+                    base = reduce(logits[:n_bases], list(range(n_bases)))
+                    prefix = None if recorder is None else recorder.prefix()
+                if parents:
+                    values = reduce(logits[-len(parents) :], parents)
+                    for i, value in zip(step.members, values, strict=True):
+                        out[i] = value
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or len(step.members) < 2:
+                    raise
+                half = len(step.members) // 2
+                stack.append(Pass(step.start, step.members[half:]))
+                stack.append(Pass(step.start, step.members[:half]))
+                if base is None:
+                    stack.append(Pass(0, ()))
+                continue
+            bar.update(len(step.members))
+    assert base is not None  # a plan has at least one pass
     found = [v for v in out if v is not None]
     return FanOut(base, torch.stack(found) if found else base[:0])
 
@@ -268,7 +283,7 @@ def plan_fan_out(
     memory: float | None = None,
     reuse_prefix: bool = True,
 ) -> list[Pass]:
-    """The passes a fan-out will make; nothing runs."""
+    """The passes a fan-out will make, all of them; nothing runs."""
     where = _scored(prompts, scored)
     firsts = [_first_layer(model, item) for item in interventions]
     starts = [_start(item, where[item.base]) if reuse_prefix else 0 for item in interventions]
@@ -281,6 +296,9 @@ def plan_fan_out(
         members.sort(key=lambda i: (firsts[i], interventions[i].base, i))
         for low in range(0, len(members), limit):
             passes.append(Pass(start, tuple(members[low : low + limit])))
+    shared = {interventions[i].base for i in passes[0].members} if passes else set()
+    if not passes or passes[0].start or len(shared) < prompts.tokens.shape[0]:
+        passes.insert(0, Pass(0, ()))
     return passes
 
 
@@ -302,8 +320,8 @@ def _start(item: Intervention, scored: Sequence[int]) -> int:
 
 
 # A pass costs about as much as this many tokens through every block, whatever its size: on a CPU the
-# weights are read once (measured on GPT-2 small; 24 and 200 are slower).
-_OVERHEAD_TOKENS = 100
+# weights are read once (measured on GPT-2 small; 16 is slower, 100 as fast).
+_OVERHEAD_TOKENS = 48
 
 
 def _groups(
@@ -370,33 +388,23 @@ def _pass(
     step: Pass,
     scored: list[list[int]],
     prefix: Prefix | None,
-    reduce: Reduce,
-) -> Tensor:
+    recorder: Recorder | None,
+) -> tuple[Tensor, list[int]]:
+    """Logits ``[bases + members, scored, vocab]`` of one pass, and the base of each member.
+
+    The members are sorted by their first layer. A pass without members has every base.
+    """
     items = [interventions[i] for i in step.members]
-    bases = sorted({item.base for item in items})
-    parents = [bases.index(item.base) for item in items]
-    logits = _run(model, prompts, items, parents, bases, scored, step.start, prefix)
-    return reduce(logits[len(bases) :], [item.base for item in items])
-
-
-def _run(
-    model: LensModel,
-    prompts: Batch,
-    items: Sequence[Intervention],
-    parents: list[int],
-    bases: list[int],
-    scored: list[list[int]],
-    start: int,
-    prefix: Prefix | None,
-) -> Tensor:
-    """One pass; logits ``[bases + items, scored, vocab]``. `items` are sorted by first layer."""
-    view = prefix.view(bases, start) if prefix is not None and start else None
-    hooks = _growth_hooks(model, items, parents, view)
-    hooks += _change_hooks(model, items, len(bases), start)
-    rows = [*bases, *(item.base for item in items)]
-    hooks.append(_cut(model, items, [[p - start for p in scored[b]] for b in rows]))
-    tokens = prompts.tokens[bases, start:]
-    return forward(model, tokens, hooks=hooks, cache=view, grows=True)
+    bases = sorted({item.base for item in items}) or list(range(prompts.tokens.shape[0]))
+    view = prefix.view(bases, step.start) if prefix is not None and step.start else None
+    hooks = _growth_hooks(model, items, [bases.index(item.base) for item in items], view)
+    hooks += _change_hooks(model, items, len(bases), step.start)
+    parents = [item.base for item in items]
+    rows = [*bases, *parents]
+    hooks.append(_cut(model, items, [[p - step.start for p in scored[b]] for b in rows]))
+    tokens = prompts.tokens[bases, step.start :]
+    cache = view if recorder is None else recorder.cache
+    return forward(model, tokens, hooks=hooks, cache=cache, grows=bool(items)), parents
 
 
 #: What a block computes after the residual stream between attention and MLP.

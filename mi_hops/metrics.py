@@ -361,7 +361,9 @@ def normalised(
 
     Args:
         undefined: what to do where clean and corrupted are equal and the share means nothing:
-            refuse, or leave NaN there for the caller to count and leave out.
+            refuse, or leave NaN there for the caller to count and leave out. Scores count as equal
+            where they differ by rounding alone: by less than 64 units in the last place, as the
+            same prompt's do in batches of different sizes.
 
     Raises:
         ValueError: equal scores under ``"raise"``.
@@ -370,9 +372,12 @@ def normalised(
 
     if undefined not in ("raise", "nan"):
         raise ValueError(f"undefined is {undefined!r}; expected 'raise' or 'nan'")
-    high, low = (torch.as_tensor(v, device=patched.device) for v in (clean, corrupted))
+    high, low = (
+        torch.as_tensor(v, device=patched.device, dtype=patched.dtype) for v in (clean, corrupted)
+    )
     span = high - low
-    equal = span == 0
+    rounding = 64 * torch.finfo(patched.dtype).eps * torch.maximum(high.abs(), low.abs())
+    equal = span.abs() <= rounding
     if undefined == "raise" and equal.any():
         raise ValueError(
             f"clean and corrupted scores are equal in {int(equal.sum())} of {equal.numel()} cases, "

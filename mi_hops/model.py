@@ -52,6 +52,8 @@ class LensModel(Protocol):
     blocks: Any
     hook_dict: Any
     W_U: Any
+    ln_final: Any
+    unembed: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A forward pass."""
@@ -561,7 +563,36 @@ def forward(
     if grows and backend_of(model) == "bridge" and (tokens.shape[0] > 1 or cache is not None):
         options |= _broadcasting_mask(model, tokens.shape[1], cache)
     with hooked(model, hooks):
+        if stop_at_layer is None and _reads_in_place(model):
+            return _unembed(model, model(tokens, **options, stop_at_layer=model.cfg.n_layers))
         return model(tokens, **options)
+
+
+def _reads_in_place(model: LensModel) -> bool:
+    """Whether `_unembed` gives the model's logits: a float32 or float64 HookedTransformer.
+
+    In half precision the order of summation shows, so there the model's own read-out is kept.
+    """
+    return (
+        backend_of(model) == "hooked"
+        and model.cfg.normalization_type is not None
+        and not getattr(model.cfg, "output_logits_soft_cap", 0) > 0
+        and model.W_U.is_floating_point()
+        and model.W_U.element_size() >= 4
+    )
+
+
+def _unembed(model: LensModel, residual: Tensor) -> Tensor:
+    """HookedTransformer's read-out without the copy of W_U that it makes in every pass.
+
+    On a CPU that copy takes as long as half of GPT-2 small's blocks do for a short prompt.
+    """
+    import torch
+
+    end = model.unembed
+    x = end.hook_in(model.ln_final(residual))
+    weight, bias = end.W_U.to(x.device), end.b_U.to(x.device)
+    return end.hook_out(torch.nn.functional.linear(x, weight.T, bias))
 
 
 def _broadcasting_mask(model: LensModel, width: int, cache: Any) -> dict[str, Tensor]:
@@ -716,7 +747,7 @@ def read_out(
     wide = torch.promote_types(residual.dtype, torch.float32)
     if norm:
         flat = residual.reshape(-1, 1, residual.shape[-1]).to(dtype_of(model))
-        normed = model.ln_final(flat)  # type: ignore[attr-defined]
+        normed = model.ln_final(flat)
         residual = normed.reshape(residual.shape)
     weight, bias = unembedding(model)
     return residual.to(weight.device, wide) @ weight.to(wide) + bias.to(wide)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mi_hops.fanout import HEAD_AXIS, FanOut, Intervention, Site, fan_out, plan_fan_out
+from mi_hops.fanout import HEAD_AXIS, FanOut, Intervention, Pass, Site, fan_out, plan_fan_out
 from mi_hops.interventions import ablate, add, replace, scale
 from mi_hops.model import forward, hook_name, n_heads_of
 from mi_hops.tokens import pad
@@ -162,7 +162,21 @@ def test_prefix_is_reused_only_where_positions_allow(tiny):
     early = plan_fan_out(tiny, prompts, items, scored=[[0]])
     assert {p.start for p in early} == {0}
     everywhere = plan_fan_out(tiny, prompts, [Intervention.at("z", 0, scale(0.5))])
-    assert [p.start for p in everywhere] == [0]
+    assert everywhere == [Pass(0, (0,))]
+
+
+def test_the_bases_share_a_pass_where_they_can(tiny):
+    item = Intervention.at("mlp_out", 1, scale(0.5), positions=[3])
+    alone = Pass(0, ())
+    one = pad(PROMPTS[:1])
+    assert plan_fan_out(tiny, one, []) == [alone]
+    assert plan_fan_out(tiny, one, [item]) == [alone, Pass(3, (0,))]
+    assert plan_fan_out(tiny, one, [item], reuse_prefix=False) == [Pass(0, (0,))]
+    # The second prompt has no row in that pass.
+    assert plan_fan_out(tiny, pad(PROMPTS[:2]), [item], reuse_prefix=False) == [
+        alone,
+        Pass(0, (0,)),
+    ]
 
 
 def test_out_of_memory_halves_the_pass(tiny, monkeypatch):
@@ -181,7 +195,11 @@ def test_out_of_memory_halves_the_pass(tiny, monkeypatch):
 
     monkeypatch.setattr(fanout, "_pass", scarce)
     assert torch.allclose(fan_out(tiny, prompts, items).rows, expected, atol=1e-5)
-    assert calls == [4, 2, 1, 1, 2, 1, 1]
+    assert calls == [0, 4, 2, 1, 1, 2, 1, 1]
+    calls.clear()
+    # The bases shared the pass that failed, so they are run alone first.
+    assert torch.allclose(fan_out(tiny, pad(PROMPTS[:1]), items).rows, expected, atol=1e-5)
+    assert calls == [4, 0, 2, 1, 1, 2, 1, 1]
 
 
 def test_nothing_stays_behind(tiny):

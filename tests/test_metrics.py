@@ -162,6 +162,10 @@ def test_normalised_is_0_at_corrupted_and_1_at_clean():
         normalised(grid, torch.tensor([4.0, 3.0]), corrupted)
     found = normalised(grid, torch.tensor([4.0, 3.0]), corrupted, undefined="nan")
     assert found.isnan().tolist() == [[False, True]] * 2
+    nearly = torch.tensor([4.0, 3.000005])  # rounding, no difference
+    assert normalised(grid, nearly, corrupted, undefined="nan")[:, 1].isnan().all()
+    wide = [x.double() for x in (grid, nearly, corrupted)]
+    assert not normalised(*wide, undefined="nan").isnan().any()
     with pytest.raises(ValueError, match="expected 'raise' or 'nan'"):
         normalised(grid, 1.0, 0.0, undefined="zero")
 

@@ -152,6 +152,18 @@ def test_read_out_is_the_models_own(tiny):
     assert torch.allclose(raw, acts[name] @ tiny.W_U + M.unembedding(tiny)[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "llama32"])
+def test_the_read_out_in_place_is_the_models_own(load_tiny, shape):
+    """forward reads W_U where it lies; hooks behind the blocks act and gradients flow as ever."""
+    model = load_tiny(shape, "hooked", "float64")
+    tokens = torch.tensor([[1, 7, 8, 9], [1, 4, 5, 6]])
+    assert torch.allclose(M.forward(model, tokens), model(tokens), atol=1e-12, rtol=0)
+    for name in ("ln_final.hook_normalized", "unembed.hook_in", "unembed.hook_out"):
+        hooks = [(name, lambda x: 2 * x)]
+        own = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: 2 * x)])
+        assert torch.allclose(M.forward(model, tokens, hooks=hooks), own, atol=1e-12, rtol=0), name
+
+
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_folded_weights_are_noticed(load_tiny, shape):
     for backend in ("hooked", "bridge"):

@@ -287,8 +287,7 @@ class PatchJob:
             passes = sweep.plan(items, self.limits)
             widest = max([widest, *(len(p.members) for p in passes)])
             rows += sum(len(p.members) for p in passes)
-            # The prompts alone (their cached prefix comes from that pass), the sources' activations.
-            forwards += len(passes) + 2
+            forwards += len(passes) + 1  # the sources' activations
             longest = max(len(self.sources[i]) for i in group)
             held = max(held, len(group) * self._activation_bytes(longest))
             n_scored = max(n_scored, len(sweep.scored[0]))

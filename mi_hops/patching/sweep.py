@@ -101,7 +101,7 @@ class Sweep:
         return rows, origin
 
     def plan(self, items: Sequence[Intervention], limits: Limits) -> list[Pass]:
-        """The forward passes that `run` would make after the one of the prompts alone."""
+        """The forward passes that `run` would make."""
         return plan_fan_out(
             self.model, self.batch, self.expand(items)[0], scored=self.scored,
             max_rows=limits.max_rows, memory=limits.memory, reuse_prefix=limits.reuse_prefix,

@@ -273,9 +273,7 @@ def test_plan_tells_what_runs(tiny, monkeypatch):
         calls.append(1)
         return real(*args, **kwargs)
 
-    import mi_hops.cache
-
-    for module in (fanout, model_module, mi_hops.cache):
+    for module in (fanout, model_module):
         monkeypatch.setattr(module, "forward", counted)
     patch(tiny, CLEAN, CORRUPTED, batch_size=2, max_rows=50, **options)
     assert len(calls) == plan.forwards
