@@ -40,14 +40,15 @@ from mi_hops.repair import Repair, Rows
 from mi_hops.tokens import TokenError, encode, last_position, pad
 
 STRENGTHS = (0.35, 0.5, 0.7, 1.0)
+SLOW = 24  # questions a repair that needs gradient descent is chosen on
 PAGE = "editing-table"
 
 RULE = (
     "Every repair is given the prompts of one form only (suffix). Its layers (for CREME and memory "
     "injection its strength as well) are those with the largest sum of the share of first answer "
     "tokens put right and four times the share of unrelated questions still answered rightly (first "
-    "token), on 40 *other* failed questions (the joint edit: on as many as are edited), none of whose facts is part of a reported one; of "
-    "equals, the fewest layers. "
+    "token), on 80 *other* failed questions (24 where fitting means gradient descent; the joint edit: as "
+    "many as are edited), none of whose facts is part of a reported one; of equals, the fewest layers. "
     "C is counted on statements of trained facts that no reported question is made of."
 )
 
@@ -115,21 +116,19 @@ class Jointly:
         return edit_hooks(model, states)
 
 
-def chosen(setup: Setup, make: Callable[[Any], Any], options: Sequence[Any], n: int = 40) -> Any:
+def chosen(setup: Setup, make: Callable[[Any], Any], options: Sequence[Any], n: int = 80) -> Any:
     """The repair whose option does best on the choosing half, by `RULE`; it says which that was."""
     facts = setup.choose[:n]
     ids = {f.id for f in facts}
     queries = [q for q in setup.choosing if q.case in ids]
-    best: tuple[float, Any, Any] = (-1.0, None, None)
-    for option in options:
-        repair = make(option)
-        found = evaluate(setup.model, [repair], queries, facts, generate=False).frame
-        right = found.groupby("set")["first_right_after"].mean()
-        mean = float(right["correction"]) + 4 * float(right["specificity"])
-        if mean > best[0] + 1e-9:
-            best = (mean, repair, option)
-    print(f"chosen for {best[1].name}: {best[2]}", flush=True)
-    return best[1]
+    repairs = [make(option) for option in options]
+    labelled = [named(repair, str(i)) for i, repair in enumerate(repairs)]
+    found = evaluate(setup.model, labelled, queries, facts, generate=False).frame
+    right = found.groupby(["repair", "set"])["first_right_after"].mean().unstack()
+    worth = right["correction"] + 4 * right["specificity"]
+    best = max(range(len(repairs)), key=lambda i: (round(float(worth[str(i)]), 9), -i))
+    print(f"chosen for {repairs[best].name}: {options[best]}", flush=True)
+    return repairs[best]
 
 
 def spans(n: int) -> list[list[int]]:
@@ -199,15 +198,18 @@ def candidates(setup: Setup, c: Moments, c_mlp: Moments) -> dict[str, Callable[[
         "sequential": sequential,
         "joint": joint,
         "rome": lambda: chosen(
-            setup, lambda x: RomeRepair(layer=x, covariance=c_mlp, form=FORM), singles
+            setup, lambda x: RomeRepair(layer=x, covariance=c_mlp, form=FORM), singles, SLOW
         ),
         "memit": lambda: chosen(
             setup,
             lambda x: MemitRepair(layers=x, covariance=c_mlp, form=FORM),
             [s for s in all_spans if 2 <= len(s) <= 3],
+            SLOW,
         ),
-        "grace": lambda: chosen(setup, lambda x: GraceRepair(layer=x, form=FORM), singles),
-        "ft+l": lambda: chosen(setup, lambda x: FineTuneRepair(layers=[x], form=FORM), singles),
+        "grace": lambda: chosen(setup, lambda x: GraceRepair(layer=x, form=FORM), singles, SLOW),
+        "ft+l": lambda: chosen(
+            setup, lambda x: FineTuneRepair(layers=[x], form=FORM), singles, SLOW
+        ),
         "lora": lambda: LoraRepair(setup.name, layers=range(n), form=FORM),
         "editor": editor,
         "injection": lambda: named(

@@ -365,30 +365,71 @@ def processing_of(model: LensModel) -> Literal["none", "fold"]:
 def fingerprint(model: LensModel) -> str:
     """A short digest of shape and weights.
 
-    The embeddings and each block's W_Q, W_O and MLP matrices contribute shape, up to 4,096 evenly
-    strided elements, and their sum over their norm, in float64 and to nine decimals: a low-rank
-    change to any of them changes the fingerprint, a 7B model takes seconds, and neither device nor
-    thread count matters (centred weights sum to rounding noise). W_O is read in TransformerLens's
-    order; both model classes of one checkpoint agree.
+    Every matrix, bias and norm of embedding, blocks and unembedding contributes the sum of its bits as
+    integers (exact, so neither device, thread count nor storage order matters), and matrices an even
+    sample of their values: a change of one element changes the fingerprint, and it takes about as long
+    as reading the weights once. Both model classes of one
+    checkpoint agree: a bias that is absent counts as zeros, a norm that is folded away as ones.
+
+    Raises:
+        MissingHookError: a model whose blocks have not got attention and MLP matrices.
     """
     import torch
 
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()
     for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab"):
         digest.update(f"{name}={getattr(model.cfg, name)};".encode())
-    tensors: list[Any] = [model.W_U, model.W_E]  # type: ignore[attr-defined]
-    for block in model.blocks:
-        tensors += [block.attn.W_Q, block.attn.W_O]
-        mlp = getattr(block, "mlp", None)
-        if mlp is not None:
-            tensors += [mlp.W_in, mlp.W_out]
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)][:4096].to("cpu", torch.float64)
-        total = flat.sum(dtype=torch.float64) / torch.linalg.vector_norm(flat, dtype=torch.float64)
-        digest.update(f"{tuple(tensor.shape)}{round(total.item(), 9) + 0.0:.9f}".encode())
-        digest.update(sample.numpy().tobytes())
+    for owner, part in _owners(model):
+        for name in _WEIGHTS[part]:
+            # A grouped-query model's W_K repeats heads; its own is named _W_K.
+            tensor = getattr(owner, f"_{name}", None)
+            if tensor is None:
+                tensor = getattr(owner, name, None)
+            if tensor is None:
+                if part == "attn" and name in ("W_Q", "W_O"):
+                    raise MissingHookError(
+                        f"{type(model).__name__} has no {name} in {type(owner).__name__}; its "
+                        "weights cannot be told apart from others'"
+                    )
+                continue
+            tensor = tensor.detach()
+            if part == "norm" and name == "w":
+                tensor = tensor - 1
+            bits = tensor.view(integers[tensor.element_size()])
+            total = int(bits.sum(dtype=torch.promote_types(bits.dtype, torch.int32)))
+            matrix = name.startswith("W")
+            if total or matrix:
+                digest.update(f"{part}.{name}={total};".encode())
+            if matrix:
+                even = tuple(slice(None, None, max(1, n // 16)) for n in tensor.shape)
+                digest.update(tensor[even].to("cpu", torch.float64).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+_WEIGHTS = {
+    "embed": ("W_E",),
+    "pos_embed": ("W_pos",),
+    "unembed": ("W_U", "b_U"),
+    "attn": ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"),
+    "mlp": ("W_in", "W_gate", "W_out", "b_in", "b_out"),
+    "norm": ("w", "b"),
+}
+
+
+def _owners(model: LensModel) -> Iterator[tuple[Any, str]]:
+    """Modules with weights, and which of `_WEIGHTS` they hold."""
+    yield model, "embed"
+    yield model, "unembed"
+    yield model.ln_final, "norm"
+    if getattr(model, "pos_embed", None) is not None:
+        yield model.pos_embed, "pos_embed"  # type: ignore[attr-defined]
+    for block in model.blocks:
+        yield block.attn, "attn"
+        for name, part in (("mlp", "mlp"), ("ln1", "norm"), ("ln2", "norm")):
+            module = getattr(block, name, None)
+            if module is not None:
+                yield module, part
 
 
 def provenance(model: LensModel, **more: Any) -> dict[str, Any]:

@@ -57,6 +57,19 @@ def test_fingerprint_sees_a_low_rank_change(tiny):
     assert M.fingerprint(tiny) == before
 
 
+def test_fingerprint_sees_one_element_of_anything(tiny):
+    before = M.fingerprint(tiny)
+    for name, weight in tiny.named_parameters():
+        flat = weight.data.view(-1) if weight.data.is_contiguous() else weight.data.reshape(-1)
+        if flat.data_ptr() != weight.data_ptr():
+            continue  # not a view; nothing would change
+        old = flat[-1].item()
+        flat[-1] = old + 0.01
+        assert M.fingerprint(tiny) != before, name
+        flat[-1] = old
+    assert M.fingerprint(tiny) == before
+
+
 def test_w_o_is_read_and_written_the_right_way_round(tiny):
     """z @ W_O + b_O is the attention output, although W_O is square."""
     old = M.read_w_o(tiny, 1)

@@ -10,7 +10,7 @@ below, each layer writes its share of what is still missing there: with keys K a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mi_hops.editing.change import Change, input_hook, merge
@@ -56,47 +56,108 @@ def memit(
     Raises:
         ValueError: no facts, a negative ridge, or as `rome.rome_many`.
     """
-    import torch
-
     how = ValueSearch(**search)
     requests = requests_of(asked, how.form)
+    ground = Ground(covariance, ridge, processed, batch_size)
+    return _write(model, requests, [range(len(requests))], layers, ground, how)[0]
+
+
+def memit_many(
+    model: LensModel,
+    asked: Iterable[TwoHopFact | Request],
+    *,
+    layers: Sequence[int],
+    covariance: Moments | None = None,
+    ridge: float = 0.1,
+    processed: bool = False,
+    batch_size: int = 16,
+    **search: Any,
+) -> list[Edit]:
+    """MEMIT edits of many facts, each for itself, searched for together; arguments as `memit`."""
+    how = ValueSearch(**search)
+    requests = requests_of(asked, how.form)
+    ground = Ground(covariance, ridge, processed, batch_size)
+    return _write(model, requests, [[i] for i in range(len(requests))], layers, ground, how)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What an edit stands on besides its facts; see `memit`."""
+
+    covariance: Moments | None
+    ridge: float
+    processed: bool
+    batch_size: int
+
+
+def _write(
+    model: LensModel,
+    requests: Sequence[Request],
+    groups: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    ground: Ground,
+    how: ValueSearch,
+) -> list[Edit]:
+    """One edit a group of requests (indices); each request is in one group."""
+    import torch
+
     require_targets(requests)
-    if not requests or ridge < 0:
-        raise ValueError(f"{len(requests)} facts and ridge {ridge}; expected some, and 0 or more")
+    if not requests or ground.ridge < 0:
+        raise ValueError(
+            f"{len(requests)} facts and ridge {ground.ridge}; expected some, and 0 or more"
+        )
     chosen = check_layers(model, layers, "W_out")
-    made_for = check_ground(model, covariance, chosen, processed=processed, matrix="W_out")
+    covariance = ground.covariance
+    made_for = check_ground(model, covariance, chosen, processed=ground.processed, matrix="W_out")
     wide = torch.promote_types(dtype_of(model), torch.float32)
     end = hook_name("resid_post", chosen[-1])
-    parts = [[requests[i] for i in part] for part in chunks(len(requests), batch_size)]
-    added = [search_values(model, part, chosen[-1], how, hook=end).values for part in parts]
+    parts = list(chunks(len(requests), ground.batch_size))
+    added = torch.cat(
+        [
+            search_values(model, [requests[i] for i in part], chosen[-1], how, hook=end).values
+            for part in parts
+        ]
+    )
 
-    def edit(changes: Sequence[Change]) -> Edit:
+    def edit(group: int) -> Edit:
+        joint = [requests[i].to_dict() for i in groups[group]]
         return Edit(
             method="memit",
-            changes=tuple(changes),
+            changes=tuple(done[group]),
             fingerprint=made_for,
             processing=processing_of(model),
-            request={"joint": [r.to_dict() for r in requests]},
+            request={"joint": joint},
             settings={
                 "layers": list(chosen),
-                "ridge": ridge,
+                "ridge": ground.ridge,
                 "c": covariance is not None,
                 **asdict(how),
             },
         )
 
-    done: list[Change] = []
+    group_of = {i: g for g, members in enumerate(groups) for i in members}
+    done: list[list[Change]] = [[] for _ in groups]
     wanted: Tensor | None = None
-    for i, layer in enumerate(chosen):
-        below = edit(done) if done else None
-        found = [_read(model, part, layer, end, how, below) for part in parts]
+    for step, layer in enumerate(chosen):
+        below = [edit(g) if step else None for g in range(len(groups))]
+        found = [
+            _read(
+                model, [requests[i] for i in part], layer, end, how,
+                [below[group_of[i]] for i in part],
+            )
+            for part in parts
+        ]  # fmt: skip
         keys, stream = (torch.cat(pieces) for pieces in zip(*found, strict=True))
         if wanted is None:
-            wanted = stream + torch.cat(added).double()
-        missing = (wanted - stream) / (len(chosen) - i)
-        left = solve_keys(keys, inverse=inverse_times(covariance, layer, keys), ridge=ridge)
-        done.append(merge([Change("W_out", layer, left.to(wide), missing.to(wide))]))
-    return edit(done)
+            wanted = stream + added.double()
+        missing = (wanted - stream) / (len(chosen) - step)
+        inverse = inverse_times(covariance, layer, keys)
+        for g, members in enumerate(groups):
+            rows = list(members)
+            left = solve_keys(keys[rows], inverse=inverse[rows], ridge=ground.ridge)
+            change = Change("W_out", layer, left.to(wide), missing[rows].to(wide))
+            done[g].append(merge([change]))
+    return [edit(g) for g in range(len(groups))]
 
 
 def _read(
@@ -105,12 +166,12 @@ def _read(
     layer: int,
     end: str,
     how: ValueSearch,
-    below: Edit | None,
+    below: Sequence[Edit | None],
 ) -> tuple[Tensor, Tensor]:
-    """Keys at a layer and the stream at `end`, means over templates, with `below` in force."""
+    """Keys at a layer and the stream at `end`, means over templates, each under its edit so far."""
     taught, where = teach_requests(model, requests, how)
     seen: dict[str, Tensor] = {}
-    hooks: list[Hook] = edit_hooks(model, [below] * len(taught.prompts))
+    hooks: list[Hook] = edit_hooks(model, [below[i] for i in where.fact.tolist()])
     hooks += [
         (name, lambda x, name=name: seen.update({name: x}))  # type: ignore[misc]
         for name in (input_hook("W_out", layer), end)
@@ -147,7 +208,7 @@ class MemitRepair:
         """The same edit for every fact, or one each."""
         if self._joint:
             return [memit(model, facts, layers=self._layers, **self._settings)] * len(facts)
-        return [memit(model, [f], layers=self._layers, **self._settings) for f in facts]
+        return memit_many(model, facts, layers=self._layers, **self._settings)
 
     def hooks(self, model: LensModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
         """Each row under its edit."""

@@ -34,7 +34,11 @@ _MEMORIES = {
     "norm_matched": "random vector, same length",
     "answer": "the answer itself",
 }
-_ENCODINGS = {"unembed": "Unembedding (W_U)", "layerwise_code": "Layerwise code"}
+_ENCODINGS = {
+    "unembed": "Unembedding (W_U)",
+    "layerwise_code": "Layerwise, attention output",
+    "layerwise_text": "Layerwise, stream",
+}
 
 _CHANGES = {
     "median_relative_change": "median",
@@ -58,10 +62,12 @@ def injection_section(study: Study) -> Section:
     cell, where = summary["cell"], result.provenance.get("positions", "the chosen positions")
     section.blocks.append(
         Text(
-            "A vector that stands for the bridge is multiplied by a strength and added to one "
-            f"layer's attention output (positions: {where}), after arXiv 2309.05605. Encodings: the "
-            "bridge's unembedding vectors (as published), or its hidden state at the same layer "
-            "(layerwise code). The best of all layers, strengths and encodings is chosen on one half "
+            "A vector that stands for the bridge is multiplied by a strength and added to the "
+            f"attention output of one layer, or of all (positions: {where}), after arXiv 2309.05605. "
+            "Encodings: the bridge's unembedding vectors (as published); or, layerwise, what the "
+            "model makes of the bridge alone at the same layer: its attention output there (as the "
+            "published code does) or the stream that enters the layer (as the text says). The best "
+            "of all layers, strengths and encodings is chosen on one half "
             f"of the failures and reported on the other; {used(result)} in both halves."
         )
     )
@@ -125,7 +131,9 @@ def _memories(result: Result, cell: Mapping[str, Any]) -> list[Figure | Table]:
         rows.append(row(_count(named), injected="bridge in the prompt"))
     plot = bars(rows, x="injected", y_label="first token right", height=380)
     blocks: list[Figure | Table] = []
-    where = (f"layer {cell['layer']}, strength {cell['strength']:g}, encoding “"
+    layer = str(cell["layer"])
+    place = "all layers" if "+" in layer else f"layer {layer}"
+    where = (f"{place}, strength {cell['strength']:g}, encoding “"
              f"{_ENCODINGS.get(cell['encoding'], cell['encoding'])}”")  # fmt: skip
     if plot is not None:
         colours = [STRONG if r["injected"] == _MEMORIES["bridge"] else FAINT for r in rows]

@@ -247,11 +247,14 @@ class Run:
 
         each = self.sizes.injection // 2
         halves = [self._draw(half, each, "injection") for half in self.halves]
+        every = range(int(self.model.cfg.n_layers))
         half = {f.id: name for name, part in zip(("choose", "report"), halves, strict=True)
                 for f in part}  # fmt: skip
         result = injection_grid(
             self.model, [f for part in halves for f in part], strengths=self.sizes.strengths,
-            form=self.form, positions="first hop", encodings=("unembed", "layerwise_code"),
+            layers=[*every, *([tuple(every)] if len(every) > 1 else [])],
+            form=self.form, positions="first hop",
+            encodings=("unembed", "layerwise_code", "layerwise_text"),
             controls=("random_word", "permuted_bridge", "answer", "norm_matched"),
             seed=self.seed, progress=self.progress,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -264,13 +264,13 @@ def _headlines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     if "skipped" not in injection:
         cell = injection["cell"]
         lines.append(
-            (f"injection puts right (L{cell['layer']}, x{cell['strength']:g}, {cell['encoding']})",
+            (f"injection puts right ({_layers(str(cell['layer']).split('+'))}, "
+             f"x{cell['strength']:g}, {cell['encoding']})",
              _pct(injection["memories"]["bridge"]["right"]))
         )  # fmt: skip
     for repair, sets in summary["editing"].get("scores", {}).items():
         chosen = summary["editing"]["choices"]["chosen"][repair]
-        ends = dict.fromkeys((chosen["layers"][0], chosen["layers"][-1]))
-        where = f"L{'-'.join(map(str, ends))}, strength {chosen['strength']:g}"
+        where = f"{_layers(chosen['layers'])}, strength {chosen['strength']:g}"
         for label, name, statistic in (
             ("first token put right", "correction", "first_right_after"),
             ("whole answer put right", "correction", "whole_right_after"),
@@ -284,6 +284,11 @@ def _headlines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         if reason:
             lines.append((step, f"left out: {reason}"))
     return [{"name": name, "text": text} for name, text in lines]
+
+
+def _layers(layers: Sequence[Any]) -> str:
+    """L5, or L3-5 of a run of layers."""
+    return f"L{'-'.join(map(str, dict.fromkeys((layers[0], layers[-1]))))}"
 
 
 def _pct(share: Mapping[str, Any]) -> str:

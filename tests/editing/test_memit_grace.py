@@ -46,6 +46,11 @@ def test_memit_repair(tiny, facts):
     assert states[0] is states[1]
     alone = MemitRepair(layers=[0, 1], **BARE).fit(tiny, facts[:2])
     assert alone[0].changes[0].rank == 1
+    for edit, fact in zip(alone, facts, strict=False):
+        single = memit(tiny, [fact], layers=[0, 1], **BARE)
+        for mine, other in zip(edit.changes, single.changes, strict=True):
+            torch.testing.assert_close(mine.left, other.left, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(mine.right, other.right, atol=1e-4, rtol=1e-3)
     assert_same_bits(tiny, before)
     with pytest.raises(ValueError, match="0 facts"):
         memit(tiny, [], layers=[0])
