@@ -10,7 +10,7 @@ p are the base run's: their keys and values are reused and only the tail is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +136,7 @@ def fan_out(
     memory: float | None = None,
     reuse_prefix: bool = True,
     progress: bool = False,
+    observe: Mapping[str, Callable[[Tensor], None]] | None = None,
 ) -> FanOut:
     """Run all interventions in as few passes as the memory budget allows.
 
@@ -152,6 +153,7 @@ def fan_out(
             free on CUDA. On running out of memory a pass is halved and run again.
         reuse_prefix: run only the tail where positions allow.
         progress: show a progress bar over rows.
+        observe: hook name -> function of the bases' own activation there, ``[base, pos, ...]``.
 
     Returns:
         `FanOut`.
@@ -175,6 +177,7 @@ def fan_out(
     base: Tensor | None = None
     prefix: Prefix | None = None
     out: list[Tensor | None] = [None] * len(interventions)
+    watching = [(name, _of_first(n_bases, fn)) for name, fn in (observe or {}).items()]
     with (
         torch.no_grad(),
         laid_out(model),
@@ -188,8 +191,9 @@ def fan_out(
                 recorder = Recorder(model, n_bases)
             try:
                 logits, parents = _pass(
-                    model, prompts, interventions, step, where, prefix, recorder
-                )
+                    model, prompts, interventions, step, where, prefix, recorder,
+                    watching if base is None else [],
+                )  # fmt: skip
                 if base is None:
                     base = reduce(logits[:n_bases], list(range(n_bases)))
                     prefix = None if recorder is None else recorder.prefix()
@@ -210,6 +214,13 @@ def fan_out(
     assert base is not None  # a plan has at least one pass
     found = [v for v in out if v is not None]
     return FanOut(base, torch.stack(found) if found else base[:0])
+
+
+def _of_first(n_rows: int, fn: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    def look(x: Tensor) -> None:
+        fn(x[:n_rows])
+
+    return look
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -389,6 +400,7 @@ def _pass(
     scored: list[list[int]],
     prefix: Prefix | None,
     recorder: Recorder | None,
+    watching: Sequence[Hook],
 ) -> tuple[Tensor, list[int]]:
     """Logits ``[bases + members, scored, vocab]`` of one pass, and the base of each member.
 
@@ -399,9 +411,10 @@ def _pass(
     view = prefix.view(bases, step.start) if prefix is not None and step.start else None
     hooks = _growth_hooks(model, items, [bases.index(item.base) for item in items], view)
     hooks += _change_hooks(model, items, len(bases), step.start)
+    hooks += watching
     parents = [item.base for item in items]
-    rows = [*bases, *parents]
-    hooks.append(_cut(model, items, [[p - step.start for p in scored[b]] for b in rows]))
+    where = [[p - step.start for p in scored[b]] for b in (*bases, *parents)]
+    hooks.append(_cut(model, items, [name for name, _ in watching], where))
     tokens = prompts.tokens[bases, step.start :]
     cache = view if recorder is None else recorder.cache
     return forward(model, tokens, hooks=hooks, cache=cache, grows=bool(items)), parents
@@ -411,12 +424,14 @@ def _pass(
 _AFTER_RESID_MID = ("mlp_pre", "mlp_post", "mlp_out", "resid_post")
 
 
-def _cut(model: LensModel, items: Sequence[Intervention], where: list[list[int]]) -> Hook:
+def _cut(
+    model: LensModel, items: Sequence[Intervention], watched: Sequence[str], where: list[list[int]]
+) -> Hook:
     """A hook that keeps ``where[row]`` of each row, as early as nothing else is needed.
 
     Only scored positions are unembedded, and on HookedTransformer only they pass the last MLP,
-    unless an intervention touches it. The GPT-2 Bridge reshapes the final norm's output to the
-    input's shape, so there the cut comes right before the unembedding.
+    unless an intervention touches it or it is watched. The GPT-2 Bridge reshapes the final norm's
+    output to the input's shape, so there the cut comes right before the unembedding.
     """
     import torch
 
@@ -425,7 +440,7 @@ def _cut(model: LensModel, items: Sequence[Intervention], where: list[list[int]]
         site.layer == last and site.kind in _AFTER_RESID_MID
         for item in items
         for site in item.sites
-    )
+    ) or any(hook_name(kind, last) in watched for kind in _AFTER_RESID_MID)
     if backend_of(model) == "bridge":
         name = "unembed.hook_in"
     elif touched or getattr(model.cfg, "parallel_attn_mlp", False) or model.cfg.attn_only:

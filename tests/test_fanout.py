@@ -7,7 +7,7 @@ import torch
 
 from mi_hops.fanout import HEAD_AXIS, FanOut, Intervention, Pass, Site, fan_out, plan_fan_out
 from mi_hops.interventions import ablate, add, replace, scale
-from mi_hops.model import forward, hook_name, n_heads_of
+from mi_hops.model import capture, forward, hook_name, n_heads_of
 from mi_hops.tokens import pad
 
 PROMPTS = [[1, 7, 8, 9, 30, 31, 12], [1, 40, 41, 6], [1, 22, 5, 17, 18]]
@@ -128,6 +128,25 @@ def test_equals_transformer_lens_loop(load_tiny):
     ]
     out = fan_out(model, pad(corrupted.tolist()), items)
     assert torch.allclose(out.rows[:, 0, 5].reshape(3, 7), grid.cpu(), atol=1e-5, rtol=0)
+
+
+def test_bases_are_observed_as_they_are(tiny):
+    """One pass scores the bases, runs interventions on them and shows their activations."""
+    prompts = pad(PROMPTS)
+    kinds = ("resid_pre", "resid_mid", "z", "pattern", "mlp_post", "resid_post")
+    names = [hook_name(kind, layer) for kind in kinds for layer in (1, 2)]
+    expected, _ = capture(tiny, prompts.tokens, names)
+    items = [
+        Intervention.at("resid_pre", 1, scale(0.0), positions=[2], base=base) for base in range(3)
+    ]
+    seen = {}
+    observe = {n: lambda x, n=n: seen.update({n: x.clone()}) for n in names}
+    for rows in ([], items):
+        seen.clear()
+        out = fan_out(tiny, prompts, rows, observe=observe)
+        assert torch.allclose(out.rows, fan_out(tiny, prompts, rows).rows, atol=1e-6)
+        for name in names:
+            assert torch.allclose(seen[name], expected[name], atol=1e-5), name
 
 
 def test_reduce_is_applied_with_bases(tiny):

@@ -15,11 +15,13 @@ corrupted), as broken as the corrupted run when noising (base = clean).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from mi_hops.fanout import row_bytes
+from mi_hops.layout import laid_out
 from mi_hops.metrics import MetricLike, Target, normalised
 from mi_hops.model import LensModel, dtype_of, hook_name
 from mi_hops.patching.core import (
@@ -41,7 +43,7 @@ from mi_hops.patching.pairs import (
     as_targets,
     resolve_spans,
 )
-from mi_hops.patching.sweep import Limits, Scored, Sweep, score
+from mi_hops.patching.sweep import Limits, Scored, Sweep, score, score_and_capture
 from mi_hops.tokens import align
 
 if TYPE_CHECKING:
@@ -287,12 +289,13 @@ class PatchJob:
             passes = sweep.plan(items, self.limits)
             widest = max([widest, *(len(p.members) for p in passes)])
             rows += sum(len(p.members) for p in passes)
-            forwards += len(passes) + 1  # the sources' activations
+            forwards += len(passes) + 1  # the sources' activations (and the other run's score)
             longest = max(len(self.sources[i]) for i in group)
             held = max(held, len(group) * self._activation_bytes(longest))
             n_scored = max(n_scored, len(sweep.scored[0]))
             width = max(width, sweep.batch.tokens.shape[1])
-        forwards += 1  # the other run's own score
+        if self.third:
+            forwards += math.ceil(len(self.clean) / self.batch_size)  # the other run's score
         if None in self.metrics:
             forwards += (len(self.clean) + 63) // 64
         return PatchPlan(
@@ -306,11 +309,28 @@ class PatchJob:
 
     def run(self, examples: Sequence[str] | None = None) -> Result:
         """The sweep."""
+        import torch
+
         baselines = self.baselines()
         core = self.core(baselines)
-        scores, base = core.run(self.values_of)
+        others = self.other_scored(baselines)
+        with laid_out(self.model):
+            if self.third:
+                scores, base = core.run(self.values_of)
+                other = score(self.model, others, self.batch_size)
+            else:
+                # One pass gives the other run's score and the activations that come from it.
+                parts: dict[int, Tensor] = {}
+
+                def values_of(group: Sequence[int]) -> Values:
+                    chosen = [others[i] for i in group]
+                    found, store = score_and_capture(self.model, chosen, self.grid.hook_names())
+                    parts.update(zip(group, found, strict=True))
+                    return self._values(group, store)
+
+                scores, base = core.run(values_of)
+                other = torch.stack([parts[i] for i in range(len(others))])
         denoise = self.direction == "denoise"
-        other = score(self.model, self.other_scored(baselines))
         effect = normalised(scores, other[:, None], base[:, None], undefined="nan")
         change = scores - base[:, None]
         axes = Axes(
@@ -356,9 +376,11 @@ class PatchJob:
 
     def values_of(self, group: Sequence[int]) -> Values:
         """The source activations of some pairs, as the changes that cells make."""
-        order = {example: row for row, example in enumerate(group)}
         sources = [self.sources[i] for i in group]
-        store = captured(self.model, sources, self.grid.hook_names())
+        return self._values(group, captured(self.model, sources, self.grid.hook_names()))
+
+    def _values(self, group: Sequence[int], store: Mapping[str, Tensor]) -> Values:
+        order = {example: row for row, example in enumerate(group)}
 
         def values(example: int, cell: Cell, layer: int, sample: int) -> Change:
             activation = store[hook_name(cell.kind, layer)][order[example]]

@@ -6,7 +6,7 @@ refer to them by number, and scores come out, in fan-out passes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -107,8 +107,17 @@ class Sweep:
             max_rows=limits.max_rows, memory=limits.memory, reuse_prefix=limits.reuse_prefix,
         )  # fmt: skip
 
-    def run(self, items: Sequence[Intervention], limits: Limits | None = None) -> Scores:
+    def run(
+        self,
+        items: Sequence[Intervention],
+        limits: Limits | None = None,
+        observe: Mapping[str, Callable[[Tensor], None]] | None = None,
+    ) -> Scores:
         """Scores of all interventions, on the CPU, in float32 or the model's dtype if wider.
+
+        Args:
+            observe: hook name -> function of the prompts' own activation there, ``[prompt, pos,
+                ...]``; positions behind a prompt are answer tokens and padding.
 
         Raises:
             ValueError: a score that is not finite; what `fanout.fan_out` and the metrics refuse.
@@ -120,7 +129,7 @@ class Sweep:
         out: FanOut = fan_out(
             self.model, self.batch, rows, scored=self.scored, reduce=self._reduce(),
             max_rows=limits.max_rows, memory=limits.memory, reuse_prefix=limits.reuse_prefix,
-            progress=limits.progress,
+            progress=limits.progress, observe=self._of_prompts(observe),
         )  # fmt: skip
         n_metrics = len(self.prompts[0].metrics)
         base = torch.full((len(self.prompts), n_metrics), float("nan"), dtype=out.base.dtype)
@@ -135,6 +144,16 @@ class Sweep:
             require_finite(metric.name, base[:, m])
             require_finite(metric.name, found[:, m])
         return Scores(base, found)
+
+    def _of_prompts(
+        self, observe: Mapping[str, Callable[[Tensor], None]] | None
+    ) -> dict[str, Callable[[Tensor], None]]:
+        firsts = [runs[0] for runs in self._of_prompt]
+
+        def of_prompts(fn: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+            return lambda x: fn(x[firsts])
+
+        return {name: of_prompts(fn) for name, fn in (observe or {}).items()}
 
     def _reduce(self) -> Reduce:
         import torch
@@ -160,9 +179,35 @@ class Sweep:
         return reduce
 
 
-def score(model: LensModel, prompts: Sequence[Scored]) -> Float[Tensor, "prompt metric"]:
+def score(
+    model: LensModel, prompts: Sequence[Scored], batch_size: int = 64
+) -> Float[Tensor, "prompt metric"]:
     """Scores of the prompts as they are."""
-    return Sweep(model, prompts).run([]).base
+    import torch
+
+    parts = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    return torch.cat([Sweep(model, part).run([]).base for part in parts])
+
+
+def score_and_capture(
+    model: LensModel, prompts: Sequence[Scored], names: Iterable[str]
+) -> tuple[Float[Tensor, "prompt metric"], dict[str, Tensor]]:
+    """Scores of the prompts as they are, and their activations at hook points, from one pass.
+
+    Returns:
+        ``(scores, {name: [prompt, pos, ...]})``, where positions (of a pattern: queries and keys)
+        behind a prompt are answer tokens and padding.
+    """
+    store: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        def fn(x: Tensor) -> None:
+            store[name] = x.detach()
+
+        return fn
+
+    found = Sweep(model, prompts).run([], observe={name: keep(name) for name in names})
+    return found.base, store
 
 
 def _runs(index: int, item: Scored) -> list[_Run]:
