@@ -1,7 +1,8 @@
-"""What the editing benchmarks share: the cases, the split into halves, the row of a table."""
+"""What the editing benchmarks share: the cases, the facts kept apart, the row of a table."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,22 +15,28 @@ from mi_hops.reasoning.gap import find_gap
 from mi_hops.reasoning.sets import QuerySets, build_sets
 
 FORM = "suffix"
-#: Only these come into the choice of settings and into C; never a fact that is scored.
+#: Only these come into C and into what repairs practise on; never a fact that is scored.
 TRAINED = "train"
 HELD_OUT = ("first_unseen", "second_unseen")
+#: Part -> its share of the barred single facts (each held-out question has one) and of the others.
+PARTS = {"report": (0.55, 0.35), "choose": (0.45, 0.30), "practice": (0.0, 0.35)}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, its failed held-out questions in two halves, and the queries of the second.
+    """A model, failed held-out questions to report and to choose settings on, and facts to learn from.
+
+    The single facts of the world are dealt into three parts, and every question is made of facts of
+    one part: those scored for the report, those scored for a choice, and those learned from share
+    none, whichever set a question is in.
 
     Attributes:
         choose: cases settings may be chosen on.
-        report: cases that are reported; no fact of theirs is in `choose` or in C.
+        report: cases that are reported.
         queries: of `report`.
         choosing: of `choose`: the question itself and unrelated ones.
         corpus: statements of trained facts, which C is counted on.
-        practice: trained facts none of whose parts is reported.
+        practice: trained questions for a repair that has to be trained.
     """
 
     model: Any
@@ -48,48 +55,56 @@ class Setup:
 
 
 def set_up(name: str, *, cases: int, seed: int = 0, world: Hopland | None = None) -> Setup:
-    """Find the gap on held-out questions and make the sets of the reported half."""
-    import random
-
+    """Find the gap on held-out questions of two parts and make the sets; the third is learned from."""
     rng = random.Random(seed)
     world = world or Hopland()
     model = load_model(name)
-    held = world.two_hop_facts(*HELD_OUT)
-    trained = world.two_hop_facts(TRAINED)
-    asked = rng.sample(held, min(len(held), 5 * cases))
-    pool = asked + rng.sample(trained, min(len(trained), 1500))
-    gap = find_gap(model, pool, form=FORM)
-    inside = {f.id for f in asked}
-    failed = [f for f in gap.failed if f.id in inside]
-    rng.shuffle(failed)
-    # First hops and second hops of the two halves are different facts.
-    report = failed[:cases]
-    used = {hop for f in report for hop in hops(f)}
-    choose = [f for f in failed[cases:] if not used & set(hops(f))][:cases]
-    frame = gap.frame
-    queries, choosing = (
-        build_sets(
-            cases_of,
-            list(gap.facts),
+    part = deal(world, rng)
+
+    def made_of(wanted: str, *splits: str) -> list[TwoHopFact]:
+        facts = world.two_hop_facts(*splits)
+        return [f for f in facts if all(part[hop] == wanted for hop in hops(f))]
+
+    def scored(wanted: str) -> tuple[list[TwoHopFact], QuerySets]:
+        held, trained = made_of(wanted, *HELD_OUT), made_of(wanted, TRAINED)
+        held = rng.sample(held, min(len(held), 5 * cases))
+        gap = find_gap(model, held + rng.sample(trained, min(len(trained), 750)), form=FORM)
+        failed = [f for f in gap.failed if f.split in HELD_OUT]
+        failed = rng.sample(failed, min(len(failed), cases))
+        frame = gap.frame
+        sets = build_sets(
+            failed,
+            gap.facts,
             answered_ids=set(frame["id"][frame["two_hop"]]),
             known_ids=set(frame["id"][frame["second"]]),
             form=FORM,
             seed=seed,
         )
-        for cases_of in (report, choose)
-    )
-    clean = [f for f in trained if not used & set(hops(f))]
-    practice = rng.sample(clean, min(len(clean), 3000))
-    corpus = [f"{f.prompt(FORM)} {f.answer}." for f in practice[:1500]]
-    corpus += [
-        f"{prompt} {said}."
-        for f in practice[:1500]
-        for prompt, said in ((f.first_prompt(FORM), f.bridge), (f.second_prompt(FORM), f.answer))
-    ]
+        return failed, sets
+
+    report, queries = scored("report")
+    choose, choosing = scored("choose")
+    practice = made_of("practice", TRAINED)
+    rng.shuffle(practice)
+    stated = practice[:1500]
+    corpus = {f"{f.prompt(FORM)} {f.answer}." for f in stated}
+    corpus |= {f"{f.first_prompt(FORM)} {f.bridge}." for f in stated}
+    corpus |= {f"{f.second_prompt(FORM)} {f.answer}." for f in stated}
     return Setup(
         model, str(name), choose, report, queries, choosing.of("correction", "specificity"),
-        sorted(set(corpus)), practice,
+        sorted(corpus), practice,
     )  # fmt: skip
+
+
+def deal(world: Hopland, rng: random.Random) -> dict[tuple[str, str], str]:
+    """The part of each single fact, by `PARTS`."""
+    dealt = {}
+    barred, others = sorted(world.barred), sorted(set(world.facts) - world.barred)
+    for column, keys in enumerate((barred, others)):
+        shares = [share[column] for share in PARTS.values()]
+        drawn = rng.choices(list(PARTS), shares, k=len(keys))
+        dealt.update(zip(keys, drawn, strict=True))
+    return dealt
 
 
 def hops(fact: TwoHopFact) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -98,7 +113,7 @@ def hops(fact: TwoHopFact) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def covariance(setup: Setup, matrix: str = "W_O") -> Moments:
-    """C of every layer, over statements of trained facts that no reported case is made of."""
+    """C of every layer, over statements of trained facts of which no question is scored."""
     return second_moments(setup.model, setup.corpus, matrix=matrix)
 
 

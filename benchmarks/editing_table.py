@@ -48,8 +48,10 @@ RULE = (
     "injection its strength as well) are those with the largest sum of the share of first answer "
     "tokens put right and four times the share of unrelated questions still answered rightly (first "
     "token), on 80 *other* failed questions (24 where fitting means gradient descent; the joint edit: as "
-    "many as are edited), none of whose facts is part of a reported one; of equals, the fewest layers. "
-    "C is counted on statements of trained facts that no reported question is made of."
+    "many as are edited); of equals, the fewest layers. The single facts of the world are dealt into "
+    "three parts, and each question is made of facts of one part: what is reported (every set of "
+    "queries), what settings are chosen on, and what C is counted on or a repair is trained on share no "
+    "fact. The single hops, which CREME is held to keep in the form it edits, are scored in the other two."
 )
 
 

@@ -10,8 +10,9 @@ the repair of its case is on, and belongs to one of these sets (after CREME, arX
 ``generalisation``             same first hop, another second hop (known) with another answer
 ``specificity``                unrelated two-hop questions that the unedited model answers rightly
 ``specificity_same_relation``  such questions that ask for the same second relation
-``first_hop``                  the case's first hop by itself (answer: the bridge)
-``second_hop``                 its second hop by itself
+``first_hop``                  the case's first hop by itself (answer: the bridge), worded otherwise
+                               than in the form the repair was fitted to
+``second_hop``                 its second hop by itself, likewise
 ``neutral``                    statements of single facts that no case is made of
 =============================  ===================================================================
 """

@@ -42,7 +42,8 @@ def build_sets(
     *Unrelated* means that subject, bridge and answer of the other fact are none of the case's.
     Generalisation takes facts of the pool with the case's bridge and puts the case's first hop in
     place of theirs (a fact with the same subject and first relation stays as it is), one for each
-    answer.
+    answer. The single hops are asked in other forms than the case's own, as far as they have any: in
+    that form a repair is given their prompts.
 
     Args:
         failed: the cases.
@@ -173,16 +174,25 @@ class _Makers:
     def _first_hop(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
         found = [
             _Draft(t, case.bridge, case.bridge_aliases, case.id)
-            for t in case.first_prompts.values()
+            for t in self._not_given(case, case.first_prompts)
         ]
         return found or "no first-hop prompt"
 
     def _second_hop(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
         found = [
             _Draft(t, case.answer, case.answer_aliases, case.id)
-            for t in case.second_prompts.values()
+            for t in self._not_given(case, case.second_prompts)
         ]
         return found or "no second-hop prompt"
+
+    def _not_given(self, case: TwoHopFact, prompts: Mapping[str, str]) -> list[str]:
+        """A single hop's prompts that no repair was given.
+
+        An edit is made from the hops' prompts of the form edited, and may be held to keep them. A
+        hop worded in that form alone is asked in it.
+        """
+        given = prompts.get(self._form_of(case))
+        return [t for t in prompts.values() if t != given] or list(prompts.values())
 
     def _form_of(self, case: TwoHopFact) -> str:
         return next(iter(case.prompts)) if self.form is None else self.form

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from mi_hops.editing import Request
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.generate import normalise
 from mi_hops.reasoning.sets import SETS, Query, QuerySets, build_sets
@@ -46,10 +47,28 @@ def test_the_cases_own_sets(built):
             fact.prompts["question"],
         }
         assert [q.prompt for q in mine["other_order"]] == [fact.prompts["prefix"]]
-        assert {q.prompt for q in mine["first_hop"]} == set(fact.first_prompts.values())
+        unedited = ("prefix", "question")
+        assert [q.prompt for q in mine["first_hop"]] == [fact.first_prompts[f] for f in unedited]
         assert {(q.answer, q.wrong) for q in mine["first_hop"]} == {(fact.bridge, fact.answer)}
-        assert {q.prompt for q in mine["second_hop"]} == set(fact.second_prompts.values())
+        assert [q.prompt for q in mine["second_hop"]] == [fact.second_prompts[f] for f in unedited]
         assert {(q.answer, q.wrong) for q in mine["second_hop"]} == {(fact.answer, None)}
+
+
+def test_no_query_but_the_correction_is_a_prompt_that_an_edit_is_made_from_or_keeps(built):
+    failed, _, _, sets = built
+    for fact in failed:
+        request = Request.from_fact(fact, "suffix", keep="hops")
+        given = {request.composite, request.guide, *request.keep}
+        asked = {q.prompt for q in sets if q.case == fact.id and q.set != "correction"}
+        assert len(given) == 3 and not given & asked
+
+
+def test_a_single_hop_of_one_form_is_asked_in_it(built):
+    fact = built[0][0]
+    only = {"suffix": fact.first_prompts["suffix"]}
+    case = dataclasses.replace(fact, first_prompts=only)
+    sets = build_sets([case], [], answered_ids=(), known_ids=(), form="suffix")
+    assert [q.prompt for q in sets.of("first_hop")] == [only["suffix"]]
 
 
 def test_generalisation_keeps_the_first_hop_and_is_true_in_the_world(world, built):
