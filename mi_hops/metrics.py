@@ -276,7 +276,10 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Custom(_AtPrompt):
-    """A function of the next-token logits, ``[row, vocab] -> [row]``, as a metric."""
+    """A function of the next-token logits, ``[row, vocab] -> [row]``, as a metric.
+
+    The logits it gets are in float32 or wider whatever the model's dtype.
+    """
 
     function: Callable[[Tensor], Tensor]
     name: str
@@ -289,11 +292,11 @@ class Custom(_AtPrompt):
         """What the function returns, checked.
 
         Raises:
-            ValueError: no tensor of shape ``[row]``, or values that are not finite.
+            ValueError: NaN logits, no tensor of shape ``[row]``, or values that are not finite.
         """
         import torch
 
-        rows = logits[:, 0]
+        rows = _wide(logits[:, 0])
         found = self.function(rows)
         if not isinstance(found, torch.Tensor) or tuple(found.shape) != (len(rows),):
             got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
@@ -348,6 +351,21 @@ class Normalised:
 _INFINITE = (float("inf"), float("-inf"))
 
 
+def score_gap(
+    clean: Float[Tensor, "*any"], corrupted: Float[Tensor, "*any"]
+) -> Float[Tensor, "*any"]:
+    """``clean - corrupted``, to divide by: NaN where the two are equal and a share means nothing.
+
+    Scores count as equal where they differ by rounding alone: by less than 64 units in the last
+    place, as the same prompt's do in batches of different sizes.
+    """
+    import torch
+
+    gap = clean - corrupted
+    rounding = 64 * torch.finfo(gap.dtype).eps * torch.maximum(clean.abs(), corrupted.abs())
+    return gap.masked_fill(gap.abs() <= rounding, float("nan"))
+
+
 def normalised(
     patched: Float[Tensor, "*any"],
     clean: Float[Tensor, "*any"] | float,
@@ -360,10 +378,8 @@ def normalised(
     The three are broadcast together.
 
     Args:
-        undefined: what to do where clean and corrupted are equal and the share means nothing:
-            refuse, or leave NaN there for the caller to count and leave out. Scores count as equal
-            where they differ by rounding alone: by less than 64 units in the last place, as the
-            same prompt's do in batches of different sizes.
+        undefined: what to do where clean and corrupted are equal (see `score_gap`): refuse, or
+            leave NaN there for the caller to count and leave out.
 
     Raises:
         ValueError: equal scores under ``"raise"``.
@@ -375,15 +391,14 @@ def normalised(
     high, low = (
         torch.as_tensor(v, device=patched.device, dtype=patched.dtype) for v in (clean, corrupted)
     )
-    span = high - low
-    rounding = 64 * torch.finfo(patched.dtype).eps * torch.maximum(high.abs(), low.abs())
-    equal = span.abs() <= rounding
-    if undefined == "raise" and equal.any():
+    gap = score_gap(high, low)
+    lost = gap.isnan()
+    if undefined == "raise" and lost.any():
         raise ValueError(
-            f"clean and corrupted scores are equal in {int(equal.sum())} of {equal.numel()} cases, "
+            f"clean and corrupted scores are equal in {int(lost.sum())} of {lost.numel()} cases, "
             "where the share restored is undefined; leave these out, or pass undefined='nan'"
         )
-    return (patched - low) / span.masked_fill(equal, float("nan"))
+    return (patched - low) / gap
 
 
 # -- the table ------------------------------------------------------------------------------------

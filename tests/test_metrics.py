@@ -144,6 +144,11 @@ def test_own_function_gets_the_last_position_and_is_checked():
     for wrong, got in ((lambda x: x, r"\(2, 6\)"), (lambda x: 1.0, "float")):
         with pytest.raises(ValueError, match=rf"shape \(2,\).*returned {got}"):
             get_metric(wrong).score(torch.zeros(2, 1, 6), Target((1,)))
+    narrow = torch.tensor([[[1.0, 1.001]]]).bfloat16()
+    seen = []
+    get_metric(lambda x: seen.append(x.dtype) or x[:, 0]).score(narrow, Target((1,)))
+    get_metric(lambda x: seen.append(x.dtype) or x[:, 0]).score(narrow.double(), Target((1,)))
+    assert seen == [torch.float32, torch.float64]
     with pytest.raises(ValueError, match=r"not finite in 1 of 2 rows \(first: \[1\]\)"):
         get_metric(lambda x: x[:, 0].log()).score(
             torch.tensor([[[1.0, 2.0]], [[0.0, 2.0]]]), Target((1,))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mi_hops.metrics import score_gap
 from mi_hops.results import Result
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mi_hops.patching.activation import Direction
 
 _THEIR_NAME = {"layer": "layer", "position": "pos", "head": "head", "kv_head": "head",
                "kind": "patch_type", "neuron": "neuron"}  # fmt: skip
@@ -30,8 +36,9 @@ def _their_class() -> Any:
 def to_transformer_lens(result: Result) -> Any:
     """A result of `activation.patch` as a `PatchingResult`: scores, baseline and axes.
 
-    Labels become the columns of its ``index_df``; the baseline is the unpatched base run. What it
-    has no place for (effects, units, provenance) stays behind.
+    Labels become the columns of its ``index_df``; the baseline is the unpatched base run: the
+    corrupted one of a denoising sweep, the clean one of a noising sweep. What it has no place for
+    (direction, effects, units, provenance) stays behind.
 
     Raises:
         ValueError: a TransformerLens without the class, or a result that is no patching sweep.
@@ -74,30 +81,44 @@ def to_transformer_lens(result: Result) -> Any:
 def from_transformer_lens(
     theirs: Any,
     *,
-    clean: Any = None,
+    direction: Direction = "denoise",
+    other: Any = None,
     provenance: Mapping[str, Any] | None = None,
     examples: Sequence[str] | None = None,
 ) -> Result:
     """A `PatchingResult` as a `Result`.
 
     Args:
-        clean: the metric on the clean run, shaped like its baseline; with it ``effect`` is reckoned.
+        direction: of the sweep, which it does not know: ``"denoise"`` put clean activations into
+            the corrupted run (its baseline is the corrupted score), ``"noise"`` the other way round.
+        other: the metric on the run that the baseline is not of (clean when denoising), shaped like
+            the baseline; with it ``effect`` is reckoned.
         provenance: what is known of model and sweep.
         examples: labels of the batch; default numbers.
 
     Returns:
-        `Result` with ``score``, with a baseline also ``change`` and ``corrupted``, with `clean` too
-        ``effect`` and ``clean``. A result reduced over its batch has one example, ``mean``. Zeros
+        `Result` with ``score``; with a baseline also ``change`` and the base run's score, under
+        ``corrupted`` (``clean`` when noising); with `other` too ``effect``, and the other run's
+        score under the other name. A result reduced over its batch has one example, ``mean``. Zeros
         that pad key/value heads there are zeros here.
 
     Raises:
-        ValueError: a flat result (made with an index frame of one's own), a clean score without a
-            baseline, or one of another shape.
+        ValueError: a flat result (made with an index frame of one's own), another run's score
+            without a baseline or of another shape, or an unknown direction, or one that the
+            provenance contradicts.
     """
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction is {direction!r}; expected 'denoise' or 'noise'")
+    known = dict(provenance or {})
+    if known.get("direction", direction) != direction:
+        raise ValueError(
+            f"the provenance tells of a sweep in direction {known['direction']!r}; pass "
+            f"direction={known['direction']!r}"
+        )
     if not theirs.axis_names:
         raise ValueError("a flat PatchingResult has no axes to label; run the sweep by axis names")
-    values = theirs.values.detach().cpu()
-    base = None if theirs.baseline is None else theirs.baseline.detach().cpu()
+    values = _wide(theirs.values)
+    base = None if theirs.baseline is None else _wide(theirs.baseline)
     if theirs.reduced:
         values, base = values[..., None], None if base is None else base[..., None]
     lead = ["metric"] if theirs.has_metric_axis else []
@@ -114,35 +135,42 @@ def from_transformer_lens(
         coords["metric"] = list(theirs.metric_names)
     arrays = {"score": values}
     baselines = {}
-    if clean is not None:
-        if base is None:
-            raise ValueError("an effect needs the corrupted baseline; run with baseline=True")
-        import torch
-
-        clean = torch.as_tensor(clean).detach().cpu().reshape(base.shape)
+    own_name, other_name = (
+        ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
+    )
+    if base is None and other is not None:
+        raise ValueError(f"an effect needs the {own_name} baseline; run with baseline=True")
     if base is not None:
         shape = (*base.shape[: len(lead)], *(1 for _ in axes), base.shape[-1])
         change = values - base.reshape(shape)
-        arrays["change"], baselines["corrupted"] = change, base
-        if clean is not None:
-            gap = (clean - base).reshape(shape)
-            arrays = {"effect": change / gap.masked_fill(gap == 0, float("nan")), **arrays}
-            baselines["clean"] = clean
+        arrays["change"], baselines[own_name] = change, base
+        if other is not None:
+            other = _wide(other).reshape(base.shape)
+            arrays = {"effect": change / score_gap(other, base).reshape(shape), **arrays}
+            baselines[other_name] = other
     order = ["example", *axes, *lead]
 
     def sorted_dims(array: Any, names: list[str]) -> tuple[list[str], Any]:
         kept = [d for d in order if d in names]
         return kept, array.permute([names.index(d) for d in kept])
 
+    share = "share restored" if direction == "denoise" else "share lost"
     return Result.from_arrays(
         {name: sorted_dims(array, dims) for name, array in arrays.items()},
         baselines={name: sorted_dims(array, base_dims) for name, array in baselines.items()},
         coords=coords,
-        units={"effect": "share restored"} if "effect" in arrays else {},
+        units={"effect": share} if "effect" in arrays else {},
         provenance={
             "method": "activation patching", "from": "transformer_lens PatchingResult",
-            "metrics": list(theirs.metric_names), "direction": "denoise", **(provenance or {}),
+            "metrics": list(theirs.metric_names), **known, "direction": direction,
         },
         title="Activation patching",
         allow_nonfinite=True,  # an effect without a scale
     )  # fmt: skip
+
+
+def _wide(values: Any) -> Tensor:
+    import torch
+
+    found = torch.as_tensor(values).detach().cpu()
+    return found.to(torch.promote_types(found.dtype, torch.float32))

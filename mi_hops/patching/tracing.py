@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from mi_hops.fanout import Intervention, Site
-from mi_hops.metrics import MetricLike, Target, require_finite
+from mi_hops.metrics import MetricLike, Target, require_finite, score_gap
 from mi_hops.model import LensModel, embedding, hook_name, hooked, require_hooks
 from mi_hops.patching.core import (
     Axes,
@@ -97,7 +97,9 @@ def trace(
         ``metric`` as far as they vary, all means over noise samples: ``indirect`` (unit of the
         metric), ``effect`` (as a share of the total effect; NaN where that is 0), ``score``
         (restored run's) and ``spread``, the standard error of ``indirect`` over samples (NaN for
-        one sample); baselines per example ``clean``, ``noisy`` and ``total``.
+        one sample); baselines per example ``clean``, ``noisy``, ``total`` and ``total_spread``, the
+        standard error of ``total`` over samples. The provenance names the positions that got noise
+        in each prompt (``noised``).
 
     Raises:
         ValueError: as in `patch`; noise or samples that are not positive.
@@ -138,8 +140,7 @@ def trace(
     indirect = restored - noisy[:, :, None]
     mean = indirect.mean(1)
     total = clean - noisy.mean(1)
-    spread = indirect.std(1) / samples**0.5 if samples > 1 else torch.full_like(mean, float("nan"))
-    effect = mean / total[:, None].masked_fill(total[:, None] == 0, float("nan"))
+    effect = mean / score_gap(clean, noisy.mean(1))[:, None]
     for m, name in enumerate(names):
         require_finite(name, restored[..., m].flatten())
     if several:
@@ -147,15 +148,30 @@ def trace(
     axes = Axes(grid, spans, bases, metrics, names, single, examples)
     return axes.result(
         model,
-        {"indirect": mean, "effect": effect, "score": restored.mean(1), "spread": spread},
-        {"clean": clean, "noisy": noisy.mean(1), "total": total},
+        {
+            "indirect": mean, "effect": effect, "score": restored.mean(1),
+            "spread": _standard_error(indirect),
+        },
+        {
+            "clean": clean, "noisy": noisy.mean(1), "total": total,
+            "total_spread": _standard_error(noisy),
+        },
         title=f"Causal tracing: {', '.join(grid.kinds)}; {', '.join(names)}",
         units={"effect": "share of the total effect"},
         settings={
             "method": "causal tracing", "noise": noise, "noise_std": std, "samples": samples,
-            "seed": seed, "window": window, "severed": list(variants), "prepend_bos": prepend_bos,
+            "seed": seed, "noised": [list(span) for span in spoiled], "window": window,
+            "severed": list(variants), "prepend_bos": prepend_bos,
         },
     )  # fmt: skip
+
+
+def _standard_error(
+    values: Float[Tensor, "example sample *rest"],
+) -> Float[Tensor, "example *rest"]:
+    """Of the mean over samples; NaN for one sample."""
+    n = values.shape[1]
+    return values.std(1) / n**0.5 if n > 1 else values[:, 0] * float("nan")
 
 
 def subject_roles(

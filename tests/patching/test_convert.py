@@ -37,14 +37,18 @@ def test_there_and_back(load_tiny, theirs, options):
     assert isinstance(converted, theirs.PatchingResult)
     assert len(converted.to_dataframe()) == result["score"].size
     effect = converted.effect()
-    noise = options.get("direction") == "noise"
+    direction = options.get("direction", "denoise")
+    other = "corrupted" if direction == "noise" else "clean"
     back = from_transformer_lens(
-        converted, clean=result["corrupted" if noise else "clean"].transpose(..., "example").values
-    )
+        converted, direction=direction, other=result[other].transpose(..., "example").values,
+        provenance=result.provenance,
+    )  # fmt: skip
     dims = [{"kv_head": "head"}.get(d, d) for d in result["score"].dims]
     assert list(back["score"].dims) == dims
-    for name in ("score", "change", "effect"):
+    for name in ("score", "change", "effect", "clean", "corrupted"):
         assert np.allclose(back[name], result[name], atol=1e-5, equal_nan=True), name
+    assert back.provenance["direction"] == direction
+    assert back["effect"].attrs["units"] == result["effect"].attrs["units"]
     assert np.allclose(
         effect.numpy().ravel(),
         back["change"].transpose(*[d for d in ("metric",) if d in dims],
@@ -66,7 +70,7 @@ def test_their_sweep_is_ours(load_tiny, theirs):
     )
     with torch.no_grad():
         clean = metric(model(tokens[0]))
-    converted = from_transformer_lens(found, clean=clean)
+    converted = from_transformer_lens(found, other=clean)
     ours = patch(model, CLEAN, CORRUPTED, metric=lambda x: x[:, 7] - x[:, 9])
     for name in ("score", "change", "clean", "corrupted"):
         assert np.allclose(converted[name], ours[name], atol=1e-5), name
@@ -79,9 +83,21 @@ def test_refuses(load_tiny, theirs):
     with pytest.raises(ValueError, match="only results of activation patching"):
         to_transformer_lens(estimate)
     result = to_transformer_lens(patch(model, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS))
+    with pytest.raises(ValueError, match="'denoise' or 'noise'"):
+        from_transformer_lens(result, direction="back")
+    with pytest.raises(ValueError, match="pass direction='noise'"):
+        from_transformer_lens(result, provenance={"direction": "noise"})
     result.baseline = None
     with pytest.raises(ValueError, match="baseline=True"):
-        from_transformer_lens(result, clean=torch.zeros(3))
+        from_transformer_lens(result, other=torch.zeros(3))
+
+
+def test_runs_that_score_the_same_within_rounding_have_no_effect(load_tiny, theirs):
+    result = to_transformer_lens(
+        patch(load_tiny("gpt2"), CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS)
+    )
+    nearly = result.baseline * (1 + 1e-6)
+    assert np.isnan(from_transformer_lens(result, other=nearly)["effect"]).all()
 
 
 def test_says_so_where_there_is_none(load_tiny):

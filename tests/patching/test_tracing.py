@@ -66,10 +66,14 @@ def test_equals_the_loop(tiny, kind):
         draws = list(_draws(tiny, width, std, SAMPLES, (SEED, i)))
         noises = [noise_hook(tiny, text, SUBJECTS[i], d) for d in draws]
         clean = run(tiny, text, answer=ANSWERS[i], **score)
-        noisy = np.mean([run(tiny, text, [n], answer=ANSWERS[i], **score) for n in noises])
+        each_noisy = [run(tiny, text, [n], answer=ANSWERS[i], **score) for n in noises]
+        noisy = np.mean(each_noisy)
         assert float(result["clean"][i]) == pytest.approx(clean, abs=1e-5)
         assert float(result["noisy"][i]) == pytest.approx(noisy, abs=1e-5)
         assert float(result["total"][i]) == pytest.approx(clean - noisy, abs=1e-5)
+        error = np.std(each_noisy, ddof=1) / SAMPLES**0.5
+        assert float(result["total_spread"][i]) == pytest.approx(error, abs=1e-5)
+        assert result.provenance["noised"][i] == list(positions(encode(tiny, text), SUBJECTS[i]))
         for layer in range(3):
             blocks = [layer] if kind == "resid_post" else [b for b in (layer - 1, layer) if b >= 0]
             for pos in (0, 2, 6):
@@ -78,10 +82,7 @@ def test_equals_the_loop(tiny, kind):
                 got = result.data.sel(example=i, layer=layer, position=pos)
                 assert float(got["score"]) == pytest.approx(np.mean(scores), abs=1e-5)
                 assert float(got["indirect"]) == pytest.approx(np.mean(scores) - noisy, abs=1e-5)
-                each = [
-                    s - run(tiny, text, [n], answer=ANSWERS[i], **score)
-                    for s, n in zip(scores, noises, strict=True)
-                ]
+                each = [s - n for s, n in zip(scores, each_noisy, strict=True)]
                 spread = np.std(each, ddof=1) / SAMPLES**0.5
                 assert float(got["spread"]) == pytest.approx(spread, abs=1e-5)
 
@@ -137,6 +138,15 @@ def test_seeded_and_free_of_other_prompts(tiny):
     assert torch.equal(state, torch.get_rng_state())
     alone = trace(tiny, TEXTS[0], SUBJECTS[0], answer="w11", samples=1)
     assert np.isnan(alone["spread"]).all()
+    assert np.isnan(alone["total_spread"]).all()
+
+
+def test_noise_that_moves_nothing_but_rounding_has_no_share(tiny):
+    """A metric that never changes: the total effect is 0 within rounding."""
+    result = trace(
+        tiny, TEXTS[0], SUBJECTS[0], metric=lambda x: 3 + 1e-6 * x[:, 0].tanh(), samples=2
+    )
+    assert np.isnan(result["effect"]).all()
 
 
 def test_roles_for_unequal_prompts(tiny):
