@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mi_hops.corpus import token_batches
 from mi_hops.lens.examples import make_example, real_cells
-from mi_hops.lens.reading import LogitLens
+from mi_hops.lens.reading import LogitLens, check_lens
 from mi_hops.lens.trained import TrainedLens, kl
 from mi_hops.lens.training import Corpus
 from mi_hops.model import LensModel, provenance
@@ -55,10 +55,12 @@ def evaluate_lens(
         the share of the model's `top_k` tokens among the lens's.
 
     Raises:
-        ValueError: a layer that the lens has not got, or an empty corpus.
+        ValueError: a lens of another model (`TrainedLens.moved` binds it to this one), a layer that
+            the lens has not got, or an empty corpus.
     """
     import torch
 
+    check_lens(model, lens)
     chosen = list(lens.layers) if layers is None else list(layers)
     for layer in chosen:
         lens.row(layer)
@@ -118,10 +120,11 @@ def evaluate_heads(
         that tells what the head adds brings the second below the third.
 
     Raises:
-        ValueError: a lens that does not read heads, or an empty corpus.
+        ValueError: a lens of another model, a lens that does not read heads, or an empty corpus.
     """
     import torch
 
+    check_lens(model, lens)
     if lens.kind != "head_out":
         raise ValueError(f"a {lens.type_name} lens reads {lens.kind!r}, not heads")
     n_heads = int(model.cfg.n_heads)

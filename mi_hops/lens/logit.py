@@ -16,6 +16,7 @@ from mi_hops.lens.reading import (
     LogitLens,
     Tracked,
     check_layers,
+    check_lens,
     chunks,
     gather,
     statistics,
@@ -94,8 +95,8 @@ def logit_lens(
         ``any_prob``, the summed probability of the distinct first tokens of all spellings.
 
     Raises:
-        ValueError: an unknown kind, a layer out of range, a track or roles that do not fit the
-            prompts, ``"all"`` for several prompts, a non-finite value.
+        ValueError: an unknown kind, a layer out of range, a lens of another model, a track or roles
+            that do not fit the prompts, ``"all"`` for several prompts, a non-finite value.
         TokenError: an empty prompt or name, a span that is not in its prompt.
     """
     single = isinstance(prompts, str | Prompt)
@@ -253,7 +254,8 @@ def read_vectors(
         As `logit_lens`, with the dimension ``vector`` only.
 
     Raises:
-        ValueError: vectors of another shape, or token ids outside the vocabulary.
+        ValueError: vectors of another shape, token ids outside the vocabulary, or a lens of
+            another model.
     """
     import torch
 
@@ -267,6 +269,7 @@ def read_vectors(
         raise ValueError(f"token ids {wrong} are outside the vocabulary 0..{model.cfg.d_vocab - 1}")
     ids = torch.tensor(list(names.values()), dtype=torch.long)[None, :, None]
     glass = lens or LogitLens(model, norm)
+    check_lens(model, glass)
     parts = []
     with torch.no_grad():
         for rows in chunks(model, len(vectors)):
@@ -303,6 +306,7 @@ def _read(
 ) -> Result:
     import torch
 
+    check_lens(model, lens)
     names = list(spelled[0])
     n_places = len(places[0])
     n_heads = int(model.cfg.n_heads) if kind == "head_out" else 0

@@ -15,6 +15,7 @@ from mi_hops.fanout import Site
 from mi_hops.model import (
     Hook,
     LensModel,
+    fingerprint,
     forward,
     hook_name,
     read_out,
@@ -37,7 +38,11 @@ CHUNK_BYTES = 2**28
 
 
 class Lens(Protocol):
-    """Turns vectors of the residual space into logits over the vocabulary."""
+    """Turns vectors of the residual space into logits over the vocabulary.
+
+    A lens that reads through one model's unembedding has that model as ``model``, so that
+    `check_lens` can refuse it on another.
+    """
 
     @property
     def name(self) -> str:
@@ -73,6 +78,25 @@ class LogitLens:
     ) -> Float[Tensor, "*rows vocab"]:
         """The same map for every layer and head."""
         return read_out(self.model, vectors, norm=self.norm)
+
+
+def check_lens(model: LensModel, lens: Lens) -> None:
+    """Refuse a lens that reads through another model than the one that is run.
+
+    A lens without a ``model`` is taken as it is. Another object with the same weights will do.
+
+    Raises:
+        ValueError: a lens bound to a model with other weights.
+    """
+    own = getattr(lens, "model", None)
+    if own is None or own is model:
+        return
+    theirs, ours = fingerprint(own), fingerprint(model)
+    if theirs != ours:
+        raise ValueError(
+            f"this {lens.name} lens is bound to a model with fingerprint {theirs}, the model that is "
+            f"read has {ours}; lens.moved(model) reads one model with a lens trained on another"
+        )
 
 
 def check_layers(model: LensModel, kind: str, layers: Sequence[int] | None) -> list[int]:

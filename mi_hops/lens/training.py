@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mi_hops.corpus import token_batches
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.examples import make_example, real_cells
+from mi_hops.lens.reading import check_lens
 from mi_hops.lens.trained import TrainedLens
 from mi_hops.model import LensModel
 from mi_hops.tokens import Batch, batches_in_order
@@ -129,13 +130,14 @@ def train_lens(
         `TrainingRun`.
 
     Raises:
-        ValueError: an unknown objective, a corpus of fewer than two texts, a checkpoint of another
-            training, or a loss that is not finite.
+        ValueError: a lens of another model, an unknown objective, a corpus of fewer than two texts,
+            a checkpoint of another training, or a loss that is not finite.
     """
     import pandas as pd
     import torch
     from tqdm.auto import tqdm
 
+    check_lens(model, lens)
     plan = settings or LensTraining()
     objective = plan.objective or lens.objectives[0]
     if objective not in lens.objectives:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.attention import AttentionLens
 from mi_hops.lens.evaluation import evaluate_heads, evaluate_lens
 from mi_hops.lens.examples import make_example, real_cells
-from mi_hops.lens.logit import logit_lens
+from mi_hops.lens.logit import fact_trajectories, logit_lens, read_vectors
 from mi_hops.lens.reading import LogitLens
 from mi_hops.lens.store import load_lens
 from mi_hops.lens.trained import kl
@@ -206,6 +207,56 @@ def test_saved_lenses_come_back_and_those_of_other_models_are_refused(load_tiny,
         load_lens(model, tmp_path)
     with pytest.raises(FileNotFoundError):
         load_lens(model, tmp_path / "nothing")
+
+
+def test_a_lens_is_fetched_from_the_hub_by_its_id(load_tiny, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    model = load_tiny("gpt2")
+    lens = perturbed(TunedLens(model))
+    lens.save(tmp_path / "snapshot")
+    asked = []
+
+    def download(repo, **options):
+        asked.append((repo, sorted(options["allow_patterns"])))
+        if repo != "someone/tuned-lens":
+            raise OSError("offline")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    again = load_lens(model, "someone/tuned-lens")
+    assert asked == [("someone/tuned-lens", ["lens.json", "lens.safetensors"])]
+    for key, tensor in lens.parameters.items():
+        assert torch.equal(tensor, again.parameters[key])
+    with pytest.raises(FileNotFoundError, match="could not be fetched from the hub"):
+        load_lens(model, "someone/else")
+
+
+def test_a_lens_of_another_model_is_refused_unless_it_is_moved(load_tiny):
+    model, other = load_tiny("gpt2"), load_tiny("gpt2", processing="fold")
+    lens, heads = TunedLens(model), AttentionLens(model, layers=[1])
+    fact = TwoHopFact(
+        id="f", subject="w5", relation1="r", bridge="w20", relation2="q", answer="w40",
+        first_hop="w3 of w5", prompts={"suffix": "w1 w3 of w5 is"},
+    )  # fmt: skip
+    vectors = torch.ones(1, 32)
+    calls = {
+        "logit_lens": lambda m, x, _: logit_lens(m, TEXTS[0], lens=x),
+        "fact_trajectories": lambda m, x, _: fact_trajectories(m, [fact], lens=x),
+        "read_vectors": lambda m, x, _: read_vectors(m, vectors, lens=x, layer=1),
+        "train_lens": lambda m, x, _: train_lens(m, x, TEXTS, LensTraining(steps=1)),
+        "evaluate_lens": lambda m, x, _: evaluate_lens(m, x, TEXTS[:2]),
+        "evaluate_heads": lambda m, _, y: evaluate_heads(m, y, TEXTS[:2]),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match="bound to a model with fingerprint"):
+            call(other, lens, heads)
+        call(other, lens.moved(other), heads.moved(other))
+    with pytest.raises(ValueError, match="bound to a model"):
+        logit_lens(other, TEXTS[0], lens=LogitLens(model))
+    # The same weights under another object are the same model.
+    same = load_tiny("gpt2", fresh=True)
+    assert same is not model and logit_lens(same, TEXTS[0], lens=lens).n_used == 1
 
 
 def test_lenses_move_to_other_layers_and_models(load_tiny):
