@@ -7,7 +7,7 @@ bound: injecting it may simply write it out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,7 +44,7 @@ def control_texts(
 
     Raises:
         ValueError: an unknown control, an empty word list, a vocabulary without whole words, or a
-            permuted bridge where all facts have one.
+            permuted bridge where a fact has none to be given.
     """
     unknown = sorted(set(controls) - set(CONTROLS))
     if unknown:
@@ -65,24 +65,43 @@ def control_texts(
 
 
 def permuted_bridges(facts: Sequence[TwoHopFact], rng: np.random.Generator) -> list[str]:
-    """For each fact another fact's bridge, neither its own bridge nor its answer.
+    """For each fact another fact's bridge: not its own, not its answer, none that leads to it.
 
-    Drawn from all bridges as they occur, so that frequent ones stay frequent.
+    The bridges are dealt out anew among the facts, each as often as it occurs. Where that leaves a
+    fact with a bridge it may not have, and none can be swapped for it, one is drawn for it from all
+    that it may have.
 
     Raises:
         ValueError: a fact for which no other bridge is left.
     """
-    pool = [fact.bridge for fact in facts]
-    found = []
+    bridges = [fact.bridge for fact in facts]
+    answers: dict[str, set[str]] = {}
     for fact in facts:
-        others = [b for b in pool if b not in (fact.bridge, fact.answer)]
-        if not others:
-            raise ValueError(
-                f"no other bridge is left for fact {fact.id!r}; permuting bridges needs facts with "
-                "different ones"
-            )
-        found.append(others[int(rng.integers(len(others)))])
-    return found
+        answers.setdefault(fact.bridge, set()).add(fact.answer)
+
+    def may(i: int, bridge: str) -> bool:
+        return (
+            bridge not in (facts[i].bridge, facts[i].answer)
+            and facts[i].answer not in answers[bridge]
+        )
+
+    dealt = [bridges[k] for k in rng.permutation(len(facts))]
+    for i in range(len(facts)):
+        if may(i, dealt[i]):
+            continue
+        for j in rng.permutation(len(facts)).tolist():
+            if may(i, dealt[j]) and may(j, dealt[i]):
+                dealt[i], dealt[j] = dealt[j], dealt[i]
+                break
+        else:
+            others = [b for b in bridges if may(i, b)]
+            if not others:
+                raise ValueError(
+                    f"no other bridge is left for fact {facts[i].id!r}; permuting bridges needs "
+                    "facts with different bridges and answers"
+                )
+            dealt[i] = others[int(rng.integers(len(others)))]
+    return dealt
 
 
 def _random_words(
@@ -124,12 +143,24 @@ def whole_words(model: LensModel) -> list[str]:
 
 
 def norm_matched(
-    vectors: Float[Tensor, "memory layer d_model"], seed: int = 0
+    vectors: Float[Tensor, "memory layer d_model"],
+    seed: int = 0,
+    *,
+    within: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "memory layer d_model"]:
-    """Random directions with the lengths of `vectors`; one direction a memory for all its layers."""
+    """Random directions with the lengths of `vectors`; one direction a memory for all its layers.
+
+    Args:
+        within: brings directions ``[memory, layer, d_model]`` into the space that the vectors lie
+            in (what some heads can write); their length is set afterwards.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(vectors.shape[0], 1, vectors.shape[-1], generator=generator)
-    unit = drawn / drawn.norm(dim=-1, keepdim=True)
-    return unit.to(vectors.device, vectors.dtype) * vectors.norm(dim=-1, keepdim=True)
+    drawn = drawn.to(vectors.device, vectors.dtype).expand_as(vectors)
+    if within is not None:
+        drawn = within(drawn)
+    tiny = torch.finfo(drawn.dtype).tiny
+    unit = drawn / drawn.norm(dim=-1, keepdim=True).clamp_min(tiny)
+    return unit * vectors.norm(dim=-1, keepdim=True)

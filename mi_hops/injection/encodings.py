@@ -8,10 +8,20 @@ even for tied embeddings; without processing the two are equal there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from mi_hops.model import LensModel, capture, device_of, dtype_of, embedding, hook_name, unembedding
+from mi_hops.model import (
+    LensModel,
+    capture,
+    device_of,
+    dtype_of,
+    embedding,
+    hook_name,
+    require_layers,
+    unembedding,
+    w_o,
+)
 from mi_hops.tokens import Prompt, TokenError, batches, encode
 
 if TYPE_CHECKING:
@@ -29,6 +39,9 @@ ENCODINGS: tuple[Encoding, ...] = ("unembed", "embed", "layerwise_code", "layerw
 #: token, summed; their mean. Layer-wise encodings read one token and know no pooling.
 Pooling = Literal["set", "sum", "mean"]
 POOLINGS: tuple[Pooling, ...] = ("set", "sum", "mean")
+
+#: Heads of every layer, or layer -> its heads.
+Heads = Sequence[int] | Mapping[int, Sequence[int]]
 
 
 def memory_prompt(
@@ -130,31 +143,34 @@ def _layerwise(
 
 
 def restrict_to_heads(
-    model: LensModel, vectors: Float[Tensor, "*memory layer d_model"], heads: Sequence[int]
+    model: LensModel, vectors: Float[Tensor, "*memory layer d_model"], heads: Heads
 ) -> Float[Tensor, "*memory layer d_model"]:
-    """The part of each vector that some heads can write, layer by layer.
+    """The part of each vector that some heads can write together, layer by layer.
 
-    The sum over heads of the orthogonal projections onto the row space of their W_O: adding it at
-    ``attn_out`` equals changing those heads' z. Whole memories make a head's number meaningless,
-    for head outputs are summed; this is what gives it a meaning.
+    The orthogonal projection onto the row space of their stacked W_O: adding it at ``attn_out``
+    equals changing those heads' z. Whole memories make a head's number meaningless, for head
+    outputs are summed; this is what gives it a meaning.
+
+    Args:
+        heads: for every layer, or layer -> its heads; layers without heads get zeros.
 
     Raises:
-        ValueError: a head out of range, or named twice.
+        ValueError: a layer or head out of range, a layer named without heads, a head named twice.
     """
     import torch
 
-    from mi_hops.model import w_o
-
-    n_heads = int(model.cfg.n_heads)
-    wrong = [h for h in heads if not 0 <= h < n_heads]
-    if wrong or len(set(heads)) < len(heads) or not heads:
-        raise ValueError(f"heads is {list(heads)}; expected distinct heads in 0..{n_heads - 1}")
+    n_heads, n_layers = int(model.cfg.n_heads), vectors.shape[-2]
+    each = heads if isinstance(heads, Mapping) else dict.fromkeys(range(n_layers), heads)
+    require_layers(model, each)
     out = torch.zeros_like(vectors)
-    for layer in range(vectors.shape[-2]):
-        weight = w_o(model, layer).detach().to(vectors.device, vectors.dtype)
-        for head in heads:
-            # Rows of W_O^h span what the head can write; Q has them as orthonormal columns.
-            basis, _ = torch.linalg.qr(weight[head].T)
-            x = vectors[..., layer, :]
-            out[..., layer, :] += (x @ basis) @ basis.T
+    for layer, chosen in each.items():
+        wrong = [h for h in chosen if not 0 <= h < n_heads]
+        if wrong or len(set(chosen)) < len(chosen) or not chosen:
+            raise ValueError(f"heads is {heads}; expected distinct heads in 0..{n_heads - 1}")
+        rows = w_o(model, layer).detach().to(vectors.device, vectors.dtype)[list(chosen)]
+        # Heads' row spaces overlap and need not have full rank (centred weights have not), so a
+        # basis of all of them together is taken, of the directions above rounding.
+        _, sizes, basis = torch.linalg.svd(rows.flatten(0, 1), full_matrices=False)
+        basis = basis[sizes > sizes[0] * max(basis.shape) * torch.finfo(sizes.dtype).eps]
+        out[..., layer, :] = (vectors[..., layer, :] @ basis.T) @ basis
     return out

@@ -7,6 +7,7 @@ the injected layer is computed twice (`mi_hops.fanout`). Controls run in the sam
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mi_hops.fanout import Intervention, Site
@@ -14,12 +15,13 @@ from mi_hops.injection.cases import Case, make_cases, run_cases
 from mi_hops.injection.controls import CONTROLS, control_texts, norm_matched
 from mi_hops.injection.encodings import (
     Encoding,
+    Heads,
     Pooling,
     check_encoding,
     encode_memories,
     restrict_to_heads,
 )
-from mi_hops.injection.memory import KINDS, Place, scaled
+from mi_hops.injection.memory import KINDS, Place, plain_place, scaled
 from mi_hops.metrics import METRICS, Metric, MetricLike, NextToken, Target, get_metrics, target_of
 from mi_hops.model import LensModel, provenance, require_layers
 from mi_hops.results import Result
@@ -63,7 +65,7 @@ def injection_grid(
     metrics: MetricLike | Sequence[MetricLike] = DEFAULT_METRICS,
     relative: bool = False,
     kind: str = "attn_out",
-    heads: Sequence[int] | None = None,
+    heads: Heads | None = None,
     pooling: Pooling = "set",
     leading_space: bool = False,
     seed: int = 0,
@@ -101,7 +103,7 @@ def injection_grid(
 
     Raises:
         ValueError: an unknown layer, encoding, control or kind, memories that do not fit the facts,
-            no strength, or no fact that can be run.
+            heads for other layers, no strength, or no fact that can be run.
     """
     wanted = get_metrics(metrics)
     groups = _layer_groups(model, layers)
@@ -112,6 +114,11 @@ def injection_grid(
         check_encoding(encoding, pooling)
     if kind not in KINDS:
         raise ValueError(f"cannot inject at {kind!r}; expected one of {list(KINDS)}")
+    layered = {layer for group in groups for layer in group}
+    if isinstance(heads, Mapping) and not layered <= set(heads):
+        raise ValueError(
+            f"heads names none for layers {sorted(layered - set(heads))}, which are injected"
+        )
     cases, skipped = make_cases(model, facts, form=form, positions=positions, metrics=wanted)
     texts = control_texts(
         model, [c.fact for c in cases], controls, words=words, seed=seed
@@ -165,8 +172,8 @@ def injection_grid(
         title=f"memory injection at {kind}, positions {positions}",
         skipped=skipped, allow_nonfinite=True,
         provenance=provenance(
-            model, method="injection_grid", positions=str(positions), kind=kind, relative=relative,
-            heads=None if heads is None else list(heads), pooling=pooling,
+            model, method="injection_grid", positions=plain_place(positions), kind=kind,
+            relative=relative, heads=_plain_heads(heads), pooling=pooling,
             leading_space=leading_space, form=form, seed=seed,
         ),
     )  # fmt: skip
@@ -181,6 +188,12 @@ def _layer_groups(
         raise ValueError(f"layers is {layers}; expected at least one, and no empty group")
     require_layers(model, [layer for group in groups for layer in group])
     return groups
+
+
+def _plain_heads(heads: Heads | None) -> Any:
+    if isinstance(heads, Mapping):
+        return {str(layer): list(chosen) for layer, chosen in heads.items()}
+    return None if heads is None else list(heads)
 
 
 def _given(
@@ -206,7 +219,7 @@ def _vectors(
     texts: Mapping[str, Sequence[str]],
     encoding: Encoding,
     with_random: bool,
-    heads: Sequence[int] | None,
+    heads: Heads | None,
     pooling: Pooling,
     leading_space: bool,
     seed: int,
@@ -218,10 +231,15 @@ def _vectors(
     table = encode_memories(model, distinct, encoding, pooling=pooling, leading_space=leading_space)
     at = {text: i for i, text in enumerate(distinct)}
     rows = [table[[at[text] for text in column]] for column in texts.values()]
-    if with_random:
-        rows.append(norm_matched(rows[0], seed))
     vectors = torch.stack(rows)
-    return vectors if heads is None else restrict_to_heads(model, vectors, heads)
+    within = None
+    if heads is not None:
+        within = partial(restrict_to_heads, model, heads=heads)
+        vectors = within(vectors)
+    if with_random:
+        random = norm_matched(vectors[0], seed, within=within)
+        vectors = torch.cat([vectors, random[None]])
+    return vectors
 
 
 def _intervention(

@@ -1,4 +1,4 @@
-"""Which heads matter: ablate them one by one, or give a memory to one head at a time.
+"""Which heads matter: ablate them one by one, give a memory to one at a time, or search a few.
 
 A whole memory added to "a head's output" is the same for every head, for head outputs are summed;
 so the published head numbers are labels only. Here a head gets the part of the memory that it can
@@ -7,8 +7,11 @@ write itself (`encodings.restrict_to_heads`), and ablation takes away what it wr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from mi_hops.fanout import Intervention, Site
 from mi_hops.injection.cases import Case, make_cases, run_cases
@@ -16,6 +19,7 @@ from mi_hops.injection.controls import control_texts
 from mi_hops.injection.encodings import Encoding, Pooling, encode_memories, restrict_to_heads
 from mi_hops.injection.grid import DEFAULT_METRICS
 from mi_hops.injection.memory import Place, scaled
+from mi_hops.injection.select import split_halves
 from mi_hops.interventions import ablate
 from mi_hops.metrics import MetricLike, get_metrics
 from mi_hops.model import LensModel, capture, hook_name, provenance, require_layers
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
     from mi_hops.interventions import Change
 
 _DIMS = ("example", "layer", "head")
+
+#: Layer -> what its heads write of each fact's memory, ``[fact, d_model]``.
+_Parts = dict[int, "Tensor"]
 
 
 def head_ablation(
@@ -176,6 +183,168 @@ def head_injection(
             positions=str(positions), pooling=pooling, form=form, seed=seed,
         ),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HeadSubset:
+    """A few heads that together carry a memory best; from `greedy_heads`.
+
+    Attributes:
+        order: (layer, head) in the order in which they were taken in.
+        scores: mean of the choosing metric on the choosing half, after each of them.
+        result: the other half under the first heads of `order` (dimension ``size``).
+    """
+
+    order: tuple[tuple[int, int], ...]
+    scores: tuple[float, ...]
+    result: Result
+
+    @property
+    def heads(self) -> dict[int, tuple[int, ...]]:
+        """Layer -> heads, as `memory.MemoryInjection` takes them."""
+        return _by_layer(self.order)
+
+
+def greedy_heads(
+    model: LensModel,
+    facts: Sequence[TwoHopFact],
+    *,
+    strength: float,
+    max_heads: int = 4,
+    layers: Sequence[int] | None = None,
+    choose_by: str = "first_logprob",
+    encoding: Encoding = "unembed",
+    positions: Place = "all",
+    controls: Sequence[str] = ("permuted_bridge",),
+    relative: bool = False,
+    form: str | None = None,
+    metrics: MetricLike | Sequence[MetricLike] = DEFAULT_METRICS,
+    pooling: Pooling = "set",
+    seed: int = 0,
+    facts_per_pass: int = 8,
+    max_rows: int | None = None,
+    memory: float | None = None,
+    progress: bool = False,
+) -> HeadSubset:
+    """Search, head by head, a small set of heads to give the bridge to; report it on other facts.
+
+    Each round tries every head of `layers` beside those taken already, the bridge injected as far as
+    the heads of a layer can write it together, and takes the one with the best mean on one half of
+    the facts. It ends after `max_heads`, or where no further head helps that half.
+
+    Args:
+        choose_by: name of the metric, among `metrics`, that chooses.
+        controls: texts of `controls.CONTROLS` (not ``norm_matched``), given to the same heads.
+        seed: of the halves, the controls, and the random heads.
+        strength, layers, encoding, positions, relative, form, metrics, pooling: as in
+            `head_injection`.
+
+    Returns:
+        `HeadSubset`; its result has one variable a metric on ``example`` (the half that did not
+        choose), ``memory`` and ``size`` (1 = the first head alone). Beside the bridge and the
+        controls stands the memory ``"random heads"``: the bridge, given to as many heads drawn at
+        random.
+
+    Raises:
+        ValueError: no such metric, `max_heads` below 1, fewer than two facts; see also
+            `grid.injection_grid`.
+    """
+    import torch
+
+    wanted = get_metrics(metrics)
+    names = [m.name for m in wanted]
+    if choose_by not in names or max_heads < 1:
+        raise ValueError(
+            f"choose_by is {choose_by!r} (expected one of {names}) and max_heads {max_heads} "
+            "(expected at least 1)"
+        )
+    at = names.index(choose_by)
+    if "norm_matched" in controls:
+        raise ValueError("a random direction is no memory of a head; leave norm_matched out")
+    candidates = [(layer, h) for layer in _layers(model, layers) for h in range(model.cfg.n_heads)]
+    cases, skipped = make_cases(model, facts, form=form, positions=positions, metrics=wanted)
+    texts = control_texts(model, [c.fact for c in cases], controls, seed=seed)
+    vectors = torch.stack(
+        [encode_memories(model, column, encoding, pooling=pooling) for column in texts.values()]
+    )
+    choosing, reporting = split_halves(range(len(cases)), seed=seed)
+
+    def scores(half: list[int], sets: Sequence[_Parts]) -> tuple[Tensor, Tensor]:
+        """Of the half's cases untouched, and under each set of heads' parts."""
+
+        def rows_of(i: int, case: Case, base: int) -> list[Intervention]:
+            return [
+                Intervention(
+                    tuple(Site("attn_out", layer, case.where) for layer in parts),
+                    tuple(_adding(part[half[i]], strength, relative) for part in parts.values()),
+                    base,
+                )
+                for parts in sets
+            ]
+
+        return run_cases(
+            model, [cases[i] for i in half], rows_of, wanted, facts_per_pass=facts_per_pass,
+            max_rows=max_rows, memory=memory, progress=progress, label="greedy heads",
+        )  # fmt: skip
+
+    sign = 1 if wanted[at].higher_is_better else -1
+    order: list[tuple[int, int]] = []
+    found: list[float] = []
+    taken: _Parts = {}
+    for _ in range(min(max_heads, len(candidates))):
+        free = [c for c in candidates if c not in order]
+        # A further head changes what is written in its own layer only.
+        trials = [
+            taken | _written(model, vectors[0], {c[0]: _by_layer([*order, c])[c[0]]}) for c in free
+        ]
+        means = scores(choosing, trials)[1][..., at].mean(0)
+        best = int((sign * means).argmax())
+        if order and sign * (float(means[best]) - found[-1]) <= 0:
+            break
+        order.append(free[best])
+        found.append(float(means[best]))
+        taken = trials[best]
+
+    drawn = np.random.default_rng(seed).permutation(len(candidates))[: len(order)]
+    strangers = [candidates[i] for i in drawn]
+    labels = [*texts, "random heads"]
+    sets = [
+        _written(model, vectors[m], _by_layer(chosen[: size + 1]))
+        for m, chosen in [*((m, order) for m in range(len(texts))), (0, strangers)]
+        for size in range(len(order))
+    ]
+    before, after = scores(reporting, sets)
+    after = after.reshape(len(reporting), len(labels), len(order), len(wanted))
+    dims = ("example", "memory", "size")
+    result = Result.from_arrays(
+        {m.name: (dims, after[..., k]) for k, m in enumerate(wanted)},
+        coords={
+            "example": [cases[i].fact.id for i in reporting], "memory": labels,
+            "size": list(range(1, len(order) + 1)),
+        },
+        baselines={f"{m.name}_before": ("example", before[:, k]) for k, m in enumerate(wanted)},
+        units={m.name: m.unit for m in wanted} | {f"{m.name}_before": m.unit for m in wanted},
+        title=f"{encoding} memory given to the heads {order}, strength {strength:g}",
+        skipped=skipped,
+        provenance=provenance(
+            model, method="greedy_heads", strength=strength, encoding=encoding, relative=relative,
+            positions=str(positions), pooling=pooling, form=form, seed=seed, order=order,
+            choose_by=choose_by, n_choose=len(choosing),
+        ),
+    )  # fmt: skip
+    return HeadSubset(tuple(order), tuple(found), result)
+
+
+def _by_layer(heads: Sequence[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
+    return {
+        layer: tuple(h for at, h in heads if at == layer)
+        for layer in dict.fromkeys(layer for layer, _ in heads)
+    }
+
+
+def _written(model: LensModel, vectors: Tensor, heads: Mapping[int, Sequence[int]]) -> _Parts:
+    parts = restrict_to_heads(model, vectors, heads)
+    return {layer: parts[:, layer] for layer in heads}
 
 
 def _adding(vector: Tensor, strength: float, relative: bool) -> Change:

@@ -7,13 +7,14 @@ which equals adding it at ``attn_out`` of that layer, at every position; that is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mi_hops.injection.encodings import (
     Encoding,
+    Heads,
     Pooling,
     check_encoding,
     encode_memories,
@@ -79,13 +80,15 @@ class MemoryInjection:
             strength 1 means "as long as what is there".
         memory: which text a fact gets; a function may return several, which are added up.
         kind: where it is added, one of `KINDS`.
-        heads: add only the part that these heads can write (`encodings.restrict_to_heads`).
-        absent: what to do with a prompt that lacks the first hop or substring: refuse, or leave
-            the row as it is.
+        heads: add only the part that these heads can write together
+            (`encodings.restrict_to_heads`); a list of heads for every layer, or layer -> its heads.
+        absent: what to do about a place that a prompt lacks (its first hop, a substring): refuse
+            the prompt, or leave that place out and inject at the others; `where` tells which.
 
     Raises:
         ValueError: an unknown encoding, pooling, kind or `absent`; no layer; a number of strengths
-            that does not fit the layers; heads with another kind than attn_out.
+            that does not fit the layers; heads with another kind than attn_out, or for other layers
+            than these.
     """
 
     layers: int | Sequence[int]
@@ -95,7 +98,7 @@ class MemoryInjection:
     relative: bool = False
     memory: Chooser = "bridge"
     kind: str = "attn_out"
-    heads: Sequence[int] | None = None
+    heads: Heads | None = None
     pooling: Pooling = "set"
     leading_space: bool = False
     absent: Literal["raise", "leave"] = "raise"
@@ -121,7 +124,14 @@ class MemoryInjection:
             )
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "strength", tuple(float(s) for s in strengths))  # type: ignore[arg-type]
-        if self.heads is not None:
+        if isinstance(self.heads, Mapping):
+            if set(self.heads) != set(layers):
+                raise ValueError(
+                    f"heads are given for layers {sorted(self.heads)}, the memory is injected at "
+                    f"{list(layers)}; name heads for each of these"
+                )
+            object.__setattr__(self, "heads", {k: tuple(v) for k, v in self.heads.items()})
+        elif self.heads is not None:
             object.__setattr__(self, "heads", tuple(self.heads))
 
     @property
@@ -143,7 +153,7 @@ class MemoryInjection:
 
         Raises:
             ValueError: a layer or head the model has not got; see also `encode_memories`.
-            TokenError: an empty memory, or one longer than the context (layer-wise encodings).
+            TokenError: an empty memory, or one longer than the context.
         """
         chosen = [_chosen(self.memory, fact) for fact in facts]
         return self.fit_texts(model, chosen, first_hops=[fact.first_hop for fact in facts])
@@ -171,12 +181,26 @@ class MemoryInjection:
             model, distinct, self.encoding, pooling=self.pooling, leading_space=self.leading_space
         )
         if self.heads is not None:
-            vectors = restrict_to_heads(model, vectors, list(self.heads))
+            vectors = restrict_to_heads(model, vectors, self.heads)
         at = {text: i for i, text in enumerate(distinct)}
         return [
             Memory(group, vectors[[at[text] for text in group]].sum(0), phrase)
             for group, phrase in zip(groups, phrases, strict=True)
         ]
+
+    def where(self, prompt: Prompt, state: Memory) -> tuple[int, ...]:
+        """Positions of a prompt that the memory is added at; none where all places are absent.
+
+        Raises:
+            TokenError: a place that the prompt has not got, unless ``absent="leave"``.
+        """
+        if self.absent == "raise":
+            return places(prompt, self.positions, state.first_hop)
+        found: set[int] = set()
+        for part in _parts(self.positions):
+            with suppress(TokenError):
+                found.update(places(prompt, part, state.first_hop))
+        return tuple(sorted(found))
 
     def hooks(self, model: LensModel, states: Sequence[Memory | None], rows: Rows) -> list[Hook]:
         """Hooks that add each row's memory at that row's own positions of this pass.
@@ -190,12 +214,7 @@ class MemoryInjection:
         for row, (state, prompt) in enumerate(zip(states, rows.prompts, strict=True)):
             if state is None:
                 continue
-            try:
-                where = places(prompt, self.positions, state.first_hop)
-            except TokenError:
-                if self.absent == "raise":
-                    raise
-                continue
+            where = self.where(prompt, state)
             if "all" in _parts(self.positions):
                 # What follows the prompt: an answer's tokens, or generated ones.
                 where = (*where, *range(len(prompt), rows.offset + rows.width))
@@ -252,6 +271,20 @@ def places(prompt: Prompt, place: Place, first_hop: str = "") -> tuple[int, ...]
     return tuple(sorted(found))
 
 
+def plain_place(place: Place) -> Any:
+    """A place as JSON can hold it; `read_place` is the inverse."""
+    if isinstance(place, slice):
+        return {"slice": [place.start, place.stop, place.step]}
+    return place if isinstance(place, str | int) else [plain_place(part) for part in place]
+
+
+def read_place(plain: Any) -> Place:
+    """The place that `plain_place` wrote."""
+    if isinstance(plain, Mapping):
+        return slice(*plain["slice"])
+    return plain if isinstance(plain, str | int) else [read_place(part) for part in plain]  # type: ignore[misc]
+
+
 def scaled(vector: Tensor, x: Tensor, strength: float, *, relative: bool) -> Tensor:
     """What is added to activations ``[..., d_model]``: strength * vector, or strength * |x| * unit."""
     import torch
@@ -294,7 +327,7 @@ def inject(
     positions: Place = "all",
     relative: bool = False,
     kind: str = "attn_out",
-    heads: Sequence[int] | None = None,
+    heads: Heads | None = None,
     pooling: Pooling = "set",
     leading_space: bool = False,
 ) -> Iterator[None]:
@@ -303,14 +336,15 @@ def inject(
     Args:
         memory: one text, or several whose vectors are added up.
         prompts: the prompts that will be run, padded on the right, as `tokens.encode` makes them
-            (BOS first); needed for any other `positions` than ``"all"``. Without them the memory is
-            added at every position of every row: run prompts of one length, or one.
+            (BOS first); needed for any other `positions` than ``"all"``. Each row that is run must
+            begin with its prompt's tokens. Without prompts the memory is added at every position of
+            every row: run prompts of one length, or one.
         layers, strength, encoding, positions, relative, kind, heads, pooling, leading_space: as in
             `MemoryInjection`.
 
     Raises:
         ValueError: a layer out of range, an unknown encoding, positions that need prompts, or a
-            batch of another number of rows than there are prompts.
+            batch that is not these prompts padded on the right.
         TokenError: an empty memory, or a prompt without the position.
         RuntimeError: nothing was run within the block.
     """
@@ -326,18 +360,20 @@ def inject(
             (hook_name(kind, layer), _everywhere(state.vectors[layer], s, relative))
             for layer, s in zip(repair._layers, repair._strengths, strict=True)
         ]
-    else:
-        given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
-        known = tuple(encode(model, p) if isinstance(p, str) else p for p in given)
-        cells = [(row, p) for row, prompt in enumerate(known) for p in places(prompt, positions)]
-        hooks = [
-            (
-                hook_name(kind, layer),
-                _checked(cells, state.vectors[layer], s, relative, known),
-            )
-            for layer, s in zip(repair._layers, repair._strengths, strict=True)
-        ]
-    with hooked(model, hooks):
+        with hooked(model, hooks):
+            yield
+        return
+    given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
+    known = [encode(model, p) if isinstance(p, str) else p for p in given]
+    cells = [(row, p) for row, prompt in enumerate(known) for p in places(prompt, positions)]
+    hooks = [
+        (
+            hook_name(kind, layer),
+            _adder(cells, [state.vectors[layer]] * len(cells), s, relative=relative),
+        )
+        for layer, s in zip(repair._layers, repair._strengths, strict=True)
+    ]
+    with only_runs_of(model, known), hooked(model, hooks):
         yield
 
 
@@ -348,23 +384,35 @@ def _everywhere(vector: Tensor, strength: float, relative: bool) -> Callable[[Te
     return add
 
 
-def _checked(
-    cells: Sequence[tuple[int, int]],
-    vector: Tensor,
-    strength: float,
-    relative: bool,
-    prompts: Sequence[Prompt],
-) -> Callable[[Tensor], Tensor]:
-    act = _adder(cells, [vector] * len(cells), strength, relative=relative)
-    widest = max(len(p) for p in prompts)
+@contextmanager
+def only_runs_of(model: LensModel, prompts: Sequence[Prompt]) -> Iterator[None]:
+    """Refuse, within a ``with`` block, batches whose rows do not begin with these prompts.
 
-    def add(x: Tensor) -> Tensor:
-        if x.shape[0] != len(prompts) or x.shape[1] < widest:
+    Positions counted from the left of a prompt are wrong in a row that is padded on the left.
+
+    Raises:
+        ValueError: from the model's call: another number of rows, or a row that begins otherwise.
+    """
+    import torch
+
+    def check(module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tokens = next(t for t in (*args, *named.values()) if isinstance(t, torch.Tensor))
+        rows = tokens.tolist()
+        wrong = [
+            i
+            for i, (row, prompt) in enumerate(zip(rows, prompts, strict=False))
+            if tuple(row[: len(prompt)]) != prompt.ids
+        ]
+        if wrong or len(rows) != len(prompts):
+            what = f"row {wrong[0]} does not begin with its prompt" if wrong else "they differ"
             raise ValueError(
-                f"the injection was made for {len(prompts)} prompts of up to {widest} tokens, the "
-                f"model is run on {tuple(x.shape[:2])}; run the same prompts, padded on the right "
-                "(mi_hops.generate takes an injection as a repair, with its cache)"
+                f"the injection was made for {len(prompts)} prompts, the model is run on tokens "
+                f"{tuple(tokens.shape)}: {what}. Run the same prompts, BOS first and padded on the "
+                "right (mi_hops.generate takes an injection as a repair, with its cache)"
             )
-        return act(x)
 
-    return add
+    handle = model.embed.register_forward_pre_hook(check, with_kwargs=True)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -6,12 +6,13 @@ The published tables choose and report on the same rows, which flatters the chos
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mi_hops.injection.memory import Chooser, MemoryInjection, read_place
 from mi_hops.results import Result, difference_ci, proportion_ci, summarise_change
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Cell:
         encoding, layer, strength: its labels in the grid; a group of layers is "1+2".
         score: mean of the metric that chose it, over the examples that it was chosen on.
         n: how many these were.
+        settings: how the grid injected, from its provenance.
     """
 
     encoding: str
@@ -34,12 +36,38 @@ class Cell:
     strength: float
     score: float
     n: int
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def labels(self) -> dict[str, Any]:
         """Dimension -> label, for ``result.sel(**cell.labels)``."""
-        found = asdict(self)
-        return {name: found[name] for name in ("encoding", "layer", "strength")}
+        return {"encoding": self.encoding, "layer": self.layer, "strength": self.strength}
+
+    def injection(
+        self, *, memory: Chooser = "bridge", absent: Literal["raise", "leave"] = "raise"
+    ) -> MemoryInjection:
+        """This cell as a repair, injected where and as the grid did.
+
+        Args:
+            memory, absent: as in `memory.MemoryInjection`.
+
+        Raises:
+            ValueError: a cell that `select_cell` did not choose from an injection grid.
+        """
+        if self.settings.get("method") != "injection_grid":
+            raise ValueError(
+                "this cell does not know how its grid injected; choose it with select_cell from the "
+                "result of injection_grid"
+            )
+        layers = [int(layer) for layer in str(self.layer).split("+")]
+        heads = self.settings["heads"]
+        if isinstance(heads, Mapping):
+            heads = {layer: heads[str(layer)] for layer in layers}
+        return MemoryInjection(
+            layers, self.strength, encoding=self.encoding, heads=heads, memory=memory,
+            absent=absent, positions=read_place(self.settings["positions"]),
+            **{k: self.settings[k] for k in ("kind", "relative", "pooling", "leading_space")},
+        )  # fmt: skip
 
 
 def split_halves(ids: Sequence[Hashable], *, seed: int = 0) -> tuple[list[Any], list[Any]]:
@@ -90,7 +118,7 @@ def select_cell(
     at = np.unravel_index(int(np.flatnonzero(best)[0]), best.shape)
     labels = {str(d): means[d].values[i].item() for d, i in zip(means.dims, at, strict=True)}
     n = result.data.sizes["example"] if examples is None else len(examples)
-    return Cell(**labels, score=float(means.values[at]), n=n)
+    return Cell(**labels, score=float(means.values[at]), n=n, settings=result.provenance)
 
 
 def _means(
@@ -136,7 +164,9 @@ def cell_report(
         Frame indexed by memory: ``n``; ``right_before`` and ``right``, the shares before and after,
         with the exact interval ``right_lower``, ``right_upper``; ``difference`` of the share from
         the bridge's (bridge less this memory, paired bootstrap ``difference_lower`` and
-        ``difference_upper``); mean probability ``prob_before`` and ``prob``; and all change
+        ``difference_upper``); mean probability ``prob_before`` and ``prob``; where the grid has
+        them, the median ``rank`` of the first token (1 = top) and the mean probability of the whole
+        answer, ``answer_prob`` (from ``answer_logprob``), each with ``_before``; and all change
         statistics of `results.summarise_change` (the thesis's trimmed mean among them).
 
     Raises:
@@ -174,6 +204,7 @@ def cell_report(
             ),
             "prob_before": float(before.mean()),
             "prob": float(after.mean()),
+            **_rank_and_answer(chosen, name),
         }
         for statistic, values in change.drop(index=["n"]).iterrows():
             row[str(statistic)] = values["value"]
@@ -182,3 +213,16 @@ def cell_report(
                 row[f"{statistic}_upper"] = values["upper"]
         rows.append(row)
     return pd.DataFrame(rows).set_index("memory")
+
+
+def _rank_and_answer(chosen: Result, memory: str) -> dict[str, float]:
+    found = {}
+    summaries = {
+        "rank": ("rank", np.median),
+        "answer_logprob": ("answer_prob", lambda x: np.exp(x).mean()),
+    }
+    for metric, (column, summary) in summaries.items():
+        if metric in chosen.data:
+            found[f"{column}_before"] = float(summary(chosen[f"{metric}_before"].values))
+            found[column] = float(summary(chosen[metric].sel(memory=memory).values))
+    return found

@@ -32,18 +32,21 @@ def side_effects(
 ) -> Result:
     """Each fact's memory, injected into its explicit prompt and into unrelated prompts.
 
-    A position that a prompt has not got (the first hop) leaves that prompt untouched.
+    Places that a prompt has not got (the first hop) are left out there; ``touched`` tells which
+    prompts were injected at all.
 
     Args:
         unrelated: prompts that have nothing to do with the facts; all facts meet all of them.
         form: form of the second-hop prompt, which names the bridge; default each fact's first.
 
     Returns:
-        Result with ``kl`` (nats, KL(before || after) of the next token) and ``top_changed`` (share)
-        on ``example, prompt``, where ``prompt`` lists `unrelated`; ``explicit_prob`` (probability
-        of the answer's first token under injection), ``explicit_kl`` and ``explicit_top_changed``
-        on ``example``; and the baseline ``explicit_prob_before``. Facts without an explicit prompt,
-        or whose answer merges with it, are skipped.
+        Result with ``kl`` (nats, KL(before || after) of the next token), ``top_changed`` and
+        ``touched`` (shares) on ``example, prompt``, where ``prompt`` lists `unrelated`;
+        ``explicit_prob`` (probability of the answer's first token under injection),
+        ``explicit_kl``, ``explicit_top_changed`` and ``explicit_touched`` on ``example``; and the
+        baseline ``explicit_prob_before``. An untouched prompt has a ``kl`` of 0, so a mean says
+        little without the share touched. Facts without an explicit prompt, or whose answer merges
+        with it, are skipped.
 
     Raises:
         ValueError: no unrelated prompt, or no fact left.
@@ -84,16 +87,24 @@ def side_effects(
         {
             "kl": (("example", "prompt"), torch.stack([f[0] for f in found])),
             "top_changed": (("example", "prompt"), torch.stack([f[1] for f in found])),
+            "touched": (
+                ("example", "prompt"),
+                [[float(bool(repair.where(p, state))) for p in others] for state in states],
+            ),
             "explicit_prob": ("example", after[rows, firsts].exp()),
             "explicit_kl": ("example", kl),
             "explicit_top_changed": ("example", changed),
+            "explicit_touched": (
+                "example",
+                [float(bool(repair.where(*pair))) for pair in zip(explicit, states, strict=True)],
+            ),
         },
         coords={"example": [f.id for f in kept], "prompt": list(unrelated)},
         baselines={"explicit_prob_before": ("example", before[rows, firsts].exp())},
         units={
-            "kl": "nats", "top_changed": "share", "explicit_prob": "probability",
-            "explicit_kl": "nats", "explicit_top_changed": "share",
-            "explicit_prob_before": "probability",
+            "kl": "nats", "top_changed": "share", "touched": "share",
+            "explicit_prob": "probability", "explicit_kl": "nats", "explicit_top_changed": "share",
+            "explicit_touched": "share", "explicit_prob_before": "probability",
         },
         title=f"side effects of {injection.name}",
         skipped=skipped,

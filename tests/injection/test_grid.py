@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from mi_hops.injection.controls import (
     permuted_bridges,
     whole_words,
 )
-from mi_hops.injection.encodings import encode_memories
+from mi_hops.injection.encodings import encode_memories, restrict_to_heads
 from mi_hops.injection.grid import FIRST_RIGHT, injection_grid
 from mi_hops.injection.memory import MemoryInjection
 from mi_hops.injection.select import Cell, cell_report, select_cell, split_halves
@@ -62,6 +63,7 @@ def one_by_one(model, facts, repair, metric):
         {"positions": ["first hop", "last"], "kind": "resid_mid"},
         {"positions": "prompt", "kind": "mlp_out", "pooling": "mean"},
         {"heads": [0, 3], "kind": "attn_out"},
+        {"heads": {0: [1], 1: [0, 2], 2: [3]}, "positions": "last"},
     ],
     ids=lambda s: "-".join(map(str, s)),
 )
@@ -74,7 +76,11 @@ def test_the_grid_equals_one_forward_a_cell(tiny, settings):
     options = {k: v for k, v in settings.items() if k != "encodings"}
     for encoding in settings.get("encodings", ("unembed",)):
         for memory, layers, strength in (("bridge", 2, 4.0), ("answer", (0, 1), 0.5)):
-            repair = MemoryInjection(layers, strength, encoding=encoding, memory=memory, **options)
+            mine = dict(options)
+            if isinstance(options.get("heads"), dict):
+                own = (layers,) if isinstance(layers, int) else layers
+                mine["heads"] = {layer: options["heads"][layer] for layer in own}
+            repair = MemoryInjection(layers, strength, encoding=encoding, memory=memory, **mine)
             label = str(layers) if isinstance(layers, int) else "0+1"
             cell = grid.sel(memory=memory, encoding=encoding, layer=label, strength=strength)
             for metric in METRICS:
@@ -153,10 +159,53 @@ def test_norm_matched_vectors_have_the_lengths_and_no_direction_in_common(load_t
     assert torch.equal(random, norm_matched(vectors, seed=1))
 
 
+def test_random_directions_of_heads_lie_in_their_space_and_have_the_lengths(load_tiny):
+    model = load_tiny()
+    heads = {0: [1], 2: [0, 3]}
+    within = partial(restrict_to_heads, model, heads=heads)
+    vectors = within(encode_memories(model, [f.bridge for f in FACTS]))
+    random = norm_matched(vectors, seed=1, within=within)
+    assert torch.allclose(random.norm(dim=-1), vectors.norm(dim=-1), atol=1e-5)
+    assert torch.allclose(within(random), random, atol=1e-5) and not random[:, 1].any()
+    assert torch.cosine_similarity(random[:, 0], vectors[:, 0], dim=-1).abs().max() < 0.95
+    grid = injection_grid(
+        model, FACTS, layers=[2], strengths=(3,), heads=[0], controls=("norm_matched",)
+    )
+    whole = injection_grid(
+        model, FACTS, layers=[2], strengths=(3,), heads=[0, 1, 2, 3], controls=("norm_matched",)
+    )
+    plain = injection_grid(model, FACTS, layers=[2], strengths=(3,), controls=("norm_matched",))
+    drawn = [g["first_prob"].sel(memory="norm_matched").values for g in (grid, whole, plain)]
+    # All heads of a square W_O write everything, so there the restriction changes nothing.
+    assert np.allclose(drawn[1], drawn[2], atol=1e-5) and not np.allclose(drawn[0], drawn[2])
+
+
+def test_bridges_are_dealt_out_anew_and_none_leads_to_the_facts_answer():
+    made = [  # two bridges lead to each answer
+        replace(fact(4 + i), id=str(i), bridge=f"w{20 + i % 4}", answer=f"w{40 + i % 2}")
+        for i in range(16)
+    ]
+    for seed in range(5):
+        dealt = permuted_bridges(made, np.random.default_rng(seed))
+        assert sorted(dealt) == sorted(f.bridge for f in made)  # each as often as it occurs
+        for item, bridge in zip(made, dealt, strict=True):
+            assert bridge != item.bridge
+            assert item.answer not in {f.answer for f in made if f.bridge == bridge}
+    assert dealt != permuted_bridges(made, np.random.default_rng(7))
+
+
+def test_a_bridge_that_most_facts_have_is_drawn_for_them_from_the_others():
+    made = [replace(fact(4), id=str(i)) for i in range(5)] + [fact(5)]
+    dealt = permuted_bridges(made, np.random.default_rng(0))
+    assert dealt == [fact(5).bridge] * 5 + [fact(4).bridge]
+
+
 def test_one_bridge_cannot_be_permuted():
     same = [replace(fact(4), id=str(i)) for i in range(3)]
-    with pytest.raises(ValueError, match="no other bridge"):
-        permuted_bridges(same, np.random.default_rng(0))
+    # Another bridge that leads to the same answer is no other memory.
+    for facts in (same, [*same, replace(fact(5), answer=fact(4).answer)]):
+        with pytest.raises(ValueError, match="no other bridge"):
+            permuted_bridges(facts, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(
@@ -172,6 +221,7 @@ def test_one_bridge_cannot_be_permuted():
         ({"memories": {"mine": ["w1"]}}, "one text for each of 5"),
         ({"memories": {"answer": ["w1"] * 5}}, "built in"),
         ({"words": {"noun": []}}, "sequence of words"),
+        ({"heads": {0: [1]}}, "heads names none for layers"),
         ({"facts_per_pass": 0}, "facts_per_pass"),
         ({"metrics": "accuracy"}, "unknown metric"),
     ],
@@ -235,6 +285,45 @@ def test_the_report_has_shares_intervals_and_the_papers_statistics():
         assert np.isclose(table.loc["bridge", name], want[name])
     half = cell_report(grid, cell, examples=["e2", "e3"], n_resamples=50)
     assert half.loc["bridge", "right"] == 0 and half["n"].tolist() == [2, 2]
+
+
+def test_the_report_has_rank_and_the_whole_answers_probability_where_the_grid_has(tiny):
+    grid = injection_grid(
+        tiny, FACTS, layers=[2], strengths=(4,), controls=("answer",), metrics=METRICS,
+        positions="last",
+    )  # fmt: skip
+    table = cell_report(grid, select_cell(grid), n_resamples=20)
+    for memory in ("bridge", "answer"):
+        cell = grid.sel(memory=memory, encoding="unembed", layer=2, strength=4)
+        row = table.loc[memory]
+        assert row["rank"] == np.median(cell["rank"].values)
+        assert row["rank_before"] == np.median(grid["rank_before"].values)
+        assert np.isclose(row["answer_prob"], np.exp(cell["answer_logprob"].values).mean())
+        before = np.exp(grid["answer_logprob_before"].values).mean()
+        assert np.isclose(row["answer_prob_before"], before)
+    assert table.loc["answer", "rank"] < table.loc["answer", "rank_before"]
+    assert not {"rank", "answer_prob"} & set(cell_report(made_grid(), select_cell(made_grid())))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"positions": ["first hop", "last"], "relative": True},
+        {"positions": [slice(1, 3), -1], "kind": "resid_mid", "pooling": "mean"},
+        {"heads": {0: [1], 2: [0, 3]}, "leading_space": True},
+        {"heads": [2], "positions": "first hop"},
+    ],
+    ids=str,
+)
+def test_the_chosen_cell_is_injected_as_the_grid_did(tiny, settings, tmp_path):
+    grid = injection_grid(tiny, FACTS, layers=[(0, 2)], strengths=(0.5, 3), controls=(), **settings)
+    cell = select_cell(Result.load(grid.save(tmp_path / "grid.nc")))
+    want = grid["first_prob"].sel(memory="bridge", **cell.labels).values
+    assert cell.layer == "0+2" and cell.injection().layers == (0, 2)
+    assert np.allclose(one_by_one(tiny, FACTS, cell.injection(), "first_prob"), want, atol=1e-5)
+    assert cell.injection(memory="answer", absent="leave").memory == "answer"
+    with pytest.raises(ValueError, match="choose it with select_cell"):
+        Cell("unembed", 0, 1.0, 0.5, 4).injection()
 
 
 def test_halves_part_the_examples():

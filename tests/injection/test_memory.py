@@ -120,9 +120,37 @@ def test_heads_restriction_equals_a_change_of_their_z(tiny):
     repair = MemoryInjection(1, 3.0, heads=[2])
     assert torch.allclose(under(tiny, repair, TEXT, "w20 w21"), by_z, atol=1e-4)
     assert not torch.allclose(part, vectors[0, 1], atol=1e-2)
-    # The heads of a square W_O write to all of the residual space, each to its own part of it.
     again = restrict_to_heads(tiny, part[None, None].expand(1, 3, -1), [2])[0, 1]
     assert torch.allclose(again, part, atol=1e-5)
+
+
+def test_several_heads_write_the_projection_on_their_joint_space(tiny):
+    vectors = encode_memories(tiny, ["w20 w21"])
+    rows = w_o(tiny, 1)[[0, 2]].detach().flatten(0, 1)
+    # Least squares over both heads' z at once; the sum of two projections would count twice what
+    # both can write.
+    z = torch.linalg.lstsq(rows.T.double(), vectors[0, 1].double()).solution
+    want = (rows.T.double() @ z).float()
+    part = restrict_to_heads(tiny, vectors, [0, 2])[0, 1]
+    assert torch.allclose(part, want, atol=1e-4)
+    single = [restrict_to_heads(tiny, vectors, [h])[0, 1] for h in (0, 2)]
+    assert not torch.allclose(part, sum(single), atol=1e-3)
+    assert torch.allclose(
+        restrict_to_heads(tiny, part[None, None].expand(1, 3, -1), [2, 0])[0, 1], part, atol=1e-4
+    )
+
+
+def test_layers_have_heads_of_their_own(tiny):
+    vectors = encode_memories(tiny, ["w20 w21"])
+    both = restrict_to_heads(tiny, vectors, {0: [1, 3], 2: [0]})
+    assert torch.equal(both[:, 0], restrict_to_heads(tiny, vectors, [1, 3])[:, 0])
+    assert torch.equal(both[:, 2], restrict_to_heads(tiny, vectors, [0])[:, 2])
+    assert not both[:, 1].any()
+    got = under(tiny, MemoryInjection([0, 2], 2.0, heads={2: [0], 0: [1, 3]}), TEXT, "w20 w21")
+    hooks = [
+        (hook_name("attn_out", layer), lambda x, v=both[0, layer]: x + 2 * v) for layer in (0, 2)
+    ]
+    assert torch.allclose(got, run(tiny, TEXT, hooks=hooks), atol=1e-4)
 
 
 # -- injections --
@@ -280,6 +308,19 @@ def test_a_prompt_without_the_first_hop_is_refused_or_left(load_tiny):
                 repair.hooks(model, states, Rows((prompt,), 3))
 
 
+def test_only_the_place_that_is_missing_is_left_out(load_tiny):
+    model = load_tiny()
+    both = tuple(encode(model, t) for t in ("w1 w3 w4 w5", "w7 w8"))
+    repair = MemoryInjection(1, 1.0, positions=["first hop", "last"], absent="leave")
+    states = repair.fit_texts(model, ["w20", "w21"], first_hops=["w3 w4"] * 2)
+    assert [repair.where(p, s) for p, s in zip(both, states, strict=True)] == [(3, 4), (2,)]
+    ((_, add),) = repair.hooks(model, states, Rows(both, 5))
+    touched = add(torch.zeros(2, 5, 32)).abs().sum(-1) > 0
+    assert touched.tolist() == [[False] * 3 + [True] * 2, [False, False, True, False, False]]
+    with pytest.raises(TokenError, match="w3 w4"):
+        MemoryInjection(1, 1.0, positions=["first hop", "last"]).where(both[1], states[1])
+
+
 def test_rows_of_one_batch_are_brought_up_and_suppressed_at_once(tiny):
     repair = MemoryInjection(2, 2.0, positions="last")
     prompts = tuple(encode(tiny, t) for t in TEXTS[:2])
@@ -345,6 +386,27 @@ def test_the_context_manager_refuses_what_it_cannot_place(load_tiny):
         pass
 
 
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_rows_that_are_not_the_prompts_padded_on_the_right_are_refused(tiny, positions):
+    prompts = [encode(tiny, t) for t in TEXTS[:2]]
+    right = pad([p.ids for p in prompts]).tokens
+    left = torch.stack([right[0], right[1].roll(len(prompts[0]) - len(prompts[1]))])
+    assert left[1, 0] == 0 and left[1, -1] == prompts[1].ids[-1]
+    settings = {"layers": 1, "strength": 4.0, "prompts": prompts, "positions": positions}
+    with inject(tiny, "w20", **settings), torch.no_grad():
+        whole = tiny(right)
+        with pytest.raises(ValueError, match="row 1 does not begin with its prompt"):
+            tiny(left)
+        for other in (right[:1], right[[1, 0]], right[:, 1:]):
+            with pytest.raises(ValueError, match="made for 2 prompts"):
+                tiny(other)
+        # What follows a prompt is the caller's: an answer, say.
+        longer = tiny(torch.cat([right, right[:, -1:]], dim=1))
+    assert torch.allclose(longer[0, : len(prompts[0])], whole[0, : len(prompts[0])], atol=1e-4)
+    with torch.no_grad():
+        assert tiny(left).shape == whole.shape  # nothing stays behind
+
+
 # -- bad input --
 
 
@@ -356,7 +418,6 @@ def test_the_context_manager_refuses_what_it_cannot_place(load_tiny):
         (lambda m: encode_memories(m, "w1"), "in a sequence"),
         (lambda m: encode_memories(m, ["w1"], "unbed"), "unknown encoding 'unbed'"),
         (lambda m: encode_memories(m, ["w1"], pooling="max"), "unknown pooling 'max'"),
-        (lambda m: encode_memories(m, ["w1 " * 70], "layerwise_code"), "context of 64"),
         (lambda m: MemoryInjection(3, 1.0).fit_texts(m, ["w1"]), "0..2"),
         (lambda m: MemoryInjection(1, 1.0, heads=[4]).fit_texts(m, ["w1"]), "0..3"),
         (lambda m: MemoryInjection(1, 1.0).fit_texts(m, [[]]), "no text"),
@@ -364,6 +425,9 @@ def test_the_context_manager_refuses_what_it_cannot_place(load_tiny):
         (lambda m: MemoryInjection([1, 2], [1.0]), "2 layers and 1 strengths"),
         (lambda m: MemoryInjection(1, 1.0, kind="z"), "cannot inject at 'z'"),
         (lambda m: MemoryInjection(1, 1.0, kind="mlp_out", heads=[1]), "attn_out"),
+        (lambda m: MemoryInjection([1, 2], 1.0, heads={1: [0]}), "heads are given for layers"),
+        (lambda m: restrict_to_heads(m, torch.ones(1, 3, 32), {3: [0]}), "0..2"),
+        (lambda m: restrict_to_heads(m, torch.ones(1, 3, 32), {1: []}), "distinct heads"),
         (lambda m: MemoryInjection(1, 1.0, encoding="glove"), "unknown encoding"),
         (lambda m: MemoryInjection(1, 1.0, memory="subject"), "'bridge', 'answer'"),
         (lambda m: MemoryInjection(1, 1.0, absent="skip"), "'raise' or 'leave'"),
@@ -384,7 +448,8 @@ def test_a_quantised_unembedding_is_refused(load_tiny, monkeypatch):
         encode_memories(model, ["w20"])
 
 
-def test_an_embedding_memory_may_be_longer_than_the_context(load_tiny):
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_memory_longer_than_the_context_is_refused(load_tiny, encoding):
     text = " ".join(f"w{i}" for i in range(80))
-    with pytest.raises(TokenError, match="context"):
-        encode_memories(load_tiny(), [text], "layerwise_text")
+    with pytest.raises(TokenError, match="context of 64"):
+        encode_memories(load_tiny(), [text], encoding)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,14 +12,15 @@ import torch
 from mi_hops.injection.aggregate import aggregate, tidy_published
 from mi_hops.injection.encodings import encode_memories
 from mi_hops.injection.grid import injection_grid
-from mi_hops.injection.heads import head_ablation, head_injection
+from mi_hops.injection.heads import greedy_heads, head_ablation, head_injection
 from mi_hops.injection.memory import MemoryInjection
+from mi_hops.injection.select import split_halves
 from mi_hops.injection.side_effects import side_effects
 from mi_hops.metrics import target_of
 from mi_hops.model import capture, forward, hook_name
 from mi_hops.results import summarise_change
 from mi_hops.tokens import encode
-from tests.injection.test_grid import FACTS, one_by_one
+from tests.injection.test_grid import FACTS, fact, one_by_one
 
 UNRELATED = ("w60 w61 w62", "w63 w64")
 
@@ -70,14 +73,40 @@ def test_head_injection_equals_a_restricted_memory(tiny):
         assert np.allclose(got, want, atol=1e-5)
 
 
-def test_all_heads_together_write_the_whole_memory_where_their_spaces_are_apart(load_tiny):
-    # The tiny models' W_O is square and invertible: the heads' row spaces fill the residual space,
-    # but they are not orthogonal, so the parts do not simply add up to the memory.
+def test_all_heads_together_write_the_whole_memory(load_tiny):
+    # The tiny models' W_O is square and invertible: its rows span the residual space.
     model = load_tiny()
     whole = encode_memories(model, ["w20"])
     parts = MemoryInjection(1, 1.0, heads=[0, 1, 2, 3]).fit_texts(model, ["w20"])[0].vectors
-    cosine = torch.cosine_similarity(parts, whole[0], dim=-1)
-    assert (cosine > 0.5).all() and (cosine < 0.999).all()
+    assert torch.allclose(parts, whole[0], atol=1e-4)
+
+
+def test_greedy_heads_take_the_best_head_of_each_round_and_report_the_other_half(tiny):
+    facts = [*FACTS, *(fact(i) for i in range(9, 13))]
+    found = greedy_heads(
+        tiny, facts, strength=3.0, max_heads=2, layers=[1, 2], positions="last", seed=1
+    )
+    assert 1 <= len(found.order) <= 2 and len(found.scores) == len(found.order)
+    choosing, reporting = split_halves([f.id for f in facts], seed=1)
+    assert found.result["example"].values.tolist() == reporting
+    chosen = [f for f in facts if f.id in choosing]
+
+    def mean(heads, part, memory="bridge"):
+        repair = MemoryInjection(sorted(heads), 3.0, heads=heads, memory=memory, positions="last")
+        return one_by_one(tiny, part, repair, "first_logprob")
+
+    singles = {(layer, h): mean({layer: [h]}, chosen).mean() for layer in (1, 2) for h in range(4)}
+    assert found.order[0] == max(singles, key=singles.get)
+    assert np.isclose(found.scores[0], max(singles.values()), atol=1e-4)
+    if len(found.order) == 2:
+        assert found.scores[1] > found.scores[0]
+        assert np.isclose(mean(found.heads, chosen).mean(), found.scores[1], atol=1e-4)
+    got = found.result["first_logprob"].sel(memory="bridge").isel(size=-1).values
+    want = mean(found.heads, [f for f in facts if f.id in reporting])
+    assert np.allclose(got, want, atol=1e-4)
+    assert found.result["memory"].values.tolist() == ["bridge", "permuted_bridge", "random heads"]
+    with pytest.raises(ValueError, match="choose_by is 'greedy'"):
+        greedy_heads(tiny, facts, strength=1.0, choose_by="greedy")
 
 
 def test_negative_strength_suppresses_what_positive_strength_brings_up(tiny):
@@ -114,6 +143,14 @@ def test_side_effects_leave_prompts_without_the_first_hop_alone(load_tiny):
     injection = MemoryInjection(1, 3.0, positions="first hop")
     result = side_effects(load_tiny(), FACTS[:2], injection, UNRELATED)
     assert not result["kl"].values.any() and not result["top_changed"].values.any()
+    assert not result["touched"].values.any() and not result["explicit_touched"].values.any()
+    # The last token is there whatever the first hop is.
+    both = side_effects(
+        load_tiny(), FACTS[:2], replace(injection, positions=["first hop", "last"]), UNRELATED
+    )
+    last = side_effects(load_tiny(), FACTS[:2], replace(injection, positions="last"), UNRELATED)
+    assert both["touched"].values.all() and both["explicit_touched"].values.all()
+    assert np.allclose(both["kl"].values, last["kl"].values) and both["kl"].values.all()
     with pytest.raises(ValueError, match="unrelated prompt"):
         side_effects(load_tiny(), FACTS, injection, [])
     with pytest.raises(ValueError, match="none of 5"):
