@@ -29,7 +29,8 @@ Variant = Literal["full", "low_rank", "translator"]
 VARIANTS: tuple[Variant, ...] = ("translator", "low_rank", "full")
 
 #: ``sum``: the heads' summed logits give the output (published); ``each``: every head's own do;
-#: ``leave_one_out``: added to the logits of the model run without it, every head's own do.
+#: ``leave_one_out``: added to the logits of the model run without it (at no position), every head's
+#: own do.
 OBJECTIVES = ("sum", "each", "leave_one_out")
 
 

@@ -36,7 +36,8 @@ def make_example(
 
     Args:
         without_heads: also run it once more for every head of every layer of the lens, with that
-            head's z set to 0 at all positions.
+            head's z set to 0 at all positions, not at the cell alone: what later layers read of the
+            head at earlier tokens is gone as well.
     """
     import torch
 

@@ -39,13 +39,29 @@ _TRACKED = ("prob", "logprob", "rank", "paper_prob", "any_prob")
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """The map x W + b, the same for every pair of layers; `fit_affine` makes one."""
+    """The map x W + b between one pair of layers; `fit_affine` makes one.
+
+    For several pairs fit one each and pass a function that picks:
+    ``mapping=lambda x, s, t: maps[s, t](x, s, t)``.
+    """
 
     weight: Float[Tensor, "d_source d_target"]
     bias: Float[Tensor, "d_target"]
+    source_layer: int
+    target_layer: int
 
     def __call__(self, vectors: Tensor, source_layer: int, target_layer: int) -> Tensor:
-        """Vectors in the target's space."""
+        """Vectors in the target's space.
+
+        Raises:
+            ValueError: another pair of layers than the map's own.
+        """
+        if (source_layer, target_layer) != (self.source_layer, self.target_layer):
+            raise ValueError(
+                f"this map leads from layer {self.source_layer} to layer {self.target_layer}, not "
+                f"from {source_layer} to {target_layer}; pass source_layers=[{self.source_layer}], "
+                f"target_layers=[{self.target_layer}], or fit a map for each pair"
+            )
         wide = vectors.to(self.weight.device, self.weight.dtype)
         return wide @ self.weight + self.bias
 
@@ -72,7 +88,8 @@ def patchscope(
     """Read the next token of target prompts under states of source prompts, all pairs of layers.
 
     Args:
-        sources, targets: one prompt, or several; one target serves all sources.
+        sources, targets: one prompt, or several; one target serves all sources. `mi_hops.lens.targets`
+            has the published ones by name.
         source_position, target_position: one token; of a span its last. One for all prompts, or one
             for each.
         source_layers, target_layers: default all, 0..n_layers.
@@ -91,7 +108,8 @@ def patchscope(
 
     Raises:
         ValueError: layers out of range, prompts, positions or labels that do not fit one another,
-            another model's width without a `mapping`, or a mapped state of a wrong width.
+            another model's width without a `mapping`, a mapped state of a wrong width, or an
+            `Affine` map of another pair of layers.
         TokenError: a position that a prompt has not got.
     """
     import torch
@@ -252,7 +270,7 @@ def fit_affine(
     ridge: float = 1e-3,
     max_tokens: int = 2048,
 ) -> Affine:
-    """The least-squares map from one model's stream to another's, over the tokens of a corpus.
+    """The least-squares map from a layer of one model to a layer of another, over a corpus's tokens.
 
     Both models must read the corpus as the same tokens.
 
@@ -285,7 +303,7 @@ def fit_affine(
     gram = (x - mean_x).T @ (x - mean_x)
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     weight = torch.linalg.solve(gram, (x - mean_x).T @ (y - mean_y)).float()
-    return Affine(weight, (mean_y - mean_x @ weight.double()).float())
+    return Affine(weight, (mean_y - mean_x @ weight.double()).float(), start, end)
 
 
 # -- small parts ----------------------------------------------------------------------------------

@@ -70,8 +70,8 @@ def fact_probes(
     Returns:
         Result with ``correct`` and ``control_correct`` (share, 0 to 1) and ``selectivity``, their
         difference, on ``example`` (test facts) and ``layer``; ``unseen_correct`` on
-        ``unseen_example`` (facts of the types kept out) and ``layer``; and the baseline
-        ``majority`` (share): guessing the most frequent training label.
+        ``unseen_example`` (facts of the types kept out) and ``layer``; and the baselines
+        ``majority`` and ``unseen_majority`` (share): guessing the most frequent training label.
 
     Raises:
         ValueError: an unknown role, heads, a type with two labels, fewer than two labels left, or
@@ -130,13 +130,17 @@ def fact_probes(
             "selectivity": (dims, correct - control_correct),
             "unseen_correct": (("unseen_example", "layer"), unseen_correct),
         },
-        baselines={"majority": ("example", (target[test] == common).astype(float))},
+        baselines={
+            "majority": ("example", (target[test] == common).astype(float)),
+            "unseen_majority": ("unseen_example", (target[unseen] == common).astype(float)),
+        },
         coords={
             "example": [kept[i].id for i in test], "layer": chosen,
             "unseen_example": [kept[i].id for i in unseen], "label": ("example", target[test]),
         },
         units=dict.fromkeys(
-            ("correct", "control_correct", "unseen_correct", "majority"), "share"
+            ("correct", "control_correct", "unseen_correct", "majority", "unseen_majority"),
+            "share",
         ) | {"selectivity": "difference of shares"},
         title=f"linear probe at {role}, {kind}",
         skipped=skipped,

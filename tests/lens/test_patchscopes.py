@@ -16,6 +16,7 @@ from mi_hops.lens.patchscopes import (
     patchscope_generate,
     states_of,
 )
+from mi_hops.lens.targets import entity_description, next_token
 from mi_hops.model import forward, hook_name
 from mi_hops.repair import Rows
 from mi_hops.tokens import answer_ids, encode
@@ -115,10 +116,21 @@ def test_a_transplant_acts_in_the_pass_that_holds_its_position(load_tiny):
 
 def test_maps_between_models(load_tiny):
     model, other = load_tiny("gpt2"), load_tiny("llama")
-    identity = Affine(torch.eye(32), torch.zeros(32))
     plain = patchscope(model, SOURCES[0], TARGET, track={"a": "w7"})
-    mapped = patchscope(model, SOURCES[0], TARGET, track={"a": "w7"}, mapping=identity)
+    identity = {
+        (s, t): Affine(torch.eye(32), torch.zeros(32), s, t) for s in range(4) for t in range(4)
+    }
+    mapped = patchscope(
+        model, SOURCES[0], TARGET, track={"a": "w7"},
+        mapping=lambda x, s, t: identity[s, t](x, s, t),
+    )  # fmt: skip
     assert np.allclose(plain["prob"], mapped["prob"], atol=1e-6)
+    one = {"mapping": identity[1, 2], "source_layers": [1], "target_layers": [2]}
+    here = patchscope(model, SOURCES[0], TARGET, track={"a": "w7"}, **one)
+    want = plain["prob"].sel(source_layer=1, target_layer=2)
+    assert np.isclose(here["prob"].item(), want.item(), atol=1e-6)
+    with pytest.raises(ValueError, match="from layer 1 to layer 2, not from 0 to 0"):
+        patchscope(model, SOURCES[0], TARGET, mapping=identity[1, 2])
     across = patchscope(model, SOURCES[0], TARGET, source_model=other, track={"a": "w7"})
     assert across.provenance["source_model"] != across.provenance["fingerprint"]
     source = encode(other, SOURCES[0])
@@ -158,6 +170,50 @@ def test_a_fitted_map_finds_a_linear_relation(load_tiny):
     assert (onward(two, 2, 3) - three).norm() < 0.9 * (two - three).norm()
     mean_only = three - three.mean(0)
     assert (onward(two, 2, 3) - three).norm() < mean_only.norm()
+
+
+def test_the_named_targets_are_the_published_ones_and_end_in_their_placeholder(load_tiny):
+    assert entity_description().startswith("Syria: Country in the Middle East, Leonardo DiCaprio: ")
+    assert entity_description().endswith("electronics corporation, x")
+    assert next_token() == "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
+    assert entity_description({"w1": "w2 w3"}, "w4") == "w1: w2 w3, w4"
+    for target in (entity_description({"w1": "w2", "w5": "w6"}, "w4"), next_token(["w1"], "w4")):
+        assert encode(load_tiny(), target).labels[-1] == "w4"
+    for call in (lambda: entity_description({}), lambda: next_token(["w1"], " ")):
+        with pytest.raises(ValueError, match="at least one example"):
+            call()
+
+
+def test_the_next_token_target_reads_the_sources_next_token(tiny):
+    # Into the last layer nothing of the target is left: what is read is the source's own output.
+    target = next_token(["w1", "w2"], "w4")
+    scope = patchscope(tiny, SOURCES, target, track={"a": ["w7", "w8"]}, source_layers=[1, 3])
+    lens = logit_lens(tiny, SOURCES, track={"a": ["w7", "w8"]}, layers=[1, 3])
+    got = scope["prob"].sel(target_layer=3).values
+    assert np.allclose(got, lens["prob"].isel(position=0).values, atol=1e-5)
+    # Elsewhere it stands in the place of the placeholder, and the target's words are seen.
+    other = patchscope(
+        tiny,
+        SOURCES,
+        next_token(["w1", "w3"], "w4"),
+        track={"a": ["w7", "w8"]},
+        source_layers=[1, 3],
+    )
+    differs = np.abs(scope["prob"] - other["prob"]).max(["example", "source_layer", "tracked"])
+    assert (differs.sel(target_layer=[0, 1]) > 1e-5).all() and differs.sel(target_layer=3) < 1e-5
+
+
+def test_an_entity_is_described_from_the_placeholder_on(tiny):
+    target = entity_description({"w1": "w2 w3", "w5": "w6"}, "w4")
+    said = patchscope_generate(
+        tiny, SOURCES[0], target, source_layer=2, target_layer=1, source_position="w3",
+        max_new_tokens=4, stop=(),
+    )  # fmt: skip
+    prompt = encode(tiny, target)
+    state = states_of(tiny, [encode(tiny, SOURCES[0])], [3], layers=[2])[0, 0]
+    options = {"repair": Transplant(1, prompt.last), "states": [state], "max_new_tokens": 4}
+    (want,) = generate(tiny, [prompt], stop=(), use_cache=False, **options)
+    assert said.ids == want.ids
 
 
 @pytest.mark.parametrize(
