@@ -117,8 +117,8 @@ class FanOut:
 class Pass:
     """One forward pass of a plan: interventions (indices) whose rows start at `start`.
 
-    The first pass of a plan holds every base from its first token; where no interventions can share
-    it, it has no members.
+    The first pass of a plan holds every base from its first token; where no interventions start
+    there, it has no members.
     """
 
     start: int
@@ -153,7 +153,9 @@ def fan_out(
             free on CUDA. On running out of memory a pass is halved and run again.
         reuse_prefix: run only the tail where positions allow.
         progress: show a progress bar over rows.
-        observe: hook name -> function of the bases' own activation there, ``[base, pos, ...]``.
+        observe: hook name -> function of the bases' own activation there, ``[base, pos, ...]``,
+            called once, before any intervention at that hook: a change may use what it was given,
+            of any base.
 
     Returns:
         `FanOut`.
@@ -190,8 +192,9 @@ def fan_out(
             if base is None and any(p.start for p in plan):
                 recorder = Recorder(model, n_bases)
             try:
+                bases = _bases(interventions, step) if base is not None else list(range(n_bases))
                 logits, parents = _pass(
-                    model, prompts, interventions, step, where, prefix, recorder,
+                    model, prompts, interventions, step, bases, where, prefix, recorder,
                     watching if base is None else [],
                 )  # fmt: skip
                 if base is None:
@@ -299,7 +302,7 @@ def plan_fan_out(
     firsts = [_first_layer(model, item) for item in interventions]
     starts = [_start(item, where[item.base]) if reuse_prefix else 0 for item in interventions]
     width = prompts.tokens.shape[1]
-    limit = max_rows or _rows_within(model, width, len(where[0]), memory)
+    limit = max_rows or rows_within(model, width, len(where[0]), memory)
     if limit < 1:
         raise ValueError(f"max_rows is {max_rows}; expected at least 1")
     passes = []
@@ -307,8 +310,7 @@ def plan_fan_out(
         members.sort(key=lambda i: (firsts[i], interventions[i].base, i))
         for low in range(0, len(members), limit):
             passes.append(Pass(start, tuple(members[low : low + limit])))
-    shared = {interventions[i].base for i in passes[0].members} if passes else set()
-    if not passes or passes[0].start or len(shared) < prompts.tokens.shape[0]:
+    if not passes or passes[0].start:
         passes.insert(0, Pass(0, ()))
     return passes
 
@@ -370,7 +372,8 @@ def _groups(
     return groups[::-1]
 
 
-def _rows_within(model: LensModel, width: int, n_scored: int, memory: float | None) -> int:
+def rows_within(model: LensModel, width: int, n_scored: int, memory: float | None) -> int:
+    """Rows of `width` tokens that fit into `memory` bytes, estimated; default as in `fan_out`."""
     import torch
 
     if memory is None:
@@ -392,11 +395,16 @@ def row_bytes(model: LensModel, width: int, n_scored: int) -> int:
 # -- running -------------------------------------------------------------------------------------
 
 
+def _bases(interventions: Sequence[Intervention], step: Pass) -> list[int]:
+    return sorted({interventions[i].base for i in step.members})
+
+
 def _pass(
     model: LensModel,
     prompts: Batch,
     interventions: Sequence[Intervention],
     step: Pass,
+    bases: list[int],
     scored: list[list[int]],
     prefix: Prefix | None,
     recorder: Recorder | None,
@@ -404,14 +412,13 @@ def _pass(
 ) -> tuple[Tensor, list[int]]:
     """Logits ``[bases + members, scored, vocab]`` of one pass, and the base of each member.
 
-    The members are sorted by their first layer. A pass without members has every base.
+    The members are sorted by their first layer.
     """
     items = [interventions[i] for i in step.members]
-    bases = sorted({item.base for item in items}) or list(range(prompts.tokens.shape[0]))
     view = prefix.view(bases, step.start) if prefix is not None and step.start else None
     hooks = _growth_hooks(model, items, [bases.index(item.base) for item in items], view)
+    hooks += watching  # before the changes, which may use what is shown
     hooks += _change_hooks(model, items, len(bases), step.start)
-    hooks += watching
     parents = [item.base for item in items]
     where = [[p - step.start for p in scored[b]] for b in (*bases, *parents)]
     hooks.append(_cut(model, items, [name for name, _ in watching], where))

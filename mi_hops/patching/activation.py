@@ -43,7 +43,7 @@ from mi_hops.patching.pairs import (
     as_targets,
     resolve_spans,
 )
-from mi_hops.patching.sweep import Limits, Scored, Sweep, score, score_and_capture
+from mi_hops.patching.sweep import Limits, Scored, Sweep, score
 from mi_hops.tokens import align
 
 if TYPE_CHECKING:
@@ -277,19 +277,39 @@ class PatchJob:
             direction=direction, source=None, prepend_bos=prepend_bos, batch_size=1, limits=limits,
         )  # fmt: skip
 
+    def require_slope(self) -> None:
+        """Refuse a metric whose gradient is 0 in the base run whatever the model does.
+
+        Raises:
+            ValueError: ``"kl"`` where the base is the clean run, which it measures from.
+        """
+        if None in self.metrics and self.direction == "noise":
+            raise ValueError(
+                "'kl' is the divergence from the clean run, which is the base where direction is "
+                "'noise': there it is at its minimum, its gradient is 0, and estimates would rank "
+                "rounding; average the gradient over the path (method='integrated', of edges "
+                "steps=5), or take direction='denoise' or another metric"
+            )
+
     def plan(self) -> PatchPlan:
         """Rows, passes and bytes; nothing runs."""
-        core = self.core(None)
+        import torch
+
+        baselines = None
+        if None in self.metrics:  # any logits will do
+            baselines = [torch.zeros(int(self.model.cfg.d_vocab))] * len(self.bases)
+        core, others = self.core(baselines), self.other_scored(baselines)
         widest, rows, forwards, held = 0, 0, 0, 0
         n_scored = 1
         width = max(len(p) for p in self.bases)
         for group in core.groups():
-            sweep = Sweep(self.model, [core.bases[i] for i in group])
+            riding = [] if self.third else [others[i] for i in group]
+            sweep = Sweep(self.model, [*(core.bases[i] for i in group), *riding])
             items = core.interventions(group, _nothing)
             passes = sweep.plan(items, self.limits)
             widest = max([widest, *(len(p.members) for p in passes)])
             rows += sum(len(p.members) for p in passes)
-            forwards += len(passes) + 1  # the sources' activations (and the other run's score)
+            forwards += len(passes) + self.third  # a third source's activations
             longest = max(len(self.sources[i]) for i in group)
             held = max(held, len(group) * self._activation_bytes(longest))
             n_scored = max(n_scored, len(sweep.scored[0]))
@@ -309,8 +329,6 @@ class PatchJob:
 
     def run(self, examples: Sequence[str] | None = None) -> Result:
         """The sweep."""
-        import torch
-
         baselines = self.baselines()
         core = self.core(baselines)
         others = self.other_scored(baselines)
@@ -319,17 +337,7 @@ class PatchJob:
                 scores, base = core.run(self.values_of)
                 other = score(self.model, others, self.batch_size)
             else:
-                # One pass gives the other run's score and the activations that come from it.
-                parts: dict[int, Tensor] = {}
-
-                def values_of(group: Sequence[int]) -> Values:
-                    chosen = [others[i] for i in group]
-                    found, store = score_and_capture(self.model, chosen, self.grid.hook_names())
-                    parts.update(zip(group, found, strict=True))
-                    return self._values(group, store)
-
-                scores, base = core.run(values_of)
-                other = torch.stack([parts[i] for i in range(len(others))])
+                scores, base, other = core.run_from(others, self._values)
         denoise = self.direction == "denoise"
         effect = normalised(scores, other[:, None], base[:, None], undefined="nan")
         change = scores - base[:, None]
@@ -383,18 +391,18 @@ class PatchJob:
         order = {example: row for row, example in enumerate(group)}
 
         def values(example: int, cell: Cell, layer: int, sample: int) -> Change:
-            activation = store[hook_name(cell.kind, layer)][order[example]]
             where = self.spans.source[example][cell.span]
-            return put(taken(activation, cell, where, len(self.sources[example])), cell)
+
+            def change(x: Tensor) -> Tensor:
+                activation = store[hook_name(cell.kind, layer)][order[example]]
+                return put(taken(activation, cell, where, len(self.sources[example])), cell)(x)
+
+            return change
 
         return values
 
     def core(self, baselines: Sequence[Tensor] | None) -> Core:
         """The grid on the base prompts; `baselines` are the clean logits for ``"kl"``."""
-        if baselines is None and None in self.metrics:  # only planning: any finite ones will do
-            import torch
-
-            baselines = [torch.zeros(int(self.model.cfg.d_vocab))] * len(self.bases)
         targets = self.corrupted_targets if self.direction == "denoise" else self.clean_targets
         bases = scored(self.bases, targets, self.metrics, baselines)
         return Core(self.model, bases, self.spans.base, self.grid, self.batch_size, self.limits)

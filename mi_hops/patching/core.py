@@ -26,6 +26,9 @@ Values = Callable[[int, Cell, int, int], Change]
 #: Makes the `Values` of a few examples at a time, so that what they hold is bounded.
 ValuesOf = Callable[[Sequence[int]], Values]
 
+#: The same from activations of source prompts, which are there by the time a change acts.
+ValuesFrom = Callable[[Sequence[int], Mapping[str, "Tensor"]], Values]
+
 
 # -- taking an activation and putting it in ---------------------------------------------------------
 
@@ -43,6 +46,8 @@ def captured(
 def taken(activation: Tensor, cell: Cell, positions: Sequence[int], length: int) -> Tensor:
     """What of one prompt's activation a cell is about, as an intervention at these positions sees it.
 
+    It is a copy of that part alone, so a sweep holds no more than its cells need.
+
     Args:
         activation: of one prompt: ``[pos, d]``, ``[pos, head, d_head]``, ``[head, query, key]``.
         length: real tokens of that prompt; keys beyond them are cut off.
@@ -51,22 +56,23 @@ def taken(activation: Tensor, cell: Cell, positions: Sequence[int], length: int)
     if HEAD_AXIS[cell.kind] == 1:
         heads = activation if cell.head is None else activation[cell.head]
         return heads[..., where, :length]
-    part = activation[where]
-    return part if cell.head is None else part[:, cell.head]
+    unit = cell.head if cell.neuron is None else cell.neuron
+    return (activation if unit is None else activation[:, unit])[where]
 
 
 def put(value: Tensor, cell: Cell) -> Change:
     """Put `value` in place of what the cell is about; other neurons and later keys stay as they are.
 
     A value of a pattern has the prompt's keys; rows of the same query that reach further (answer
-    tokens, padding) attend there to nothing, being causal.
+    tokens, padding) attend there to nothing, being causal. A value of a neuron is a number, or one
+    a position.
     """
     if cell.neuron is not None:
         neuron = cell.neuron
 
         def one(x: Tensor) -> Tensor:
             x = x.clone()
-            x[..., neuron] = value[..., neuron].to(x.device, x.dtype)
+            x[..., neuron] = value.to(x.device, x.dtype)
             return x
 
         return one
@@ -130,6 +136,27 @@ class Core:
         self, values_of: ValuesOf, samples: int = 1
     ) -> tuple[Float[Tensor, "example cell metric"], Float[Tensor, "example metric"]]:
         """Scores under each cell (mean over samples), and of the base prompts as they are."""
+        scores, intact, _ = self._run(lambda group, shown: values_of(group), samples, [])
+        return scores, intact
+
+    def run_from(
+        self, sources: Sequence[Scored], values_of: ValuesFrom
+    ) -> tuple[
+        Float[Tensor, "example cell metric"],
+        Float[Tensor, "example metric"],
+        Float[Tensor, "example metric"],
+    ]:
+        """Scores under each cell, of the base prompts, and of a source prompt for each of them.
+
+        A source rides along in the pass of its base, so its activations at the grid's hooks cost no
+        pass of their own; `values_of` gets the mapping that they will appear in, and its changes read
+        it when they act.
+        """
+        return self._run(values_of, 1, sources)
+
+    def _run(
+        self, values_of: ValuesFrom, samples: int, sources: Sequence[Scored]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         import torch
         from tqdm.auto import tqdm
 
@@ -138,18 +165,33 @@ class Core:
         wide = torch.promote_types(dtype_of(self.model), torch.float32)
         scores = torch.empty(len(self.bases), n_cells, n_metrics, dtype=wide)
         intact = torch.empty(len(self.bases), n_metrics, dtype=wide)
+        others = torch.empty(len(sources), n_metrics, dtype=wide)
         many = self.limits.progress and len(groups) > 1
         limits = Limits(
             self.limits.max_rows, self.limits.memory, self.limits.reuse_prefix,
             self.limits.progress and not many,
         )  # fmt: skip
         for group in tqdm(groups, disable=not many, desc="groups of examples"):
-            sweep = Sweep(self.model, [self.bases[i] for i in group])
-            found = sweep.run(self.interventions(group, values_of(group), samples), limits)
-            shaped = found.rows.reshape(len(group), n_cells, samples, n_metrics)
-            scores[group] = shaped.mean(2)
-            intact[group] = found.base
-        return scores, intact
+            n = len(group)
+            riding = [sources[i] for i in group] if sources else []
+            sweep = Sweep(self.model, [*(self.bases[i] for i in group), *riding])
+            shown: dict[str, Tensor] = {}
+            names = self.grid.hook_names() if riding else []
+            observe = {name: _keep(shown, name, n) for name in names}
+            items = self.interventions(group, values_of(group, shown), samples)
+            found = sweep.run(items, limits, observe)
+            scores[group] = found.rows.reshape(n, n_cells, samples, n_metrics).mean(2)
+            intact[group] = found.base[:n]
+            if riding:
+                others[group] = found.base[n:]
+        return scores, intact, others
+
+
+def _keep(shown: dict[str, Tensor], name: str, first: int) -> Callable[[Tensor], None]:
+    def fn(x: Tensor) -> None:
+        shown[name] = x[first:].detach()
+
+    return fn
 
 
 # -- metrics ------------------------------------------------------------------------------------------

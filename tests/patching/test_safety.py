@@ -34,7 +34,7 @@ CALLS = {
     ),
     "attribute_edges": lambda m: patching.attribute_edges(
         m, CLEAN, CORRUPTED, senders="L0H1", receivers=["L1H1.v", "MLP2"], **ONE
-    ),
+    ).verify(),
     "faithfulness": lambda m: patching.faithfulness(
         m, CLEAN, CORRUPTED, [Circuit(frozenset(all_edges(m)[:9]))], **ONE
     ),
@@ -46,7 +46,7 @@ CALLS = {
     "icl_score": lambda m: patching.icl_score(m, CLEAN, early=2, late=5),
     "composition": lambda m: patching.composition(m, "q"),
 }
-ONE_PASS = ("head_scores", "attention_to", "icl_score")
+ONE_PASS = ("patch", "head_scores", "attention_to", "icl_score")
 
 
 def tensors():
