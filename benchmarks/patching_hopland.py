@@ -107,7 +107,7 @@ def circuit(model: Any, pairs: Contrast, sizes: Sequence[int]) -> list[list[Any]
     for name, steps, select in (
         ("EAP, top", 1, "top"), ("EAP-IG, top", 5, "top"), ("EAP-IG, greedy", 5, "greedy"),
     ):  # fmt: skip
-        scores = attribute_edges(model, **chosen.arguments, steps=steps)
+        scores = attribute_edges(model, **chosen.arguments, steps=steps).result
         found = [extract(model, scores, min(n, len(edges)), select=select) for n in sizes]
         rows += _faithful(model, held, name, sizes, found)
     lots = [

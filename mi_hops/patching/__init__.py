@@ -3,7 +3,7 @@
 from mi_hops.patching.ablation import ablate
 from mi_hops.patching.acdc import AcdcRun, acdc
 from mi_hops.patching.activation import PatchPlan, patch, plan_patch
-from mi_hops.patching.attribution import Attribution, attribute
+from mi_hops.patching.attribution import attribute
 from mi_hops.patching.circuit import Circuit, all_edges, extract, faithfulness
 from mi_hops.patching.contrast import Contrast, contrast
 from mi_hops.patching.convert import from_transformer_lens, to_transformer_lens
@@ -11,7 +11,7 @@ from mi_hops.patching.edges import attribute_edges
 from mi_hops.patching.heads import attention_to, composition, head_scores, icl_score
 from mi_hops.patching.path import path_patch
 from mi_hops.patching.tracing import subject_roles, trace
-from mi_hops.patching.verify import Verification
+from mi_hops.patching.verify import Attribution, Verification
 
 __all__ = [
     "AcdcRun",

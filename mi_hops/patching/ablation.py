@@ -87,7 +87,7 @@ def ablate(
 
     Raises:
         ValueError: as in `patch`; a mean over tokens of attention patterns (their rows differ in
-            length); fewer other prompts than samples.
+            length) or over one prompt at its own span; fewer other prompts than samples.
         TokenError: spans of unequal lengths in prompts and reference.
     """
     if how not in ("zero", "mean", "position_mean", "resample"):
@@ -110,6 +110,11 @@ def ablate(
         values_of = _means(model, others, grid, batch_size)
     else:
         other_spans = spans if reference is None else resolve_spans(where, others, others)
+        if how == "position_mean" and reference is None and len(bases) < 2:
+            raise ValueError(
+                "the mean over one prompt at its own span is its own activation, so ablating would "
+                "change nothing; pass more prompts or a reference, or take how='mean'"
+            )
         if how == "position_mean":
             _check_lengths(grid, spans, bases, other_spans, others)
             values_of = _position_means(model, others, other_spans, grid, batch_size)
@@ -140,10 +145,10 @@ def ablate(
 
 
 def _zeros(group: Sequence[int]) -> Values:
+    import torch
+
     def values(example: int, cell: Cell, layer: int, sample: int) -> Change:
-        if cell.neuron is None:
-            return zero()
-        return lambda x: put(x.new_zeros(x.shape), cell)(x)
+        return zero() if cell.neuron is None else put(torch.zeros(()), cell)
 
     return values
 
@@ -173,7 +178,8 @@ def _means(model: LensModel, others: Sequence[Prompt], grid: Grid, batch_size: i
 
     def values(example: int, cell: Cell, layer: int, sample: int) -> Change:
         mean = means[hook_name(cell.kind, layer)]
-        return put(mean if cell.head is None else mean[cell.head], cell)
+        unit = cell.head if cell.neuron is None else cell.neuron
+        return put(mean if unit is None else mean[unit], cell)
 
     return lambda group: values
 
@@ -198,11 +204,13 @@ def _position_means(
                 value = taken(found[name][row], every_head, where, len(prompt)).to(wide)
                 key = (name, span)
                 sums[key] = sums[key] + value if key in sums else value
+    means = {key: total / len(others) for key, total in sums.items()}
 
     def values(example: int, cell: Cell, layer: int, sample: int) -> Change:
-        mean = sums[hook_name(cell.kind, layer), cell.span] / len(others)
-        if cell.head is not None:
-            mean = mean[cell.head] if HEAD_AXIS[cell.kind] == 1 else mean[:, cell.head]
+        mean = means[hook_name(cell.kind, layer), cell.span]
+        unit = cell.head if cell.neuron is None else cell.neuron
+        if unit is not None:
+            mean = mean[unit] if HEAD_AXIS[cell.kind] == 1 else mean[:, unit]
         return put(mean, cell)
 
     return lambda group: values

@@ -17,16 +17,15 @@ sign; here it carries that of the estimate without dropout.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mi_hops.model import Hook, LensModel, capture, hook_name, n_kv_heads
-from mi_hops.patching.core import captured, taken
 from mi_hops.patching.gradients import run_with_gradients
 from mi_hops.patching.grid import Cell
-from mi_hops.patching.sweep import Scored, Sweep
-from mi_hops.tokens import Prompt
+from mi_hops.patching.products import Places, add_cells, by_place, contract, difference
+from mi_hops.patching.sweep import Scored, Sweep, score_and_capture
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,16 +37,17 @@ if TYPE_CHECKING:
 def atp_star(
     model: LensModel,
     bases: Sequence[Scored],
-    sources: Sequence[Prompt],
+    ends: Sequence[Scored],
     spans: Sequence[Sequence[tuple[int, ...]]],
     cells: Sequence[Cell],
     *,
     dropout: bool = True,
-) -> tuple[Float[Tensor, "row cell"], Float[Tensor, "row"]]:
-    """Estimated changes of the metric, and the base scores.
+) -> tuple[Float[Tensor, "row cell"], Float[Tensor, "row"], Float[Tensor, "row"]]:
+    """Estimated changes of the metric, and the scores of the bases and of the ends.
 
     Args:
-        bases, sources: aligned token by token.
+        bases, ends: the runs that are changed and those that activations come from, aligned token
+            by token.
         spans: positions of each span in each row, ``[row][span]``.
         dropout: gradient dropout; costs a forward and a backward pass a block.
 
@@ -62,10 +62,13 @@ def atp_star(
         for layer in c.layers
     )
     run = run_with_gradients(model, bases, list(names))
-    parts = _Parts(model, bases, sources, spans, cells, run.activations)
+    end, there = score_and_capture(
+        model, ends, [hook_name(kind, layer) for kind, layer in by_place(cells)]
+    )
+    parts = _Parts(model, bases, Places.of(spans), cells, run.activations, there)
     plain = parts.estimate(run.gradients).to(run.scores.dtype)
     if not dropout:
-        return plain, run.scores
+        return plain, run.scores, end[:, 0]
     n_layers = int(model.cfg.n_layers)
     lowest = min(min(c.layers) for c in cells)
     total = torch.zeros_like(plain)
@@ -81,89 +84,82 @@ def atp_star(
         total += found.abs() * free
         count += free
     size = torch.where(count > 0, total / count.clamp(min=1), plain.abs())
-    return plain.sign() * size, run.scores
+    return plain.sign() * size, run.scores, end[:, 0]
 
 
 @dataclass
 class _Parts:
-    """The linear forms that gradients are put into: one tensor of differences a cell."""
+    """The linear forms that gradients are put into, one tensor of differences a kind and block.
+
+    Attributes:
+        here, there: activations of the bases and the ends, ``[row, ...]`` by hook name.
+    """
 
     model: LensModel
     bases: Sequence[Scored]
-    sources: Sequence[Prompt]
-    spans: Sequence[Sequence[tuple[int, ...]]]
+    places: Places
     cells: Sequence[Cell]
-    activations: dict[str, Tensor]
+    here: dict[str, Tensor]
+    there: dict[str, Tensor]
 
     def __post_init__(self) -> None:
-        plain = [c for c in self.cells if c.kind not in ("q", "k")]
-        self._store = captured(self.model, self.sources, _names(plain)) if plain else {}
+        self._members = by_place(self.cells)
         self._scores: dict[tuple[str, int], Tensor] = {}
         for kind in ("q", "k"):
-            layers = sorted({i for c in self.cells if c.kind == kind for i in c.layers})
+            layers = sorted(layer for found, layer in self._members if found == kind)
             if layers:
                 self._recompute(kind, layers)
-        self._forms = [[self._form(row, c) for c in self.cells] for row in range(len(self.bases))]
+        self._moved = {place: self._difference(*place) for place in self._members}
+        self._scores.clear()
 
-    def estimate(self, gradients: dict[str, Tensor]) -> Tensor:
-        """``[row, cell]`` for gradients at the hook points of `activations`."""
+    def estimate(self, gradients: dict[str, Tensor]) -> Float[Tensor, "row cell"]:
+        """From gradients at the hook points of `here`; on the CPU."""
         import torch
 
-        out = torch.zeros(len(self.bases), len(self.cells), dtype=torch.float64)
-        for row, forms in enumerate(self._forms):
-            for j, parts in enumerate(forms):
-                for name, difference, index in parts:
-                    slope = gradients[name][row][index].to(difference.dtype)
-                    out[row, j] += (difference * slope).sum().cpu()
-        return out
-
-    def _form(
-        self, row: int, cell: Cell
-    ) -> list[tuple[str, Tensor, tuple[slice | list[int], ...]]]:
-        """Of each block: hook name, difference there, and which part of the activation it is of."""
-        found = []
-        for layer in cell.layers:
-            if cell.kind in ("q", "k"):
-                found.append(self._attention(row, cell, layer))
+        slope = next(iter(gradients.values()))
+        shape = (len(self.bases), len(self.cells))
+        out = torch.zeros(shape, dtype=torch.float64, device=slope.device)
+        for (kind, layer), members in self._members.items():
+            moved, cell = self._moved[kind, layer], self.cells[members[0]]
+            acting = "pattern" if kind in ("q", "k") else kind
+            slope = gradients[hook_name(acting, layer)]
+            if kind == "k":
+                table = self._over_keys(moved, slope, cell)
             else:
-                found.append(self._plain(row, cell, layer))
-        return found
+                table = contract(moved, slope, acting, self.places, cell)
+            add_cells(out, table, self.cells, members)
+        return out.cpu()
 
-    def _plain(
-        self, row: int, cell: Cell, layer: int
-    ) -> tuple[str, Tensor, tuple[slice | list[int], ...]]:
+    def _difference(self, kind: str, layer: int) -> Tensor:
+        """Of the activation, ``[row, span, token, ...]``; for queries of the pattern they give.
+
+        A key changes its column in the rows of all queries, so for keys it is ``[row, span, head,
+        query, key]``.
+        """
         import torch
 
-        name = hook_name(cell.kind, layer)
-        where = list(self.spans[row][cell.span])
-        n = len(self.bases[row].prompt)
-        every = Cell(cell.kind, cell.layers, cell.span)
-        there = taken(self._store[name][row], every, where, n)
-        here = taken(self.activations[name][row], every, where, n)
-        wide = torch.promote_types(here.dtype, torch.float32)
-        difference = there.to(here.device, wide) - here.to(wide)
-        unit = cell.head if cell.neuron is None else cell.neuron
-        pick = slice(None) if unit is None else slice(unit, unit + 1)
-        if cell.kind == "pattern":
-            return name, difference[pick], (pick, where, slice(0, n))
-        if unit is None:
-            return name, difference, (where,)
-        return name, difference[:, pick], (where, pick)
+        if kind not in ("q", "k"):
+            name = hook_name(kind, layer)
+            return difference(self.there[name], self.here[name], kind, self.places, self.places)
+        before, new = self._scores["base", layer], self._scores[kind, layer]
+        pattern = before.softmax(-1)
+        if kind == "q":
+            return difference(new.softmax(-1), pattern, "pattern", self.places, self.places)
+        columns = self.places.mask(before.shape[-1]).to(before.device)
+        found = []
+        for span in range(columns.shape[1]):
+            after = torch.where(columns[:, span, None, None], new, before)
+            found.append(after.softmax(-1) - pattern)
+        return torch.stack(found, 1)
 
-    def _attention(
-        self, row: int, cell: Cell, layer: int
-    ) -> tuple[str, Tensor, tuple[slice | list[int], ...]]:
-        where = list(self.spans[row][cell.span])
-        heads = _query_heads(self.model, cell)
-        before = self._scores["base", layer][row, heads]
-        new = self._scores[cell.kind, layer][row, heads]
-        name = hook_name("pattern", layer)
-        if cell.kind == "q":
-            change = new[:, where].softmax(-1) - before[:, where].softmax(-1)
-            return name, change, (heads, where)
-        after = before.clone()
-        after[..., where] = new[..., where]
-        return name, after.softmax(-1) - before.softmax(-1), (heads,)
+    def _over_keys(self, moved: Tensor, slope: Tensor, cell: Cell) -> Tensor:
+        """``[row, span, key/value head]``, or ``[row, span]`` where all heads are patched at once."""
+        import torch
+
+        table = torch.einsum("rshqk,rhqk->rsh", moved, slope.to(moved))
+        # A key head has a part in the patterns of all query heads that share it.
+        shared = table.unflatten(-1, (n_kv_heads(self.model), -1)).sum(-1)
+        return shared.sum(-1) if cell.head is None else shared
 
     def _recompute(self, kind: str, layers: list[int]) -> None:
         """Scores of the base run, and with all queries (or keys) of a block from the source."""
@@ -172,13 +168,13 @@ class _Parts:
         tokens = Sweep(self.model, self.bases).batch.tokens
         names = {i: f"blocks.{i}.attn.hook_attn_scores" for i in layers}
         base = capture(self.model, tokens, names.values())[0]
-        activations = captured(self.model, self.sources, [hook_name(kind, i) for i in layers])
         found: dict[int, Tensor] = {}
 
         def put(value: Tensor) -> Callable[[Tensor], Tensor]:
             def fn(x: Tensor) -> Tensor:
+                width = min(x.shape[1], value.shape[1])
                 x = x.clone()
-                x[:, : value.shape[1]] = value.to(x.device, x.dtype)
+                x[:, :width] = value[:, :width].to(x.device, x.dtype)
                 return x
 
             return fn
@@ -192,7 +188,7 @@ class _Parts:
 
         hooks: list[Hook] = []
         for i in layers:
-            hooks.append((hook_name(kind, i), put(activations[hook_name(kind, i)])))
+            hooks.append((hook_name(kind, i), put(self.there[hook_name(kind, i)])))
             hooks.append((names[i], restore(i)))
         with torch.no_grad():
             # The pattern of the topmost block is asked for so that the pass runs through it.
@@ -206,7 +202,7 @@ class _Parts:
     def _check_softmax(self, layer: int) -> None:
         import torch
 
-        pattern = self.activations[hook_name("pattern", layer)]
+        pattern = self.here[hook_name("pattern", layer)]
         expected = self._scores["base", layer].softmax(-1)
         narrow = torch.finfo(pattern.dtype).bits < 32
         if not torch.allclose(expected, pattern.to(expected.dtype), atol=2e-2 if narrow else 1e-4):
@@ -214,15 +210,3 @@ class _Parts:
                 f"the attention pattern of block {layer} is not the softmax of its scores, so the "
                 "attention fix of 'atp*' does not hold for this model; use method='gradient'"
             )
-
-
-def _names(cells: Iterable[Cell]) -> list[str]:
-    return list(dict.fromkeys(hook_name(c.kind, layer) for c in cells for layer in c.layers))
-
-
-def _query_heads(model: LensModel, cell: Cell) -> slice:
-    """The heads whose pattern a query or key/value head has a part in."""
-    if cell.head is None:
-        return slice(None)
-    shared = int(model.cfg.n_heads) // n_kv_heads(model) if cell.kind == "k" else 1
-    return slice(cell.head * shared, (cell.head + 1) * shared)

@@ -16,33 +16,39 @@ Sign: positive means that patching the cell raises the metric. Methods:
     Kramár et al. 2024, arXiv 2403.00745: queries and keys through a recomputed softmax, and
     gradient dropout against cancelling paths (see `atp_star`).
 
-An estimate is a guess: `Attribution.verify` patches the top cells exactly and says how far it is off.
+Of a window of blocks the estimate is the sum of its blocks' own. What one block's change does to
+the next ones is in its gradient, while the exact patch overrides these next ones: the sum is not the
+first-order effect of the window, and comes near it where blocks of the window hardly act through one
+another. Of the residual stream, which every block hands on whole, it would count one change once for
+each block, so windows of it are refused.
+
+An estimate is a guess: `verify.Attribution.verify` patches the top cells exactly and says how far it
+is off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from mi_hops.metrics import MetricLike, Target
+from mi_hops.metrics import MetricLike, Target, score_gap
 from mi_hops.model import LensModel, dtype_of, hook_name
 from mi_hops.patching.activation import Direction, PatchJob
 from mi_hops.patching.atp_star import atp_star
-from mi_hops.patching.core import Axes, captured, taken
-from mi_hops.patching.gradients import Gradients, run_with_gradients
+from mi_hops.patching.core import Axes
+from mi_hops.patching.gradients import run_with_gradients
 from mi_hops.patching.grid import Cell, HeadsLike
 from mi_hops.patching.pairs import PositionsLike, Text
+from mi_hops.patching.products import Places, products, require_finite_estimates
 from mi_hops.patching.quadrature import Rule, path_points
-from mi_hops.patching.sweep import Limits, Scored, score
-from mi_hops.patching.verify import Verification, verify
-from mi_hops.tokens import Prompt, align
+from mi_hops.patching.sweep import Limits, Scored, score, score_and_capture
+from mi_hops.patching.verify import Attribution
+from mi_hops.tokens import align
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
     from torch import Tensor
-
-    from mi_hops.results import Result
 
 Method = Literal["gradient", "integrated", "atp*"]
 
@@ -76,7 +82,9 @@ def attribute(
     """Estimated patching effect of every cell; other arguments as in `activation.patch`.
 
     Args:
-        metric: one metric with a gradient.
+        window: blocks whose estimates are added up (see above); not of the residual stream.
+        metric: one metric with a gradient; ``"kl"`` has none where the clean run is the base
+            (direction ``"noise"``), so there it takes ``"integrated"``.
         method: see above.
         steps: points on the path, for ``"integrated"``.
         rule: ``"gauss"`` (Gauss-Legendre) or ``"trapezoid"`` (both ends included).
@@ -90,23 +98,35 @@ def attribute(
         (over the difference of the two runs) and the baselines ``clean`` and ``corrupted``, on the
         axes of `patch`; for ``"integrated"`` also ``completeness_error``, per example: how far
         the attributions of all inputs together miss the difference of the two runs, as a share of
-        it. Products and sums are in float32 or wider whatever the model's dtype.
+        it (NaN where that is 0). Products and sums are in float32 or wider whatever the model's
+        dtype.
 
     Raises:
-        ValueError: as in `patch`; a metric without a gradient; several metrics; an unknown method
-            or rule.
+        ValueError: as in `patch`; a metric without a gradient, or with one that is not finite;
+            several metrics; an unknown method or rule; a window of the residual stream.
         TokenError: for ``"integrated"`` and ``"atp*"``, pairs that do not correspond token by token.
     """
     if method not in ("gradient", "integrated", "atp*"):
         raise ValueError(f"method is {method!r}; expected 'gradient', 'integrated' or 'atp*'")
     if not isinstance(metric, str) and isinstance(metric, Sequence):
         raise ValueError("attribution is to one metric, got several; attribute each by itself")
+    of_stream = [
+        k for k in ([kinds] if isinstance(kinds, str) else kinds) if k.startswith("resid_")
+    ]
+    if window > 1 and of_stream:
+        raise ValueError(
+            f"window is {window} and kinds include {of_stream}: the blocks of a window hand on one "
+            "stream, so their estimates are one effect counted several times; attribute single "
+            "blocks, or patch the window exactly"
+        )
     job = PatchJob(
         model, clean, corrupted, answer=answer, wrong=wrong, kinds=kinds, layers=layers,
         positions=positions, heads=heads, neurons=neurons, window=window, metric=metric,
         direction=direction, source=source, prepend_bos=prepend_bos, batch_size=batch_size,
         limits=Limits(progress=progress),
     )  # fmt: skip
+    if method != "integrated":
+        job.require_slope()
     if method != "gradient":
         for origin, base in zip(job.sources, job.bases, strict=True):
             align(origin, base)
@@ -117,28 +137,11 @@ def attribute(
     return _Attributor(job, method, steps, rule, dropout, by_family).run(examples)
 
 
-@dataclass(frozen=True)
-class Attribution:
-    """Estimated effects, and the means to check them.
-
-    Attributes:
-        result: the estimates, labelled.
-        job: the sweep they estimate.
-    """
-
-    result: Result
-    job: PatchJob
-
-    def verify(self, *, top: int | None = 20) -> Verification:
-        """Patch the `top` cells (by size of the mean estimate) exactly, in every pair.
-
-        Args:
-            top: how many; None for all cells.
-
-        Returns:
-            `Verification`: rank correlation, sign agreement and largest error, and a table.
-        """
-        return verify(self.job, self.result, top=top)
+def _exact(job: PatchJob, cells: Sequence[int]) -> Tensor:
+    """Exact changes ``[example, cell]`` of some cells of a job, by their numbers."""
+    grid = replace(job.grid, cells=tuple(job.grid.cells[i] for i in cells))
+    scores, base = replace(job.core(job.baselines()), grid=grid).run(job.values_of)
+    return (scores - base[:, None])[..., 0]
 
 
 @dataclass(frozen=True)
@@ -157,30 +160,38 @@ class _Attributor:
         job = self.job
         baselines = job.baselines()
         core = job.core(baselines)
+        others = job.other_scored(baselines)
+        # The runs that activations come from; of a third prompt, scored on the base run's answer.
+        ends = [replace(b, prompt=p) for b, p in zip(core.bases, job.sources, strict=True)]
+        ends = ends if job.third else others
         wide = torch.promote_types(dtype_of(job.model), torch.float32)
         n = len(job.bases)
         change = torch.zeros(n, len(job.grid.cells), dtype=wide)
-        base = torch.zeros(n, dtype=wide)
-        missing = torch.zeros(n, dtype=wide)
+        base, other, covered = (torch.zeros(n, dtype=wide) for _ in range(3))
         families = job.grid.kinds if self.by_family else (None,)
         for group in tqdm(core.groups(), disable=not job.limits.progress, desc="groups"):
-            bases = [core.bases[i] for i in group]
             for family in families:
                 chosen = [
                     i for i, c in enumerate(job.grid.cells) if family is None or c.kind == family
                 ]
-                cells = [job.grid.cells[i] for i in chosen]
-                found = self._group(group, bases, cells)
+                found = self._group(
+                    _Group(
+                        [core.bases[i] for i in group],
+                        [ends[i] for i in group],
+                        [job.spans.source[i] for i in group],
+                        [job.spans.base[i] for i in group],
+                        [job.grid.cells[i] for i in chosen],
+                    )
+                )
                 change[torch.tensor(group)[:, None], torch.tensor(chosen)] = found.change
-                base[group] = found.base
-                if found.missing is not None:
-                    missing[group] = found.missing
-        other = score(job.model, job.other_scored(baselines))[:, 0]
-        gap = other - base
-        effect = change / gap[:, None].masked_fill(gap[:, None] == 0, float("nan"))
+                base[group], other[group], covered[group] = found.base, found.end, found.covered
+        require_finite_estimates(change)
         extra: dict[str, Tensor] = {}
         if self.method == "integrated":
-            extra["completeness_error"] = missing
+            extra["completeness_error"] = (covered / score_gap(other, base) - 1).abs()
+        if job.third:
+            other = score(job.model, others)[:, 0]
+        effect = change / score_gap(other, base)[:, None]
         axes = Axes(job.grid, job.spans, job.bases, job.metrics, job.names, True, examples)
         result = axes.result(
             job.model,
@@ -194,99 +205,86 @@ class _Attributor:
                 **self._settings(),
             },
         )  # fmt: skip
-        return Attribution(result, job)
+        return Attribution(result, partial(_exact, job))
 
     def _settings(self) -> dict[str, Any]:
         if self.method == "integrated":
             return {"steps": self.steps, "rule": self.rule}
         return {"dropout": self.dropout} if self.method == "atp*" else {}
 
-    def _group(
-        self, group: Sequence[int], bases: Sequence[Scored], cells: Sequence[Cell]
-    ) -> _Found:
-        job = self.job
-        sources = [job.sources[i] for i in group]
+    def _group(self, group: _Group) -> _Found:
+        model = self.job.model
         if self.method == "atp*":
-            spans = [job.spans.base[i] for i in group]
-            found, base = atp_star(job.model, bases, sources, spans, cells, dropout=self.dropout)
-            return _Found(found, base)
-        names = list(dict.fromkeys(hook_name(c.kind, i) for c in cells for i in c.layers))
+            found = atp_star(
+                model, group.bases, group.ends, group.put, group.cells, dropout=self.dropout
+            )
+            return _Found(*found)
         if self.method == "integrated":
-            return self._integrated(group, bases, sources, cells, names)
-        store = captured(job.model, sources, names)
-        run = run_with_gradients(job.model, bases, names)
-        return _Found(self._products(group, cells, store, run, run.gradients), run.scores)
+            return self._integrated(group)
+        names = group.names
+        end, there = score_and_capture(model, group.ends, names)
+        run = run_with_gradients(model, group.bases, names)
+        change = group.products(there, run.activations, run.gradients)
+        return _Found(change, run.scores, end[:, 0])
 
-    def _integrated(
-        self,
-        group: Sequence[int],
-        bases: Sequence[Scored],
-        sources: Sequence[Prompt],
-        cells: Sequence[Cell],
-        names: list[str],
-    ) -> _Found:
-        job = self.job
-        inputs = hook_name("resid_pre", 0)
-        store = captured(job.model, sources, [*dict.fromkeys([*names, inputs])])
-        run = run_with_gradients(job.model, bases, [*dict.fromkeys([*names, inputs])])
-        end = store[inputs]
-        begin = run.activations[inputs][:, : end.shape[1]]  # answer tokens lie beyond
-        wide = run.scores.dtype
-        difference = (end - begin).to(wide)
-        for row, i in enumerate(group):  # padding is nobody's
-            difference[row, len(job.bases[i]) :] = 0
-        mean: dict[str, Tensor] = {}
-        covered = run.scores.new_zeros(len(group))
-        for point, weight in path_points(self.steps, self.rule):
-            start = begin + point * (end - begin)
-            at = run_with_gradients(job.model, bases, names, start=start)
-            for name in names:
-                step = weight * at.gradients[name].to(wide)
-                mean[name] = mean[name] + step if name in mean else step
-            slope = at.stream[:, : end.shape[1]].to(wide)
-            covered += weight * (difference * slope).sum((1, 2)).cpu()
-        span = run_with_gradients(job.model, bases, names, start=end).scores - run.scores
-        missing = (covered - span).abs() / span.abs()
-        return _Found(self._products(group, cells, store, run, mean), run.scores, missing)
-
-    def _products(
-        self,
-        group: Sequence[int],
-        cells: Sequence[Cell],
-        store: dict[str, Tensor],
-        run: Gradients,
-        gradients: dict[str, Tensor],
-    ) -> Float[Tensor, "row cell"]:
-        """(source - base) * gradient, summed over what each cell is about."""
+    def _integrated(self, group: _Group) -> _Found:
         import torch
 
-        job = self.job
-        out = torch.zeros(len(group), len(cells), dtype=run.scores.dtype)
-        for row, i in enumerate(group):
-            n_source, n_base = len(job.sources[i]), len(job.bases[i])
-            for j, cell in enumerate(cells):
-                for layer in cell.layers:
-                    name = hook_name(cell.kind, layer)
-                    origin, goal = job.spans.source[i][cell.span], job.spans.base[i][cell.span]
-                    there = taken(store[name][row], cell, origin, n_source)
-                    here = taken(run.activations[name][row], cell, goal, n_base)
-                    slope = taken(gradients[name][row], cell, goal, n_base)
-                    out[row, j] += dot(there, here, slope, cell)
-        return out
+        model, inputs = self.job.model, hook_name("resid_pre", 0)
+        names = list(dict.fromkeys([*group.names, inputs]))
+        end, there = score_and_capture(model, group.ends, names)
+        base, here = score_and_capture(model, group.bases, names)
+        begin = here[inputs]
+        difference = torch.zeros_like(begin, dtype=base.dtype)
+        for row, item in enumerate(group.bases):  # answer tokens and padding are nobody's
+            n = len(item.prompt)
+            difference[row, :n] = (there[inputs][row, :n] - begin[row, :n]).to(base.dtype)
+        mean: dict[str, Tensor] = {}
+        covered = torch.zeros(len(begin), dtype=base.dtype)
+        for point, weight in path_points(self.steps, self.rule):
+            at = run_with_gradients(
+                model, group.bases, group.names, start=begin + point * difference
+            )
+            for name in group.names:
+                step = weight * at.gradients[name].to(base.dtype)
+                mean[name] = mean[name] + step if name in mean else step
+            covered += weight * (difference * at.stream.to(base.dtype)).sum((1, 2)).cpu()
+        return _Found(group.products(there, here, mean), base[:, 0], end[:, 0], covered)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Examples that share their passes, and the cells asked for.
+
+    Attributes:
+        bases, ends: the runs that are changed, and those that activations come from.
+        taken, put: positions of each span in both, ``[row][span]``.
+    """
+
+    bases: list[Scored]
+    ends: list[Scored]
+    taken: list[tuple[tuple[int, ...], ...]]
+    put: list[tuple[tuple[int, ...], ...]]
+    cells: list[Cell]
+
+    @property
+    def names(self) -> list[str]:
+        """Hook points of the cells."""
+        return list(dict.fromkeys(hook_name(c.kind, i) for c in self.cells for i in c.layers))
+
+    def products(
+        self, there: dict[str, Tensor], here: dict[str, Tensor], gradients: dict[str, Tensor]
+    ) -> Tensor:
+        """The estimates, ``[row, cell]``."""
+        source, base = Places.of(self.taken), Places.of(self.put)
+        return products(self.cells, source, base, there, here, gradients)
 
 
 @dataclass(frozen=True)
 class _Found:
+    """Estimates ``[row, cell]``, and by row the two scores and what the path's points add up to."""
+
     change: Tensor
     base: Tensor
-    missing: Tensor | None = None
-
-
-def dot(there: Tensor, here: Tensor, slope: Tensor, cell: Cell) -> Tensor:
-    """Sum of ``(there - here) * slope`` in float32 or wider."""
-    import torch
-
-    if cell.neuron is not None:
-        there, here, slope = (t[..., cell.neuron] for t in (there, here, slope))
-    wide = torch.promote_types(slope.dtype, torch.float32)
-    return ((there.to(slope.device, wide) - here.to(wide)) * slope.to(wide)).sum().cpu()
+    end: Tensor
+    covered: Tensor | float = 0.0

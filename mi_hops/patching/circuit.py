@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mi_hops.metrics import MetricLike, Target, normalised
+from mi_hops.metrics import MetricLike, Target, normalised, require_finite
 from mi_hops.model import (
     Hook,
     LensModel,
@@ -295,7 +295,11 @@ class _Ready:
         self.embed_change = (embedded - self.stream[first])[0]
 
     def scores(self, masks: Bool[Tensor, "circuit writer reader"]) -> Float[Tensor, "circuit"]:
-        """Scores of circuits, in one pass."""
+        """Scores of circuits, in one pass.
+
+        Raises:
+            ValueError: a score that is not finite.
+        """
         import torch
 
         run = _CircuitPass(self, masks)
@@ -303,7 +307,9 @@ class _Ready:
             tokens = self.sweep.batch.tokens.to(device_of(self.model))
             logits = forward(self.model, tokens, hooks=run.hooks(), grows=True)
         item = self.sweep.prompts[0]
-        return item.metrics[0].score(logits, item.target).cpu()
+        found = item.metrics[0].score(logits, item.target).cpu()
+        require_finite(item.metrics[0].name, found)
+        return found
 
 
 def _longer(prompt: Prompt, extra: Sequence[int]) -> Prompt:
@@ -329,13 +335,15 @@ class _CircuitPass:
         import torch
 
         self.ready, self.model, self.n = ready, ready.model, len(masks)
-        self.masks = masks
         self.wide = torch.promote_types(dtype_of(self.model), torch.float32)
-        self.index = {node: i for i, node in enumerate(ready.runner.writers)}
         self.columns = {node: j for j, node in enumerate(ready.runner.readers)}
-        # What each writer writes beyond its corrupted write, [circuit, pos, d_model].
+        # What each writer writes beyond its corrupted write. Writers come in the order in which they
+        # act, so those a reader sees are the ones written so far.
         change = ready.embed_change.to(self.wide)
-        self.changes: dict[Node, Tensor] = {Node("embed", 0): change.expand(self.n, -1, -1)}
+        self.masks = masks.to(change)
+        self.changes = change.new_zeros(self.n, len(ready.runner.writers), *change.shape)
+        self.written = 0
+        self._write(change)
 
     def hooks(self) -> list[Hook]:
         """All hooks, in order."""
@@ -359,27 +367,28 @@ class _CircuitPass:
         hooks.append(("unembed.hook_in", lambda x: x[:, where]))
         return hooks
 
-    def _input(self, reader: Node, stream: Tensor) -> Tensor:
-        """The stream a reader sees in each circuit, ``[circuit, pos, d_model]``."""
+    def _write(self, change: Tensor) -> None:
+        """What the next writer writes beyond its corrupted write, ``[circuit, pos, d_model]``."""
+        self.changes[:, self.written] = change
+        self.written += 1
+
+    def _inputs(self, found: Sequence[Node], stream: Tensor) -> Tensor:
+        """The stream that readers of one place see, ``[circuit, reader, pos, d_model]``."""
         import torch
 
-        senders = [u for u in self.changes if u.reaches(reader)]
-        total = stream.to(self.wide).expand(self.n, -1, -1)
-        if not senders:
-            return total
-        column = self.columns[reader]
-        weights = self.masks[:, [self.index[u] for u in senders], column].to(total)
-        moved = torch.stack([self.changes[u].to(total.device) for u in senders], 1)
-        return total + torch.einsum("ku,kupd->kpd", weights, moved)
+        columns = [self.columns[reader] for reader in found]
+        weights = self.masks[:, : self.written, columns]
+        moved = torch.einsum("kuv,kupd->kvpd", weights, self.changes[:, : self.written])
+        return moved.add_(stream.to(moved))
 
     def _enter(self, layer: int, inputs: list[Node]) -> Any:
         def fn(x: Tensor) -> Tensor:
             import torch
 
             stream = self.ready.stream[hook_name("resid_pre", layer)]
-            rows = torch.stack([self._input(v, stream) for v in inputs], 1).flatten(0, 1)
-            main = stream.to(self.wide).expand(self.n, -1, -1)
-            return torch.cat([main, rows]).to(x.device, x.dtype)
+            rows = self._inputs(inputs, stream).flatten(0, 1)
+            main = stream.expand(self.n, -1, -1)
+            return torch.cat([main.to(x), rows.to(x)])
 
         return fn
 
@@ -397,9 +406,8 @@ class _CircuitPass:
         def fn(x: Tensor) -> None:
             weight = w_o(self.model, layer).detach().to(x.device, self.wide)
             for head in range(x.shape[2]):
-                node = Node("head", layer, head)
                 written = x[: self.n, :, head].to(self.wide) @ weight[head]
-                self.changes[node] = written - self.ready.corrupt(node, 0)
+                self._write(written - self.ready.corrupt(Node("head", layer, head), 0))
 
         return fn
 
@@ -407,22 +415,21 @@ class _CircuitPass:
         def fn(x: Tensor) -> Tensor:
             x = x.clone()
             stream = self.ready.stream[hook_name("resid_mid", layer)]
-            x[: self.n] = self._input(Node("mlp", layer), stream).to(x.device, x.dtype)
+            x[: self.n] = self._inputs([Node("mlp", layer)], stream)[:, 0].to(x)
             return x
 
         return fn
 
     def _mlp(self, layer: int) -> Any:
         def fn(x: Tensor) -> None:
-            node = Node("mlp", layer)
-            self.changes[node] = x[: self.n].to(self.wide) - self.ready.corrupt(node, 0)
+            self._write(x[: self.n].to(self.wide) - self.ready.corrupt(Node("mlp", layer), 0))
 
         return fn
 
     def _leave(self, n_layers: int) -> Any:
         def fn(x: Tensor) -> Tensor:
             stream = self.ready.stream[hook_name("resid_post", n_layers - 1)]
-            return self._input(Node("logits", n_layers), stream).to(x.device, x.dtype)
+            return self._inputs([Node("logits", n_layers)], stream)[:, 0].to(x)
 
         return fn
 

@@ -15,10 +15,11 @@ and projections, so key/value heads shared by several query heads need no specia
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from mi_hops.metrics import MetricLike, Target
-from mi_hops.model import Hook, HookFn, LensModel, dtype_of, hook_name
+from mi_hops.metrics import MetricLike, Target, score_gap
+from mi_hops.model import Hook, HookFn, LensModel, device_of, dtype_of, hook_name
 from mi_hops.patching.activation import Direction, PatchJob
 from mi_hops.patching.core import captured
 from mi_hops.patching.gradients import run_with_gradients
@@ -32,14 +33,15 @@ from mi_hops.patching.nodes import (
     writers,
 )
 from mi_hops.patching.pairs import Text
+from mi_hops.patching.path import exact_paths, reached
+from mi_hops.patching.products import require_finite_estimates
 from mi_hops.patching.quadrature import Rule, path_points
 from mi_hops.patching.sweep import Limits, Scored, Sweep, score
+from mi_hops.patching.verify import Attribution
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
-
-    from mi_hops.results import Result
 
 
 def attribute_edges(
@@ -58,23 +60,28 @@ def attribute_edges(
     examples: Sequence[str] | None = None,
     prepend_bos: bool = True,
     progress: bool = False,
-) -> Result:
+) -> Attribution:
     """Estimated change of the metric for every edge, in every pair; summed over positions.
 
     Args:
         senders, receivers: as in `path.path_patch`.
+        metric: one metric with a gradient; ``"kl"`` has none where the clean run is the base
+            (direction ``"noise"``), so there it takes more steps than one.
         direction: ``"noise"`` corrupts an edge of the clean run (a negative change: the edge serves
             the answer), ``"denoise"`` restores one in the corrupted run.
         steps: 1 takes the gradient in the base run (EAP); more average it over the path (EAP-IG).
         rule: quadrature of the path, as in `attribution.attribute`.
 
     Returns:
-        `Result` on ``example``, ``sender`` and ``receiver`` with ``change`` (unit of the metric)
-        and ``effect`` (over the difference of the two runs), NaN where there is no edge; baselines
-        ``clean`` and ``corrupted``. In float32 or wider whatever the model's dtype.
+        `Attribution`, whose ``result`` has ``change`` (unit of the metric) and ``effect`` (over the
+        difference of the two runs; NaN where that is 0) on ``example``, ``sender`` and
+        ``receiver``, NaN where there is no edge, and the baselines ``clean`` and ``corrupted``; in
+        float32 or wider whatever the model's dtype. Its ``verify`` patches the top edges exactly,
+        as `path.path_patch` does.
 
     Raises:
-        ValueError: an unknown component, a metric without a gradient, several metrics, no steps.
+        ValueError: an unknown component, no edge between those named, a metric without a gradient
+            or with one that is not finite, several metrics, no steps.
         TokenError: pairs that do not correspond token by token.
     """
     import torch
@@ -89,7 +96,12 @@ def attribute_edges(
     )  # fmt: skip
     if not job.single:
         raise ValueError("edges are attributed to one metric, got several; run each by itself")
+    if steps == 1:
+        job.require_slope()
     sources, targets = writers(model, senders), readers(model, receivers)
+    edge = reached(sources, targets)
+    if not edge.any():
+        raise ValueError("no edge leads from any of the senders to any of the receivers")
     baselines = job.baselines()
     bases = job.core(baselines).bases
     n = len(bases)
@@ -97,21 +109,37 @@ def attribute_edges(
     change = torch.empty(n, len(sources), len(targets), dtype=wide)
     for i in tqdm(range(n), disable=not progress, desc="pairs"):
         writes = Writes(model, (job.sources[i], job.bases[i]), sources)
-        moved = torch.stack([(writes(u, 0) - writes(u, 1)).cpu() for u in sources])
         slopes = input_gradients(model, bases[i], job.sources[i].ids, targets, points)
-        change[i] = torch.einsum("upd,vpd->uv", moved, slopes[:, : moved.shape[1]])
-    edge = torch.tensor([[u.reaches(v) for v in targets] for u in sources])
+        moved = torch.stack([(writes(u, 0) - writes(u, 1)).to(slopes) for u in sources])
+        change[i] = torch.einsum("upd,vpd->uv", moved, slopes[:, : moved.shape[1]]).cpu()
+    require_finite_estimates(change[:, edge])
     change.masked_fill_(~edge, float("nan"))
     base = score(model, bases)[:, 0]
     other = score(model, job.other_scored(baselines))[:, 0]
-    gap = (other - base)[:, None, None]
-    effect = change / gap.masked_fill(gap == 0, float("nan"))
+    effect = change / score_gap(other, base)[:, None, None]
     method = "EAP" if steps == 1 else "EAP-IG"
-    return edge_result(
+    result = edge_result(
         job, {"change": change, "effect": effect}, job.by_run(base, other), sources, targets,
         examples=examples, title=f"Edge attribution ({method}); {job.names[0]}",
         method=method, settings={"steps": steps, "rule": rule},
     )  # fmt: skip
+    return Attribution(result, partial(_exact, job, sources, targets))
+
+
+def _exact(
+    job: PatchJob, sources: Sequence[Node], targets: Sequence[Node], edges: Sequence[int]
+) -> Float[Tensor, "example edge"]:
+    """Exact changes of some edges, by their numbers in C order of (sender, receiver)."""
+    import torch
+
+    chosen = list(edges)
+    wanted = torch.zeros(len(sources) * len(targets), dtype=torch.bool)
+    wanted[chosen] = True
+    spans = [range(len(prompt)) for prompt in job.bases]
+    scores, base = exact_paths(
+        job, job.baselines(), sources, targets, wanted.view(len(sources), -1), spans
+    )
+    return scores.flatten(1)[:, chosen] - base[:, None]
 
 
 def input_gradients(
@@ -136,7 +164,8 @@ def input_gradients(
         begin = captured(model, [base.prompt], [inputs])[inputs]
         end = _stream(model, source, inputs)
     wide = torch.promote_types(dtype_of(model), torch.float32)
-    out = torch.zeros(len(targets), tokens.shape[1], int(model.cfg.d_model), dtype=wide)
+    shape = (len(targets), tokens.shape[1], int(model.cfg.d_model))
+    out = torch.zeros(shape, dtype=wide, device=device_of(model))
     names = list(dict.fromkeys(_result_hook(v) for v in targets))
     for point, weight in points:
         start = None
@@ -150,7 +179,7 @@ def input_gradients(
                 slope = run.gradients[_result_hook(chosen[0])]
             else:
                 slope = _pull_back(model, tokens, layer, entry, chosen, run.gradients, before)
-            out[members] += weight * slope.to("cpu", wide)
+            out[members] += weight * slope.to(out)
     return out
 
 

@@ -55,7 +55,8 @@ def run_with_gradients(
         drop_block: let no gradient through what attention and MLP of this block write.
 
     Raises:
-        ValueError: a metric without a gradient (a rank, a count), or one that is not finite.
+        ValueError: a metric without a gradient (a rank, a count), or one that is not finite, or
+            whose gradient is not.
         RuntimeError: a hook point off the graph of this model class.
     """
     import torch
@@ -83,8 +84,19 @@ def run_with_gradients(
             )
         gradients[name] = torch.zeros_like(live[name]) if slope is None else slope
     stream = torch.zeros_like(leaf[0]) if slopes[-1] is None else slopes[-1]
+    _require_finite(sweep.prompts[0].metrics[0].name, {**gradients, hooks[0][0]: stream})
     activations = {name: tensor.detach() for name, tensor in live.items()}
     return Gradients(scores.detach(), activations, gradients, stream)
+
+
+def _require_finite(metric: str, gradients: dict[str, Tensor]) -> None:
+    bad = [name for name, slope in gradients.items() if not slope.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"the gradient of metric {metric!r} is not finite at {len(bad)} of {len(gradients)} hook "
+            f"points, e.g. {bad[0]}; is the metric smooth at these logits, and does the model "
+            "overflow in this dtype?"
+        )
 
 
 def _slopes(total: Tensor, at: Sequence[Tensor]) -> list[Tensor | None]:

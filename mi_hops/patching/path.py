@@ -11,9 +11,10 @@ so the result is the exact edge intervention, whatever the norm, on grouped-quer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mi_hops.fanout import Intervention, Site
+from mi_hops.fanout import Intervention, Site, rows_within
 from mi_hops.interventions import Change, add
 from mi_hops.metrics import MetricLike, Target, normalised
 from mi_hops.model import LensModel, dtype_of
@@ -34,7 +35,7 @@ from mi_hops.tokens import Where, align, pad
 from mi_hops.tokens import positions as positions_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
     from mi_hops.results import Result
@@ -76,9 +77,6 @@ def path_patch(
             their own (a norm after attention).
         TokenError: pairs that do not correspond token by token.
     """
-    import torch
-    from tqdm.auto import tqdm
-
     job = PatchJob.of_pairs(
         model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction=direction,
         prepend_bos=prepend_bos, limits=Limits(max_rows=max_rows, memory=memory),
@@ -86,24 +84,15 @@ def path_patch(
     if not job.single:
         raise ValueError("path patching takes one metric, got several; run one after the other")
     sources, targets = writers(model, senders), readers(model, receivers)
-    if not any(u.reaches(v) for u in sources for v in targets):
+    wanted = reached(sources, targets)
+    if not wanted.any():
         raise ValueError(
             f"no path leads from {[u.name for u in sources][:5]} to {[v.name for v in targets][:5]}: "
             "readers see what earlier blocks wrote (an MLP also its own block's attention)"
         )
     baselines = job.baselines()
-    bases = job.core(baselines).bases
-    n = len(bases)
-    wide = torch.promote_types(torch.float32, dtype_of(model))
-    scores = torch.full((n, len(sources), len(targets)), float("nan"), dtype=wide)
-    base = torch.empty(n, dtype=wide)
-    for i in tqdm(range(n), disable=not progress, desc="pairs"):
-        align(job.sources[i], job.bases[i])
-        span = positions_of(job.bases[i], positions)
-        ends = (job.sources[i], job.bases[i])
-        writes = Writes(model, ends, sources)
-        changes = torch.stack([_change(writes, u, span) for u in sources])
-        scores[i], base[i] = _pair(model, bases[i], changes, span[0], sources, targets, job.limits)
+    spans = [positions_of(prompt, positions) for prompt in job.bases]
+    scores, base = exact_paths(job, baselines, sources, targets, wanted, spans, progress=progress)
     other = score(model, job.other_scored(baselines))[:, 0]
     effect = normalised(scores, other[:, None, None], base[:, None, None], undefined="nan")
     change = scores - base[:, None, None]
@@ -112,6 +101,46 @@ def path_patch(
         sources, targets, examples=examples, title=f"Direct paths; {job.names[0]}",
         method="direct path patching",
     )  # fmt: skip
+
+
+def reached(sources: Sequence[Node], targets: Sequence[Node]) -> Bool[Tensor, "sender receiver"]:
+    """True where a path leads from sender to receiver."""
+    import torch
+
+    return torch.tensor([[u.reaches(v) for v in targets] for u in sources])
+
+
+def exact_paths(
+    job: PatchJob,
+    baselines: Sequence[Tensor] | None,
+    sources: Sequence[Node],
+    targets: Sequence[Node],
+    wanted: Bool[Tensor, "sender receiver"],
+    spans: Sequence[Sequence[int]],
+    *,
+    progress: bool = False,
+) -> tuple[Float[Tensor, "example sender receiver"], Float[Tensor, "example"]]:
+    """Scores of the wanted paths in every pair, NaN of the others, and the base scores.
+
+    Args:
+        baselines: what ``job.baselines()`` gave.
+        wanted: paths that there are, at least one of them.
+        spans: where the senders' writes are replaced, pair by pair.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    bases = job.core(baselines).bases
+    wide = torch.promote_types(torch.float32, dtype_of(job.model))
+    scores = torch.full((len(bases), *wanted.shape), float("nan"), dtype=wide)
+    base = torch.empty(len(bases), dtype=wide)
+    for i in tqdm(range(len(bases)), disable=not progress, desc="pairs"):
+        align(job.sources[i], job.bases[i])
+        writes = Writes(job.model, (job.sources[i], job.bases[i]), sources)
+        changes = torch.stack([_change(writes, u, spans[i]) for u in sources])
+        pair = _Pair(job.model, bases[i], changes, min(spans[i]), job.limits)
+        base[i] = pair.run(targets, wanted, scores[i])
+    return scores, base
 
 
 def _change(writes: Writes, node: Node, span: Sequence[int]) -> Float[Tensor, "pos d_model"]:
@@ -128,51 +157,67 @@ def _adds(changes: Float[Tensor, "row pos d_model"]) -> Change:
     return lambda x: x + changes.to(x)
 
 
-def _pair(
-    model: LensModel,
-    base: Scored,
-    changes: Float[Tensor, "sender pos d_model"],
-    first: int,
-    sources: Sequence[Node],
-    targets: Sequence[Node],
-    limits: Limits,
-) -> tuple[Float[Tensor, "sender receiver"], Float[Tensor, ""]]:
-    """Scores of all paths in one pair, NaN where there is none, and the base score.
+@dataclass(frozen=True)
+class _Pair:
+    """One pair of prompts.
 
-    Readers of one block are swept together, so that no more than one block's inputs are held.
+    Attributes:
+        changes: of each sender's write, ``[sender, pos, d_model]``.
+        first: the first position they touch.
     """
-    import torch
 
-    sweep = Sweep(model, [base])
-    tokens = pad([base.prompt.ids]).tokens
-    where = tuple(range(first, len(base.prompt)))
-    scores: Tensor | None = None
-    intact = None
-    by_place: dict[tuple[str, int], list[int]] = {}
-    for j, target in enumerate(targets):
-        by_place.setdefault((target.role, target.layer), []).append(j)
-    for members in by_place.values():
-        reader = targets[members[0]]
-        senders = [i for i, u in enumerate(sources) if u.reaches(reader)]
-        if not senders:
-            continue
-        items = []
+    model: LensModel
+    base: Scored
+    changes: Float[Tensor, "sender pos d_model"]
+    first: int
+    limits: Limits
+
+    def run(
+        self,
+        targets: Sequence[Node],
+        wanted: Bool[Tensor, "sender receiver"],
+        scores: Float[Tensor, "sender receiver"],
+    ) -> Float[Tensor, ""]:
+        """Write the wanted paths' scores into `scores`; returns the base score.
+
+        Readers of one block are swept together, and as many senders at a time as fit into a pass,
+        so that no more than one block's inputs are held for these.
+        """
+        sweep = Sweep(self.model, [self.base])
+        width = len(self.base.prompt)
+        fitting = self.limits.max_rows or rows_within(self.model, width, 1, self.limits.memory)
+        most = max(1, fitting)
+        by_place: dict[tuple[str, int], list[int]] = {}
+        for j, target in enumerate(targets):
+            by_place.setdefault((target.role, target.layer), []).append(j)
+        intact = None
+        for members in by_place.values():
+            senders = wanted[:, members].any(1).nonzero().flatten().tolist()
+            for start in range(0, len(senders), most):
+                part = senders[start : start + most]
+                paths = [(i, j) for i in part for j in members if wanted[i, j]]
+                found = sweep.run(self._interventions(part, paths, targets), self.limits)
+                intact = found.base[0, 0]
+                rows, columns = zip(*paths, strict=True)
+                scores[list(rows), list(columns)] = found.rows[:, 0]
+        assert intact is not None  # at least one path is wanted
+        return intact
+
+    def _interventions(
+        self, senders: list[int], paths: Sequence[tuple[int, int]], targets: Sequence[Node]
+    ) -> list[Intervention]:
+        """One for each path from these senders to readers of one role and block."""
+        import torch
+
+        where = tuple(range(self.first, len(self.base.prompt)))
+        reader = targets[paths[0][1]]
         if reader.role == "logits":
             last = Site("resid_post", reader.layer - 1, where)
-            items = [Intervention((last,), add(changes[i][list(where)])) for i in senders]
-        else:
-            entry, name = read_hooks(reader)
-            more = _adds(changes[senders])
-            with torch.no_grad():
-                values = probe(model, tokens, reader.layer, entry, more, [name])[name]
-            items = [arrival(targets[j], values[s], where) for s in range(len(senders))
-                     for j in members]  # fmt: skip
-        found = sweep.run(items, limits)
-        if scores is None:
-            scores = torch.full((len(sources), len(targets)), float("nan"), dtype=found.base.dtype)
-        intact = found.base[0, 0]
-        rows, columns = torch.tensor(senders)[:, None], torch.tensor(members)
-        scores[rows, columns] = found.rows[:, 0].reshape(len(senders), len(members))
-    if scores is None or intact is None:
-        raise ValueError("no path leads from any sender to any receiver")
-    return scores, intact
+            return [Intervention((last,), add(self.changes[i][list(where)])) for i, _ in paths]
+        entry, name = read_hooks(reader)
+        tokens = pad([self.base.prompt.ids]).tokens
+        more = _adds(self.changes[senders])
+        with torch.no_grad():
+            values = probe(self.model, tokens, reader.layer, entry, more, [name])[name]
+        row = {i: s for s, i in enumerate(senders)}
+        return [arrival(targets[j], values[row[i]], where) for i, j in paths]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mi_hops.results import Result
+
 if TYPE_CHECKING:
     import pandas as pd
-
-    from mi_hops.patching.activation import PatchJob
-    from mi_hops.results import Result
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Verification:
         n_cells, n_examples: what the numbers rest on.
         table: a row per cell, best estimate first: its labels, ``estimated`` and ``exact`` (means
             over examples) and ``largest_error``.
+        result: the estimates with the exact changes beside them (``exact``, NaN where none was
+            patched) and the numbers above in the provenance, under ``verification``.
     """
 
     rank_correlation: float
@@ -37,6 +40,7 @@ class Verification:
     n_cells: int
     n_examples: int
     table: pd.DataFrame
+    result: Result
 
     def describe(self) -> str:
         """One line for a figure or a report."""
@@ -47,47 +51,86 @@ class Verification:
         )
 
 
-def verify(job: PatchJob, estimate: Result, *, top: int | None = 20) -> Verification:
-    """Patch the `top` cells of an estimate exactly, in every example (see `Verification`).
+@dataclass(frozen=True)
+class Attribution:
+    """Estimated effects, and the means to check them.
 
-    Raises:
-        ValueError: `top` below 1.
+    Attributes:
+        result: the estimates, labelled; ``change`` is NaN where there is no cell (no edge).
+        exact: patches cells exactly, in every example: from their numbers, in C order of the axes
+            after ``example``, to the changes ``[example, cell]``.
     """
-    import pandas as pd
+
+    result: Result
+    exact: Callable[[Sequence[int]], Tensor]
+
+    def verify(self, *, top: int | None = 20) -> Verification:
+        """Patch the `top` cells (by size of the mean estimate) exactly, in every pair.
+
+        Args:
+            top: how many; None for all cells.
+
+        Returns:
+            `Verification`: rank correlation, sign agreement and largest error, and a table.
+
+        Raises:
+            ValueError: `top` below 1.
+        """
+        import pandas as pd
+
+        if top is not None and top < 1:
+            raise ValueError(f"top is {top}; expected at least 1 cell, or None for all")
+        change = self.result["change"]
+        estimated = change.values.reshape(len(change), -1).astype(float)
+        size = np.abs(estimated.mean(0))
+        order = np.argsort(-size, kind="stable")
+        order = order[np.isfinite(size[order])][:top]
+        exact = self.exact(order.tolist()).numpy().astype(float)
+        guess = estimated[:, order]
+        numbers = _compare(guess, exact)
+        where = np.unravel_index(order, change.shape[1:])
+        labels = {
+            dim: change[dim].values[index]
+            for dim, index in zip(change.dims[1:], where, strict=True)
+        }
+        table = pd.DataFrame(
+            {
+                **labels, "estimated": guess.mean(0), "exact": exact.mean(0),
+                "largest_error": np.abs(guess - exact).max(0),
+            }
+        )  # fmt: skip
+        patched = np.full(estimated.shape, np.nan)
+        patched[:, order] = exact
+        beside = change.copy(data=patched.reshape(change.shape).astype(change.dtype))
+        result = Result(
+            self.result.data.assign(exact=beside),
+            provenance={
+                **self.result.provenance,
+                "verification": {k: None if np.isnan(v) else v for k, v in numbers.items()}
+                | {"n_cells": len(order), "n_examples": len(change)},
+            },
+            title=self.result.title,
+            main=self.result.main,
+            skipped=self.result.skipped,
+            allow_nonfinite=True,
+        )
+        return Verification(
+            **numbers, n_cells=len(order), n_examples=len(change), table=table, result=result
+        )
+
+
+def _compare(guess: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """The numbers of `Verification`, from changes ``[example, cell]``."""
     from scipy.stats import spearmanr
 
-    grid = job.grid
-    n = len(job.bases)
-    estimated = estimate["change"].values.reshape(n, len(grid.cells))
-    if top is not None and top < 1:
-        raise ValueError(f"top is {top}; expected at least 1 cell, or None for all")
-    order = np.argsort(-np.abs(estimated.mean(0)), kind="stable")[:top]
-    chosen = replace(grid, cells=tuple(grid.cells[i] for i in order))
-    scores, base = replace(job.core(job.baselines()), grid=chosen).run(job.values_of)
-    exact = (scores - base[:, None])[..., 0].numpy().astype(float)
-    guess = estimated[:, order].astype(float)
     largest = float(np.abs(exact).max())
     clear = (np.abs(exact) > 1e-6 * largest) & (np.abs(guess) > 1e-6 * np.abs(guess).max())
     agree = (np.sign(exact) == np.sign(guess))[clear]
     means = guess.mean(0), exact.mean(0)
-    varied = len(order) > 2 and all(np.ptp(m) > 0 for m in means)
-    where = np.unravel_index(order, grid.shape)
-    labels = {
-        dim: np.asarray(grid.coords[dim])[index]
-        for dim, index in zip(grid.dims, where, strict=True)
+    varied = len(means[0]) > 2 and all(np.ptp(m) > 0 for m in means)
+    return {
+        "rank_correlation": float(spearmanr(*means).statistic) if varied else float("nan"),
+        "sign_agreement": float(agree.mean()) if len(agree) else float("nan"),
+        "largest_error": float(np.abs(guess - exact).max()),
+        "largest_exact": largest,
     }
-    table = pd.DataFrame(
-        {
-            **labels, "estimated": means[0], "exact": means[1],
-            "largest_error": np.abs(guess - exact).max(0),
-        }
-    )  # fmt: skip
-    return Verification(
-        rank_correlation=float(spearmanr(*means).statistic) if varied else float("nan"),
-        sign_agreement=float(agree.mean()) if len(agree) else float("nan"),
-        largest_error=float(np.abs(guess - exact).max()),
-        largest_exact=largest,
-        n_cells=len(order),
-        n_examples=n,
-        table=table,
-    )

@@ -9,6 +9,8 @@ import torch
 from mi_hops.fanout import HEAD_AXIS
 from mi_hops.model import forward, hook_name, n_heads_of
 from mi_hops.patching import ablate, patch, plan_patch
+from mi_hops.patching.core import taken
+from mi_hops.patching.grid import Cell
 from mi_hops.tokens import TokenError, encode
 from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
 
@@ -102,6 +104,21 @@ def test_single_neurons(tiny):
         hook = put("mlp_post", 1, value, [3], neuron=neuron)
         found = run(tiny, CORRUPTED[0], [hook], answer="w11", wrong="w21")
         assert float(result["score"][0, 0, j]) == pytest.approx(found, abs=1e-5)
+
+
+def test_cells_hold_no_more_than_they_need():
+    """A view would keep all heads, positions or neurons in memory for each cell."""
+    z, hidden, pattern = torch.randn(7, 4, 8), torch.randn(7, 48), torch.randn(4, 9, 9)
+    for activation, cell, expected in (
+        (z, Cell("z", (0,), 0, head=2), z[[3, 4], 2]),
+        (z, Cell("z", (0,), 0), z[[3, 4]]),
+        (hidden, Cell("mlp_post", (0,), 0, neuron=5), hidden[[3, 4], 5]),
+        (hidden, Cell("mlp_post", (0,), 0), hidden[[3, 4]]),
+        (pattern, Cell("pattern", (0,), 0, head=1), pattern[1, [3, 4], :7]),
+    ):
+        found = taken(activation, cell, (3, 4), 7)
+        assert torch.equal(found, expected)
+        assert found.untyped_storage().nbytes() == expected.numel() * 4
 
 
 def test_unequal_prompts_by_role(tiny):
@@ -324,15 +341,27 @@ def test_resampling_is_seeded_and_takes_from_a_reference(tiny):
         ablate(tiny, CLEAN[0], answer="w11", wrong="w21", how="resample")
 
 
-def test_zero_ablated_neuron(tiny):
+@pytest.mark.parametrize("how", ["zero", "mean", "position_mean", "resample"])
+def test_ablated_neurons(tiny, how):
+    reference = {} if how == "zero" else {"reference": CLEAN[1:2]}
     result = ablate(
-        tiny, CLEAN[0], answer="w11", wrong="w21", how="zero", kinds="mlp_post", layers=[2],
-        neurons=[3], positions=-1,
+        tiny, CLEAN[0], answer="w11", wrong="w21", how=how, kinds="mlp_post", layers=[2],
+        neurons=[3, 30], positions=-1, **reference,
     )  # fmt: skip
-    value = torch.zeros_like(source(tiny, CLEAN[0], "mlp_post", 2))
-    hook = put("mlp_post", 2, value, [N - 1], neuron=3)
-    found = run(tiny, CLEAN[0], [hook], answer="w11", wrong="w21")
-    assert float(result["score"][0, 0, 0]) == pytest.approx(found, abs=1e-5)
+    values = source(tiny, CLEAN[1], "mlp_post", 2)
+    value = {"zero": 0 * values, "mean": values[1:].mean(0).expand_as(values)}.get(how, values)
+    for j, neuron in enumerate((3, 30)):
+        hook = put("mlp_post", 2, value, [N - 1], neuron=neuron)
+        found = run(tiny, CLEAN[0], [hook], answer="w11", wrong="w21")
+        assert float(result["score"][0, 0, j]) == pytest.approx(found, abs=1e-5)
+
+
+def test_mean_of_a_prompt_alone_at_its_own_place_is_refused(tiny):
+    options = {"answer": "w11", "wrong": "w21", "how": "position_mean"}
+    with pytest.raises(ValueError, match="would change nothing"):
+        ablate(tiny, CLEAN[0], **options)
+    changed = ablate(tiny, CLEAN[0], reference=CLEAN[1], **options)["change"]
+    assert np.abs(changed).max() > 1e-3
 
 
 @pytest.mark.parametrize("call", [patch, ablate])

@@ -10,6 +10,7 @@ from mi_hops.fanout import HEAD_AXIS
 from mi_hops.model import capture, forward, hook_name, n_heads_of
 from mi_hops.patching import attribute, patch
 from mi_hops.patching.quadrature import path_points
+from mi_hops.results import Result
 from mi_hops.tokens import TokenError, encode
 from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
 
@@ -98,6 +99,106 @@ def test_windows_neurons_noising_roles_and_batches(load_tiny):
         model, "w9 w8 w5 w2 w1 w6", "mlp_out", 1, moved, here, [6], answer="w3", wrong="w4"
     )
     assert float(uneven[0, 1, 0]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["gradient", "integrated", "atp*"])
+def test_divergence_from_the_base_itself_has_no_slope(load_tiny, method):
+    model = load_tiny("gpt2", "hooked", "float64")
+    options = {"metric": "kl", "direction": "noise", "layers": [0], "method": method}
+    if method == "integrated":  # off the base there is a slope
+        found = attribute(model, *PAIRS[0], steps=32, **options).result
+        assert float(found["completeness_error"][0]) < 1e-2
+        return
+    with pytest.raises(ValueError, match="its gradient is 0"):
+        attribute(model, *PAIRS[0], **options)
+    attribute(model, *PAIRS[0], **{**options, "direction": "denoise"})
+
+
+def test_runs_that_score_the_same_have_no_share(tiny):
+    """Not even where they differ by rounding alone."""
+    for metric in (lambda x: 3 + 1e-6 * x[:, 0].tanh(), lambda x: x[:, 0] * 0 + 1):
+        found = attribute(tiny, *PAIRS[0], metric=metric, method="integrated", steps=2).result
+        assert np.isnan(found["effect"]).all()
+        assert np.isnan(found["completeness_error"]).all()
+        assert np.isfinite(found["change"]).all()
+
+
+def test_gradients_that_are_not_finite_are_refused(tiny):
+    def rough(logits):
+        return (logits[:, 0] - logits[:, 0]).sqrt()
+
+    for method in ("gradient", "integrated", "atp*"):
+        with pytest.raises(ValueError, match="gradient of metric 'rough' is not finite"):
+            attribute(tiny, *PAIRS[0], metric=rough, method=method)
+
+
+@pytest.mark.parametrize("kind", ["resid_pre", "resid_mid", "resid_post"])
+def test_windows_of_the_stream_are_refused(tiny, kind):
+    """Their blocks hand on one change, which the sum would count once for each of them."""
+    with pytest.raises(ValueError, match="counted several times"):
+        attribute(tiny, *PAIRS[0], kinds=["mlp_out", kind], window=2, answer="w11", wrong="w21")
+
+
+def test_passes(tiny):
+    """Two forward passes and one backward, whatever the number of cells."""
+    runs = []
+    handle = tiny.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    counts = {}
+    try:
+        for method in ("gradient", "integrated", "atp*"):
+            for kind in ("z", "q"):
+                runs.clear()
+                attribute(
+                    tiny, CLEAN, CORRUPTED, kinds=kind, positions="each", method=method, steps=5,
+                    dropout=False, **OPTIONS,
+                )  # fmt: skip
+                counts[method, kind] = len(runs)
+    finally:
+        handle.remove()
+    assert counts == {
+        ("gradient", "z"): 2, ("gradient", "q"): 2, ("integrated", "z"): 7, ("integrated", "q"): 7,
+        ("atp*", "z"): 2, ("atp*", "q"): 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["gradient", "integrated", "atp*"])
+@pytest.mark.parametrize("kind", list(HEAD_AXIS))
+def test_cells_are_products_summed_over_their_part(load_tiny, method, kind):
+    """Spans, heads and neurons of every size add up: one token at a time is the finest sum."""
+    model = load_tiny("llama", "hooked", "float64")
+    options = {**OPTIONS, "kinds": kind, "method": method, "dropout": False}
+    fine = attribute(model, CLEAN, CORRUPTED, positions="each", **options).result["change"]
+    roles = {"long": slice(1, 4), "short": [2, 5, 6]}
+    spans = attribute(model, CLEAN, CORRUPTED, positions=roles, **options).result["change"]
+    if not (method == "atp*" and kind == "k"):  # keys patched together share their softmax
+        assert np.allclose(spans.sel(position="long"), fine[:, :, 1:4].sum("position"))
+        for i, pos in enumerate((2, 5, 6)):
+            assert np.allclose(spans.sel(position="short")[i], fine[i, :, pos])
+    if HEAD_AXIS[kind] is not None:
+        whole = attribute(model, CLEAN, CORRUPTED, positions="each", heads="all", **options)
+        some = attribute(model, CLEAN, CORRUPTED, positions="each", heads=[1], **options)
+        assert np.allclose(whole.result["change"], fine.sum(fine.dims[-1]))
+        assert np.allclose(some.result["change"][..., 0], fine[..., 1])
+
+
+def test_third_source(load_tiny):
+    model = load_tiny("gpt2", "hooked", "float64")
+    third = "w70 w71 w72 w73 w74 w75"
+    score = {"answer": ANSWERS[1], "wrong": WRONGS[1]}
+    found = attribute(
+        model, CLEAN, CORRUPTED, kinds="z", positions="each", source=third, **OPTIONS
+    ).result
+    there, here = (source(model, text, "z", 1) for text in (third, CORRUPTED[1]))
+    expected = slope(model, CORRUPTED[1], "z", 1, there, here, [4], 2, **score)
+    assert float(found["change"][1, 1, 4, 2]) == pytest.approx(expected, abs=1e-6)
+    for name, text in (("clean", CLEAN[1]), ("corrupted", CORRUPTED[1])):
+        assert float(found[name][1]) == pytest.approx(run(model, text, **score), abs=1e-9)
+    path = attribute(
+        model, CLEAN, CORRUPTED, layers=[0], source=third, method="integrated", steps=64, **OPTIONS
+    ).result
+    gap = run(model, third, **score) - run(model, CORRUPTED[1], **score)
+    assert float(path["change"][1].sum()) == pytest.approx(gap, rel=1e-2)
+    assert float(path["completeness_error"][1]) < 1e-2
 
 
 def test_integrated_gradients_are_complete(load_tiny):
@@ -217,7 +318,7 @@ def test_gradient_dropout_freezes_what_a_block_writes(load_tiny):
         assert float(found[0, layer, head]) == pytest.approx(expected, abs=1e-6)
 
 
-def test_verification_equals_patching(tiny):
+def test_verification_equals_patching(tiny, tmp_path):
     """The exact side is what `patch` gives; the summary numbers follow from the two."""
     estimate = attribute(tiny, CLEAN, CORRUPTED, kinds="z", positions="each", **OPTIONS)
     exact = patch(tiny, CLEAN, CORRUPTED, kinds="z", positions="each", **OPTIONS)["change"]
@@ -238,6 +339,18 @@ def test_verification_equals_patching(tiny):
     sizes = np.sort(np.abs(guess.mean("example").values).ravel())[::-1][:5]
     assert np.allclose(np.abs(top.table["estimated"]), sizes, atol=1e-6)
     assert "rank correlation" in top.describe()
+    # What was found is part of a result, beside the estimates, and can be saved with them.
+    assert int(np.isfinite(top.result["exact"][0]).sum()) == 5
+    assert np.array_equal(top.result["change"], guess)
+    assert np.allclose(found.result["exact"], exact, atol=1e-5)
+    assert top.result.provenance["verification"] == {
+        "rank_correlation": top.rank_correlation, "sign_agreement": top.sign_agreement,
+        "largest_error": top.largest_error, "largest_exact": top.largest_exact, "n_cells": 5,
+        "n_examples": 3,
+    }  # fmt: skip
+    top.result.save(tmp_path / "checked.nc")
+    assert Result.load(tmp_path / "checked.nc").provenance == top.result.provenance
+    assert estimate.verify(top=1).result.provenance["verification"]["rank_correlation"] is None
 
 
 def test_estimate_is_exact_where_the_model_is_linear(tiny):

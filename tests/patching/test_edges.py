@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mi_hops.metrics import NextToken
 from mi_hops.model import capture, forward, hook_name
 from mi_hops.patching import (
     Circuit,
@@ -69,7 +70,7 @@ def path_slope(model, pair, sender, receiver, score, before=(), eps=1e-4):
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_every_edge_is_the_derivative_of_its_path(load_tiny, shape):
     model = load_tiny(shape, "hooked", "float64")
-    found = attribute_edges(model, CLEAN, CORRUPTED, metric="answer_logprob", **OPTIONS)
+    found = attribute_edges(model, CLEAN, CORRUPTED, metric="answer_logprob", **OPTIONS).result
     score = {"answer": ANSWERS[2], "wrong": WRONGS[2], "metric": "answer_logprob"}
     checked = 0
     for u in writers(model, "all")[::3]:
@@ -86,7 +87,7 @@ def test_every_edge_is_the_derivative_of_its_path(load_tiny, shape):
 
 def test_integrated_edges_are_means_along_the_path(load_tiny):
     model = load_tiny("llama", "hooked", "float64")
-    found = attribute_edges(model, *PAIRS[0], steps=3, rule="trapezoid", **ONE)
+    found = attribute_edges(model, *PAIRS[0], steps=3, rule="trapezoid", **ONE).result
     assert found.provenance["method"] == "EAP-IG"
     ends = [source(model, text, "resid_pre", 0) for text in PAIRS[0]]
     for sender, receiver in (("L0H1", "L2H1.k"), ("MLP0", "MLP2"), ("embed", "L1H3.q"),
@@ -106,7 +107,7 @@ def test_both_classes_agree(load_tiny):
         models = [load_tiny(shape, "bridge"), load_tiny(shape, "hooked", "float64")]
         for options in ({}, {"direction": "denoise", "steps": 3}):
             found = [
-                attribute_edges(model, CLEAN, CORRUPTED, **OPTIONS, **options)["change"]
+                attribute_edges(model, CLEAN, CORRUPTED, **OPTIONS, **options).result["change"]
                 for model in models
             ]
             assert np.allclose(*found, atol=3e-4, equal_nan=True), shape
@@ -117,12 +118,58 @@ def test_estimates_rank_like_exact_paths(tiny):
     from scipy.stats import spearmanr
 
     paths = {"senders": "heads", "receivers": ["logits", "v"]}
-    guess = attribute_edges(tiny, CLEAN, CORRUPTED, **paths, **OPTIONS)["change"].mean("example")
+    estimate = attribute_edges(tiny, CLEAN, CORRUPTED, **paths, **OPTIONS)
+    each = estimate.result["change"]
+    guess = each.mean("example")
     exact = path_patch(tiny, CLEAN, CORRUPTED, direction="noise", **paths, **OPTIONS)
     true = exact["change"].mean("example")
     known = np.isfinite(true.values)
     assert np.array_equal(known, np.isfinite(guess.values))
-    assert spearmanr(guess.values[known], true.values[known]).statistic > 0.7
+    correlation = spearmanr(guess.values[known], true.values[known]).statistic
+    assert correlation > 0.7
+    # Verifying all edges is this comparison, and of some, the part of it.
+    found = estimate.verify(top=None)
+    assert found.n_cells == known.sum()
+    assert found.rank_correlation == pytest.approx(correlation, abs=0.02)
+    assert found.largest_error == pytest.approx(
+        float(np.abs(each - exact["change"]).max()), abs=1e-5
+    )
+    assert np.allclose(found.result["exact"], exact["change"], atol=1e-5, equal_nan=True)
+    some = estimate.verify(top=7)
+    for _, row in some.table.iterrows():
+        at = {"sender": row["sender"], "receiver": row["receiver"]}
+        assert float(true.sel(at)) == pytest.approx(row["exact"], abs=1e-5)
+        assert float(guess.sel(at)) == pytest.approx(row["estimated"], abs=1e-6)
+    sizes = np.sort(np.abs(guess.values[known]))[::-1][:7]
+    assert np.allclose(np.abs(some.table["estimated"]), sizes, atol=1e-6)
+    assert int(np.isfinite(some.result["exact"][0]).sum()) == some.n_cells == 7
+    told = some.result.provenance["verification"]
+    assert told["rank_correlation"] == some.rank_correlation
+    assert told["largest_error"] == some.largest_error
+
+
+def test_divergence_from_the_base_itself_has_no_slope(load_tiny):
+    """Its gradient there is 0, whatever the model; averaged over the path it is complete."""
+    model = load_tiny("gpt2", "hooked", "float64")
+    with pytest.raises(ValueError, match="its gradient is 0"):
+        attribute_edges(model, *PAIRS[0], metric="kl")
+    attribute_edges(model, *PAIRS[0], metric="kl", direction="denoise")
+    path = attribute_edges(model, *PAIRS[0], metric="kl", steps=3).verify(top=20)
+    assert path.rank_correlation > 0.5
+
+
+def test_scores_that_are_not_finite_cut_no_edges(tiny):
+    """NaN is never above a threshold: without the check every edge would go."""
+    broken = NextToken("broken", "", True, lambda logits, target: logits[:, 0] * float("nan"))
+    for call in (
+        lambda: acdc(tiny, *PAIRS[0], threshold=0.1, metric=broken, **ONE),
+        lambda: faithfulness(tiny, *PAIRS[0], [Circuit(frozenset())], metric=broken, **ONE),
+    ):
+        with pytest.raises(ValueError, match="'broken' is not finite"):
+            call()
+    rough = lambda x: (x[:, 0] - x[:, 0]).sqrt()  # noqa: E731
+    with pytest.raises(ValueError, match="gradient of metric 'custom' is not finite"):
+        attribute_edges(tiny, *PAIRS[0], metric=rough)
 
 
 def circuits(model):
@@ -194,7 +241,7 @@ def test_pruning(load_tiny):
 
 
 def test_extraction_and_faithfulness_curve(tiny):
-    scores = attribute_edges(tiny, CLEAN, CORRUPTED, **OPTIONS)
+    scores = attribute_edges(tiny, CLEAN, CORRUPTED, **OPTIONS).result
     n = len(all_edges(tiny))
     assert int(np.isfinite(scores["change"][0]).sum()) == n
     whole = extract(tiny, scores, n)
@@ -269,6 +316,10 @@ def test_nothing_stays_behind(tiny):
 def test_refuses(tiny):
     with pytest.raises(ValueError, match="steps is 0"):
         attribute_edges(tiny, *PAIRS[0], steps=0, **ONE)
+    with pytest.raises(ValueError, match="no edge leads"):
+        attribute_edges(tiny, *PAIRS[0], senders="L2H0", receivers="L1H0.q", **ONE)
+    with pytest.raises(ValueError, match="top is 0"):
+        attribute_edges(tiny, *PAIRS[0], senders="L0H0", **ONE).verify(top=0)
     with pytest.raises(ValueError, match="to one metric"):
         attribute_edges(tiny, *PAIRS[0], metric=["rank", "logit_diff"], **ONE)
     with pytest.raises(ValueError, match="not the model's"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mi_hops.fanout import row_bytes
 from mi_hops.model import forward, hook_name
 from mi_hops.patching import patch, path_patch
 from mi_hops.patching.nodes import Node, readers, writers
@@ -13,6 +14,7 @@ from mi_hops.tokens import TokenError, encode
 from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
 
 CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]
+OPTIONS = {"answer": ANSWERS, "wrong": WRONGS}
 ONE = {"answer": ANSWERS[0], "wrong": WRONGS[0]}
 N = 7
 
@@ -56,9 +58,8 @@ def by_hand(model, pair, sender, receiver, score):
 def test_equals_the_weights_applied_by_hand(load_tiny, shape):
     model = load_tiny(shape, "hooked", "float64")
     result = path_patch(
-        model, CLEAN, CORRUPTED, senders=["all", "attns"], receivers="all", answer=ANSWERS,
-        wrong=WRONGS,
-    )  # fmt: skip
+        model, CLEAN, CORRUPTED, senders=["all", "attns"], receivers="all", **OPTIONS
+    )
     sources, targets = writers(model, ["all", "attns"]), readers(model, "all")
     assert result["score"].shape == (3, len(sources), len(targets))
     reached = 0
@@ -148,6 +149,26 @@ def test_positions_and_noising(load_tiny):
     share = (expected - run(model, clean, **ONE)) / gap
     assert float(result["effect"][0, 0, 0]) == pytest.approx(share, abs=1e-9)
     assert node.reaches(reader)
+
+
+def test_no_pass_is_wider_than_allowed(tiny):
+    """The probes of readers' inputs keep to the bounds as the sweeps do."""
+    options = {"senders": "heads", "receivers": ["k", "MLP2", "logits"], **OPTIONS}
+    expected = path_patch(tiny, CLEAN, CORRUPTED, **options)["score"]
+    rows = []
+
+    def count(module, arguments, output):  # rows join within the block
+        rows.append((output if isinstance(output, torch.Tensor) else output[0]).shape[0])
+
+    for limits in ({"max_rows": 3}, {"memory": 3.5 * row_bytes(tiny, N, 1)}):
+        rows.clear()
+        handle = tiny.blocks[1].register_forward_hook(count)
+        try:
+            found = path_patch(tiny, CLEAN, CORRUPTED, **options, **limits)["score"]
+        finally:
+            handle.remove()
+        assert max(rows) == 4  # and the base
+        assert np.allclose(found, expected, atol=1e-5, equal_nan=True)
 
 
 def test_order_of_nodes():

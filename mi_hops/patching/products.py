@@ -1,0 +1,151 @@
+"""Linear estimates of all cells of a block at once: differences of activations times gradients.
+
+The spans of a group of examples make one table of positions. Activations are gathered through it,
+``[row, span, token, ...]``, and what is left of the product is one number a row, span and unit (head
+or neuron), from which the cells take theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mi_hops.fanout import HEAD_AXIS
+from mi_hops.model import hook_name
+from mi_hops.patching.grid import Cell
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where spans lie in each row.
+
+    Attributes:
+        index: positions; a span that is shorter than others repeats its last one.
+        real: False for these repetitions.
+    """
+
+    index: Int[Tensor, "row span token"]
+    real: Bool[Tensor, "row span token"]
+
+    @classmethod
+    def of(cls, spans: Sequence[Sequence[tuple[int, ...]]]) -> Places:
+        """From the positions of each span in each row, ``[row][span]``."""
+        import torch
+
+        width = max(len(span) for row in spans for span in row)
+        index = [[[*span, *[span[-1]] * (width - len(span))] for span in row] for row in spans]
+        real = [[[t < len(span) for t in range(width)] for span in row] for row in spans]
+        return cls(torch.tensor(index), torch.tensor(real))
+
+    def gather(self, activation: Tensor, kind: str) -> Float[Tensor, "row span token *rest"]:
+        """An activation of all rows at the spans; of a pattern, ``[..., head, key]`` of the queries."""
+        import torch
+
+        by_token = activation.transpose(1, 2) if HEAD_AXIS[kind] == 1 else activation
+        rows = torch.arange(len(self.index), device=activation.device)[:, None, None]
+        return by_token[rows, self.index.to(activation.device)]
+
+    def mask(self, width: int) -> Bool[Tensor, "row span pos"]:
+        """True at the positions of each span."""
+        import torch
+
+        found = torch.zeros(*self.index.shape[:2], width, dtype=torch.bool)
+        return found.scatter_(2, self.index, torch.ones_like(self.real))
+
+
+def by_place(cells: Sequence[Cell]) -> dict[tuple[str, int], list[int]]:
+    """The cells (their numbers) that act at each kind and block."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for j, cell in enumerate(cells):
+        for layer in cell.layers:
+            found.setdefault((cell.kind, layer), []).append(j)
+    return found
+
+
+def difference(
+    there: Tensor, here: Tensor, kind: str, source: Places, base: Places
+) -> Float[Tensor, "row span token *rest"]:
+    """Source less base activation at the spans, in float32 or wider; 0 where a span has no token."""
+    import torch
+
+    origin, goal = source.gather(there, kind), base.gather(here, kind)
+    if HEAD_AXIS[kind] == 1:  # keys behind the prompts are seen by no query within them
+        width = min(origin.shape[-1], goal.shape[-1])
+        origin, goal = origin[..., :width], goal[..., :width]
+    wide = torch.promote_types(goal.dtype, torch.float32)
+    moved = origin.to(goal.device, wide) - goal.to(wide)
+    nobody = ~base.real.to(moved.device)
+    return moved.masked_fill_(nobody.view(*nobody.shape, *[1] * (moved.ndim - 3)), 0)
+
+
+def contract(
+    moved: Float[Tensor, "row span token *rest"],
+    gradient: Tensor,
+    kind: str,
+    base: Places,
+    cell: Cell,
+) -> Float[Tensor, "row span *unit"]:
+    """The product with a gradient, summed over all but row, span and what `cell` names one of."""
+    slope = base.gather(gradient, kind)[..., : moved.shape[-1]]
+    product = moved * slope.to(moved)
+    if cell.neuron is not None:
+        return product.sum(2)
+    return product.flatten(2).sum(-1) if cell.head is None else product.sum((2, -1))
+
+
+def add_cells(
+    out: Float[Tensor, "row cell"],
+    table: Float[Tensor, "row span *unit"],
+    cells: Sequence[Cell],
+    members: Sequence[int],
+) -> None:
+    """Add to the members' estimates what the table has for their span and unit."""
+    spans = [cells[j].span for j in members]
+    units = [cells[j].head if cells[j].neuron is None else cells[j].neuron for j in members]
+    found = table[:, spans] if units[0] is None else table[:, spans, units]
+    out[:, list(members)] += found.to(out)
+
+
+def products(
+    cells: Sequence[Cell],
+    source: Places,
+    base: Places,
+    there: Mapping[str, Tensor],
+    here: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+) -> Float[Tensor, "row cell"]:
+    """(source - base) * gradient, summed over what each cell is about, on the CPU.
+
+    Args:
+        there, here, gradients: by hook name, ``[row, ...]``.
+    """
+    import torch
+
+    slope = next(iter(gradients.values()))
+    wide = torch.promote_types(slope.dtype, torch.float32)
+    out = torch.zeros(len(base.index), len(cells), dtype=wide, device=slope.device)
+    for (kind, layer), members in by_place(cells).items():
+        name = hook_name(kind, layer)
+        moved = difference(there[name], here[name], kind, source, base)
+        table = contract(moved, gradients[name], kind, base, cells[members[0]])
+        add_cells(out, table, cells, members)
+    return out.cpu()
+
+
+def require_finite_estimates(change: Tensor) -> None:
+    """Refuse estimates that are not finite.
+
+    Raises:
+        ValueError: saying how many.
+    """
+    bad = int((~change.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {change.numel()} estimates are not finite; do the activations of the prompts, "
+            "or the gradient, overflow in this dtype?"
+        )
