@@ -69,7 +69,7 @@ def permuted_bridges(facts: Sequence[TwoHopFact], rng: np.random.Generator) -> l
 
     The bridges are dealt out anew among the facts, each as often as it occurs. Where that leaves a
     fact with a bridge it may not have, and none can be swapped for it, one is drawn for it from all
-    that it may have.
+    that it may have; where all other bridges lead to its answer, from these.
 
     Raises:
         ValueError: a fact for which no other bridge is left.
@@ -79,11 +79,11 @@ def permuted_bridges(facts: Sequence[TwoHopFact], rng: np.random.Generator) -> l
     for fact in facts:
         answers.setdefault(fact.bridge, set()).add(fact.answer)
 
+    def differs(i: int, bridge: str) -> bool:
+        return bridge not in (facts[i].bridge, facts[i].answer)
+
     def may(i: int, bridge: str) -> bool:
-        return (
-            bridge not in (facts[i].bridge, facts[i].answer)
-            and facts[i].answer not in answers[bridge]
-        )
+        return differs(i, bridge) and facts[i].answer not in answers[bridge]
 
     dealt = [bridges[k] for k in rng.permutation(len(facts))]
     for i in range(len(facts)):
@@ -94,11 +94,11 @@ def permuted_bridges(facts: Sequence[TwoHopFact], rng: np.random.Generator) -> l
                 dealt[i], dealt[j] = dealt[j], dealt[i]
                 break
         else:
-            others = [b for b in bridges if may(i, b)]
+            others = [b for b in bridges if may(i, b)] or [b for b in bridges if differs(i, b)]
             if not others:
                 raise ValueError(
                     f"no other bridge is left for fact {facts[i].id!r}; permuting bridges needs "
-                    "facts with different bridges and answers"
+                    "facts with different ones"
                 )
             dealt[i] = others[int(rng.integers(len(others)))]
     return dealt

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mi_hops.fanout import Intervention, Site
 from mi_hops.injection.cases import Case, make_cases, run_cases

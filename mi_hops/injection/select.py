@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mi_hops.injection.encodings import Encoding
 from mi_hops.injection.memory import Chooser, MemoryInjection, read_place
 from mi_hops.results import Result, difference_ci, proportion_ci, summarise_change
 
@@ -31,7 +32,7 @@ class Cell:
         settings: how the grid injected, from its provenance.
     """
 
-    encoding: str
+    encoding: Encoding
     layer: int | str
     strength: float
     score: float
@@ -217,12 +218,11 @@ def cell_report(
 
 def _rank_and_answer(chosen: Result, memory: str) -> dict[str, float]:
     found = {}
-    summaries = {
-        "rank": ("rank", np.median),
-        "answer_logprob": ("answer_prob", lambda x: np.exp(x).mean()),
-    }
-    for metric, (column, summary) in summaries.items():
-        if metric in chosen.data:
-            found[f"{column}_before"] = float(summary(chosen[f"{metric}_before"].values))
-            found[column] = float(summary(chosen[metric].sel(memory=memory).values))
+    for metric, column in (("rank", "rank"), ("answer_logprob", "answer_prob")):
+        if metric not in chosen.data:
+            continue
+        scores = (chosen[f"{metric}_before"].values, chosen[metric].sel(memory=memory).values)
+        for name, values in zip((f"{column}_before", column), scores, strict=True):
+            typical = np.median(values) if metric == "rank" else np.exp(values).mean()
+            found[name] = float(typical)
     return found
