@@ -293,10 +293,15 @@ GROWTH_COLUMNS = [
     "what grows", "positions", "pairs", "cells", "Gflop", "fewer operations, times", "seconds",
     "of the matrix-product rate",
 ]  # fmt: skip
-LOOPS = [
-    ("resid_pre", 16, 1), ("resid_pre", 32, 1), ("attn_out", 16, 1), ("attn_out", 32, 1),
-    ("mlp_out", 16, 1), ("mlp_out", 32, 1), ("z", 32, 1),
-]  # fmt: skip
+#: Section -> (kind, positions, prompt pairs).
+LOOPS = {
+    "resid_pre": [("resid_pre", 16, 1), ("resid_pre", 32, 1)],
+    "attn_out": [("attn_out", 16, 1), ("attn_out", 32, 1)],
+    "mlp_out": [("mlp_out", 16, 1), ("mlp_out", 32, 1)],
+    "z": [("z", 32, 1)],
+    "many": [("resid_pre", 8, 64)],
+}
+SECTIONS = (*LOOPS, "llama", "libraries", "growth")
 PAGE = "patching-speed"
 
 
@@ -307,10 +312,9 @@ def measure(section: str, pairs: int) -> list[list[Any]]:
             llama_100m(), "LLaMA 100M, grouped-query", [("resid_pre", 16, 1)], pairs
         )
     small = gpt2_small()
-    if section == "loops":
-        return against_loops(small, "GPT-2 small", LOOPS, pairs)
-    if section == "many":
-        return against_loops(small, "GPT-2 small", [("resid_pre", 8, 64)], min(pairs, 3))
+    if section in LOOPS:
+        few = min(pairs, 3) if section == "many" else pairs
+        return against_loops(small, "GPT-2 small", LOOPS[section], few)
     if section == "libraries":
         return against_libraries(small, 16, min(pairs, 3)) if backend_of(small) == "hooked" else []
     return growth(small)
@@ -319,7 +323,7 @@ def measure(section: str, pairs: int) -> list[list[Any]]:
 def page(found: dict[str, list[list[Any]]]) -> str:
     """What has been measured so far."""
     parts = []
-    if loops := [row for name in ("loops", "llama", "many") for row in found.get(name, [])]:
+    if loops := [row for name in (*LOOPS, "llama") for row in found.get(name, [])]:
         parts.append(
             "## Against TransformerLens's loops\n\nOne full forward pass a cell there; `patch` "
             "here, as a user calls it, the clean run's activations and all labels included. "
@@ -345,8 +349,7 @@ def page(found: dict[str, list[list[Any]]]) -> str:
 def main() -> None:
     """Measure, keep what was measured, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    sections = ("loops", "many", "llama", "libraries", "growth")
-    parser.add_argument("--only", nargs="+", choices=sections, default=list(sections))
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--pairs", type=int, default=5)
     asked = parser.parse_args()
     for section in asked.only:

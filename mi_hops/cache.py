@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.model import LensModel, backend_of, device_of
+from mi_hops.model import Hook, LensModel, backend_of, device_of, hook_name
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 
@@ -22,23 +24,34 @@ def new_cache(model: LensModel, rows: int) -> Any:
 
 
 class Recorder:
-    """Remembers keys and values of the first rows of a pass that starts at the first token.
+    """Remembers the first rows of a pass that starts at the first token.
 
     Args:
         n_rows: how many rows; those that join the batch later are not remembered.
 
     Attributes:
-        cache: to be given to that pass.
+        cache, hooks: to be given to that pass.
     """
 
     def __init__(self, model: LensModel, n_rows: int) -> None:
         self._hooked = backend_of(model) == "hooked"
         empty = new_cache(model, n_rows)
         self.cache = _HookedRecorder(empty) if self._hooked else _bridge_recorder(n_rows)
+        self._streams: dict[int, Tensor] = {}
+        self.hooks: list[Hook] = [
+            (hook_name("resid_pre", layer), self._keep(layer, n_rows))
+            for layer in range(model.cfg.n_layers)
+        ]
+
+    def _keep(self, layer: int, n_rows: int) -> Callable[[Tensor], None]:
+        def fn(x: Tensor) -> None:
+            self._streams[layer] = x[:n_rows].clone()
+
+        return fn
 
     def prefix(self) -> Prefix:
         """What was remembered, once the pass has run."""
-        return Prefix(list(self.cache.kept.values()), self._hooked)
+        return Prefix(list(self.cache.kept.values()), self._hooked, self._streams)
 
 
 class _HookedRecorder:
@@ -95,14 +108,21 @@ def _bridge_recorder(n_rows: int) -> Any:
 
 
 class Prefix:
-    """Keys and values of base prompts, to be reused for tokens before a position.
+    """What a pass over base prompts leaves for others: keys and values, and the residual stream.
 
-    Made by `Recorder`; one pair a layer, ``[base, pos, kv_head, d_head]`` for HookedTransformer and
-    ``[base, kv_head, pos, d_head]`` for the Bridge.
+    Made by `Recorder`; keys and values a layer, ``[base, pos, kv_head, d_head]`` for
+    HookedTransformer and ``[base, kv_head, pos, d_head]`` for the Bridge, and ``[base, pos,
+    d_model]`` at the input of each block.
     """
 
-    def __init__(self, entries: list[tuple[Tensor, Tensor]], hooked: bool) -> None:
-        self._entries, self._hooked = entries, hooked
+    def __init__(
+        self, entries: list[tuple[Tensor, Tensor]], hooked: bool, streams: dict[int, Tensor]
+    ) -> None:
+        self._entries, self._hooked, self._streams = entries, hooked, streams
+
+    def stream(self, layer: int, bases: list[int], start: int) -> Float[Tensor, "row pos d_model"]:
+        """The stream that enters a block, from position `start` on, one row for each of `bases`."""
+        return self._streams[layer][bases, start:]
 
     def view(self, bases: list[int], length: int) -> Any:
         """A cache of the first `length` positions for rows that start as `bases`.
@@ -138,11 +158,16 @@ class _HookedView:
 
 class _HookedEntry:
     def __init__(self, view: _HookedView, keys: Tensor, values: Tensor) -> None:
-        self._view, self.past_keys, self.past_values = view, keys, values
+        self._view, self._keys, self._values = view, keys, values
+
+    @property
+    def past_keys(self) -> Tensor:
+        """As many rows as there are now: a forward pass looks at its shape, `append` at values."""
+        return self._keys[:1].expand(len(self._view.rows), -1, -1, -1)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return _joined(self.past_keys, keys, self._view.rows, 1), _joined(
-            self.past_values, values, self._view.rows, 1
+        return _joined(self._keys, keys, self._view.rows, 1), _joined(
+            self._values, values, self._view.rows, 1
         )
 
 

@@ -189,13 +189,13 @@ def fan_out(
         while stack:
             step = stack.pop()
             recorder = None
-            if base is None and any(p.start for p in plan):
+            if base is None and len(plan) > 1:
                 recorder = Recorder(model, n_bases)
             try:
                 bases = _bases(interventions, step) if base is not None else list(range(n_bases))
                 logits, parents = _pass(
                     model, prompts, interventions, step, bases, where, prefix, recorder,
-                    watching if base is None else [],
+                    [*watching, *(recorder.hooks if recorder else [])] if base is None else [],
                 )  # fmt: skip
                 if base is None:
                     base = reduce(logits[:n_bases], list(range(n_bases)))
@@ -412,17 +412,40 @@ def _pass(
 ) -> tuple[Tensor, list[int]]:
     """Logits ``[bases + members, scored, vocab]`` of one pass, and the base of each member.
 
-    The members are sorted by their first layer.
+    The members are sorted by their first layer. Where the first pass has left the bases' stream, and
+    some rows join at block 0, the bases have no rows of their own.
     """
     items = [interventions[i] for i in step.members]
+    parents, known = [item.base for item in items], bases
+    joining: dict[int, list[int]] = {}
+    for item in items:
+        joining.setdefault(_first_layer(model, item), []).append(item.base)
     view = prefix.view(bases, step.start) if prefix is not None and step.start else None
-    hooks = _growth_hooks(model, items, [bases.index(item.base) for item in items], view)
+    rows = list(bases)
+    if prefix is not None and 0 in joining:
+        rows = joining.pop(0)
+        if view is not None:
+            view.rows = [bases.index(base) for base in rows]
+        bases = []
+
+    def grow(layer: int, new: list[int]) -> Callable[[Tensor], Tensor]:
+        def fn(x: Tensor) -> Tensor:
+            import torch
+
+            if view is not None:
+                view.rows += [known.index(base) for base in new]
+            if prefix is None:
+                return torch.cat([x, x[[known.index(base) for base in new]]])
+            return torch.cat([x, prefix.stream(layer, new, step.start)])
+
+        return fn
+
+    hooks = [(hook_name("resid_pre", layer), grow(layer, new)) for layer, new in joining.items()]
     hooks += watching  # before the changes, which may use what is shown
     hooks += _change_hooks(model, items, len(bases), step.start)
-    parents = [item.base for item in items]
     where = [[p - step.start for p in scored[b]] for b in (*bases, *parents)]
     hooks.append(_cut(model, items, [name for name, _ in watching], where))
-    tokens = prompts.tokens[bases, step.start :]
+    tokens = prompts.tokens[rows, step.start :]
     cache = view if recorder is None else recorder.cache
     return forward(model, tokens, hooks=hooks, cache=cache, grows=bool(items)), parents
 
@@ -460,26 +483,6 @@ def _cut(
         return x[torch.arange(len(where), device=x.device)[:, None], index]
 
     return name, keep_scored
-
-
-def _growth_hooks(
-    model: LensModel, items: Sequence[Intervention], parents: list[int], view: Any
-) -> list[Hook]:
-    joining: dict[int, list[int]] = {}
-    for item, parent in zip(items, parents, strict=True):
-        joining.setdefault(_first_layer(model, item), []).append(parent)
-
-    def grow(new: list[int]) -> Callable[[Tensor], Tensor]:
-        def fn(x: Tensor) -> Tensor:
-            import torch
-
-            if view is not None:
-                view.rows += new
-            return torch.cat([x, x[new]])
-
-        return fn
-
-    return [(hook_name("resid_pre", layer), grow(new)) for layer, new in sorted(joining.items())]
 
 
 def _change_hooks(
