@@ -57,7 +57,7 @@ class Moments:
         n: tokens counted.
         fingerprint, processing: of the model's weights.
         shrinkage: ``"ledoit-wolf"``, or a share from 0 to 1 of the scaled identity mixed in.
-        source: what was counted: positions, digest of the text.
+        source: what was counted: positions, tokens a pass, dtype, and the text by its name or digest.
     """
 
     matrix: str
@@ -217,8 +217,8 @@ def second_moments(
         max_tokens: tokens in one forward pass.
         cache: a folder. Moments of the same weights, text and settings are read from it, and new
             ones written there, under a name that is made of those.
-        name: stands for the text in the cache's key; needed where the corpus can be read only
-            once. Otherwise the text itself is digested.
+        name: stands for the text in the cache's key and in `Moments.source`; needed with `cache`
+            where the corpus can be read only once. Otherwise the text itself is digested.
 
     Raises:
         ValueError: layers or a matrix the model has not got, an empty corpus, a corpus that can be
@@ -231,11 +231,20 @@ def second_moments(
     hooks = [input_hook(matrix, layer) for layer in wanted]
     if positions not in ("all", "last"):
         raise ValueError(f"positions is {positions!r}; expected 'all' or 'last'")
-    source: dict[str, Any] = {"positions": positions, "max_tokens": max_tokens}
+    digest = _Digest()
+    if name is None and not isinstance(corpus, str | os.PathLike) and iter(corpus) is corpus:
+        if cache is not None:
+            raise ValueError(
+                "the corpus is a generator and can be read only once; pass a list, or a name= under "
+                "which its moments are to be cached"
+            )
+        corpus, text = digest.passing(corpus), None  # told when it has been read
+    else:
+        text = digest.of(corpus) if name is None else name
+    source: dict[str, Any] = {"positions": positions, "max_tokens": max_tokens, "text": text}
     path = None
     print_of_weights = fingerprint(model)
     if cache is not None:
-        source["text"] = name if name is not None else _digest(corpus)
         key = json.dumps([print_of_weights, processing_of(model), matrix, wanted, source])
         path = Path(cache) / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
         if path.is_file():
@@ -249,6 +258,7 @@ def second_moments(
             (hook, sums[layer].adder(mask)) for hook, layer in zip(hooks, wanted, strict=True)
         ]
         run_blocks(model, batch.tokens, wanted[-1], found)
+    source["text"] = text or digest.hex
     moments = Moments(
         matrix=matrix,
         second={layer: s.second.cpu() / n for layer, s in sums.items()},
@@ -315,20 +325,31 @@ def _bar(batches: Iterator[Batch], progress: bool) -> Iterable[Batch]:
     return tqdm(batches, disable=not progress, desc="second moments", unit="batch")
 
 
-def _digest(corpus: Corpus) -> str:
-    """A digest of a text that can be read more than once."""
-    digest = hashlib.sha256()
-    if isinstance(corpus, str | os.PathLike):
-        with open(corpus, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
-    if iter(corpus) is corpus:
-        raise ValueError(
-            "the corpus is a generator and can be read only once; pass a list, or a name= under "
-            "which its moments are to be cached"
-        )
-    for item in corpus:
-        text = json.dumps(item.to_dict()) if isinstance(item, TwoHopFact) else str(item)
-        digest.update(text.encode() + b"\0")
-    return digest.hexdigest()
+class _Digest:
+    """Names a text by what it says, before it is read or while it is."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    @property
+    def hex(self) -> str:
+        """Of all that has gone through."""
+        return self._hash.hexdigest()
+
+    def of(self, corpus: Corpus) -> str:
+        """Of a text that can be read more than once."""
+        if isinstance(corpus, str | os.PathLike):
+            with open(corpus, "rb") as file:
+                while block := file.read(1 << 20):
+                    self._hash.update(block)
+        else:
+            for _ in self.passing(corpus):
+                pass
+        return self.hex
+
+    def passing(self, corpus: Iterable[str | TwoHopFact]) -> Iterator[str | TwoHopFact]:
+        """The items, digested as they pass."""
+        for item in corpus:
+            text = json.dumps(item.to_dict()) if isinstance(item, TwoHopFact) else str(item)
+            self._hash.update(text.encode() + b"\0")
+            yield item

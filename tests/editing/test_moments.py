@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,19 @@ def test_save_and_load(tiny, tmp_path):
         Moments.load(tmp_path / "junk")
     with pytest.raises(FileNotFoundError):
         Moments.load(tmp_path / "nothing")
+
+
+def test_the_text_is_always_named(tiny, tmp_path):
+    def named(corpus, **options):
+        return second_moments(tiny, corpus, layers=[0], **options).source["text"]
+
+    digest = named(TEXTS)
+    assert digest == named(iter(TEXTS)) == named(TEXTS, cache=tmp_path) != named(TEXTS[1:])
+    assert digest == named(TEXTS, cache=tmp_path)  # read back
+    assert named(iter(TEXTS), name="numbers") == "numbers"
+    file = tmp_path / "text.txt"
+    file.write_text("w1 w2")
+    assert named(file) == hashlib.sha256(b"w1 w2").hexdigest()
 
 
 def test_cache(tiny, tmp_path, monkeypatch):
