@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ class Evaluation:
             and ``kl``: KL(before || after) of the next token in nats, on specificity and neutral
             sets.
         case_ids: the cases that were asked for.
+        case_ids_of: repair -> its cases, for a repair that was asked for some of them only.
         skipped: (set and case, reason) where a set has no query for a case.
         provenance: model, settings, versions.
     """
@@ -56,6 +57,10 @@ class Evaluation:
     case_ids: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
+    case_ids_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def _n_cases(self, repair: str) -> int:
+        return len(self.case_ids_of.get(repair, self.case_ids))
 
     def table(
         self, *, level: float = 0.95, n_resamples: int = 2000, seed: int | None = None
@@ -86,7 +91,7 @@ class Evaluation:
         rows = {}
         for repair, name in groups:
             mine = self.frame[(self.frame["repair"] == repair) & (self.frame["set"] == name)]
-            used, asked = mine["case"].nunique(), len(self.case_ids)
+            used, asked = mine["case"].nunique(), self._n_cases(repair)
             for statistic, n in (("cases_used", used), ("cases_skipped", asked - used)):
                 row = (float(n), np.nan, np.nan, len(mine), used, "cases")
                 rows[repair, name, statistic] = row
@@ -154,8 +159,9 @@ class Evaluation:
 
     def describe(self) -> str:
         """What was scored on how much: one line a set, skipped cases and why."""
-        first = self.frame[self.frame["repair"] == self.frame["repair"].iloc[0]]
-        repairs = ", ".join(dict.fromkeys(self.frame["repair"]))
+        names = list(dict.fromkeys(self.frame["repair"]))
+        first = self.frame[self.frame["repair"] == max(names, key=self._n_cases)]
+        repairs = ", ".join(names)
         lines = [f"{len(self.case_ids)} cases, {len(first)} queries; repairs: {repairs}"]
         for name in self._sets():
             part = first[first["set"] == name]
@@ -166,6 +172,8 @@ class Evaluation:
                 f"{name}: n used {n} cases ({len(part)} queries), n skipped {len(self.case_ids) - n}"
                 + (f" ({reasons})" if reasons else "")
             )
+        for repair in self.case_ids_of:
+            lines.append(f"{repair}: asked for {self._n_cases(repair)} of the cases only")
         for repair, part in self.frame.groupby("repair", sort=False):
             without = part.loc[~part["repaired"].astype(bool), "case"].nunique()
             if without:
@@ -174,14 +182,17 @@ class Evaluation:
 
     def to_result(self) -> Result:
         """The table as a `Result` with one dimension ``row``."""
+        cases: dict[str, Any] = {"cases": list(self.case_ids)}
+        if self.case_ids_of:
+            cases["cases_of"] = {name: list(ids) for name, ids in self.case_ids_of.items()}
         columns = {
             str(name): ("row", self.frame[name].to_numpy(_dtype(self.frame[name])))
             for name in self.frame.columns
         }
         return Result(
-            columns, provenance={**self.provenance, "cases": list(self.case_ids)},
-            title="evaluation of repairs", main="paper_prob_after", used=len(self.case_ids),
-            skipped=self.skipped, allow_nonfinite=True,
+            columns, provenance=self.provenance | cases, title="evaluation of repairs",
+            main="paper_prob_after", used=len(self.case_ids), skipped=self.skipped,
+            allow_nonfinite=True,
         )  # fmt: skip
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -204,7 +215,9 @@ class Evaluation:
         data = {str(name): array.values for name, array in result.data.data_vars.items()}
         frame = pd.DataFrame({k: _series(v) for k, v in data.items()})
         source = dict(result.provenance)
-        return cls(frame, tuple(source.pop("cases")), tuple(result.skipped), source)
+        case_ids = tuple(source.pop("cases"))
+        case_ids_of = {name: tuple(ids) for name, ids in source.pop("cases_of", {}).items()}
+        return cls(frame, case_ids, tuple(result.skipped), source, case_ids_of)
 
     def _scores(self, part: pd.DataFrame) -> Scores:
         def column(name: str) -> np.ndarray:

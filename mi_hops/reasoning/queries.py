@@ -13,7 +13,7 @@ the repair of its case is on, and belongs to one of these sets (after CREME, arX
 ``first_hop``                  the case's first hop by itself (answer: the bridge), worded otherwise
                                than in the form the repair was fitted to
 ``second_hop``                 its second hop by itself, likewise
-``neutral``                    statements of single facts that no case is made of
+``neutral``                    statements of single facts that no case is made of, or given texts
 =============================  ===================================================================
 """
 
@@ -142,6 +142,16 @@ class QuerySets:
             tuple(q for q in self.queries if q.set in sets),
             self.cases,
             tuple(s for s in self.skipped if s[0] in sets),
+            self.settings,
+        )
+
+    def of_cases(self, *cases: str) -> QuerySets:
+        """The queries of some cases only; others than there are, are passed over."""
+        wanted = frozenset(cases)
+        return QuerySets(
+            tuple(q for q in self.queries if q.case in wanted),
+            tuple(case for case in self.cases if case in wanted),
+            tuple(s for s in self.skipped if s[1] in wanted),
             self.settings,
         )
 

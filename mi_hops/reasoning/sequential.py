@@ -29,8 +29,8 @@ def evaluate_sequential(
 ) -> Evaluation:
     """Score the model with the first n edits all in force, on the queries of their n facts.
 
-    Each size is a repair of its own in the result (``"1 edit"``, ``"10 edits"``, ...). Its
-    correction tells how many of the first n edits survive the later ones, its specificity what all
+    Each size is a repair of its own in the result (``"1 edit"``, ``"10 edits"``, ...), asked for its
+    own cases (`Evaluation.case_ids_of`). Its correction tells how many of the first n edits survive the later ones, its specificity what all
     of them together cost. The evaluation's ``frame`` has a column ``edit`` besides: the place of
     the query's case among the edits, from 1, so that old and new ones can be told apart.
 
@@ -51,23 +51,30 @@ def evaluate_sequential(
         raise ValueError(f"expected one edit a fact; got {len(edits)} for {len(facts)} facts")
     if wrong := [n for n in sizes if n < 1]:
         raise ValueError(f"sizes {wrong}; expected numbers of edits from 1")
-    asked = list(queries)
+    if not isinstance(queries, QuerySets):
+        queries = list(queries)
     place = {fact.id: i for i, fact in enumerate(facts, start=1)}
-    parts: list[Evaluation] = []
+    ids = tuple(place)
+    parts: dict[str, Evaluation] = {}
     for n in sorted({*(n for n in sizes if n < len(edits)), len(edits)}):
         together = stack(edits[:n], check=False)
-        mine = [q for q in asked if place.get(q.case, n + 1) <= n]
+        mine: QuerySets | list[Query]
+        if isinstance(queries, QuerySets):
+            mine = queries.of_cases(*ids[:n])
+        else:
+            mine = [q for q in queries if place.get(q.case, n + 1) <= n]
         label = "1 edit" if n == 1 else f"{n} edits"
-        if mine:
+        if len(mine):
             repair = EditRepair(together, name=label)
-            parts.append(evaluate(model, [repair], mine, facts[:n], **options))
+            parts[label] = evaluate(model, [repair], mine, facts[:n], **options)
     if not parts:
-        raise ValueError(f"none of the {len(asked)} queries belongs to one of the facts")
-    frame = pd.concat([part.frame for part in parts], ignore_index=True)
+        raise ValueError(f"none of the {len(queries)} queries belongs to one of the facts")
+    frame = pd.concat([part.frame for part in parts.values()], ignore_index=True)
     frame["edit"] = frame["case"].map(place)
-    last = parts[-1]
-    source = {
-        **last.provenance,
-        "repairs": [name for p in parts for name in p.provenance["repairs"]],
-    }
-    return replace(last, frame=frame, provenance=source)
+    *smaller, last = parts
+    return replace(
+        parts[last],
+        frame=frame,
+        provenance={**parts[last].provenance, "repairs": list(parts)},
+        case_ids_of={label: parts[label].case_ids for label in smaller},
+    )

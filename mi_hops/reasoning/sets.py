@@ -35,6 +35,7 @@ def build_sets(
     form: str | None = None,
     per_case: int = 5,
     wrong: Mapping[str, str] | None = None,
+    texts: Sequence[str] = (),
     seed: int = 0,
 ) -> QuerySets:
     """All sets for the failed facts.
@@ -56,10 +57,14 @@ def build_sets(
             first.
         per_case: at most so many queries a case in each set that is drawn.
         wrong: case id -> what the unedited model said instead of the answer.
+        texts: neutral texts (sentences, say) for the neutral set, in place of statements from the
+            pool; those that name a case's subject, bridge or answer are not drawn for it. A text's
+            last word stands as the answer, so that its perplexity is taken over all its tokens.
         seed: of the draws.
 
     Raises:
-        ValueError: no cases, a case id used twice, ``per_case`` below 1, or a case without `form`.
+        ValueError: no cases, a case id used twice, ``per_case`` below 1, a case without `form`, or a
+            text of fewer than two words.
     """
     ids = [fact.id for fact in failed]
     if not ids or len(set(ids)) < len(ids):
@@ -69,7 +74,9 @@ def build_sets(
         )
     if per_case < 1:
         raise ValueError(f"per_case is {per_case}; expected at least 1")
-    makers = _Makers(failed, pool, answered_ids, known_ids, form, per_case, wrong or {}, seed)
+    makers = _Makers(
+        failed, pool, answered_ids, known_ids, form, per_case, wrong or {}, texts, seed
+    )
     queries: list[Query] = []
     skipped: list[tuple[str, str, str]] = []
     for case in failed:
@@ -79,7 +86,7 @@ def build_sets(
                 skipped.append((name, case.id, found))
             else:
                 queries += found
-    settings = {"form": form, "per_case": per_case, "seed": seed}
+    settings = {"form": form, "per_case": per_case, "texts": len(texts), "seed": seed}
     return QuerySets(tuple(queries), tuple(ids), tuple(skipped), settings)
 
 
@@ -105,6 +112,7 @@ class _Makers:
         form: str | None,
         per_case: int,
         wrong: Mapping[str, str],
+        texts: Sequence[str],
         seed: int,
     ) -> None:
         self.form, self.per_case, self.wrong, self.seed = form, per_case, wrong, seed
@@ -119,6 +127,7 @@ class _Makers:
         self.by_bridge: dict[str, list[TwoHopFact]] = {}
         for fact in pool:
             self.by_bridge.setdefault(normalise(fact.bridge), []).append(fact)
+        self.texts = [_split_text(text, i) for i, text in enumerate(texts)]
         # Single facts that some case is made of are not neutral, whichever repair is on.
         self.touched = {hop for case in failed for hop in _hops(case)}
 
@@ -233,6 +242,14 @@ class _Makers:
     def _neutral(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
         found: dict[str, _Draft] = {}
         mine = _names(case)
+        if self.texts:
+            for draft in _shuffled(self.texts, rng):
+                if len(found) == self.per_case:
+                    break
+                said = normalise(f"{draft.prompt} {draft.answer}")
+                if not any(name in said for name in mine):
+                    found.setdefault(draft.prompt, draft)
+            return list(found.values()) or "every text names it"
         for fact in _shuffled(self.pool, rng):
             if len(found) == self.per_case:
                 break
@@ -276,6 +293,14 @@ class _Makers:
             return None
         phrase = capitalise(case.first_hop) if text[start].isupper() else case.first_hop
         return text[:start] + phrase + text[end:]
+
+
+def _split_text(text: str, i: int) -> _Draft:
+    """A text as a prompt and its last word."""
+    prompt, *last = text.strip().rsplit(maxsplit=1)
+    if not last:
+        raise ValueError(f"text {i} is {text!r}; a neutral text needs two words or more")
+    return _Draft(prompt, last[0], (), f"text {i}")
 
 
 def _hops(fact: TwoHopFact) -> tuple[tuple[str, str], tuple[str, str]]:

@@ -7,7 +7,7 @@ import pytest
 from mi_hops.editing import creme_sequential, stack
 from mi_hops.reasoning.evaluate import Evaluation, evaluate
 from mi_hops.reasoning.sequential import evaluate_sequential
-from mi_hops.reasoning.sets import Query
+from mi_hops.reasoning.sets import Query, QuerySets
 from mi_hops.repair import NoRepair
 from tests.reasoning.tiny_facts import tiny_facts
 
@@ -46,6 +46,27 @@ def test_it_is_saved_and_loaded_as_any_evaluation(tiny, piled, tmp_path):
     found = evaluate_sequential(tiny, edits, queries, facts, sizes=(2,), generate=False)
     again = Evaluation.load(found.save(tmp_path / "piled.nc"))
     assert again.frame["edit"].tolist() == found.frame["edit"].tolist()
+    assert again.case_ids_of == found.case_ids_of == {"2 edits": ("0", "1")}
+    assert again.describe() == found.describe()
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_each_size_has_its_own_cases_and_the_sets_keep_their_reasons(tiny, piled, as_list):
+    facts, edits, queries = piled
+    ids = tuple(f.id for f in facts)
+    left_out = queries[1:]  # the first case has no query
+    skipped = (("correction", ids[0], "for a reason"),)
+    sets = left_out if as_list else QuerySets(tuple(left_out), ids, skipped, {"seed": 3})
+    found = evaluate_sequential(tiny, edits, sets, facts, sizes=(1, 2), generate=False)
+    table = found.table()["value"]
+    for label, used, without in (("2 edits", 1, 1), ("4 edits", 3, 1)):
+        assert table[label, "correction", "cases_used"] == used
+        assert table[label, "correction", "cases_skipped"] == without
+    why = "no query" if as_list else "for a reason"
+    assert found.skipped == ((f"correction: {ids[0]}", why),)
+    assert found.provenance.get("sets") == (None if as_list else {"seed": 3})
+    assert f"n used 3 cases (3 queries), n skipped 1 (1 {why})" in found.describe()
+    assert "2 edits: asked for 2 of the cases only" in found.describe()
 
 
 def test_refusals(tiny, piled):

@@ -114,6 +114,25 @@ def test_neutral_statements_are_true_and_part_of_no_case(world, built):
         assert (single.subject, single.relation.name) not in hops
 
 
+def test_texts_of_ones_own_stand_for_the_statements(built):
+    failed, pool, answered, _ = built
+    case = failed[0]
+    texts = [f"We met {case.subject} there.", *(f"The {n} rivers ran  dry." for n in range(9))]
+    options = {"answered_ids": answered, "known_ids": (), "form": "suffix", "per_case": 4}
+    sets = build_sets(failed, pool, texts=texts, **options)
+    neutral = sets.of("neutral").of_cases(case.id)
+    assert len(neutral) == 4 and sets.settings["texts"] == 10
+    assert {q.answer for q in neutral} == {"dry."}
+    assert {q.prompt for q in neutral} <= {f"The {n} rivers ran" for n in range(9)}
+    assert (
+        neutral.queries == build_sets(failed[:1], [], texts=texts, **options).of("neutral").queries
+    )
+    only = build_sets(failed[:1], pool, texts=texts[:1], **options)
+    assert ("neutral", case.id, "every text names it") in only.skipped
+    with pytest.raises(ValueError, match="text 0 is 'dry'"):
+        build_sets(failed, pool, texts=["dry"], **options)
+
+
 def test_nothing_repeats_the_correction_prompt(built):
     *_, sets = built
     own = {q.case: q.prompt for q in sets.of("correction")}
