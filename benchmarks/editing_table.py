@@ -51,7 +51,7 @@ RULE = (
     "many as are edited); of equals, the fewest layers. The single facts of the world are dealt into "
     "three parts, and each question is made of facts of one part: what is reported (every set of "
     "queries), what settings are chosen on, and what C is counted on or a repair is trained on share no "
-    "fact. The single hops, which CREME is held to keep in the form it edits, are scored in the other two."
+    "fact. GRACE keeps one codebook for all questions. The single hops, which CREME is held to keep in the form it edits, are scored in the other two."
 )
 
 

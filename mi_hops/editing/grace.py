@@ -3,11 +3,15 @@
 At one layer the codebook holds entries (key, value, radius, answer). A prompt whose state at the
 layer's input (last token of the prompt) lies within the radius of the nearest key has the layer's
 output there replaced by that entry's value; all others pass. Values are searched for by gradient.
-The paper's rule for a new fact with state h and answer y, d the distance to the nearest key i::
+The rule for a prompt that is answered wrongly, codebook included, with state h, right answer y and d
+the distance to the nearest key i::
 
     no entry, or d > radius_i + radius:  add (h, value, radius, y)
     the same answer:                     radius_i <- max(radius_i, d)
     another answer:                      radius_i <- d/2, and add (h, value, d/2, y)
+
+A prompt that is answered rightly already is not learned. (The paper's text lets the same answer add the
+radius; its code takes the distance.)
 """
 
 from __future__ import annotations
@@ -19,7 +23,15 @@ from typing import TYPE_CHECKING, Any
 from mi_hops.editing.checks import check_ground
 from mi_hops.editing.passes import run_blocks
 from mi_hops.editing.request import Request, requests_of
-from mi_hops.editing.teaching import answer_loss, chunks, frozen, lesson, minimise, require_targets
+from mi_hops.editing.teaching import (
+    answer_loss,
+    answered_rightly,
+    chunks,
+    frozen,
+    lesson,
+    minimise,
+    require_targets,
+)
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, LensModel, dtype_of, hook_name, require_hooks, require_layers
 from mi_hops.repair import Rows
@@ -34,32 +46,31 @@ class Codebook:
     """Entries of one layer; grows by `learn`.
 
     Attributes:
-        radius: of a new entry, in units of the residual stream.
-        keys: ``[entry, d_model]``; values: the same shape; radii: ``[entry]``; answers: one each.
+        keys: ``[entry, d_model]``; values: the same shape; radii: ``[entry]``, in units of the
+            residual stream; answers: one each.
     """
 
     layer: int
-    radius: float
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     radii: list[float] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
 
-    def learn(self, state: Tensor, value: Tensor, answer: str) -> str:
+    def learn(self, state: Tensor, value: Tensor, answer: str, radius: float) -> str:
         """Take in a fact by the rule above; says what was done: ``add``, ``expand``, ``split``.
 
         An entry that is expanded keeps its own value.
         """
         if self.keys:
             distance, i = self.nearest(state)
-            if distance <= self.radii[i] + self.radius:
+            if distance <= self.radii[i] + radius:
                 if self.answers[i] == answer:
                     self.radii[i] = max(self.radii[i], distance)
                     return "expand"
                 self.radii[i] = distance / 2
                 self._add(state, value, distance / 2, answer)
                 return "split"
-        self._add(state, value, self.radius, answer)
+        self._add(state, value, radius, answer)
         return "add"
 
     def _add(self, state: Tensor, value: Tensor, radius: float, answer: str) -> None:
@@ -82,7 +93,8 @@ class Codebook:
         if not self.keys:
             return None
         distance, i = self.nearest(state)
-        return self.values[i] if distance < self.radii[i] or distance == 0 else None
+        # Up to and with the radius: an entry that was expanded is to reach what expanded it.
+        return self.values[i] if distance <= self.radii[i] else None
 
     @property
     def n_bytes(self) -> int:
@@ -96,9 +108,10 @@ class GraceRepair:
 
     Args:
         layer: block whose output is replaced.
-        radius: of new entries. None takes half the median distance of the facts' states to their
-            nearest neighbour among the states fitted (one fact alone: half its state's norm).
-        shared: one codebook that learns all facts in order; else one a fact, on its own rows.
+        radius: of a new entry, as a share of the norm of its state, so that it depends on no other
+            fact.
+        shared: one codebook that learns all facts in order (the method); else one a fact, on its own
+            rows, where nothing is ever expanded or split.
         form: of the prompts taught; default the first a fact has of both hops.
         steps, lr: of Adam, from the layer's own output as a start.
         batch_size: facts searched for at a time.
@@ -112,15 +125,15 @@ class GraceRepair:
         self,
         *,
         layer: int,
-        radius: float | None = None,
-        shared: bool = False,
+        radius: float = 0.2,
+        shared: bool = True,
         form: str | None = None,
-        steps: int = 60,
+        steps: int = 100,
         lr: float = 0.5,
         batch_size: int = 128,
         name: str = "GRACE",
     ) -> None:
-        if steps < 1 or lr <= 0 or (radius is not None and radius <= 0):
+        if steps < 1 or lr <= 0 or radius <= 0:
             raise ValueError(f"radius {radius}, steps {steps}, lr {lr}; expected all above 0")
         self.layer, self.radius, self.shared, self.form = layer, radius, shared, form
         self.steps, self.lr, self.batch_size, self._name = steps, lr, batch_size, name
@@ -131,7 +144,7 @@ class GraceRepair:
         return self._name
 
     def fit(self, model: LensModel, facts: Sequence[TwoHopFact | Request]) -> list[Codebook]:
-        """One codebook a fact (the same one for all where shared)."""
+        """One codebook a fact (the same one for all where shared); facts known already add nothing."""
         requests = requests_of(facts, self.form)
         require_targets(requests)
         require_layers(model, [self.layer])
@@ -139,20 +152,33 @@ class GraceRepair:
             model, [hook_name("resid_pre", self.layer), hook_name("resid_post", self.layer)]
         )
         check_ground(model, None, [self.layer], processed=True)
-        states, values = self._search(model, requests)
-        radius = self.radius or _radius(states)
-        books = [Codebook(self.layer, radius) for _ in (requests[:1] if self.shared else requests)]
-        for i, request in enumerate(requests):
-            book = books[0 if self.shared else i]
-            book.learn(states[i], values[i], request.target)
-        return books * len(requests) if self.shared else books
+        states, values, known = self._search(model, requests)
+        one = Codebook(self.layer)
+        books = [one if self.shared else Codebook(self.layer) for _ in requests]
+        for book, request, state, value, right in zip(
+            books, requests, states, values, known, strict=True
+        ):
+            if book.lookup(state) is not None:  # what is said now is an entry's doing
+                taught = lesson(model, [request.composite], [request.target])
+                rows = Rows(taught.prompts, taught.tokens.shape[1])
+                right = answered_rightly(model, taught, self.hooks(model, [book], rows))[0]
+            if not right:
+                book.learn(state, value, request.target, self.radius * float(state.norm()))
+        return books
 
-    def _search(self, model: LensModel, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
-        """States ``[fact, d_model]`` at the layer's input, and values that make prompts right."""
+    def _search(
+        self, model: LensModel, requests: Sequence[Request]
+    ) -> tuple[Tensor, Tensor, list[bool]]:
+        """What the codebook may need of each fact.
+
+        Returns:
+            States ``[fact, d_model]`` at the layer's input, values ``[fact, d_model]`` that make the
+            prompt right, and whether the model answers it rightly without.
+        """
         import torch
 
         wide = torch.promote_types(dtype_of(model), torch.float32)
-        states, values = [], []
+        states, values, known = [], [], list[bool]()
         for part in chunks(len(requests), self.batch_size):
             asked = [requests[i] for i in part]
             prompts = [encode(model, r.composite) for r in asked]
@@ -160,6 +186,7 @@ class GraceRepair:
             entering, leaving = _ends(model, prompts, self.layer)
             value = leaving.to(wide).requires_grad_(True)
             taught = lesson(model, [r.composite for r in asked], [r.target for r in asked])
+            known += answered_rightly(model, taught)
             hook = (hook_name("resid_post", self.layer), _put(last, value))
             with frozen(model):
                 minimise(
@@ -170,7 +197,7 @@ class GraceRepair:
                 )
             states.append(entering.to(wide))
             values.append(value.detach())
-        return torch.cat(states), torch.cat(values)
+        return torch.cat(states), torch.cat(values), known
 
     def hooks(self, model: LensModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
         """Each row's prompt looked up in its own codebook, at the prompt's last token."""
@@ -231,13 +258,3 @@ def _put(last: Tensor, value: Tensor) -> Any:
         return out
 
     return fn
-
-
-def _radius(states: Tensor) -> float:
-    import torch
-
-    if len(states) < 2:
-        return float(states.norm()) / 2
-    distances = torch.cdist(states, states)
-    distances.fill_diagonal_(float("inf"))
-    return float(distances.min(dim=1).values.median()) / 2

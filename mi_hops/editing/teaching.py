@@ -72,6 +72,15 @@ def answer_loss(model: LensModel, taught: Lesson, hooks: Sequence[Hook]) -> Floa
     return -(picked * taught.weights.to(logp)).sum(1)
 
 
+def answered_rightly(model: LensModel, taught: Lesson, hooks: Sequence[Hook] = ()) -> list[bool]:
+    """Whether greedy decoding begins with the whole answer, each row."""
+    import torch
+
+    with torch.no_grad():
+        logits = logits_at(model, taught.tokens, taught.scored, hooks=hooks)
+    return (logits.argmax(-1).cpu() == taught.answers).all(1).tolist()
+
+
 def last_logp(
     model: LensModel, prompts: Sequence[Prompt], hooks: Sequence[Hook] = ()
 ) -> Float[Tensor, "row vocab"]:

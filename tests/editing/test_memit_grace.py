@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from mi_hops.editing import Request, second_moments
+from mi_hops.editing.change import read_matrix, write_matrix
 from mi_hops.editing.grace import Codebook, GraceRepair
 from mi_hops.editing.memit import MemitRepair, memit
 from mi_hops.editing.rome import ValueSearch, search_values
 from mi_hops.editing.teaching import answer_loss, lesson
+from mi_hops.generate import generate
 from mi_hops.model import forward, hook_name
 from mi_hops.repair import Repair, Rows
 from mi_hops.tokens import encode, pad
 from tests.editing.conftest import assert_same_bits, weights
+from tests.editing.test_creme import last_mean
 from tests.editing.test_rome import QUICK, at_subject
 
 BARE = {**QUICK, "templates": ("{}",)}
@@ -36,6 +39,31 @@ def test_the_last_layer_makes_up_what_is_missing(load_tiny, facts, shape):
         for f, old, value in zip(two, before, values, strict=True):
             new = at_subject(model, f.prompt(), f.first_hop, "resid_post", 1)
             torch.testing.assert_close(new - old, value, atol=1e-6, rtol=1e-5)
+
+
+def test_with_a_ridge_each_layer_solves_memits_normal_equations(load_tiny, facts):
+    """Layer by layer in the weights: (λC + K^T K)^-1 K^T R, R the layer's share of what is missing."""
+    model = load_tiny("gpt2", "bridge", "float64", fresh=True)
+    layers, ridge, three = [0, 1], 0.2, facts[:3]
+    c = second_moments(model, facts, layers=layers, matrix="W_out", shrinkage=0.2)
+    options = {**BARE, "position": "last"}
+    requests = [Request.from_fact(f) for f in three]
+    end = hook_name("resid_post", 1)
+    values = search_values(model, requests, 1, ValueSearch(**options), hook=end).values
+
+    def at_last(kind, layer):
+        return torch.stack([last_mean(model, [r.composite], kind, layer) for r in requests])
+
+    wanted = at_last("resid_post", 1) + values
+    edit = memit(model, three, layers=layers, covariance=c, ridge=ridge, **options)
+    for step, layer in enumerate(layers):
+        keys = at_last("mlp_post", layer)
+        share = (wanted - at_last("resid_post", 1)) / (len(layers) - step)
+        metric = c.shrunk(layer)
+        weight = ridge * (keys @ torch.linalg.inv(metric) @ keys.T).diagonal().mean()
+        want = torch.linalg.solve(weight * metric + keys.T @ keys, keys.T @ share)
+        torch.testing.assert_close(edit.changes[step].delta(), want, atol=1e-7, rtol=1e-6)
+        write_matrix(model, "W_out", layer, read_matrix(model, "W_out", layer) + want)
 
 
 def test_memit_repair(tiny, facts):
@@ -64,15 +92,16 @@ def vector(*x):
 
 
 def test_the_codebooks_rule():
-    book = Codebook(layer=0, radius=1.0)
+    book = Codebook(layer=0)
     assert book.lookup(vector(0, 0)) is None
-    assert book.learn(vector(0, 0), vector(1, 1), "a") == "add"
-    assert book.learn(vector(5, 0), vector(2, 2), "b") == "add"
-    assert book.learn(vector(0, 1.5), vector(3, 3), "a") == "expand"
+    assert book.learn(vector(0, 0), vector(1, 1), "a", 1.0) == "add"
+    assert book.learn(vector(5, 0), vector(2, 2), "b", 1.0) == "add"
+    assert book.learn(vector(0, 1.5), vector(3, 3), "a", 1.0) == "expand"
     assert book.radii == [1.5, 1.0] and len(book.keys) == 2
-    assert book.learn(vector(0, 0.5), vector(9, 9), "a") == "expand"
+    assert torch.equal(book.lookup(vector(0, 1.5)), vector(1, 1))
+    assert book.learn(vector(0, 0.5), vector(9, 9), "a", 1.0) == "expand"
     assert book.radii[0] == 1.5  # it never shrinks by expanding
-    assert book.learn(vector(0, 2), vector(4, 4), "c") == "split"
+    assert book.learn(vector(0, 2), vector(4, 4), "c", 1.0) == "split"
     assert book.radii == [1.0, 1.0, 1.0]
     for state, value in (((0, 0.4), 1), ((0, 1.6), 4), ((5.5, 0), 2)):
         assert torch.equal(book.lookup(vector(*state)), vector(value, value))
@@ -102,6 +131,45 @@ def test_grace_puts_its_facts_right_and_nothing_else(tiny, facts, shared):
         clean = forward(tiny, batch.tokens)
         hooks = repair.hooks(tiny, [books[0]], Rows((stranger,), batch.tokens.shape[1]))
         assert torch.equal(forward(tiny, batch.tokens, hooks=hooks), clean)
+
+
+def test_one_codebook_for_all_unless_asked_otherwise_and_no_radius_from_other_facts(tiny, facts):
+    quick = {"layer": 1, "steps": 2, "radius": 0.01}
+    three = GraceRepair(**quick).fit(tiny, facts[:3])
+    assert len(three[0].keys) == 3 and three[0] is three[1]
+    (alone,) = GraceRepair(**quick).fit(tiny, facts[:1])
+    assert three[0].radii[0] == pytest.approx(alone.radii[0], rel=1e-4)
+    assert alone.radii[0] == pytest.approx(0.01 * float(alone.keys[0].norm()))
+
+
+def test_a_shared_codebook_expands_splits_and_leaves_alone_what_is_right(tiny, facts):
+    """A radius that reaches everywhere: the second prompt meets the first one's entry."""
+    f, other = facts[:2]
+    again = {"bridge": f.bridge, "guide": f"w9 {f.bridge} w8", "composite": "w9 w5 w8"}
+    taught = Request.from_fact(f, "suffix")
+    same = Request(**again, target=f.answer)
+    different = Request(**again, target=other.answer)
+    repair = GraceRepair(layer=2, steps=100, lr=0.3, radius=10.0)
+    book = repair.fit(tiny, [taught, same])[0]  # the last layer's value says f's answer anywhere
+    assert book.answers == [f.answer]
+    before = list(book.radii)
+    assert repair.fit(tiny, [taught, taught, same])[0].radii == pytest.approx(before)
+    split = repair.fit(tiny, [taught, different])[0]
+    assert split.answers == [f.answer, other.answer]
+    assert (
+        split.radii[0]
+        == split.radii[1]
+        == pytest.approx(float((split.keys[0] - split.keys[1]).norm()) / 2, rel=1e-4)
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_grace_does_not_learn_what_the_model_says_already(tiny, facts, shared):
+    said = generate(tiny, [facts[0].prompt("suffix")], max_new_tokens=1)[0].text
+    known = Request(**{**vars(Request.from_fact(facts[0], "suffix")), "target": said})
+    books = GraceRepair(layer=1, steps=2, shared=shared).fit(tiny, [known, facts[1]])
+    assert books[0].answers == ([facts[1].answer] if shared else [])
+    assert books[1].answers == [facts[1].answer]
 
 
 def test_grace_rows_and_offsets(tiny, facts):
