@@ -105,10 +105,11 @@ class Change:
         layer: block, from 0.
         left: ``[rank, d_in]``, the directions of the input that are read; None for the identity,
             when `right` is the whole dense change.
-        right: ``[rank, d_out]``, what each of them adds to the output.
+        right: ``[rank, d_out]``, what each of them adds to the output; on the device of `left`.
 
     Raises:
-        ValueError: shapes that do not fit, a dtype below float32, or values that are not finite.
+        ValueError: shapes that do not fit, factors on two devices, a dtype below float32, or values
+            that are not finite.
     """
 
     matrix: str
@@ -120,6 +121,11 @@ class Change:
         import torch
 
         _kinds(self.matrix)
+        if self.left is not None and self.left.device != self.right.device:
+            raise ValueError(
+                f"factors of {self} are on {self.left.device} and {self.right.device}; a change lies "
+                "on one device"
+            )
         for factor in (self.right,) if self.left is None else (self.left, self.right):
             if factor.ndim != 2 or factor.dtype not in (torch.float32, torch.float64):
                 raise ValueError(

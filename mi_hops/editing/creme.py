@@ -183,7 +183,8 @@ class _Run:
             import torch
 
             z = self._z.pop()
-            stream = out + self._before.pop() if self._before else out
+            # The stream comes from the block below, which may lie on another device.
+            stream = out + self._before.pop().to(out.device) if self._before else out
             read = [
                 read_plan(plan, start, z, stream)
                 for plan, start in zip(self._plans, self._starts, strict=False)

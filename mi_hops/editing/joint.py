@@ -126,7 +126,9 @@ def _gather(
             (output_hook("W_O", layer), keep("out")),
         ]
         run_blocks(model, tokens, layer, hooks)
-        stream = seen["out"] + seen["before"] if how.match == "residual" else seen["out"]
+        stream = seen["out"]
+        if how.match == "residual":  # what enters the block may come from another device
+            stream = stream + seen["before"].to(stream.device)
         start = 0
         for plan in part:
             found.append(read_plan(plan, start, seen["z"], stream))

@@ -180,9 +180,12 @@ class KnowledgeEditor:
             _gradient(x, g) for x, g in _inputs_and_gradients(model, taught, self.how.matrix, self._layers)
         ]  # fmt: skip
         with torch.set_grad_enabled(train):
-            parts = self.network(*_embedded(model, prompts, answers))
+            embedded, lengths = _embedded(model, prompts, answers)
+            device = next(self.network.parameters()).device
+            found = self.network(embedded.to(device), lengths)
             out = []
-            for (x, g), norm, part in zip(gradients, self._norms, parts, strict=True):
+            for (x, g), norm, own in zip(gradients, self._norms, found, strict=True):
+                part = {name: value.to(x.device) for name, value in own.items()}
                 gate = self.how.scale * norm * part["eta"].sigmoid()[:, None]
                 left = torch.cat(
                     [x * part["alpha"].softmax(-1)[:, None], part["beta"].softmax(-1)[:, None]], 1
@@ -255,16 +258,17 @@ def train_editor(
     """Train an editor of a model; the model is left as it is.
 
     Each step draws facts and, for each, a wording, another wording to be answered alike, an answer
-    that some other fact with the same second relation has, and an unrelated fact whose prompt is to
-    be left alone.
+    that some other fact with the same second relation has, and an unrelated fact (of whose subject,
+    bridge and answer none is the fact's own, nor the answer it is to get) whose prompt is to be left
+    alone.
 
     Args:
         facts: to practise on; none of those that will be edited. Two wordings each at least.
         settings: see `EditorTraining`.
 
     Raises:
-        ValueError: facts among which no other answer can be drawn or without two wordings, or a
-            loss that is not finite.
+        ValueError: facts among which no other answer or no unrelated fact can be drawn or without
+            two wordings, or a loss that is not finite.
     """
     from tqdm.auto import trange
 
@@ -288,7 +292,9 @@ def train_editor(
             drawn = [rng.choice(pool) for _ in range(how.batch_size)]
             wordings = [rng.sample(sorted(f.prompts.values()), 2) for f in drawn]
             new = [rng.choice(sorted(set(answers[f.relation2]) - {f.answer})) for f in drawn]
-            others = [rng.choice([o for o in rng.sample(pool, 2) if o is not f]) for f in drawn]
+            others = [
+                _unrelated(f, answer, pool, rng) for f, answer in zip(drawn, new, strict=True)
+            ]
             kept = [encode(model, rng.choice(sorted(o.prompts.values()))) for o in others]
             with torch.enable_grad():
                 factors = editor.factors(model, [w[0] for w in wordings], new, train=True)
@@ -316,6 +322,20 @@ def train_editor(
                     }
                 )
     return editor
+
+
+def _unrelated(
+    fact: TwoHopFact, new: str, pool: Sequence[TwoHopFact], rng: random.Random
+) -> TwoHopFact:
+    """A fact of the pool that shares no entity with `fact` or its new answer."""
+    mine = {name.casefold() for name in (fact.subject, fact.bridge, fact.answer, new)}
+    for other in rng.sample(pool, len(pool)):
+        if not mine & {name.casefold() for name in (other.subject, other.bridge, other.answer)}:
+            return other
+    raise ValueError(
+        f"among {len(pool)} facts none is unrelated to {fact.id!r} with the answer {new!r}; give facts "
+        "of more entities"
+    )
 
 
 def _inputs_and_gradients(

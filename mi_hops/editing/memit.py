@@ -155,7 +155,8 @@ def _write(
         for g, members in enumerate(groups):
             rows = list(members)
             left = solve_keys(keys[rows], inverse=inverse[rows], ridge=ground.ridge)
-            change = Change("W_out", layer, left.to(wide), missing[rows].to(wide))
+            right = missing[rows].to(left.device, wide)  # from the last layer's device
+            change = Change("W_out", layer, left.to(wide), right)
             done[g].append(merge([change]))
     return [edit(g) for g in range(len(groups))]
 

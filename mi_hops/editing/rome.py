@@ -216,7 +216,8 @@ def search_values(
         right = right / len(how.templates)
         after = last_logp(model, essence, [(hook, add_at(at_essence, delta))])
         small = (delta.norm(dim=1, keepdim=True) / size).square().sum()
-        return right + how.kl * kl(after, before).sum() + how.decay * small
+        # The read-out may lie on another device than the layer searched at.
+        return right + how.kl * kl(after, before).sum() + how.decay * small.to(right.device)
 
     def clamp() -> None:
         norm = delta.norm(dim=1, keepdim=True)

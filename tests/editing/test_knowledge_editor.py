@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from mi_hops.editing.knowledge_editor import (
     _embedded,
     _gradient,
     _inputs_and_gradients,
+    _unrelated,
     train_editor,
 )
 from mi_hops.editing.teaching import answer_loss, lesson
@@ -104,6 +108,16 @@ def test_one_seed_one_editor(load_tiny):
     ]
     a, b, c = (torch.cat([p.flatten() for p in e.network.parameters()]) for e in made)
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_unrelated_facts_share_no_entity():
+    pool, rng = practice(), random.Random(0)
+    fact, new = pool[0], pool[1].answer
+    near = replace(pool[2], id="near", subject=fact.bridge)
+    pool = [fact, pool[1], near, replace(pool[3], id="far")]
+    assert {_unrelated(fact, new, pool, rng).id for _ in range(20)} == {"far"}
+    with pytest.raises(ValueError, match="none is unrelated to 'f0'"):
+        _unrelated(fact, new, pool[:3], rng)
 
 
 def test_refusals(tiny):

@@ -7,7 +7,8 @@ import torch
 
 from mi_hops.editing import Request, second_moments
 from mi_hops.editing.rome import RomeRepair, ValueSearch, rome, rome_many, search_values
-from mi_hops.editing.teaching import answer_loss, lesson
+from mi_hops.editing.teaching import answer_loss, kl, last_logp, lesson
+from mi_hops.facts.templates import capitalise
 from mi_hops.model import capture, hook_name
 from mi_hops.repair import Repair
 from mi_hops.tokens import encode, last_position
@@ -87,6 +88,18 @@ def test_clamp_and_decay_bound_the_value(load_tiny, fact):
     free = search_values(model, requests, 1, ValueSearch(**options)).values
     decayed = search_values(model, requests, 1, ValueSearch(**{**options, "decay": 10.0})).values
     assert decayed.norm() < free.norm()
+
+
+def test_the_kl_term_keeps_what_the_subject_goes_on_with(load_tiny, fact):
+    model = load_tiny("gpt2", "bridge")
+    essence = [encode(model, f"{capitalise(fact.first_hop)} is")]
+    before = last_logp(model, essence)
+    moved = {}
+    for weight in (0.0, 5.0):
+        edit = rome(model, fact, layer=1, **{**QUICK, "kl": weight})
+        with edit.applied(model):
+            moved[weight] = kl(last_logp(model, essence), before).item()
+    assert 0 < moved[5.0] < 0.7 * moved[0.0]
 
 
 def test_repair_and_refusals(tiny, fact):
