@@ -35,8 +35,8 @@ PAPER: dict[str, Any] = {"match": "attention", "cover": "first", "keep": None}
 class CremeSettings:
     """How CREME edits are made, layers aside.
 
-    The defaults are what measured best on the bundled models (see the page on CREME); `PAPER` holds
-    the published code's, with ``covariance=None``: ``creme(model, fact, layers=..., **PAPER)``.
+    `PAPER` holds the published code's settings where these defaults depart from them, to be used with
+    ``covariance=None``: ``creme(model, fact, layers=..., **PAPER)``.
 
     Attributes:
         form: of the prompts edited (facts only); default the first a fact has of both hops.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.generate import ARTICLES
 from mi_hops.model import LensModel
 from mi_hops.tokens import Prompt, encode, find_text, last_position
 
@@ -30,7 +32,9 @@ class Request:
 
     Raises:
         ValueError: an empty prompt, a guide that equals the composite (such an edit changes
-            nothing), or a bridge that does not stand in the guide.
+            nothing), a bridge that does not stand in the guide; with a subject, one that does not
+            stand in the composite or stands there twice, or a guide that is not the composite with
+            the bridge in its place (case, white space and an article before the name aside).
     """
 
     composite: str
@@ -57,10 +61,29 @@ class Request:
                 f"edit request {self.id!r}: the bridge {self.bridge!r} does not stand in the guide "
                 f"{self.guide!r}; pass the second-hop prompt that names it"
             )
-        if self.subject and _plain(self.subject) not in _plain(self.composite):
+        if self.subject:
+            self._check_frame()
+
+    def _check_frame(self) -> None:
+        """Refuse a guide that is another question than the composite about another name."""
+        subject, composite = _plain(self.subject), _plain(self.composite)
+        places = _places(subject, composite)
+        if len(places) != 1:
+            how = f"stands {len(places)} times" if places else "does not stand"
             raise ValueError(
-                f"edit request {self.id!r}: the subject {self.subject!r} does not stand in the "
-                f"composite prompt {self.composite!r}"
+                f"edit request {self.id!r}: the subject {self.subject!r} {how} in the composite prompt "
+                f"{self.composite!r}; it must stand there once, in the place of the bridge"
+            )
+        (start,) = places
+        before, after = composite[:start], composite[start + len(subject) :]
+        article = next((a for a in ARTICLES if f" {before}".endswith(f" {a}")), "")
+        stem = before.removesuffix(article)
+        fitting = {f"{stem}{a}{_plain(self.bridge)}{after}" for a in ("", *ARTICLES)}
+        if _plain(self.guide) not in fitting:
+            raise ValueError(
+                f"edit request {self.id!r}: the guide {self.guide!r} is not the composite "
+                f"{self.composite!r} with {self.bridge!r} in the place of {self.subject!r}; both must "
+                "ask in the same words"
             )
 
     @classmethod
@@ -185,4 +208,11 @@ def key_position(prompt: Prompt, phrase: str, position: Position) -> int:
 
 
 def _plain(text: str) -> str:
-    return text.strip().casefold()
+    return " ".join(text.split()).casefold()
+
+
+def _places(phrase: str, text: str) -> list[int]:
+    """Where a phrase begins in a text, as whole words if it ever does."""
+    found = [m.start() for m in re.finditer(re.escape(phrase), text)]
+    ends = [(i, text[i - 1 : i] + text[i + len(phrase) : i + len(phrase) + 1]) for i in found]
+    return [i for i, around in ends if not re.search(r"\w", around)] or found

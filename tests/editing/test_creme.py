@@ -12,6 +12,7 @@ from mi_hops.editing import (
     Edit,
     Request,
     SingularError,
+    creme,
     edit_hooks,
     second_moments,
 )
@@ -248,6 +249,39 @@ def test_works_beside_edits_that_are_applied(wide, facts):
         torch.testing.assert_close(got, want)
 
 
+def test_the_defaults_equal_the_procedure_written_out(wide, fact, facts):
+    """Residual matched, answer covered, hops kept: layer by layer in the weights."""
+    layers, slack = [0, 2], 0.1
+    moments = second_moments(wide, facts, layers=layers, shrinkage=0.1)
+    edit = creme(wide, fact, layers=layers, templates=TEMPLATES, covariance=moments, form="suffix")
+    said = ["", f" {fact.answer.split()[0]}"]
+    comps, guides = (
+        [[t.format(text) + tail for t in TEMPLATES] for tail in said]
+        for text in (fact.prompt("suffix"), fact.second_prompt("suffix"))
+    )
+    kept = [fact.first_prompt("suffix"), fact.second_prompt("suffix")]
+    originals = {i: read_w_o(wide, i) for i in layers}
+    try:
+        for layer, change in zip(layers, edit.changes, strict=True):
+            rows = [last_mean(wide, texts, "z", layer) for texts in (*comps, *([t] for t in kept))]
+            lack = [
+                last_mean(wide, there, "resid_mid", layer)
+                - last_mean(wide, here, "resid_mid", layer)
+                for here, there in zip(comps, guides, strict=True)
+            ]
+            keys, right = torch.stack(rows), torch.zeros(4, len(lack[0]), dtype=torch.float64)
+            right[:2] = torch.stack(lack)
+            g = keys @ torch.linalg.inv(moments.shrunk(layer))
+            m = keys @ g.T
+            m += slack * m.diagonal().mean() * torch.diag(torch.tensor([0.0, 0.0, 1.0, 1.0]))
+            want = g.T @ torch.linalg.solve(m, right)
+            torch.testing.assert_close(change.delta(), want, atol=1e-6, rtol=1e-6)
+            write_w_o(wide, layer, originals[layer] + want)
+    finally:
+        for i, w in originals.items():
+            write_w_o(wide, i, w)
+
+
 # -- bad input ------------------------------------------------------------------------------------
 
 
@@ -263,14 +297,30 @@ def request_with(**changes):
         (lambda: request_with(bridge="w21"), "does not stand in the guide"),
         (lambda: request_with(bridge=" "), "bridge is empty"),
         (lambda: request_with(subject="w9 w9"), "does not stand in the composite"),
+        (lambda: request_with(subject="w1 w5", composite="w1 w5 w4 w1 w5"), "stands 2 times"),
+        (lambda: request_with(subject="w1 w5", guide="w3 w20 w0"), "in the same words"),
+        (lambda: request_with(subject="w1 w5", guide="w3 w4 w20 w6"), "in the same words"),
         (lambda: Request.from_slot("w3 w4", subject="w5", bridge="w6"), "exactly one slot"),
         (lambda: Request.from_slot("{} w3 {}", subject="w5", bridge="w6"), "exactly one slot"),
     ],
-    ids="null-edit no-bridge empty-bridge no-subject no-slot two-slots".split(),
+    ids="null no-bridge empty no-subject two-subjects before behind no-slot two-slots".split(),
 )
 def test_requests_that_cannot_be_met(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "composite, guide, bridge, subject",
+    [
+        ("The home of The author of It is", "the home of King is", "King", "the author of It"),
+        ("The mayor of the birthplace of Ada", "The mayor of Adana", "Adana", "birthplace of Ada"),
+        ("The head of Adana's host is", "The head of  the US's host is", "US", "Adana"),
+        ("The ruler of Ada, unlike Adana, is", "The ruler of Bo, unlike Adana, is", "Bo", "Ada"),
+    ],
+)
+def test_case_articles_and_longer_words_are_no_other_question(composite, guide, bridge, subject):
+    Request(composite=composite, guide=guide, bridge=bridge, subject=subject)
 
 
 @pytest.mark.parametrize(
