@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
+import random
 
 import numpy as np
 
 from benchmarks.harness import table, write
+from mi_hops.generate import answered
 from mi_hops.lens.logit import fact_trajectories
 from mi_hops.model import CHECKPOINTS, bundled_models, load_model
 from mi_hops.reasoning.gap import find_gap
@@ -17,6 +19,8 @@ from mi_hops.statistics import bootstrap_ci, difference_ci, proportion_ci
 from mi_hops.worlds.hopland import Hopland
 
 SPLITS = ("seen_parts", "first_unseen", "second_unseen")
+#: Questions of each group whose curves are averaged, and the seed of their draw.
+SAMPLE, SEED = 600, 0
 
 
 def accuracies(model, world, form):
@@ -25,10 +29,13 @@ def accuracies(model, world, form):
     gap = find_gap(model, facts, form=form, batch_size=256)
     frame = gap.frame
     singles = {}
-    for fact, first, second in zip(gap.facts, frame["first"], frame["second"], strict=True):
-        singles[fact.subject, fact.relation1] = first
-        singles[fact.bridge, fact.relation2] = second
-    rows = [("single facts", sum(singles.values()), len(singles), None, None)]
+    for f in gap.facts:
+        singles[f.subject, f.relation1] = (f.first_prompt(form), f.bridge, f.bridge_aliases)
+        singles[f.bridge, f.relation2] = (f.second_prompt(form), f.answer, f.answer_aliases)
+    single = answered(model, *zip(*singles.values(), strict=True), batch_size=256)
+    right = sum(a.right for a in single)
+    rows = [("single facts", right, len(single), np.mean([a.first_token for a in single]),
+             len(single) - right)]  # fmt: skip
     for split in ("train", *SPLITS):
         part = frame[frame["split"] == split]
         known = part[part["first"] & part["second"]]
@@ -41,7 +48,7 @@ def accuracies(model, world, form):
         low, high = proportion_ci(k, n)
         out.append(
             [label, form, n, f"{k / n:.1%} [{low:.1%}, {high:.1%}]",
-             "" if first is None else f"{first:.1%}", "" if failed is None else failed]
+             f"{first:.1%}", failed]
         )  # fmt: skip
     return out, gap
 
@@ -49,10 +56,10 @@ def accuracies(model, world, form):
 def curves(model, gap, form):
     """Mean lens probability of bridge and answer by layer, passed against failed, held out."""
     rows, notes = [], []
-    groups = {
-        "passed": [f for f in gap.passed if f.split != "train"][:600],
-        "failed": [f for f in gap.failed if f.split != "train"][:600],
-    }
+    groups = {}
+    for name, facts in (("passed", gap.passed), ("failed", gap.failed)):
+        held_out = [f for f in facts if f.split != "train"]
+        groups[name] = random.Random(SEED).sample(held_out, min(SAMPLE, len(held_out)))
     for position in ("first hop", "last"):
         values = {}
         for name, facts in groups.items():
@@ -111,8 +118,8 @@ def main() -> None:
             f"## {name}", "", f"Trained for {steps(record)} steps; see its card.", "",
             table(["questions", "order", "n (both hops known)", "whole answer right",
                    "first token right", "failed"], scores), "",
-            "Lens (logit lens with the final norm), mean probability after 0, 1, ... blocks; "
-            "`prob` is of the first token, `paper_prob` the mean over all tokens:", "",
+            "Lens (logit lens with the final norm), mean probability after 0, 1, ... blocks, of "
+            f"held-out questions (a sample of {SAMPLE} a group, seed {SEED}); `prob` is of the first token, `paper_prob` the mean over all tokens:", "",
             table(["order", "position", "questions", "tracked", "n", "after 0, 1, ... blocks"], lens),
             "", *notes, "",
         ]  # fmt: skip

@@ -296,8 +296,10 @@ GROWTH_COLUMNS = [
 #: Section -> (kind, positions, prompt pairs).
 LOOPS = {
     "resid_pre": [("resid_pre", 16, 1), ("resid_pre", 32, 1)],
-    "attn_out": [("attn_out", 16, 1), ("attn_out", 32, 1)],
-    "mlp_out": [("mlp_out", 16, 1), ("mlp_out", 32, 1)],
+    "attn_out-16": [("attn_out", 16, 1)],
+    "attn_out-32": [("attn_out", 32, 1)],
+    "mlp_out-16": [("mlp_out", 16, 1)],
+    "mlp_out-32": [("mlp_out", 32, 1)],
     "z": [("z", 32, 1)],
     "many": [("resid_pre", 8, 64)],
 }

@@ -440,7 +440,9 @@ def _pass(
 
         return fn
 
-    hooks = [(hook_name("resid_pre", layer), grow(layer, new)) for layer, new in joining.items()]
+    hooks: list[Hook] = [
+        (hook_name("resid_pre", layer), grow(layer, new)) for layer, new in joining.items()
+    ]
     hooks += watching  # before the changes, which may use what is shown
     hooks += _change_hooks(model, items, len(bases), step.start)
     where = [[p - step.start for p in scored[b]] for b in (*bases, *parents)]

@@ -177,7 +177,7 @@ class AttentionLens(TrainedLens):
 
     def _normed(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, 1, x.shape[-1]).to(dtype_of(self.model))
-        return self.model.ln_final(flat).reshape(x.shape).to(x.dtype)  # type: ignore[attr-defined]
+        return self.model.ln_final(flat).reshape(x.shape).to(x.dtype)
 
     def losses(
         self, example: Example, layer: int, objective: str

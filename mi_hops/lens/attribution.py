@@ -203,7 +203,7 @@ def _linear_read_out(
 
     weight, bias = unembedding(model)
     weight, bias = weight.to(final.dtype), bias.to(final.dtype)
-    norm: Any = model.ln_final  # type: ignore[attr-defined]
+    norm: Any = model.ln_final
     layer_norm = str(getattr(model.cfg, "normalization_type", "LN")).startswith("LN")
     gain, shift = (getattr(norm, n, None) for n in ("w", "b"))
     if gain is None:
