@@ -152,7 +152,7 @@ def test_every_figure_has_a_title_a_caption_with_n_and_plots(report, page):
         caption = re.search(r"<figcaption>(.*)</figcaption>", inside).group(1)
         assert re.search(r"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}\d+", caption), caption
         assert inside.count('class="plot"') == inside.count("data-plot=") >= 1
-    assert len(page.plots) == 3 + (4 + 2) + (4 + 2) + 3 + (2 + 1) + 2
+    assert len(page.plots) == 3 + (4 + 2) + (4 + 2) + 3 + (3 + 1) + 2
     assert set(page.plots) <= set(page.ids)
 
 
@@ -175,6 +175,9 @@ def test_the_numbers_are_those_of_the_summary(study, page):
     for sets in study.summary["editing"]["scores"].values():
         first = sets["correction"]["first_right_after"]
         assert f"{first['value']:.1%}" in text
+    for record in study.summary["gap"]["table"]:
+        assert percent(record["share"], n=False) in text
+    assert re.search(r"% \[[\d.]+, [\d.]+\] without injection", text)
     for name in ("median", "trimmed mean", "share raised"):  # beside the heavy-tailed mean
         assert name in text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -25,11 +26,10 @@ def tiny(request, load_tiny):
 
 
 @pytest.fixture
-def knowing(tiny, monkeypatch):
-    """A tiny model, and a gap dictated so that every step has something to work on."""
+def dictate(monkeypatch):
+    """Both hops of every fact are known, and every other question is answered."""
     from mi_hops.reasoning import gap as gap_module
 
-    facts = [replace(f, split="held") for f in tiny_facts(tiny, 16)]
     real = gap_module.find_gap
 
     def dictated(model, asked, **options):
@@ -39,7 +39,12 @@ def knowing(tiny, monkeypatch):
         return found
 
     monkeypatch.setattr(gap_module, "find_gap", dictated)
-    return tiny, facts
+
+
+@pytest.fixture
+def knowing(tiny, dictate):
+    """A tiny model, and a gap dictated so that every step has something to work on."""
+    return tiny, [replace(f, split="held") for f in tiny_facts(tiny, 16)]
 
 
 def run(model, facts, out, **options):
@@ -59,6 +64,84 @@ def test_every_step_is_written_and_read_back(knowing, tmp_path):
     assert {"lens", "erasure", "locate", "injection", "editing"} <= set(study.summary)
     assert all(isinstance(v, str) for line in study.headlines() for v in line)
     json.loads((tmp_path / "study" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("shape", "backend"), [("gpt2", "hooked"), ("gpt2", "bridge"), ("llama", "bridge")]
+)
+def test_a_model_with_folded_weights(load_tiny, dictate, tmp_path, shape, backend):
+    """As HookedTransformer.from_pretrained loads it by default: nothing is left out."""
+    from mi_hops.report import write_report
+
+    model = load_tiny(shape, backend, processing="fold")
+    facts = [replace(f, split="held") for f in tiny_facts(model, 12)]
+    study = run(model, facts, tmp_path / "study")
+    assert [study.skipped(step) for step in STEPS] == [None] * len(STEPS)
+    assert study.settings["processing"] == "fold"
+    text = write_report(study, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "weight processing: fold (norms folded into the weights" in text
+    assert "cannot be exported into the checkpoint" in text
+    assert f"over the {31 if shape == 'gpt2' else 32} directions" in text
+
+
+def test_facts_that_a_step_cannot_use_are_left_out_of_it(knowing, tmp_path):
+    from mi_hops.report import write_report
+
+    model, facts = knowing
+    absent, ambiguous = {"first_hop": "w80 w81"}, {"first_hop": "w1"}
+    changes = {0: absent, 1: absent, 2: ambiguous, 3: ambiguous, 5: absent}
+    facts = [replace(f, **changes.get(i, {})) for i, f in enumerate(facts)]
+    facts[7] = replace(facts[7], second_prompts={"prefix": facts[7].second_prompts["prefix"]})
+    facts[8] = replace(facts[8], first_prompts={})
+    sizes = replace(SMALL, lens=16, erasure=16, locate=16, injection=16, choose=8, edits=8)
+    study = run_study(model, facts, out=tmp_path / "study", sizes=sizes, progress=False)
+    assert [study.skipped(step) for step in STEPS] == [None] * len(STEPS)
+    left = {step: [i for i, _ in study.result(step).skipped] for step in STEPS[:-1]}
+    assert left["gap"] == ["8"]
+    # Without fact 8 the failures are 1, 3, 5, 7, 10, 12 and 14.
+    assert left["failures"] == ["1", "3", "5"]
+    assert sorted(left["lens"]) == ["0", "1", "2", "3", "5"]
+    assert left["erasure"] == ["0", "2"]
+    assert sorted(left["injection"]) == ["1", "3", "5"]
+    counts = study.summary["left_out"]
+    assert counts["gap"] == {"no first-hop prompt": 1}
+    assert counts["failures"] == {
+        "… does not occur in the prompt …": 2,
+        "… occurs 4 times in …; pass an index or a slice of token positions instead": 1,
+    }
+    assert counts["editing"]["fact … has no second-hop prompt of form …; it has …"] == 1
+    assert sum(counts["editing"].values()) == 4
+    assert not {"1", "3", "5", "7"} & set(study.evaluation().case_ids)
+    assert ("facts that cannot be asked", "1: no first-hop prompt") in study.headlines()
+    text = write_report(study, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "left out (1: no first-hop prompt)" in text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_a_step_that_can_use_no_fact_is_left_out(knowing, tmp_path):
+    model, facts = knowing
+    facts = [replace(f, first_hop="w80 w81") for f in facts]
+    study = run(model, facts, tmp_path / "study")
+    assert study.skipped("gap") is None
+    for step in STEPS[1:]:
+        assert study.skipped(step).startswith("no fact can be used for "), step
+        assert "does not" in study.skipped(step)
+
+
+def test_facts_that_cannot_be_asked(tiny, tmp_path):
+    """The reason is given, and not that the model knows nothing."""
+    from mi_hops.report import write_report
+
+    facts = [replace(f, first_prompts={}) for f in tiny_facts(tiny, 5)]
+    study = run(tiny, facts, tmp_path / "study")
+    for step in STEPS[1:]:
+        assert study.skipped(step) == (
+            "none of these facts can be asked about both hops (5: no first-hop prompt)"
+        )
+    assert study.summary["left_out"] == {"gap": {"no first-hop prompt": 5}}
+    assert ("facts that cannot be asked", "5: no first-hop prompt") in study.headlines()
+    text = write_report(study, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "None of these facts can be asked about both hops" in text
+    assert "the model knows both hops of none" not in text.lower()
 
 
 def test_choosing_and_reporting_never_share_a_fact(knowing, tmp_path):
@@ -106,6 +189,38 @@ def test_a_stopped_study_resumes(knowing, tmp_path, monkeypatch):
     study = run(model, facts, out)
     assert all(study.done(step) for step in STEPS)
     assert {n: (out / n).stat().st_mtime_ns for n in done} == done
+
+
+def test_a_study_resumed_with_other_versions_says_so(knowing, tmp_path, monkeypatch):
+    from mi_hops import model as model_module
+    from mi_hops.report import write_report
+    from mi_hops.study.steps import Run
+
+    model, facts = knowing
+    out = tmp_path / "study"
+    with monkeypatch.context() as patch:
+        real = Run.step
+        patch.setattr(
+            Run, "step", lambda self, name: real(self, name) if name in STEPS[:2] else 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            run(model, facts, out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(Study.open(out).made_with()) == 1
+    monkeypatch.setattr(model_module.metadata, "version", lambda package: "99.0")
+    with pytest.warns(UserWarning, match="begun with torch .* goes on with torch 99.0"):
+        study = run(model, facts, out)
+    then, now = study.summary["made_with"]
+    assert study.summary["made_with"][then] == list(STEPS[:2])
+    assert now == "torch 99.0, transformer-lens 99.0, transformers 99.0 on cpu"
+    assert study.summary["made_with"][now] == list(STEPS[2:])
+    assert any(name == "made with different versions" for name, _ in study.headlines())
+    text = write_report(study, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Resumed with others, so the steps differ" in text
+    with warnings.catch_warnings():  # nothing is left to do
+        warnings.simplefilter("error")
+        run(model, facts, out)
 
 
 def test_a_finished_study_is_reopened(knowing, tmp_path, monkeypatch):
@@ -181,6 +296,18 @@ def test_bundled_facts_and_their_limit():
     assert some != load_study_facts(None, 100, 1)[0]
     for split in ("seen_parts", "first_unseen", "second_unseen"):
         assert sum(f.split == split for f in everything) >= 300
+
+
+def test_facts_bring_their_account_along(tmp_path):
+    from mi_hops.facts import load_facts
+
+    some = load_facts("hopland")
+    chosen, source = load_study_facts(some, None, 0)
+    assert chosen == list(some)
+    assert source == {"file": "hopland.jsonl", "report": some.describe()}
+    assert load_study_facts(list(some)[:3], None, 0)[1] == {
+        "file": None, "report": "3 facts given",
+    }  # fmt: skip
 
 
 def test_layer_spans():

@@ -8,10 +8,12 @@ from mi_hops.facts.mquake_words import load_wordings
 from mi_hops.facts.reading import Facts, FactsFileError, RowNote
 from mi_hops.facts.tables import load_table
 from mi_hops.facts.templates import Wording
+from mi_hops.facts.unusable import NoUsableFactError
 
 __all__ = [
     "Facts",
     "FactsFileError",
+    "NoUsableFactError",
     "RowNote",
     "TwoHopFact",
     "Wording",

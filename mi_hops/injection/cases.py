@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.fanout import Intervention, fan_out
 from mi_hops.injection.memory import Place, places
 from mi_hops.metrics import Metric, Target, target_of
@@ -52,7 +53,7 @@ def make_cases(
     """Facts that can be run, and (id, reason) of those that cannot.
 
     Raises:
-        ValueError: no fact is left.
+        NoUsableFactError: no fact is left.
     """
     cases: list[Case] = []
     skipped: list[tuple[str, str]] = []
@@ -71,8 +72,7 @@ def make_cases(
             where = (*where, *range(len(prompt), len(prompt) + len(extra)))
         cases.append(Case(fact, prompt, target, extra, where))
     if not cases:
-        first = f"; the first: {skipped[0][1]}" if skipped else ""
-        raise ValueError(f"none of {len(facts)} facts can be run{first}")
+        raise NoUsableFactError("an injection", skipped)
     return cases, skipped
 
 

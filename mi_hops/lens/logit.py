@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.lens.reading import (
     Lens,
     LogitLens,
@@ -151,7 +152,7 @@ def fact_trajectories(
         mean curve with its interval.
 
     Raises:
-        ValueError: no fact is left to read; see also `logit_lens`.
+        NoUsableFactError: no fact is left to read; see also `logit_lens`.
     """
     kept: list[TwoHopFact] = []
     prompts: list[Prompt] = []
@@ -173,8 +174,7 @@ def fact_trajectories(
         places.append(place)
         spelled.append(tokens)
     if not kept:
-        first = f"; the first: {skipped[0][1]}" if skipped else ""
-        raise ValueError(f"none of {len(facts)} facts can be read{first}")
+        raise NoUsableFactError("the lens", skipped)
     return _read(
         model, prompts, places, spelled, lens or LogitLens(model, norm), kind=kind,
         layers=check_layers(model, kind, layers), compare_output=compare_output,

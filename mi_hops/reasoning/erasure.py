@@ -4,7 +4,8 @@ At one layer and position the block's output h is changed so that the bridge's t
 in the lens, and the forward pass goes on. Two forms, both on the raw lens v = W_U h (no norm):
 
 * ``published`` (arXiv 2402.14328, released code): a change of the lens read-out is requested, the
-  bridge's logits down to the minimum, and mapped back through the pseudo-inverse of W_U; a
+  bridge's logits down to the minimum, and mapped back through the pseudo-inverse of W_U (directions
+  that W_U does not read, as where folding centred it, are left out of it); a
   *recheck* then pushes the answer's logits, times 10, back towards where they were. Only the part
   of the request that lies in W_U's column space is realised, so the minimum is not reached.
 * ``exact``: the shortest change of h that sets the bridge's logits to the minimum and leaves the
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.fanout import Intervention, fan_out
 from mi_hops.interventions import Change
 from mi_hops.model import LensModel, provenance, unembedding
@@ -43,6 +45,9 @@ class Eraser:
 
     Args:
         recheck: strength of the published form's push on kept tokens; 0 leaves it out.
+
+    Attributes:
+        rank: directions that W_U reads, of d_model.
     """
 
     def __init__(self, model: LensModel, *, recheck: float = 10.0) -> None:
@@ -56,7 +61,7 @@ class Eraser:
         )
         for chunk in self.rows.split(_CHUNK):
             gram += chunk.double().T @ chunk.double()
-        self.factor = torch.linalg.cholesky(gram)  # of W_U^T W_U, [d_model, d_model]
+        self.inverse, self.rank = _pseudo_inverse(gram, torch.finfo(weight.dtype).eps)
         self.recheck = recheck
 
     def change(self, form: Form, lower: Sequence[int], keep: Sequence[int]) -> Change:
@@ -98,10 +103,27 @@ class Eraser:
         return self.rows[tokens.to(self.rows.device)].double()
 
     def _mapped(self, request: Float[Tensor, "row n"], tokens: Tensor) -> Tensor:
-        """(W_U^T W_U)^-1 W_U^T applied to a request that is zero off `tokens`."""
-        import torch
+        """The pseudo-inverse of W_U applied to a request that is zero off `tokens`."""
+        return request @ self._rows(tokens) @ self.inverse
 
-        return torch.cholesky_solve((request @ self._rows(tokens)).T, self.factor).T
+
+def _pseudo_inverse(
+    gram: Float[Tensor, "d_model d_model"], eps: float
+) -> tuple[Float[Tensor, "d_model d_model"], int]:
+    """The pseudo-inverse of ``W_U W_U^T`` (float64) and its rank.
+
+    Folded LayerNorm weights are centred: the direction of equal entries then reads nothing, and its
+    eigenvalue is the rounding of W_U's own dtype, `eps` of the root mean square singular value, or
+    that of the decomposition. What lies under twice the one or the other is taken for zero.
+    """
+    import torch
+
+    values, vectors = torch.linalg.eigh(gram)
+    own = (2 * eps) ** 2 * values.mean()
+    decomposed = len(gram) * torch.finfo(gram.dtype).eps * values[-1]
+    kept = values > torch.maximum(own, decomposed)
+    read = vectors[:, kept]
+    return (read / values[kept]) @ read.T, int(kept.sum())
 
 
 @dataclass(frozen=True)
@@ -145,7 +167,8 @@ def erase_bridge(
         paired: use ``result.difference_ci("control", variable="bridge")``.
 
     Raises:
-        ValueError: no usable fact; a bad layer.
+        NoUsableFactError: no fact can be used.
+        ValueError: a bad layer.
     """
     import numpy as np
     import torch
@@ -201,7 +224,7 @@ def erase_bridge(
         units={"bridge": "probability", "control": "probability", "clean": "probability"},
         provenance=provenance(
             model, what="erasure", form=form, controls=controls, recheck=recheck, seed=seed,
-            prepend_bos=prepend_bos, hook="resid_post",
+            prepend_bos=prepend_bos, hook="resid_post", unembedding_rank=eraser.rank,
         ),
         title="P(answer) after erasing the bridge",
         skipped=skipped,
@@ -226,7 +249,7 @@ def _cases(
             continue
         cases.append(_Case(fact, prompt, where, bridge, answer))
     if not cases:
-        raise ValueError(f"no fact can be used for erasure; reasons: {skipped[:3]}")
+        raise NoUsableFactError("erasure", skipped)
     return cases, skipped
 
 

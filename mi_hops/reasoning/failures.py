@@ -8,15 +8,18 @@ them by hand. Here the first of these rules that holds decides:
    nationality of *Misery* is"); a surface link between subject and second relation answered.
 3. ``distorted``: the bridge never rises in the lens: its probability, largest over blocks, at the
    first hop's last token and at the last token, stays below `faint` of its median peak over the
-   questions answered rightly.
-4. ``hasty``: the answer given reads at half of its final probability at the last token no later
-   than the layer at which the bridge peaks; the answer was chosen before the bridge was there.
+   questions answered rightly. It is the mean probability of all the bridge's tokens, the papers'
+   score: names share first tokens, and one may show by any of its words.
+4. ``hasty``: the answer given (its first token, which is what the last position is to say) reads at
+   half of its final probability at the last token no later than the layer at which the bridge
+   peaks; the answer was chosen before the bridge was there.
 5. ``other``: none of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mi_hops.facts.fact import TwoHopFact
@@ -24,7 +27,7 @@ from mi_hops.generate import generate, matches, normalise
 from mi_hops.lens.logit import logit_lens
 from mi_hops.model import LensModel
 from mi_hops.reasoning.gap import Gap
-from mi_hops.tokens import TokenError, encode, find_text
+from mi_hops.tokens import Prompt, TokenError, answer_ids, encode, find_text, last_position
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,25 +57,31 @@ def failure_types(
         One row a failure: ``id``, ``said``, ``type``, ``bridge_peak`` (probability),
         ``bridge_layer`` and ``said_layer`` (blocks passed), ``said_for_subject`` (the answer when
         the subject stands in for the first hop). A failure whose answer cannot be tracked (empty
-        text) is ``other``.
+        text) is ``other``. Failures that the lens cannot read (a first hop or a name that is not to
+        be found or tokenised in the prompt) have no row; ``frame.attrs["skipped"]`` lists their ids
+        and the reasons.
     """
     import numpy as np
     import pandas as pd
 
     said = dict(zip(gap.frame["id"], gap.frame["said"], strict=True))
-    failed, passed = gap.failed[:limit], gap.passed[:limit]
+    failed, skipped = _cases(
+        model, gap.failed[:limit], lambda f: said[f.id].strip() or f.answer, form
+    )
+    passed, _ = _cases(model, gap.passed[:limit], lambda f: f.answer, form)
     columns = ["id", "said", "type", "bridge_peak", "bridge_layer", "said_layer"]
     if not failed:
-        return pd.DataFrame(columns=[*columns, "said_for_subject"])
+        empty = pd.DataFrame(columns=[*columns, "said_for_subject"])
+        empty.attrs["skipped"] = skipped
+        return empty
     threshold = 0.0
     if passed:
-        peaks, _, _ = _read(model, passed, [f.answer for f in passed], form, batch_size)
+        peaks, _, _ = _read(model, passed, batch_size)
         threshold = faint * float(np.median(peaks))
-    tracked = [said[f.id].strip() or f.answer for f in failed]
-    peak, bridge_layer, said_layer = _read(model, failed, tracked, form, batch_size)
-    shortcut = _without_first_hop(model, failed, form, batch_size)
+    peak, bridge_layer, said_layer = _read(model, failed, batch_size)
+    shortcut = _without_first_hop(model, failed, batch_size)
     rows = []
-    for i, fact in enumerate(failed):
+    for i, fact in enumerate(case.fact for case in failed):
         answer = said[fact.id]
         if matches(answer, fact.bridge, fact.bridge_aliases):
             kind = "incomplete"
@@ -85,48 +94,77 @@ def failure_types(
         else:
             kind = "other"
         rows.append((fact.id, answer, kind, peak[i], bridge_layer[i], said_layer[i], shortcut[i]))
-    return pd.DataFrame(rows, columns=[*columns, "said_for_subject"])
+    frame = pd.DataFrame(rows, columns=[*columns, "said_for_subject"])
+    frame.attrs["skipped"] = skipped
+    return frame
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A question as the lens reads it, with the tokens to follow."""
+
+    fact: TwoHopFact
+    prompt: Prompt
+    first_hop: int
+    bridge: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+def _cases(
+    model: LensModel,
+    facts: Sequence[TwoHopFact],
+    answer_of: Callable[[TwoHopFact], str],
+    form: str | None,
+) -> tuple[list[_Case], list[tuple[str, str]]]:
+    """Facts that the lens can read, and (id, reason) of the others."""
+    cases, skipped = [], []
+    for fact in facts:
+        try:
+            prompt = encode(model, fact.prompt(form))
+            place = last_position(prompt, fact.first_hop)
+            bridge, answer = (
+                answer_ids(model, prompt, name) for name in (fact.bridge, answer_of(fact))
+            )
+        except TokenError as error:
+            skipped.append((fact.id, str(error)))
+            continue
+        cases.append(_Case(fact, prompt, place, bridge, answer))
+    return cases, skipped
 
 
 def _read(
-    model: LensModel,
-    facts: Sequence[TwoHopFact],
-    answers: Sequence[str],
-    form: str | None,
-    batch_size: int,
+    model: LensModel, cases: Sequence[_Case], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(bridge's peak, its layer, layer at which the answer has half of its final probability)."""
+    """(bridge's peak, its layer, layer at which the answer has half of its final probability).
+
+    The bridge by the mean over its tokens, the answer by its first.
+    """
     result = logit_lens(
         model,
-        [fact.prompt(form) for fact in facts],
-        track={"bridge": [f.bridge for f in facts], "answer": list(answers)},
-        positions={"first hop": [f.first_hop for f in facts], "last": -1},
+        [case.prompt for case in cases],
+        track={"bridge": [c.bridge for c in cases], "answer": [c.answer for c in cases]},
+        positions={"first hop": [case.first_hop for case in cases], "last": -1},
         compare_output=False,
         batch_size=batch_size,
     )
-    prob = result["prob"].transpose("example", "tracked", "position", "layer")
     # Layer 0 is the embedding: the prompt's own token, not yet anything recalled.
-    bridge = prob.sel(tracked="bridge").isel(layer=slice(1, None)).max("position").values
-    answer = prob.sel(tracked="answer", position="last").values
-    layers = prob["layer"].values
+    recalled = result["paper_prob"].sel(tracked="bridge").isel(layer=slice(1, None))
+    bridge = recalled.max("position").transpose("example", "layer").values
+    told = result["prob"].sel(tracked="answer", position="last")
+    answer = told.transpose("example", "layer").values
+    layers = told["layer"].values
     reached = answer >= 0.5 * answer[:, -1:]
     return bridge.max(1), layers[1 + bridge.argmax(1)], layers[reached.argmax(1)]
 
 
-def _without_first_hop(
-    model: LensModel, facts: Sequence[TwoHopFact], form: str | None, batch_size: int
-) -> list[str]:
+def _without_first_hop(model: LensModel, cases: Sequence[_Case], batch_size: int) -> list[str]:
     """What the model says when the subject takes the place of the first hop; "" if it cannot."""
     texts: list[str] = []
-    for fact in facts:
-        prompt = fact.prompt(form)
-        try:
-            start, end = find_text(prompt, fact.first_hop)
-        except TokenError:
-            texts.append("")
-            continue
-        texts.append(prompt[:start] + fact.subject + prompt[end:] if fact.subject else "")
-    asked = [i for i, t in enumerate(texts) if t and t != facts[i].prompt(form)]
+    for case in cases:
+        text, fact = case.prompt.text, case.fact
+        start, end = find_text(text, fact.first_hop)
+        texts.append(text[:start] + fact.subject + text[end:] if fact.subject else "")
+    asked = [i for i, t in enumerate(texts) if t and t != cases[i].prompt.text]
     said = generate(model, [encode(model, texts[i]) for i in asked], batch_size=batch_size)
     found = dict(zip(asked, (g.text for g in said), strict=True))
-    return [found.get(i, "") for i in range(len(facts))]
+    return [found.get(i, "") for i in range(len(cases))]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.fanout import Intervention, Site, fan_out
 from mi_hops.interventions import replace
 from mi_hops.model import LensModel, capture, hook_name, provenance
@@ -79,7 +80,8 @@ def locate(
         Baselines ``clean`` and ``guide`` (example): P(answer) of the two prompts.
 
     Raises:
-        ValueError: no usable fact, or a window below 1.
+        NoUsableFactError: no fact can be used.
+        ValueError: a window below 1.
     """
     import numpy as np
     import torch
@@ -183,5 +185,5 @@ def _pairs(
             continue
         pairs.append(_Pair(fact, prompt, guide, tail, answer))
     if not pairs:
-        raise ValueError(f"no fact can be used for locating; reasons: {skipped[:3]}")
+        raise NoUsableFactError("locating", skipped)
     return pairs, skipped

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.report.parts import Figure, Section, Table, Text, bars, percent, row
+from mi_hops.report.parts import (
+    Figure,
+    Section,
+    Table,
+    Text,
+    bars,
+    left_over,
+    percent,
+    row,
+)
 
 if TYPE_CHECKING:
     from mi_hops.study.folder import Study
@@ -24,11 +33,11 @@ _SPLITS = {
 _RULES = (
     ("incomplete", "the answer given is the bridge: the model stopped at the first hop"),
     ("short-cut", "the same answer comes when the subject itself stands in for the first hop"),
-    ("distorted", "the bridge never rises in the lens: its peak over layers, at the first hop's last "
-     "token and at the last token, stays below a quarter of the median peak of the questions "
-     "answered rightly"),
-    ("hasty", "at the last token the answer given has half of its final probability no later than "
-     "the layer at which the bridge peaks"),
+    ("distorted", "the bridge never rises in the lens: its peak over layers (mean probability of all "
+     "its tokens), at the first hop's last token and at the last token, stays below a quarter of the "
+     "median peak of the questions answered rightly"),
+    ("hasty", "at the last token the answer given (its first token) has half of its final "
+     "probability no later than the layer at which the bridge peaks"),
     ("other", "none of these"),
 )  # fmt: skip
 
@@ -43,7 +52,7 @@ def gap_section(study: Study) -> Section:
     )
     form, main = next(iter(summary["forms"].items()))
     known = main["gap"]["n"]
-    skipped = summary["skipped_facts"]
+    left = left_over(study.summary["left_out"].get("gap", {}))
     fails = (
         f" and fails {percent(main['gap'], n=False)} of their two-hop questions" if known else ""
     )
@@ -51,15 +60,20 @@ def gap_section(study: Study) -> Section:
         Text(
             "Every question is asked greedily over the whole vocabulary. It counts as answered when "
             "the whole answer and its end come out (aliases allowed). A hop is known when its own "
-            f"question is answered. Of {main['two_hop']['n']} facts ({skipped} more could not be "
-            f"asked), the model knows both hops of {known} in the main form ({form}){fails}. Later "
-            "steps use the main form."
+            f"question is answered. Of n = {main['two_hop']['n']} facts{left}, the model knows both "
+            f"hops of {known} in the main form ({form}){fails}. Later steps use the main form."
         )
     )
     if not known:
+        why = (
+            "The model knows both hops of none of these facts"
+            if main["two_hop"]["n"]
+            else "None of these facts can be asked about both hops (a fact needs prompts of its own "
+            "for the first and for the second hop)"
+        )
         section.blocks.append(
-            Text("The model knows both hops of none of these facts, so it has no gap to study: the "
-                 "steps below have nothing to work on.", style="note")
+            Text(f"{why}, so there is no gap to study: the steps below have nothing to work on.",
+                 style="note")
         )  # fmt: skip
     section.blocks += [*_by_split(summary), _hops(summary), _table(summary, form)]
     section.blocks += _failures(study)
@@ -129,7 +143,7 @@ def _table(summary: Mapping[str, Any], form: str) -> Table:
     answers = f"; {percent(bridge)} of these failures answer with the bridge" if bridge["n"] else ""
     rows = [
         [*(_YES[bool(r[hop])] for hop in ("first", "second", "two_hop")),
-         str(r["n"]), f"{r['n'] / total:.1%}" if total else "–", str(r["says_bridge"])]
+         str(r["n"]), percent(r["share"], n=False), str(r["says_bridge"])]
         for r in records
     ]  # fmt: skip
     return Table(
@@ -141,7 +155,7 @@ def _table(summary: Mapping[str, Any], form: str) -> Table:
             i for i, r in enumerate(records) if r["first"] and r["second"] and not r["two_hop"]
         ],
         note=f"All {total} facts by what was answered rightly. The marked row is the gap: both hops "
-        f"known, the question failed{answers}.",
+        f"known, the question failed{answers}. Brackets: exact 95% intervals in percent.",
     )
 
 
@@ -152,13 +166,14 @@ def _failures(study: Study) -> list[Figure | Table | Text]:
     plot = bars([row(share, type=kind) for kind, share in shares.items()], x="type", height=300,
                 y_label="share of failures")  # fmt: skip
     n = next(iter(shares.values()))["n"]
+    left = left_over(study.summary["left_out"].get("failures", {}))
     blocks: list[Figure | Table | Text] = []
     if plot is not None:
         blocks.append(
             Figure(
                 "How the failures fail",
                 [("", plot)],
-                f"Share of the n = {n} failures of each type; whiskers are exact 95% intervals. The "
+                f"Share of the n = {n} failures of each type{left}; whiskers are exact 95% intervals. The "
                 "names are those of arXiv 2402.14328, whose authors told the types by hand; here the "
                 "first rule below that holds decides, so the shares depend on the rules.",
                 width=600,

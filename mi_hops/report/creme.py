@@ -16,6 +16,7 @@ from mi_hops.report.parts import (
     figures,
     layers,
     left_out,
+    left_over,
     number,
     percent,
     row,
@@ -69,6 +70,7 @@ def creme_section(study: Study) -> Section:
         return section
     summary = study.summary["editing"]
     choices, scores = summary["choices"], summary["scores"]
+    left = left_over(study.summary["left_out"].get("editing", {}))
     section.blocks.append(
         Text(
             "CREME (arXiv 2402.14328) changes the attention output matrices W_O of some layers so "
@@ -78,9 +80,20 @@ def creme_section(study: Study) -> Section:
             "it (C = I) and copies the second hop's attention output at the prompt's last token. The "
             "other, this package's default, uses C to avoid the directions that other prompts need, "
             "matches the residual stream after attention, covers the answer's further tokens, holds "
-            f"both single hops in place, and is made at a chosen strength. Reporting half: n = {len(evaluation.case_ids)} failures."
+            "both single hops in place, and is made at a chosen strength. Reporting half: "
+            f"n = {len(evaluation.case_ids)} failures{left and f'{left} of both halves'}."
         )
     )
+    if study.settings["processing"] != "none":
+        section.blocks.append(
+            Text(
+                "The model's weights were processed when it was loaded (norms folded in, centred). "
+                "The edits are edits of these weights: they cannot be exported into the checkpoint, "
+                "and an edit of the weights as stored is another edit. Load the model with "
+                'processing="none" for that.',
+                style="note",
+            )
+        )
     section.blocks += [*_choices(choices), *_accuracies(scores), _accuracy_table(scores)]
     section.blocks.append(_relative(scores))
     section.blocks.append(_asked(evaluation))

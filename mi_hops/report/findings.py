@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mi_hops.facts.unusable import describe_reasons
 from mi_hops.report.parts import figures, layers
 from mi_hops.study.summary import largest_cost
 
@@ -24,7 +25,7 @@ class Finding:
 
 def findings(summary: Mapping[str, Any]) -> list[Finding]:
     """The headlines, in the study's order; steps without a result say why."""
-    found = list(_gap(summary["gap"]))
+    found = list(_gap(summary["gap"], summary["left_out"].get("gap", {})))
     makers = {"lens": _lens, "erasure": _erasure, "locate": _locate, "injection": _injection,
               "editing": _editing}  # fmt: skip
     for step, make in makers.items():
@@ -45,11 +46,18 @@ _TITLES = {
 }
 
 
-def _gap(gap: Mapping[str, Any]) -> Iterator[Finding]:
+def _gap(gap: Mapping[str, Any], left_out: Mapping[str, int]) -> Iterator[Finding]:
     form, main = next(iter(gap["forms"].items()))
     known = main["gap"]["n"]
     if not known:
         facts = main["two_hop"]["n"]
+        if not facts:
+            yield Finding(
+                "none asked", f"n = {sum(left_out.values())} facts",
+                f"None of these facts can be asked about both hops ({describe_reasons(left_out)}).",
+                "gap",
+            )  # fmt: skip
+            return
         yield Finding(
             f"0 of {facts}", f"n = {facts} facts",
             "The model knows both hops of none of these facts, so nothing can be said about how it "

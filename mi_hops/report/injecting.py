@@ -83,7 +83,7 @@ def _grid(result: Result, cell: Mapping[str, Any]) -> Figure:
     choose = _half(result, "choose")
     ends = result.sel(memory="bridge", example=choose).ci(variable="first_right")
     most = max(float(ends["estimate"].max()), 0.05)
-    before = float(result.sel(example=choose)["first_right_before"].mean())
+    before = _count(result.sel(example=choose)["first_right_before"].values)
     panels = []
     for encoding in ends["encoding"].values.tolist():
         mine = ends.sel(encoding=encoding)
@@ -103,7 +103,7 @@ def _grid(result: Result, cell: Mapping[str, Any]) -> Figure:
         panels,
         f"Share of n = {len(choose)} failed questions whose first answer token is the model's first "
         f"choice after the bridge was injected, in percent, for every layer and strength "
-        f"({before:.0%} without injection: failed questions can begin rightly); darker is more, one "
+        f"({percent(before, n=False)} without injection: failed questions can begin rightly); darker is more, one "
         "scale for all panels, intervals on hover. The box is the chosen cell: the largest share, "
         "ties broken by the answer's log-probability. Being the best of many it flatters itself; "
         "judge it by the other half, below.",

@@ -170,6 +170,16 @@ def erasure_section(study: Study) -> Section:
             f"formula (mean over {controls} draws). Questions answered rightly, {used(result)}."
         )
     )
+    if study.settings["processing"] != "none":
+        rank = result.provenance["unembedding_rank"]
+        section.blocks.append(
+            Text(
+                "The model's weights were processed when it was loaded (norms folded in, centred), so "
+                "these numbers are of another W_U than the checkpoint's own. The pseudo-inverse is "
+                f"taken over the {rank} directions that it reads.",
+                style="note",
+            )
+        )
     variants = result["variant"].values.tolist()
     places = result["position"].values.tolist()
     ends = {"bridge erased": result.ci(variable="bridge"),

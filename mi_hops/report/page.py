@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ def render(study: Study) -> str:
     return environment.get_template("report.html.jinja").render(
         model=study.settings["model"],
         findings=findings(study.summary),
-        about=_about(study.settings),
+        about=_about(study.settings, study.summary["made_with"]),
         settings=_settings(study.settings),
         sections=sections,
         draw=_draw,
@@ -109,21 +109,30 @@ def _together(text: str) -> str:
     return text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
 
 
-def _about(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _about(
+    settings: Mapping[str, Any], made_with: Mapping[str, Sequence[str]]
+) -> list[tuple[str, str]]:
     """What was studied with what, for the head of the page."""
     facts = settings["facts"]
     report = facts["report"]
     if facts["file"]:  # its folder is nobody's business
         report = f"{facts['file']}: {report.rpartition(facts['file'])[2].lstrip(': ')}"
     versions = {"mi_hops": settings["mi_hops"], **settings["versions"]}
+    made = ", ".join(f"{name} {version}" for name, version in versions.items())
+    if len(made_with) > 1:
+        parts = (f"{', '.join(steps)} with {other}" for other, steps in made_with.items())
+        made += f". Resumed with others, so the steps differ: {'; '.join(parts)}"
+    processing = settings["processing"]
+    if processing != "none":
+        processing += " (norms folded into the weights, these centred)"
     limit = "" if settings["limit"] is None else f" (limit {settings['limit']})"
     return [
         ("Model", f"{settings['model']} (weights {settings['fingerprint']})"),
         ("Facts", f"n = {settings['n_facts']}{limit}; {report}"),
         ("Precision", f"{settings['dtype']} on {settings['device']}"),
-        ("Backend", f"{settings['backend']}; weight processing: {settings['processing']}"),
+        ("Backend", f"{settings['backend']}; weight processing: {processing}"),
         ("Seed", str(settings["seed"])),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Versions", made),
     ]
 
 

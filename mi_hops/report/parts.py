@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from mi_hops.facts.unusable import count_reasons, describe_reasons
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,13 +171,13 @@ def frame(intervals: Any, **labels: Any) -> pd.DataFrame:
 
 
 def used(result: Result) -> str:
-    """``n = 100 facts; 3 left out (2 no bridge, 1 unequal lengths)``."""
-    text = f"n = {result.n_used} facts"
-    if result.skipped:
-        reasons = Counter(why for _, why in result.skipped).most_common(3)
-        named = ", ".join(f"{count}: {why}" for why, count in reasons)
-        text += f"; {len(result.skipped)} left out ({named})"
-    return text
+    """``n = 100 facts; 3 left out (2: no bridge; 1: unequal lengths)``."""
+    return f"n = {result.n_used} facts{left_over(count_reasons(result.skipped))}"
+
+
+def left_over(counts: Mapping[str, int]) -> str:
+    """``; 3 left out (2: no bridge; 1: unequal lengths)``, or nothing."""
+    return f"; {sum(counts.values())} left out ({describe_reasons(counts)})" if counts else ""
 
 
 def layers(numbers: Sequence[int]) -> str:

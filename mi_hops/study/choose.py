@@ -16,7 +16,8 @@ MOST_STARTS = 6
 CHOICE_RULE = (
     "Candidates: runs of layers that end at the last located one and start at any layer from one "
     "before the first located one on, six starts at the most, evenly spaced (located: replacing the "
-    "attention output at the last token has at least half of the largest mean effect); the published "
+    "attention output at the last token has at least half of the largest mean effect; where no layer "
+    "is located, the middle third stands in); the published "
     "edit at full strength, the edit with estimated C at strengths 0.5, 0.7 and 1. Chosen, on the choosing half, by the largest sum of "
     "the share of failures whose first answer token is put right and of four times the share of "
     "unrelated questions still answered rightly; of equals, the fewest layers."

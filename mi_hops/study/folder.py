@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,13 +69,31 @@ class Study:
         path = self.path("editing")
         return Evaluation.load(path) if path.exists() else None
 
+    def made_with(self) -> dict[str, list[str]]:
+        """Versions and device -> the steps whose files were made with them.
+
+        More than one entry where a study was resumed with others.
+        """
+        found: dict[str, list[str]] = {}
+        for step in STEPS:
+            result = self.result(step)
+            if result is not None:
+                found.setdefault(made_with(result.provenance), []).append(step)
+        return found
+
     def headlines(self) -> list[tuple[str, str]]:
         """Name and value of the numbers a terminal should show."""
         return [(line["name"], line["text"]) for line in self.summary.get("headlines", [])]
 
 
+def made_with(provenance: Mapping[str, Any]) -> str:
+    """``"torch 2.13.0, transformers 5.1.0 on cpu"``, of a result or of a study's settings."""
+    versions = (f"{name} {version}" for name, version in provenance["versions"].items())
+    return f"{', '.join(versions)} on {provenance['device']}"
+
+
 _OURS = ("settings.json", "summary.json", "choices.json", "report.html")
-# What may differ between two runs of the same study.
+# What may differ between two runs of the same study; every step's file remembers its own.
 _PLACE = ("device", "versions")
 
 

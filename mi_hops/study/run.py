@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mi_hops._version import __version__
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import LensModel, load_model, provenance
-from mi_hops.study.folder import STEPS, Study, prepare, write_text
+from mi_hops.study.folder import STEPS, Study, made_with, prepare, write_text
 from mi_hops.study.steps import Run, Sizes
 from mi_hops.study.summary import summarise
 from mi_hops.tokens import TokenError, encode
@@ -40,7 +41,8 @@ def run_study(
 
     Args:
         model: a name or path for `load_model`, or a loaded model.
-        facts: a file or name for `load_facts`, facts, or None for the bundled ones (Hopland).
+        facts: a file or name for `load_facts`, facts (those that `load_facts` gives bring their
+            account along), or None for the bundled ones (Hopland).
         out: folder for the results; an unfinished study with the same settings is resumed, a
             finished one reopened.
         device, dtype, backend: for `load_model`.
@@ -49,6 +51,10 @@ def run_study(
         sizes: how many facts each step takes.
         force: overwrite the files of a study with other settings, and write beside other files.
         progress: show progress bars.
+
+    Warns:
+        UserWarning: an unfinished study is resumed with other versions of its libraries, or on
+            another device; `Study.made_with` tells which step was made with which.
 
     Raises:
         FileExistsError: the folder holds other files, or a study with other settings.
@@ -76,6 +82,7 @@ def run_study(
     }
     settings = json.loads(json.dumps(settings))
     study = prepare(out, settings, force=force)
+    _warn_of_other_versions(study, settings)
     run = Run(loaded, chosen, study, sizes, seed, progress)
     from tqdm.auto import tqdm
 
@@ -90,6 +97,20 @@ def run_study(
     return Study.open(out)
 
 
+def _warn_of_other_versions(study: Study, now: Mapping[str, Any]) -> None:
+    """Say that the steps left to do will be made with something else than those that are done."""
+    if all(study.done(step) for step in STEPS):
+        return
+    other = [made for made in study.made_with() if made != made_with(now)]
+    if other:
+        warnings.warn(
+            f"the study in {study.folder} was begun with {' and '.join(other)}, and goes on with "
+            f"{made_with(now)}; the steps that are done stay as they are, and the report says which "
+            "was made with what. To have all of one kind, run it in another folder",
+            stacklevel=3,
+        )
+
+
 def _check_prompts(model: LensModel, facts: Sequence[TwoHopFact]) -> None:
     """Refuse facts whose prompts the model cannot take, before anything is written.
 
@@ -97,27 +118,29 @@ def _check_prompts(model: LensModel, facts: Sequence[TwoHopFact]) -> None:
         TokenError: with the fact's id and what is wrong with its prompt.
     """
     for fact in facts:
-        for table in (fact.prompts, fact.first_prompts, fact.second_prompts):
-            for text in table.values():
-                try:
-                    encode(model, text)
-                except TokenError as error:
-                    raise TokenError(f"fact {fact.id!r}: {error}") from None
+        tables = (fact.prompts, fact.first_prompts, fact.second_prompts)
+        for text in (*(t for table in tables for t in table.values()), *fact.paraphrases):
+            try:
+                encode(model, text)
+            except TokenError as error:
+                raise TokenError(f"fact {fact.id!r}: {error}") from None
 
 
 def load_study_facts(
     facts: str | Path | Sequence[TwoHopFact] | None, limit: int | None, seed: int
 ) -> tuple[list[TwoHopFact], dict[str, Any]]:
     """The facts of a study (bundled ones for None), thinned to `limit`, and where they came from."""
-    from mi_hops.facts.loaders import facts_path, load_facts
+    from mi_hops.facts.loaders import load_facts
+    from mi_hops.facts.reading import Facts
 
     if facts is None or isinstance(facts, str | Path):
-        path = facts_path("hopland" if facts is None else facts)
-        loaded = load_facts(path)
-        chosen = list(loaded)
-        source: dict[str, Any] = {"file": path.name, "report": loaded.describe()}
-    else:
-        chosen, source = list(facts), {"file": None, "report": f"{len(facts)} facts given"}
+        facts = load_facts("hopland" if facts is None else facts)
+    chosen = list(facts)
+    source: dict[str, Any] = (
+        {"file": Path(facts.source).name, "report": facts.describe()}
+        if isinstance(facts, Facts)
+        else {"file": None, "report": f"{len(facts)} facts given"}
+    )
     if not chosen:
         raise ValueError(f"no usable fact in {source['file']}: {source['report']}")
     if limit is not None and limit < len(chosen):

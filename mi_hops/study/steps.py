@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.unusable import NoUsableFactError, count_reasons, describe_reasons
 from mi_hops.model import LensModel, provenance
 from mi_hops.results import Result
 from mi_hops.study.choose import (
@@ -91,7 +92,7 @@ class Run:
         }
         try:
             steps[name]().save(self.study.path(name), overwrite=True)
-        except Skip as reason:
+        except (Skip, NoUsableFactError) as reason:
             write_text(self.study.folder / f"{name}.skipped", f"{reason}\n")
 
     # gap
@@ -160,13 +161,20 @@ class Run:
         """Questions of the gap, held out of training where that is told."""
         found = self.gap.failed
         if not found:
-            known = len(self.gap.passed)
             raise Skip(
                 "no question failed although both hops are known"
-                if known
-                else "the model knows both hops of none of these facts"
+                if self.gap.passed
+                else self._none_known
             )
         return self._held_out(found)
+
+    @property
+    def _none_known(self) -> str:
+        """Why there is no fact with both hops known."""
+        if self.gap.facts:
+            return "the model knows both hops of none of these facts"
+        reasons = describe_reasons(count_reasons(self.gap.skipped))
+        return f"none of these facts can be asked about both hops ({reasons})"
 
     @cached_property
     def halves(self) -> tuple[list[TwoHopFact], list[TwoHopFact]]:
@@ -194,6 +202,9 @@ class Run:
 
         _ = self.failed
         frame = failure_types(self.model, self.gap, form=self.form)
+        skipped = frame.attrs["skipped"]
+        if frame.empty:
+            raise NoUsableFactError("telling failure types", skipped)
         return Result.from_arrays(
             {name: ("example", frame[name].to_numpy()) for name in frame.columns if name != "id"},
             coords={"example": frame["id"].tolist()},
@@ -201,6 +212,7 @@ class Run:
             provenance=provenance(self.model, what="failure types", form=self.form),
             title="Failure types",
             main="type",
+            skipped=skipped,
         )
 
     def _lens(self) -> Result:
@@ -211,7 +223,7 @@ class Run:
             groups["failed"] = self._draw(self.failed, self.sizes.lens, "lens failed")
         facts = [f for group in groups.values() for f in group]
         if not facts:
-            raise Skip("the model knows both hops of none of these facts")
+            raise Skip(self._none_known)
         result = fact_trajectories(self.model, facts, form=self.form)
         label = {f.id: name for name, group in groups.items() for f in group}
         names = [label[i] for i in result["example"].values.tolist()]
@@ -228,7 +240,11 @@ class Run:
 
         facts = self._draw(self.passed, self.sizes.erasure, "erasure")
         if not facts:
-            raise Skip("no two-hop question is answered rightly with both hops known")
+            raise Skip(
+                "no two-hop question is answered rightly with both hops known"
+                if self.gap.failed
+                else self._none_known
+            )
         return erase_bridge(
             self.model, facts, form=self.form, controls=self.sizes.controls, seed=self.seed,
             progress=self.progress,
@@ -259,6 +275,9 @@ class Run:
             seed=self.seed, progress=self.progress,
         )  # fmt: skip
         names = [half[i] for i in result["example"].values.tolist()]
+        if len(set(names)) < 2:
+            reasons = describe_reasons(count_reasons(result.skipped))
+            raise Skip(f"one half has no failure that can be injected into ({reasons})")
         return Result(
             result.data.assign_coords(half=("example", names)),
             provenance=result.provenance,
@@ -273,9 +292,12 @@ class Run:
     def _editing(self) -> Evaluation:
         from mi_hops.reasoning.evaluate import evaluate
 
-        choose, report = self.halves
+        (choose, not_choose), (report, not_report) = map(self._editable, self.halves)
+        if not choose or not report:
+            raise NoUsableFactError("an edit on one half", not_report if choose else not_choose)
         moments, corpus = self._moments()
         choices = self._choose(self._draw(choose, self.sizes.choose, "edits"), moments, corpus)
+        choices["left_out"] = not_choose + not_report
         cases = self._draw(report, self.sizes.edits, "edits")
         queries = self._queries(cases, corpus)
         repairs = [
@@ -290,6 +312,26 @@ class Run:
         """What was chosen for the edits, and from what; empty if none were made."""
         path = self.study.folder / "choices.json"
         return json.loads(path.read_text()) if path.exists() else {}
+
+    def _editable(
+        self, facts: Sequence[TwoHopFact]
+    ) -> tuple[list[TwoHopFact], list[tuple[str, str]]]:
+        """Facts that can be edited, and (id, reason) of the others."""
+        from mi_hops.editing.plans import CremeSettings, plan_request
+        from mi_hops.editing.request import Request
+        from mi_hops.facts.templates import CONTEXTS
+
+        # The published edit needs nothing more, and the other templates no longer a context.
+        how = CremeSettings(form=self.form, templates=(max(CONTEXTS, key=len),))
+        kept, skipped = [], []
+        for fact in facts:
+            try:
+                plan_request(self.model, Request.from_fact(fact, how.form, how.keep), how)
+            except ValueError as error:
+                skipped.append((fact.id, str(error)))
+                continue
+            kept.append(fact)
+        return kept, skipped
 
     def _moments(self) -> tuple[Moments, list[TwoHopFact]]:
         """C, from facts that no score is taken on: trained ones, else a third of the passed."""
@@ -309,7 +351,8 @@ class Run:
         from mi_hops.editing import PAPER, CremeRepair
 
         how = PAPER if kind == IDENTITY else {"covariance": moments, "strength": strength}
-        return CremeRepair(name=name, form=self.form, layers=layers, **how)
+        # The weights are edited as they were loaded; the report says where they are processed ones.
+        return CremeRepair(name=name, form=self.form, layers=layers, processed=True, **how)
 
     def _queries(self, cases: list[TwoHopFact], corpus: list[TwoHopFact]) -> Any:
         from mi_hops.reasoning.sets import build_sets
@@ -334,8 +377,7 @@ class Run:
         from mi_hops.reasoning.locate import located_layers
 
         located_result = self.study.result("locate")
-        assert located_result is not None
-        located = located_layers(located_result)
+        located = [] if located_result is None else located_layers(located_result)
         spans = layer_spans(located, int(self.model.cfg.n_layers))
         queries = self._queries(cases, corpus).of("correction", "specificity")
         repairs = {

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mi_hops.facts.unusable import count_reasons, describe_reasons
 from mi_hops.statistics import bootstrap_ci, difference_ci, proportion_ci
+from mi_hops.study.folder import STEPS
 
 if TYPE_CHECKING:
     from mi_hops.reasoning.gap import Gap
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 def summarise(study: Study, gap: Gap, choices: Mapping[str, Any]) -> dict[str, Any]:
     """All of ``summary.json``: one entry a step, and ``headlines`` for the terminal.
 
-    A step that was left out has ``{"skipped": reason}``. Every estimate is a dict with ``value``,
+    A step that was left out has ``{"skipped": reason}``; ``left_out`` holds for each step the facts
+    that it could not use, counted by reason, ``made_with`` the steps made with each set of versions.
+    Every estimate is a dict with ``value``,
     ``low``, ``high`` (95% interval; exact for shares of facts, bootstrap over facts for means) and
     ``n``.
     """
@@ -37,8 +41,24 @@ def summarise(study: Study, gap: Gap, choices: Mapping[str, Any]) -> dict[str, A
         for (repair, name, statistic), row in table.iterrows():
             scores.setdefault(repair, {}).setdefault(name, {})[statistic] = _row(row)
         summary["editing"] = {"choices": dict(choices), "scores": scores}
+    summary["left_out"] = _left_out(study, choices)
+    summary["made_with"] = study.made_with()
     summary["headlines"] = _headlines(summary)
     return _plain(summary)
+
+
+def _left_out(study: Study, choices: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Step -> reason -> facts left out for it."""
+    found = {}
+    for step in STEPS:
+        result = study.result(step)
+        # Of an evaluation the result's own list is of queries, not of facts.
+        skipped = [] if result is None else result.skipped
+        if step == "editing":
+            skipped = choices.get("left_out", [])
+        if skipped:
+            found[step] = count_reasons(skipped)
+    return found
 
 
 def _share(k: float, n: int) -> dict[str, Any]:
@@ -94,7 +114,10 @@ def _gap(study: Study, gap: Gap) -> dict[str, Any]:
     failed = gap.frame[gap.frame["first"] & gap.frame["second"] & ~gap.frame["two_hop"]]
     return {
         "forms": forms,
-        "table": gap.table().to_dict("records"),
+        "table": [
+            {**record, "share": _share(record["n"], len(gap.frame))}
+            for record in gap.table().to_dict("records")
+        ],
         "failed": len(gap.failed),
         "passed": len(gap.passed),
         "failed_saying_bridge": _share(failed["says_bridge"].sum(), len(failed)),
@@ -251,6 +274,9 @@ def _headlines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         ("first hop / second hop known", f"{_pct(main['first'])} / {_pct(main['second'])}"),
         (f"gap: failed though both hops known ({form})", _pct(main["gap"])),
     ]
+    not_asked = summary["left_out"].get("gap")
+    if not_asked:
+        lines.append(("facts that cannot be asked", describe_reasons(not_asked)))
     erasure = summary["erasure"]
     if "skipped" not in erasure:
         name, best = largest_cost(erasure)
@@ -283,6 +309,9 @@ def _headlines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         reason = summary[step].get("skipped")
         if reason:
             lines.append((step, f"left out: {reason}"))
+    if len(summary["made_with"]) > 1:
+        mixed = (f"{', '.join(steps)}: {made}" for made, steps in summary["made_with"].items())
+        lines.append(("made with different versions", "; ".join(mixed)))
     return [{"name": name, "text": text} for name, text in lines]
 
 

@@ -218,7 +218,7 @@ def test_one_bridge_cannot_be_permuted():
         ({"encodings": ("word2vec",)}, "unknown encoding"),
         ({"controls": ("noise",)}, "unknown control"),
         ({"kind": "pattern"}, "cannot inject at"),
-        ({"form": "question"}, "none of 5 facts"),
+        ({"form": "question"}, r"no fact can be used for an injection \(5: "),
         ({"memories": {"mine": ["w1"]}}, "one text for each of 5"),
         ({"memories": {"answer": ["w1"] * 5}}, "built in"),
         ({"words": {"noun": []}}, "sequence of words"),

@@ -177,7 +177,7 @@ def test_facts_that_cannot_be_read_are_skipped_with_the_reason(tiny):
     assert result["example"].values.tolist() == ["f4"]
     assert [who for who, _ in result.skipped] == ["f5", "f6"]
     assert "w77" in result.skipped[0][1] and "suffix" in result.skipped[1][1]
-    with pytest.raises(ValueError, match="none of 1 facts"):
+    with pytest.raises(ValueError, match="no fact can be used for the lens"):
         fact_trajectories(tiny, facts[1:2])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mi_hops.facts import NoUsableFactError
 from mi_hops.model import forward, hook_name, unembedding
 from mi_hops.reasoning.erasure import ROLES, Eraser, erase_bridge
 from mi_hops.tokens import answer_ids, encode, last_position
@@ -48,6 +49,29 @@ def test_published_form_is_the_pseudo_inverse_of_the_request(tiny, hidden):
     push[:, keep] = 10 * (v - expected @ weight.T)[:, keep]
     rechecked = Eraser(tiny).change("published", lower, keep)(hidden)
     assert torch.allclose(rechecked, expected + push @ inverse.T, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize(("shape", "rank"), [("gpt2", 31), ("llama", 32)])
+def test_folded_weights_are_erased_in_what_w_u_reads(
+    load_tiny, hidden, shape, rank, backend, dtype
+):
+    """Folding centres GPT-2's W_U: the direction of equal entries then reads nothing."""
+    folded = load_tiny(shape, backend, dtype, processing="fold")
+    eraser = Eraser(folded, recheck=0)
+    assert eraser.rank == rank
+    weight = unembedding(folded)[0].double().T
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    inverse = right[:rank].T / values[:rank] @ left[:, :rank].T
+    v = hidden @ weight.T
+    request = torch.zeros_like(v)
+    request[:, [44, 7]] = v.min(-1, keepdim=True).values - v[:, [44, 7]]
+    plain = eraser.change("published", [44, 7], [12])(hidden)
+    assert torch.allclose(plain, hidden + request @ inverse.T, atol=1e-5)
+    result = erase_bridge(folded, tiny_facts(folded, 2), controls=1)
+    assert result.provenance["unembedding_rank"] == rank
+    assert result.provenance["processing"] == "fold"
 
 
 def test_a_kept_token_is_never_lowered(tiny, hidden):
@@ -102,5 +126,5 @@ def test_a_fact_that_cannot_be_used_is_reported(tiny):
     result = erase_bridge(tiny, [*facts, broken])
     assert [who for who, _ in result.skipped] == ["broken"]
     assert "does not occur" in result.skipped[0][1]
-    with pytest.raises(ValueError, match="no fact can be used for erasure"):
+    with pytest.raises(NoUsableFactError, match="no fact can be used for erasure .1: … does not"):
         erase_bridge(tiny, [broken])

@@ -8,6 +8,7 @@ import pytest
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.generate import Answered
+from mi_hops.lens.logit import fact_trajectories
 from mi_hops.reasoning import gap as gap_module
 from mi_hops.reasoning.failures import TYPES, failure_types
 from mi_hops.reasoning.gap import HOPS, find_gap
@@ -102,6 +103,29 @@ def test_failure_types_follow_the_rule(tiny, monkeypatch):
             assert row.said == row.said_for_subject
         if row.type == "hasty":
             assert row.said_layer <= row.bridge_layer
+    # The bridge is read by all its tokens, as the papers do.
+    held = fact_trajectories(tiny, facts[:4])["paper_prob"].sel(tracked="bridge")
+    peaks = held.isel(layer=slice(1, None)).max(["position", "layer"])
+    assert frame["bridge_peak"].to_numpy() == pytest.approx(peaks.values, abs=1e-6)
     faint = failure_types(tiny, found, faint=1e9)
     assert set(faint["type"]) <= {"incomplete", "short-cut", "distorted"}
     assert "distorted" not in set(failure_types(tiny, found, faint=0.0)["type"])
+
+
+def test_failures_that_the_lens_cannot_read_are_reported(tiny):
+    facts = tiny_facts(tiny, 4)
+    facts[0] = replace(facts[0], first_hop="w80 w81")  # absent
+    facts[1] = replace(facts[1], first_hop="w1")  # all over the prompt
+    facts[3] = replace(facts[3], first_hop="w80")
+    found = find_gap(tiny, facts)
+    found.frame[["first", "second"]] = True
+    found.frame["two_hop"] = [False, False, False, True]
+    frame = failure_types(tiny, found)
+    assert frame["id"].tolist() == ["2"]
+    (absent, why), (ambiguous, times) = frame.attrs["skipped"]
+    assert (absent, ambiguous) == ("0", "1")
+    assert "does not occur" in why and "occurs" in times
+    found.frame["two_hop"] = [False, False, True, True]
+    nothing = failure_types(tiny, found)
+    assert nothing.empty and "type" in nothing
+    assert [who for who, _ in nothing.attrs["skipped"]] == ["0", "1"]
