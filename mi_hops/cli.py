@@ -20,6 +20,8 @@ from mi_hops._version import __version__
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mi_hops.facts import Facts
+
 app = typer.Typer(
     name="mi-hops",
     help="Find out how a language model answers a two-hop question, why it fails, and repair it.",
@@ -63,6 +65,24 @@ def study(
     facts: Annotated[
         Path | None, typer.Option(help="A file of two-hop facts; by default the bundled ones.")
     ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="How --facts is read: jsonl, mquake, memory_injections or table; by default told "
+            "from the file."
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=COLUMN",
+            help="A table's column for a fact's field, once for each: bridge=director, "
+            "prompts.suffix=question (prompts take their form after a dot).",
+        ),
+    ] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="Folder of MQuAKE's templates, in place of our wordings.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where report and numbers go.")] = Path("study"),
     device: Device = None,
     dtype: Annotated[
@@ -87,11 +107,12 @@ def study(
     with _friendly(debug=debug, stopped=resume):
         if quiet:
             _no_loading_bar()
+        given = _facts(facts, format=format, columns=columns, templates=templates)
         from mi_hops.study import run_study
 
         done = run_study(
             model,
-            facts,
+            given,
             out=out,
             device=device,
             dtype=dtype,
@@ -134,8 +155,7 @@ def train_world(
             raise FileExistsError(
                 f"{out} is not empty; name another folder, or write over it with --force"
             )
-        import torch
-
+        from mi_hops.model import usable_device
         from mi_hops.worlds.hopland import Hopland
         from mi_hops.worlds.train import RECIPES, measure, save, train
 
@@ -143,13 +163,59 @@ def train_world(
         if steps is not None:
             recipe = replace(recipe, steps=steps, restarts=())
         world = Hopland()
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        where = usable_device(device)
         trained, tokenizer, log = train(world, family, recipe, device=where, progress=not quiet)
         measured = measure(trained, tokenizer, world, limit=limit)
         save(out, trained, tokenizer, recipe=recipe, world=world, log=log, measured=measured)
         if not quiet:
             _print(_accuracy_table(family, recipe.steps, measured))
             typer.echo(f"Model: {out}")
+
+
+def _facts(
+    path: Path | None, *, format: str | None, columns: list[str] | None, templates: Path | None
+) -> Path | Facts | None:
+    """The facts as they are to be read; the path where nothing is said about that.
+
+    Raises:
+        ValueError: options without a file, or a column that is no pair; see also `load_facts`.
+    """
+    from mi_hops.facts import load_facts
+
+    options: dict[str, Any] = {}
+    if columns:
+        options["columns"] = _columns(columns)
+    if templates is not None:
+        options["templates"] = templates
+    if not options and format is None:
+        return path
+    if path is None:
+        raise ValueError(
+            "--format, --columns and --templates say how a file is read; name it with --facts"
+        )
+    return load_facts(path, format=format, **options)
+
+
+def _columns(pairs: list[str]) -> dict[str, Any]:
+    """``["bridge=b", "prompts.suffix=q"]`` as `load_table` takes it; a field named twice is a list."""
+    named: dict[str, list[tuple[str, str]]] = {}
+    for pair in pairs:
+        name, equals, column = pair.partition("=")
+        field, dot, form = name.strip().partition(".")
+        if not (equals and field and column.strip() and bool(form) == bool(dot)):
+            raise ValueError(
+                f"--columns {pair!r} is no pair; expected e.g. bridge=COLUMN or "
+                "prompts.suffix=COLUMN"
+            )
+        named.setdefault(field, []).append((form, column))
+    found: dict[str, Any] = {}
+    for field, columns in named.items():
+        forms, names = zip(*columns, strict=True)
+        if all(forms):
+            found[field] = dict(columns)
+        else:
+            found[field] = names[0] if len(names) == 1 else names
+    return found
 
 
 @contextmanager

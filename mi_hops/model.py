@@ -69,7 +69,7 @@ class LensModel(Protocol):
 
 
 class MissingHookError(ValueError):
-    """A model has not got a hook point that a method needs."""
+    """A model has not got a hook point or a weight that a method needs; the message names it."""
 
 
 # -- which class ------------------------------------------------------------------------------
@@ -134,24 +134,22 @@ def load_model(
             numbers and is recorded in every result.
 
     Raises:
-        ValueError: unknown dtype, backend or processing; a folder that is no checkpoint or has no
-            tokenizer; a backend that the installed TransformerLens or the family does not offer.
+        ValueError: unknown dtype, backend or processing; a device that is not there; a folder that
+            is no checkpoint or has no tokenizer, or whose files cannot be read; a backend that the
+            installed TransformerLens or the family does not offer.
         OSError: a hub id that cannot be fetched (offline, private, or misspelt).
     """
-    import torch
     from transformers import AutoConfig
 
     if processing not in ("none", "fold"):
         raise ValueError(f"processing is {processing!r}; expected 'none' or 'fold'")
     source = _source(name_or_path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(device)
     dtype = _dtype(dtype)
-    try:
-        config = AutoConfig.from_pretrained(source)
+    with _reading(source, "config.json"):
+        family = AutoConfig.from_pretrained(source).model_type
+    with _reading(source, "tokenizer"):
         tokenizer = _tokenizer(source)
-    except OSError as error:
-        raise OSError(_unreachable(name_or_path)) from error
-    family = config.model_type
     if backend is None:
         backend = "hooked" if hooked_class() and family in _HOOKED_FAMILIES else "bridge"
     if backend == "hooked":
@@ -173,6 +171,44 @@ def load_model(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
+
+
+def usable_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of that name; without one CUDA where there is any, else the CPU.
+
+    Raises:
+        ValueError: no device has this name, or none is there.
+    """
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)  # a name that torch knows need not have a device behind it
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device {str(device)!r} cannot be used ({first}); expected 'cpu', or 'cuda', 'cuda:1', "
+            "... where there are such GPUs"
+        ) from error
+    return found
+
+
+@contextmanager
+def _reading(source: str, what: str) -> Iterator[None]:
+    """Say of a folder or a hub id which part of it could not be read."""
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers have errors of their own
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if Path(source).is_dir():
+            raise ValueError(
+                f"{source}: cannot read the {what} of this checkpoint ({why})"
+            ) from error
+        if isinstance(error, OSError):
+            raise OSError(f"{_unreachable(source)} ({what}: {why})") from error
+        raise
 
 
 def _source(name_or_path: str | Path) -> str:
@@ -197,7 +233,8 @@ def _source(name_or_path: str | Path) -> str:
     return text
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+# Files that hold a vocabulary; without one transformers makes an empty tokenizer, or none.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def _unreachable(name: str | Path) -> str:
@@ -231,11 +268,18 @@ def _tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def _load_bridge(source: str, tokenizer: Any, dtype: Any, device: Any, processing: str) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
+def _weights(source: str, dtype: Any, **options: Any) -> Any:
+    """The checkpoint as transformers loads it, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")
+    with _reading(source, "weights"):
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+
+
+def _load_bridge(source: str, tokenizer: Any, dtype: Any, device: Any, processing: str) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    hf = _weights(source, dtype, attn_implementation="eager")
     bridge = TransformerBridge.boot_transformers(
         source, hf_model=hf.to(device).eval(), tokenizer=tokenizer, device=str(device)
     )
@@ -252,9 +296,8 @@ def _load_hooked(source: str, tokenizer: Any, dtype: Any, device: Any, processin
         convert_gpt2_weights,
         convert_llama_weights,
     )
-    from transformers import AutoModelForCausalLM
 
-    hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    hf = _weights(source, dtype)
     shape = _HOOKED_FAMILIES[hf.config.model_type](hf.config)
     cfg = HookedTransformerConfig(
         **shape, dtype=hf.dtype, device=str(device), init_weights=False,
@@ -380,7 +423,7 @@ def fingerprint(model: LensModel) -> str:
     digest = hashlib.sha256()
     for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab"):
         digest.update(f"{name}={getattr(model.cfg, name)};".encode())
-    for owner, part in _owners(model):
+    for where, owner, part in _owners(model):
         for name in _WEIGHTS[part]:
             # A grouped-query model's W_K repeats heads; its own is named _W_K.
             tensor = getattr(owner, f"_{name}", None)
@@ -388,10 +431,7 @@ def fingerprint(model: LensModel) -> str:
                 tensor = getattr(owner, name, None)
             if tensor is None:
                 if part == "attn" and name in ("W_Q", "W_O"):
-                    raise MissingHookError(
-                        f"{type(model).__name__} has no {name} in {type(owner).__name__}; its "
-                        "weights cannot be told apart from others'"
-                    )
+                    raise _missing_weight(model, f"{where}.{name}")
                 continue
             tensor = tensor.detach()
             if part == "norm" and name == "w":
@@ -417,19 +457,28 @@ _WEIGHTS = {
 }
 
 
-def _owners(model: LensModel) -> Iterator[tuple[Any, str]]:
-    """Modules with weights, and which of `_WEIGHTS` they hold."""
-    yield model, "embed"
-    yield model, "unembed"
-    yield model.ln_final, "norm"
+def _owners(model: LensModel) -> Iterator[tuple[str, Any, str]]:
+    """Modules with weights, their names, and which of `_WEIGHTS` they hold."""
+    yield "", model, "embed"
+    yield "", model, "unembed"
+    yield "ln_final", model.ln_final, "norm"
     if getattr(model, "pos_embed", None) is not None:
-        yield model.pos_embed, "pos_embed"  # type: ignore[attr-defined]
-    for block in model.blocks:
-        yield block.attn, "attn"
-        for name, part in (("mlp", "mlp"), ("ln1", "norm"), ("ln2", "norm")):
+        yield "pos_embed", model.pos_embed, "pos_embed"  # type: ignore[attr-defined]
+    parts = {"attn": "attn", "mlp": "mlp", "ln1": "norm", "ln2": "norm"}
+    for i, block in enumerate(model.blocks):
+        for name, part in parts.items():
             module = getattr(block, name, None)
             if module is not None:
-                yield module, part
+                yield f"blocks.{i}.{name}", module, part
+            elif name == "attn":
+                raise _missing_weight(model, f"blocks.{i}.attn")
+
+
+def _missing_weight(model: LensModel, name: str) -> MissingHookError:
+    return MissingHookError(
+        f"this {type(model).__name__} has no weight {name}; GPT-2 and LLaMA have it, and so must "
+        "another family that is to be used here"
+    )
 
 
 def provenance(model: LensModel, **more: Any) -> dict[str, Any]:
@@ -701,9 +750,17 @@ def _last_block(model: LensModel, names: Iterable[str]) -> int | None:
 
 
 def w_o(model: LensModel, layer: int) -> Float[Tensor, "head d_head d_model"]:
-    """The live output projection of a block; writing into it changes the model on both classes."""
+    """The live output projection of a block; writing into it changes the model on both classes.
+
+    Raises:
+        MissingHookError: a block without it.
+        ValueError: no such layer.
+    """
     require_layers(model, [layer])
-    return model.blocks[layer].attn.W_O
+    weight = getattr(getattr(model.blocks[layer], "attn", None), "W_O", None)
+    if weight is None:
+        raise _missing_weight(model, f"blocks.{layer}.attn.W_O")
+    return weight
 
 
 def read_w_o(model: LensModel, layer: int) -> Float[Tensor, "z d_model"]:

@@ -91,6 +91,95 @@ def test_study_hands_every_option_on(calls, tmp_path):
     assert result.output == ""
 
 
+TABLE = (
+    "film,whose,director,born,question,first,second,also,too\n"
+    "Ran,the director of Ran,Akira Kurosawa,Tokyo,The director of Ran was born in,"
+    "Ran was directed by,Akira Kurosawa was born in,Tokio,Edo\n"
+)
+COLUMNS = (
+    "subject=film", "first_hop=whose", "bridge=director", "answer=born", "prompts.prefix=question",
+    "first_prompts.prefix=first", "second_prompts.prefix=second", "answer_aliases=also",
+    "answer_aliases=too",
+)  # fmt: skip
+
+
+def test_study_reads_any_table(calls, tmp_path):
+    path = tmp_path / "films.csv"
+    path.write_text(TABLE)
+    given = [part for pair in COLUMNS for part in ("--columns", pair)]
+    result = runner.invoke(app, ["study", "--facts", str(path), *given])
+    assert result.exit_code == 0, result.output
+    (fact,) = calls[0]["facts"]
+    assert calls[0]["facts"].source == str(path)
+    assert (fact.subject, fact.bridge, fact.answer) == ("Ran", "Akira Kurosawa", "Tokyo")
+    assert fact.prompts == {"prefix": "The director of Ran was born in"}
+    assert fact.first_prompts == {"prefix": "Ran was directed by"}
+    assert fact.answer_aliases == ("Tokio", "Edo")
+
+
+def test_study_reads_mquake_with_templates(calls, tmp_path):
+    record = {
+        "case_id": 7, "questions": ["Who is the citizen?"], "answer": "USA", "answer_alias": [],
+        "single_hops": [
+            {"question": "Who wrote Misery?", "answer": "Stephen King", "answer_alias": []},
+            {"question": "Whose citizen is Stephen King?", "answer": "USA", "answer_alias": []},
+        ],
+        "orig": {
+            "triples": [["Q1", "P50", "Q2"], ["Q2", "P27", "Q3"]],
+            "triples_labeled": [["Misery", "author", "Stephen King"],
+                                ["Stephen King", "country of citizenship", "USA"]],
+        },
+    }  # fmt: skip
+    path = tmp_path / "facts.txt"
+    path.write_text(json.dumps([record]))
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "cloze_templates.json").write_text(
+        json.dumps({"P27": "[X] is a citizen of __"})
+    )
+    (tmp_path / "templates" / "question_templates.json").write_text(
+        json.dumps({"P27": "Of which country is [X] a citizen?"})
+    )
+    options = ["--format", "mquake", "--templates", str(tmp_path / "templates")]
+    result = runner.invoke(app, ["study", "--facts", str(path), *options])
+    assert result.exit_code == 0, result.output
+    (fact,) = calls[0]["facts"]
+    assert fact.prompts["prefix"] == "The author of Misery is a citizen of"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "table"], "name it with --facts"),
+        (["--facts", "FILE", "--format", "xml"], "unknown format 'xml'"),
+        (["--facts", "FILE", "--format", "table"], "a table needs columns="),
+        (["--facts", "FILE", "--columns", "bridge"], "--columns 'bridge' is no pair"),
+        (["--facts", "FILE", "--columns", "prompts.=question"], "is no pair"),
+        (["--facts", "FILE", "--columns", "bridge=gone"], "columns lacks"),
+        (
+            ["--facts", "FILE", "--format", "jsonl", "--templates", "."],
+            "has no option ['templates']",
+        ),
+    ],
+)
+def test_bad_words_about_facts(calls, tmp_path, options, message):
+    path = tmp_path / "films.csv"
+    path.write_text(TABLE)
+    result = runner.invoke(app, ["study", *(str(path) if o == "FILE" else o for o in options)])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert calls == []
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+@pytest.mark.parametrize("command", ["study --model hops-gpt2", "train-world --steps 1"])
+def test_a_device_that_is_not_there(tmp_path, command, device):
+    out = tmp_path / "out"
+    result = runner.invoke(app, [*command.split(), "--device", device, "--out", str(out)])
+    assert result.exit_code == 2, result.output
+    assert f"device '{device}' cannot be used" in result.stderr
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mi_hops import model as M
+from tests.models import WORDS, tokenizer
 
 TOKENS = torch.tensor([[1, 7, 8, 9, 30], [1, 40, 41, 6, 11]])
 
@@ -219,6 +220,40 @@ class TestLoading:
         with pytest.raises(ValueError, match="no tokenizer"):
             M.load_model(tmp_path)
 
+    def test_a_tokenizer_config_is_no_tokenizer(self, checkpoints, tmp_path):
+        for name in ("config.json", "model.safetensors", "tokenizer_config.json"):
+            (tmp_path / name).write_bytes((checkpoints["gpt2"] / name).read_bytes())
+        with pytest.raises(ValueError, match="no tokenizer"):
+            M.load_model(tmp_path)
+
+    @pytest.mark.parametrize("backend", ["hooked", "bridge"])
+    @pytest.mark.parametrize(
+        ("broken", "content", "what"),
+        [
+            ("config.json", b"{", "config.json"),
+            ("config.json", b'{"model_type": "nonsense"}', "config.json"),
+            ("tokenizer.json", b"{", "tokenizer"),
+            ("model.safetensors", b"no tensors", "weights"),
+            ("model.safetensors", None, "weights"),
+        ],
+    )
+    def test_a_broken_folder(self, checkpoints, tmp_path, broken, content, what, backend):
+        if backend == "hooked" and M.hooked_class() is None:
+            pytest.skip("this TransformerLens has no HookedTransformer")
+        for file in checkpoints["gpt2"].iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        (tmp_path / broken).unlink()
+        if content is not None:
+            (tmp_path / broken).write_bytes(content)
+        with pytest.raises(ValueError, match=f"cannot read the {what} of this checkpoint") as found:
+            M.load_model(tmp_path, device="cpu", backend=backend)
+        assert "no local folder" not in str(found.value)
+
+    @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "cpu:x"])
+    def test_a_device_that_is_not_there(self, checkpoints, device):
+        with pytest.raises(ValueError, match=f"device '{device}' cannot be used"):
+            M.load_model(checkpoints["gpt2"], device=device)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -238,3 +273,53 @@ class TestLoading:
     def test_another_class_is_refused(self):
         with pytest.raises(ValueError, match="got Linear"):
             M.backend_of(torch.nn.Linear(2, 2))
+
+
+class TestOtherFamilies:
+    """What a family has is served, what it lacks is named."""
+
+    @pytest.fixture
+    def load_other(self, tmp_path):
+        from transformers import AutoModelForCausalLM
+
+        def load(config):
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+            tokenizer().save_pretrained(tmp_path)
+            return M.load_model(tmp_path, device="cpu", dtype="float32"), tmp_path
+
+        return load
+
+    def test_neox_has_what_is_needed(self, load_other):
+        from transformers import GPTNeoXConfig
+
+        model, folder = load_other(
+            GPTNeoXConfig(
+                vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                intermediate_size=48, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+            )
+        )  # fmt: skip
+        with torch.no_grad():
+            assert torch.allclose(M.forward(model, TOKENS), hf(folder)(TOKENS).logits, atol=1e-4)
+        before = M.fingerprint(model)
+        old = M.read_w_o(model, 1)
+        M.write_w_o(model, 1, old + 1)
+        assert M.fingerprint(model) != before
+        # Attention and MLP run side by side, so there is no state between them.
+        with pytest.raises(M.MissingHookError, match=r"blocks\.1\.hook_resid_mid"):
+            M.capture(model, TOKENS, [M.hook_name("resid_mid", 1)])
+
+    def test_a_model_without_attention_is_refused_by_name(self, load_other):
+        from transformers import MambaConfig
+
+        model, _ = load_other(
+            MambaConfig(
+                vocab_size=WORDS, hidden_size=32, state_size=4, num_hidden_layers=2, expand=2,
+                time_step_rank=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            )
+        )  # fmt: skip
+        for refused in (M.fingerprint, lambda m: M.w_o(m, 0)):
+            with pytest.raises(M.MissingHookError, match=r"no weight blocks\.0\.attn"):
+                refused(model)
+        with pytest.raises(M.MissingHookError, match=r"no hook point blocks\.0\.attn\.hook_z"):
+            M.capture(model, TOKENS, [M.hook_name("z", 0)])
