@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mi_hops.facts.unusable import describe_reasons
-from mi_hops.report.parts import figures, layers
+from mi_hops.report.parts import cell_place, figures, layers
 from mi_hops.study.summary import largest_cost
 
 _PLACES = {"first hop": "the first hop's last token", "last": "the last token"}
@@ -137,8 +137,8 @@ def _locate(locate: Mapping[str, Any]) -> list[Finding]:
 def _injection(injection: Mapping[str, Any]) -> list[Finding]:
     cell, memories = injection["cell"], injection["memories"]
     text = (
-        f"of failed questions get the right first token when the bridge is injected at layer "
-        f"{cell['layer']} with strength {cell['strength']:g}"
+        f"of failed questions get the right first token when the bridge is injected at "
+        f"{cell_place(cell)} with strength {cell['strength']:g}"
     )
     other = memories.get("permuted_bridge")
     if other is not None:

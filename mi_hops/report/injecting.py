@@ -13,6 +13,7 @@ from mi_hops.report.parts import (
     Table,
     Text,
     bars,
+    cell_place,
     heatmap,
     number,
     opened,
@@ -131,9 +132,7 @@ def _memories(result: Result, cell: Mapping[str, Any]) -> list[Figure | Table]:
         rows.append(row(_count(named), injected="bridge in the prompt"))
     plot = bars(rows, x="injected", y_label="first token right", height=380)
     blocks: list[Figure | Table] = []
-    layer = str(cell["layer"])
-    place = "all layers" if "+" in layer else f"layer {layer}"
-    where = (f"{place}, strength {cell['strength']:g}, encoding “"
+    where = (f"{cell_place(cell)}, strength {cell['strength']:g}, encoding “"
              f"{_ENCODINGS.get(cell['encoding'], cell['encoding'])}”")  # fmt: skip
     if plot is not None:
         colours = [STRONG if r["injected"] == _MEMORIES["bridge"] else FAINT for r in rows]

@@ -89,6 +89,12 @@ class Section:
     blocks: list[Block] = field(default_factory=list)
 
 
+def cell_place(cell: Mapping[str, Any]) -> str:
+    """Where an injection's cell puts the memory: "layer 3", or "all layers"."""
+    layer = str(cell["layer"])
+    return "all layers" if "+" in layer else f"layer {layer}"
+
+
 def opened(study: Study, step: str, title: str, question: str) -> tuple[Section, Result | None]:
     """The section of a step, and its result; where there is none the section says why."""
     section = Section(step, title, question)
