@@ -12,7 +12,7 @@ from mi_hops.metrics import KL, Metric, MetricLike, Target, get_metrics
 from mi_hops.model import LensModel, capture, dtype_of, provenance
 from mi_hops.patching.grid import Cell, Grid
 from mi_hops.patching.pairs import Spans, as_targets
-from mi_hops.patching.sweep import Limits, Scored, Sweep
+from mi_hops.patching.sweep import Limits, Scored, Sweep, keep_in
 from mi_hops.results import Result
 from mi_hops.tokens import Prompt, pad
 
@@ -176,8 +176,7 @@ class Core:
             riding = [sources[i] for i in group] if sources else []
             sweep = Sweep(self.model, [*(self.bases[i] for i in group), *riding])
             shown: dict[str, Tensor] = {}
-            names = self.grid.hook_names() if riding else []
-            observe = {name: _keep(shown, name, n) for name in names}
+            observe = keep_in(shown, self.grid.hook_names(), n) if riding else None
             items = self.interventions(group, values_of(group, shown), samples)
             found = sweep.run(items, limits, observe)
             scores[group] = found.rows.reshape(n, n_cells, samples, n_metrics).mean(2)
@@ -185,13 +184,6 @@ class Core:
             if riding:
                 others[group] = found.base[n:]
         return scores, intact, others
-
-
-def _keep(shown: dict[str, Tensor], name: str, first: int) -> Callable[[Tensor], None]:
-    def fn(x: Tensor) -> None:
-        shown[name] = x[first:].detach()
-
-    return fn
 
 
 # -- metrics ------------------------------------------------------------------------------------------

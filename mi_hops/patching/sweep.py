@@ -199,15 +199,22 @@ def score_and_capture(
         behind a prompt are answer tokens and padding.
     """
     store: dict[str, Tensor] = {}
+    found = Sweep(model, prompts).run([], observe=keep_in(store, names))
+    return found.base, store
+
+
+def keep_in(
+    store: dict[str, Tensor], names: Iterable[str], first: int = 0
+) -> dict[str, Callable[[Tensor], None]]:
+    """What to observe so that `store` holds the activations of the prompts from number `first` on."""
 
     def keep(name: str) -> Callable[[Tensor], None]:
         def fn(x: Tensor) -> None:
-            store[name] = x.detach()
+            store[name] = x[first:].detach()
 
         return fn
 
-    found = Sweep(model, prompts).run([], observe={name: keep(name) for name in names})
-    return found.base, store
+    return {name: keep(name) for name in names}
 
 
 def _runs(index: int, item: Scored) -> list[_Run]:
