@@ -1,7 +1,8 @@
 """Builds the sets of queries that a repair is scored on, from plain facts.
 
 What belongs in each set stands in `queries`. Whatever is drawn is drawn from a seed, and a case's
-draws do not depend on the other cases.
+draws depend on the other cases in one thing: what one case was repaired on is drawn for none. Where
+repairs pile up in one model, such a query would ask what another repair was given.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def build_sets(
     *Unrelated* means that subject, bridge and answer of the other fact are none of the case's.
     Generalisation takes facts of the pool with the case's bridge and puts the case's first hop in
     place of theirs (a fact with the same subject and first relation stays as it is), one for each
-    answer. The single hops are asked in other forms than the case's own, as far as they have any: in
-    that form a repair is given their prompts.
+    answer. No case's correction prompt is drawn into generalisation or specificity. The single hops
+    are asked in other forms than the case's own, as far as they have any: in that form a repair is
+    given their prompts.
 
     Args:
         failed: the cases.
@@ -128,6 +130,7 @@ class _Makers:
         for fact in pool:
             self.by_bridge.setdefault(normalise(fact.bridge), []).append(fact)
         self.texts = [_split_text(text, i) for i, text in enumerate(texts)]
+        self.corrections = frozenset(case.prompt(form) for case in failed)
         # Single facts that some case is made of are not neutral, whichever repair is on.
         self.touched = {hop for case in failed for hop in _hops(case)}
 
@@ -225,10 +228,11 @@ class _Makers:
             if len(found) == self.per_case:
                 break
             prompt = self._with_first_hop(case, other)
-            if prompt is not None and normalise(other.answer) not in found:
-                draft = _Draft(prompt, other.answer, other.answer_aliases, other.id)
-                found[normalise(other.answer)] = draft
-        return list(found.values()) or "no second hop can be put in this wording"
+            if prompt is None or prompt in self.corrections or normalise(other.answer) in found:
+                continue
+            draft = _Draft(prompt, other.answer, other.answer_aliases, other.id)
+            found[normalise(other.answer)] = draft
+        return list(found.values()) or "every other second hop is a case, or not of this wording"
 
     def _specificity(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
         return self._unrelated(case, self.answered, rng) or "no unrelated answered question"
@@ -274,8 +278,8 @@ class _Makers:
             if len(found) == self.per_case:
                 break
             form = self._form_of(other)
-            if form in other.prompts and not mine & _names(other):
-                prompt = other.prompts[form]
+            prompt = other.prompts.get(form)
+            if prompt and prompt not in self.corrections and not mine & _names(other):
                 found[prompt] = _Draft(prompt, other.answer, other.answer_aliases, other.id)
         return list(found.values())
 
