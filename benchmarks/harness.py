@@ -36,15 +36,17 @@ def machine() -> str:
     )
 
 
-def gpt2_small(seed: int = 0) -> Any:
+def gpt2_small(seed: int = 0, *, layers: int = 12, vocabulary: int = 50257) -> Any:
     """A random model of GPT-2 small's size as a HookedTransformer (or a Bridge on TransformerLens 4).
 
-    It has a tokenizer-free context of tokens 0..50256; nothing is downloaded.
+    Its tokenizer knows tokens as ``w0``, ``w1``, ...; nothing is downloaded.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    config = GPT2Config(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    config = GPT2Config(
+        n_layer=layers, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )
     return wrap(GPT2LMHeadModel(config))
 
 

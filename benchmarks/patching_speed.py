@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ import torch
 from benchmarks.harness import gpt2_small, keep, kept, llama_100m, paired, table, write
 from mi_hops.fanout import plan_fan_out
 from mi_hops.model import backend_of
-from mi_hops.patching import patch
+from mi_hops.patching import patch, plan_patch
 from mi_hops.patching.activation import PatchJob
 from mi_hops.patching.sweep import Limits, Sweep
 from mi_hops.tokens import Prompt
@@ -79,13 +81,32 @@ def theirs(
 # -- operation counts ---------------------------------------------------------------------------------
 
 
-def flops_per_token(model: Any, width: int) -> float:
-    """Multiply-adds x 2 of one token through one block."""
+def flops_per_token(model: Any, width: int) -> tuple[float, float]:
+    """Multiply-adds x 2 of one token through the attention and through the MLP of one block."""
     cfg = model.cfg
     d, heads = cfg.d_model, cfg.n_heads * cfg.d_head
     kv = (getattr(cfg, "n_key_value_heads", None) or cfg.n_heads) * cfg.d_head
     gates = 3 if getattr(cfg, "gated_mlp", False) else 2
-    return 2.0 * (d * (2 * heads + 2 * kv) + gates * d * cfg.d_mlp + 2 * heads * width)
+    return 2.0 * (d * (2 * heads + 2 * kv) + 2 * heads * width), 2.0 * gates * d * cfg.d_mlp
+
+
+def of_a_row(model: Any, kind: str, layer: int, tokens: int, width: int) -> float:
+    """Operations of one row of `tokens` that is changed at a site; a base counts as changed at 0.
+
+    A HookedTransformer's row starts behind what the site leaves as it is, and only its scored token
+    passes the last MLP, where that is not changed itself.
+    """
+    attention, mlp = flops_per_token(model, width)
+    cfg, last = model.cfg, int(model.cfg.n_layers) - 1
+    hooked = backend_of(model) == "hooked"
+    behind = {"attn_out": 1, "resid_mid": 1, "mlp_out": 2}.get(kind, 0) if hooked else 0
+    mlps = last + 1 - layer - (behind == 2 and layer < last)
+    whole = not hooked or (kind == "mlp_out" and layer == last)
+    return (
+        tokens * (last + 1 - layer - (behind > 0)) * attention
+        + (tokens * (mlps - 1) + (tokens if whole else 1)) * mlp
+        + 2.0 * cfg.d_model * cfg.d_vocab
+    )
 
 
 def counted(
@@ -102,17 +123,14 @@ def counted(
     sweep = Sweep(model, core.bases)
     group = list(range(len(clean)))
     items = core.interventions(group, lambda *_: lambda x: x)
-    width, layers = len(clean[0]), int(model.cfg.n_layers)
-    token, unembed = flops_per_token(model, width), 2.0 * model.cfg.d_model * model.cfg.d_vocab
-    total = 2 * len(clean) * (width * layers * token + unembed)  # sources and bases
+    width = len(clean[0])
+    total = 2 * len(clean) * of_a_row(model, "resid_pre", 0, width, width)  # sources and bases
     for step in plan_fan_out(model, sweep.batch, items, scored=sweep.scored):
-        bases = {items[i].base for i in step.members}
-        tokens = width - step.start
-        total += len(bases) * (tokens * layers * token + unembed)
         for i in step.members:
-            blocks = layers - min(site.layer for site in items[i].sites)
-            total += tokens * blocks * token + unembed
-    loop = len(items) * (width * layers * token + width * unembed)
+            site = min(items[i].sites, key=lambda site: site.layer)
+            total += of_a_row(model, site.kind, site.layer, width - step.start, width)
+    layers, unembed = int(model.cfg.n_layers), 2.0 * model.cfg.d_model * model.cfg.d_vocab
+    loop = len(items) * width * (layers * sum(flops_per_token(model, width)) + unembed)
     return total, loop
 
 
@@ -262,27 +280,47 @@ def pyvene_sweep(model: Any, clean: Prompt, corrupted: Prompt) -> Callable[[], t
     return call
 
 
-def growth(model: Any) -> list[list[Any]]:
-    """Seconds and operations of the residual sweep as each size grows."""
+def growth() -> list[list[Any]]:
+    """Seconds, memory and operations of the residual sweep as each size grows."""
     rows: list[list[Any]] = []
-    rate = matmul_rate(model)
-    for what, n, count in (
-        ("positions", 8, 1), ("positions", 16, 1), ("positions", 32, 1), ("positions", 64, 1),
-        ("pairs", 16, 1), ("pairs", 16, 4), ("pairs", 16, 16),
-    ):  # fmt: skip
-        clean, corrupted = prompts(model, n, count, 1), prompts(model, n, count, 2)
-        call = ours(model, "resid_pre", clean, corrupted)
-        call()
-        start = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - start
-        few, many = counted(model, "resid_pre", clean, corrupted)
-        rows.append(
-            [what, n, count, int(model.cfg.n_layers) * n * count, f"{few / 1e9:.0f}",
-             f"{many / few:.1f}", f"{seconds:.2f}", f"{few / seconds / rate:.0%}"]
-        )  # fmt: skip
-        print(rows[-1], flush=True)
+    for what, sizes in GROWTH.items():
+        for value in sizes:
+            size = {**SMALL, what: value}
+            # A process each: what one sweep freed would serve the next.
+            with get_context("spawn").Pool(1) as pool:
+                rows.append([what, *size.values(), *pool.apply(grown, (size,))])
+            print(rows[-1], flush=True)
     return rows
+
+
+def grown(size: dict[str, int]) -> list[str]:
+    """One sweep of the given size, in a process of its own."""
+    model = gpt2_small(layers=size["layers"], vocabulary=size["vocabulary"])
+    sides = [prompts(model, size["positions"], size["pairs"], seed) for seed in (1, 2)]
+    rate = matmul_rate(model)
+    ours(model, "resid_pre", *(prompts(model, 4, 1, seed) for seed in (1, 2)))()
+    call = ours(model, "resid_pre", *sides)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    call()
+    peak = resident("VmHWM") - before
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    few, many = counted(model, "resid_pre", *sides)
+    planned = plan_patch(
+        model, *sides, kinds="resid_pre", metric=difference, batch_size=size["pairs"]
+    )
+    return [
+        f"{planned.rows:,}", f"{few / 1e9:.0f}", f"{many / few:.1f}", f"{seconds:.2f}",
+        f"{few / seconds / rate:.0%}", f"{peak:.0f}", f"{planned.bytes / 2**20:.0f}",
+    ]  # fmt: skip
+
+
+def resident(which: str) -> float:
+    """MiB of this process: ``VmRSS`` now, ``VmHWM`` at the most (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
 
 
 LIBRARY_COLUMNS = [
@@ -290,9 +328,17 @@ LIBRARY_COLUMNS = [
     "theirs, s",
 ]  # fmt: skip
 GROWTH_COLUMNS = [
-    "what grows", "positions", "pairs", "cells", "Gflop", "fewer operations, times", "seconds",
-    "of the matrix-product rate",
+    "what grows", "layers", "vocabulary", "positions", "pairs", "rows", "Gflop",
+    "fewer operations, times", "seconds", "of the matrix-product rate", "peak MiB",
+    "MiB by `plan_patch`",
 ]  # fmt: skip
+SMALL = {"layers": 12, "vocabulary": 50257, "positions": 16, "pairs": 1}
+GROWTH = {
+    "layers": (6, 12, 24),
+    "vocabulary": (5000, 50257, 200000),
+    "positions": (8, 16, 32, 64),
+    "pairs": (1, 4, 16),
+}
 #: Section -> (kind, positions, prompt pairs).
 LOOPS = {
     "resid_pre": [("resid_pre", 16, 1), ("resid_pre", 32, 1)],
@@ -313,13 +359,13 @@ def measure(section: str, pairs: int) -> list[list[Any]]:
         return against_loops(
             llama_100m(), "LLaMA 100M, grouped-query", [("resid_pre", 16, 1)], pairs
         )
+    if section == "growth":
+        return growth()
     small = gpt2_small()
     if section in LOOPS:
         few = min(pairs, 3) if section == "many" else pairs
         return against_loops(small, "GPT-2 small", LOOPS[section], few)
-    if section == "libraries":
-        return against_libraries(small, 16, min(pairs, 3)) if backend_of(small) == "hooked" else []
-    return growth(small)
+    return against_libraries(small, 16, min(pairs, 3)) if backend_of(small) == "hooked" else []
 
 
 def page(found: dict[str, list[list[Any]]]) -> str:
@@ -342,7 +388,9 @@ def page(found: dict[str, list[list[Any]]]) -> str:
         )
     if found.get("growth"):
         parts.append(
-            "## How cost grows\n\nThe residual sweep of GPT-2 small, one run each.\n\n"
+            "## How cost grows\n\nThe residual sweep of a GPT-2 of width 768, one run each. *Peak* is "
+            "the memory the process takes at the most during its first sweep, beyond what it held "
+            "before; `plan_patch` tells beforehand what its rows will take.\n\n"
             + table(GROWTH_COLUMNS, found["growth"])
         )
     return "\n\n".join(parts)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.model import Hook, LensModel, backend_of, device_of, hook_name
+from mi_hops.model import Hook, LensModel, backend_of, device_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -28,24 +28,22 @@ class Recorder:
 
     Args:
         n_rows: how many rows; those that join the batch later are not remembered.
+        streams: hooks of the residual stream to be remembered besides keys and values.
 
     Attributes:
         cache, hooks: to be given to that pass.
     """
 
-    def __init__(self, model: LensModel, n_rows: int) -> None:
+    def __init__(self, model: LensModel, n_rows: int, streams: Iterable[str]) -> None:
         self._hooked = backend_of(model) == "hooked"
         empty = new_cache(model, n_rows)
         self.cache = _HookedRecorder(empty) if self._hooked else _bridge_recorder(n_rows)
-        self._streams: dict[int, Tensor] = {}
-        self.hooks: list[Hook] = [
-            (hook_name("resid_pre", layer), self._keep(layer, n_rows))
-            for layer in range(model.cfg.n_layers)
-        ]
+        self._streams: dict[str, Tensor] = {}
+        self.hooks: list[Hook] = [(name, self._keep(name, n_rows)) for name in streams]
 
-    def _keep(self, layer: int, n_rows: int) -> Callable[[Tensor], None]:
+    def _keep(self, name: str, n_rows: int) -> Callable[[Tensor], None]:
         def fn(x: Tensor) -> None:
-            self._streams[layer] = x[:n_rows].clone()
+            self._streams[name] = x[:n_rows].clone()
 
         return fn
 
@@ -112,17 +110,17 @@ class Prefix:
 
     Made by `Recorder`; keys and values a layer, ``[base, pos, kv_head, d_head]`` for
     HookedTransformer and ``[base, kv_head, pos, d_head]`` for the Bridge, and ``[base, pos,
-    d_model]`` at the input of each block.
+    d_model]`` at each hook where rows join.
     """
 
     def __init__(
-        self, entries: list[tuple[Tensor, Tensor]], hooked: bool, streams: dict[int, Tensor]
+        self, entries: list[tuple[Tensor, Tensor]], hooked: bool, streams: dict[str, Tensor]
     ) -> None:
         self._entries, self._hooked, self._streams = entries, hooked, streams
 
-    def stream(self, layer: int, bases: list[int], start: int) -> Float[Tensor, "row pos d_model"]:
-        """The stream that enters a block, from position `start` on, one row for each of `bases`."""
-        return self._streams[layer][bases, start:]
+    def stream(self, hook: str, bases: list[int], start: int) -> Float[Tensor, "row pos d_model"]:
+        """The stream at a hook, from position `start` on, one row for each of `bases`."""
+        return self._streams[hook][bases, start:]
 
     def view(self, bases: list[int], length: int) -> Any:
         """A cache of the first `length` positions for rows that start as `bases`.

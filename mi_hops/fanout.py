@@ -2,7 +2,8 @@
 
 A sweep asks for the model's output under hundreds of interventions that differ from a *base* run
 only from some block on. Here the batch starts as the base prompts alone; at the input of block l
-one copy of its base row is appended for each intervention that first touches block l, and the
+one copy of its base row is appended for each intervention that first touches block l (between
+attention and MLP, for one that first touches what comes there, where the model allows), and the
 intervention changes only its own row. Nothing below an intervention is computed twice. Where every
 intervention of a group lies at or after position p (and so does what is scored), the tokens before
 p are the base run's: their keys and values are reused and only the tail is run.
@@ -179,7 +180,11 @@ def fan_out(
     base: Tensor | None = None
     prefix: Prefix | None = None
     out: list[Tensor | None] = [None] * len(interventions)
+    seen: dict[str, Tensor] = {}
+    rows = [_row(model, item, seen) for item in interventions]
     watching = [(name, _of_first(n_bases, fn)) for name, fn in (observe or {}).items()]
+    watching += [(name, _keep(seen, name, n_bases)) for name in _needed(model, interventions)]
+    entries = {_entry(row.join) for row in rows}
     with (
         torch.no_grad(),
         laid_out(model),
@@ -190,11 +195,14 @@ def fan_out(
             step = stack.pop()
             recorder = None
             if base is None and len(plan) > 1:
-                recorder = Recorder(model, n_bases)
+                recorder = Recorder(model, n_bases, entries)
             try:
-                bases = _bases(interventions, step) if base is not None else list(range(n_bases))
+                members = [rows[i] for i in step.members]
+                bases = list(range(n_bases))
+                if base is not None:
+                    bases = sorted({row.base for row in members})
                 logits, parents = _pass(
-                    model, prompts, interventions, step, bases, where, prefix, recorder,
+                    model, prompts, members, step.start, bases, where, prefix, recorder,
                     [*watching, *(recorder.hooks if recorder else [])] if base is None else [],
                 )  # fmt: skip
                 if base is None:
@@ -222,6 +230,13 @@ def fan_out(
 def _of_first(n_rows: int, fn: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     def look(x: Tensor) -> None:
         fn(x[:n_rows])
+
+    return look
+
+
+def _keep(seen: dict[str, Tensor], name: str, n_rows: int) -> Callable[[Tensor], None]:
+    def look(x: Tensor) -> None:
+        seen[name] = x[:n_rows].clone()
 
     return look
 
@@ -299,31 +314,20 @@ def plan_fan_out(
 ) -> list[Pass]:
     """The passes a fan-out will make, all of them; nothing runs."""
     where = _scored(prompts, scored)
-    firsts = [_first_layer(model, item) for item in interventions]
+    joins = [_row(model, item, {}).join for item in interventions]
     starts = [_start(item, where[item.base]) if reuse_prefix else 0 for item in interventions]
     width = prompts.tokens.shape[1]
     limit = max_rows or rows_within(model, width, len(where[0]), memory)
     if limit < 1:
         raise ValueError(f"max_rows is {max_rows}; expected at least 1")
     passes = []
-    for start, members in _groups(starts, firsts, width, model.cfg.n_layers, prompts):
-        members.sort(key=lambda i: (firsts[i], interventions[i].base, i))
+    for start, members in _groups(starts, joins, width, model.cfg.n_layers, prompts):
+        members.sort(key=lambda i: (joins[i], interventions[i].base, i))
         for low in range(0, len(members), limit):
             passes.append(Pass(start, tuple(members[low : low + limit])))
     if not passes or passes[0].start:
         passes.insert(0, Pass(0, ()))
     return passes
-
-
-def _site(model: LensModel, site: Site) -> Site:
-    """The output of a block is the input of the next; there a row joins one block later."""
-    if site.kind == "resid_post" and site.layer + 1 < model.cfg.n_layers:
-        return Site("resid_pre", site.layer + 1, site.positions, site.head)
-    return site
-
-
-def _first_layer(model: LensModel, item: Intervention) -> int:
-    return min(_site(model, site).layer for site in item.sites)
 
 
 def _start(item: Intervention, scored: Sequence[int]) -> int:
@@ -338,7 +342,7 @@ _OVERHEAD_TOKENS = 48
 
 
 def _groups(
-    starts: list[int], firsts: list[int], width: int, n_layers: int, prompts: Batch
+    starts: list[int], joins: list[int], width: int, n_layers: int, prompts: Batch
 ) -> list[tuple[int, list[int]]]:
     """Partition rows by the position they start at so that the tokens computed are fewest.
 
@@ -354,7 +358,7 @@ def _groups(
     rows: dict[int, list[int]] = {s: [] for s in distinct}
     for i, start in enumerate(starts):
         rows[max(s for s in distinct if s <= start)].append(i)
-    blocks = [sum(n_layers - firsts[i] for i in rows[s]) for s in distinct]
+    blocks = [sum(n_layers - joins[i] / 2 for i in rows[s]) for s in distinct]
     fixed = n_layers * (_OVERHEAD_TOKENS + prompts.tokens.shape[0])
     best: list[tuple[float, int]] = [(0.0, 0)]
     for end in range(1, len(distinct) + 1):
@@ -395,32 +399,124 @@ def row_bytes(model: LensModel, width: int, n_scored: int) -> int:
 # -- running -------------------------------------------------------------------------------------
 
 
-def _bases(interventions: Sequence[Intervention], step: Pass) -> list[int]:
-    return sorted({interventions[i].base for i in step.members})
+#: What a block computes after the residual stream between attention and MLP.
+_AFTER_RESID_MID = ("mlp_pre", "mlp_post", "mlp_out", "resid_post")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An intervention as it is run.
+
+    Attributes:
+        join: where its row joins the batch: 2 l at the input of block l, 2 l + 1 between its
+            attention and its MLP.
+        pairs: the changes from there on.
+        base: the row it is a copy of.
+    """
+
+    join: int
+    pairs: list[tuple[Site, Change]]
+    base: int
+
+
+def _row(model: LensModel, item: Intervention, seen: Mapping[str, Tensor]) -> _Row:
+    """The latest place the row can join, and its changes put there.
+
+    The output of a block is the input of the next. Where an output of attention or MLP is the first
+    thing changed, the stream behind it is the base's stream before it plus the changed output, both
+    of which `seen` will hold when the row joins (see `_needed`).
+    """
+    pairs = []
+    for site, change in item.pairs:
+        if site.kind == "resid_post" and site.layer + 1 < model.cfg.n_layers:
+            site = Site("resid_pre", site.layer + 1, site.positions, site.head)
+        pairs.append((site, change))
+    if (late := _late(model, item)) is not None:
+        site, into, before = late
+        own = next(change for each, change in pairs if each == site)
+        added = _added(seen, hook_name(before, site.layer), site, item.base, own)
+        # First, so that another change of the same stream finds it.
+        pairs = [(into, added), *((each, change) for each, change in pairs if each != site)]
+    first = min(site.layer for site, _ in pairs)
+    kinds = {site.kind for site, _ in pairs if site.layer == first}
+    halfway = _in_halves(model) and kinds <= {"resid_mid", *_AFTER_RESID_MID}
+    return _Row(2 * first + halfway, pairs, item.base)
+
+
+def _in_halves(model: LensModel) -> bool:
+    """Whether blocks are attention, then MLP, and a row can join in between.
+
+    The Bridge's blocks keep the stream between the two where no hook can let it grow.
+    """
+    cfg = model.cfg
+    return (
+        backend_of(model) == "hooked"
+        and not getattr(cfg, "parallel_attn_mlp", False)
+        and not cfg.attn_only
+    )
+
+
+def _late(model: LensModel, item: Intervention) -> tuple[Site, Site, str] | None:
+    """The first site, the stream behind it, and the kind of the stream before it.
+
+    None where a row has to join before its first site.
+    """
+    first = min(site.layer for site in item.sites)
+    sites = [site for site in item.sites if site.layer == first]
+    if len(sites) > 1 or not _in_halves(model):
+        return None
+    (site,) = sites
+    if site.kind == "attn_out":
+        return site, Site("resid_mid", first, site.positions), "resid_pre"
+    if site.kind == "mlp_out" and first + 1 < model.cfg.n_layers:
+        return site, Site("resid_pre", first + 1, site.positions), "resid_mid"
+    return None
+
+
+def _needed(model: LensModel, interventions: Sequence[Intervention]) -> set[str]:
+    """Hooks whose activation of the bases late rows are made of."""
+    late = [found for item in interventions if (found := _late(model, item)) is not None]
+    return {hook_name(kind, site.layer) for site, _, before in late for kind in (site.kind, before)}
+
+
+def _added(
+    seen: Mapping[str, Tensor], before: str, site: Site, base: int, change: Change
+) -> Change:
+    """The base's stream before `site` plus what `change` makes of the base's output there."""
+    name, index = hook_name(site.kind, site.layer), _index(base, site, 0)
+
+    def fn(stream: Tensor) -> Tensor:
+        return (seen[before][index] + change(seen[name][index].clone())).to(stream)
+
+    return fn
+
+
+def _entry(join: int) -> str:
+    """The hook at which rows join."""
+    return hook_name("resid_mid" if join % 2 else "resid_pre", join // 2)
 
 
 def _pass(
     model: LensModel,
     prompts: Batch,
-    interventions: Sequence[Intervention],
-    step: Pass,
+    items: Sequence[_Row],
+    start: int,
     bases: list[int],
     scored: list[list[int]],
     prefix: Prefix | None,
     recorder: Recorder | None,
     watching: Sequence[Hook],
 ) -> tuple[Tensor, list[int]]:
-    """Logits ``[bases + members, scored, vocab]`` of one pass, and the base of each member.
+    """Logits ``[bases + items, scored, vocab]`` of one pass, and the base of each item.
 
-    The members are sorted by their first layer. Where the first pass has left the bases' stream, and
+    The items are sorted by where they join. Where the first pass has left the bases' stream, and
     some rows join at block 0, the bases have no rows of their own.
     """
-    items = [interventions[i] for i in step.members]
     parents, known = [item.base for item in items], bases
     joining: dict[int, list[int]] = {}
     for item in items:
-        joining.setdefault(_first_layer(model, item), []).append(item.base)
-    view = prefix.view(bases, step.start) if prefix is not None and step.start else None
+        joining.setdefault(item.join, []).append(item.base)
+    view = prefix.view(bases, start) if prefix is not None and start else None
     rows = list(bases)
     if prefix is not None and 0 in joining:
         rows = joining.pop(0)
@@ -428,7 +524,7 @@ def _pass(
             view.rows = [bases.index(base) for base in rows]
         bases = []
 
-    def grow(layer: int, new: list[int]) -> Callable[[Tensor], Tensor]:
+    def grow(entry: str, new: list[int]) -> Callable[[Tensor], Tensor]:
         def fn(x: Tensor) -> Tensor:
             import torch
 
@@ -436,28 +532,22 @@ def _pass(
                 view.rows += [known.index(base) for base in new]
             if prefix is None:
                 return torch.cat([x, x[[known.index(base) for base in new]]])
-            return torch.cat([x, prefix.stream(layer, new, step.start)])
+            return torch.cat([x, prefix.stream(entry, new, start)])
 
         return fn
 
-    hooks: list[Hook] = [
-        (hook_name("resid_pre", layer), grow(layer, new)) for layer, new in joining.items()
-    ]
+    hooks: list[Hook] = [(_entry(join), grow(_entry(join), new)) for join, new in joining.items()]
     hooks += watching  # before the changes, which may use what is shown
-    hooks += _change_hooks(model, items, len(bases), step.start)
-    where = [[p - step.start for p in scored[b]] for b in (*bases, *parents)]
+    hooks += _change_hooks(items, len(bases), start)
+    where = [[p - start for p in scored[b]] for b in (*bases, *parents)]
     hooks.append(_cut(model, items, [name for name, _ in watching], where))
-    tokens = prompts.tokens[rows, step.start :]
+    tokens = prompts.tokens[rows, start:]
     cache = view if recorder is None else recorder.cache
     return forward(model, tokens, hooks=hooks, cache=cache, grows=bool(items)), parents
 
 
-#: What a block computes after the residual stream between attention and MLP.
-_AFTER_RESID_MID = ("mlp_pre", "mlp_post", "mlp_out", "resid_post")
-
-
 def _cut(
-    model: LensModel, items: Sequence[Intervention], watched: Sequence[str], where: list[list[int]]
+    model: LensModel, items: Sequence[_Row], watched: Sequence[str], where: list[list[int]]
 ) -> Hook:
     """A hook that keeps ``where[row]`` of each row, as early as nothing else is needed.
 
@@ -471,7 +561,7 @@ def _cut(
     touched = any(
         site.layer == last and site.kind in _AFTER_RESID_MID
         for item in items
-        for site in item.sites
+        for site, _ in item.pairs
     ) or any(hook_name(kind, last) in watched for kind in _AFTER_RESID_MID)
     if backend_of(model) == "bridge":
         name = "unembed.hook_in"
@@ -487,13 +577,10 @@ def _cut(
     return name, keep_scored
 
 
-def _change_hooks(
-    model: LensModel, items: Sequence[Intervention], n_bases: int, start: int
-) -> list[Hook]:
+def _change_hooks(items: Sequence[_Row], n_bases: int, start: int) -> list[Hook]:
     by_name: dict[str, list[tuple[int, Site, Change]]] = {}
     for row, item in enumerate(items, start=n_bases):
         for site, change in item.pairs:
-            site = _site(model, site)
             name = hook_name(site.kind, site.layer)
             by_name.setdefault(name, []).append((row, site, change))
 

@@ -545,7 +545,8 @@ def hooked(model: LensModel, hooks: Sequence[Hook], *, must_fire: bool = True) -
 
     A hook function takes the activation and returns a new one, or None to leave it. Several hooks
     at one name act in the order given. ``hook_resid_mid`` is changed truly on both classes: on the
-    Bridge that hook sits on the MLP's branch only, so the change is made at ``hook_attn_out``.
+    Bridge that hook sits on the MLP's branch only, so the change is made at ``hook_attn_out``, after
+    all hooks given for that name.
 
     Args:
         must_fire: raise if a hook was never reached by the end of a block that did not fail.
@@ -558,12 +559,13 @@ def hooked(model: LensModel, hooks: Sequence[Hook], *, must_fire: bool = True) -
     fired = [False] * len(hooks)
     bridge = backend_of(model) == "bridge"
     attached: list[tuple[str, Callable[..., Any]]] = []
+    after: list[tuple[str, Callable[..., Any]]] = []
     for i, (name, fn) in enumerate(hooks):
         if bridge and name.endswith("hook_resid_mid"):
-            attached += _bridge_resid_mid(name, _flagged(fn, fired, i))
+            after += _bridge_resid_mid(name, _flagged(fn, fired, i))
         else:
             attached.append((name, _with_hook_argument(_flagged(fn, fired, i))))
-    with model.hooks(fwd_hooks=attached):
+    with model.hooks(fwd_hooks=attached + after):
         yield
     if must_fire and not all(fired):
         silent = sorted({hooks[i][0] for i, f in enumerate(fired) if not f})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 import torch
 
@@ -70,6 +72,17 @@ def every_kind(model, prompts):
     items.append(
         Intervention(
             (Site("resid_mid", 0, (2,)), Site("resid_post", 2, (3,))), (scale(2.0), scale(-1.0))
+        )
+    )
+    items.append(Intervention.at("mlp_out", range(3), scale(2.0), positions=[3, 1], base=1))
+    # A row whose first change is made with the stream behind it, and others of that same stream.
+    for behind in (Site("resid_pre", 1, (2,)), Site("resid_post", 0, (2,)), Site("q", 1, (2,))):
+        for sites in permutations((Site("mlp_out", 0, (2,)), behind)):
+            changes = tuple(scale(2.0) if s.kind == "mlp_out" else scale(-0.5) for s in sites)
+            items.append(Intervention(sites, changes))
+    items.append(
+        Intervention(
+            (Site("resid_mid", 1, (1, 2)), Site("attn_out", 1)), (scale(0.5), scale(2.0)), 2
         )
     )
     return items
@@ -216,6 +229,26 @@ def test_a_change_may_use_what_another_base_shows(tiny):
         assert torch.allclose(found.rows, expected.rows, atol=1e-5), options
 
 
+@pytest.mark.parametrize(("kind", "attended", "fed"), [("attn_out", 2, 3), ("mlp_out", 2, 2)])
+def test_rows_join_behind_what_they_leave_alone(load_tiny, kind, attended, fed):
+    """A row passes neither the attention before its first change, nor the MLP."""
+    model, prompts = load_tiny("gpt2", "hooked"), pad(PROMPTS[:1])
+    sizes = {}
+    watch = {
+        hook_name(k, layer): lambda x, at=(k, layer): sizes.update({at: len(x)})
+        for k in ("z", "mlp_out")
+        for layer in range(3)
+    }
+    for name, fn in watch.items():
+        model.hook_dict[name].add_hook(lambda x, hook, fn=fn: fn(x))
+    try:
+        fan_out(model, prompts, [Intervention.at(kind, 0, scale(2.0))])
+    finally:
+        model.reset_hooks()
+    assert sum(n == 2 for (k, _), n in sizes.items() if k == "z") == attended
+    assert sum(n == 2 for (k, _), n in sizes.items() if k == "mlp_out") == fed
+
+
 def test_out_of_memory_halves_the_pass(tiny, monkeypatch):
     from mi_hops import fanout
 
@@ -224,11 +257,11 @@ def test_out_of_memory_halves_the_pass(tiny, monkeypatch):
     expected = fan_out(tiny, prompts, items).rows
     real, calls = fanout._pass, []
 
-    def scarce(model, prompts, interventions, step, *rest):
-        calls.append(len(step.members))
-        if len(step.members) > 1:
+    def scarce(model, prompts, rows, *rest):
+        calls.append(len(rows))
+        if len(rows) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, prompts, interventions, step, *rest)
+        return real(model, prompts, rows, *rest)
 
     monkeypatch.setattr(fanout, "_pass", scarce)
     assert torch.allclose(fan_out(tiny, prompts, items).rows, expected, atol=1e-5)
