@@ -10,12 +10,11 @@ import argparse
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import gpt2_small, keep, kept, llama_100m, paired, table, write
+from benchmarks.harness import Peak, gpt2_small, keep, kept, llama_100m, paired, table, write
 from mi_hops.fanout import plan_fan_out
 from mi_hops.model import backend_of
 from mi_hops.patching import patch, plan_patch
@@ -300,10 +299,8 @@ def grown(size: dict[str, int]) -> list[str]:
     rate = matmul_rate(model)
     ours(model, "resid_pre", *(prompts(model, 4, 1, seed) for seed in (1, 2)))()
     call = ours(model, "resid_pre", *sides)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    call()
-    peak = resident("VmHWM") - before
+    with Peak() as peak:
+        call()
     start = time.perf_counter()
     call()
     seconds = time.perf_counter() - start
@@ -313,14 +310,8 @@ def grown(size: dict[str, int]) -> list[str]:
     )
     return [
         f"{planned.rows:,}", f"{few / 1e9:.0f}", f"{many / few:.1f}", f"{seconds:.2f}",
-        f"{few / seconds / rate:.0%}", f"{peak:.0f}", f"{planned.bytes / 2**20:.0f}",
+        f"{few / seconds / rate:.0%}", f"{peak.mib:.0f}", f"{planned.bytes / 2**20:.0f}",
     ]  # fmt: skip
-
-
-def resident(which: str) -> float:
-    """MiB of this process: ``VmRSS`` now, ``VmHWM`` at the most (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
 
 
 LIBRARY_COLUMNS = [
