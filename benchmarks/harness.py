@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -108,6 +110,34 @@ def paired(
         "ours_s": statistics.median(a for a, _ in times),
         "theirs_s": statistics.median(b for _, b in times), "pairs": pairs,
     }  # fmt: skip
+
+
+class Peak:
+    """Memory a block takes beyond what the process holds when it begins, in MiB (Linux; else nan)."""
+
+    mib = float("nan")
+
+    def __enter__(self) -> Peak:
+        gc.collect()
+        if self._readable():
+            # What was freed goes back first; else a block that uses it again would seem to take none.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+            self._before = self._resident("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._readable():
+            self.mib = self._resident("VmHWM") - self._before
+
+    @staticmethod
+    def _readable() -> bool:
+        return os.access("/proc/self/clear_refs", os.W_OK)
+
+    @staticmethod
+    def _resident(which: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
