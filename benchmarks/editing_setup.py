@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.harness import Peak
 from mi_hops import Hopland, TwoHopFact, load_model
 from mi_hops.editing import Moments, second_moments
 from mi_hops.reasoning.evaluate import evaluate
@@ -118,10 +119,11 @@ def covariance(setup: Setup, matrix: str = "W_O") -> Moments:
 
 
 class Timed:
-    """A repair with the seconds of its fit and the bytes of its states."""
+    """A repair with the seconds and the memory of its fit and the bytes of its states."""
 
     def __init__(self, repair: Any) -> None:
-        self.repair, self.seconds, self.n_bytes = repair, float("nan"), 0
+        self.repair, self.n_bytes = repair, 0
+        self.seconds = self.peak = float("nan")
 
     @property
     def name(self) -> str:
@@ -130,9 +132,11 @@ class Timed:
 
     def fit(self, model: Any, facts: Sequence[TwoHopFact]) -> Any:
         """The repair's, timed."""
-        start = time.perf_counter()
-        states = self.repair.fit(model, facts)
-        self.seconds = (time.perf_counter() - start) / len(facts)
+        with Peak() as peak:
+            start = time.perf_counter()
+            states = self.repair.fit(model, facts)
+            self.seconds = (time.perf_counter() - start) / len(facts)
+        self.peak = peak.mib
         self.n_bytes = sum({id(s): bytes_of(s) for s in states}.values()) // len(facts)
         return states
 
@@ -155,7 +159,8 @@ def bytes_of(state: Any) -> int:
 COLUMNS = (
     "repair", "n", "corrected (first token)", "whole answer", "paraphrase", "other order",
     "same first hop: before", "after", "unrelated kept", "same relation kept", "first hop kept",
-    "second hop kept", "KL neutral", "perplexity x", "s / fact", "bytes / fact",
+    "second hop kept", "KL neutral", "perplexity x", "s / fact", "peak MiB",
+    "bytes / fact",
 )  # fmt: skip
 
 
@@ -198,6 +203,7 @@ def score(setup: Setup, repairs: Sequence[Any]) -> list[list[str]]:
                 f"{get('neutral', 'kl'):.4f}",
                 f"{ratio:.3f}",
                 f"{repair.seconds:.3f}",
+                f"{repair.peak:.0f}",
                 f"{repair.n_bytes:,}",
             ]
         )

@@ -79,15 +79,26 @@ class _HookedRecording:
 
 
 def _bridge_recorder(n_rows: int) -> Any:
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        kept[layer] = keys[:n_rows].clone(), values[:n_rows].clone()
+        return keys, values
+
+    cache = _bridge_cache(keep, 0)
+    cache.kept = kept
+    return cache
+
+
+def _bridge_cache(join: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]], length: int) -> Any:
+    """Looks like transformers' cache of `length` positions to a forward pass.
+
+    Args:
+        join: (layer, new keys, new values) -> the keys and values that are attended to.
+    """
     from transformers import DynamicCache
 
-    class BridgeRecorder(DynamicCache):
-        """Looks like transformers' empty cache to a forward pass."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-
+    class BridgeCache(DynamicCache):
         def update(
             self,
             key_states: Tensor,
@@ -96,13 +107,12 @@ def _bridge_recorder(n_rows: int) -> Any:
             *args: Any,
             **kwargs: Any,
         ) -> tuple[Tensor, Tensor]:
-            self.kept[layer_idx] = key_states[:n_rows].clone(), value_states[:n_rows].clone()
-            return key_states, value_states
+            return join(layer_idx, key_states, value_states)
 
         def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-            return 0
+            return length
 
-    return BridgeRecorder()
+    return BridgeCache()
 
 
 class Prefix:
@@ -170,32 +180,15 @@ class _HookedEntry:
 
 
 def _bridge_view(entries: list[tuple[Tensor, Tensor]], length: int) -> Any:
-    from transformers import DynamicCache
+    """As `_HookedView`, for the Bridge."""
 
-    class BridgeView(DynamicCache):
-        """Looks like transformers' cache to a forward pass; reads only, and follows the rows."""
+    def join(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        past_keys, past_values = entries[layer]
+        return _joined(past_keys, keys, cache.rows, 2), _joined(past_values, values, cache.rows, 2)
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.rows = list(range(entries[0][0].shape[0]))
-
-        def update(
-            self,
-            key_states: Tensor,
-            value_states: Tensor,
-            layer_idx: int,
-            *args: Any,
-            **kwargs: Any,
-        ) -> tuple[Tensor, Tensor]:
-            past_keys, past_values = entries[layer_idx]
-            return _joined(past_keys, key_states, self.rows, 2), _joined(
-                past_values, value_states, self.rows, 2
-            )
-
-        def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-            return length
-
-    return BridgeView()
+    cache = _bridge_cache(join, length)
+    cache.rows = list(range(entries[0][0].shape[0]))
+    return cache
 
 
 def _joined(past: Tensor, new: Tensor, rows: list[int], axis: int) -> Tensor:

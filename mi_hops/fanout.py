@@ -213,7 +213,7 @@ def fan_out(
                     for i, value in zip(step.members, values, strict=True):
                         out[i] = value
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or len(step.members) < 2:
+                if not out_of_memory(error) or len(step.members) < 2:
                     raise
                 half = len(step.members) // 2
                 stack.append(Pass(step.start, step.members[half:]))
@@ -241,7 +241,8 @@ def _keep(seen: dict[str, Tensor], name: str, n_rows: int) -> Callable[[Tensor],
     return look
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
     import torch
 
     text = str(error).lower()

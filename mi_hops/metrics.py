@@ -202,7 +202,22 @@ class KL(_AtPrompt):
         self, logits: Float[Tensor, "row scored vocab"], target: Target
     ) -> Float[Tensor, "row"]:
         """One divergence a row, at least 0 but for rounding."""
-        rows = _wide(logits[:, 0])
+        return self._divergence(logits[:, 0])
+
+    def measures_from(self, logits: Float[Tensor, "vocab"]) -> bool:
+        """Whether these logits, in the dtype they were reckoned in, are the baseline's but for rounding.
+
+        The divergence is at its minimum there, so it has no slope to estimate anything from.
+        """
+        import torch
+
+        coarse = max(torch.finfo(x.dtype).eps for x in (self.baseline, logits))
+        # That of the sum, and what a distribution diverges by whose logits are rounded.
+        rounding = min(coarse, torch.finfo(torch.float32).eps) + coarse**2
+        return float(self._divergence(logits[None])[0]) <= 64 * rounding
+
+    def _divergence(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
+        rows = _wide(logits)
         if rows.shape[-1] != len(self.baseline):
             raise ValueError(
                 f"the baseline has {len(self.baseline)} logits, the rows have {rows.shape[-1]}"

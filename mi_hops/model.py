@@ -756,12 +756,13 @@ def w_o(model: LensModel, layer: int) -> Float[Tensor, "head d_head d_model"]:
 
     Raises:
         MissingHookError: a block without it.
-        ValueError: no such layer.
+        ValueError: no such layer, or a quantised W_O.
     """
     require_layers(model, [layer])
     weight = getattr(getattr(model.blocks[layer], "attn", None), "W_O", None)
     if weight is None:
         raise _missing_weight(model, f"blocks.{layer}.attn.W_O")
+    require_unquantised(weight, f"W_O of layer {layer}")
     return weight
 
 
@@ -821,8 +822,7 @@ def unembedding(model: LensModel) -> tuple[Float[Tensor, "d_model vocab"], Float
     import torch
 
     weight = model.W_U.detach()
-    if not weight.is_floating_point():
-        raise ValueError(f"the unembedding is stored as {weight.dtype}; load the model unquantised")
+    require_unquantised(weight, "the unembedding")
     bias = getattr(model, "b_U", None)
     if bias is None:
         bias = torch.zeros(weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -830,8 +830,24 @@ def unembedding(model: LensModel) -> tuple[Float[Tensor, "d_model vocab"], Float
 
 
 def embedding(model: LensModel) -> Float[Tensor, "vocab d_model"]:
-    """W_E, detached."""
-    return model.W_E.detach()  # type: ignore[attr-defined]
+    """W_E, detached.
+
+    Raises:
+        ValueError: the embedding cannot be read as floating-point numbers (quantised).
+    """
+    weight = model.W_E.detach()  # type: ignore[attr-defined]
+    require_unquantised(weight, "the embedding")
+    return weight
+
+
+def require_unquantised(weight: Tensor, what: str) -> None:
+    """Refuse a weight that is stored as codes, which mean nothing without their scales.
+
+    Raises:
+        ValueError: integers, or floats of 8 bits.
+    """
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(f"{what} is stored as {weight.dtype}; load the model unquantised")
 
 
 def read_out(

@@ -46,11 +46,13 @@ def config(shape: str) -> Any:
     return LlamaConfig(**base, head_dim=16, tie_word_embeddings=True, rope_parameters=rope)
 
 
-def save_checkpoint(shape: str, folder: Path, seed: int = 0) -> Path:
-    """Write a randomised checkpoint with its tokenizer."""
+def save_checkpoint(shape: str, folder: Path, seed: int = 0, **changes: int) -> Path:
+    """Write a randomised checkpoint with its tokenizer; `changes` to its config come on top."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(config(shape))
+    sizes = config(shape)
+    sizes.update(changes)
+    model = AutoModelForCausalLM.from_config(sizes)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -157,8 +157,10 @@ def describe(model: LensModel, start: int = 0) -> str:
 
 
 def _sum(old: Tensor, change: Change) -> Tensor:
-    """Old weight plus change in the factors' dtype, float32 at least."""
-    factors = change.to(old.device)
+    """Old weight plus change, in the wider dtype of the two."""
+    import torch
+
+    factors = change.to(old.device, torch.promote_types(old.dtype, change.right.dtype))
     return old.to(factors.right.dtype) + factors.delta()
 
 

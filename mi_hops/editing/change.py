@@ -10,7 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.model import LensModel, hook_name, overwrite, require_layers, w_o, write_w_o
+from mi_hops.model import (
+    LensModel,
+    hook_name,
+    overwrite,
+    require_layers,
+    require_unquantised,
+    w_o,
+    write_w_o,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +61,7 @@ def live_weight(model: LensModel, matrix: str, layer: int) -> Float[Tensor, "*ro
         weight = getattr(getattr(model.blocks[layer], "mlp", None), "W_out", None)
         if weight is None:
             raise ValueError(f"block {layer} of this {type(model).__name__} has no MLP with W_out")
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"{matrix} of layer {layer} is stored as {weight.dtype}; load the model unquantised"
-        )
+    require_unquantised(weight, f"{matrix} of layer {layer}")
     return weight
 
 

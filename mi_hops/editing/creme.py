@@ -17,7 +17,7 @@ added to them, at every position of every row, as the edited weight would, befor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mi_hops.editing.change import Change, input_hook, output_hook
@@ -94,7 +94,7 @@ def creme_many(
     edits: list[Edit | None] = [None] * len(plans)
     with tqdm(total=len(plans), disable=not progress, desc="CREME edits") as bar:
         for members in chunk_plans(plans, batch_size):
-            run = _Run([plans[i] for i in members], model, chosen, how)
+            run = CremeRun([plans[i] for i in members], model, chosen, how)
             for i, changes in zip(members, run.changes(), strict=True):
                 edits[i] = Edit(
                     method="creme",
@@ -143,15 +143,30 @@ class CremeRepair:
 # -- the pass -------------------------------------------------------------------------------------
 
 
-class _Run:
-    """One pass over the prompts of some facts, making their edits as it goes up."""
+class CremeRun:
+    """One pass over the prompts of some facts, making their edits as it goes up.
+
+    Args:
+        held: layer -> further inputs of W_O ``[key, d_in]`` at which no edit is to change the output,
+            as far as `CremeSettings.slack` lets it.
+
+    Attributes:
+        keys: layer -> the inputs that the edits act on and those they keep, ``[key, d_in]``.
+    """
 
     def __init__(
-        self, plans: Sequence[Plan], model: LensModel, layers: Sequence[int], how: CremeSettings
+        self,
+        plans: Sequence[Plan],
+        model: LensModel,
+        layers: Sequence[int],
+        how: CremeSettings,
+        held: Mapping[int, Tensor] | None = None,
     ) -> None:
         import torch
 
         self._plans, self._model, self._layers, self._how = plans, model, layers, how
+        self._held = held or {}
+        self.keys: dict[int, Tensor] = {}
         self._wide = torch.promote_types(dtype_of(model), torch.float32)
         self._starts = [0]
         for plan in plans:
@@ -189,6 +204,10 @@ class _Run:
                 read_plan(plan, start, z, stream)
                 for plan, start in zip(self._plans, self._starts, strict=False)
             ]
+            self.keys[layer] = torch.cat([torch.cat([k, kept]) for k, kept, _ in read])
+            if layer in self._held:
+                held = self._held[layer].to(z.device)
+                read = [(k, torch.cat([kept, held]), change) for k, kept, change in read]
             stacked = torch.cat([torch.cat([k, kept]) for k, kept, _ in read])
             inverse = inverse_times(self._how.covariance, layer, stacked)
             sizes = [len(k) + len(kept) for k, kept, _ in read]

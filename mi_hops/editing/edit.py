@@ -97,7 +97,7 @@ class Edit:
     # -- in the weights --------------------------------------------------------------------------
 
     def apply(self, model: LensModel, *, check: bool = True) -> None:
-        """Add the changes to the weights in place, cast once to their dtype.
+        """Add the changes to the weights in place, summed in float32 or wider and cast once.
 
         All of it happens or none. Several edits can be applied on top of one another.
 

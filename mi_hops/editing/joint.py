@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mi_hops.editing.change import Change, input_hook, merge, output_hook
 from mi_hops.editing.checks import check_ground, check_layers
-from mi_hops.editing.creme import creme
+from mi_hops.editing.creme import CremeRun
 from mi_hops.editing.edit import Edit
 from mi_hops.editing.passes import run_blocks
 from mi_hops.editing.plans import CremeSettings, Plan, chunk_plans, plan_request, read_plan
@@ -142,6 +142,7 @@ def creme_sequential(
     asked: Iterable[TwoHopFact | Request],
     *,
     layers: Sequence[int],
+    hold: bool = True,
     progress: bool = False,
     **settings: Any,
 ) -> list[Edit]:
@@ -150,14 +151,50 @@ def creme_sequential(
     The model is left as it is. To have the first n in force, apply the first n in order; to have
     them as one edit, ``stack(edits[:n], check=False)``.
 
+    Args:
+        asked: facts, or requests.
+        layers: blocks to edit.
+        hold: keep what earlier edits made: at the inputs they act on and those they keep, a later
+            edit changes an output no more than `CremeSettings.slack` lets it. Those inputs are as
+            they were when the earlier edit was made. False makes each edit as if it were the first.
+        progress: show a progress bar over facts.
+        settings: see `CremeSettings`.
+
     Raises:
-        ValueError: as `creme.creme_many`.
+        ValueError: as `creme.creme_many`; with `hold`, also a slack of 0, which no edit could meet
+            once there are more inputs to hold than dimensions.
     """
+    import torch
     from tqdm.auto import tqdm
 
+    how = CremeSettings(**settings)
+    if hold and how.slack == 0:
+        raise ValueError(
+            "slack is 0; holding earlier edits needs slack above 0, or pass hold=False"
+        )
+    requests = requests_of(asked, how.form, how.keep)
+    chosen = check_layers(model, layers)
+    plans = [plan_request(model, request, how) for request in requests]
+    held: dict[int, Tensor] = {}
     edits: list[Edit] = []
     with ExitStack() as applied:
-        for one in tqdm(list(asked), disable=not progress, desc="sequential CREME"):
-            edits.append(creme(model, one, layers=layers, **settings))
+        for request, plan in tqdm(
+            list(zip(requests, plans, strict=True)), disable=not progress, desc="sequential CREME"
+        ):
+            print_of_weights = check_ground(model, how.covariance, chosen, processed=how.processed)
+            run = CremeRun([plan], model, chosen, how, held if hold else None)
+            (changes,) = run.changes()
+            edits.append(
+                Edit(
+                    method="creme",
+                    changes=tuple(changes),
+                    fingerprint=print_of_weights,
+                    processing=processing_of(model),
+                    request=request.to_dict(),
+                    settings={"layers": list(chosen), "hold": hold, **how.to_dict()},
+                )
+            )
+            for layer, keys in run.keys.items():
+                held[layer] = torch.cat([held[layer], keys]) if layer in held else keys
             applied.enter_context(edits[-1].applied(model, check=False))
     return edits

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mi_hops.editing.applied import AppliedError, applied_edits
 from mi_hops.editing.change import Change, input_hook, merge, output_hook
 from mi_hops.editing.edit import Edit
 from mi_hops.facts.fact import TwoHopFact
@@ -28,8 +29,8 @@ _BATCHED_RANK = 8
 def edit_hooks(model: LensModel, edits: Sequence[RowEdit], *, check: bool = False) -> list[Hook]:
     """Hooks for a forward pass whose row r is under ``edits[r]``.
 
-    Equal to the weight form up to rounding; sums are made in the factors' dtype (float32 or
-    wider). Rows without an edit pass through bit for bit.
+    Equal to the weight form up to rounding; sums are made in the wider dtype of factors (float32
+    at least) and model. Rows without an edit pass through bit for bit.
 
     Args:
         edits: one a row; None leaves the row alone, a sequence puts several edits on it.
@@ -55,6 +56,21 @@ def edit_hooks(model: LensModel, edits: Sequence[RowEdit], *, check: bool = Fals
         keep, add = _site_hooks(rows, len(edits))
         hooks += [(input_hook(matrix, layer), keep), (output_hook(matrix, layer), add)]
     return hooks
+
+
+def require_not_applied(model: LensModel, edits: Sequence[Edit]) -> None:
+    """Refuse edits that hooks would put on weights which have them already.
+
+    Raises:
+        AppliedError: with the first such edit.
+    """
+    force = {id(edit) for edit in applied_edits(model)}
+    for edit in edits:
+        if id(edit) in force:
+            raise AppliedError(
+                f"{edit} is in force in the model's weights, and scoring it would put it on once more; "
+                "undo it first"
+            )
 
 
 def _edits_of(item: RowEdit) -> tuple[Edit, ...]:
@@ -86,6 +102,8 @@ def _site_hooks(rows: dict[int, list[Change]], n_rows: int) -> tuple[Any, Any]:
         inputs[:] = [x]
 
     def add(out: Tensor) -> Tensor:
+        import torch
+
         x = inputs.pop()
         if out.shape[0] != n_rows:
             raise ValueError(f"edits were given for {n_rows} rows, the pass has {out.shape[0]}")
@@ -93,14 +111,15 @@ def _site_hooks(rows: dict[int, list[Change]], n_rows: int) -> tuple[Any, Any]:
         changed = out.clone()
         for change, where in whole:
             at = where if len(where) < n_rows else slice(None)
-            factors = change.to(x.device)
+            factors = change.to(x.device, torch.promote_types(out.dtype, change.right.dtype))
             wide = factors.right.dtype
             changed[at] = (out[at].to(wide) + factors.act(x[at].to(wide))).to(out.dtype)
         if batched is not None:
             where, left, right = batched
-            left, right = left.to(x.device), right.to(x.device)
-            part = (x[where].to(left.dtype) @ left.mT) @ right
-            changed[where] = (out[where].to(left.dtype) + part).to(out.dtype)
+            wide = torch.promote_types(out.dtype, left.dtype)
+            left, right = left.to(x.device, wide), right.to(x.device, wide)
+            part = (x[where].to(wide) @ left.mT) @ right
+            changed[where] = (out[where].to(wide) + part).to(out.dtype)
         return changed
 
     return keep, add
@@ -148,9 +167,11 @@ class EditRepair:
 
         Raises:
             WrongWeightsError: edits for other weights.
+            AppliedError: one of them is in force in the weights.
         """
         given = self._edits
         states = [given if isinstance(given, Edit) else given.get(f.id) for f in facts]
+        require_not_applied(model, [edit for state in states for edit in _edits_of(state)])
         # Of edits made one after the other only the first is for the model's own weights.
         bottom = {id(found[0]): found[0] for found in map(_edits_of, states) if found}
         for edit in bottom.values():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mi_hops.facts.unusable import NoUsableFactError
-from mi_hops.fanout import Intervention, fan_out
-from mi_hops.injection.memory import Place, places
+from mi_hops.fanout import Intervention, Site, fan_out
+from mi_hops.injection.memory import Place, adding, places
 from mi_hops.metrics import Metric, Target, target_of
 from mi_hops.model import LensModel
 from mi_hops.tokens import Prompt, encode, pad
@@ -74,6 +74,23 @@ def make_cases(
     if not cases:
         raise NoUsableFactError("an injection", skipped)
     return cases, skipped
+
+
+def injecting(
+    case: Case,
+    base: int,
+    vectors: Mapping[int, Float[Tensor, "d_model"]],
+    strength: float,
+    *,
+    kind: str = "attn_out",
+    relative: bool = False,
+) -> Intervention:
+    """A row of a case in which each layer gets its vector, at the case's positions."""
+    return Intervention(
+        tuple(Site(kind, layer, case.where) for layer in vectors),
+        tuple(adding(vector, strength, relative=relative) for vector in vectors.values()),
+        base,
+    )
 
 
 def run_cases(

@@ -108,6 +108,23 @@ def encode_memories(
     return torch.stack(rows)[:, None].expand(-1, n_layers, -1)
 
 
+def encode_columns(
+    model: LensModel,
+    columns: Mapping[str, Sequence[str]],
+    encoding: Encoding = "unembed",
+    *,
+    pooling: Pooling = "set",
+    leading_space: bool = False,
+) -> Float[Tensor, "memory fact layer d_model"]:
+    """`encode_memories` of named memories with one text a fact; what several share is encoded once."""
+    import torch
+
+    distinct = list(dict.fromkeys(text for texts in columns.values() for text in texts))
+    table = encode_memories(model, distinct, encoding, pooling=pooling, leading_space=leading_space)
+    at = {text: i for i, text in enumerate(distinct)}
+    return torch.stack([table[[at[text] for text in texts]] for texts in columns.values()])
+
+
 def check_encoding(encoding: str, pooling: str = "set") -> None:
     """Refuse names that are no encoding or pooling.
 

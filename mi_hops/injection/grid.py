@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.fanout import Intervention, Site
-from mi_hops.injection.cases import Case, make_cases, run_cases
+from mi_hops.fanout import Intervention
+from mi_hops.injection.cases import Case, injecting, make_cases, run_cases
 from mi_hops.injection.controls import CONTROLS, control_texts, norm_matched
 from mi_hops.injection.encodings import (
     Encoding,
     Heads,
     Pooling,
     check_encoding,
-    encode_memories,
+    encode_columns,
     restrict_to_heads,
 )
-from mi_hops.injection.memory import KINDS, Place, plain_place, scaled
+from mi_hops.injection.memory import KINDS, Place, plain_place
 from mi_hops.metrics import METRICS, Metric, MetricLike, NextToken, Target, get_metrics, target_of
 from mi_hops.model import LensModel, provenance, require_layers
 from mi_hops.results import Result
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mi_hops.facts.fact import TwoHopFact
-    from mi_hops.interventions import Change
 
 #: The strengths of the published grids.
 STRENGTHS = tuple(float(s) for s in range(1, 16))
@@ -140,11 +139,12 @@ def injection_grid(
 
     def rows_of(i: int, case: Case, base: int) -> list[Intervention]:
         return [
-            _intervention(
-                base, case, groups[g], vectors[encodings[e]][m, i], factors[s], kind, relative
+            injecting(
+                case, base, {layer: vectors[encodings[e]][m, i, layer] for layer in groups[g]},
+                factors[s], kind=kind, relative=relative,
             )
             for m, e, g, s in grid
-        ]
+        ]  # fmt: skip
 
     before, after = run_cases(
         model, cases, rows_of, wanted, facts_per_pass=facts_per_pass, max_rows=max_rows,
@@ -227,11 +227,7 @@ def _vectors(
     """``[memory, fact, layer, d_model]``."""
     import torch
 
-    distinct = list(dict.fromkeys(text for column in texts.values() for text in column))
-    table = encode_memories(model, distinct, encoding, pooling=pooling, leading_space=leading_space)
-    at = {text: i for i, text in enumerate(distinct)}
-    rows = [table[[at[text] for text in column]] for column in texts.values()]
-    vectors = torch.stack(rows)
+    vectors = encode_columns(model, texts, encoding, pooling=pooling, leading_space=leading_space)
     within = None
     if heads is not None:
         within = partial(restrict_to_heads, model, heads=heads)
@@ -240,27 +236,6 @@ def _vectors(
         random = norm_matched(vectors[0], seed, within=within)
         vectors = torch.cat([vectors, random[None]])
     return vectors
-
-
-def _intervention(
-    base: int,
-    case: Case,
-    layers: tuple[int, ...],
-    vectors: Tensor,
-    strength: float,
-    kind: str,
-    relative: bool,
-) -> Intervention:
-    sites = tuple(Site(kind, layer, case.where) for layer in layers)
-    changes = tuple(_change(vectors[layer], strength, relative) for layer in layers)
-    return Intervention(sites, changes, base)
-
-
-def _change(vector: Tensor, strength: float, relative: bool) -> Change:
-    def change(x: Tensor) -> Tensor:
-        return x + scaled(vector, x, strength, relative=relative)
-
-    return change
 
 
 def _explicit(

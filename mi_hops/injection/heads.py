@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mi_hops.fanout import Intervention, Site
-from mi_hops.injection.cases import Case, make_cases, run_cases
+from mi_hops.fanout import Intervention
+from mi_hops.injection.cases import Case, injecting, make_cases, run_cases
 from mi_hops.injection.controls import control_texts
-from mi_hops.injection.encodings import Encoding, Pooling, encode_memories, restrict_to_heads
+from mi_hops.injection.encodings import Encoding, Pooling, encode_columns, restrict_to_heads
 from mi_hops.injection.grid import DEFAULT_METRICS
-from mi_hops.injection.memory import Place, scaled
+from mi_hops.injection.memory import Place
 from mi_hops.injection.select import split_halves
 from mi_hops.interventions import ablate
-from mi_hops.metrics import MetricLike, get_metrics
+from mi_hops.metrics import Metric, MetricLike, get_metrics
 from mi_hops.model import LensModel, capture, hook_name, provenance, require_layers
 from mi_hops.results import Result
 from mi_hops.tokens import batches
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mi_hops.facts.fact import TwoHopFact
-    from mi_hops.interventions import Change
-
-_DIMS = ("example", "layer", "head")
 
 #: Layer -> what its heads write of each fact's memory, ``[fact, d_model]``.
 _Parts = dict[int, "Tensor"]
@@ -89,14 +86,9 @@ def head_ablation(
         model, cases, rows_of, wanted, facts_per_pass=facts_per_pass, max_rows=max_rows,
         memory=memory, progress=progress, label="head ablation",
     )  # fmt: skip
-    after = after.reshape(len(cases), len(chosen), len(heads), len(wanted))
-    return Result.from_arrays(
-        {m.name: (_DIMS, after[..., k]) for k, m in enumerate(wanted)},
-        coords={"example": [c.fact.id for c in cases], "layer": chosen, "head": heads},
-        baselines={f"{m.name}_before": ("example", before[:, k]) for k, m in enumerate(wanted)},
-        units={m.name: m.unit for m in wanted} | {f"{m.name}_before": m.unit for m in wanted},
+    return _result(
+        cases, wanted, before, after, {"layer": chosen, "head": heads}, skipped=skipped,
         title=f"{mode} ablation of one head at positions {positions}",
-        skipped=skipped,
         provenance=provenance(
             model, method="head_ablation", mode=mode, positions=str(positions), form=form
         ),
@@ -136,48 +128,34 @@ def head_injection(
     Raises:
         ValueError: see `grid.injection_grid`.
     """
-    import torch
-
-    if "norm_matched" in controls:
-        raise ValueError("a random direction is no memory of a head; leave norm_matched out")
     wanted = get_metrics(metrics)
     chosen = _layers(model, layers)
-    cases, skipped = make_cases(model, facts, form=form, positions=positions, metrics=wanted)
-    texts = control_texts(model, [c.fact for c in cases], controls, seed=seed)
+    cases, skipped, vectors = _prepare(
+        model, facts, controls, encoding=encoding, positions=positions, form=form,
+        metrics=wanted, pooling=pooling, seed=seed,
+    )  # fmt: skip
     heads = range(int(model.cfg.n_heads))
-    vectors = torch.stack(
-        [encode_memories(model, column, encoding, pooling=pooling) for column in texts.values()]
-    )
-    parts = torch.stack([restrict_to_heads(model, vectors, [h]) for h in heads])
+    parts = {
+        name: [restrict_to_heads(model, whole, [head]) for head in heads]
+        for name, whole in vectors.items()
+    }
 
     def rows_of(i: int, case: Case, base: int) -> list[Intervention]:
         return [
-            Intervention(
-                (Site("attn_out", layer, case.where),),
-                _adding(parts[head, m, i, layer], strength, relative),
-                base,
-            )
-            for m in range(len(texts))
+            injecting(case, base, {layer: part[i, layer]}, strength, relative=relative)
+            for of_heads in parts.values()
             for layer in chosen
-            for head in heads
+            for part in of_heads
         ]
 
     before, after = run_cases(
         model, cases, rows_of, wanted, facts_per_pass=facts_per_pass, max_rows=max_rows,
         memory=memory, progress=progress, label="head injection",
     )  # fmt: skip
-    after = after.reshape(len(cases), len(texts), len(chosen), len(heads), len(wanted))
-    dims = ("example", "memory", *_DIMS[1:])
-    return Result.from_arrays(
-        {m.name: (dims, after[..., k]) for k, m in enumerate(wanted)},
-        coords={
-            "example": [c.fact.id for c in cases], "memory": list(texts), "layer": chosen,
-            "head": heads,
-        },
-        baselines={f"{m.name}_before": ("example", before[:, k]) for k, m in enumerate(wanted)},
-        units={m.name: m.unit for m in wanted} | {f"{m.name}_before": m.unit for m in wanted},
+    return _result(
+        cases, wanted, before, after,
+        {"memory": list(vectors), "layer": chosen, "head": heads}, skipped=skipped,
         title=f"{encoding} memory given to one head, strength {strength:g}",
-        skipped=skipped,
         provenance=provenance(
             model, method="head_injection", strength=strength, encoding=encoding, relative=relative,
             positions=str(positions), pooling=pooling, form=form, seed=seed,
@@ -249,8 +227,6 @@ def greedy_heads(
         ValueError: no such metric, `max_heads` below 1, fewer than two facts; see also
             `grid.injection_grid`.
     """
-    import torch
-
     wanted = get_metrics(metrics)
     names = [m.name for m in wanted]
     if choose_by not in names or max_heads < 1:
@@ -259,14 +235,11 @@ def greedy_heads(
             "(expected at least 1)"
         )
     at = names.index(choose_by)
-    if "norm_matched" in controls:
-        raise ValueError("a random direction is no memory of a head; leave norm_matched out")
     candidates = [(layer, h) for layer in _layers(model, layers) for h in range(model.cfg.n_heads)]
-    cases, skipped = make_cases(model, facts, form=form, positions=positions, metrics=wanted)
-    texts = control_texts(model, [c.fact for c in cases], controls, seed=seed)
-    vectors = torch.stack(
-        [encode_memories(model, column, encoding, pooling=pooling) for column in texts.values()]
-    )
+    cases, skipped, vectors = _prepare(
+        model, facts, controls, encoding=encoding, positions=positions, form=form,
+        metrics=wanted, pooling=pooling, seed=seed,
+    )  # fmt: skip
     choosing, reporting = split_halves(range(len(cases)), seed=seed)
 
     def scores(half: list[int], sets: Sequence[_Parts]) -> tuple[Tensor, Tensor]:
@@ -274,13 +247,12 @@ def greedy_heads(
 
         def rows_of(i: int, case: Case, base: int) -> list[Intervention]:
             return [
-                Intervention(
-                    tuple(Site("attn_out", layer, case.where) for layer in parts),
-                    tuple(_adding(part[half[i]], strength, relative) for part in parts.values()),
-                    base,
+                injecting(
+                    case, base, {layer: part[half[i]] for layer, part in parts.items()}, strength,
+                    relative=relative,
                 )
                 for parts in sets
-            ]
+            ]  # fmt: skip
 
         return run_cases(
             model, [cases[i] for i in half], rows_of, wanted, facts_per_pass=facts_per_pass,
@@ -295,7 +267,8 @@ def greedy_heads(
         free = [c for c in candidates if c not in order]
         # A further head changes what is written in its own layer only.
         trials = [
-            taken | _written(model, vectors[0], {c[0]: _by_layer([*order, c])[c[0]]}) for c in free
+            taken | _written(model, vectors["bridge"], {c[0]: _by_layer([*order, c])[c[0]]})
+            for c in free
         ]
         means = scores(choosing, trials)[1][..., at].mean(0)
         best = int((sign * means).argmax())
@@ -307,25 +280,20 @@ def greedy_heads(
 
     drawn = np.random.default_rng(seed).permutation(len(candidates))[: len(order)]
     strangers = [candidates[i] for i in drawn]
-    labels = [*texts, "random heads"]
+    sizes = range(1, len(order) + 1)
     sets = [
-        _written(model, vectors[m], _by_layer(chosen[: size + 1]))
-        for m, chosen in [*((m, order) for m in range(len(texts))), (0, strangers)]
-        for size in range(len(order))
+        _written(model, whole, _by_layer(chosen[:size]))
+        for whole, chosen in [
+            *((v, order) for v in vectors.values()),
+            (vectors["bridge"], strangers),
+        ]
+        for size in sizes
     ]
     before, after = scores(reporting, sets)
-    after = after.reshape(len(reporting), len(labels), len(order), len(wanted))
-    dims = ("example", "memory", "size")
-    result = Result.from_arrays(
-        {m.name: (dims, after[..., k]) for k, m in enumerate(wanted)},
-        coords={
-            "example": [cases[i].fact.id for i in reporting], "memory": labels,
-            "size": list(range(1, len(order) + 1)),
-        },
-        baselines={f"{m.name}_before": ("example", before[:, k]) for k, m in enumerate(wanted)},
-        units={m.name: m.unit for m in wanted} | {f"{m.name}_before": m.unit for m in wanted},
+    result = _result(
+        [cases[i] for i in reporting], wanted, before, after,
+        {"memory": [*vectors, "random heads"], "size": sizes}, skipped=skipped,
         title=f"{encoding} memory given to the heads {order}, strength {strength:g}",
-        skipped=skipped,
         provenance=provenance(
             model, method="greedy_heads", strength=strength, encoding=encoding, relative=relative,
             positions=str(positions), pooling=pooling, form=form, seed=seed, order=order,
@@ -333,6 +301,46 @@ def greedy_heads(
         ),
     )  # fmt: skip
     return HeadSubset(tuple(order), tuple(found), result)
+
+
+def _prepare(
+    model: LensModel,
+    facts: Sequence[TwoHopFact],
+    controls: Sequence[str],
+    *,
+    encoding: Encoding,
+    positions: Place,
+    form: str | None,
+    metrics: Sequence[Metric],
+    pooling: Pooling,
+    seed: int,
+) -> tuple[list[Case], list[tuple[str, str]], dict[str, Tensor]]:
+    """Cases, what was skipped, and memory's name -> vectors ``[case, layer, d_model]``."""
+    if "norm_matched" in controls:
+        raise ValueError("a random direction is no memory of a head; leave norm_matched out")
+    cases, skipped = make_cases(model, facts, form=form, positions=positions, metrics=metrics)
+    texts = control_texts(model, [c.fact for c in cases], controls, seed=seed)
+    vectors = encode_columns(model, texts, encoding, pooling=pooling)
+    return cases, skipped, dict(zip(texts, vectors, strict=True))
+
+
+def _result(
+    cases: Sequence[Case],
+    metrics: Sequence[Metric],
+    before: Tensor,
+    after: Tensor,
+    coords: dict[str, Sequence[Any]],
+    **more: Any,
+) -> Result:
+    """Scores ``[case, row, metric]``, their rows those of a grid of `coords`, under their names."""
+    grid = after.reshape(len(cases), *map(len, coords.values()), len(metrics))
+    return Result.from_arrays(
+        {m.name: (("example", *coords), grid[..., k]) for k, m in enumerate(metrics)},
+        coords={"example": [c.fact.id for c in cases], **coords},
+        baselines={f"{m.name}_before": ("example", before[:, k]) for k, m in enumerate(metrics)},
+        units={m.name: m.unit for m in metrics} | {f"{m.name}_before": m.unit for m in metrics},
+        **more,
+    )
 
 
 def _by_layer(heads: Sequence[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
@@ -345,13 +353,6 @@ def _by_layer(heads: Sequence[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
 def _written(model: LensModel, vectors: Tensor, heads: Mapping[int, Sequence[int]]) -> _Parts:
     parts = restrict_to_heads(model, vectors, heads)
     return {layer: parts[:, layer] for layer in heads}
-
-
-def _adding(vector: Tensor, strength: float, relative: bool) -> Change:
-    def change(x: Tensor) -> Tensor:
-        return x + scaled(vector, x, strength, relative=relative)
-
-    return change
 
 
 def _layers(model: LensModel, layers: Sequence[int] | None) -> list[int]:

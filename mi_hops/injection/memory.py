@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mi_hops.facts.fact import TwoHopFact
+    from mi_hops.interventions import Change
 
 #: Where a memory goes. ``"all"``: every token, the answer's and generated ones included (as
 #: published); ``"prompt"``: every token of the prompt; ``"last"``: the prompt's last; ``"first hop"``:
@@ -298,9 +299,18 @@ def scaled(vector: Tensor, x: Tensor, strength: float, *, relative: bool) -> Ten
     return (strength * vector).to(x.dtype)
 
 
+def adding(vector: Tensor, strength: float, *, relative: bool) -> Change:
+    """`scaled`, added to all of an activation."""
+
+    def add(x: Tensor) -> Tensor:
+        return x + scaled(vector, x, strength, relative=relative)
+
+    return add
+
+
 def _adder(
     cells: Sequence[tuple[int, int]], vectors: Sequence[Tensor], strength: float, *, relative: bool
-) -> Callable[[Tensor], Tensor]:
+) -> Change:
     import torch
 
     rows, columns = torch.tensor(list(cells)).T
@@ -357,7 +367,7 @@ def inject(
         if _parts(positions) != ["all"]:
             raise ValueError(f"positions {positions!r} are found in prompts; pass prompts=")
         hooks: list[Hook] = [
-            (hook_name(kind, layer), _everywhere(state.vectors[layer], s, relative))
+            (hook_name(kind, layer), adding(state.vectors[layer], s, relative=relative))
             for layer, s in zip(repair._layers, repair._strengths, strict=True)
         ]
         with hooked(model, hooks):
@@ -375,13 +385,6 @@ def inject(
     ]
     with only_runs_of(model, known), hooked(model, hooks):
         yield
-
-
-def _everywhere(vector: Tensor, strength: float, relative: bool) -> Callable[[Tensor], Tensor]:
-    def add(x: Tensor) -> Tensor:
-        return x + scaled(vector, x, strength, relative=relative)
-
-    return add
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mi_hops.lens.reading import head_outputs
-from mi_hops.lens.tracking import Spelling, resolve, spell_all, tracked_tokens
+from mi_hops.lens.tracking import Spelling, at_role, resolve, spell_all, tracked_tokens
 from mi_hops.model import (
     LensModel,
     capture,
@@ -120,21 +120,25 @@ def fact_attribution(
 ) -> Result:
     """`logit_attribution` of bridge and answer on two-hop prompts.
 
+    Facts whose prompt, names or position cannot be tokenised or found are skipped, with the reason.
+
     Args:
         form: form of the prompt; default each fact's first.
         role: ``"last"`` or ``"first hop"``: where it is read.
 
     Raises:
-        ValueError: another role, or a fact that cannot be read.
+        ValueError: another role; see also `logit_attribution`.
+        NoUsableFactError: no fact can be read.
     """
-    if role not in ("last", "first hop"):
-        raise ValueError(f"role is {role!r}; expected 'last' or 'first hop'")
-    return logit_attribution(
-        model, [fact.prompt(form) for fact in facts],
-        {"bridge": [f.bridge for f in facts], "answer": [f.answer for f in facts]},
-        position=-1 if role == "last" else [f.first_hop for f in facts], centre=centre,
-        batch_size=batch_size, examples=[f.id for f in facts],
+    names = ("bridge", "answer")
+    read = at_role(model, facts, role, form=form, what="direct attribution", names=names)
+    result = logit_attribution(
+        model, read.prompts, {name: [getattr(f, name) for f in read.facts] for name in names},
+        position=read.places, centre=centre, batch_size=batch_size,
+        examples=[f.id for f in read.facts],
     )  # fmt: skip
+    result.skipped = read.skipped
+    return result
 
 
 def _attribute(

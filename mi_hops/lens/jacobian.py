@@ -8,15 +8,18 @@ Workspace in Language Models* (Gurnee et al. 2026).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.model import LensModel, backend_of, processing_of, read_out
+from mi_hops.model import LensModel, backend_of, fingerprint, processing_of, read_out
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+#: Where a fitted lens remembers the weights that it belongs to.
+_FINGERPRINT = "mi_hops_fingerprint"
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +30,33 @@ class JacobianReading:
     layer l - 1. The last layer is read as it is; the embedding has no transport.
 
     Args:
-        fitted: a `transformer_lens.tools.analysis.JacobianLens`, fitted or loaded.
+        fitted: a `transformer_lens.tools.analysis.JacobianLens`, fitted or loaded
+            (``JacobianLens.load(path)``; ``lens.fitted.save(path)`` writes it).
+
+    Raises:
+        ValueError: processed weights, or a lens of another model: of another width or depth, or
+            fitted by `fit_jacobian_lens`, which notes the fingerprint, on other weights.
     """
 
     model: LensModel
     fitted: Any
     name: str = "jacobian"
+
+    def __post_init__(self) -> None:
+        if processing_of(self.model) != "none":
+            raise ValueError(
+                "Jacobian lenses are fitted on unprocessed weights and read no others; load the "
+                "model with processing='none'"
+            )
+        cfg, own = self.model.cfg, fingerprint(self.model)
+        known = self.fitted.metadata.get(_FINGERPRINT, own)
+        deepest = max(self.fitted.source_layers)
+        if known != own or self.fitted.d_model != cfg.d_model or deepest >= cfg.n_layers - 1:
+            raise ValueError(
+                f"this Jacobian lens (width {self.fitted.d_model}, blocks up to {deepest}, "
+                f"fingerprint {known}) belongs to another model than the one that is read (width "
+                f"{cfg.d_model}, {cfg.n_layers} blocks, fingerprint {own})"
+            )
 
     @property
     def layers(self) -> list[int]:
@@ -68,6 +92,7 @@ def fit_jacobian_lens(
     corpus: str = "unnamed",
     skip_first_positions: int = 1,
     progress: bool = False,
+    metadata: Mapping[str, Any] | None = None,
     **keywords: Any,
 ) -> JacobianReading:
     """Fit a Jacobian lens with TransformerLens.
@@ -76,6 +101,7 @@ def fit_jacobian_lens(
         prompts: texts of some tokens; about 100 of 128 tokens are usable for a large model.
         corpus: name of the corpus, recorded in the fitted lens.
         skip_first_positions: positions at the start that are left out of the average.
+        metadata: what else the fitted lens shall remember.
         keywords: further arguments of ``JacobianLens.fit``.
 
     Raises:
@@ -90,6 +116,7 @@ def fit_jacobian_lens(
 
     fitted = JacobianLens.fit(
         model, list(prompts), corpus=corpus, skip_first_positions=skip_first_positions,
-        show_progress=progress, **keywords,
+        show_progress=progress,
+        metadata={**(metadata or {}), _FINGERPRINT: fingerprint(model)}, **keywords,
     )  # fmt: skip
     return JacobianReading(model, fitted)

@@ -45,7 +45,8 @@ UNITS = {
     "top_probs": "probability",
     "logprobs": "nats",
 }
-_TRACKED = ("prob", "logprob", "rank", "paper_prob", "any_prob")
+#: What is told of tracked names.
+TRACKED = ("prob", "logprob", "rank", "paper_prob", "any_prob")
 
 
 def logit_lens(
@@ -374,14 +375,14 @@ def _result(
     dims = tuple(sizes)
     values: dict[str, tuple[tuple[str, ...], Any]] = {}
     # What was tracked comes first: the first variable is what `Result` means by default.
-    for name in (*_TRACKED, *(n for n in found if n not in _TRACKED)):
+    for name in (*TRACKED, *(n for n in found if n not in TRACKED)):
         if name not in found:
             continue
         if name == "top_ids":
-            values["top_tokens"] = ((*dims, "k"), _decoded(model, found[name]))
+            values["top_tokens"] = ((*dims, "k"), decoded(model, found[name]))
         else:
             last = {"top_probs": ("k",), "logprobs": ("vocab",)}
-            more = last.get(name, ("tracked",) if name in _TRACKED else ())
+            more = last.get(name, ("tracked",) if name in TRACKED else ())
             values[name] = ((*dims, *more), found[name])
     coords = {**sizes, **(extra or {})}
     if names:
@@ -393,12 +394,13 @@ def _result(
     )  # fmt: skip
 
 
-def _decoded(model: LensModel, ids: Tensor) -> list[Any]:
+def decoded(model: LensModel, ids: Tensor) -> Any:
+    """Token ids as texts, an object array of the same shape."""
     import numpy as np
 
     flat = ids.flatten().tolist()
     texts = {i: model.tokenizer.decode([i]) for i in set(flat)}
-    return np.array([texts[i] for i in flat], dtype=object).reshape(tuple(ids.shape))  # type: ignore[return-value]
+    return np.array([texts[i] for i in flat], dtype=object).reshape(tuple(ids.shape))
 
 
 __all__ = [

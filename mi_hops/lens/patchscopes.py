@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import tee, zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mi_hops.corpus import token_batches
@@ -18,7 +20,7 @@ from mi_hops.fanout import Intervention, fan_out
 from mi_hops.generate import STOP, Generation, generate
 from mi_hops.interventions import replace
 from mi_hops.lens.examples import real_cells
-from mi_hops.lens.logit import UNITS
+from mi_hops.lens.logit import TRACKED, UNITS, decoded
 from mi_hops.lens.reading import Tracked, check_layers, gather, statistics, stream_site
 from mi_hops.lens.tracking import Spelling, spell_all, tracked_tokens
 from mi_hops.lens.training import Corpus
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
 
 #: (vectors [row, d_source], source layer, target layer) -> [row, d_target].
 Map = Callable[["Tensor", int, int], "Tensor"]
-
-_TRACKED = ("prob", "logprob", "rank", "paper_prob", "any_prob")
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,14 +126,12 @@ def patchscope(
     ends = _layers(model, target_layers)
     at_source = _places(known, source_position, "source_position")
     at_target = _places(aims, target_position, "target_position")
-    if mapping is None and origin.cfg.d_model != model.cfg.d_model:
-        raise ValueError(
-            f"the source model is {origin.cfg.d_model} wide, the target {model.cfg.d_model}; pass a "
-            "mapping (fit_affine makes one)"
-        )
+    _check_widths(origin, model, mapping)
     labels = list(examples) if examples is not None else [str(i) for i in range(len(known))]
     if len(labels) != len(known):
         raise ValueError(f"got {len(labels)} labels in examples for {len(known)} sources")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     spelled = spell_all(model, aims, track or {}, single=single)
     names = list(spelled[0])
     states = states_of(origin, known, at_source, layers=starts)
@@ -213,8 +211,7 @@ def patchscope_generate(
     origin = model if source_model is None else source_model
     (start,), (end,) = _layers(origin, [source_layer]), _layers(model, [target_layer])
     given, aim = _prompts(origin, source)[0], _prompts(model, target)[0]
-    if mapping is None and origin.cfg.d_model != model.cfg.d_model:
-        raise ValueError("the two models differ in width; pass a mapping")
+    _check_widths(origin, model, mapping)
     state = states_of(origin, [given], [last_position(given, source_position)], layers=[start])
     vector = _mapped(mapping, state[0, 0], start, end, model)
     repair = Transplant(end, last_position(aim, target_position))
@@ -272,7 +269,7 @@ def fit_affine(
 ) -> Affine:
     """The least-squares map from a layer of one model to a layer of another, over a corpus's tokens.
 
-    Both models must read the corpus as the same tokens.
+    Both models must cut the corpus into the same tokens; their numbers may differ.
 
     Args:
         ridge: of the regression, relative to the mean variance of the source's coordinates.
@@ -284,13 +281,21 @@ def fit_affine(
 
     (start,), (end,) = _layers(source, [source_layer]), _layers(target, [target_layer])
     pairs: list[tuple[Tensor, Tensor]] = []
-    both = zip(
-        token_batches(source, corpus, max_tokens=max_tokens),
-        token_batches(target, corpus, max_tokens=max_tokens),
-        strict=True,
+    # Cut to the shorter context, so that texts fall into the same pieces.
+    length = min(int(source.cfg.n_ctx), int(target.cfg.n_ctx), max_tokens)
+    texts = (corpus, corpus) if isinstance(corpus, str | Path) else tee(corpus)
+    both = zip_longest(
+        *(
+            token_batches(side, given, max_tokens=max_tokens, max_length=length)
+            for side, given in zip((source, target), texts, strict=True)
+        )
     )
     for first, second in both:
-        if not torch.equal(first.tokens, second.tokens):
+        if (
+            first is None
+            or second is None
+            or _words(source, first.tokens) != _words(target, second.tokens)
+        ):
             raise ValueError(
                 "the two models tokenise the corpus differently, so their tokens do not pair up"
             )
@@ -328,6 +333,25 @@ def _places(prompts: Sequence[Prompt], where: Where | Sequence[Where], name: str
     else:
         each = [where] * len(prompts)
     return [last_position(p, w) for p, w in zip(prompts, each, strict=True)]
+
+
+def _words(model: LensModel, tokens: Tensor) -> list[list[str]]:
+    """Tokens as texts, "" for special ones; without spaces, which vocabularies write differently."""
+    rows = tokens.tolist()
+    special = set(model.tokenizer.all_special_ids)
+    texts = {
+        i: "" if i in special else model.tokenizer.decode([i]).strip()
+        for i in {i for row in rows for i in row}
+    }
+    return [[texts[i] for i in row] for row in rows]
+
+
+def _check_widths(origin: LensModel, model: LensModel, mapping: Map | None) -> None:
+    if mapping is None and origin.cfg.d_model != model.cfg.d_model:
+        raise ValueError(
+            f"the source model is {origin.cfg.d_model} wide, the target {model.cfg.d_model}; pass a "
+            "mapping (fit_affine makes one)"
+        )
 
 
 def _mapped(mapping: Map | None, vector: Tensor, start: int, end: int, model: LensModel) -> Tensor:
@@ -378,22 +402,17 @@ def _result(
     ends: Sequence[int],
     origin: dict[str, Any],
 ) -> Result:
-    import numpy as np
-
     grid = ("example", "source_layer", "target_layer")
-    last = dict.fromkeys(_TRACKED, ("tracked",)) | {"top_ids": ("k",), "top_probs": ("k",)}
+    last = dict.fromkeys(TRACKED, ("tracked",)) | {"top_ids": ("k",), "top_probs": ("k",)}
 
     def labelled(found: dict[str, Tensor], dims: tuple[str, ...]) -> dict[str, Any]:
         out: dict[str, Any] = {}
-        order = sorted(found, key=lambda n: n.removesuffix("_before") not in _TRACKED)
+        order = sorted(found, key=lambda n: n.removesuffix("_before") not in TRACKED)
         for name in order:
             plain = name.removesuffix("_before")
             where, value = (*dims, *last.get(plain, ())), found[name]
             if plain == "top_ids":
-                ids = value.long()
-                texts = {i: model.tokenizer.decode([i]) for i in set(ids.flatten().tolist())}
-                words = np.array([texts[i] for i in ids.flatten().tolist()], dtype=object)
-                out[name.replace("top_ids", "top_tokens")] = (where, words.reshape(ids.shape))
+                out[name.replace("top_ids", "top_tokens")] = (where, decoded(model, value.long()))
             else:
                 out[name] = (where, value)
         return out

@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mi_hops.lens.reading import check_layers, gather
-from mi_hops.lens.tracking import resolve
+from mi_hops.lens.tracking import at_role
 from mi_hops.model import LensModel, provenance
 from mi_hops.results import Result
-from mi_hops.tokens import Prompt, batches, encode
+from mi_hops.tokens import Prompt, batches
 
 if TYPE_CHECKING:
     from mi_hops.facts.fact import TwoHopFact
-
-#: Roles at which a probe may read a two-hop prompt.
-ROLES = ("first hop", "last")
 
 
 def fact_probes(
@@ -74,22 +71,24 @@ def fact_probes(
         ``majority`` and ``unseen_majority`` (share): guessing the most frequent training label.
 
     Raises:
-        ValueError: an unknown role, heads, a type with two labels, fewer than two labels left, or
-            an empty part of the split.
+        ValueError: an unknown role, heads, no control task, a type with two labels, fewer than two
+            labels left, or an empty part of the split.
+        NoUsableFactError: no fact can be read.
         ImportError: scikit-learn is not installed.
     """
     from tqdm.auto import tqdm
 
     make = probe or _logistic
-    if role not in ROLES:
-        raise ValueError(f"role is {role!r}; expected one of {ROLES}")
+    if n_controls < 1:
+        raise ValueError(f"n_controls is {n_controls}; selectivity needs at least one control task")
     if kind == "head_out":
         raise ValueError("probes read whole activations; choose another kind")
     chosen = check_layers(model, kind, layers)
     read_label = label or (lambda fact: fact.bridge)
     read_type = kind_of_input or (lambda fact: fact.first_hop)
-    kept, prompts, places, skipped = _readable(model, facts, form, role)
-    labels, types = ([read(f) for f in kept] for read in (read_label, read_type))
+    read = at_role(model, facts, role, form=form, what="a probe")
+    kept, prompts, places, skipped = read.facts, read.prompts, read.places, read.skipped
+    labels, types = ([tell(f) for f in kept] for tell in (read_label, read_type))
     _check_types(types, labels)
     counts = Counter(labels)
     enough = [i for i, name in enumerate(labels) if counts[name] >= min_count]
@@ -161,28 +160,6 @@ def _logistic() -> Any:
             "probes need scikit-learn: pip install 'mi-hops[probes]', or pass probe="
         ) from error
     return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
-
-
-def _readable(
-    model: LensModel, facts: Sequence[TwoHopFact], form: str | None, role: str
-) -> tuple[list[TwoHopFact], list[Prompt], list[int], list[tuple[str, str]]]:
-    kept, prompts, places = [], [], []
-    skipped: list[tuple[str, str]] = []
-    for fact in facts:
-        try:
-            prompt = encode(model, fact.prompt(form))
-            where = fact.first_hop if role == "first hop" else -1
-            _, ((place,),) = resolve([prompt], {role: where}, single=True)
-        except ValueError as error:
-            skipped.append((fact.id, str(error)))
-            continue
-        kept.append(fact)
-        prompts.append(prompt)
-        places.append(place)
-    if not kept:
-        first = f"; the first: {skipped[0][1]}" if skipped else ""
-        raise ValueError(f"none of {len(facts)} facts can be read{first}")
-    return kept, prompts, places, skipped
 
 
 def _check_types(types: Sequence[str], labels: Sequence[str]) -> None:

@@ -266,7 +266,12 @@ def statistics(
         tokens of the first spelling at this one position (the papers' score), and ``any_prob``, the
         summed probability of the distinct first tokens of all spellings; with `top_k` ``top_ids``
         and ``top_probs`` ``[vector, k]``.
+
+    Raises:
+        ValueError: `top_k` below 0 or beyond the vocabulary.
     """
+    if not 0 <= top_k <= logits.shape[-1]:
+        raise ValueError(f"top_k is {top_k}; expected 0..{logits.shape[-1]}, the vocabulary's size")
     logprobs = logits.log_softmax(-1)
     probs = logprobs.exp()
     found = {"entropy": -(probs * logprobs).sum(-1)}

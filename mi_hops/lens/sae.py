@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mi_hops.corpus import token_batches
+from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.fanout import Intervention, fan_out
 from mi_hops.lens.examples import real_cells
 from mi_hops.lens.reading import check_layers, gather, stream_site
-from mi_hops.lens.tracking import resolve
+from mi_hops.lens.tracking import at_role
 from mi_hops.lens.training import Corpus
 from mi_hops.metrics import METRICS, target_of
 from mi_hops.model import LensModel, device_of, provenance
 from mi_hops.results import Result
-from mi_hops.tokens import Batch, Prompt, batches, encode, pad
+from mi_hops.tokens import Batch, batches, pad
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,6 +140,8 @@ def fact_features(
 ) -> Result:
     """Feature activations at one position of two-hop prompts.
 
+    Facts whose prompt or position cannot be tokenised or found are skipped, with the reason.
+
     Args:
         role: ``"first hop"`` (its last token) or ``"last"``.
 
@@ -146,25 +149,28 @@ def fact_features(
         Result ``activation`` on ``example, feature``, with the coordinate ``bridge`` a fact.
 
     Raises:
-        ValueError: another role, or a fact whose position is not found.
+        ValueError: another role, or an autoencoder of another width.
+        NoUsableFactError: no fact can be read.
     """
     import torch
 
-    prompts, places = _read_at(model, facts, role, form)
-    out = np.empty((len(facts), int(sae.W_dec.shape[0])), dtype=np.float32)
-    for chosen, batch in batches([p.ids for p in prompts], batch_size):
-        cells = (torch.arange(len(chosen)), torch.tensor([places[i] for i in chosen]))
+    _check_width(model, sae)
+    read = at_role(model, facts, role, form=form, what="an autoencoder")
+    out = np.empty((len(read.facts), int(sae.W_dec.shape[0])), dtype=np.float32)
+    for chosen, batch in batches([p.ids for p in read.prompts], batch_size):
+        cells = (torch.arange(len(chosen)), torch.tensor([read.places[i] for i in chosen]))
         x = gather(model, batch.tokens, cells, kind="resid", layers=[layer]).read[layer]
         with torch.no_grad():
             out[chosen] = sae.encode(x.to(sae.W_dec.dtype)).float().cpu().numpy()
     return Result.from_arrays(
         {"activation": (("example", "feature"), out)},
         coords={
-            "example": [f.id for f in facts], "feature": range(out.shape[1]),
-            "bridge": ("example", [f.bridge for f in facts]),
+            "example": [f.id for f in read.facts], "feature": range(out.shape[1]),
+            "bridge": ("example", [f.bridge for f in read.facts]),
         },
         units={"activation": "activation"},
         title=f"feature activations at {role}, after {layer} blocks",
+        skipped=read.skipped,
         provenance=provenance(model, method="fact_features", layer=layer, role=role, form=form),
     )  # fmt: skip
 
@@ -245,7 +251,8 @@ def clamp_effect(
     """Clamp the feature of each fact's bridge and, as a control, that of another bridge.
 
     Args:
-        feature_of: bridge -> feature (`bridge_features`); facts of other bridges are skipped.
+        feature_of: bridge -> feature (`bridge_features`); facts of other bridges, and those that
+            cannot be read, are skipped.
         values: what the feature is set to; 0 takes it away.
 
     Returns:
@@ -253,18 +260,25 @@ def clamp_effect(
         the answer's first token and ``first_right`` (share), with ``{name}_before``.
 
     Raises:
-        ValueError: fewer than two bridges' features, no value, or no fact left.
+        ValueError: fewer than two bridges' features, a feature that the autoencoder has not got, no
+            value, or an autoencoder of another width.
+        NoUsableFactError: no fact is left.
     """
     import torch
 
+    _check_width(model, sae)
+    n_features = int(sae.W_dec.shape[0])
+    if wrong := {b: k for b, k in feature_of.items() if not 0 <= k < n_features}:
+        raise ValueError(f"features {wrong} are out of range; there are 0..{n_features - 1}")
     if len(set(feature_of.values())) < 2 or not len(values):
         raise ValueError("clamping needs at least one value and the features of two bridges")
-    kept = [f for f in facts if f.bridge in feature_of]
     skipped = [(f.id, "no feature for its bridge") for f in facts if f.bridge not in feature_of]
-    if not kept:
-        raise ValueError("none of the facts has a bridge with a feature")
+    known = [f for f in facts if f.bridge in feature_of]
+    if not known:
+        raise NoUsableFactError("clamping", skipped)
+    read = at_role(model, known, role, form=form, what="clamping", names=("answer",))
+    kept, prompts, places = read.facts, read.prompts, read.places
     rng = np.random.default_rng(seed)
-    prompts, places = _read_at(model, kept, role, form)
     targets = [target_of(model, p, f.answer) for p, f in zip(prompts, kept, strict=True)]
     pairs = []
     for fact in kept:
@@ -309,7 +323,7 @@ def clamp_effect(
         },
         units=units | {f"{n}_before": u for n, u in units.items()},
         title=f"the bridge's feature clamped at {role}, after {layer} blocks",
-        skipped=skipped,
+        skipped=skipped + read.skipped,
         provenance=provenance(model, method="clamp_effect", layer=layer, role=role, seed=seed),
     )  # fmt: skip
 
@@ -323,6 +337,15 @@ def _sae_lens() -> Any:
     except ImportError as error:
         raise ImportError("autoencoders need SAELens: pip install 'mi-hops[sae]'") from error
     return sae_lens
+
+
+def _check_width(model: LensModel, sae: Any) -> None:
+    width = int(sae.W_dec.shape[1])
+    if width != model.cfg.d_model:
+        raise ValueError(
+            f"this autoencoder reads vectors of width {width}, the model's stream has "
+            f"{model.cfg.d_model}; it belongs to another model"
+        )
 
 
 def _for_inference(lens: Any, training: Any) -> Any:
@@ -371,19 +394,6 @@ def _activations(
                 pool = [mixed[whole:]]
 
     return stream()
-
-
-def _read_at(
-    model: LensModel, facts: Sequence[TwoHopFact], role: str, form: str | None
-) -> tuple[list[Prompt], list[int]]:
-    if role not in ("first hop", "last"):
-        raise ValueError(f"role is {role!r}; expected 'first hop' or 'last'")
-    if not facts:
-        raise ValueError("no fact was given")
-    prompts = [encode(model, f.prompt(form)) for f in facts]
-    where: Any = [f.first_hop for f in facts] if role == "first hop" else -1
-    _, places = resolve(prompts, {role: where}, single=False)
-    return prompts, [place for (place,) in places]
 
 
 def _detector(on: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -23,18 +23,20 @@ def load_lens(model: LensModel, source: str | Path, *, transfer: bool = False) -
 
     Raises:
         FileNotFoundError: no such folder, and nothing of that name could be fetched.
-        ValueError: no lens, one of a newer format, or one of another model.
+        ValueError: no lens, a broken one, one of a newer format, or one of another model.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = _folder(source)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind, settings = config["type"], config["settings"]
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} holds no lens ({CONFIG}: {error!r})") from error
-    if config["format"] > FORMAT:
-        raise ValueError(f"{folder} has lens format {config['format']}; update mi_hops")
+        kind, settings, version = config["type"], config["settings"], config["format"]
+        stored = load_file(folder / WEIGHTS)
+    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no lens ({CONFIG}, {WEIGHTS}: {error!r})") from error
+    if version > FORMAT:
+        raise ValueError(f"{folder} has lens format {version}; update mi_hops")
     if kind not in _TYPES:
         raise ValueError(f"unknown type of lens {kind!r}; expected one of {sorted(_TYPES)}")
     same = (config["fingerprint"], config["unembedding"])
@@ -46,7 +48,6 @@ def load_lens(model: LensModel, source: str | Path, *, transfer: bool = False) -
             "read one model with another's lens"
         )
     lens = _TYPES[kind].from_settings(model, settings)
-    stored = load_file(folder / WEIGHTS)
     for name, own in lens.parameters.items():
         if name not in stored or stored[name].shape != own.shape:
             got = list(stored[name].shape) if name in stored else "missing"

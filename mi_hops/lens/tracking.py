@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.lens.reading import Tracked
 from mi_hops.model import LensModel
-from mi_hops.tokens import Prompt, TokenError, Where, answer_ids, last_position, positions
+from mi_hops.tokens import Prompt, TokenError, Where, answer_ids, encode, last_position, positions
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
+
+    from mi_hops.facts.fact import TwoHopFact
+
+#: Tokens of a two-hop prompt that are read by name: the last one of its first-hop phrase, the last.
+ROLES = ("first hop", "last")
 
 #: One name: its text, several spellings of it (the first is the main one), or token ids.
 Spelling = str | Sequence[str] | Sequence[int]
@@ -135,6 +142,62 @@ def resolve(
         )
     name = where if isinstance(where, str) else str(where)
     return [name], [[last_position(prompt, where)] for prompt in prompts]
+
+
+@dataclass(frozen=True)
+class AtRole:
+    """Facts that can be read at a role, and those that cannot.
+
+    Attributes:
+        facts, prompts, places: one each: the fact, its two-hop prompt, the role's token in it.
+        skipped: (id, reason) of the others.
+    """
+
+    facts: list[TwoHopFact]
+    prompts: list[Prompt]
+    places: list[int]
+    skipped: list[tuple[str, str]]
+
+
+def at_role(
+    model: LensModel,
+    facts: Sequence[TwoHopFact],
+    role: str,
+    *,
+    form: str | None,
+    what: str,
+    names: Sequence[str] = (),
+) -> AtRole:
+    """The two-hop prompts of facts, and where in each a role is.
+
+    Args:
+        role: one of `ROLES`.
+        form: form of the prompt; default each fact's first.
+        what: what is to read them, for the error.
+        names: fields of a fact (``"bridge"``, ``"answer"``) that must continue its prompt.
+
+    Raises:
+        ValueError: another role.
+        NoUsableFactError: no fact is left.
+    """
+    if role not in ROLES:
+        raise ValueError(f"role is {role!r}; expected one of {ROLES}")
+    found = AtRole([], [], [], [])
+    for fact in facts:
+        try:
+            prompt = encode(model, fact.prompt(form))
+            place = prompt.last if role == "last" else last_position(prompt, fact.first_hop)
+            for name in names:
+                answer_ids(model, prompt, getattr(fact, name))
+        except ValueError as error:
+            found.skipped.append((fact.id, str(error)))
+            continue
+        found.facts.append(fact)
+        found.prompts.append(prompt)
+        found.places.append(place)
+    if not found.facts:
+        raise NoUsableFactError(what, found.skipped)
+    return found
 
 
 def _is_sequence(given: object) -> bool:

@@ -17,7 +17,7 @@ from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.examples import make_example, real_cells
 from mi_hops.lens.reading import check_lens
 from mi_hops.lens.trained import TrainedLens
-from mi_hops.model import LensModel
+from mi_hops.model import LensModel, fingerprint
 from mi_hops.tokens import Batch, batches_in_order
 
 if TYPE_CHECKING:
@@ -64,9 +64,11 @@ class LensTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "max_tokens", "held_out_tokens", "evaluate_every", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        counts = ("steps", "max_tokens", "cells", "held_out_tokens", "evaluate_every", "patience")
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
         if not 0 < self.held_out < 1 or self.learning_rate <= 0:
             raise ValueError(
                 f"held_out is {self.held_out} (expected a share between 0 and 1) and learning_rate "
@@ -181,6 +183,7 @@ def train_lens(
         for name, tensor in best.items():
             lens.parameters[name].requires_grad_(False)
             lens.parameters[name].copy_(tensor)
+    lens.trained_on = fingerprint(model)
     lens.notes = {
         "training": asdict(plan) | {"objective": objective}, "steps": state.step,
         "held_out_before": {str(k): v for k, v in state.before.items()},
@@ -333,7 +336,7 @@ def _identity(lens: TrainedLens, plan: LensTraining, train: Sequence[Row]) -> di
 
     texts = hashlib.sha256(repr(train).encode()).hexdigest()[:16]
     found = {
-        "lens": {"type": lens.type_name, **lens.settings}, "model": lens.trained_on,
+        "lens": {"type": lens.type_name, **lens.settings}, "model": fingerprint(lens.model),
         "settings": asdict(plan), "texts": texts,
     }  # fmt: skip
     return dict(json.loads(json.dumps(found)))

@@ -3,16 +3,25 @@
 Zeros, means over reference prompts, or another prompt's activation take its place, cell by cell,
 in fan-out passes. Zeros lie far from anything the model has seen; means and resamples are milder
 (Heimersheim and Nanda 2024, arXiv 2404.15255, compare them).
+
+The effect is the share of the score that is lost, of what there is to lose::
+
+    effect = (intact score - ablated score) / (intact score - score where all is lost)
+
+so 0 means that nothing changed and 1 that all is lost; below 0 the ablation helps. All is lost where
+corrupted prompts score (then effects compare with those of `patch` in direction ``"noise"``), or,
+where none are given, at a score of 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from mi_hops.fanout import HEAD_AXIS
 from mi_hops.interventions import ablate as zero
-from mi_hops.metrics import MetricLike, Target
+from mi_hops.metrics import Metric, MetricLike, Target, normalised
 from mi_hops.model import LensModel, dtype_of, hook_name
 from mi_hops.patching.core import (
     Axes,
@@ -24,19 +33,24 @@ from mi_hops.patching.core import (
     resolve_metrics,
     scored_alone,
     taken,
+    units_of,
 )
 from mi_hops.patching.grid import Cell, Grid, HeadsLike, build_grid, default_positions
+from mi_hops.patching.halving import in_parts
 from mi_hops.patching.pairs import (
     PositionsLike,
     Spans,
     Text,
     as_prompts,
+    as_targets,
+    one_each,
     resolve_spans,
 )
-from mi_hops.patching.sweep import Limits
+from mi_hops.patching.sweep import Limits, score
 from mi_hops.tokens import Prompt, TokenError
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from mi_hops.interventions import Change
@@ -53,6 +67,7 @@ def ablate(
     wrong: str | Sequence[str] | None = None,
     how: How = "mean",
     reference: Text | Sequence[Text] | None = None,
+    corrupted: Text | Sequence[Text] | None = None,
     samples: int = 1,
     seed: int = 0,
     kinds: str | Sequence[str] = "attn_out",
@@ -78,16 +93,22 @@ def ablate(
             drawn without replacement, and the scores averaged.
         reference: prompts that means and resamples come from; default `prompts` themselves. A
             prompt is never its own resample.
+        corrupted: prompts, one or one each, on which the answer counts as lost; only scored.
         seed: of the draws.
 
     Returns:
         `Result` on the axes of `patch` with ``change`` (the ablated run's score less the intact
-        one's: negative where the activation helps, if higher is better) and ``score``; and per
-        example the baseline ``intact``.
+        one's: negative where the activation helps, if higher is better), ``score`` and ``effect``
+        (see above); and per example the baseline ``intact``, with corrupted prompts also
+        ``corrupted``. ``effect`` is NaN where intact and corrupted score the same. Without
+        corrupted prompts it is NaN where 0 does not mean that all is lost: for metrics in other
+        units than probability, share and logits (0 nats or a rank are no loss), and in examples
+        whose intact score is not above 0.
 
     Raises:
         ValueError: as in `patch`; a mean over tokens of attention patterns (their rows differ in
-            length) or over one prompt at its own span; fewer other prompts than samples.
+            length) or over one prompt at its own span; fewer other prompts than samples; another
+            number of corrupted prompts than one, or one each.
         TokenError: spans of unequal lengths in prompts and reference.
     """
     if how not in ("zero", "mean", "position_mean", "resample"):
@@ -102,6 +123,15 @@ def ablate(
     )
     metrics, names, single = resolve_metrics(metric)
     prompts_scored = scored_alone(model, bases, answer, wrong, metrics)
+    spoiled = None
+    if corrupted is not None:
+        given = one_each("corrupted prompts", corrupted, len(bases))
+        worse = as_prompts(model, given, prepend_bos=prepend_bos)
+        targets = as_targets(model, worse, answer, wrong, metrics)
+        spoiled = [
+            replace(item, prompt=prompt, target=target)
+            for item, prompt, target in zip(prompts_scored, worse, targets, strict=True)
+        ]
     others = bases if reference is None else as_prompts(model, reference, prepend_bos=prepend_bos)
     values_of: ValuesOf
     if how == "zero":
@@ -127,18 +157,40 @@ def ablate(
         Limits(max_rows=max_rows, memory=memory, progress=progress),
     )  # fmt: skip
     scores, intact = core.run(values_of, samples)
+    baselines = {"intact": intact}
+    if spoiled is not None:
+        baselines["corrupted"] = score(model, spoiled, batch_size)
+    lost = baselines.get("corrupted", _zero(intact, metrics))
+    effect = normalised(scores, lost[:, None], intact[:, None], undefined="nan")
     axes = Axes(grid, spans, bases, metrics, names, single, examples)
     return axes.result(
         model,
-        {"change": scores - intact[:, None], "score": scores},
-        {"intact": intact},
+        {"change": scores - intact[:, None], "score": scores, "effect": effect},
+        baselines,
         title=f"Ablation ({how.replace('_', ' ')}): {', '.join(grid.kinds)}; {', '.join(names)}",
-        units={},
+        units={"effect": "share lost"},
         settings={
             "method": "ablation", "how": how, "samples": samples, "seed": seed, "window": window,
             "n_reference": len(others), "prepend_bos": prepend_bos,
         },
     )  # fmt: skip
+
+
+# -- where all is lost ----------------------------------------------------------------------------
+
+
+#: Units in which a score of 0 says that nothing is left of the answer.
+_NOTHING_LEFT_AT_0 = ("probability", "share", "logits")
+
+
+def _zero(
+    intact: Float[Tensor, "example metric"], metrics: Sequence[Metric | None]
+) -> Float[Tensor, "example metric"]:
+    """0 where an example has something to lose down to there, else NaN."""
+    import torch
+
+    meant = torch.tensor([unit in _NOTHING_LEFT_AT_0 for unit in units_of(metrics)])
+    return torch.zeros_like(intact).masked_fill_(~(meant & (intact > 0)), float("nan"))
 
 
 # -- what takes the place of an activation --------------------------------------------------------
@@ -165,9 +217,8 @@ def _means(model: LensModel, others: Sequence[Prompt], grid: Grid, batch_size: i
     wide = torch.promote_types(dtype_of(model), torch.float32)
     sums: dict[str, Tensor] = {}
     count = 0
-    for start in range(0, len(others), batch_size):
-        part = others[start : start + batch_size]
-        found = captured(model, part, grid.hook_names())
+    names = grid.hook_names()
+    for part, found in in_parts(others, batch_size, lambda part: captured(model, part, names)):
         for row, prompt in enumerate(part):
             first = int(prompt.has_bos and len(prompt) > 1)
             count += len(prompt) - first
@@ -178,8 +229,7 @@ def _means(model: LensModel, others: Sequence[Prompt], grid: Grid, batch_size: i
 
     def values(example: int, cell: Cell, layer: int, sample: int) -> Change:
         mean = means[hook_name(cell.kind, layer)]
-        unit = cell.head if cell.neuron is None else cell.neuron
-        return put(mean if unit is None else mean[unit], cell)
+        return put(mean if cell.unit is None else mean[cell.unit], cell)
 
     return lambda group: values
 
@@ -193,24 +243,25 @@ def _position_means(
     wide = torch.promote_types(dtype_of(model), torch.float32)
     sums: dict[tuple[str, int], Tensor] = {}
     whole = {(cell.kind, layer, cell.span) for cell in grid.cells for layer in cell.layers}
-    for start in range(0, len(others), batch_size):
-        part = others[start : start + batch_size]
-        found = captured(model, part, grid.hook_names())
-        for row, prompt in enumerate(part):
+    placed = list(zip(others, spans.base, strict=True))
+
+    def run(part: Sequence[tuple[Prompt, Any]]) -> dict[str, Tensor]:
+        return captured(model, [prompt for prompt, _ in part], grid.hook_names())
+
+    for part, found in in_parts(placed, batch_size, run):
+        for row, (prompt, where) in enumerate(part):
             for kind, layer, span in whole:
                 name = hook_name(kind, layer)
-                where = spans.base[start + row][span]
                 every_head = Cell(kind, (layer,), span)
-                value = taken(found[name][row], every_head, where, len(prompt)).to(wide)
+                value = taken(found[name][row], every_head, where[span], len(prompt)).to(wide)
                 key = (name, span)
                 sums[key] = sums[key] + value if key in sums else value
     means = {key: total / len(others) for key, total in sums.items()}
 
     def values(example: int, cell: Cell, layer: int, sample: int) -> Change:
         mean = means[hook_name(cell.kind, layer), cell.span]
-        unit = cell.head if cell.neuron is None else cell.neuron
-        if unit is not None:
-            mean = mean[unit] if HEAD_AXIS[cell.kind] == 1 else mean[:, unit]
+        if cell.unit is not None:
+            mean = mean[cell.unit] if HEAD_AXIS[cell.kind] == 1 else mean[:, cell.unit]
         return put(mean, cell)
 
     return lambda group: values

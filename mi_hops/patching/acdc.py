@@ -72,8 +72,6 @@ def acdc(
         model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction="noise",
         prepend_bos=prepend_bos, limits=Limits(),
     )  # fmt: skip
-    if not job.single:
-        raise ValueError("ACDC watches one metric, got several")
     better = metric != "kl" and get_metric(metric).higher_is_better
     bases = job.core(job.baselines()).bases
     runner = CircuitRunner(model)

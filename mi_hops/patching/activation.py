@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mi_hops.fanout import row_bytes
 from mi_hops.layout import laid_out
-from mi_hops.metrics import MetricLike, Target, normalised
+from mi_hops.metrics import KL, MetricLike, Target, normalised
 from mi_hops.model import LensModel, dtype_of, hook_name
 from mi_hops.patching.core import (
     Axes,
@@ -271,24 +271,44 @@ class PatchJob:
 
         The grid is the embedding of all tokens, so the prompts must correspond token by token.
         """
-        return cls(
+        job = cls(
             model, clean, corrupted, answer=answer, wrong=wrong, kinds="resid_pre", layers=[0],
             positions="all", heads=None, neurons=None, window=1, metric=metric,
             direction=direction, source=None, prepend_bos=prepend_bos, batch_size=1, limits=limits,
         )  # fmt: skip
+        job.require_one_metric()
+        return job
 
-    def require_slope(self) -> None:
-        """Refuse a metric whose gradient is 0 in the base run whatever the model does.
+    def require_one_metric(self) -> None:
+        """Refuse a list of metrics.
 
         Raises:
-            ValueError: ``"kl"`` where the base is the clean run, which it measures from.
+            ValueError: naming them.
         """
-        if None in self.metrics and self.direction == "noise":
+        if not self.single:
+            raise ValueError(f"expected one metric, got the list {self.names}; run each by itself")
+
+    def require_slope(self) -> None:
+        """Refuse a metric whose gradient is 0 in a base run whatever the model does.
+
+        Raises:
+            ValueError: a divergence from the base run itself: ``"kl"`` where the base is the clean
+                run, or a `KL` whose baseline is that of a base prompt.
+        """
+        metric, own = self.metrics[0], []
+        if metric is None and self.direction == "noise":
+            own = list(range(len(self.bases)))
+        elif isinstance(metric, KL):
+            logits = next_token_logits(self.model, self.bases)
+            dtype = dtype_of(self.model)
+            own = [i for i, x in enumerate(logits) if metric.measures_from(x.to(dtype))]
+        if own:
             raise ValueError(
-                "'kl' is the divergence from the clean run, which is the base where direction is "
-                "'noise': there it is at its minimum, its gradient is 0, and estimates would rank "
-                "rounding; average the gradient over the path (method='integrated', of edges "
-                "steps=5), or take direction='denoise' or another metric"
+                f"metric 'kl' measures from the base run itself in {len(own)} of {len(self.bases)} "
+                f"pairs (first: {own[:5]}; the name 'kl' measures from the clean run, which is the "
+                "base where direction is 'noise'): there it is at its minimum, its gradient is 0, "
+                "and estimates would rank rounding; average the gradient over the path "
+                "(method='integrated', of edges steps=5), or take the other direction or metric"
             )
 
     def plan(self) -> PatchPlan:

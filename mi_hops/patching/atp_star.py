@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mi_hops.model import Hook, LensModel, capture, hook_name, n_kv_heads
-from mi_hops.patching.gradients import run_with_gradients
+from mi_hops.patching.gradients import overlaid, run_with_gradients
 from mi_hops.patching.grid import Cell
 from mi_hops.patching.products import Places, add_cells, by_place, contract, difference
 from mi_hops.patching.sweep import Scored, Sweep, score_and_capture
@@ -170,15 +171,6 @@ class _Parts:
         base = capture(self.model, tokens, names.values())[0]
         found: dict[int, Tensor] = {}
 
-        def put(value: Tensor) -> Callable[[Tensor], Tensor]:
-            def fn(x: Tensor) -> Tensor:
-                width = min(x.shape[1], value.shape[1])
-                x = x.clone()
-                x[:, :width] = value[:, :width].to(x.device, x.dtype)
-                return x
-
-            return fn
-
         def restore(layer: int) -> Callable[[Tensor], Tensor]:
             def fn(x: Tensor) -> Tensor:
                 found[layer] = x
@@ -188,7 +180,8 @@ class _Parts:
 
         hooks: list[Hook] = []
         for i in layers:
-            hooks.append((hook_name(kind, i), put(self.there[hook_name(kind, i)])))
+            there = self.there[hook_name(kind, i)]
+            hooks.append((hook_name(kind, i), partial(overlaid, value=there)))
             hooks.append((names[i], restore(i)))
         with torch.no_grad():
             # The pattern of the topmost block is asked for so that the pass runs through it.

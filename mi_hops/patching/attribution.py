@@ -40,6 +40,7 @@ from mi_hops.patching.atp_star import atp_star
 from mi_hops.patching.core import Axes
 from mi_hops.patching.gradients import run_with_gradients
 from mi_hops.patching.grid import Cell, HeadsLike
+from mi_hops.patching.halving import in_parts
 from mi_hops.patching.pairs import PositionsLike, Text
 from mi_hops.patching.products import Places, products, require_finite_estimates
 from mi_hops.patching.quadrature import Rule, path_points
@@ -83,15 +84,15 @@ def attribute(
 
     Args:
         window: blocks whose estimates are added up (see above); not of the residual stream.
-        metric: one metric with a gradient; ``"kl"`` has none where the clean run is the base
-            (direction ``"noise"``), so there it takes ``"integrated"``.
+        metric: one metric with a gradient; a divergence has none where it measures from the base
+            run (``"kl"`` with direction ``"noise"``), so there it takes ``"integrated"``.
         method: see above.
         steps: points on the path, for ``"integrated"``.
         rule: ``"gauss"`` (Gauss-Legendre) or ``"trapezoid"`` (both ends included).
         dropout: gradient dropout, for ``"atp*"``; without it only the attention is mended.
         by_family: one kind of activation at a time: as many passes more, but activations and
             gradients of one kind only are held.
-        batch_size: pairs in one backward pass.
+        batch_size: pairs in one backward pass; fewer where memory runs out.
 
     Returns:
         `Attribution`, whose ``result`` has ``change`` (estimated, units of the metric), ``effect``
@@ -108,8 +109,6 @@ def attribute(
     """
     if method not in ("gradient", "integrated", "atp*"):
         raise ValueError(f"method is {method!r}; expected 'gradient', 'integrated' or 'atp*'")
-    if not isinstance(metric, str) and isinstance(metric, Sequence):
-        raise ValueError("attribution is to one metric, got several; attribute each by itself")
     of_stream = [
         k for k in ([kinds] if isinstance(kinds, str) else kinds) if k.startswith("resid_")
     ]
@@ -125,6 +124,7 @@ def attribute(
         direction=direction, source=source, prepend_bos=prepend_bos, batch_size=batch_size,
         limits=Limits(progress=progress),
     )  # fmt: skip
+    job.require_one_metric()
     if method != "integrated":
         job.require_slope()
     if method != "gradient":
@@ -168,23 +168,31 @@ class _Attributor:
         n = len(job.bases)
         change = torch.zeros(n, len(job.grid.cells), dtype=wide)
         base, other, covered = (torch.zeros(n, dtype=wide) for _ in range(3))
-        families = job.grid.kinds if self.by_family else (None,)
-        for group in tqdm(core.groups(), disable=not job.limits.progress, desc="groups"):
-            for family in families:
-                chosen = [
-                    i for i, c in enumerate(job.grid.cells) if family is None or c.kind == family
-                ]
-                found = self._group(
+        cells = job.grid.cells
+        families = [[i for i, c in enumerate(cells) if c.kind == kind] for kind in job.grid.kinds]
+        if not self.by_family:
+            families = [list(range(len(cells)))]
+
+        def run(group: Sequence[int]) -> list[_Found]:
+            return [
+                self._group(
                     _Group(
                         [core.bases[i] for i in group],
                         [ends[i] for i in group],
                         [job.spans.source[i] for i in group],
                         [job.spans.base[i] for i in group],
-                        [job.grid.cells[i] for i in chosen],
+                        [cells[i] for i in chosen],
                     )
                 )
-                change[torch.tensor(group)[:, None], torch.tensor(chosen)] = found.change
-                base[group], other[group], covered[group] = found.base, found.end, found.covered
+                for chosen in families
+            ]
+
+        for whole in tqdm(core.groups(), disable=not job.limits.progress, desc="groups"):
+            for group, each in in_parts(whole, len(whole), run):
+                for chosen, found in zip(families, each, strict=True):
+                    change[torch.tensor(group)[:, None], torch.tensor(chosen)] = found.change
+                    base[group], other[group] = found.base, found.end
+                    covered[group] = found.covered
         require_finite_estimates(change)
         extra: dict[str, Tensor] = {}
         if self.method == "integrated":

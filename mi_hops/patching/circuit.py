@@ -28,9 +28,11 @@ from mi_hops.model import (
 )
 from mi_hops.patching.activation import PatchJob
 from mi_hops.patching.core import captured, units_of
+from mi_hops.patching.halving import in_parts
 from mi_hops.patching.nodes import Node, Writes, readers, writers
-from mi_hops.patching.pairs import Text
+from mi_hops.patching.pairs import Text, example_labels
 from mi_hops.patching.sweep import Limits, Scored, Sweep, score
+from mi_hops.patching.verify import Attribution
 from mi_hops.results import Result
 from mi_hops.tokens import Prompt, align
 
@@ -92,7 +94,7 @@ def all_edges(model: LensModel) -> list[Edge]:
 
 def extract(
     model: LensModel,
-    scores: Result,
+    scores: Result | Attribution,
     n_edges: int,
     *,
     by: Literal["size", "serving"] = "size",
@@ -102,6 +104,7 @@ def extract(
     """The `n_edges` best edges of an edge attribution, by the mean of ``change`` over examples.
 
     Args:
+        scores: of edges: what `attribute_edges` or `path_patch` gave.
         select: ``"top"`` takes the best edges wherever they are; ``"greedy"`` grows the circuit
             from the logits, each time by the best edge into what it already holds, so that small
             circuits hang together (Hanna et al. 2024).
@@ -110,10 +113,16 @@ def extract(
         prune: drop edges that then lead nowhere; the circuit may be smaller than asked for.
 
     Raises:
-        ValueError: fewer than one edge, or more than there are.
+        ValueError: scores of no edges; fewer than one edge, or more than there are.
     """
     import numpy as np
 
+    scores = scores.result if isinstance(scores, Attribution) else scores
+    if not {"sender", "receiver"} <= set(scores.data.dims):
+        raise ValueError(
+            f"edges have a sender and a receiver, and these scores are on {list(scores.data.dims)}; "
+            "pass those of attribute_edges or path_patch"
+        )
     mean = scores["change"].mean("example")
     pairs = [
         (str(u), str(v), float(mean.sel(sender=u, receiver=v)))
@@ -178,7 +187,7 @@ def faithfulness(
 
     Args:
         circuits: their edges must be edges of the model.
-        batch_size: circuits in one pass.
+        batch_size: circuits in one pass; fewer where memory runs out.
 
     Returns:
         `Result` on ``example`` and ``circuit`` (its number), with ``faithfulness`` (1 = as the
@@ -196,8 +205,6 @@ def faithfulness(
         model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction="noise",
         prepend_bos=prepend_bos, limits=Limits(),
     )  # fmt: skip
-    if not job.single:
-        raise ValueError("faithfulness is of one metric, got several; run each by itself")
     if not circuits or batch_size < 1:
         raise ValueError(
             f"got {len(circuits)} circuits and batch_size {batch_size}; need 1 or more"
@@ -210,8 +217,12 @@ def faithfulness(
     scores = torch.empty(len(bases), len(circuits), dtype=wide)
     for i in tqdm(range(len(bases)), disable=not progress, desc="pairs"):
         ready = runner.prepare(bases[i], job.corrupted[i])
-        for start in range(0, len(circuits), batch_size):
-            scores[i, start : start + batch_size] = ready.scores(masks[start : start + batch_size])
+
+        def run(part: Sequence[int], ready: _Ready = ready) -> Tensor:
+            return ready.scores(masks[list(part)])
+
+        parts = in_parts(range(len(circuits)), batch_size, run)
+        scores[i] = torch.cat([found for _, found in parts])
     clean_scores = score(model, bases)[:, 0]
     corrupted_scores = score(model, job.other_scored(baselines))[:, 0]
     share = normalised(scores, clean_scores[:, None], corrupted_scores[:, None], undefined="nan")
@@ -223,7 +234,7 @@ def faithfulness(
             "corrupted": (("example",), corrupted_scores),
         },
         coords={
-            "example": list(range(len(bases))) if examples is None else list(examples),
+            "example": example_labels(examples, len(bases)),
             "circuit": range(len(circuits)),
             "edges": (("circuit",), [len(c) for c in circuits]),
         },

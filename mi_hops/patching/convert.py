@@ -49,17 +49,18 @@ def to_transformer_lens(result: Result) -> Any:
     import torch
 
     cls = _their_class()
-    if "score" not in result.data or "corrupted" not in result.data:
+    method = result.provenance.get("method")
+    own = "clean" if result.provenance.get("direction") == "noise" else "corrupted"
+    if method != "activation patching" or not {"score", own} <= set(result.data):
         raise ValueError(
-            "only results of activation patching convert: they have 'score' and 'corrupted', this "
-            f"one has {list(result.data.data_vars)}"
+            f"only results of activation patching convert: they have 'score' and {own!r}; this one "
+            f"is of {method!r} and has {list(result.data.data_vars)}"
         )
     array = result["score"]
     axes = [str(d) for d in array.dims if d not in ("example", "metric")]
     several = "metric" in array.dims
     order = [*(["metric"] if several else []), *axes, "example"]
-    base = result["clean" if result.provenance.get("direction") == "noise" else "corrupted"]
-    base = base.transpose(*(d for d in order if d in base.dims))
+    base = result[own].transpose(*(d for d in order if d in result[own].dims))
     labels = {d: (range(array.sizes[d]) if d == "kind" else array[d].values.tolist()) for d in axes}
     index = pd.DataFrame(
         list(itertools.product(*labels.values())), columns=[_THEIR_NAME[d] for d in axes]

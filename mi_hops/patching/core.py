@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mi_hops.fanout import HEAD_AXIS, Intervention, Site
-from mi_hops.interventions import Change, replace
+from mi_hops.interventions import Change
+from mi_hops.interventions import replace as replaced
 from mi_hops.metrics import KL, Metric, MetricLike, Target, get_metrics
 from mi_hops.model import LensModel, capture, dtype_of, provenance
 from mi_hops.patching.grid import Cell, Grid
-from mi_hops.patching.pairs import Spans, as_targets
-from mi_hops.patching.sweep import Limits, Scored, Sweep, keep_in
+from mi_hops.patching.halving import in_parts
+from mi_hops.patching.pairs import Spans, as_targets, example_labels
+from mi_hops.patching.sweep import Limits, Scored, Scores, Sweep, keep_in
 from mi_hops.results import Result
+from mi_hops.scoring import logits_at
 from mi_hops.tokens import Prompt, pad
 
 if TYPE_CHECKING:
@@ -56,8 +59,7 @@ def taken(activation: Tensor, cell: Cell, positions: Sequence[int], length: int)
     if HEAD_AXIS[cell.kind] == 1:
         heads = activation if cell.head is None else activation[cell.head]
         return heads[..., where, :length]
-    unit = cell.head if cell.neuron is None else cell.neuron
-    return (activation if unit is None else activation[:, unit])[where]
+    return (activation if cell.unit is None else activation[:, cell.unit])[where]
 
 
 def put(value: Tensor, cell: Cell) -> Change:
@@ -84,7 +86,7 @@ def put(value: Tensor, cell: Cell) -> Change:
             return new
 
         return rows
-    return replace(value)
+    return replaced(value)
 
 
 # -- running a grid -----------------------------------------------------------------------------------
@@ -167,22 +169,23 @@ class Core:
         intact = torch.empty(len(self.bases), n_metrics, dtype=wide)
         others = torch.empty(len(sources), n_metrics, dtype=wide)
         many = self.limits.progress and len(groups) > 1
-        limits = Limits(
-            self.limits.max_rows, self.limits.memory, self.limits.reuse_prefix,
-            self.limits.progress and not many,
-        )  # fmt: skip
-        for group in tqdm(groups, disable=not many, desc="groups of examples"):
-            n = len(group)
+        limits = replace(self.limits, progress=self.limits.progress and not many)
+
+        def run(group: Sequence[int]) -> Scores:
             riding = [sources[i] for i in group] if sources else []
             sweep = Sweep(self.model, [*(self.bases[i] for i in group), *riding])
             shown: dict[str, Tensor] = {}
-            observe = keep_in(shown, self.grid.hook_names(), n) if riding else None
+            observe = keep_in(shown, self.grid.hook_names(), len(group)) if riding else None
             items = self.interventions(group, values_of(group, shown), samples)
-            found = sweep.run(items, limits, observe)
-            scores[group] = found.rows.reshape(n, n_cells, samples, n_metrics).mean(2)
-            intact[group] = found.base[:n]
-            if riding:
-                others[group] = found.base[n:]
+            return sweep.run(items, limits, observe)
+
+        for whole in tqdm(groups, disable=not many, desc="groups of examples"):
+            for group, found in in_parts(whole, len(whole), run):
+                n = len(group)
+                scores[group] = found.rows.reshape(n, n_cells, samples, n_metrics).mean(2)
+                intact[group] = found.base[:n]
+                if sources:
+                    others[group] = found.base[n:]
         return scores, intact, others
 
 
@@ -246,17 +249,18 @@ def next_token_logits(model: LensModel, prompts: Sequence[Prompt]) -> list[Float
     """Logits after each prompt, in float32 or wider, on the CPU."""
     import torch
 
-    from mi_hops.scoring import logits_at
-    from mi_hops.tokens import batches
+    wide = torch.promote_types(dtype_of(model), torch.float32)
 
-    out: list[Any] = [None] * len(prompts)
-    with torch.no_grad():
-        for chosen, batch in batches([p.ids for p in prompts], 64):
-            logits = logits_at(model, batch.tokens, batch.last[:, None])[:, 0]
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            for i, row in zip(chosen, logits, strict=True):
-                out[i] = row.to("cpu", wide)
-    return out
+    def run(part: Sequence[int]) -> Tensor:
+        batch = pad([prompts[i].ids for i in part])
+        with torch.no_grad():
+            return logits_at(model, batch.tokens, batch.last[:, None])[:, 0].to("cpu", wide)
+
+    found: dict[int, Tensor] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for part, logits in in_parts(order, 64, run):
+        found |= zip(part, logits, strict=True)
+    return [found[i] for i in range(len(prompts))]
 
 
 def units_of(metrics: Sequence[Metric | None]) -> list[str]:
@@ -300,10 +304,6 @@ class Axes:
         """
         import numpy as np
 
-        n = len(self.bases)
-        labels = list(range(n)) if self.examples is None else list(self.examples)
-        if len(labels) != n:
-            raise ValueError(f"got {len(labels)} example labels for {n} examples")
         tail = () if self.single else ("metric",)
         last: Any = 0 if self.single else slice(None)
         dims = ("example", *self.grid.dims, *tail)
@@ -313,6 +313,7 @@ class Axes:
         }
         base_dims = ("example", *tail)
         base_arrays = {name: (base_dims, value[..., last]) for name, value in baselines.items()}
+        labels = example_labels(self.examples, len(self.bases))
         coords: dict[str, Any] = {"example": labels, **self.grid.coords}
         own = units_of(self.metrics)
         known = dict(units)

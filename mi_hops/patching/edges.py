@@ -19,10 +19,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mi_hops.metrics import MetricLike, Target, score_gap
-from mi_hops.model import Hook, HookFn, LensModel, device_of, dtype_of, hook_name
+from mi_hops.model import Hook, LensModel, device_of, dtype_of, hook_name
 from mi_hops.patching.activation import Direction, PatchJob
 from mi_hops.patching.core import captured
-from mi_hops.patching.gradients import run_with_gradients
+from mi_hops.patching.gradients import overlaid, run_with_gradients
+from mi_hops.patching.halving import in_parts
 from mi_hops.patching.nodes import (
     Node,
     Writes,
@@ -38,6 +39,7 @@ from mi_hops.patching.products import require_finite_estimates
 from mi_hops.patching.quadrature import Rule, path_points
 from mi_hops.patching.sweep import Limits, Scored, Sweep, score
 from mi_hops.patching.verify import Attribution
+from mi_hops.tokens import Prompt
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -65,8 +67,8 @@ def attribute_edges(
 
     Args:
         senders, receivers: as in `path.path_patch`.
-        metric: one metric with a gradient; ``"kl"`` has none where the clean run is the base
-            (direction ``"noise"``), so there it takes more steps than one.
+        metric: one metric with a gradient; a divergence has none where it measures from the base
+            run (``"kl"`` with direction ``"noise"``), so there it takes more steps than one.
         direction: ``"noise"`` corrupts an edge of the clean run (a negative change: the edge serves
             the answer), ``"denoise"`` restores one in the corrupted run.
         steps: 1 takes the gradient in the base run (EAP); more average it over the path (EAP-IG).
@@ -94,8 +96,6 @@ def attribute_edges(
         model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction=direction,
         prepend_bos=prepend_bos, limits=Limits(),
     )  # fmt: skip
-    if not job.single:
-        raise ValueError("edges are attributed to one metric, got several; run each by itself")
     if steps == 1:
         job.require_slope()
     sources, targets = writers(model, senders), readers(model, receivers)
@@ -109,7 +109,7 @@ def attribute_edges(
     change = torch.empty(n, len(sources), len(targets), dtype=wide)
     for i in tqdm(range(n), disable=not progress, desc="pairs"):
         writes = Writes(model, (job.sources[i], job.bases[i]), sources)
-        slopes = input_gradients(model, bases[i], job.sources[i].ids, targets, points)
+        slopes = input_gradients(model, bases[i], job.sources[i], targets, points)
         moved = torch.stack([(writes(u, 0) - writes(u, 1)).to(slopes) for u in sources])
         change[i] = torch.einsum("upd,vpd->uv", moved, slopes[:, : moved.shape[1]]).cpu()
     require_finite_estimates(change[:, edge])
@@ -145,14 +145,14 @@ def _exact(
 def input_gradients(
     model: LensModel,
     base: Scored,
-    source: Sequence[int],
+    source: Prompt,
     targets: Sequence[Node],
     points: Sequence[tuple[float, float]],
 ) -> Float[Tensor, "reader pos d_model"]:
     """Gradient of the metric at each reader's own input, averaged over points of the path.
 
     Args:
-        source: tokens of the run at the path's end.
+        source: the prompt at the path's end.
     """
     import torch
 
@@ -162,7 +162,7 @@ def input_gradients(
     begin = end = None
     if any(point for point, _ in points):
         begin = captured(model, [base.prompt], [inputs])[inputs]
-        end = _stream(model, source, inputs)
+        end = captured(model, [source], [inputs])[inputs]
     wide = torch.promote_types(dtype_of(model), torch.float32)
     shape = (len(targets), tokens.shape[1], int(model.cfg.d_model))
     out = torch.zeros(shape, dtype=wide, device=device_of(model))
@@ -172,33 +172,15 @@ def input_gradients(
         if begin is not None and end is not None:
             start = begin + point * (end - begin)
         run = run_with_gradients(model, [base], names, start=start)
-        before: list[Hook] = [] if start is None else [(inputs, _enter(start))]
+        before: list[Hook] = [] if start is None else [(inputs, partial(overlaid, value=start))]
         for layer, entry, members in _places(targets):
-            chosen = [targets[j] for j in members]
-            if entry is None:
-                slope = run.gradients[_result_hook(chosen[0])]
-            else:
-                slope = _pull_back(model, tokens, layer, entry, chosen, run.gradients, before)
-            out[members] += weight * slope.to(out)
+            pull = partial(
+                _pull_back, model, tokens, layer, entry, targets,
+                gradients=run.gradients, before=before,
+            )  # fmt: skip
+            for part, slope in in_parts(members, len(members), pull):
+                out[list(part)] += weight * slope.to(out)
     return out
-
-
-def _stream(model: LensModel, ids: Sequence[int], name: str) -> Tensor:
-    import torch
-
-    from mi_hops.model import capture
-
-    with torch.no_grad():
-        return capture(model, torch.tensor([list(ids)]), [name])[0][name]
-
-
-def _enter(start: Tensor) -> HookFn:
-    def fn(x: Tensor) -> Tensor:
-        x = x.clone()
-        x[:, : start.shape[1]] = start.to(x.device, x.dtype)
-        return x
-
-    return fn
 
 
 def _result_hook(reader: Node) -> str:
@@ -221,17 +203,23 @@ def _pull_back(
     model: LensModel,
     tokens: Tensor,
     layer: int,
-    entry: str,
-    chosen: Sequence[Node],
+    entry: str | None,
+    targets: Sequence[Node],
+    members: Sequence[int],
+    *,
     gradients: dict[str, Tensor],
     before: Sequence[Hook],
 ) -> Float[Tensor, "reader pos d_model"]:
-    """Gradients at the results of readers of one block, as gradients at each one's own input.
+    """Gradients at the results of readers of one place, as gradients at each one's own input.
 
-    Every reader has a copy of the stream to itself, and only its own result counts in that copy.
+    Every reader has a copy of the stream to itself, and only its own result counts in that copy. The
+    logits' input is the stream itself.
     """
     import torch
 
+    chosen = [targets[j] for j in members]
+    if entry is None:
+        return gradients[_result_hook(chosen[0])]
     copies: list[Tensor] = []
 
     def copy(x: Tensor) -> Tensor:

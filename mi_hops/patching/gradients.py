@@ -89,6 +89,14 @@ def run_with_gradients(
     return Gradients(scores.detach(), activations, gradients, stream)
 
 
+def overlaid(x: Float[Tensor, "row pos *d"], value: Float[Tensor, "row pos *d"]) -> Tensor:
+    """A copy of `x` with `value` over its first positions; what reaches further stays, or is cut off."""
+    width = min(x.shape[1], value.shape[1])
+    x = x.clone()
+    x[:, :width] = value[:, :width].to(x.device, x.dtype)
+    return x
+
+
 def _require_finite(metric: str, gradients: dict[str, Tensor]) -> None:
     bad = [name for name, slope in gradients.items() if not slope.isfinite().all()]
     if bad:
@@ -113,9 +121,7 @@ def _slopes(total: Tensor, at: Sequence[Tensor]) -> list[Tensor | None]:
 
 def _start_graph(leaf: list[Tensor], start: Tensor | None) -> Callable[[Tensor], Tensor]:
     def fn(x: Tensor) -> Tensor:
-        x = x.detach().clone()
-        if start is not None:
-            x[:, : start.shape[1]] = start.to(x.device, x.dtype)
+        x = x.detach().clone() if start is None else overlaid(x.detach(), start)
         leaf.append(x.requires_grad_(True))
         return leaf[0]
 

@@ -42,6 +42,11 @@ class Cell:
     head: int | None = None
     neuron: int | None = None
 
+    @property
+    def unit(self) -> int | None:
+        """The head or the neuron, whichever is named."""
+        return self.head if self.neuron is None else self.neuron
+
 
 @dataclass(frozen=True)
 class Grid:

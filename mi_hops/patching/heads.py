@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from mi_hops.model import LensModel, capture, forward, hook_name, provenance
-from mi_hops.patching.pairs import Text, as_prompts, one_each
+from mi_hops.model import LensModel, capture, hook_name, provenance
+from mi_hops.patching.pairs import Text, as_prompts, example_labels, one_each
 from mi_hops.results import Result
+from mi_hops.scoring import logits_at
 from mi_hops.tokens import TokenError, Where, last_position, pad, positions
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def attention_to(
     return Result.from_arrays(
         {"attention": (("example", "layer", "head"), values)},
         coords={
-            "example": list(range(len(found))) if examples is None else list(examples),
+            "example": example_labels(examples, len(found)),
             "layer": layers,
             "head": range(int(model.cfg.n_heads)),
         },
@@ -233,14 +234,15 @@ def icl_score(
     if short:
         raise ValueError(f"{len(short)} prompt(s) have no token {late}: {short[:3]}")
     losses: list[Float[Tensor, "row at"]] = []
-    at = torch.tensor([[p - j for j in range(width)] for p in (early, late)])
+    at = torch.tensor([p - j for p in (early, late) for j in range(width)])
     for start in range(0, len(found), batch_size):
         tokens = torch.tensor([p.ids[: late + 1] for p in found[start : start + batch_size]])
         with torch.no_grad():
-            logits = forward(model, tokens[:, :-1])[:, at - 1]
+            logits = logits_at(model, tokens[:, :-1], (at - 1).expand(len(tokens), -1))
         said = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         target = tokens[:, at].to(said.device)
-        losses.append(-said.gather(-1, target[..., None])[..., 0].mean(-1).cpu())
+        lost = -said.gather(-1, target[..., None])[..., 0].cpu()
+        losses.append(lost.unflatten(-1, (2, width)).mean(-1))
     loss = torch.cat(losses)
     values = {"icl": loss[:, 1] - loss[:, 0], "early_loss": loss[:, 0], "late_loss": loss[:, 1]}
     return Result.from_arrays(

@@ -25,6 +25,7 @@ from mi_hops.model import (
     w_o,
 )
 from mi_hops.patching.core import captured, units_of
+from mi_hops.patching.pairs import example_labels
 from mi_hops.results import Result
 from mi_hops.tokens import Prompt
 
@@ -299,7 +300,7 @@ def edge_result(
         {name: (dims, value) for name, value in values.items()},
         baselines={name: (("example",), value) for name, value in baselines.items()},
         coords={
-            "example": list(range(len(job.bases))) if examples is None else list(examples),
+            "example": example_labels(examples, len(job.bases)),
             "sender": [u.name for u in senders],
             "receiver": [v.name for v in receivers],
         },

@@ -50,6 +50,18 @@ def one_each(what: str, given: Any, n: int) -> list[Any]:
     return list(given)
 
 
+def example_labels(given: Sequence[str] | None, n: int) -> list[Any]:
+    """Labels of `n` examples: those given, or their numbers.
+
+    Raises:
+        ValueError: another number of labels.
+    """
+    labels = list(range(n)) if given is None else list(given)
+    if len(labels) != n:
+        raise ValueError(f"got {len(labels)} example labels for {n} examples; give one each")
+    return labels
+
+
 def as_targets(
     model: LensModel,
     prompts: Sequence[Prompt],

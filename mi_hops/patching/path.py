@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mi_hops.fanout import Intervention, Site, rows_within
 from mi_hops.interventions import Change, add
 from mi_hops.metrics import MetricLike, Target, normalised
 from mi_hops.model import LensModel, dtype_of
 from mi_hops.patching.activation import Direction, PatchJob
+from mi_hops.patching.halving import in_parts
 from mi_hops.patching.nodes import (
     Node,
     Writes,
@@ -30,7 +31,7 @@ from mi_hops.patching.nodes import (
     writers,
 )
 from mi_hops.patching.pairs import Text
-from mi_hops.patching.sweep import Limits, Scored, Sweep, score
+from mi_hops.patching.sweep import Limits, Scored, Scores, Sweep, score
 from mi_hops.tokens import Where, align, pad
 from mi_hops.tokens import positions as positions_of
 
@@ -81,8 +82,6 @@ def path_patch(
         model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction=direction,
         prepend_bos=prepend_bos, limits=Limits(max_rows=max_rows, memory=memory),
     )  # fmt: skip
-    if not job.single:
-        raise ValueError("path patching takes one metric, got several; run one after the other")
     sources, targets = writers(model, senders), readers(model, receivers)
     wanted = reached(sources, targets)
     if not wanted.any():
@@ -181,7 +180,7 @@ class _Pair:
         """Write the wanted paths' scores into `scores`; returns the base score.
 
         Readers of one block are swept together, and as many senders at a time as fit into a pass,
-        so that no more than one block's inputs are held for these.
+        so that no more than one block's inputs are held for these; fewer where memory runs out.
         """
         sweep = Sweep(self.model, [self.base])
         width = len(self.base.prompt)
@@ -193,10 +192,12 @@ class _Pair:
         intact = None
         for members in by_place.values():
             senders = wanted[:, members].any(1).nonzero().flatten().tolist()
-            for start in range(0, len(senders), most):
-                part = senders[start : start + most]
+
+            def run(part: Sequence[int], members: list[int] = members) -> tuple[Any, Scores]:
                 paths = [(i, j) for i in part for j in members if wanted[i, j]]
-                found = sweep.run(self._interventions(part, paths, targets), self.limits)
+                return paths, sweep.run(self._interventions(part, paths, targets), self.limits)
+
+            for _, (paths, found) in in_parts(senders, most, run):
                 intact = found.base[0, 0]
                 rows, columns = zip(*paths, strict=True)
                 scores[list(rows), list(columns)] = found.rows[:, 0]
@@ -204,7 +205,7 @@ class _Pair:
         return intact
 
     def _interventions(
-        self, senders: list[int], paths: Sequence[tuple[int, int]], targets: Sequence[Node]
+        self, senders: Sequence[int], paths: Sequence[tuple[int, int]], targets: Sequence[Node]
     ) -> list[Intervention]:
         """One for each path from these senders to readers of one role and block."""
         import torch
@@ -216,7 +217,7 @@ class _Pair:
             return [Intervention((last,), add(self.changes[i][list(where)])) for i, _ in paths]
         entry, name = read_hooks(reader)
         tokens = pad([self.base.prompt.ids]).tokens
-        more = _adds(self.changes[senders])
+        more = _adds(self.changes[list(senders)])
         with torch.no_grad():
             values = probe(self.model, tokens, reader.layer, entry, more, [name])[name]
         row = {i: s for s, i in enumerate(senders)}

@@ -106,7 +106,7 @@ def add_cells(
 ) -> None:
     """Add to the members' estimates what the table has for their span and unit."""
     spans = [cells[j].span for j in members]
-    units = [cells[j].head if cells[j].neuron is None else cells[j].neuron for j in members]
+    units = [cells[j].unit for j in members]
     found = table[:, spans] if units[0] is None else table[:, spans, units]
     out[:, list(members)] += found.to(out)
 

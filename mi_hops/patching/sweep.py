@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mi_hops.fanout import FanOut, Intervention, Pass, Reduce, fan_out, plan_fan_out
 from mi_hops.metrics import Metric, Target, require_finite
 from mi_hops.model import LensModel, dtype_of
+from mi_hops.patching.halving import in_parts
 from mi_hops.tokens import Batch, Prompt, TokenError, pad
 
 if TYPE_CHECKING:
@@ -185,8 +186,8 @@ def score(
     """Scores of the prompts as they are."""
     import torch
 
-    parts = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    return torch.cat([Sweep(model, part).run([]).base for part in parts])
+    parts = in_parts(prompts, batch_size, lambda part: Sweep(model, part).run([]).base)
+    return torch.cat([found for _, found in parts])
 
 
 def score_and_capture(

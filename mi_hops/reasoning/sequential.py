@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mi_hops.editing import Edit, EditRepair, stack
+from mi_hops.editing.rows import require_not_applied
 from mi_hops.model import LensModel
 from mi_hops.reasoning.evaluate import evaluate
 from mi_hops.reasoning.evaluation import Evaluation
@@ -30,13 +31,14 @@ def evaluate_sequential(
     """Score the model with the first n edits all in force, on the queries of their n facts.
 
     Each size is a repair of its own in the result (``"1 edit"``, ``"10 edits"``, ...), asked for its
-    own cases (`Evaluation.case_ids_of`). Its correction tells how many of the first n edits survive the later ones, its specificity what all
-    of them together cost. The evaluation's ``frame`` has a column ``edit`` besides: the place of
-    the query's case among the edits, from 1, so that old and new ones can be told apart.
+    own cases (`Evaluation.case_ids_of`). Its correction tells how many of the first n edits survive
+    the later ones, its specificity what all of them together cost. The evaluation's ``frame`` has a
+    column ``edit`` besides: the place of the query's case among the edits, from 1, so that old and
+    new ones can be told apart.
 
     Args:
         edits: one for each fact, in the order in which they were made, each on the model as edited
-            so far (`creme_sequential`). They are not in force now.
+            so far (`creme_sequential`).
         sizes: how many edits are in force; those beyond ``len(edits)`` are left out, and all of them
             are always added.
         options: for `evaluate`.
@@ -44,6 +46,7 @@ def evaluate_sequential(
     Raises:
         ValueError: not one edit a fact, a size below 1; see also `evaluate`.
         WrongWeightsError: the first edit is for other weights than the model's.
+        AppliedError: one of the edits is in force in the weights.
     """
     import pandas as pd
 
@@ -51,6 +54,7 @@ def evaluate_sequential(
         raise ValueError(f"expected one edit a fact; got {len(edits)} for {len(facts)} facts")
     if wrong := [n for n in sizes if n < 1]:
         raise ValueError(f"sizes {wrong}; expected numbers of edits from 1")
+    require_not_applied(model, edits)
     if not isinstance(queries, QuerySets):
         queries = list(queries)
     place = {fact.id: i for i, fact in enumerate(facts, start=1)}

@@ -16,7 +16,7 @@ from mi_hops.editing import (
     edit_hooks,
     second_moments,
 )
-from mi_hops.model import capture, forward, hook_name, read_w_o, write_w_o
+from mi_hops.model import capture, dtype_of, forward, hook_name, read_w_o, write_w_o
 from mi_hops.repair import Repair, Rows
 from mi_hops.tokens import encode, pad
 from tests.editing.conftest import (
@@ -204,6 +204,22 @@ def test_covering_the_answer_edits_every_answer_position(wide, fact):
         with edit.applied(wide):
             got = last_mean(wide, [fact.prompt() + tail], "attn_out", 1)
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape, backend", CASES, ids="-".join)
+def test_half_precision_is_solved_in_float32(load_tiny, fact, shape, backend, dtype):
+    """What is left of the change at the key is the rounding of weights and activations."""
+    model = load_tiny(shape, backend, dtype)
+    edit = paper(model, fact, layers=[1], templates=("{}",))
+    assert {f.dtype for c in edit.changes for f in c.tensors.values()} == {torch.float32}
+    before, want = (
+        last_mean(model, [text], "attn_out", 1).float()
+        for text in (fact.prompt(), fact.second_prompt())
+    )
+    with edit.applied(model):
+        got = last_mean(model, [fact.prompt()], "attn_out", 1).float()
+    assert (got - want).norm() < 8 * torch.finfo(dtype_of(model)).eps * (before - want).norm()
 
 
 def test_biases_cancel(load_tiny, fact):

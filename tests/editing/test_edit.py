@@ -218,6 +218,25 @@ def test_row_hooks_equal_the_weight_form(tiny, ranks):
         assert (got[row] - clean[row]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_row_hooks_in_every_dtype(load_tiny, shape, backend, dtype):
+    """A different edit a row is each row's weights, but for the rounding of the model's dtype."""
+    model = load_tiny(shape, backend, dtype)
+    made = [random_edit(model, seed=i, rank=r) for i, r in enumerate((1, 3, 0))]
+    under = [made[0], None, made[1:]]
+    with torch.no_grad():
+        clean = forward(model, TOKENS)
+        got = forward(model, TOKENS, hooks=edit_hooks(model, under))
+        assert got.dtype == clean.dtype and torch.equal(got[1], clean[1])
+        for row, edits in ((0, made[:1]), (2, made[1:])):
+            with stack(edits).applied(model):
+                want = forward(model, TOKENS)[row]
+            effect = (want - clean[row]).norm()
+            assert (got[row] - want).norm() < 16 * torch.finfo(dtype_of(model)).eps * effect
+
+
 def test_one_edit_on_all_rows(tiny):
     edit = random_edit(tiny)
     with torch.no_grad():
@@ -248,6 +267,11 @@ def test_given_edits_as_a_repair(tiny, load_tiny, facts):
         torch.testing.assert_close(got[0], forward(tiny, tokens[:1])[0])
     with pytest.raises(WrongWeightsError):
         everywhere.fit(load_tiny("llama32", "bridge"), facts)
+    with first.applied(tiny):
+        assert EditRepair(second).fit(tiny, facts[:1]) == [second]
+        for repair in (everywhere, some):
+            with pytest.raises(AppliedError, match="undo it first"):
+                repair.fit(tiny, facts[:2])
 
 
 # -- stacking -------------------------------------------------------------------------------------

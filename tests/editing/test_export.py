@@ -62,13 +62,19 @@ def test_everything_else_is_kept(load_tiny, checkpoints, tmp_path, fact):
     assert AutoTokenizer.from_pretrained(out)("w5 w6").input_ids == [9, 10]
 
 
-def test_sharded(load_tiny, checkpoints, tmp_path, fact):
-    model = load_tiny("llama", "bridge")
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "llama32"])
+def test_sharded(load_tiny, checkpoints, tmp_path, fact, shape):
+    model = load_tiny(shape, "bridge")
     edit = creme(model, fact, layers=[0, 1])
-    first = export_hf(checkpoints["llama"], edit, tmp_path / "one", max_shard_size="20KB")
+    first = export_hf(checkpoints[shape], edit, tmp_path / "one", max_shard_size="20KB")
     assert len(list(first.glob("*.safetensors"))) > 1
-    whole = export_hf(checkpoints["llama"], edit, tmp_path / "two")
-    assert torch.equal(plain_logits(first)[0], plain_logits(whole)[0])
+    whole = export_hf(checkpoints[shape], edit, tmp_path / "two")
+    logits, hf = plain_logits(first)
+    assert torch.equal(logits, plain_logits(whole)[0])
+    with edit.applied(model), torch.no_grad():
+        torch.testing.assert_close(logits, forward(model, TOKENS), atol=1e-5, rtol=1e-5)
+    tied = hf.get_input_embeddings().weight is hf.get_output_embeddings().weight
+    assert tied == (shape != "llama")
     # A sharded folder is a source as well.
     second = random_edit(load_model(first, device="cpu"), seed=1)
     twice = export_hf(first, second, tmp_path / "three")

@@ -90,7 +90,7 @@ def test_bad_joint_input(tiny, facts):
 
 def test_sequential_edits_see_the_earlier_ones(wide, facts):  # noqa: F811
     before = weights(wide)
-    edits = creme_sequential(wide, facts[:3], layers=[0, 1], templates=("{}",), **PAPER)
+    edits = creme_sequential(wide, facts[:3], layers=[0, 1], templates=("{}",), hold=False, **PAPER)
     assert_same_bits(wide, before)
     assert applied_edits(wide) == ()
     edits[0].apply(wide)
@@ -106,6 +106,23 @@ def test_sequential_edits_see_the_earlier_ones(wide, facts):  # noqa: F811
     with stack(edits, check=False).applied(wide):
         for i, w in inside.items():
             torch.testing.assert_close(read_w_o(wide, i), w, atol=1e-9, rtol=1e-9)
+
+
+def test_later_edits_hold_what_earlier_ones_made(wide, facts):  # noqa: F811
+    """The output at the first fact's key stays, to the slack; without holding it does not."""
+    settings = {**PAPER, "layers": [1], "templates": ("{}",), "slack": 1e-7}
+    prompt = [facts[0].prompt()]
+
+    def after(hold: bool, n: int):
+        edits = creme_sequential(wide, facts[:3], hold=hold, **settings)
+        with stack(edits[:n], check=False).applied(wide):
+            return last_mean(wide, prompt, "attn_out", 1)
+
+    torch.testing.assert_close(after(True, 3), after(True, 1), atol=1e-4, rtol=1e-4)
+    assert (after(False, 3) - after(False, 1)).abs().max() > 1e-2
+    torch.testing.assert_close(after(False, 1), after(True, 1))
+    with pytest.raises(ValueError, match="slack is 0"):
+        creme_sequential(wide, facts[:2], **{**settings, "slack": 0})
 
 
 def test_solver_identities():

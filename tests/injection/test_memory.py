@@ -172,10 +172,11 @@ def test_attention_output_equals_resid_mid_and_any_heads_output(tiny):
     assert not torch.allclose(at_attn, run(tiny, TEXT), atol=1e-2)
 
 
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 @pytest.mark.parametrize("head", [0, 3])
-def test_the_published_place_one_heads_result_is_the_same(load_tiny, shape, head):
-    model = load_tiny(shape, fresh=True)
+def test_the_published_place_one_heads_result_is_the_same(load_tiny, shape, backend, head):
+    model = load_tiny(shape, backend, fresh=True)
     model.set_use_attn_result(True)
     vector = encode_memories(model, ["w20 w21"])[0, 1]
 
@@ -441,11 +442,27 @@ def test_what_cannot_be_right_is_refused(load_tiny, call, message):
         call(load_tiny())
 
 
-def test_a_quantised_unembedding_is_refused(load_tiny, monkeypatch):
-    model = load_tiny("gpt2", "bridge", fresh=True)
-    monkeypatch.setattr(type(model), "W_U", torch.zeros(32, 90, dtype=torch.int8))
-    with pytest.raises(ValueError, match="unquantised"):
-        encode_memories(model, ["w20"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused_where_they_are_read(tiny, monkeypatch, dtype):
+    right = {e: encode_memories(tiny, ["w20"], e) for e in ENCODINGS if e.startswith("layerwise")}
+    monkeypatch.setattr(type(tiny), "W_U", torch.zeros(32, 90).to(dtype))
+    monkeypatch.setattr(type(tiny), "W_E", torch.zeros(90, 32).to(dtype))
+    for encoding, name in (("unembed", "the unembedding"), ("embed", "the embedding")):
+        with pytest.raises(
+            ValueError, match=f"^{name} is stored as .*; load the model unquantised"
+        ):
+            encode_memories(tiny, ["w20"], encoding)
+    # These read activations, which are numbers whatever the weights are stored as.
+    for encoding, want in right.items():
+        assert torch.equal(encode_memories(tiny, ["w20"], encoding), want)
+
+
+def test_a_quantised_output_projection_is_refused_for_heads(load_tiny, monkeypatch):
+    model = load_tiny("gpt2", fresh=True)
+    codes = torch.zeros(4, 8, 32, dtype=torch.int8)
+    monkeypatch.setattr(type(model.blocks[1].attn), "W_O", codes, raising=False)
+    with pytest.raises(ValueError, match="W_O of layer 0 is stored as torch.int8"):
+        MemoryInjection(1, 1.0, heads=[0]).fit_texts(model, ["w20"])
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

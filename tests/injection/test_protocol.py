@@ -109,6 +109,12 @@ def test_greedy_heads_take_the_best_head_of_each_round_and_report_the_other_half
         greedy_heads(tiny, facts, strength=1.0, choose_by="greedy")
 
 
+@pytest.mark.parametrize("method", [head_injection, greedy_heads])
+def test_a_random_direction_is_no_memory_of_heads(load_tiny, method):
+    with pytest.raises(ValueError, match="leave norm_matched out"):
+        method(load_tiny(), FACTS, strength=1.0, controls=("norm_matched",))
+
+
 def test_negative_strength_suppresses_what_positive_strength_brings_up(tiny):
     grid = injection_grid(
         tiny, FACTS, strengths=(-2, 2), layers=[2], positions="last", controls=("answer",)

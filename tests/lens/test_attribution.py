@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,12 @@ def test_facts_are_read_at_their_roles(load_tiny):
         model, "w1 w3 of w5 is", {"bridge": "w21", "answer": "w40"}, position=4
     )
     assert np.allclose(hop["heads"].sel(example="f1"), want["heads"].isel(example=0), atol=1e-5)
+    lost = replace(facts[0], id="lost", first_hop="w88")
+    some = fact_attribution(model, [lost, *facts], role="first hop")
+    assert np.array_equal(some["heads"], hop["heads"]) and some.n_used == 2
+    assert [who for who, _ in some.skipped] == ["lost"]
+    with pytest.raises(ValueError, match="no fact can be used for direct attribution"):
+        fact_attribution(model, [lost], role="first hop")
     with pytest.raises(ValueError, match="first hop"):
         fact_attribution(model, facts, role="middle")
     with pytest.raises(ValueError, match="something to track"):
@@ -111,10 +119,18 @@ def test_a_stream_that_is_no_sum_of_its_parts_is_refused():
 # -- the Jacobian lens --
 
 
-def test_a_jacobian_lens_reads_like_the_others(load_tiny):
-    model = load_tiny("gpt2", "bridge", fresh=True)
-    lens = fit_jacobian_lens(model, [f"w{i} " * 6 for i in range(5, 9)], dim_batch=32)
+@pytest.fixture(scope="module")
+def fitted(load_tiny):
+    """A Jacobian lens of each family."""
+    texts = [f"w{i} " * 6 for i in range(5, 9)]
+    return {s: fit_jacobian_lens(load_tiny(s), texts, dim_batch=32) for s in ("gpt2", "llama")}
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_a_jacobian_lens_reads_like_the_others(fitted, load_tiny, shape):
+    lens, model = fitted[shape], load_tiny(shape)
     assert lens.layers == [1, 2, 3]
+    assert not any(p.requires_grad for p in model.parameters())
     result = logit_lens(model, TEXTS[0], positions="all", lens=lens, layers=lens.layers)
     assert np.allclose(result["kl"].sel(layer=3), 0, atol=1e-5)
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
@@ -125,16 +141,60 @@ def test_a_jacobian_lens_reads_like_the_others(load_tiny):
         lens.logits(x, layer=0)
 
 
-def test_an_identity_transport_is_the_logit_lens(load_tiny):
+def test_a_jacobian_lens_is_the_average_of_gradients(fitted, load_tiny):
+    # One prompt of two tokens after BOS: BOS and the last token are left out, so there is one place.
+    model = load_tiny("llama")
+    lens = fit_jacobian_lens(model, ["w5 w6"], dim_batch=32)
+    tokens = torch.tensor([encode(model, "w5 w6").ids])
+    start = capture(model, tokens, [hook_name("resid_post", 1)])[0][hook_name("resid_post", 1)]
+
+    def final(middle):
+        def put(x):
+            return torch.cat([x[:, :1], middle[None, None], x[:, 2:]], dim=1)
+
+        kept = {}
+        hooks = [
+            (hook_name("resid_post", 1), put),
+            (hook_name("resid_post", 2), lambda x: kept.update(x=x)),
+        ]
+        forward(model, tokens, hooks=hooks)
+        return kept["x"][0, 1]
+
+    want = torch.autograd.functional.jacobian(final, start[0, 1])
+    assert torch.allclose(lens.fitted.jacobians[1], want, atol=1e-4)
+
+
+def test_a_jacobian_lens_is_saved_and_refused_by_other_models(fitted, load_tiny, tmp_path):
     from transformer_lens.tools.analysis import JacobianLens
 
-    model = load_tiny("llama", "bridge")
+    lens, model = fitted["gpt2"], load_tiny("gpt2")
+    lens.fitted.save(str(tmp_path / "lens.pt"), dtype=torch.float32)
+    again = JacobianReading(model, JacobianLens.load(str(tmp_path / "lens.pt")))
+    x = torch.ones(1, 32)
+    assert torch.equal(again.logits(x, layer=1), lens.logits(x, layer=1))
+    for other, message in (
+        (load_tiny("llama"), "belongs to another model"),
+        (load_tiny("gpt2", processing="fold"), "unprocessed weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            JacobianReading(other, lens.fitted)
+    deep = JacobianLens({2: torch.eye(32)}, n_prompts=1, d_model=32)
+    with pytest.raises(ValueError, match="blocks up to 2"):
+        JacobianReading(model, deep)
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_an_identity_transport_is_the_logit_lens(load_tiny, backend):
+    from transformer_lens.tools.analysis import JacobianLens
+
+    model = load_tiny("llama", backend)
     eye = JacobianLens({0: torch.eye(32)}, n_prompts=1, d_model=32)
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     want = LogitLens(model).logits(x, layer=1)
     assert torch.allclose(JacobianReading(model, eye).logits(x, layer=1), want, atol=1e-5)
 
 
-def test_jacobian_lenses_need_an_unprocessed_bridge(load_tiny):
+@pytest.mark.parametrize(("backend", "processing"), [("bridge", "fold"), ("hooked", "none")])
+def test_jacobian_lenses_are_fitted_on_an_unprocessed_bridge(load_tiny, backend, processing):
     with pytest.raises(ValueError, match="backend='bridge'"):
-        fit_jacobian_lens(load_tiny("gpt2", "bridge", processing="fold"), ["w1 w2 w3"])
+        fit_jacobian_lens(load_tiny("gpt2", backend, processing=processing), ["w1 w2 w3"])

@@ -227,6 +227,7 @@ def test_vocabulary_is_kept_only_when_asked_for(load_tiny):
         (lambda m: logit_lens(m, TEXT, positions="w66"), "does not occur"),
         (lambda m: logit_lens(m, TEXT, positions=6), "out of range"),
         (lambda m: logit_lens(m, TEXTS, examples=["a"]), "1 labels"),
+        (lambda m: logit_lens(m, TEXT, top_k=91), "top_k is 91; expected 0..90"),
         (lambda m: read_vectors(m, torch.zeros(2, 31)), r"\[vector, 32\]"),
         (lambda m: read_vectors(m, torch.zeros(2, 32), track={"a": 90}), "outside"),
     ],
@@ -234,6 +235,12 @@ def test_vocabulary_is_kept_only_when_asked_for(load_tiny):
 def test_what_cannot_be_right_is_refused(load_tiny, call, message):
     with pytest.raises(ValueError, match=message):
         call(load_tiny())
+
+
+def test_a_quantised_unembedding_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny), "W_U", torch.zeros(32, 90, dtype=torch.int8))
+    with pytest.raises(ValueError, match="unembedding is stored as torch.int8"):
+        logit_lens(tiny, TEXT)
 
 
 def test_a_missing_span_is_a_token_error(load_tiny):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mi_hops.corpus import fact_texts
 from mi_hops.generate import generate
 from mi_hops.lens.logit import logit_lens
 from mi_hops.lens.patchscopes import (
@@ -17,9 +18,11 @@ from mi_hops.lens.patchscopes import (
     states_of,
 )
 from mi_hops.lens.targets import entity_description, next_token
-from mi_hops.model import forward, hook_name
+from mi_hops.model import forward, hook_name, load_model
 from mi_hops.repair import Rows
 from mi_hops.tokens import answer_ids, encode
+from mi_hops.worlds.hopland import Hopland
+from tests.models import save_checkpoint
 
 SOURCES = ("w1 w2 w3 w4 w5", "w9 w8")
 TARGET = "w20 w21 w22 w23"
@@ -172,6 +175,89 @@ def test_a_fitted_map_finds_a_linear_relation(load_tiny):
     assert (onward(two, 2, 3) - three).norm() < mean_only.norm()
 
 
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """A GPT-2 of width 16, half that of the other tiny models, with their tokens."""
+    folder = save_checkpoint("gpt2", tmp_path_factory.mktemp("narrow"), n_embd=16)
+    return load_model(folder, device="cpu", dtype="float32", backend="bridge")
+
+
+def test_a_fitted_map_leads_from_one_model_to_another_of_another_width(tiny, narrow):
+    texts = [f"w{i} w{(i * 7) % 86} w{(i * 5 + 2) % 86}" for i in range(30)]
+    fitted = fit_affine(narrow, tiny, (t for t in texts), source_layer=2, target_layer=1)
+    assert fitted.weight.shape == (16, 32)
+    settings = {"source_model": narrow, "mapping": fitted}
+    scope = patchscope(
+        tiny,
+        SOURCES[0],
+        TARGET,
+        track={"a": "w7"},
+        source_layers=[2],
+        target_layers=[1],
+        **settings,
+    )
+    source, prompt = encode(narrow, SOURCES[0]), encode(tiny, TARGET)
+    state = states_of(narrow, [source], [source.last], layers=[2])[0, 0]
+    moved = state @ fitted.weight + fitted.bias
+
+    def put(x):
+        x = x.clone()
+        x[0, -1] = moved
+        return x
+
+    with torch.no_grad():
+        logits = forward(tiny, torch.tensor([prompt.ids]), hooks=[(hook_name("resid_pre", 1), put)])
+    want = logits[0, -1].softmax(-1)[answer_ids(tiny, prompt, "w7")[0]].item()
+    assert np.isclose(scope["prob"].item(), want, atol=1e-5)
+    said = patchscope_generate(
+        tiny,
+        SOURCES[0],
+        TARGET,
+        source_layer=2,
+        target_layer=1,
+        max_new_tokens=3,
+        stop=(),
+        **settings,
+    )
+    options = {"repair": Transplant(1, prompt.last), "states": [moved], "max_new_tokens": 3}
+    assert said.ids == generate(tiny, [prompt], stop=(), **options)[0].ids
+    del settings["mapping"]
+    for call in (
+        lambda: patchscope(tiny, SOURCES[0], TARGET, **settings),
+        lambda: patchscope_generate(
+            tiny, SOURCES[0], TARGET, source_layer=2, target_layer=1, **settings
+        ),
+    ):
+        with pytest.raises(ValueError, match="source model is 16 wide, the target 32"):
+            call()
+
+
+def test_models_with_other_numbers_for_the_same_tokens_have_a_map():
+    gpt2, llama = (load_model(name, device="cpu") for name in ("hops-gpt2", "hops-llama"))
+    texts = list(fact_texts(Hopland().two_hop_facts("train")[:40], ["two_hop"]))
+    fitted = fit_affine(gpt2, llama, texts, source_layer=3, target_layer=3, ridge=1e-9)
+    x, y = (
+        torch.cat(
+            [states_of(m, [p] * len(p), range(len(p)), layers=[3])[:, 0] for p in prompts]
+        ).double()
+        for m in (gpt2, llama)
+        for prompts in ([encode(m, t) for t in texts],)
+    )
+    ones = torch.ones(len(x), 1, dtype=x.dtype)
+    want = torch.linalg.lstsq(torch.cat([x, ones], dim=1), y).solution
+    assert torch.allclose(fitted.weight.double(), want[:-1], atol=1e-2)
+    assert torch.allclose(fitted.bias.double(), want[-1], atol=1e-2)
+
+
+def test_models_that_read_a_corpus_as_other_tokens_have_no_map(load_tiny):
+    model, other = load_tiny("gpt2"), load_model("hops-gpt2", device="cpu")
+    for source, target in ((model, other), (other, model)):
+        with pytest.raises(ValueError, match="tokenise the corpus differently"):
+            fit_affine(
+                source, target, ["w1 w2 w3 w4"] * 9, source_layer=1, target_layer=1, max_tokens=40
+            )
+
+
 def test_the_named_targets_are_the_published_ones_and_end_in_their_placeholder(load_tiny):
     assert entity_description().startswith("Syria: Country in the Middle East, Leonardo DiCaprio: ")
     assert entity_description().endswith("electronics corporation, x")
@@ -225,6 +311,7 @@ def test_an_entity_is_described_from_the_placeholder_on(tiny):
         (lambda m: patchscope(m, SOURCES, TARGET, source_position=[1]), "1 positions for 2"),
         (lambda m: patchscope(m, [], TARGET), "no prompt"),
         (lambda m: patchscope(m, SOURCES, TARGET, examples=["a"]), "1 labels"),
+        (lambda m: patchscope(m, SOURCES, TARGET, batch_size=0), "batch_size is 0"),
         (
             lambda m: patchscope(m, SOURCES[0], TARGET, mapping=lambda x, s, t: x[:, :5]),
             r"\(1, 32\)",

@@ -109,7 +109,8 @@ def test_control_labels_are_fixed_for_a_type_and_as_frequent():
         ({"kind": "head_out"}, "whole activations"),
         ({"min_count": 100}, "0 left"),
         ({"label": lambda f: f.answer}, "has the labels"),
-        ({"form": "question"}, "none of 72 facts"),
+        ({"form": "question"}, r"no fact can be used for a probe \(72: "),
+        ({"n_controls": 0}, "at least one control task"),
         ({"layers": [9]}, "0..3"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -91,8 +94,24 @@ def test_the_effect_of_a_clamp_equals_a_hooked_forward(trained):
     want = logits[0, -1].softmax(-1)[answer_ids(model, prompt, item.answer)[0]]
     got = result["first_prob"].sel(example=item.id, feature_of="own", value=4.0).item()
     assert np.isclose(got, want.item(), atol=1e-5)
-    with pytest.raises(ValueError, match="two bridges"):
-        clamp_effect(model, sae, some, {"w60": 3}, layer=2, values=[0.0])
+    for wrong, message in (({"w60": 3}, "two bridges"), ({"w60": 3, "w61": 64}, "'w61': 64")):
+        with pytest.raises(ValueError, match=message):
+            clamp_effect(model, sae, some, wrong, layer=2, values=[0.0])
+
+
+def test_facts_that_cannot_be_read_are_skipped_with_the_reason(trained):
+    model, sae = trained
+    lost = replace(facts()[0], id="lost", first_hop="w88 w87")
+    some = [*facts()[:8], lost]
+    read = fact_features(model, sae, some, layer=2)
+    assert read.n_used == 8 and [who for who, _ in read.skipped] == ["lost"]
+    clamped = clamp_effect(model, sae, some, {"w60": 3, "w62": 7}, layer=2, values=[1.0])
+    assert {who for who, _ in clamped.skipped} == {
+        "lost",
+        *(f.id for f in some if f.bridge == "w61"),
+    }
+    with pytest.raises(ValueError, match=r"no fact can be used for an autoencoder \(1: "):
+        fact_features(model, sae, [lost], layer=2)
 
 
 def test_the_feature_of_a_bridge_is_chosen_on_one_half_and_judged_on_the_other():
@@ -122,3 +141,6 @@ def test_what_cannot_be_right_is_refused(trained):
         train_sae(model, TEXTS, layer=4)
     with pytest.raises(ValueError, match="role is"):
         fact_features(model, sae, facts(), layer=2, role="middle")
+    other = SimpleNamespace(W_dec=torch.zeros(64, 31))
+    with pytest.raises(ValueError, match="width 31, the model's stream has 32"):
+        fact_features(model, other, facts(), layer=2)

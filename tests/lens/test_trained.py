@@ -18,8 +18,9 @@ from mi_hops.lens.store import load_lens
 from mi_hops.lens.trained import kl
 from mi_hops.lens.training import LensTraining, judge, train_lens
 from mi_hops.lens.tuned import TunedLens
-from mi_hops.model import forward, hook_name, unembedding
+from mi_hops.model import forward, hook_name, load_model, unembedding
 from mi_hops.tokens import encode, pad
+from tests.models import save_checkpoint
 
 TEXTS = [
     f"w{i % 80} w{(i * 7) % 80} w{(i * 3 + 1) % 80} w{(i * i) % 80}" + " w9" * (i % 3)
@@ -214,22 +215,29 @@ def test_a_lens_is_fetched_from_the_hub_by_its_id(load_tiny, tmp_path, monkeypat
 
     model = load_tiny("gpt2")
     lens = perturbed(TunedLens(model))
-    lens.save(tmp_path / "snapshot")
-    asked = []
-
-    def download(repo, **options):
-        asked.append((repo, sorted(options["allow_patterns"])))
-        if repo != "someone/tuned-lens":
-            raise OSError("offline")
-        return str(tmp_path / "snapshot")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    # What the hub's client keeps of a repository that it has fetched; offline it reads that.
+    kept, revision = tmp_path / "models--someone--tuned-lens", "0" * 40
+    lens.save(kept / "snapshots" / revision)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     again = load_lens(model, "someone/tuned-lens")
-    assert asked == [("someone/tuned-lens", ["lens.json", "lens.safetensors"])]
     for key, tensor in lens.parameters.items():
         assert torch.equal(tensor, again.parameters[key])
     with pytest.raises(FileNotFoundError, match="could not be fetched from the hub"):
         load_lens(model, "someone/else")
+
+
+def test_a_folder_without_its_weights_or_with_broken_ones_is_told(load_tiny, tmp_path):
+    model = load_tiny()
+    folder = TunedLens(model).save(tmp_path / "lens")
+    weights = folder / "lens.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="holds no lens"):
+        load_lens(model, folder)
+    weights.unlink()
+    with pytest.raises(ValueError, match="holds no lens"):
+        load_lens(model, folder)
 
 
 def test_a_lens_of_another_model_is_refused_unless_it_is_moved(load_tiny):
@@ -272,6 +280,48 @@ def test_lenses_move_to_other_layers_and_models(load_tiny):
         lens.moved(layers={0: 1})
     with pytest.raises(ValueError, match="0..3"):
         lens.moved(layers={4: 0})
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_a_lens_that_was_moved_is_judged_by_the_model_and_layer_it_reads(load_tiny, shape):
+    model = load_tiny("llama")
+    other = load_tiny(shape, processing="fold" if shape == "llama" else "none")
+    lens = perturbed(TunedLens(model))
+    result = evaluate_lens(other, lens.moved(other, layers={0: 1, 2: 1}), TEXTS[:1])
+    ids = encode(other, TEXTS[0]).ids
+    for layer in (0, 2):
+        example = example_of(other, TunedLens(other), TEXTS[:1])
+        own, x = example.output, example.read[layer]
+        reading = LogitLens(other).logits(lens.translate(x, layer=1), layer=layer).log_softmax(-1)
+        got = result.sel(layer=layer)
+        assert np.isclose(got["kl"].item(), kl(own, reading).mean(), atol=1e-5)
+        losses = [
+            np.mean([-t[i, ids[i + 1]].item() for i in range(len(ids) - 1)]) for t in (reading, own)
+        ]
+        assert np.isclose(got["excess_cross_entropy"].item(), losses[0] - losses[1], atol=1e-5)
+        plain = kl(own, LogitLens(other).logits(x, layer=layer)).mean()
+        assert np.isclose(got["logit_lens_kl"].item(), plain, atol=1e-5)
+
+
+def test_a_moved_lens_that_is_trained_further_belongs_to_its_new_model(load_tiny, tmp_path):
+    model, other = load_tiny("gpt2"), load_tiny("llama")
+    moved = TunedLens(model, layers=[1]).moved(other)
+    folder = moved.save(tmp_path / "moved")
+    with pytest.raises(ValueError, match="belongs to a model"):
+        load_lens(other, folder)
+    train_lens(other, moved, TEXTS, LensTraining(steps=1, max_tokens=256))
+    load_lens(other, moved.save(folder, overwrite=True))
+    with pytest.raises(ValueError, match="belongs to a model"):
+        load_lens(model, folder)
+
+
+def test_a_lens_of_a_model_with_other_heads_does_not_move(load_tiny, tmp_path):
+    two = load_model(save_checkpoint("gpt2", tmp_path, n_head=2), device="cpu", dtype="float32")
+    lens = AttentionLens(load_tiny("gpt2"), layers=[1])
+    with pytest.raises(ValueError, match=r"a model of another shape: weight is \[1, 4, 32, 32\]"):
+        lens.moved(two)
+    with pytest.raises(ValueError, match=r"this model needs \[1, 2, 32, 32\]"):
+        load_lens(two, lens.save(tmp_path / "lens"), transfer=True)
 
 
 def test_evaluation_by_hand(tiny):
@@ -344,6 +394,7 @@ def test_small_lenses_are_small(load_tiny):
         (lambda m: train_lens(m, TunedLens(m), ["w1", "w1"]), "1 distinct"),
         (lambda m: LensTraining(held_out=1.0), "share between"),
         (lambda m: LensTraining(steps=0), "steps is 0"),
+        (lambda m: LensTraining(cells=0), "cells is 0"),
         (lambda m: evaluate_lens(m, TunedLens(m, layers=[1]), TEXTS, layers=[2]), "not 2"),
     ],
 )  # fmt: skip

@@ -203,23 +203,6 @@ def test_any_batching_gives_the_same(tiny):
         assert np.allclose(full["score"], part["score"], atol=1e-5), chunks
 
 
-@pytest.mark.parametrize("kind", list(HEAD_AXIS))
-def test_float64_is_exact_on_hooked(load_tiny, kind):
-    for shape in ("gpt2", "llama"):
-        model = load_tiny(shape, "hooked", "float64")
-        result = patch(
-            model, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS, kinds=kind, positions="each"
-        )
-        assert result["score"].dtype == np.float64
-        for layer, pos in ((0, 5), (1, 3), (2, 6)):
-            head = None if HEAD_AXIS[kind] is None else 1
-            hook = put(kind, layer, source(model, CLEAN[2], kind, layer), [pos], head)
-            found = run(model, CORRUPTED[2], [hook], answer=ANSWERS[2], wrong=WRONGS[2])
-            at = result["score"].sel(example=2, layer=layer, position=pos)
-            got = float(at if head is None else at[head])
-            assert got == pytest.approx(found, abs=1e-10)
-
-
 def test_out_of_memory_halves_the_pass_and_goes_on(tiny):
     options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": "mlp_out"}
     expected = patch(tiny, CLEAN, CORRUPTED, **options)["score"]
@@ -271,11 +254,11 @@ def test_labels_and_plot(tiny):
     assert figure.data[0].z.shape == (3, N)
 
 
-def test_plan_tells_what_runs(tiny, monkeypatch):
-    from mi_hops import fanout
-    from mi_hops import model as model_module
-
-    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": "z", "positions": "each"}
+@pytest.mark.parametrize(
+    "more", [{}, {"source": CLEAN[0]}, {"metric": ["kl", "answer_logprob"], "direction": "noise"}]
+)
+def test_plan_tells_what_runs(tiny, more):
+    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": "z", "positions": "each", **more}
     plan = plan_patch(tiny, CLEAN, CORRUPTED, batch_size=2, max_rows=50, **options)
     assert plan.cells == 3 * N * 4
     assert plan.rows == plan.cells * 3
@@ -284,48 +267,46 @@ def test_plan_tells_what_runs(tiny, monkeypatch):
     held = 2 * 3 * N * 4 * tiny.cfg.d_head * 4  # pairs, layers, tokens, heads, width, bytes
     assert plan.activation_bytes == held
     calls = []
-    real = model_module.forward
-
-    def counted(*args, **kwargs):
-        calls.append(1)
-        return real(*args, **kwargs)
-
-    for module in (fanout, model_module):
-        monkeypatch.setattr(module, "forward", counted)
-    patch(tiny, CLEAN, CORRUPTED, batch_size=2, max_rows=50, **options)
+    handle = tiny.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        patch(tiny, CLEAN, CORRUPTED, batch_size=2, max_rows=50, **options)
+    finally:
+        handle.remove()
     assert len(calls) == plan.forwards
 
 
-@pytest.mark.parametrize("how", ["zero", "mean", "position_mean", "resample"])
-@pytest.mark.parametrize("kind", ["resid_post", "z", "pattern", "mlp_post"])
-def test_ablation_equals_the_loop(tiny, how, kind):
-    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": kind, "how": how}
-    if (how, kind) == ("mean", "pattern"):
-        with pytest.raises(ValueError, match="no mean"):
-            ablate(tiny, CLEAN, **options)
-        return
-    result = ablate(tiny, CLEAN, samples=2 if how == "resample" else 1, positions="each", **options)
-    layer, pos, head = 1, 4, 2 if HEAD_AXIS[kind] is not None else None
-    values = torch.stack([source(tiny, text, kind, layer) for text in CLEAN])
-    for i, text in enumerate(CLEAN):
-        others = [values[i] * 0]
-        if how == "mean":
-            others = [values[:, 1:].mean((0, 1)).expand_as(values[i])]
-        elif how == "position_mean":
-            others = [values.mean(0)]
-        elif how == "resample":  # two draws of two others: both
-            others = [values[j] for j in range(3) if j != i]
-        scores = [
-            run(tiny, text, [put(kind, layer, v, [pos], head)], answer=ANSWERS[i], wrong=WRONGS[i])
-            for v in others
-        ]
-        intact = run(tiny, text, answer=ANSWERS[i], wrong=WRONGS[i])
-        at = {"example": i, "layer": layer, "position": pos}
-        cell = result["score"].sel(at) if head is None else result["score"].sel(at)[head]
-        change = result["change"].sel(at) if head is None else result["change"].sel(at)[head]
-        assert float(cell) == pytest.approx(np.mean(scores), abs=1e-5)
-        assert float(change) == pytest.approx(np.mean(scores) - intact, abs=1e-5)
-        assert float(result["intact"][i]) == pytest.approx(intact, abs=1e-5)
+ONE = {"answer": "w11", "wrong": "w21"}
+
+
+def test_ablation_beside_the_intact_run(tiny):
+    """Change and effect, against corrupted prompts and against a score of 0."""
+    options = {"answer": ANSWERS, "wrong": WRONGS, "metric": ["logit_diff", "answer_logprob", "kl"]}
+    for answer, wrong in (
+        (WRONGS, ANSWERS),
+        (ANSWERS, WRONGS),
+    ):  # what one has to lose, the other lacks
+        result = ablate(tiny, CLEAN, **{**options, "answer": answer, "wrong": wrong})
+        intact, score, effect = (
+            result[name].sel(metric="logit_diff") for name in ("intact", "score", "effect")
+        )
+        share = (1 - score / intact).where(intact > 0)
+        assert np.allclose(effect, share, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert np.allclose(result["change"], result["score"] - result["intact"], atol=1e-6)
+    assert np.isnan(result["effect"].sel(metric=["answer_logprob", "kl"])).all()
+    assert "corrupted" not in result.data
+    beside = ablate(tiny, CLEAN, corrupted=CORRUPTED, **options)
+    noised = patch(tiny, CLEAN, CORRUPTED, kinds="attn_out", direction="noise", **options)
+    assert np.allclose(beside["intact"], noised["clean"], atol=1e-5)
+    assert np.allclose(beside["corrupted"], noised["corrupted"], atol=1e-5)
+    gap = beside["intact"] - beside["corrupted"]
+    assert np.allclose(beside["effect"] * gap, -beside["change"], atol=1e-5)
+    assert beside["effect"].attrs["units"] == "share lost"
+    assert np.array_equal(beside["change"], result["change"])
+    alone = ablate(tiny, CLEAN, corrupted=CORRUPTED[0], **options)
+    assert np.isnan(ablate(tiny, CLEAN[0], corrupted=CLEAN[0], **ONE)["effect"]).all()
+    assert len(np.unique(alone["corrupted"].sel(metric="logit_diff"))) == 3  # by their own answers
+    with pytest.raises(ValueError, match="2 of corrupted prompts for 3"):
+        ablate(tiny, CLEAN, corrupted=CORRUPTED[:2], **options)
 
 
 def test_resampling_is_seeded_and_takes_from_a_reference(tiny):
@@ -381,9 +362,6 @@ def test_nothing_stays_behind(tiny, call):
             call(tiny, *prompts, metric=metric)
         assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
         assert torch.equal(forward(tiny, tokens), before)
-
-
-ONE = {"answer": "w11", "wrong": "w21"}
 
 
 @pytest.mark.parametrize(

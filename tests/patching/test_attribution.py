@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mi_hops.fanout import HEAD_AXIS
+from mi_hops.metrics import KL
 from mi_hops.model import capture, forward, hook_name, n_heads_of
-from mi_hops.patching import attribute, patch
+from mi_hops.patching import attribute, attribute_edges, patch
 from mi_hops.patching.quadrature import path_points
 from mi_hops.results import Result
 from mi_hops.tokens import TokenError, encode
@@ -112,6 +113,21 @@ def test_divergence_from_the_base_itself_has_no_slope(load_tiny, method):
     with pytest.raises(ValueError, match="its gradient is 0"):
         attribute(model, *PAIRS[0], **options)
     attribute(model, *PAIRS[0], **{**options, "direction": "denoise"})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_a_divergence_given_as_an_object_is_refused_at_its_own_base(load_tiny, dtype):
+    for shape, backend in (("gpt2", "bridge"), ("llama", "hooked")):
+        model = load_tiny(shape, backend, dtype)
+        tokens = torch.tensor([encode(model, text).ids for text in CORRUPTED])
+        with torch.no_grad():
+            own = KL(forward(model, tokens)[1, -1])  # of the second base, from another batch
+        for call in (attribute, attribute_edges):
+            options = {"direction": "denoise", "metric": own}
+            with pytest.raises(ValueError, match=r"1 of 3 pairs \(first: \[1\]"):
+                call(model, CLEAN, CORRUPTED, **options)
+            call(model, CLEAN[:1], CORRUPTED[:1], **options)  # the base is another run
+            call(model, CLEAN, CORRUPTED, **{**options, "direction": "noise"})
 
 
 def test_runs_that_score_the_same_have_no_share(tiny):
@@ -399,7 +415,7 @@ def test_refuses(tiny):
     one = {"answer": "w11", "wrong": "w21"}
     with pytest.raises(ValueError, match="has no gradient"):
         attribute(tiny, *PAIRS[0], metric="rank", **one)
-    with pytest.raises(ValueError, match="to one metric"):
+    with pytest.raises(ValueError, match="expected one metric"):
         attribute(tiny, *PAIRS[0], metric=["rank", "logit_diff"], **one)
     with pytest.raises(ValueError, match="expected 'gradient'"):
         attribute(tiny, *PAIRS[0], method="grad", **one)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mi_hops.patching import attribute, patch
+from mi_hops.patching import ablate, attribute, patch, path_patch
 from mi_hops.patching.convert import from_transformer_lens, to_transformer_lens
 from mi_hops.tokens import encode
 from tests.patching.loops import ANSWERS, PAIRS, WRONGS
@@ -80,8 +80,14 @@ def test_their_sweep_is_ours(load_tiny, theirs):
 def test_refuses(load_tiny, theirs):
     model = load_tiny("gpt2")
     estimate = attribute(model, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS).result
-    with pytest.raises(ValueError, match="only results of activation patching"):
-        to_transformer_lens(estimate)
+    others = (
+        estimate,
+        path_patch(model, *PAIRS[0], answer="w11", wrong="w21"),
+        ablate(model, CLEAN, corrupted=CORRUPTED, answer=ANSWERS, wrong=WRONGS),
+    )
+    for result in others:
+        with pytest.raises(ValueError, match="only results of activation patching"):
+            to_transformer_lens(result)
     result = to_transformer_lens(patch(model, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS))
     with pytest.raises(ValueError, match="'denoise' or 'noise'"):
         from_transformer_lens(result, direction="back")

@@ -12,6 +12,7 @@ from mi_hops.patching import (
     Circuit,
     acdc,
     all_edges,
+    attribute,
     attribute_edges,
     extract,
     faithfulness,
@@ -158,6 +159,24 @@ def test_divergence_from_the_base_itself_has_no_slope(load_tiny):
     assert path.rank_correlation > 0.5
 
 
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_half_precision_models_score_in_float32(load_tiny, backend):
+    narrow, wide = (load_tiny("llama", backend, dtype) for dtype in ("bfloat16", "float32"))
+    full = {"circuits": [Circuit(frozenset(all_edges(wide)))]}
+    paths = {"senders": "all", "receivers": ["v", "mlps", "logits"]}
+    for call, options in (
+        (lambda *a, **o: attribute_edges(*a, **o).result["change"], {}),
+        (lambda *a, **o: attribute_edges(*a, **o).result["change"], {"steps": 3}),
+        (lambda *a, **o: path_patch(*a, **o)["change"], paths),
+        (lambda *a, **o: faithfulness(*a, **o)["score"], full),
+    ):
+        found, true = (call(m, CLEAN, CORRUPTED, **OPTIONS, **options) for m in (narrow, wide))
+        assert found.dtype == np.float32
+        known = np.isfinite(true.values)
+        assert np.array_equal(np.isfinite(found.values), known)
+        assert np.corrcoef(found.values[known], true.values[known])[0, 1] > 0.9
+
+
 def test_scores_that_are_not_finite_cut_no_edges(tiny):
     """NaN is never above a threshold: without the check every edge would go."""
     broken = NextToken("broken", "", True, lambda logits, target: logits[:, 0] * float("nan"))
@@ -241,7 +260,11 @@ def test_pruning(load_tiny):
 
 
 def test_extraction_and_faithfulness_curve(tiny):
-    scores = attribute_edges(tiny, CLEAN, CORRUPTED, **OPTIONS).result
+    estimate = attribute_edges(tiny, CLEAN, CORRUPTED, **OPTIONS)
+    scores = estimate.result
+    assert extract(tiny, estimate, 7).edges == extract(tiny, scores, 7).edges
+    with pytest.raises(ValueError, match="pass those of attribute_edges"):
+        extract(tiny, attribute(tiny, *PAIRS[0], **ONE), 7)
     n = len(all_edges(tiny))
     assert int(np.isfinite(scores["change"][0]).sum()) == n
     whole = extract(tiny, scores, n)
@@ -320,10 +343,22 @@ def test_refuses(tiny):
         attribute_edges(tiny, *PAIRS[0], senders="L2H0", receivers="L1H0.q", **ONE)
     with pytest.raises(ValueError, match="top is 0"):
         attribute_edges(tiny, *PAIRS[0], senders="L0H0", **ONE).verify(top=0)
-    with pytest.raises(ValueError, match="to one metric"):
-        attribute_edges(tiny, *PAIRS[0], metric=["rank", "logit_diff"], **ONE)
+    several = {"metric": ["rank", "logit_diff"], **ONE}
+    for call in (
+        lambda: attribute_edges(tiny, *PAIRS[0], **several),
+        lambda: faithfulness(tiny, *PAIRS[0], [Circuit(frozenset())], **several),
+        lambda: acdc(tiny, *PAIRS[0], threshold=1.0, **several),
+    ):
+        with pytest.raises(ValueError, match="expected one metric"):
+            call()
     with pytest.raises(ValueError, match="not the model's"):
         faithfulness(tiny, *PAIRS[0], [Circuit(frozenset({("MLP2", "MLP1")}))], **ONE)
+    for call in (
+        lambda: attribute_edges(tiny, *PAIRS[0], examples=["a", "b"], **ONE),
+        lambda: faithfulness(tiny, *PAIRS[0], [Circuit(frozenset())], examples=["a", "b"], **ONE),
+    ):
+        with pytest.raises(ValueError, match="2 example labels for 1"):
+            call()
     with pytest.raises(ValueError, match="0 circuits"):
         faithfulness(tiny, *PAIRS[0], [], **ONE)
     with pytest.raises(ValueError, match="threshold is 0"):

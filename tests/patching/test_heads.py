@@ -63,6 +63,8 @@ def test_attention_to_a_span(tiny):
             assert np.allclose(found["attention"][i, layer], expected, atol=1e-6)
     early = attention_to(tiny, texts[0], slice(0, None), query="w6")
     assert np.allclose(early.values, 1, atol=1e-5)
+    with pytest.raises(ValueError, match="1 example labels for 2"):
+        attention_to(tiny, texts, ["w6", "w10"], examples=["a"])
     with pytest.raises(ValueError, match="cannot be attended"):
         attention_to(tiny, texts[0], "w8", query="w6")
 

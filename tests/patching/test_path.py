@@ -208,7 +208,7 @@ def test_refuses(tiny, monkeypatch):
         path_patch(tiny, *PAIRS[0], senders="L2H0", receivers="L1H0.q", **ONE)
     with pytest.raises(TokenError, match="7 and 3 tokens"):
         path_patch(tiny, PAIRS[0][0], "w1 w2", **ONE)
-    with pytest.raises(ValueError, match="one metric"):
+    with pytest.raises(ValueError, match="expected one metric"):
         path_patch(tiny, *PAIRS[0], metric=["rank", "logit_diff"], **ONE)
 
 

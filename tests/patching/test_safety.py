@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +65,68 @@ def test_fifty_repeats_leave_memory_flat(load_tiny, name):
     for _ in range(50):
         CALLS[name](model)
     assert tensors() <= before
+
+
+ALL = ([c for c, _ in PAIRS], [c for _, c in PAIRS])
+CIRCUITS = {"circuits": [Circuit(frozenset()), Circuit(frozenset({("embed", "logits")}))] * 2}
+
+#: Calls, and how many rows a block may have: fewer than they try at first, so that pairs, readers,
+#: circuits or senders go in smaller parts.
+SCARCE = {
+    "patch": (4, lambda m: patching.patch(m, *ALL, kinds="z", layers=[1], **ONE)["score"]),
+    "third source": (
+        2, lambda m: patching.patch(m, *ALL, layers=[1], source=ALL[0][0], **ONE)["score"]
+    ),
+    "ablate": (2, lambda m: patching.ablate(m, ALL[0], layers=[1], positions=2, **ONE)["score"]),
+    "position_mean": (
+        2,
+        lambda m: patching.ablate(m, ALL[0], how="position_mean", positions=2, **ONE)["score"],
+    ),
+    "resample": (
+        2, lambda m: patching.ablate(m, ALL[0], how="resample", positions=2, **ONE)["score"]
+    ),
+    "trace": (
+        3, lambda m: patching.trace(m, CLEAN, "w7", answer="w11", kinds="z", samples=1)["score"]
+    ),
+    **{
+        method: (
+            1,
+            lambda m, method=method: patching.attribute(
+                m, *ALL, kinds="q", method=method, by_family=True, **ONE
+            ).result["change"],
+        )
+        for method in ("gradient", "integrated", "atp*")
+    },
+    "path_patch": (
+        4,
+        lambda m: patching.path_patch(
+            m, *ALL, senders="all", receivers=["v", "mlps", "logits"], **ONE
+        )["score"],
+    ),
+    "attribute_edges": (4, lambda m: patching.attribute_edges(m, *ALL, **ONE).result["change"]),
+    "faithfulness": (14, lambda m: patching.faithfulness(m, *ALL, **CIRCUITS, **ONE)["score"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCARCE)
+def test_out_of_memory_halves_what_was_tried(tiny, name):
+    most, call = SCARCE[name]
+    expected = call(tiny)
+    widths = []
+
+    def scarce(module, arguments, output):  # rows join within the block
+        widths.append((output if isinstance(output, torch.Tensor) else output[0]).shape[0])
+        if widths[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = tiny.blocks[1].register_forward_hook(scarce)
+    try:
+        found = call(tiny)
+    finally:
+        handle.remove()
+    assert max(widths) > most
+    assert np.allclose(found, expected, atol=1e-5, equal_nan=True)
+    assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mi_hops.editing import creme_sequential, stack
+from mi_hops.editing import AppliedError, EditRepair, creme_joint, creme_sequential, stack
 from mi_hops.reasoning.evaluate import Evaluation, evaluate
 from mi_hops.reasoning.sequential import evaluate_sequential
 from mi_hops.reasoning.sets import Query, QuerySets
@@ -69,6 +69,17 @@ def test_each_size_has_its_own_cases_and_the_sets_keep_their_reasons(tiny, piled
     assert "2 edits: asked for 2 of the cases only" in found.describe()
 
 
+def test_a_joint_edit_is_scored_as_the_weights_with_it(tiny, piled):
+    facts, _, queries = piled
+    joint = creme_joint(tiny, facts, layers=[0, 1], keep=None)
+    scored = evaluate(tiny, [EditRepair(joint)], queries, facts, generate=False)
+    with joint.applied(tiny):
+        weights = evaluate(tiny, [NoRepair()], queries, facts, generate=False)
+    after, want = (e.frame["first_prob_after"].to_numpy() for e in (scored, weights))
+    assert after == pytest.approx(want, abs=1e-5)
+    assert abs(after - scored.frame["first_prob_before"]).max() > 1e-3
+
+
 def test_refusals(tiny, piled):
     facts, edits, queries = piled
     with pytest.raises(ValueError, match="one edit a fact; got 3 for 4"):
@@ -77,3 +88,5 @@ def test_refusals(tiny, piled):
         evaluate_sequential(tiny, edits, queries, facts, sizes=(0,))
     with pytest.raises(ValueError, match="none of the 0 queries"):
         evaluate_sequential(tiny, edits, [], facts)
+    with edits[0].applied(tiny), pytest.raises(AppliedError, match="undo it first"):
+        evaluate_sequential(tiny, edits, queries, facts)

@@ -143,7 +143,32 @@ def test_nothing_repeats_the_correction_prompt(built):
         QuerySets((*sets.queries, leak), sets.cases)
 
 
-def test_draws_come_from_the_seed_and_the_case_alone(built):
+def test_no_case_is_asked_what_another_case_was_repaired_on(world):
+    """Cases that share first hops, and that the model is said to answer: what could be drawn."""
+    pool = world.two_hop_facts("first_unseen", "second_unseen")
+    failed = pool[::3]
+    ids = {f.id for f in pool}
+    options = {"answered_ids": ids, "known_ids": ids, "form": "suffix", "per_case": 9}
+    drawn = ("generalisation", "specificity", "specificity_same_relation")
+    corrections = {f.prompts["suffix"] for f in failed}
+    sets = build_sets(failed, pool, **options)
+    assert not corrections & {q.prompt for q in sets.of(*drawn)}
+    for name in drawn:
+        assert len(sets.of(name)) > len(failed)
+        alone = {q.prompt for f in failed[:30] for q in build_sets([f], pool, **options).of(name)}
+        assert corrections & alone
+
+
+def test_a_case_whose_other_second_hops_are_all_cases_is_skipped_with_the_reason():
+    other = _fact(
+        "b", relation2="pet", answer="dog", prompts={"suffix": "The author of Misery keeps a"}
+    )
+    sets = build_sets([_fact(), other], [other], answered_ids=(), known_ids={"b"})
+    why = sets.counts()["generalisation"]["why"]
+    assert why["every other second hop is a case, or not of this wording"] == 1
+
+
+def test_draws_come_from_the_seed_and_the_case(built):
     failed, pool, answered, sets = built
     options = {
         "answered_ids": answered, "known_ids": lambda f: True, "form": "suffix", "per_case": 4,
