@@ -601,7 +601,7 @@ def _bridge_resid_mid(name: str, fn: HookFn) -> list[tuple[str, Callable[..., An
         return tensor
 
     def change(tensor: Tensor, hook: Any) -> Tensor:
-        resid_pre = before.pop()
+        resid_pre = before.pop().to(tensor.device)  # seen before its block fetched it
         out = fn(resid_pre + tensor)
         return tensor if out is None else out - resid_pre
 
@@ -850,6 +850,16 @@ def require_unquantised(weight: Tensor, what: str) -> None:
         raise ValueError(f"{what} is stored as {weight.dtype}; load the model unquantised")
 
 
+def final_norm(
+    model: LensModel, residual: Float[Tensor, "*rows d_model"]
+) -> Float[Tensor, "*rows d_model"]:
+    """The final norm of residual-stream vectors, in the model's dtype, where the norm lies."""
+    own = next(iter(model.ln_final.parameters()), None)  # none where it is folded away
+    place = residual.device if own is None else own.device
+    flat = residual.reshape(-1, 1, residual.shape[-1]).to(place, dtype_of(model))
+    return model.ln_final(flat).reshape(residual.shape)
+
+
 def read_out(
     model: LensModel, residual: Float[Tensor, "*rows d_model"], *, norm: bool = True
 ) -> Float[Tensor, "*rows vocab"]:
@@ -862,8 +872,6 @@ def read_out(
 
     wide = torch.promote_types(residual.dtype, torch.float32)
     if norm:
-        flat = residual.reshape(-1, 1, residual.shape[-1]).to(dtype_of(model))
-        normed = model.ln_final(flat)
-        residual = normed.reshape(residual.shape)
+        residual = final_norm(model, residual)
     weight, bias = unembedding(model)
     return residual.to(weight.device, wide) @ weight.to(wide) + bias.to(wide)

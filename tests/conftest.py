@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from mi_hops.model import hooked_class, load_model
 from tests.models import SHAPES, save_checkpoint
+from tests.places import FAR, NEAR, TwoPlaces, put
 
 torch.set_num_threads(1)
 BACKENDS = ("hooked", "bridge")
@@ -57,3 +60,33 @@ def tiny(request, load_tiny):
     """A tiny float32 model: GPT-2 and grouped-query LLaMA on both classes."""
     shape, backend = request.param
     return load_tiny(shape, backend)
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def pair(request, checkpoints):
+    """The same float64 model on one device and on two; each block fetches what it is given.
+
+    The middle block lies on CUDA; without it, in a place that is told apart from the rest.
+    """
+    one, two = (
+        load_model(checkpoints[request.param], device="cpu", dtype="float64", backend="bridge")
+        for _ in range(2)
+    )
+    for block in two.blocks:
+
+        def fetch(_, given, named, block=block):
+            device = next(block.parameters()).device
+            return tree_map_only(torch.Tensor, lambda x: x.to(device), (given, named))
+
+        block.original_component.register_forward_pre_hook(fetch, with_kwargs=True)
+    if torch.cuda.is_available():
+        two.blocks[1].to("cuda")
+        places = nullcontext()
+    else:
+        far = set(two.blocks[1].parameters())
+        for p in two.parameters():
+            put(p, FAR if p in far else NEAR)
+        places = TwoPlaces()
+    with places:
+        assert [next(b.parameters()).device.type for b in two.blocks] == ["cpu", "cuda", "cpu"]
+        yield one, two

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.injection.memory import Memory, MemoryInjection
 from mi_hops.metrics import target_of
 from mi_hops.model import LensModel, provenance
@@ -49,7 +50,8 @@ def side_effects(
         with it, are skipped.
 
     Raises:
-        ValueError: no unrelated prompt, or no fact left.
+        ValueError: no unrelated prompt.
+        NoUsableFactError: no fact is left.
     """
     import torch
 
@@ -70,7 +72,7 @@ def side_effects(
         explicit.append(prompt)
         firsts.append(target.answer[0])
     if not kept:
-        raise ValueError(f"none of {len(facts)} facts has an explicit prompt that can be scored")
+        raise NoUsableFactError("side effects", skipped)
     repair = replace(injection, absent="leave")
     states = repair.fit(model, kept)
     others = [encode(model, text) for text in unrelated]

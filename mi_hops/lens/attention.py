@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mi_hops.lens.reading import check_layers
 from mi_hops.lens.trained import Example, TrainedLens, kl
-from mi_hops.model import LensModel, device_of, dtype_of, unembedding
+from mi_hops.model import LensModel, device_of, dtype_of, final_norm, unembedding
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -157,7 +157,7 @@ class AttentionLens(TrainedLens):
         if self.variant == "translator":
             x = x + self._low_or_full(x, p) + p["shift"]
         if self.norm:
-            x = self._normed(x)
+            x = final_norm(self.model, x).to(x)
         if self.variant == "full":
             flat = p["weight"].flatten(0, 1)  # heads and their inputs as one long input
             return x.flatten(1) @ flat + p["bias"].sum(0)
@@ -174,10 +174,6 @@ class AttentionLens(TrainedLens):
         if self.rank is None:
             return torch.einsum("chd,hde->che", x, p["weight"])
         return torch.einsum("chd,hdr,hre->che", x, p["down"], p["up"])
-
-    def _normed(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, 1, x.shape[-1]).to(dtype_of(self.model))
-        return self.model.ln_final(flat).reshape(x.shape).to(x.dtype)
 
     def losses(
         self, example: Example, layer: int, objective: str

@@ -18,7 +18,7 @@ from mi_hops.lens.tracking import Spelling, at_role, resolve, spell_all, tracked
 from mi_hops.model import (
     LensModel,
     capture,
-    dtype_of,
+    final_norm,
     hook_name,
     provenance,
     read_out,
@@ -155,8 +155,10 @@ def _attribute(
 
     def here(name: str) -> Tensor:
         x = cache[name]
-        return x[rows.to(x.device), at.to(x.device)].to(torch.promote_types(x.dtype, torch.float32))
+        row = x[rows.to(x.device), at.to(x.device)]
+        return row.to(place, torch.promote_types(x.dtype, torch.float32))
 
+    place = unembedding(model)[0].device  # shares are added up where logits are made
     start, final = (here(name) for name in ends)
     heads = torch.stack(
         [head_outputs(model, here(names["z", layer]), layer) for layer in range(n_layers)], dim=1
@@ -217,8 +219,7 @@ def _linear_read_out(
     gain = torch.ones_like(final[0]) if gain is None else gain.detach().to(final)
     shift = torch.zeros_like(final[0]) if not torch.is_tensor(shift) else shift.detach().to(final)
     centred = final - final.mean(-1, keepdim=True) if layer_norm else final
-    flat = final[:, None].to(dtype_of(model))
-    normed = norm(flat)[:, 0].to(final)
+    normed = final_norm(model, final).to(final)
     # The scale as the norm applied it, whatever its epsilon.
     scale = ((normed - shift) * centred * gain).sum(-1) / (centred * gain).pow(2).sum(-1)
     picked = weight.T[firsts.to(weight.device)]

@@ -24,7 +24,7 @@ from mi_hops.lens.logit import TRACKED, UNITS, decoded
 from mi_hops.lens.reading import Tracked, check_layers, gather, statistics, stream_site
 from mi_hops.lens.tracking import Spelling, spell_all, tracked_tokens
 from mi_hops.lens.training import Corpus
-from mi_hops.model import Hook, LensModel, fingerprint, hook_name, provenance
+from mi_hops.model import Hook, LensModel, device_of, fingerprint, hook_name, provenance
 from mi_hops.repair import Rows
 from mi_hops.results import Result
 from mi_hops.tokens import Prompt, Where, batches, encode, last_position, pad
@@ -183,7 +183,8 @@ def states_of(
     for chosen, batch in batches([p.ids for p in prompts], 64):
         cells = (torch.arange(len(chosen)), torch.tensor([places[i] for i in chosen]))
         found = gather(model, batch.tokens, cells, kind="resid", layers=layers).read
-        stacked = torch.stack([found[layer] for layer in layers], dim=1)
+        place = device_of(model)  # layers may lie on several devices
+        stacked = torch.stack([found[layer].to(place) for layer in layers], dim=1)
         for i, row in zip(chosen, stacked, strict=True):
             out[i] = row
     return torch.stack([row for row in out if row is not None])

@@ -20,7 +20,7 @@ from mi_hops.lens.reading import check_layers, gather, stream_site
 from mi_hops.lens.tracking import at_role
 from mi_hops.lens.training import Corpus
 from mi_hops.metrics import METRICS, target_of
-from mi_hops.model import LensModel, device_of, provenance
+from mi_hops.model import LensModel, device_of, fingerprint, hook_name, provenance
 from mi_hops.results import Result
 from mi_hops.tokens import Batch, batches, pad
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     from mi_hops.facts.fact import TwoHopFact
     from mi_hops.interventions import Change
+
+#: Where a trained autoencoder remembers the weights that it belongs to.
+_FINGERPRINT = "mi_hops_fingerprint"
 
 
 def train_sae(
@@ -57,7 +60,8 @@ def train_sae(
         samples: activations that are learnt from, in batches of `batch_size`.
 
     Returns:
-        An inference autoencoder of SAELens (``sae.encode``, ``sae.decode``, ``sae.W_dec``).
+        An inference autoencoder of SAELens (``sae.encode``, ``sae.decode``, ``sae.W_dec``,
+        ``sae.save_model``), which remembers in its metadata what it reads.
 
     Raises:
         ImportError: SAELens is not installed.
@@ -89,7 +93,11 @@ def train_sae(
             device=str(device_of(model)), n_batches_for_norm_estimate=10,
         )  # fmt: skip
         lens.SAETrainer(settings, training, stream).fit()
-    return _for_inference(lens, training)
+    sae = _for_inference(lens, training)
+    sae.cfg.metadata.hook_name = _hook_of(model, layer)
+    sae.cfg.metadata.model_name = str(model.cfg.model_name)
+    sae.cfg.metadata[_FINGERPRINT] = fingerprint(model)
+    return sae
 
 
 def sae_quality(model: LensModel, sae: Any, corpus: Corpus, *, layer: int) -> dict[str, float]:
@@ -100,10 +108,11 @@ def sae_quality(model: LensModel, sae: Any, corpus: Corpus, *, layer: int) -> di
         ``dead``: share of features that no token activates; ``tokens``: how many were read.
 
     Raises:
-        ValueError: an empty corpus.
+        ValueError: an empty corpus, or an autoencoder of another model or layer.
     """
     import torch
 
+    _check_reads(model, sae, layer)
     squares = active = count = 0.0
     fired: Tensor | None = None
     every = []
@@ -149,12 +158,12 @@ def fact_features(
         Result ``activation`` on ``example, feature``, with the coordinate ``bridge`` a fact.
 
     Raises:
-        ValueError: another role, or an autoencoder of another width.
+        ValueError: another role, or an autoencoder of another model or layer.
         NoUsableFactError: no fact can be read.
     """
     import torch
 
-    _check_width(model, sae)
+    _check_reads(model, sae, layer)
     read = at_role(model, facts, role, form=form, what="an autoencoder")
     out = np.empty((len(read.facts), int(sae.W_dec.shape[0])), dtype=np.float32)
     for chosen, batch in batches([p.ids for p in read.prompts], batch_size):
@@ -261,12 +270,12 @@ def clamp_effect(
 
     Raises:
         ValueError: fewer than two bridges' features, a feature that the autoencoder has not got, no
-            value, or an autoencoder of another width.
+            value, or an autoencoder of another model or layer.
         NoUsableFactError: no fact is left.
     """
     import torch
 
-    _check_width(model, sae)
+    _check_reads(model, sae, layer)
     n_features = int(sae.W_dec.shape[0])
     if wrong := {b: k for b, k in feature_of.items() if not 0 <= k < n_features}:
         raise ValueError(f"features {wrong} are out of range; there are 0..{n_features - 1}")
@@ -339,12 +348,30 @@ def _sae_lens() -> Any:
     return sae_lens
 
 
-def _check_width(model: LensModel, sae: Any) -> None:
+def _hook_of(model: LensModel, layer: int) -> str:
+    site = stream_site(model, layer, 0)
+    return hook_name(site.kind, site.layer)
+
+
+def _check_reads(model: LensModel, sae: Any, layer: int) -> None:
+    """Refuse an autoencoder that is known to read something else than this stream."""
+    check_layers(model, "resid", [layer])
     width = int(sae.W_dec.shape[1])
-    if width != model.cfg.d_model:
+    metadata = getattr(getattr(sae, "cfg", None), "metadata", None) or {}
+    own = fingerprint(model)
+    known = metadata.get(_FINGERPRINT) or own
+    if width != model.cfg.d_model or known != own:
         raise ValueError(
-            f"this autoencoder reads vectors of width {width}, the model's stream has "
-            f"{model.cfg.d_model}; it belongs to another model"
+            f"this autoencoder (width {width}, fingerprint {known}) belongs to another model than "
+            f"the one that is read (width {model.cfg.d_model}, fingerprint {own})"
+        )
+    # The stream after l blocks goes by two names.
+    same = {f"blocks.{layer}.hook_resid_pre", f"blocks.{layer - 1}.hook_resid_post"}
+    hook = metadata.get("hook_name")
+    if hook is not None and hook not in same:
+        raise ValueError(
+            f"this autoencoder reads {hook!r}, not the stream after {layer} blocks, which is "
+            f"{_hook_of(model, layer)!r}"
         )
 
 

@@ -5,11 +5,8 @@ The middle block lies on CUDA; without it, in a place that is told apart from th
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-from torch.utils._pytree import tree_map_only
 
 from mi_hops.editing import creme, creme_joint, edit_hooks, second_moments
 from mi_hops.editing.change import Change
@@ -18,41 +15,14 @@ from mi_hops.editing.grace import GraceRepair
 from mi_hops.editing.knowledge_editor import EditorTraining, KnowledgeEditor, train_editor
 from mi_hops.editing.memit import memit
 from mi_hops.editing.rome import rome
-from mi_hops.model import forward, load_model
+from mi_hops.model import forward
 from mi_hops.repair import Rows
 from mi_hops.tokens import encode, pad
 from tests.editing.conftest import TEMPLATES, assert_same_bits, weights
 from tests.editing.test_knowledge_editor import practice
-from tests.places import FAR, NEAR, TwoPlaces, put
+from tests.places import FAR, NEAR, TwoPlaces
 
 SEARCH = {"templates": TEMPLATES, "steps": 3}
-
-
-@pytest.fixture(params=["gpt2", "llama"])
-def pair(request, checkpoints):
-    """The same float64 model on one device and on two; each block fetches what it is given."""
-    one, two = (
-        load_model(checkpoints[request.param], device="cpu", dtype="float64", backend="bridge")
-        for _ in range(2)
-    )
-    for block in two.blocks:
-
-        def fetch(_, given, named, block=block):
-            device = next(block.parameters()).device
-            return tree_map_only(torch.Tensor, lambda x: x.to(device), (given, named))
-
-        block.original_component.register_forward_pre_hook(fetch, with_kwargs=True)
-    if torch.cuda.is_available():
-        two.blocks[1].to("cuda")
-        places = nullcontext()
-    else:
-        far = set(two.blocks[1].parameters())
-        for p in two.parameters():
-            put(p, FAR if p in far else NEAR)
-        places = TwoPlaces()
-    with places:
-        assert [next(b.parameters()).device.type for b in two.blocks] == ["cpu", "cuda", "cpu"]
-        yield one, two
 
 
 def check_same(pair, make):

@@ -159,7 +159,7 @@ def test_side_effects_leave_prompts_without_the_first_hop_alone(load_tiny):
     assert np.allclose(both["kl"].values, last["kl"].values) and both["kl"].values.all()
     with pytest.raises(ValueError, match="unrelated prompt"):
         side_effects(load_tiny(), FACTS, injection, [])
-    with pytest.raises(ValueError, match="none of 5"):
+    with pytest.raises(ValueError, match=r"no fact can be used for side effects \(5: "):
         side_effects(load_tiny(), FACTS, injection, UNRELATED, form="question")
 
 

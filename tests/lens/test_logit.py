@@ -201,8 +201,16 @@ def test_a_map_shows_the_top_token_in_each_cell(tiny, tmp_path):
     assert result["top_tokens"].values[0, -1, -1, 0] == tiny.tokenizer.decode([best])
     again = Result.load(result.save(tmp_path / "map.nc"))
     assert (again["top_tokens"].values == result["top_tokens"].values).all()
-    with pytest.raises(ValueError, match="token_map"):
-        plot_map(logit_lens(tiny, TEXT, positions="all"))
+    heads = token_map(tiny, TEXT, kind="head_out", top_k=1)
+    one = plot_map(heads.sel(head=2))
+    assert one.data[0].text[1][3] == heads["top_tokens"].values[0, 1, 3, 2, 0]
+    for wrong, message in (
+        (logit_lens(tiny, TEXT, positions="all"), "token_map"),
+        (logit_lens(tiny, TEXTS, top_k=1), "select an example"),
+        (heads, "a head with result.sel"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plot_map(wrong)
 
 
 def test_vocabulary_is_kept_only_when_asked_for(load_tiny):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -117,3 +118,9 @@ def test_control_labels_are_fixed_for_a_type_and_as_frequent():
 def test_what_cannot_be_right_is_refused(load_tiny, settings, message):
     with pytest.raises(ValueError, match=message):
         fact_probes(load_tiny(), facts(), **settings)
+
+
+def test_without_the_library_the_extra_is_named(load_tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(ImportError, match=r"pip install 'mi-hops\[probes\]'"):
+        fact_probes(load_tiny(), facts(), layers=[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -133,6 +134,31 @@ def test_the_feature_of_a_bridge_is_chosen_on_one_half_and_judged_on_the_other()
         bridge_features(result, min_count=50)
 
 
+def test_an_autoencoder_is_refused_where_it_was_not_trained(trained, load_tiny, tmp_path):
+    from sae_lens import SAE
+
+    model, sae = trained
+    sae.save_model(tmp_path)
+    again = SAE.load_from_disk(tmp_path, device="cpu")
+    assert again.cfg.metadata.hook_name == "blocks.2.hook_resid_pre"
+    want = fact_features(model, sae, facts()[:3], layer=2)["activation"].values
+    assert np.allclose(fact_features(model, again, facts()[:3], layer=2)["activation"], want)
+    for call in (
+        lambda m, layer: sae_quality(m, again, TEXTS, layer=layer),
+        lambda m, layer: fact_features(m, again, facts(), layer=layer),
+        lambda m, layer: clamp_effect(
+            m, again, facts(), {"w60": 3, "w61": 7}, layer=layer, values=[0]
+        ),
+    ):
+        with pytest.raises(ValueError, match="'blocks.2.hook_resid_pre', not the stream after 3"):
+            call(model, 3)
+        with pytest.raises(ValueError, match="belongs to another model"):
+            call(load_tiny("gpt2"), 2)
+    # A published one may name the same stream by the block before.
+    again.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    assert np.allclose(fact_features(model, again, facts()[:3], layer=2)["activation"], want)
+
+
 def test_what_cannot_be_right_is_refused(trained):
     model, sae = trained
     with pytest.raises(ValueError, match="k is 65"):
@@ -142,5 +168,11 @@ def test_what_cannot_be_right_is_refused(trained):
     with pytest.raises(ValueError, match="role is"):
         fact_features(model, sae, facts(), layer=2, role="middle")
     other = SimpleNamespace(W_dec=torch.zeros(64, 31))
-    with pytest.raises(ValueError, match="width 31, the model's stream has 32"):
+    with pytest.raises(ValueError, match="width 31, fingerprint .* belongs to another model"):
         fact_features(model, other, facts(), layer=2)
+
+
+def test_without_the_library_the_extra_is_named(load_tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sae_lens", None)
+    with pytest.raises(ImportError, match=r"pip install 'mi-hops\[sae\]'"):
+        train_sae(load_tiny(), TEXTS, layer=2)
