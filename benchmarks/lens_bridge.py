@@ -1,6 +1,6 @@
 """Is the bridge there? Probes with control tasks, Patchscopes, and sparse autoencoders.
 
-``python -m benchmarks.lens_bridge [--models hops-gpt2 hops-llama] [--facts 1500] [--sae]``
+``python -m benchmarks.lens_bridge [--models hops-gpt2 hops-llama] [--facts 1500] [--only NAME ...]``
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from itertools import chain
 
-from benchmarks.harness import table, write
+from benchmarks.harness import keep, kept, table, write
 from mi_hops import Hopland, load_model
 from mi_hops.lens.patchscopes import patchscope
 from mi_hops.lens.probes import fact_probes
@@ -127,43 +127,64 @@ def sae_part(model, facts, texts, layer):
     return "\n\n".join(lines)
 
 
+#: Section -> its title.
+SECTIONS = {
+    "probes": "Probes at the first hop's last token (suffix prompts)",
+    "patchscopes": "Patchscopes: the bridge decoded by the model itself",
+    "sae": "A sparse autoencoder",
+}
+PAGE = "lens-bridge"
+
+
+def page(found: dict[str, str]) -> str:
+    """What has been measured so far."""
+    parts = []
+    for name in sorted({part.rpartition("-")[0] for part in found}):
+        parts.append(f"## {name}")
+        for section, title in SECTIONS.items():
+            if text := found.get(f"{name}-{section}"):
+                parts.append(f"### {title}\n\n{text}")
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     """Measure, print, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["hops-gpt2", "hops-llama"])
     parser.add_argument("--facts", type=int, default=1500)
-    parser.add_argument("--sae", action="store_true", help="also autoencoders (needs SAELens)")
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sae needs SAELens"
+    )
     asked = parser.parse_args()
     world = Hopland()
     seen, trained = world.two_hop_facts("seen_parts"), world.two_hop_facts("train")
     for facts in (seen, trained):
         random.Random(0).shuffle(facts)
-    parts = []
     for name in asked.models:
         model = load_model(name)
-        probes = table(
-            ["layer", "accuracy", "control", "selectivity [95%]", "first hops not seen"],
-            probe_rows(model, probe_facts(trained, asked.facts)),
-        )
-        scopes = table(
-            [
-                "source layer", "says the source's bridge", "best target layer",
-                "says the target's own", "before", "n",
-            ],
-            scope_rows(model, seen[: asked.facts // 8]),
-        )  # fmt: skip
-        text = (
-            f"## {name}\n\n### Probes at the first hop's last token (suffix prompts)\n\n{probes}\n\n"
-            f"### Patchscopes: the bridge decoded by the model itself\n\n{scopes}"
-        )
-        if asked.sae:
-            texts = [f"{f.prompt()} {f.answer}." for f in trained[: 2 * asked.facts]]
-            layer = int(model.cfg.n_layers) // 2
-            part = sae_part(model, seen[: asked.facts], texts, layer)
-            text += f"\n\n### A sparse autoencoder\n\n{part}"
-        parts.append(text)
-        print(text, flush=True)
-    print(write("lens-bridge", "Is the bridge there?", "\n\n".join(parts), script="lens_bridge"))
+        for section in asked.only:
+            if section == "probes":
+                columns = [
+                    "layer",
+                    "accuracy",
+                    "control",
+                    "selectivity [95%]",
+                    "first hops not seen",
+                ]
+                text = table(columns, probe_rows(model, probe_facts(trained, asked.facts)))
+            elif section == "patchscopes":
+                columns = [
+                    "source layer", "says the source's bridge", "best target layer",
+                    "says the target's own", "before", "n",
+                ]  # fmt: skip
+                text = table(columns, scope_rows(model, seen[: asked.facts // 8]))
+            else:
+                texts = [f"{f.prompt()} {f.answer}." for f in trained[: 2 * asked.facts]]
+                layer = int(model.cfg.n_layers) // 2
+                text = sae_part(model, seen[: asked.facts], texts, layer)
+            print(name, section, text, sep="\n", flush=True)
+            keep(PAGE, f"{name}-{section}", text)
+            write(PAGE, "Is the bridge there?", page(kept(PAGE)), script="lens_bridge")
 
 
 if __name__ == "__main__":

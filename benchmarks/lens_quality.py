@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 
-from benchmarks.harness import table, write
+from benchmarks.harness import keep, kept, table, write
 from mi_hops import Hopland, load_model
 from mi_hops.lens.attention import OBJECTIVES, AttentionLens
 from mi_hops.lens.evaluation import evaluate_heads, evaluate_lens
@@ -21,6 +21,8 @@ from mi_hops.lens.tuned import TunedLens
 from mi_hops.metrics import target_of
 from mi_hops.scoring import score_prompts
 from mi_hops.tokens import encode
+
+PAGE = "lens-quality"
 
 
 def interval(ci, digits=3):
@@ -113,7 +115,6 @@ def main() -> None:
         random.Random(0).shuffle(facts)
     judged = [f"{f.prompt()} {f.answer}." for f in held_out[: asked.facts // 2]]
     plan = {"steps": asked.steps, "max_tokens": 1024, "evaluate_every": 50}
-    parts = []
     for name in asked.models:
         model = load_model(name)
         lens = TunedLens(model)
@@ -141,15 +142,16 @@ def main() -> None:
             )
             for form in ("suffix", "prefix")
         ]
-        parts.append(
+        text = (
             f"## {name}\n\n### Tuned lens ({run.steps} steps)\n\nnats, mean over held-out texts "
             f"[95%]\n\n{tuned}\n\n### A layer's translator on other layers: KL\n\n{moved}\n\n"
             f"### Attention lens, by objective\n\nnats, mean over heads and tokens\n\n{heads}\n\n"
             "### The bridge at the first hop's last token: mean probability\n\n"
             + "\n\n".join(bridges)
         )
-        print(parts[-1], flush=True)
-    print(write("lens-quality", "Trained lenses", "\n\n".join(parts), script="lens_quality"))
+        print(text, flush=True)
+        keep(PAGE, name, text)
+        write(PAGE, "Trained lenses", "\n\n".join(kept(PAGE).values()), script="lens_quality")
 
 
 if __name__ == "__main__":
