@@ -318,6 +318,11 @@ def _check_lengths(
 ) -> None:
     """Every span must have as many tokens where it is taken from as where it is put."""
     by_token = any(HEAD_AXIS[kind] == 1 for kind in grid.kinds)
+    if spans.labels != other_spans.labels:
+        raise TokenError(
+            f"the prompts have {len(bases[0])} positions and the reference {len(others[0])}, which do "
+            "not correspond; name positions that all have, e.g. positions={'last': -1}"
+        )
     for example, base in enumerate(bases):
         for other in range(len(others)) if drawn is None else drawn[example]:
             for s, label in enumerate(spans.labels):

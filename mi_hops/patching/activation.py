@@ -138,7 +138,7 @@ class PatchPlan:
         forwards: forward passes in all, those that read activations and baselines included.
         widest: most intervention rows in one pass.
         activation_bytes: source activations held at once.
-        pass_bytes: estimate for the widest pass.
+        pass_bytes: estimate for the widest pass, the rows of its prompts included.
     """
 
     cells: int
@@ -319,7 +319,7 @@ class PatchJob:
         if None in self.metrics:  # any logits will do
             baselines = [torch.zeros(int(self.model.cfg.d_vocab))] * len(self.bases)
         core, others = self.core(baselines), self.other_scored(baselines)
-        widest, rows, forwards, held = 0, 0, 0, 0
+        widest, fullest, rows, forwards, held = 0, 0, 0, 0, 0
         n_scored = 1
         width = max(len(p) for p in self.bases)
         for group in core.groups():
@@ -327,7 +327,8 @@ class PatchJob:
             sweep = Sweep(self.model, [*(core.bases[i] for i in group), *riding])
             items = core.interventions(group, _nothing)
             passes = sweep.plan(items, self.limits)
-            widest = max([widest, *(len(p.members) for p in passes)])
+            most = max(len(p.members) for p in passes)
+            widest, fullest = max(widest, most), max(fullest, most + len(sweep.runs))
             rows += sum(len(p.members) for p in passes)
             forwards += len(passes) + self.third  # a third source's activations
             longest = max(len(self.sources[i]) for i in group)
@@ -344,7 +345,7 @@ class PatchJob:
             forwards=forwards,
             widest=widest,
             activation_bytes=held,
-            pass_bytes=widest * row_bytes(self.model, width, n_scored),
+            pass_bytes=fullest * row_bytes(self.model, width, n_scored),
         )
 
     def run(self, examples: Sequence[str] | None = None) -> Result:

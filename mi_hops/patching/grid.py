@@ -16,7 +16,6 @@ from mi_hops.model import (
     n_heads_of,
     n_kv_heads,
     require_hooks,
-    require_layers,
 )
 from mi_hops.patching.pairs import Spans
 
@@ -110,10 +109,7 @@ def build_grid(
             f"kinds {list(names)}: expected one or more of {list(HEAD_AXIS)}, each once"
         )
     n_layers = int(model.cfg.n_layers)
-    visited = tuple(range(n_layers)) if layers is None else tuple(layers)
-    require_layers(model, visited)
-    if not visited or len(set(visited)) < len(visited):
-        raise ValueError(f"layers {list(visited)}: expected at least one, each once")
+    visited = tuple(range(n_layers) if layers is None else _distinct("layer", layers, n_layers))
     if window < 1:
         raise ValueError(f"window is {window} layers; expected at least 1")
     units, unit_dim = _units(model, names, heads, neurons)
@@ -174,9 +170,16 @@ def _units(
 
 
 def _distinct(what: str, given: Sequence[int], n: int) -> Sequence[int]:
-    wrong = [i for i in given if not 0 <= i < n]
-    if wrong or not len(given) or len(set(given)) < len(given):
-        raise ValueError(f"{what}s {list(given)}: expected one or more of 0..{n - 1}, each once")
+    listed = not isinstance(given, int | str)
+    if (
+        not listed
+        or not len(given)
+        or not set(given) <= set(range(n))
+        or len(set(given)) < len(given)
+    ):
+        raise ValueError(
+            f"{what}s {given!r}: expected a list of one or more of 0..{n - 1}, each once"
+        )
     return given
 
 

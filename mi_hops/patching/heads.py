@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mi_hops.model import LensModel, capture, hook_name, provenance
+from mi_hops.patching.halving import in_parts
 from mi_hops.patching.pairs import Text, as_prompts, example_labels, one_each
 from mi_hops.results import Result
 from mi_hops.scoring import logits_at
-from mi_hops.tokens import TokenError, Where, last_position, pad, positions
+from mi_hops.tokens import Prompt, TokenError, Where, last_position, pad, positions
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -52,9 +53,11 @@ def head_scores(
     from transformer_lens import head_detector
 
     rows = _repeated(model, length, samples, seed) if tokens is None else tokens
-    n = rows.shape[1]
-    if not 1 < n <= int(model.cfg.n_ctx):
-        raise ValueError(f"sequences of {n} tokens; expected 2 to {model.cfg.n_ctx}")
+    n = rows.shape[-1]
+    if rows.ndim != 2 or not 1 < n <= int(model.cfg.n_ctx):
+        raise ValueError(
+            f"tokens of shape {tuple(rows.shape)}; expected rows of 2 to {model.cfg.n_ctx} tokens"
+        )
     detectors = {
         "induction": head_detector.get_induction_head_detection_pattern,
         "previous_token": head_detector.get_previous_token_head_detection_pattern,
@@ -216,6 +219,7 @@ def icl_score(
     Args:
         early, late: token positions, from 0.
         width: positions averaged, ending at each.
+        batch_size: prompts in one pass; fewer where memory runs out.
 
     Returns:
         `Result` on ``example`` with ``icl`` (nats), ``early_loss`` and ``late_loss``.
@@ -233,17 +237,18 @@ def icl_score(
     short = [p.text[:40] for p in found if len(p) <= late]
     if short:
         raise ValueError(f"{len(short)} prompt(s) have no token {late}: {short[:3]}")
-    losses: list[Float[Tensor, "row at"]] = []
     at = torch.tensor([p - j for p in (early, late) for j in range(width)])
-    for start in range(0, len(found), batch_size):
-        tokens = torch.tensor([p.ids[: late + 1] for p in found[start : start + batch_size]])
+
+    def run(part: Sequence[Prompt]) -> Float[Tensor, "row at"]:
+        tokens = torch.tensor([p.ids[: late + 1] for p in part])
         with torch.no_grad():
             logits = logits_at(model, tokens[:, :-1], (at - 1).expand(len(tokens), -1))
         said = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         target = tokens[:, at].to(said.device)
         lost = -said.gather(-1, target[..., None])[..., 0].cpu()
-        losses.append(lost.unflatten(-1, (2, width)).mean(-1))
-    loss = torch.cat(losses)
+        return lost.unflatten(-1, (2, width)).mean(-1)
+
+    loss = torch.cat([lost for _, lost in in_parts(found, batch_size, run)])
     values = {"icl": loss[:, 1] - loss[:, 0], "early_loss": loss[:, 0], "late_loss": loss[:, 1]}
     return Result.from_arrays(
         {name: (("example",), value) for name, value in values.items()},

@@ -27,11 +27,15 @@ def as_prompts(
     """One or several prompts, tokenised.
 
     Raises:
-        TokenError: no prompt at all, or one that cannot be encoded.
+        TokenError: no prompt at all, something that is no text (token ids, say), or one that cannot
+            be encoded.
     """
     texts = [given] if isinstance(given, str | Prompt) else list(given)
     if not texts:
         raise TokenError("no prompts were given; pass a string or a sequence of strings")
+    others = [type(t).__name__ for t in texts if not isinstance(t, str | Prompt)]
+    if others:
+        raise TokenError(f"prompts are text, or a Prompt that mi_hops.encode made; got {others[0]}")
     return [
         t if isinstance(t, Prompt) else encode(model, t, prepend_bos=prepend_bos) for t in texts
     ]
@@ -75,7 +79,7 @@ def as_targets(
     ``"kl"``) or a function.
 
     Raises:
-        ValueError: no answer where a metric needs one.
+        ValueError: no answer where a metric needs one, or one that is neither text nor a `Target`.
         TokenError: an answer that has no tokens of its own after its prompt.
     """
     if answer is None:
@@ -85,6 +89,9 @@ def as_targets(
         return [Target(prompt.ids[-1:]) for prompt in prompts]  # read by no metric
     answers = one_each("answer", answer, len(prompts))
     wrongs = one_each("wrong", wrong, len(prompts))
+    others = [a for a in answers if not isinstance(a, str | Target)]
+    if others:
+        raise ValueError(f"answers are text, or a metrics.Target of token ids; got {others[0]!r}")
     return [
         a if isinstance(a, Target) else target_of(model, prompt, a, w)
         for prompt, a, w in zip(prompts, answers, wrongs, strict=True)

@@ -36,12 +36,23 @@ class Scored:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a pass may take (see `fanout.fan_out`)."""
+    """How much a pass may take (see `fanout.fan_out`).
+
+    Raises:
+        ValueError: no rows, or no memory.
+    """
 
     max_rows: int | None = None
     memory: float | None = None
     reuse_prefix: bool = True
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        for name, bound in (("max_rows", self.max_rows), ("memory", self.memory)):
+            if bound is not None and not bound > 0:
+                raise ValueError(
+                    f"{name} is {bound}; expected more than 0, or None for the default"
+                )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mi_hops.fanout import HEAD_AXIS
+from mi_hops.fanout import HEAD_AXIS, row_bytes
 from mi_hops.model import forward, hook_name, n_heads_of
 from mi_hops.patching import ablate, patch, plan_patch
 from mi_hops.patching.core import taken
@@ -252,6 +252,9 @@ def test_labels_and_plot(tiny):
     assert result.provenance["method"] == "activation patching"
     figure = result.plot()
     assert figure.data[0].z.shape == (3, N)
+    assert list(figure.layout.xaxis.ticktext)[1:] == [
+        f"{token} {i}" for i, token in enumerate(PAIRS[0][1].split(), 1)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -266,13 +269,22 @@ def test_plan_tells_what_runs(tiny, more):
     assert plan.bytes == plan.activation_bytes + plan.pass_bytes > 0
     held = 2 * 3 * N * 4 * tiny.cfg.d_head * 4  # pairs, layers, tokens, heads, width, bytes
     assert plan.activation_bytes == held
-    calls = []
-    handle = tiny.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    calls, widths = [], []
+
+    def count(module, arguments, output):
+        widths.append((output if isinstance(output, torch.Tensor) else output[0]).shape[0])
+
+    handles = [
+        tiny.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1)),
+        tiny.blocks[2].register_forward_hook(count),
+    ]
     try:
         patch(tiny, CLEAN, CORRUPTED, batch_size=2, max_rows=50, **options)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     assert len(calls) == plan.forwards
+    assert plan.pass_bytes >= max(widths) * row_bytes(tiny, N, 1)
 
 
 ONE = {"answer": "w11", "wrong": "w21"}
@@ -345,6 +357,14 @@ def test_mean_of_a_prompt_alone_at_its_own_place_is_refused(tiny):
     assert np.abs(changed).max() > 1e-3
 
 
+@pytest.mark.parametrize("how", ["position_mean", "resample"])
+def test_reference_of_other_lengths_by_token_is_refused(tiny, how):
+    options = {"answer": "w11", "wrong": "w21", "how": how, "reference": ["w1 w2", "w3 w4"]}
+    with pytest.raises(TokenError, match="7 positions and the reference 3"):
+        ablate(tiny, CLEAN, **options)
+    ablate(tiny, CLEAN, positions={"last": -1}, **options)
+
+
 @pytest.mark.parametrize("call", [patch, ablate])
 def test_nothing_stays_behind(tiny, call):
     tokens = torch.tensor([encode(tiny, CLEAN[0]).ids])
@@ -375,15 +395,21 @@ def test_nothing_stays_behind(tiny, call):
         (PAIRS[0], {**ONE, "kinds": ["z", "resid_pre"]}, "do not share one axis"),
         (PAIRS[0], {**ONE, "kinds": "z", "heads": [4]}, r"heads \[4\]"),
         (PAIRS[0], {**ONE, "heads": [0]}, "no head axis"),
-        (PAIRS[0], {**ONE, "layers": [3]}, "out of range"),
+        (PAIRS[0], {**ONE, "layers": [3]}, r"layers \[3\]"),
+        (PAIRS[0], {**ONE, "layers": 2}, "layers 2: expected a list"),
+        (PAIRS[0], {**ONE, "kinds": "z", "heads": "each"}, "heads 'each': expected a list"),
         (PAIRS[0], {**ONE, "neurons": [1]}, "mlp_pre and mlp_post"),
         (PAIRS[0], {**ONE, "kinds": "mlp_pre", "neurons": [4096]}, "neurons"),
         (PAIRS[0], {**ONE, "window": 0}, "at least 1"),
         (PAIRS[0], {**ONE, "direction": "back"}, "'denoise' or 'noise'"),
         (PAIRS[0], {**ONE, "batch_size": 0}, "batch_size"),
+        (PAIRS[0], {**ONE, "max_rows": 0}, "max_rows is 0"),
+        (PAIRS[0], {**ONE, "memory": -1.0}, "memory is -1"),
         (PAIRS[0], {"answer": "w11"}, "give `wrong`"),
         (PAIRS[0], {}, "none was given"),
         (PAIRS[0], {"answer": " ", "metric": "rank"}, "empty answer"),
+        (PAIRS[0], {"answer": 11, "metric": "rank"}, "Target of token ids; got 11"),
+        ((torch.tensor([[1, 5]]), torch.tensor([[1, 6]])), ONE, "text, or a Prompt .* got Tensor"),
         (PAIRS[0], {"metric": lambda logits: logits}, "one number a row"),
         (PAIRS[0], {"metric": lambda logits: logits[:, 0] / 0}, "not finite"),
         (PAIRS[0], {**ONE, "metric": ["rank", "rank"]}, "under its own name"),

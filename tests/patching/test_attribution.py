@@ -102,6 +102,24 @@ def test_windows_neurons_noising_roles_and_batches(load_tiny):
     assert float(uneven[0, 1, 0]) == pytest.approx(expected, abs=1e-6)
 
 
+def test_one_family_at_a_time_holds_one_kind(load_tiny, monkeypatch):
+    from mi_hops.patching import attribution
+
+    model, held = load_tiny("llama"), []
+    real = attribution.run_with_gradients
+
+    def watched(model, prompts, names, **options):
+        held.append(set(names))
+        return real(model, prompts, names, **options)
+
+    monkeypatch.setattr(attribution, "run_with_gradients", watched)
+    kinds = ["mlp_out", "attn_out"]
+    for by_family, expected in ((False, [kinds]), (True, [kinds[:1], kinds[1:]])):
+        held.clear()
+        attribute(model, CLEAN, CORRUPTED, kinds=kinds, by_family=by_family, **OPTIONS)
+        assert held == [{hook_name(k, i) for k in part for i in range(3)} for part in expected]
+
+
 @pytest.mark.parametrize("method", ["gradient", "integrated", "atp*"])
 def test_divergence_from_the_base_itself_has_no_slope(load_tiny, method):
     model = load_tiny("gpt2", "hooked", "float64")

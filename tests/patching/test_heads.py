@@ -110,6 +110,8 @@ def test_icl_score_is_a_difference_of_losses(tiny):
         assert float(found["icl"][i]) == pytest.approx(late - early, abs=1e-5)
     with pytest.raises(ValueError, match="no token 50"):
         icl_score(tiny, texts, early=5, late=50)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        icl_score(tiny, texts, early=5, late=15, batch_size=0)
     with pytest.raises(ValueError, match="width <= early"):
         icl_score(tiny, texts, early=5, late=5)
 
@@ -117,7 +119,8 @@ def test_icl_score_is_a_difference_of_losses(tiny):
 def test_refuses(tiny):
     with pytest.raises(ValueError, match="expected 'q', 'k' or 'v'"):
         composition(tiny, "Q")
-    with pytest.raises(ValueError, match="expected 2 to 64"):
-        head_scores(tiny, length=40)
+    for options in ({"length": 40}, {"tokens": torch.tensor([1, 5, 6])}):
+        with pytest.raises(ValueError, match="rows of 2 to 64"):
+            head_scores(tiny, **options)
     with pytest.raises(ValueError, match="no query of sequence 0"):
         head_scores(tiny, tokens=torch.tensor([[1, 5, 6, 7]]))
