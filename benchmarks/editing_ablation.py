@@ -42,8 +42,8 @@ def variants(setup: Setup) -> Iterator[tuple[str, CremeRepair]]:
         yield "layers", one(f"{where} ({', '.join(map(str, layers))})", layers=layers)
     for where, layers in parts.items():
         yield "layers, paper's edit", one(f"paper, {where}", layers=layers, **PAPER)
-    for k in (5, 1):
-        yield "templates", one(f"{k} templates", templates=CONTEXTS[:k])
+    yield "templates", one("5 templates", templates=CONTEXTS[:5])
+    yield "templates", one("1 template", templates=CONTEXTS[:1])
     for share in (0.001, 0.01, 0.1, 0.5):
         yield "C", one(f"C, shrinkage {share}", covariance=c.with_shrinkage(share))
     yield "C", one("C = I", covariance=None)

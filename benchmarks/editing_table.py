@@ -40,6 +40,7 @@ from mi_hops.scoring import score_prompts
 from mi_hops.tokens import TokenError, encode, last_position, pad
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.7, 1.0)
+LORA_RATES = (0.001, 0.003, 0.01)
 #: Share of unrelated questions beyond which keeping more of them counts for nothing.
 ENOUGH = 0.995
 SLOW = 24  # questions a repair that needs gradient descent is chosen on
@@ -47,7 +48,7 @@ PAGE = "editing-table"
 
 RULE = (
     "Every repair is given the prompts of one form only (suffix). Its layers (for CREME and memory "
-    "injection its strength as well, for the joint edit its ridge) are those that put most first "
+    "injection its strength as well, for the joint edit its ridge, for LoRA its step size) are those that put most first "
     "answer tokens right on 100 *other* failed questions (24 where fitting means gradient descent; the "
     "joint edit: as many as are edited), where each unrelated question answered wrongly beyond "
     f"{1 - ENOUGH:.1%} of them (first token) weighs as much as four that are not corrected; of "
@@ -249,7 +250,12 @@ def candidates(setup: Setup, c: Moments, c_mlp: Moments) -> dict[str, Callable[[
         "ft+l": lambda: chosen(
             setup, lambda x: FineTuneRepair(layers=[x], form=FORM), singles, SLOW
         ),
-        "lora": lambda: LoraRepair(setup.name, layers=range(n), form=FORM),
+        "lora": lambda: chosen(
+            setup,
+            lambda x: LoraRepair(setup.name, layers=x[0], lr=x[1], form=FORM),
+            [(span, lr) for span in (*([i] for i in singles), singles) for lr in LORA_RATES],
+            SLOW,
+        ),
         "editor": editor,
         "injection": lambda: named(
             chosen(
