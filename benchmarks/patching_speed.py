@@ -381,7 +381,7 @@ def page(found: dict[str, list[list[Any]]]) -> str:
         parts.append(
             "## How cost grows\n\nThe residual sweep of a GPT-2 of width 768, one run each. *Peak* is "
             "the memory the process takes at the most during its first sweep, beyond what it held "
-            "before; `plan_patch` tells beforehand what its rows will take.\n\n"
+            "before; `plan_patch` tells beforehand what its rows and its copies of weights will take.\n\n"
             + table(GROWTH_COLUMNS, found["growth"])
         )
     return "\n\n".join(parts)

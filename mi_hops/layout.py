@@ -26,30 +26,39 @@ def laid_out(model: LensModel) -> Iterator[None]:
     their own memory again. Does nothing to a Bridge or on a GPU.
     """
     own: list[tuple[Tensor, Tensor]] = []
-    room = MOST_BYTES
     try:
         for parameter, is_output in _turned(model):
-            data = parameter.data
-            room -= data.numel() * data.element_size()
-            if data.device.type == "cpu" and room >= 0:
-                own.append((parameter, data))
-                parameter.data = _output_first(data) if is_output else _model_last(data)
+            own.append((parameter, parameter.data))
+            turn = _output_first if is_output else _model_last
+            parameter.data = turn(parameter.data)
         yield
     finally:
         for parameter, data in reversed(own):
             parameter.data = data
 
 
+def copied_bytes(model: LensModel) -> int:
+    """Bytes that `laid_out` takes besides the model's own memory."""
+    return sum(_size(parameter) for parameter, _ in _turned(model))
+
+
+def _size(parameter: Tensor) -> int:
+    return parameter.numel() * parameter.element_size()
+
+
 def _turned(model: LensModel) -> Iterator[tuple[Tensor, bool]]:
-    """The weights that a pass turns around, and whether each is W_O."""
+    """The weights that are turned around beforehand, and whether each is W_O."""
     if backend_of(model) != "hooked":
         return
+    room = MOST_BYTES
     for block in model.blocks:
         for name, parameter in block.attn.named_parameters(recurse=False):
             # A grouped-query model's own key and value weights are named _W_K and _W_V.
             plain = name.lstrip("_")
             if plain in ("W_Q", "W_K", "W_V", "W_O") and parameter.ndim == 3:
-                yield parameter, plain == "W_O"
+                room -= _size(parameter)
+                if parameter.device.type == "cpu" and room >= 0:
+                    yield parameter, plain == "W_O"
 
 
 def _model_last(data: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from mi_hops import layout
 from mi_hops.fanout import Intervention, fan_out
 from mi_hops.interventions import scale
-from mi_hops.layout import laid_out
-from mi_hops.model import forward
+from mi_hops.layout import copied_bytes, laid_out
+from mi_hops.model import backend_of, forward
 from mi_hops.tokens import pad
 from tests.test_fanout import PROMPTS
 
@@ -70,9 +70,22 @@ def test_exceptions_leave_the_memory_as_it_was(tiny, error):
     assert_same(before, memory(tiny))
 
 
+def test_copies_are_foretold(tiny):
+    before = memory(tiny)
+    with laid_out(tiny):
+        moved = [
+            p.numel() * p.element_size()
+            for name, p in tiny.named_parameters()
+            if p.data_ptr() != before[name][0]
+        ]
+    assert copied_bytes(tiny) == sum(moved)
+    assert bool(moved) == (backend_of(tiny) == "hooked")
+
+
 def test_large_models_are_left_alone(tiny, monkeypatch):
     monkeypatch.setattr(layout, "MOST_BYTES", 0)
     before = memory(tiny)
+    assert copied_bytes(tiny) == 0
     with laid_out(tiny):
         assert_same(before, memory(tiny))
 

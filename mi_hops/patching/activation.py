@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from mi_hops.fanout import row_bytes
-from mi_hops.layout import laid_out
+from mi_hops.layout import copied_bytes, laid_out
 from mi_hops.metrics import KL, MetricLike, Target, normalised
 from mi_hops.model import LensModel, dtype_of, hook_name
 from mi_hops.patching.core import (
@@ -139,6 +139,7 @@ class PatchPlan:
         widest: most intervention rows in one pass.
         activation_bytes: source activations held at once.
         pass_bytes: estimate for the widest pass, the rows of its prompts included.
+        weight_bytes: copies of weights while the sweep runs (`mi_hops.layout`).
     """
 
     cells: int
@@ -147,11 +148,12 @@ class PatchPlan:
     widest: int
     activation_bytes: int
     pass_bytes: int
+    weight_bytes: int
 
     @property
     def bytes(self) -> int:
         """Estimated peak beside the weights."""
-        return self.activation_bytes + self.pass_bytes
+        return self.activation_bytes + self.pass_bytes + self.weight_bytes
 
 
 def plan_patch(
@@ -346,6 +348,7 @@ class PatchJob:
             widest=widest,
             activation_bytes=held,
             pass_bytes=fullest * row_bytes(self.model, width, n_scored),
+            weight_bytes=copied_bytes(self.model),
         )
 
     def run(self, examples: Sequence[str] | None = None) -> Result:

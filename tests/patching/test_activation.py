@@ -266,7 +266,7 @@ def test_plan_tells_what_runs(tiny, more):
     assert plan.cells == 3 * N * 4
     assert plan.rows == plan.cells * 3
     assert plan.widest <= 50
-    assert plan.bytes == plan.activation_bytes + plan.pass_bytes > 0
+    assert plan.bytes == plan.activation_bytes + plan.pass_bytes + plan.weight_bytes > 0
     held = 2 * 3 * N * 4 * tiny.cfg.d_head * 4  # pairs, layers, tokens, heads, width, bytes
     assert plan.activation_bytes == held
     calls, widths = [], []
