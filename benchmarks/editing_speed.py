@@ -17,12 +17,10 @@ import torch
 from benchmarks.harness import keep, kept, llama_100m, paired, table, write
 from mi_hops.editing import (
     PAPER,
-    Edit,
     EditRepair,
     Request,
     creme,
     creme_many,
-    edit_hooks,
     second_moments,
 )
 from mi_hops.facts.templates import CONTEXTS
@@ -150,17 +148,6 @@ def memory(sizes: Sequence[int]) -> list[list[str]]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         rows.append([f"{moments.n:,}", f"{peak:,.0f}"])
     return rows
-
-
-def largest_difference(model: Any, edit: Edit) -> float:
-    """Weight form against hook form on one prompt: largest difference of a logit."""
-    tokens = torch.tensor([encode(model, request(3).composite).ids])
-    with torch.no_grad():
-        from mi_hops.model import forward
-
-        hooked = forward(model, tokens, hooks=edit_hooks(model, [edit]))
-        with edit.applied(model, check=False):
-            return float((hooked - forward(model, tokens)).abs().max())
 
 
 COLUMNS = ("what", "ours, s", "plain, s", "times faster (range)", "pairs", "difference")

@@ -23,6 +23,18 @@ def new_cache(model: LensModel, rows: int) -> Any:
     return DynamicCache()
 
 
+def remembering(store: dict[str, Tensor], names: Iterable[str], n_rows: int) -> list[Hook]:
+    """Hooks after which `store` has copies of the first rows' activations, by hook name."""
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        def fn(x: Tensor) -> None:
+            store[name] = x[:n_rows].clone()
+
+        return fn
+
+    return [(name, keep(name)) for name in names]
+
+
 class Recorder:
     """Remembers the first rows of a pass that starts at the first token.
 
@@ -39,13 +51,7 @@ class Recorder:
         empty = new_cache(model, n_rows)
         self.cache = _HookedRecorder(empty) if self._hooked else _bridge_recorder(n_rows)
         self._streams: dict[str, Tensor] = {}
-        self.hooks: list[Hook] = [(name, self._keep(name, n_rows)) for name in streams]
-
-    def _keep(self, name: str, n_rows: int) -> Callable[[Tensor], None]:
-        def fn(x: Tensor) -> None:
-            self._streams[name] = x[:n_rows].clone()
-
-        return fn
+        self.hooks = remembering(self._streams, streams, n_rows)
 
     def prefix(self) -> Prefix:
         """What was remembered, once the pass has run."""

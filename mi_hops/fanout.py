@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.cache import Prefix, Recorder
+from mi_hops.cache import Prefix, Recorder, remembering
 from mi_hops.interventions import Change
 from mi_hops.layout import laid_out
 from mi_hops.model import (
@@ -171,10 +171,6 @@ def fan_out(
 
     where = _scored(prompts, scored)
     _check(model, prompts, interventions)
-    plan = plan_fan_out(
-        model, prompts, interventions, scored=where, max_rows=max_rows, memory=memory,
-        reuse_prefix=reuse_prefix,
-    )  # fmt: skip
     reduce = reduce or (lambda logits, bases: logits)
     n_bases = prompts.tokens.shape[0]
     base: Tensor | None = None
@@ -182,8 +178,9 @@ def fan_out(
     out: list[Tensor | None] = [None] * len(interventions)
     seen: dict[str, Tensor] = {}
     rows = [_row(model, item, seen) for item in interventions]
-    watching = [(name, _of_first(n_bases, fn)) for name, fn in (observe or {}).items()]
-    watching += [(name, _keep(seen, name, n_bases)) for name in _needed(model, interventions)]
+    plan = _plan(model, prompts, rows, where, max_rows, memory, reuse_prefix)
+    watching: list[Hook] = [(name, _of_first(n_bases, fn)) for name, fn in (observe or {}).items()]
+    watching += remembering(seen, {name for row in rows for name in row.needs}, n_bases)
     entries = {_entry(row.join) for row in rows}
     with (
         torch.no_grad(),
@@ -230,13 +227,6 @@ def fan_out(
 def _of_first(n_rows: int, fn: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     def look(x: Tensor) -> None:
         fn(x[:n_rows])
-
-    return look
-
-
-def _keep(seen: dict[str, Tensor], name: str, n_rows: int) -> Callable[[Tensor], None]:
-    def look(x: Tensor) -> None:
-        seen[name] = x[:n_rows].clone()
 
     return look
 
@@ -315,15 +305,28 @@ def plan_fan_out(
 ) -> list[Pass]:
     """The passes a fan-out will make, all of them; nothing runs."""
     where = _scored(prompts, scored)
-    joins = [_row(model, item, {}).join for item in interventions]
-    starts = [_start(item, where[item.base]) if reuse_prefix else 0 for item in interventions]
+    rows = [_row(model, item, {}) for item in interventions]
+    return _plan(model, prompts, rows, where, max_rows, memory, reuse_prefix)
+
+
+def _plan(
+    model: LensModel,
+    prompts: Batch,
+    rows: Sequence[_Row],
+    where: list[list[int]],
+    max_rows: int | None,
+    memory: float | None,
+    reuse_prefix: bool,
+) -> list[Pass]:
+    joins = [row.join for row in rows]
+    starts = [_start(row, where[row.base]) if reuse_prefix else 0 for row in rows]
     width = prompts.tokens.shape[1]
     limit = max_rows or rows_within(model, width, len(where[0]), memory)
     if limit < 1:
         raise ValueError(f"max_rows is {max_rows}; expected at least 1")
     passes = []
     for start, members in _groups(starts, joins, width, model.cfg.n_layers, prompts):
-        members.sort(key=lambda i: (joins[i], interventions[i].base, i))
+        members.sort(key=lambda i: (joins[i], rows[i].base, i))
         for low in range(0, len(members), limit):
             passes.append(Pass(start, tuple(members[low : low + limit])))
     if not passes or passes[0].start:
@@ -331,9 +334,9 @@ def plan_fan_out(
     return passes
 
 
-def _start(item: Intervention, scored: Sequence[int]) -> int:
+def _start(row: _Row, scored: Sequence[int]) -> int:
     """The first position whose value can differ from the base's, or is needed."""
-    touched = [0 if s.positions is None else min(s.positions) for s in item.sites]
+    touched = [0 if s.positions is None else min(s.positions) for s, _ in row.pairs]
     return min(*touched, *scored)
 
 
@@ -413,11 +416,13 @@ class _Row:
             attention and its MLP.
         pairs: the changes from there on.
         base: the row it is a copy of.
+        needs: hooks whose activation of the base the first change is made of.
     """
 
     join: int
     pairs: list[tuple[Site, Change]]
     base: int
+    needs: tuple[str, ...] = ()
 
 
 def _row(model: LensModel, item: Intervention, seen: Mapping[str, Tensor]) -> _Row:
@@ -425,23 +430,25 @@ def _row(model: LensModel, item: Intervention, seen: Mapping[str, Tensor]) -> _R
 
     The output of a block is the input of the next. Where an output of attention or MLP is the first
     thing changed, the stream behind it is the base's stream before it plus the changed output, both
-    of which `seen` will hold when the row joins (see `_needed`).
+    of which `seen` will hold when the row joins, if what it `needs` is remembered there.
     """
     pairs = []
     for site, change in item.pairs:
         if site.kind == "resid_post" and site.layer + 1 < model.cfg.n_layers:
             site = Site("resid_pre", site.layer + 1, site.positions, site.head)
         pairs.append((site, change))
+    needs: tuple[str, ...] = ()
     if (late := _late(model, item)) is not None:
         site, into, before = late
         own = next(change for each, change in pairs if each == site)
-        added = _added(seen, hook_name(before, site.layer), site, item.base, own)
+        needs = hook_name(before, site.layer), hook_name(site.kind, site.layer)
+        added = _added(seen, *needs, _index(item.base, site, 0), own)
         # First, so that another change of the same stream finds it.
         pairs = [(into, added), *((each, change) for each, change in pairs if each != site)]
     first = min(site.layer for site, _ in pairs)
     kinds = {site.kind for site, _ in pairs if site.layer == first}
     halfway = _in_halves(model) and kinds <= {"resid_mid", *_AFTER_RESID_MID}
-    return _Row(2 * first + halfway, pairs, item.base)
+    return _Row(2 * first + halfway, pairs, item.base, needs)
 
 
 def _in_halves(model: LensModel) -> bool:
@@ -474,20 +481,13 @@ def _late(model: LensModel, item: Intervention) -> tuple[Site, Site, str] | None
     return None
 
 
-def _needed(model: LensModel, interventions: Sequence[Intervention]) -> set[str]:
-    """Hooks whose activation of the bases late rows are made of."""
-    late = [found for item in interventions if (found := _late(model, item)) is not None]
-    return {hook_name(kind, site.layer) for site, _, before in late for kind in (site.kind, before)}
-
-
 def _added(
-    seen: Mapping[str, Tensor], before: str, site: Site, base: int, change: Change
+    seen: Mapping[str, Tensor], before: str, output: str, index: tuple[Any, ...], change: Change
 ) -> Change:
-    """The base's stream before `site` plus what `change` makes of the base's output there."""
-    name, index = hook_name(site.kind, site.layer), _index(base, site, 0)
+    """The base's stream before a site plus what `change` makes of the base's output there."""
 
     def fn(stream: Tensor) -> Tensor:
-        return (seen[before][index] + change(seen[name][index].clone())).to(stream)
+        return (seen[before][index] + change(seen[output][index].clone())).to(stream)
 
     return fn
 

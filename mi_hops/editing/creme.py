@@ -96,14 +96,7 @@ def creme_many(
         for members in chunk_plans(plans, batch_size):
             run = CremeRun([plans[i] for i in members], model, chosen, how)
             for i, changes in zip(members, run.changes(), strict=True):
-                edits[i] = Edit(
-                    method="creme",
-                    changes=tuple(changes),
-                    fingerprint=print_of_weights,
-                    processing=processing_of(model),
-                    request=requests[i].to_dict(),
-                    settings={"layers": list(chosen), **how.to_dict()},
-                )
+                edits[i] = as_edit(model, requests[i], changes, print_of_weights, how)
             bar.update(len(members))
     return [e for e in edits if e is not None]
 
@@ -141,6 +134,25 @@ class CremeRepair:
 
 
 # -- the pass -------------------------------------------------------------------------------------
+
+
+def as_edit(
+    model: LensModel,
+    request: Request,
+    changes: Sequence[Change],
+    print_of_weights: str,
+    how: CremeSettings,
+    **more: Any,
+) -> Edit:
+    """One request's changes as an edit of weights with that fingerprint; `more` are settings."""
+    return Edit(
+        method="creme",
+        changes=tuple(changes),
+        fingerprint=print_of_weights,
+        processing=processing_of(model),
+        request=request.to_dict(),
+        settings={"layers": [change.layer for change in changes], **more, **how.to_dict()},
+    )
 
 
 class CremeRun:
@@ -204,11 +216,11 @@ class CremeRun:
                 read_plan(plan, start, z, stream)
                 for plan, start in zip(self._plans, self._starts, strict=False)
             ]
-            self.keys[layer] = torch.cat([torch.cat([k, kept]) for k, kept, _ in read])
+            stacked = self.keys[layer] = _stacked(read)
             if layer in self._held:
                 held = self._held[layer].to(z.device)
                 read = [(k, torch.cat([kept, held]), change) for k, kept, change in read]
-            stacked = torch.cat([torch.cat([k, kept]) for k, kept, _ in read])
+                stacked = _stacked(read)
             inverse = inverse_times(self._how.covariance, layer, stacked)
             sizes = [len(k) + len(kept) for k, kept, _ in read]
             edited = out.clone()
@@ -232,3 +244,10 @@ class CremeRun:
         """Rows of fact i that its changes act on."""
         on = self._plans[i].edited(self._how.target)
         return [self._starts[i] + j for j, yes in enumerate(on) if yes]
+
+
+def _stacked(read: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Each fact's keys, then what it keeps."""
+    import torch
+
+    return torch.cat([torch.cat([keys, kept]) for keys, kept, _ in read])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mi_hops.editing.change import Change, input_hook, merge, output_hook
 from mi_hops.editing.checks import check_ground, check_layers
-from mi_hops.editing.creme import CremeRun
+from mi_hops.editing.creme import CremeRun, as_edit
 from mi_hops.editing.edit import Edit
 from mi_hops.editing.passes import run_blocks
 from mi_hops.editing.plans import CremeSettings, Plan, chunk_plans, plan_request, read_plan
@@ -184,16 +184,7 @@ def creme_sequential(
             print_of_weights = check_ground(model, how.covariance, chosen, processed=how.processed)
             run = CremeRun([plan], model, chosen, how, held if hold else None)
             (changes,) = run.changes()
-            edits.append(
-                Edit(
-                    method="creme",
-                    changes=tuple(changes),
-                    fingerprint=print_of_weights,
-                    processing=processing_of(model),
-                    request=request.to_dict(),
-                    settings={"layers": list(chosen), "hold": hold, **how.to_dict()},
-                )
-            )
+            edits.append(as_edit(model, request, changes, print_of_weights, how, hold=hold))
             for layer, keys in run.keys.items():
                 held[layer] = torch.cat([held[layer], keys]) if layer in held else keys
             applied.enter_context(edits[-1].applied(model, check=False))
