@@ -11,11 +11,11 @@ import random
 import numpy as np
 
 from benchmarks.harness import table, write
-from mi_hops.generate import answered
 from mi_hops.lens.logit import fact_trajectories
 from mi_hops.model import CHECKPOINTS, bundled_models, load_model
 from mi_hops.reasoning.gap import find_gap
-from mi_hops.statistics import bootstrap_ci, difference_ci, proportion_ci
+from mi_hops.result.statistics import bootstrap_ci, difference_ci, proportion_ci
+from mi_hops.sweep.generate import answered
 from mi_hops.worlds.hopland import Hopland
 
 SPLITS = ("seen_parts", "first_unseen", "second_unseen")
@@ -66,7 +66,7 @@ def curves(model, gap, form):
             result = fact_trajectories(model, facts, form=form)
             for tracked, score in (
                 ("bridge", "prob"),
-                ("bridge", "paper_prob"),
+                ("bridge", "mean_token_prob"),
                 ("answer", "prob"),
             ):
                 data = result[score].sel(tracked=tracked, position=position)
@@ -76,7 +76,7 @@ def curves(model, gap, form):
                     [form, position, name, f"{tracked} ({score})", len(data),
                      " ".join(f"{v:.3f}" for v in data.mean(0))]
                 )  # fmt: skip
-        passed, failed = (values[n, "bridge", "paper_prob"] for n in ("passed", "failed"))
+        passed, failed = (values[n, "bridge", "mean_token_prob"] for n in ("passed", "failed"))
         peak = 1 + int(passed.mean(0)[1:].argmax())
         low, high = bootstrap_ci(passed[:, peak])
         gap_value, gap_low, gap_high = difference_ci(passed[:, peak], failed[:, peak])
@@ -119,7 +119,7 @@ def main() -> None:
             table(["questions", "order", "n (both hops known)", "whole answer right",
                    "first token right", "failed"], scores), "",
             "Lens (logit lens with the final norm), mean probability after 0, 1, ... blocks, of "
-            f"held-out questions (a sample of {SAMPLE} a group, seed {SEED}); `prob` is of the first token, `paper_prob` the mean over all tokens:", "",
+            f"held-out questions (a sample of {SAMPLE} a group, seed {SEED}); `prob` is of the first token, `mean_token_prob` the mean over all tokens:", "",
             table(["order", "position", "questions", "tracked", "n", "after 0, 1, ... blocks"], lens),
             "", *notes, "",
         ]  # fmt: skip

@@ -17,7 +17,7 @@ from benchmarks.editing_speed import TEMPLATES, request
 from benchmarks.harness import table, write
 from mi_hops.editing import PAPER, creme, edit_hooks
 from mi_hops.model import forward, read_w_o
-from mi_hops.tokens import encode
+from mi_hops.text.tokens import encode
 
 
 def build(small: bool, device: str) -> Any:

@@ -24,10 +24,10 @@ from mi_hops.editing import (
     second_moments,
 )
 from mi_hops.facts.templates import CONTEXTS
-from mi_hops.metrics import target_of
 from mi_hops.model import capture, hook_name, read_w_o, write_w_o
-from mi_hops.scoring import score_prompts
-from mi_hops.tokens import encode, pad
+from mi_hops.sweep.metrics import target_of
+from mi_hops.sweep.scoring import score_prompts
+from mi_hops.text.tokens import encode, pad
 
 LAYERS = tuple(range(3, 12))
 #: As many contexts as the published code has.

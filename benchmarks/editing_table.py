@@ -26,18 +26,18 @@ from mi_hops.editing import (
     edit_hooks,
     stack,
 )
-from mi_hops.editing.finetune import FineTuneRepair, LoraRepair
-from mi_hops.editing.grace import GraceRepair
-from mi_hops.editing.knowledge_editor import KnowledgeEditorRepair, train_editor
-from mi_hops.editing.memit import MemitRepair
-from mi_hops.editing.rome import RomeRepair
+from mi_hops.editing.baselines.finetune import FineTuneRepair, LoraRepair
+from mi_hops.editing.baselines.grace import GraceRepair
+from mi_hops.editing.baselines.knowledge_editor import KnowledgeEditorRepair, train_editor
+from mi_hops.editing.baselines.memit import MemitRepair
+from mi_hops.editing.baselines.rome import RomeRepair
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.injection.memory import MemoryInjection
-from mi_hops.metrics import NextToken, target_of
 from mi_hops.model import Hook, capture, hook_name
-from mi_hops.repair import Repair, Rows
-from mi_hops.scoring import score_prompts
-from mi_hops.tokens import TokenError, encode, last_position, pad
+from mi_hops.sweep.metrics import NextToken, target_of
+from mi_hops.sweep.repair import Repair, Rows
+from mi_hops.sweep.scoring import score_prompts
+from mi_hops.text.tokens import TokenError, encode, last_position, pad
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.7, 1.0)
 LORA_RATES = (0.001, 0.003, 0.01)

@@ -10,9 +10,9 @@ import argparse
 import torch
 
 from benchmarks.harness import gpt2_small, llama_100m, paired, table, write
-from mi_hops.fanout import Intervention, fan_out, plan_fan_out
-from mi_hops.interventions import replace
-from mi_hops.tokens import pad
+from mi_hops.sweep.fanout import Intervention, fan_out, plan_fan_out
+from mi_hops.sweep.interventions import replace
+from mi_hops.text.tokens import pad
 
 
 def sweep(model, clean, corrupted):

@@ -18,9 +18,9 @@ from mi_hops import Hopland, load_model
 from mi_hops.injection.encodings import ENCODINGS
 from mi_hops.injection.grid import injection_grid
 from mi_hops.injection.select import Cell, cell_report, split_halves
-from mi_hops.metrics import target_of
-from mi_hops.scoring import score_prompts
-from mi_hops.tokens import encode
+from mi_hops.sweep.metrics import target_of
+from mi_hops.sweep.scoring import score_prompts
+from mi_hops.text.tokens import encode
 
 FAIR = ("random_word", "permuted_bridge", "norm_matched")
 CONTROLS = (*FAIR, "answer")

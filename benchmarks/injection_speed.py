@@ -13,13 +13,13 @@ import torch
 
 from benchmarks.harness import gpt2_small, paired, table, write
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.generate import generate
 from mi_hops.injection.encodings import encode_memories
 from mi_hops.injection.grid import FIRST_RIGHT, STRENGTHS, injection_grid
 from mi_hops.injection.memory import MemoryInjection, places
-from mi_hops.metrics import target_of
 from mi_hops.model import hook_name
-from mi_hops.tokens import encode
+from mi_hops.sweep.generate import generate
+from mi_hops.sweep.metrics import target_of
+from mi_hops.text.tokens import encode
 
 
 def fact(n_tokens: int) -> TwoHopFact:

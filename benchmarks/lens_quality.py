@@ -18,9 +18,9 @@ from mi_hops.lens.evaluation import evaluate_heads, evaluate_lens
 from mi_hops.lens.logit import fact_trajectories
 from mi_hops.lens.training import LensTraining, train_lens
 from mi_hops.lens.tuned import TunedLens
-from mi_hops.metrics import target_of
-from mi_hops.scoring import score_prompts
-from mi_hops.tokens import encode
+from mi_hops.sweep.metrics import target_of
+from mi_hops.sweep.scoring import score_prompts
+from mi_hops.text.tokens import encode
 
 PAGE = "lens-quality"
 

@@ -18,7 +18,7 @@ from mi_hops.lens.attention import AttentionLens
 from mi_hops.lens.examples import make_example, real_cells
 from mi_hops.lens.trained import kl
 from mi_hops.model import forward, unembedding
-from mi_hops.tokens import Batch
+from mi_hops.text.tokens import Batch
 
 
 def published_step(model, tokens, layer):

@@ -27,7 +27,7 @@ from mi_hops.patching import (
     patch,
 )
 from mi_hops.patching.contrast import Contrast
-from mi_hops.statistics import bootstrap_ci
+from mi_hops.result.statistics import bootstrap_ci
 
 KINDS = (
     "resid_pre",

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Peak, gpt2_small, keep, kept, llama_100m, paired, table, write
-from mi_hops.fanout import plan_fan_out
 from mi_hops.model import backend_of
 from mi_hops.patching import patch, plan_patch
 from mi_hops.patching.activation import PatchJob
-from mi_hops.patching.sweep import Limits, Sweep
-from mi_hops.tokens import Prompt
+from mi_hops.sweep.fanout import plan_fan_out
+from mi_hops.sweep.runs import Limits, Sweep
+from mi_hops.text.tokens import Prompt
 
 SWEEPS = ("resid_pre", "attn_out", "mlp_out", "z")
 RIGHT, WRONG = 7, 11  # the two tokens whose logits are compared

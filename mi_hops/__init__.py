@@ -20,8 +20,6 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from mi_hops.editing import CremeRepair, Edit, creme, second_moments
     from mi_hops.facts.fact import TwoHopFact
     from mi_hops.facts.loaders import load_facts
-    from mi_hops.fanout import fan_out
-    from mi_hops.generate import answered
     from mi_hops.injection.grid import injection_grid
     from mi_hops.injection.memory import MemoryInjection, inject
     from mi_hops.lens.logit import fact_trajectories, logit_lens, plot_map, token_map
@@ -33,9 +31,11 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from mi_hops.reasoning.locate import locate, located_layers
     from mi_hops.reasoning.sequential import evaluate_sequential
     from mi_hops.reasoning.sets import build_sets
-    from mi_hops.results import Result
+    from mi_hops.result.result import Result
     from mi_hops.study import Study, run_study
-    from mi_hops.tokens import Prompt, encode
+    from mi_hops.sweep.fanout import fan_out
+    from mi_hops.sweep.generate import answered
+    from mi_hops.text.tokens import Prompt, encode
     from mi_hops.worlds.hopland import Hopland
 
 _HOME = {
@@ -43,20 +43,20 @@ _HOME = {
     "Edit": "mi_hops.editing",
     "Hopland": "mi_hops.worlds.hopland",
     "MemoryInjection": "mi_hops.injection.memory",
-    "Prompt": "mi_hops.tokens",
-    "Result": "mi_hops.results",
+    "Prompt": "mi_hops.text.tokens",
+    "Result": "mi_hops.result.result",
     "Study": "mi_hops.study",
     "TwoHopFact": "mi_hops.facts.fact",
-    "answered": "mi_hops.generate",
+    "answered": "mi_hops.sweep.generate",
     "attribute": "mi_hops.patching",
     "build_sets": "mi_hops.reasoning.sets",
     "creme": "mi_hops.editing",
-    "encode": "mi_hops.tokens",
+    "encode": "mi_hops.text.tokens",
     "erase_bridge": "mi_hops.reasoning.erasure",
     "evaluate": "mi_hops.reasoning.evaluate",
     "evaluate_sequential": "mi_hops.reasoning.sequential",
     "fact_trajectories": "mi_hops.lens.logit",
-    "fan_out": "mi_hops.fanout",
+    "fan_out": "mi_hops.sweep.fanout",
     "find_gap": "mi_hops.reasoning.gap",
     "inject": "mi_hops.injection.memory",
     "injection_grid": "mi_hops.injection.grid",

@@ -63,10 +63,10 @@ def test_erasing_the_bridge_lowers_the_answer(bundled):
 
 def test_creme_puts_failures_right(bundled):
     """First answer token, all layers, C estimated on trained facts; unrelated questions kept."""
-    from mi_hops.corpus import fact_texts
     from mi_hops.editing import CremeRepair, second_moments
     from mi_hops.reasoning.evaluate import evaluate
     from mi_hops.reasoning.sets import build_sets
+    from mi_hops.text.corpus import fact_texts
 
     _, model, facts, gap = bundled
     cases = [f for f in gap.failed if f.split != "train"][:60]

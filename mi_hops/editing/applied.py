@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
+
 from mi_hops.editing.change import Change, live_weight, read_matrix, write_matrix
-from mi_hops.model import LensModel, fingerprint
+from mi_hops.model import HookedModel, fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,15 +50,15 @@ class _Layer:
     originals: tuple[Tensor, ...]
 
 
-_STACKS: WeakKeyDictionary[LensModel, list[_Layer]] = WeakKeyDictionary()
+_STACKS: WeakKeyDictionary[HookedModel, list[_Layer]] = WeakKeyDictionary()
 
 
-def applied_edits(model: LensModel) -> tuple[Appliable, ...]:
+def applied_edits(model: HookedModel) -> tuple[Appliable, ...]:
     """The edits in force on a model, first applied first."""
     return tuple(layer.edit for layer in _STACKS.get(model, ()))
 
 
-def check_weights(model: LensModel, made_for: str, what: str = "the edit was") -> str:
+def check_weights(model: HookedModel, made_for: str, what: str = "the edit was") -> str:
     """Refuse weights that `what` was not made for; gives the present fingerprint.
 
     Right are the present weights, and those under all edits now applied: edits made for one model
@@ -77,7 +79,7 @@ def check_weights(model: LensModel, made_for: str, what: str = "the edit was") -
     return now
 
 
-def put_on(model: LensModel, edit: Appliable, *, check: bool = True) -> None:
+def put_on(model: HookedModel, edit: Appliable, *, check: bool = True) -> None:
     """Add an edit's changes to the weights; all of them or, on any failure, none.
 
     Args:
@@ -107,7 +109,7 @@ def put_on(model: LensModel, edit: Appliable, *, check: bool = True) -> None:
         raise
 
 
-def take_off(model: LensModel, edit: Appliable, *, force: bool = False) -> None:
+def take_off(model: HookedModel, edit: Appliable, *, force: bool = False) -> None:
     """Put the weights back that the last applied edit replaced, bit for bit.
 
     Once begun it is carried through, even where it is interrupted (and then raises that).
@@ -119,8 +121,6 @@ def take_off(model: LensModel, edit: Appliable, *, force: bool = False) -> None:
         AppliedError: the edit is not in force, or not the last one applied.
         ValueError: something else has changed the weights since, and `force` is off.
     """
-    import torch
-
     stack = _STACKS.get(model, [])
     where = [i for i, layer in enumerate(stack) if layer.edit is edit]
     if not where:
@@ -141,7 +141,7 @@ def take_off(model: LensModel, edit: Appliable, *, force: bool = False) -> None:
     _put_back(model, list(zip(edit.changes, top.originals, strict=True)), stack[:-1])
 
 
-def unwind(model: LensModel, depth: int) -> None:
+def unwind(model: HookedModel, depth: int) -> None:
     """Undo the edits above the lowest `depth` ones, whatever else happened to those weights.
 
     After a failure it can be called again and goes on where it stopped.
@@ -150,7 +150,7 @@ def unwind(model: LensModel, depth: int) -> None:
         take_off(model, layer.edit, force=True)
 
 
-def describe(model: LensModel, start: int = 0) -> str:
+def describe(model: HookedModel, start: int = 0) -> str:
     """The edits in force from the `start`-th on, one a line, first applied first."""
     lines = [f"{i}: {layer.edit}" for i, layer in enumerate(_STACKS.get(model, []))]
     return "\n".join(lines[start:]) or "none"
@@ -158,14 +158,12 @@ def describe(model: LensModel, start: int = 0) -> str:
 
 def _sum(old: Tensor, change: Change) -> Tensor:
     """Old weight plus change, in the wider dtype of the two."""
-    import torch
-
     factors = change.to(old.device, torch.promote_types(old.dtype, change.right.dtype))
     return old.to(factors.right.dtype) + factors.delta()
 
 
 def _put_back(
-    model: LensModel, originals: Sequence[tuple[Change, Tensor]], stack: list[_Layer]
+    model: HookedModel, originals: Sequence[tuple[Change, Tensor]], stack: list[_Layer]
 ) -> None:
     """Originals back into the weights, and `stack` as what is in force.
 
@@ -184,6 +182,6 @@ def _put_back(
         raise
 
 
-def _restore(model: LensModel, change: Change, old: Tensor) -> None:
+def _restore(model: HookedModel, change: Change, old: Tensor) -> None:
     weight = live_weight(model, *change.site)
     weight.data.copy_(old.reshape(weight.shape))

@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mi_hops.model import (
-    LensModel,
+    HookedModel,
     hook_name,
     overwrite,
     require_layers,
@@ -21,7 +23,6 @@ from mi_hops.model import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from jaxtyping import Float
     from torch import Tensor
 
@@ -45,7 +46,7 @@ def _kinds(matrix: str) -> tuple[str, str]:
     return MATRICES[matrix]
 
 
-def live_weight(model: LensModel, matrix: str, layer: int) -> Float[Tensor, "*rows d_out"]:
+def live_weight(model: HookedModel, matrix: str, layer: int) -> Float[Tensor, "*rows d_out"]:
     """The weight itself; W_O keeps its head axis.
 
     Raises:
@@ -65,14 +66,12 @@ def live_weight(model: LensModel, matrix: str, layer: int) -> Float[Tensor, "*ro
     return weight
 
 
-def read_matrix(model: LensModel, matrix: str, layer: int) -> Float[Tensor, "d_in d_out"]:
+def read_matrix(model: HookedModel, matrix: str, layer: int) -> Float[Tensor, "d_in d_out"]:
     """A copy of a matrix in its own dtype.
 
     Raises:
         ValueError: as `live_weight`, or values that are not finite.
     """
-    import torch
-
     weight = live_weight(model, matrix, layer).detach()
     if not torch.isfinite(weight).all():
         raise ValueError(
@@ -82,7 +81,7 @@ def read_matrix(model: LensModel, matrix: str, layer: int) -> Float[Tensor, "d_i
 
 
 def write_matrix(
-    model: LensModel, matrix: str, layer: int, value: Float[Tensor, "d_in d_out"]
+    model: HookedModel, matrix: str, layer: int, value: Float[Tensor, "d_in d_out"]
 ) -> None:
     """Write a matrix in place, cast once to its dtype, and make sure that it reached the model.
 
@@ -123,8 +122,6 @@ class Change:
     right: Float[Tensor, "rank d_out"]
 
     def __post_init__(self) -> None:
-        import torch
-
         _kinds(self.matrix)
         if self.left is not None and self.left.device != self.right.device:
             raise ValueError(
@@ -183,7 +180,7 @@ class Change:
         left = None if self.left is None else self.left.to(right.device, right.dtype)
         return Change(self.matrix, self.layer, left, right)
 
-    def check_fits(self, model: LensModel) -> None:
+    def check_fits(self, model: HookedModel) -> None:
         """Refuse a model whose matrix has another shape.
 
         Raises:
@@ -201,8 +198,6 @@ def merge(changes: list[Change]) -> Change:
     Raises:
         ValueError: none, or changes of several matrices.
     """
-    import torch
-
     if len({c.site for c in changes}) != 1:
         raise ValueError(f"can merge changes of one matrix, got {[str(c) for c in changes]}")
     first = changes[0]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from mi_hops.editing.applied import check_weights
 from mi_hops.editing.change import input_hook, output_hook
 from mi_hops.editing.moments import Moments
-from mi_hops.model import LensModel, fingerprint, processing_of, require_hooks, require_layers
+from mi_hops.model import HookedModel, fingerprint, processing_of, require_hooks, require_layers
 
 
-def check_layers(model: LensModel, layers: Sequence[int], matrix: str = "W_O") -> tuple[int, ...]:
+def check_layers(model: HookedModel, layers: Sequence[int], matrix: str = "W_O") -> tuple[int, ...]:
     """The layers, ascending.
 
     Raises:
@@ -25,8 +25,8 @@ def check_layers(model: LensModel, layers: Sequence[int], matrix: str = "W_O") -
     return tuple(found)
 
 
-def check_ground(
-    model: LensModel,
+def check_editable(
+    model: HookedModel,
     covariance: Moments | None,
     layers: Sequence[int],
     *,

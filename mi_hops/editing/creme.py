@@ -20,8 +20,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mi_hops.editing.change import Change, input_hook, output_hook
-from mi_hops.editing.checks import check_ground, check_layers
+from mi_hops.editing.checks import check_editable, check_layers
 from mi_hops.editing.edit import Edit
 from mi_hops.editing.passes import run_blocks
 from mi_hops.editing.plans import CremeSettings, Plan, chunk_plans, plan_request, read_plan
@@ -29,16 +31,16 @@ from mi_hops.editing.request import Request, requests_of
 from mi_hops.editing.rows import edit_hooks
 from mi_hops.editing.solve import inverse_times, solve_keys
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model import Hook, LensModel, dtype_of, hook_name, processing_of
-from mi_hops.repair import Rows
-from mi_hops.tokens import pad
+from mi_hops.model import Hook, HookedModel, dtype_of, hook_name, processing_of
+from mi_hops.sweep.repair import Rows
+from mi_hops.text.tokens import pad
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def creme(
-    model: LensModel, asked: TwoHopFact | Request, *, layers: Sequence[int], **settings: Any
+    model: HookedModel, asked: TwoHopFact | Request, *, layers: Sequence[int], **settings: Any
 ) -> Edit:
     """The CREME edit of one fact, from one forward pass; the model is left as it is.
 
@@ -57,7 +59,7 @@ def creme(
 
 
 def creme_many(
-    model: LensModel,
+    model: HookedModel,
     asked: Iterable[TwoHopFact | Request],
     *,
     layers: Sequence[int],
@@ -89,20 +91,20 @@ def creme_many(
     how = CremeSettings(**settings)
     requests = requests_of(asked, how.form, how.keep)
     chosen = check_layers(model, layers)
-    print_of_weights = check_ground(model, how.covariance, chosen, processed=how.processed)
+    fingerprint_of_weights = check_editable(model, how.covariance, chosen, processed=how.processed)
     plans = [plan_request(model, request, how) for request in requests]
     edits: list[Edit | None] = [None] * len(plans)
     with tqdm(total=len(plans), disable=not progress, desc="CREME edits") as bar:
         for members in chunk_plans(plans, batch_size):
             run = CremeRun([plans[i] for i in members], model, chosen, how)
             for i, changes in zip(members, run.changes(), strict=True):
-                edits[i] = as_edit(model, requests[i], changes, print_of_weights, how)
+                edits[i] = as_edit(model, requests[i], changes, fingerprint_of_weights, how)
             bar.update(len(members))
     return [e for e in edits if e is not None]
 
 
 class CremeRepair:
-    """CREME as a `mi_hops.repair.Repair`: one edit a fact, put on its rows by hooks.
+    """CREME as a `mi_hops.sweep.repair.Repair`: one edit a fact, put on its rows by hooks.
 
     Args:
         layers: blocks to edit.
@@ -124,11 +126,11 @@ class CremeRepair:
         """Share of the change that is made."""
         return CremeSettings(**self._settings).strength
 
-    def fit(self, model: LensModel, facts: Sequence[TwoHopFact]) -> list[Edit]:
+    def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[Edit]:
         """One edit a fact."""
         return creme_many(model, facts, layers=self.layers, **self._settings)
 
-    def hooks(self, model: LensModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
+    def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
         """Each row under its own edit."""
         return edit_hooks(model, states)
 
@@ -137,10 +139,10 @@ class CremeRepair:
 
 
 def as_edit(
-    model: LensModel,
+    model: HookedModel,
     request: Request,
     changes: Sequence[Change],
-    print_of_weights: str,
+    fingerprint_of_weights: str,
     how: CremeSettings,
     **more: Any,
 ) -> Edit:
@@ -148,7 +150,7 @@ def as_edit(
     return Edit(
         method="creme",
         changes=tuple(changes),
-        fingerprint=print_of_weights,
+        fingerprint=fingerprint_of_weights,
         processing=processing_of(model),
         request=request.to_dict(),
         settings={"layers": [change.layer for change in changes], **more, **how.to_dict()},
@@ -169,13 +171,11 @@ class CremeRun:
     def __init__(
         self,
         plans: Sequence[Plan],
-        model: LensModel,
+        model: HookedModel,
         layers: Sequence[int],
         how: CremeSettings,
         held: Mapping[int, Tensor] | None = None,
     ) -> None:
-        import torch
-
         self._plans, self._model, self._layers, self._how = plans, model, layers, how
         self._held = held or {}
         self.keys: dict[int, Tensor] = {}
@@ -207,8 +207,6 @@ class CremeRun:
 
     def _editor(self, layer: int) -> Any:
         def edit(out: Tensor) -> Tensor:
-            import torch
-
             z = self._z.pop()
             # The stream comes from the block below, which may lie on another device.
             stream = out + self._before.pop().to(out.device) if self._before else out
@@ -248,6 +246,4 @@ class CremeRun:
 
 def _stacked(read: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """Each fact's keys, then what it keeps."""
-    import torch
-
     return torch.cat([torch.cat([keys, kept]) for keys, kept, _ in read])

@@ -23,7 +23,7 @@ from mi_hops.editing.applied import (
     unwind,
 )
 from mi_hops.editing.change import Change, merge
-from mi_hops.model import LensModel
+from mi_hops.model import HookedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,7 @@ class Edit:
 
     # -- in the weights --------------------------------------------------------------------------
 
-    def apply(self, model: LensModel, *, check: bool = True) -> None:
+    def apply(self, model: HookedModel, *, check: bool = True) -> None:
         """Add the changes to the weights in place, summed in float32 or wider and cast once.
 
         All of it happens or none. Several edits can be applied on top of one another.
@@ -111,7 +111,7 @@ class Edit:
         """
         put_on(model, self, check=check)
 
-    def undo(self, model: LensModel, *, force: bool = False) -> None:
+    def undo(self, model: HookedModel, *, force: bool = False) -> None:
         """Put the replaced weights back, bit for bit.
 
         Raises:
@@ -121,7 +121,7 @@ class Edit:
         take_off(model, self, force=force)
 
     @contextmanager
-    def applied(self, model: LensModel, *, check: bool = True) -> Iterator[Edit]:
+    def applied(self, model: HookedModel, *, check: bool = True) -> Iterator[Edit]:
         """The edit in force for the length of a ``with`` block.
 
         On leaving, the weights are those from before, bit for bit, whatever happened inside: edits
@@ -139,11 +139,11 @@ class Edit:
         finally:
             unwind(model, depth)
 
-    def is_applied(self, model: LensModel) -> bool:
+    def is_applied(self, model: HookedModel) -> bool:
         """Whether it is in force on `model`."""
         return any(edit is self for edit in applied_edits(model))
 
-    def check(self, model: LensModel) -> None:
+    def check(self, model: HookedModel) -> None:
         """Refuse a model with other weights (see `apply`)."""
         check_weights(model, self.fingerprint)
         for change in self.changes:
@@ -178,7 +178,7 @@ class Edit:
         return write_whole(Path(path), save(tensors, {_KEY: json.dumps(head)}))
 
     @classmethod
-    def load(cls, path: str | Path, model: LensModel | None = None) -> Edit:
+    def load(cls, path: str | Path, model: HookedModel | None = None) -> Edit:
         """Read an edit; nothing in the file is executed.
 
         Args:

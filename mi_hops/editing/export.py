@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mi_hops.editing.change import read_matrix
 from mi_hops.editing.edit import Edit, stack
-from mi_hops.model import CHECKPOINTS, LensModel, load_model
+from mi_hops.model import CHECKPOINTS, HookedModel, load_model
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 #: Matrix -> where families keep it; ``{}`` is the layer. The module's class tells the order: a
@@ -28,7 +29,7 @@ _MODULES = {
 
 
 def export_hf(
-    model_or_path: LensModel | str | Path,
+    model_or_path: HookedModel | str | Path,
     edits: Edit | Sequence[Edit],
     out: str | Path,
     *,
@@ -116,7 +117,7 @@ def _told(error: Exception, out: Path) -> Exception:
 
 
 def _source(
-    model_or_path: LensModel | str | Path, dtype: torch.dtype | str | None
+    model_or_path: HookedModel | str | Path, dtype: torch.dtype | str | None
 ) -> tuple[str, torch.dtype | str | None]:
     if isinstance(model_or_path, str | Path):
         bundled = CHECKPOINTS / str(model_or_path)
@@ -142,7 +143,6 @@ def _edited_matrices(
 
 def _write(hf: Any, matrix: str, layer: int, value: Tensor) -> None:
     """Put a matrix into a Hugging Face model in the order its module stores it."""
-    import torch
     from transformers.pytorch_utils import Conv1D
 
     for path in _MODULES[matrix]:

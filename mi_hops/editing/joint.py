@@ -13,8 +13,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mi_hops.editing.change import Change, input_hook, merge, output_hook
-from mi_hops.editing.checks import check_ground, check_layers
+from mi_hops.editing.checks import check_editable, check_layers
 from mi_hops.editing.creme import CremeRun, as_edit
 from mi_hops.editing.edit import Edit
 from mi_hops.editing.passes import run_blocks
@@ -23,15 +25,15 @@ from mi_hops.editing.request import Request, requests_of
 from mi_hops.editing.rows import edit_hooks
 from mi_hops.editing.solve import inverse_times, solve_keys
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model import Hook, LensModel, dtype_of, hook_name, processing_of
-from mi_hops.tokens import pad
+from mi_hops.model import Hook, HookedModel, dtype_of, hook_name, processing_of
+from mi_hops.text.tokens import pad
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def creme_joint(
-    model: LensModel,
+    model: HookedModel,
     asked: Iterable[TwoHopFact | Request],
     *,
     layers: Sequence[int],
@@ -61,7 +63,6 @@ def creme_joint(
     Raises:
         ValueError: no facts, a negative ridge, or as `creme.creme_many`.
     """
-    import torch
     from tqdm.auto import tqdm
 
     how = CremeSettings(**settings)
@@ -71,7 +72,7 @@ def creme_joint(
     if ridge < 0:
         raise ValueError(f"ridge is {ridge}; expected 0 or more")
     chosen = check_layers(model, layers)
-    print_of_weights = check_ground(model, how.covariance, chosen, processed=how.processed)
+    fingerprint_of_weights = check_editable(model, how.covariance, chosen, processed=how.processed)
     plans = [plan_request(model, request, how) for request in requests]
     wide = torch.promote_types(dtype_of(model), torch.float32)
 
@@ -79,7 +80,7 @@ def creme_joint(
         return Edit(
             method="creme-joint",
             changes=tuple(changes),
-            fingerprint=print_of_weights,
+            fingerprint=fingerprint_of_weights,
             processing=processing_of(model),
             request={"joint": [request.to_dict() for request in requests]},
             settings={"layers": list(chosen), "ridge": ridge, **how.to_dict()},
@@ -99,7 +100,7 @@ def creme_joint(
 
 
 def _gather(
-    model: LensModel,
+    model: HookedModel,
     plans: Sequence[Plan],
     layer: int,
     how: CremeSettings,
@@ -107,8 +108,6 @@ def _gather(
     batch_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, kept keys and changes of all plans at one layer, with `below` in force."""
-    import torch
-
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for members in chunk_plans(plans, batch_size):
         part = [plans[i] for i in members]
@@ -138,7 +137,7 @@ def _gather(
 
 
 def creme_sequential(
-    model: LensModel,
+    model: HookedModel,
     asked: Iterable[TwoHopFact | Request],
     *,
     layers: Sequence[int],
@@ -164,7 +163,6 @@ def creme_sequential(
         ValueError: as `creme.creme_many`; with `hold`, also a slack of 0, which no edit could meet
             once there are more inputs to hold than dimensions.
     """
-    import torch
     from tqdm.auto import tqdm
 
     how = CremeSettings(**settings)
@@ -181,10 +179,12 @@ def creme_sequential(
         for request, plan in tqdm(
             list(zip(requests, plans, strict=True)), disable=not progress, desc="sequential CREME"
         ):
-            print_of_weights = check_ground(model, how.covariance, chosen, processed=how.processed)
+            fingerprint_of_weights = check_editable(
+                model, how.covariance, chosen, processed=how.processed
+            )
             run = CremeRun([plan], model, chosen, how, held if hold else None)
             (changes,) = run.changes()
-            edits.append(as_edit(model, request, changes, print_of_weights, how, hold=hold))
+            edits.append(as_edit(model, request, changes, fingerprint_of_weights, how, hold=hold))
             for layer, keys in run.keys.items():
                 held[layer] = torch.cat([held[layer], keys]) if layer in held else keys
             applied.enter_context(edits[-1].applied(model, check=False))

@@ -17,21 +17,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mi_hops.corpus import token_batches
+import torch
+
 from mi_hops.editing.change import input_hook
 from mi_hops.editing.edit import write_whole
 from mi_hops.editing.passes import run_blocks
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import (
     Hook,
+    HookedModel,
     HookFn,
-    LensModel,
     dtype_of,
     fingerprint,
     processing_of,
     require_layers,
 )
-from mi_hops.tokens import Batch
+from mi_hops.text.corpus import token_batches
+from mi_hops.text.tokens import Batch
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -105,8 +107,6 @@ class Moments:
 
     def shrunk(self, layer: int) -> Float[Tensor, "d_in d_in"]:
         """``(1 - s) C + s tr(C)/d I``, float64."""
-        import torch
-
         c, s = self._of(layer), self.share(layer)
         eye = torch.eye(c.shape[0], dtype=c.dtype)
         return (1 - s) * c + s * c.diagonal().mean() * eye
@@ -130,8 +130,6 @@ class Moments:
             SingularError: C cannot be inverted reliably.
             ValueError: no moments of that layer.
         """
-        import torch
-
         at = (layer, str(keys.device))
         if at not in self._factors:
             self._factors[at] = _cholesky(self.shrunk(layer), layer).to(keys.device)
@@ -172,8 +170,6 @@ class Moments:
 
 
 def _cholesky(c: Tensor, layer: int) -> Tensor:
-    import torch
-
     factor, info = torch.linalg.cholesky_ex(c)
     diagonal = factor.diagonal()
     # The squared ratio bounds the condition number from below.
@@ -190,7 +186,7 @@ def _cholesky(c: Tensor, layer: int) -> Tensor:
 
 
 def second_moments(
-    model: LensModel,
+    model: HookedModel,
     corpus: Corpus,
     *,
     layers: Sequence[int] | None = None,
@@ -209,7 +205,7 @@ def second_moments(
 
     Args:
         corpus: texts, facts (counted as their statements) or the path of a file; see
-            `mi_hops.corpus.token_batches`.
+            `mi_hops.text.corpus.token_batches`.
         layers: default all.
         matrix: ``"W_O"`` or ``"W_out"``.
         positions: ``"all"`` tokens, or the ``"last"`` one of each text.
@@ -243,9 +239,9 @@ def second_moments(
         text = digest.of(corpus) if name is None else name
     source: dict[str, Any] = {"positions": positions, "max_tokens": max_tokens, "text": text}
     path = None
-    print_of_weights = fingerprint(model)
+    fingerprint_of_weights = fingerprint(model)
     if cache is not None:
-        key = json.dumps([print_of_weights, processing_of(model), matrix, wanted, source])
+        key = json.dumps([fingerprint_of_weights, processing_of(model), matrix, wanted, source])
         path = Path(cache) / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
         if path.is_file():
             return Moments.load(path).with_shrinkage(shrinkage)
@@ -264,7 +260,7 @@ def second_moments(
         second={layer: s.second.cpu() / n for layer, s in sums.items()},
         fourth={layer: float(s.fourth) / n for layer, s in sums.items()},
         n=n,
-        fingerprint=print_of_weights,
+        fingerprint=fingerprint_of_weights,
         processing=processing_of(model),
         shrinkage=shrinkage,
         source={**source, "dtype": str(dtype_of(model)).removeprefix("torch.")},
@@ -282,8 +278,6 @@ class _Sum:
     fourth: Tensor
 
     def adder(self, mask: Tensor) -> HookFn:
-        import torch
-
         def add(x: Tensor) -> None:
             wide = torch.promote_types(x.dtype, torch.float32)
             rows = x.flatten(2)[mask.to(x.device)].to(wide)
@@ -299,8 +293,6 @@ class _Sum:
 
 
 def _counted(batch: Batch, positions: Positions) -> Tensor:
-    import torch
-
     if positions == "all":
         return batch.mask
     mask = torch.zeros_like(batch.mask)
@@ -309,8 +301,6 @@ def _counted(batch: Batch, positions: Positions) -> Tensor:
 
 
 def _refuse_non_finite(moments: Moments) -> None:
-    import torch
-
     wrong = [i for i, c in moments.second.items() if not torch.isfinite(c).all()]
     if wrong:
         raise ValueError(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from mi_hops.editing.moments import Moments
 from mi_hops.editing.request import (
     Keep,
@@ -17,8 +19,8 @@ from mi_hops.editing.request import (
     key_position,
 )
 from mi_hops.facts.templates import CONTEXTS
-from mi_hops.model import LensModel
-from mi_hops.tokens import answer_ids, encode
+from mi_hops.model import HookedModel
+from mi_hops.text.tokens import answer_ids, encode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,7 +138,7 @@ class Plan:
         return [True] * n + [guides] * n + [True] * len(self.kept)
 
 
-def plan_request(model: LensModel, request: Request, how: CremeSettings) -> Plan:
+def plan_request(model: HookedModel, request: Request, how: CremeSettings) -> Plan:
     """The tokens and positions of a request.
 
     Raises:
@@ -194,8 +196,6 @@ def read_plan(plan: Plan, start: int, z: Tensor, out: Tensor) -> tuple[Tensor, T
         z: ``[row, pos, d_in]``.
         out: ``[row, pos, d_out]``, what the composite is to have of the guide.
     """
-    import torch
-
     n = plan.templates
     device = z.device
     composites = torch.arange(start, start + n, device=device)[None]

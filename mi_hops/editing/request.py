@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.generate import ARTICLES
-from mi_hops.model import LensModel
-from mi_hops.tokens import Prompt, encode, find_text, last_position
+from mi_hops.model import HookedModel
+from mi_hops.text.matching import ARTICLES
+from mi_hops.text.tokens import Prompt, encode, find_text, last_position
 
 Position = Literal["last", "subject"]
 Keep = Literal["hops"] | Callable[[TwoHopFact], Sequence[str]] | None
@@ -176,7 +176,7 @@ def check_templates(templates: Sequence[str]) -> None:
         fill(template, "")
 
 
-def check_bridge_known(model: LensModel, request: Request) -> None:
+def check_bridge_known(model: HookedModel, request: Request) -> None:
     """Refuse a bridge the tokenizer has no words for.
 
     Raises:

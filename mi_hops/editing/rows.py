@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mi_hops.editing.applied import AppliedError, applied_edits
 from mi_hops.editing.change import Change, input_hook, merge, output_hook
 from mi_hops.editing.edit import Edit
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model import Hook, LensModel
-from mi_hops.repair import Rows
+from mi_hops.model import Hook, HookedModel
+from mi_hops.sweep.repair import Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +28,7 @@ RowEdit = Edit | Sequence[Edit] | None
 _BATCHED_RANK = 8
 
 
-def edit_hooks(model: LensModel, edits: Sequence[RowEdit], *, check: bool = False) -> list[Hook]:
+def edit_hooks(model: HookedModel, edits: Sequence[RowEdit], *, check: bool = False) -> list[Hook]:
     """Hooks for a forward pass whose row r is under ``edits[r]``.
 
     Equal to the weight form up to rounding; sums are made in the wider dtype of factors (float32
@@ -58,7 +60,7 @@ def edit_hooks(model: LensModel, edits: Sequence[RowEdit], *, check: bool = Fals
     return hooks
 
 
-def require_not_applied(model: LensModel, edits: Sequence[Edit]) -> None:
+def require_not_applied(model: HookedModel, edits: Sequence[Edit]) -> None:
     """Refuse edits that hooks would put on weights which have them already.
 
     Raises:
@@ -102,8 +104,6 @@ def _site_hooks(rows: dict[int, list[Change]], n_rows: int) -> tuple[Any, Any]:
         inputs[:] = [x]
 
     def add(out: Tensor) -> Tensor:
-        import torch
-
         x = inputs.pop()
         if out.shape[0] != n_rows:
             raise ValueError(f"edits were given for {n_rows} rows, the pass has {out.shape[0]}")
@@ -127,8 +127,6 @@ def _site_hooks(rows: dict[int, list[Change]], n_rows: int) -> tuple[Any, Any]:
 
 def _batched(small: list[tuple[Tensor, Tensor, list[int]]]) -> tuple[list[int], Tensor, Tensor]:
     """Rows, and their factors ``[row, rank, d]`` padded with zeros to one rank."""
-    import torch
-
     rank = max(right.shape[0] for _, right, _ in small)
     wide = torch.float32
     for _, right, _ in small:
@@ -146,7 +144,7 @@ def _batched(small: list[tuple[Tensor, Tensor, list[int]]]) -> tuple[list[int], 
 
 
 class EditRepair:
-    """Edits that are there already as a `mi_hops.repair.Repair`.
+    """Edits that are there already as a `mi_hops.sweep.repair.Repair`.
 
     Args:
         edits: one edit for every fact, or fact id -> what its rows are under; facts that are not
@@ -162,7 +160,7 @@ class EditRepair:
         """Label in tables."""
         return self._name
 
-    def fit(self, model: LensModel, facts: Sequence[TwoHopFact]) -> list[RowEdit]:
+    def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[RowEdit]:
         """The edits given; nothing is made.
 
         Raises:
@@ -178,6 +176,6 @@ class EditRepair:
             edit.check(model)
         return states
 
-    def hooks(self, model: LensModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
+    def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
         """Each row under its edits."""
         return edit_hooks(model, states)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from mi_hops.editing.moments import Moments, SingularError
 
 if TYPE_CHECKING:
@@ -40,8 +42,6 @@ def solve_keys(
     Raises:
         SingularError: keys that are zero, or that depend on one another (or on kept ones).
     """
-    import torch
-
     n = len(keys)
     a = (keys if kept is None else torch.cat([keys, kept])).double()
     g = a if inverse is None else inverse.double()

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from mi_hops.editing.request import Request
-from mi_hops.model import Hook, LensModel
-from mi_hops.scoring import logits_at
-from mi_hops.tokens import Prompt, answer_ids, encode, pad
+from mi_hops.model import Hook, HookedModel
+from mi_hops.sweep.scoring import logits_at
+from mi_hops.text.tokens import Prompt, answer_ids, encode, pad
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherForcedBatch:
     """Prompts with their answers appended (teacher forcing).
 
     Attributes:
@@ -37,19 +39,19 @@ class Lesson:
     weights: Float[Tensor, "row answer"]
 
 
-def lesson(model: LensModel, prompts: Sequence[str], answers: Sequence[str]) -> Lesson:
+def lesson(
+    model: HookedModel, prompts: Sequence[str], answers: Sequence[str]
+) -> TeacherForcedBatch:
     """Rows that teach each prompt its answer.
 
     Raises:
         TokenError: a prompt too long or an answer that is empty or merges with its prompt.
     """
-    import torch
-
     encoded = [encode(model, p) for p in prompts]
     ids = [answer_ids(model, p, a) for p, a in zip(encoded, answers, strict=True)]
     longest = max(map(len, ids))
     filled = [[*i, *[i[-1]] * (longest - len(i))] for i in ids]
-    return Lesson(
+    return TeacherForcedBatch(
         tuple(encoded),
         pad([[*p.ids, *i[:-1]] for p, i in zip(encoded, ids, strict=True)]).tokens,
         torch.tensor(
@@ -63,7 +65,9 @@ def lesson(model: LensModel, prompts: Sequence[str], answers: Sequence[str]) -> 
     )
 
 
-def answer_loss(model: LensModel, taught: Lesson, hooks: Sequence[Hook]) -> Float[Tensor, "row"]:
+def answer_loss(
+    model: HookedModel, taught: TeacherForcedBatch, hooks: Sequence[Hook]
+) -> Float[Tensor, "row"]:
     """Mean negative log-probability of the answer's tokens, in nats, each row."""
     logits = logits_at(model, taught.tokens, taught.scored, hooks=hooks)
     logp = logits.float() if logits.element_size() < 4 else logits
@@ -72,17 +76,17 @@ def answer_loss(model: LensModel, taught: Lesson, hooks: Sequence[Hook]) -> Floa
     return -(picked * taught.weights.to(logp)).sum(1)
 
 
-def answered_rightly(model: LensModel, taught: Lesson, hooks: Sequence[Hook] = ()) -> list[bool]:
+def answered_rightly(
+    model: HookedModel, taught: TeacherForcedBatch, hooks: Sequence[Hook] = ()
+) -> list[bool]:
     """Whether greedy decoding begins with the whole answer, each row."""
-    import torch
-
     with torch.no_grad():
         logits = logits_at(model, taught.tokens, taught.scored, hooks=hooks)
     return (logits.argmax(-1).cpu() == taught.answers).all(1).tolist()
 
 
 def last_logp(
-    model: LensModel, prompts: Sequence[Prompt], hooks: Sequence[Hook] = ()
+    model: HookedModel, prompts: Sequence[Prompt], hooks: Sequence[Hook] = ()
 ) -> Float[Tensor, "row vocab"]:
     """Log-probabilities of the token after each prompt, float32 or wider."""
     batch = pad([p.ids for p in prompts])
@@ -125,8 +129,6 @@ def minimise(
     Raises:
         ValueError: the loss stops being finite.
     """
-    import torch
-
     adam = torch.optim.Adam(list(parameters), lr=lr)
     with torch.enable_grad():
         for step in range(steps):
@@ -142,7 +144,7 @@ def minimise(
 
 
 @contextmanager
-def frozen(model: LensModel) -> Iterator[None]:
+def frozen(model: HookedModel) -> Iterator[None]:
     """No gradients on the model's own parameters inside the block; as before after it."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     try:

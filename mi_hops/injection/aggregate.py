@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mi_hops.results import summarise_change
+from mi_hops.result.result import summarise_change
 
 if TYPE_CHECKING:
     import pandas as pd

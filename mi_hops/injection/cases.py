@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mi_hops.facts.unusable import NoUsableFactError
-from mi_hops.fanout import Intervention, Site, fan_out
 from mi_hops.injection.memory import Place, adding, places
-from mi_hops.metrics import Metric, Target, target_of
-from mi_hops.model import LensModel
-from mi_hops.tokens import Prompt, encode, pad
+from mi_hops.model import HookedModel
+from mi_hops.sweep.fanout import Intervention, Site, fan_out
+from mi_hops.sweep.metrics import Metric, Target, target_of
+from mi_hops.text.tokens import Prompt, encode, pad
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -43,7 +45,7 @@ class Case:
 
 
 def make_cases(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
     form: str | None,
@@ -94,7 +96,7 @@ def injecting(
 
 
 def run_cases(
-    model: LensModel,
+    model: HookedModel,
     cases: Sequence[Case],
     rows_of: Callable[[int, Case, int], list[Intervention]],
     metrics: Sequence[Metric],
@@ -115,7 +117,6 @@ def run_cases(
     Returns:
         Both in float64 on the CPU.
     """
-    import torch
     from tqdm.auto import tqdm
 
     before = torch.empty(len(cases), len(metrics), dtype=torch.float64)
@@ -170,8 +171,6 @@ def _offsets(target: Target, metrics: Sequence[Metric]) -> list[int]:
 
 def _reading(part: Sequence[Case], metrics: Sequence[Metric]) -> tuple[list[list[int]], Any]:
     """The positions a pass scores, and the function from its logits to ``[row, metric]``."""
-    import torch
-
     offsets = [_offsets(case.target, metrics) for case in part]
     scored = [[case.prompt.last + p for p in at] for case, at in zip(part, offsets, strict=True)]
 

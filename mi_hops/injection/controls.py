@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from mi_hops.injection.encodings import memory_prompt
-from mi_hops.model import LensModel
+from mi_hops.model import HookedModel
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,7 +27,7 @@ CONTROLS = ("random_word", "permuted_bridge", "answer", "norm_matched")
 
 
 def control_texts(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     controls: Sequence[str],
     *,
@@ -105,7 +106,7 @@ def permuted_bridges(facts: Sequence[TwoHopFact], rng: np.random.Generator) -> l
 
 
 def _random_words(
-    model: LensModel, facts: Sequence[TwoHopFact], rng: np.random.Generator
+    model: HookedModel, facts: Sequence[TwoHopFact], rng: np.random.Generator
 ) -> list[str]:
     vocabulary = whole_words(model)
     found = []
@@ -125,7 +126,7 @@ def _random_words(
     return found
 
 
-def whole_words(model: LensModel) -> list[str]:
+def whole_words(model: HookedModel) -> list[str]:
     """Tokens that are words by themselves: letters only, and one token again when tokenised."""
     tokenizer = model.tokenizer
     special = set(tokenizer.all_special_ids)
@@ -154,8 +155,6 @@ def norm_matched(
         within: brings directions ``[memory, layer, d_model]`` into the space that the vectors lie
             in (what some heads can write); their length is set afterwards.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(vectors.shape[0], 1, vectors.shape[-1], generator=generator)
     drawn = drawn.to(vectors.device, vectors.dtype).expand_as(vectors)

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from mi_hops.model import (
-    LensModel,
+    HookedModel,
     capture,
     device_of,
     dtype_of,
@@ -22,7 +24,7 @@ from mi_hops.model import (
     unembedding,
     w_o,
 )
-from mi_hops.tokens import Prompt, TokenError, batches, encode
+from mi_hops.text.tokens import Prompt, TokenError, batches, encode
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -45,7 +47,7 @@ Heads = Sequence[int] | Mapping[int, Sequence[int]]
 
 
 def memory_prompt(
-    model: LensModel, text: str, *, leading_space: bool = False, prepend_bos: bool = False
+    model: HookedModel, text: str, *, leading_space: bool = False, prepend_bos: bool = False
 ) -> Prompt:
     """A memory as tokens.
 
@@ -63,7 +65,7 @@ def memory_prompt(
 
 
 def encode_memories(
-    model: LensModel,
+    model: HookedModel,
     texts: Sequence[str],
     encoding: Encoding = "unembed",
     *,
@@ -85,8 +87,6 @@ def encode_memories(
             (quantised).
         TokenError: an empty memory, or one longer than the context.
     """
-    import torch
-
     check_encoding(encoding, pooling)
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts is {texts!r}; expected at least one memory, in a sequence")
@@ -109,7 +109,7 @@ def encode_memories(
 
 
 def encode_columns(
-    model: LensModel,
+    model: HookedModel,
     columns: Mapping[str, Sequence[str]],
     encoding: Encoding = "unembed",
     *,
@@ -117,8 +117,6 @@ def encode_columns(
     leading_space: bool = False,
 ) -> Float[Tensor, "memory fact layer d_model"]:
     """`encode_memories` of named memories with one text a fact; what several share is encoded once."""
-    import torch
-
     distinct = list(dict.fromkeys(text for texts in columns.values() for text in texts))
     table = encode_memories(model, distinct, encoding, pooling=pooling, leading_space=leading_space)
     at = {text: i for i, text in enumerate(distinct)}
@@ -138,10 +136,8 @@ def check_encoding(encoding: str, pooling: str = "set") -> None:
 
 
 def _layerwise(
-    model: LensModel, prompts: Sequence[Prompt], encoding: Encoding, batch_size: int
+    model: HookedModel, prompts: Sequence[Prompt], encoding: Encoding, batch_size: int
 ) -> Float[Tensor, "memory layer d_model"]:
-    import torch
-
     kind = "attn_out" if encoding == "layerwise_code" else "resid_pre"
     names = [hook_name(kind, layer) for layer in range(int(model.cfg.n_layers))]
     wide = torch.promote_types(dtype_of(model), torch.float32)
@@ -160,7 +156,7 @@ def _layerwise(
 
 
 def restrict_to_heads(
-    model: LensModel, vectors: Float[Tensor, "*memory layer d_model"], heads: Heads
+    model: HookedModel, vectors: Float[Tensor, "*memory layer d_model"], heads: Heads
 ) -> Float[Tensor, "*memory layer d_model"]:
     """The part of each vector that some heads can write together, layer by layer.
 
@@ -174,8 +170,6 @@ def restrict_to_heads(
     Raises:
         ValueError: a layer or head out of range, a layer named without heads, a head named twice.
     """
-    import torch
-
     n_heads, n_layers = int(model.cfg.n_heads), vectors.shape[-2]
     each = heads if isinstance(heads, Mapping) else dict.fromkeys(range(n_layers), heads)
     require_layers(model, each)

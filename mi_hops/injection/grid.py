@@ -1,7 +1,7 @@
 """Layer x strength x encoding grids of injections over sets of facts, in fan-out passes.
 
 Every cell of the grid for a fact is one row of a batch that grows on the way up, so nothing below
-the injected layer is computed twice (`mi_hops.fanout`). Controls run in the same passes.
+the injected layer is computed twice (`mi_hops.sweep.fanout`). Controls run in the same passes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.fanout import Intervention
+import torch
+
 from mi_hops.injection.cases import Case, injecting, make_cases, run_cases
 from mi_hops.injection.controls import CONTROLS, control_texts, norm_matched
 from mi_hops.injection.encodings import (
@@ -22,11 +23,20 @@ from mi_hops.injection.encodings import (
     restrict_to_heads,
 )
 from mi_hops.injection.memory import KINDS, Place, plain_place
-from mi_hops.metrics import METRICS, Metric, MetricLike, NextToken, Target, get_metrics, target_of
-from mi_hops.model import LensModel, provenance, require_layers
-from mi_hops.results import Result
-from mi_hops.scoring import score_prompts
-from mi_hops.tokens import encode
+from mi_hops.model import HookedModel, provenance, require_layers
+from mi_hops.result.result import Result
+from mi_hops.sweep.fanout import Intervention
+from mi_hops.sweep.metrics import (
+    METRICS,
+    Metric,
+    MetricLike,
+    NextToken,
+    Target,
+    get_metrics,
+    target_of,
+)
+from mi_hops.sweep.scoring import score_prompts
+from mi_hops.text.tokens import encode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +60,7 @@ DEFAULT_METRICS: tuple[Metric, ...] = (
 
 
 def injection_grid(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
     layers: Sequence[int | Sequence[int]] | None = None,
@@ -180,7 +190,7 @@ def injection_grid(
 
 
 def _layer_groups(
-    model: LensModel, layers: Sequence[int | Sequence[int]] | None
+    model: HookedModel, layers: Sequence[int | Sequence[int]] | None
 ) -> list[tuple[int, ...]]:
     every = range(int(model.cfg.n_layers)) if layers is None else layers
     groups = [(g,) if isinstance(g, int) else tuple(g) for g in every]
@@ -215,7 +225,7 @@ def _given(
 
 
 def _vectors(
-    model: LensModel,
+    model: HookedModel,
     texts: Mapping[str, Sequence[str]],
     encoding: Encoding,
     with_random: bool,
@@ -225,8 +235,6 @@ def _vectors(
     seed: int,
 ) -> Tensor:
     """``[memory, fact, layer, d_model]``."""
-    import torch
-
     vectors = encode_columns(model, texts, encoding, pooling=pooling, leading_space=leading_space)
     within = None
     if heads is not None:
@@ -239,11 +247,9 @@ def _vectors(
 
 
 def _explicit(
-    model: LensModel, cases: Sequence[Case], metrics: Sequence[Metric], form: str | None
+    model: HookedModel, cases: Sequence[Case], metrics: Sequence[Metric], form: str | None
 ) -> dict[str, Tensor]:
     """Scores of the second-hop prompts, NaN where there is none or the answer merges with it."""
-    import torch
-
     prompts, targets, rows = [], [], []
     for i, case in enumerate(cases):
         key = form if form is not None else next(iter(case.fact.prompts))

@@ -12,19 +12,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
-from mi_hops.fanout import Intervention
 from mi_hops.injection.cases import Case, injecting, make_cases, run_cases
 from mi_hops.injection.controls import control_texts
 from mi_hops.injection.encodings import Encoding, Pooling, encode_columns, restrict_to_heads
 from mi_hops.injection.grid import DEFAULT_METRICS
 from mi_hops.injection.memory import Place
 from mi_hops.injection.select import split_halves
-from mi_hops.interventions import ablate
-from mi_hops.metrics import Metric, MetricLike, get_metrics
-from mi_hops.model import LensModel, capture, hook_name, provenance, require_layers
-from mi_hops.results import Result
-from mi_hops.tokens import batches
+from mi_hops.model import HookedModel, capture, hook_name, provenance, require_layers
+from mi_hops.result.result import Result
+from mi_hops.sweep.fanout import Intervention
+from mi_hops.sweep.interventions import ablate
+from mi_hops.sweep.metrics import Metric, MetricLike, get_metrics
+from mi_hops.text.tokens import batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,7 @@ _Parts = dict[int, "Tensor"]
 
 
 def head_ablation(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
     layers: Sequence[int] | None = None,
@@ -96,7 +97,7 @@ def head_ablation(
 
 
 def head_injection(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
     strength: float,
@@ -184,7 +185,7 @@ class HeadSubset:
 
 
 def greedy_heads(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
     strength: float,
@@ -304,7 +305,7 @@ def greedy_heads(
 
 
 def _prepare(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     controls: Sequence[str],
     *,
@@ -350,12 +351,12 @@ def _by_layer(heads: Sequence[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
     }
 
 
-def _written(model: LensModel, vectors: Tensor, heads: Mapping[int, Sequence[int]]) -> _Parts:
+def _written(model: HookedModel, vectors: Tensor, heads: Mapping[int, Sequence[int]]) -> _Parts:
     parts = restrict_to_heads(model, vectors, heads)
     return {layer: parts[:, layer] for layer in heads}
 
 
-def _layers(model: LensModel, layers: Sequence[int] | None) -> list[int]:
+def _layers(model: HookedModel, layers: Sequence[int] | None) -> list[int]:
     chosen = list(range(int(model.cfg.n_layers))) if layers is None else list(layers)
     if not chosen:
         raise ValueError("layers is empty; name at least one, or pass None for all")
@@ -363,10 +364,8 @@ def _layers(model: LensModel, layers: Sequence[int] | None) -> list[int]:
     return chosen
 
 
-def _mean_z(model: LensModel, cases: Sequence[Case], layers: Sequence[int]) -> dict[int, Tensor]:
+def _mean_z(model: HookedModel, cases: Sequence[Case], layers: Sequence[int]) -> dict[int, Tensor]:
     """Layer -> mean z ``[head, d_head]`` over the positions to be ablated, each counted once."""
-    import torch
-
     names = {layer: hook_name("z", layer) for layer in layers}
     sums: dict[int, Tensor] = {}
     count = 0

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from mi_hops.injection.encodings import (
     Encoding,
     Heads,
@@ -20,16 +22,24 @@ from mi_hops.injection.encodings import (
     encode_memories,
     restrict_to_heads,
 )
-from mi_hops.model import Hook, LensModel, hook_name, hooked, require_hooks, require_layers
-from mi_hops.repair import Rows
-from mi_hops.tokens import Prompt, TokenError, Where, encode, find_text, last_position, positions
+from mi_hops.model import Hook, HookedModel, hook_name, hooked, require_hooks, require_layers
+from mi_hops.sweep.repair import Rows
+from mi_hops.text.tokens import (
+    Prompt,
+    TokenError,
+    Where,
+    encode,
+    find_text,
+    last_position,
+    positions,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
     from mi_hops.facts.fact import TwoHopFact
-    from mi_hops.interventions import Change
+    from mi_hops.sweep.interventions import Change
 
 #: Where a memory goes. ``"all"``: every token, the answer's and generated ones included (as
 #: published); ``"prompt"``: every token of the prompt; ``"last"``: the prompt's last; ``"first hop"``:
@@ -149,7 +159,7 @@ class MemoryInjection:
     def _strengths(self) -> tuple[float, ...]:
         return tuple(self.strength)  # type: ignore[arg-type]
 
-    def fit(self, model: LensModel, facts: Sequence[TwoHopFact]) -> list[Memory]:
+    def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[Memory]:
         """One `Memory` a fact.
 
         Raises:
@@ -161,7 +171,7 @@ class MemoryInjection:
 
     def fit_texts(
         self,
-        model: LensModel,
+        model: HookedModel,
         memories: Sequence[str | Sequence[str]],
         *,
         first_hops: Sequence[str] | None = None,
@@ -203,7 +213,7 @@ class MemoryInjection:
                 found.update(places(prompt, part, state.first_hop))
         return tuple(sorted(found))
 
-    def hooks(self, model: LensModel, states: Sequence[Memory | None], rows: Rows) -> list[Hook]:
+    def hooks(self, model: HookedModel, states: Sequence[Memory | None], rows: Rows) -> list[Hook]:
         """Hooks that add each row's memory at that row's own positions of this pass.
 
         Raises:
@@ -288,8 +298,6 @@ def read_place(plain: Any) -> Place:
 
 def scaled(vector: Tensor, x: Tensor, strength: float, *, relative: bool) -> Tensor:
     """What is added to activations ``[..., d_model]``: strength * vector, or strength * |x| * unit."""
-    import torch
-
     wide = torch.promote_types(x.dtype, torch.float32)
     vector = vector.to(x.device, wide)
     if relative:
@@ -311,8 +319,6 @@ def adding(vector: Tensor, strength: float, *, relative: bool) -> Change:
 def _adder(
     cells: Sequence[tuple[int, int]], vectors: Sequence[Tensor], strength: float, *, relative: bool
 ) -> Change:
-    import torch
-
     rows, columns = torch.tensor(list(cells)).T
     stacked = torch.stack(list(vectors))
 
@@ -327,7 +333,7 @@ def _adder(
 
 @contextmanager
 def inject(
-    model: LensModel,
+    model: HookedModel,
     memory: str | Sequence[str],
     *,
     layers: int | Sequence[int],
@@ -388,7 +394,7 @@ def inject(
 
 
 @contextmanager
-def only_runs_of(model: LensModel, prompts: Sequence[Prompt]) -> Iterator[None]:
+def only_runs_of(model: HookedModel, prompts: Sequence[Prompt]) -> Iterator[None]:
     """Refuse, within a ``with`` block, batches whose rows do not begin with these prompts.
 
     Positions counted from the left of a prompt are wrong in a row that is padded on the left.
@@ -396,7 +402,6 @@ def only_runs_of(model: LensModel, prompts: Sequence[Prompt]) -> Iterator[None]:
     Raises:
         ValueError: from the model's call: another number of rows, or a row that begins otherwise.
     """
-    import torch
 
     def check(module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         tokens = next(t for t in (*args, *named.values()) if isinstance(t, torch.Tensor))
@@ -411,7 +416,7 @@ def only_runs_of(model: LensModel, prompts: Sequence[Prompt]) -> Iterator[None]:
             raise ValueError(
                 f"the injection was made for {len(prompts)} prompts, the model is run on tokens "
                 f"{tuple(tokens.shape)}: {what}. Run the same prompts, BOS first and padded on the "
-                "right (mi_hops.generate takes an injection as a repair, with its cache)"
+                "right (mi_hops.sweep.generate takes an injection as a repair, with its cache)"
             )
 
     handle = model.embed.register_forward_pre_hook(check, with_kwargs=True)  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ import numpy as np
 
 from mi_hops.injection.encodings import Encoding
 from mi_hops.injection.memory import Chooser, MemoryInjection, read_place
-from mi_hops.results import Result, difference_ci, proportion_ci, summarise_change
+from mi_hops.result.result import Result, difference_ci, proportion_ci, summarise_change
 
 if TYPE_CHECKING:
     import pandas as pd

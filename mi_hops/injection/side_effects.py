@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.injection.memory import Memory, MemoryInjection
-from mi_hops.metrics import target_of
-from mi_hops.model import LensModel, provenance
-from mi_hops.repair import Rows
-from mi_hops.results import Result
-from mi_hops.scoring import logits_at
-from mi_hops.tokens import Prompt, batches, encode
+from mi_hops.model import HookedModel, provenance
+from mi_hops.result.result import Result
+from mi_hops.sweep.metrics import target_of
+from mi_hops.sweep.repair import Rows
+from mi_hops.sweep.scoring import logits_at
+from mi_hops.text.tokens import Prompt, batches, encode
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def side_effects(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     injection: MemoryInjection,
     unrelated: Sequence[str],
@@ -53,8 +55,6 @@ def side_effects(
         ValueError: no unrelated prompt.
         NoUsableFactError: no fact is left.
     """
-    import torch
-
     if isinstance(unrelated, str) or not unrelated:
         raise ValueError("name at least one unrelated prompt, in a sequence")
     kept: list[TwoHopFact] = []
@@ -115,15 +115,13 @@ def side_effects(
 
 
 def _next(
-    model: LensModel,
+    model: HookedModel,
     prompts: Sequence[Prompt],
     batch_size: int,
     repair: MemoryInjection | None = None,
     states: Sequence[Memory] | None = None,
 ) -> Float[Tensor, "row vocab"]:
     """Log-probabilities of the next token."""
-    import torch
-
     out: list[Tensor | None] = [None] * len(prompts)
     with torch.no_grad():
         for chosen, batch in batches([p.ids for p in prompts], batch_size):

@@ -17,9 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
+
 from mi_hops.lens.reading import check_layers
 from mi_hops.lens.trained import Example, TrainedLens, kl
-from mi_hops.model import LensModel, device_of, dtype_of, final_norm, unembedding
+from mi_hops.model import HookedModel, device_of, dtype_of, final_norm, unembedding
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -54,7 +56,7 @@ class AttentionLens(TrainedLens):
 
     def __init__(
         self,
-        model: LensModel,
+        model: HookedModel,
         *,
         layers: Sequence[int] | None = None,
         variant: Variant = "translator",
@@ -62,8 +64,6 @@ class AttentionLens(TrainedLens):
         norm: bool = False,
         seed: int = 0,
     ) -> None:
-        import torch
-
         chosen = check_layers(model, self.kind, layers)
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; expected one of {list(VARIANTS)}")
@@ -107,7 +107,7 @@ class AttentionLens(TrainedLens):
         }  # fmt: skip
 
     @classmethod
-    def from_settings(cls, model: LensModel, settings: Mapping[str, Any]) -> AttentionLens:
+    def from_settings(cls, model: HookedModel, settings: Mapping[str, Any]) -> AttentionLens:
         """A fresh lens of the given shape."""
         return cls(model, **settings)
 
@@ -149,8 +149,6 @@ class AttentionLens(TrainedLens):
         self, outputs: Float[Tensor, "cell head d_model"], at: int, heads: slice
     ) -> Float[Tensor, "cell vocab"]:
         """Logits of the chosen heads' outputs, summed over them."""
-        import torch
-
         p = {name: tensor[at, heads] for name, tensor in self.parameters.items()}
         any_own = next(iter(p.values()))
         x = outputs.to(any_own.device, any_own.dtype)
@@ -169,8 +167,6 @@ class AttentionLens(TrainedLens):
         return total
 
     def _low_or_full(self, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
-        import torch
-
         if self.rank is None:
             return torch.einsum("chd,hde->che", x, p["weight"])
         return torch.einsum("chd,hdr,hre->che", x, p["down"], p["up"])

@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mi_hops.lens.reading import head_outputs
 from mi_hops.lens.tracking import Spelling, at_role, resolve, spell_all, tracked_tokens
 from mi_hops.model import (
-    LensModel,
+    HookedModel,
     capture,
     final_norm,
     hook_name,
@@ -24,8 +26,8 @@ from mi_hops.model import (
     read_out,
     unembedding,
 )
-from mi_hops.results import Result
-from mi_hops.tokens import Prompt, Where, batches, encode
+from mi_hops.result.result import Result
+from mi_hops.text.tokens import Prompt, Where, batches, encode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +38,7 @@ _PARTS = ("heads", "mlps", "attention_biases", "embedding", "constant")
 
 
 def logit_attribution(
-    model: LensModel,
+    model: HookedModel,
     prompts: str | Prompt | Sequence[str | Prompt],
     track: Mapping[str, Spelling | Sequence[Spelling]],
     *,
@@ -65,8 +67,6 @@ def logit_attribution(
             whose parts do not add up to its final stream (for instance one with a norm after the
             attention output).
     """
-    import torch
-
     single = isinstance(prompts, str | Prompt)
     given = [prompts] if isinstance(prompts, str | Prompt) else prompts
     known = [encode(model, p) if isinstance(p, str) else p for p in given]
@@ -110,7 +110,7 @@ def logit_attribution(
 
 
 def fact_attribution(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
     form: str | None = None,
@@ -142,10 +142,8 @@ def fact_attribution(
 
 
 def _attribute(
-    model: LensModel, tokens: Tensor, at: Tensor, firsts: Tensor, centre: bool
+    model: HookedModel, tokens: Tensor, at: Tensor, firsts: Tensor, centre: bool
 ) -> dict[str, Tensor]:
-    import torch
-
     n_layers = int(model.cfg.n_layers)
     rows = torch.arange(len(at))
     kinds = ("z", "attn_out", "mlp_out")
@@ -198,15 +196,13 @@ def _check_sum(total: Tensor, final: Tensor) -> None:
 
 
 def _linear_read_out(
-    model: LensModel, final: Tensor, firsts: Tensor, centre: bool
+    model: HookedModel, final: Tensor, firsts: Tensor, centre: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The final norm and unembedding as a linear map, its scale frozen at `final`.
 
     Returns:
         Scale ``[row]``, directions ``[row, tracked, d_model]``, constants ``[row, tracked]``.
     """
-    import torch
-
     weight, bias = unembedding(model)
     weight, bias = weight.to(final.dtype), bias.to(final.dtype)
     norm: Any = model.ln_final

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mi_hops.corpus import token_batches
+import torch
+
 from mi_hops.lens.examples import make_example, real_cells
 from mi_hops.lens.reading import LogitLens, check_lens
 from mi_hops.lens.trained import TrainedLens, kl
 from mi_hops.lens.training import Corpus
-from mi_hops.model import LensModel, provenance
-from mi_hops.results import Result
+from mi_hops.model import HookedModel, provenance
+from mi_hops.result.result import Result
+from mi_hops.text.corpus import token_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +29,7 @@ _UNITS = {
 
 
 def evaluate_lens(
-    model: LensModel,
+    model: HookedModel,
     lens: TrainedLens,
     corpus: Corpus,
     *,
@@ -58,8 +60,6 @@ def evaluate_lens(
         ValueError: a lens of another model (`TrainedLens.moved` binds it to this one), a layer that
             the lens has not got, or an empty corpus.
     """
-    import torch
-
     check_lens(model, lens)
     chosen = list(lens.layers) if layers is None else list(layers)
     for layer in chosen:
@@ -100,7 +100,7 @@ def evaluate_lens(
 
 
 def evaluate_heads(
-    model: LensModel,
+    model: HookedModel,
     lens: TrainedLens,
     corpus: Corpus,
     *,
@@ -122,8 +122,6 @@ def evaluate_heads(
     Raises:
         ValueError: a lens of another model, a lens that does not read heads, or an empty corpus.
     """
-    import torch
-
     check_lens(model, lens)
     if lens.kind != "head_out":
         raise ValueError(f"a {lens.type_name} lens reads {lens.kind!r}, not heads")
@@ -175,8 +173,6 @@ def _compare(
     output: Tensor, logits: Tensor, base: Tensor, following: Tensor, has_next: Tensor, top_k: int
 ) -> Tensor:
     """``[cell, measure]`` in the order of `_UNITS`; cells without a next token have no entropy."""
-    import torch
-
     reading = logits.log_softmax(-1)
     output = output.to(reading.device)
     following, has_next = following.to(reading.device), has_next.to(reading.device)

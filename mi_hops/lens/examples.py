@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from mi_hops.lens.reading import gather
 from mi_hops.lens.trained import Example, TrainedLens
-from mi_hops.model import Hook, LensModel, forward, hook_name, read_out
-from mi_hops.tokens import Batch
+from mi_hops.model import Hook, HookedModel, forward, hook_name, read_out
+from mi_hops.text.tokens import Batch
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
 
 def real_cells(batch: Batch, *, last_only: bool = False) -> tuple[Tensor, Tensor]:
     """(rows, positions) of all real tokens, or of each row's last; never padding."""
-    import torch
-
     if last_only:
         return torch.arange(len(batch.lengths)), batch.last
     rows, columns = batch.mask.nonzero().T
@@ -25,7 +25,7 @@ def real_cells(batch: Batch, *, last_only: bool = False) -> tuple[Tensor, Tensor
 
 
 def make_example(
-    model: LensModel,
+    model: HookedModel,
     lens: TrainedLens,
     batch: Batch,
     cells: tuple[Int[Tensor, "cell"], Int[Tensor, "cell"]],
@@ -39,8 +39,6 @@ def make_example(
             head's z set to 0 at all positions, not at the cell alone: what later layers read of the
             head at earlier tokens is gone as well.
     """
-    import torch
-
     with torch.no_grad():
         found = gather(model, batch.tokens, cells, kind=lens.kind, layers=lens.layers, final=True)
         assert found.final is not None  # asked for
@@ -52,11 +50,9 @@ def make_example(
 
 
 def _without_heads(
-    model: LensModel, batch: Batch, cells: tuple[Tensor, Tensor], layer: int
+    model: HookedModel, batch: Batch, cells: tuple[Tensor, Tensor], layer: int
 ) -> Tensor:
     """Logits ``[head, cell, vocab]``."""
-    import torch
-
     rows, columns = cells
     out = []
     for head in range(int(model.cfg.n_heads)):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.model import LensModel, backend_of, fingerprint, processing_of, read_out
+from mi_hops.model import HookedModel, backend_of, fingerprint, processing_of, read_out
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -38,7 +38,7 @@ class JacobianReading:
             fitted by `fit_jacobian_lens`, which notes the fingerprint, on other weights.
     """
 
-    model: LensModel
+    model: HookedModel
     fitted: Any
     name: str = "jacobian"
 
@@ -86,7 +86,7 @@ class JacobianReading:
 
 
 def fit_jacobian_lens(
-    model: LensModel,
+    model: HookedModel,
     prompts: Sequence[str],
     *,
     corpus: str = "unnamed",

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.lens.reading import (
     Lens,
@@ -23,9 +25,9 @@ from mi_hops.lens.reading import (
     statistics,
 )
 from mi_hops.lens.tracking import Positions, Spelling, resolve, spell_all, tracked_tokens
-from mi_hops.model import Hook, LensModel, provenance, read_out
-from mi_hops.results import Result
-from mi_hops.tokens import Prompt, batches, encode
+from mi_hops.model import Hook, HookedModel, provenance, read_out
+from mi_hops.result.result import Result
+from mi_hops.text.tokens import Prompt, batches, encode
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -38,7 +40,7 @@ UNITS = {
     "prob": "probability",
     "logprob": "nats",
     "rank": "rank",
-    "paper_prob": "probability",
+    "mean_token_prob": "probability",
     "any_prob": "probability",
     "entropy": "nats",
     "kl": "nats",
@@ -46,11 +48,11 @@ UNITS = {
     "logprobs": "nats",
 }
 #: What is told of tracked names.
-TRACKED = ("prob", "logprob", "rank", "paper_prob", "any_prob")
+TRACKED = ("prob", "logprob", "rank", "mean_token_prob", "any_prob")
 
 
 def logit_lens(
-    model: LensModel,
+    model: HookedModel,
     prompts: str | Prompt | Sequence[str | Prompt],
     *,
     track: Mapping[str, Spelling | Sequence[Spelling]] | None = None,
@@ -92,7 +94,7 @@ def logit_lens(
         Result with dimensions ``example, layer, position`` (and ``head`` for ``head_out``):
         ``entropy`` (nats), ``kl`` = KL(output || lens) (nats), ``top_tokens``, ``top_probs`` (with
         ``k``), ``logprobs`` (with ``vocab``); and with a dimension ``tracked``: ``prob``,
-        ``logprob`` (nats), ``rank`` (1 = top) of the main spelling's first token, ``paper_prob``,
+        ``logprob`` (nats), ``rank`` (1 = top) of the main spelling's first token, ``mean_token_prob``,
         the mean probability of all its tokens at this one position (the papers' score), and
         ``any_prob``, the summed probability of the distinct first tokens of all spellings.
 
@@ -123,7 +125,7 @@ def logit_lens(
 
 
 def fact_trajectories(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
     form: str | None = None,
@@ -185,7 +187,7 @@ def fact_trajectories(
 
 
 def token_map(
-    model: LensModel,
+    model: HookedModel,
     prompt: str | Prompt,
     *,
     kind: str = "resid",
@@ -210,7 +212,7 @@ def plot_map(result: Result, *, variable: str = "top_probs", **keywords: Any) ->
     Raises:
         ValueError: a result without top tokens, of several prompts, or of heads.
     """
-    from mi_hops import plots
+    from mi_hops.result import plots
 
     if "top_tokens" not in result.data:
         raise ValueError("there are no top tokens in this result; make it with token_map")
@@ -235,7 +237,7 @@ def plot_map(result: Result, *, variable: str = "top_probs", **keywords: Any) ->
 
 
 def read_vectors(
-    model: LensModel,
+    model: HookedModel,
     vectors: Float[Tensor, "vector d_model"],
     *,
     track: Mapping[str, int] | None = None,
@@ -258,8 +260,6 @@ def read_vectors(
         ValueError: vectors of another shape, token ids outside the vocabulary, or a lens of
             another model.
     """
-    import torch
-
     if vectors.ndim != 2 or vectors.shape[1] != model.cfg.d_model or not len(vectors):
         raise ValueError(
             f"expected vectors [vector, {model.cfg.d_model}], got {tuple(vectors.shape)}"
@@ -288,7 +288,7 @@ def read_vectors(
 
 
 def _read(
-    model: LensModel,
+    model: HookedModel,
     prompts: Sequence[Prompt],
     places: Sequence[Sequence[int]],
     spelled: Sequence[Mapping[str, list[tuple[int, ...]]]],
@@ -305,8 +305,6 @@ def _read(
     skipped: Sequence[tuple[str, str]] = (),
     method: str = "logit_lens",
 ) -> Result:
-    import torch
-
     check_lens(model, lens)
     names = list(spelled[0])
     n_places = len(places[0])
@@ -360,7 +358,7 @@ def _read(
 
 
 def _result(
-    model: LensModel,
+    model: HookedModel,
     lens: Lens,
     found: Mapping[str, Tensor],
     sizes: Mapping[str, Any],
@@ -394,7 +392,7 @@ def _result(
     )  # fmt: skip
 
 
-def decoded(model: LensModel, ids: Tensor) -> Any:
+def decoded(model: HookedModel, ids: Tensor) -> Any:
     """Token ids as texts, an object array of the same shape."""
     import numpy as np
 

@@ -15,19 +15,22 @@ from itertools import tee, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.corpus import token_batches
-from mi_hops.fanout import Intervention, fan_out
-from mi_hops.generate import STOP, Generation, generate
-from mi_hops.interventions import replace
+import torch
+
 from mi_hops.lens.examples import real_cells
 from mi_hops.lens.logit import TRACKED, UNITS, decoded
 from mi_hops.lens.reading import Tracked, check_layers, gather, statistics, stream_site
 from mi_hops.lens.tracking import Spelling, spell_all, tracked_tokens
 from mi_hops.lens.training import Corpus
-from mi_hops.model import Hook, LensModel, device_of, fingerprint, hook_name, provenance
-from mi_hops.repair import Rows
-from mi_hops.results import Result
-from mi_hops.tokens import Prompt, Where, batches, encode, last_position, pad
+from mi_hops.model import Hook, HookedModel, device_of, fingerprint, hook_name, provenance
+from mi_hops.result.result import Result
+from mi_hops.sweep.fanout import Intervention, fan_out
+from mi_hops.sweep.generate import Generation, generate
+from mi_hops.sweep.interventions import replace
+from mi_hops.sweep.repair import Rows
+from mi_hops.text.corpus import token_batches
+from mi_hops.text.matching import STOP
+from mi_hops.text.tokens import Prompt, Where, batches, encode, last_position, pad
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -67,7 +70,7 @@ class Affine:
 
 
 def patchscope(
-    model: LensModel,
+    model: HookedModel,
     sources: str | Prompt | Sequence[str | Prompt],
     targets: str | Prompt | Sequence[str | Prompt],
     *,
@@ -76,7 +79,7 @@ def patchscope(
     source_layers: Sequence[int] | None = None,
     target_layers: Sequence[int] | None = None,
     track: Mapping[str, Spelling | Sequence[Spelling]] | None = None,
-    source_model: LensModel | None = None,
+    source_model: HookedModel | None = None,
     mapping: Map | None = None,
     top_k: int = 5,
     examples: Sequence[str] | None = None,
@@ -112,7 +115,6 @@ def patchscope(
             `Affine` map of another pair of layers.
         TokenError: a position that a prompt has not got.
     """
-    import torch
     from tqdm.auto import tqdm
 
     origin = model if source_model is None else source_model
@@ -174,11 +176,9 @@ def patchscope(
 
 
 def states_of(
-    model: LensModel, prompts: Sequence[Prompt], places: Sequence[int], *, layers: Sequence[int]
+    model: HookedModel, prompts: Sequence[Prompt], places: Sequence[int], *, layers: Sequence[int]
 ) -> Float[Tensor, "prompt layer d_model"]:
     """The stream of each prompt at one position, after some numbers of blocks."""
-    import torch
-
     out: list[Tensor | None] = [None] * len(prompts)
     for chosen, batch in batches([p.ids for p in prompts], 64):
         cells = (torch.arange(len(chosen)), torch.tensor([places[i] for i in chosen]))
@@ -191,7 +191,7 @@ def states_of(
 
 
 def patchscope_generate(
-    model: LensModel,
+    model: HookedModel,
     source: str | Prompt,
     target: str | Prompt,
     *,
@@ -199,7 +199,7 @@ def patchscope_generate(
     target_layer: int,
     source_position: Where = -1,
     target_position: Where = -1,
-    source_model: LensModel | None = None,
+    source_model: HookedModel | None = None,
     mapping: Map | None = None,
     max_new_tokens: int = 16,
     stop: Sequence[str] = STOP,
@@ -233,7 +233,7 @@ class Transplant:
     position: int
     name: str = "transplant"
 
-    def fit(self, model: LensModel, facts: Sequence[Any]) -> list[Any]:
+    def fit(self, model: HookedModel, facts: Sequence[Any]) -> list[Any]:
         """Refused: the states come from other prompts.
 
         Raises:
@@ -241,7 +241,7 @@ class Transplant:
         """
         raise ValueError("a transplant's states are vectors; take them with states_of")
 
-    def hooks(self, model: LensModel, states: Sequence[Tensor | None], rows: Rows) -> list[Hook]:
+    def hooks(self, model: HookedModel, states: Sequence[Tensor | None], rows: Rows) -> list[Hook]:
         """A hook in the pass that holds the position, none in the others."""
         here = self.position - rows.offset
         if not 0 <= here < rows.width:
@@ -259,8 +259,8 @@ class Transplant:
 
 
 def fit_affine(
-    source: LensModel,
-    target: LensModel,
+    source: HookedModel,
+    target: HookedModel,
     corpus: Corpus,
     *,
     source_layer: int,
@@ -278,8 +278,6 @@ def fit_affine(
     Raises:
         ValueError: layers out of range, or tokenisations that differ.
     """
-    import torch
-
     (start,), (end,) = _layers(source, [source_layer]), _layers(target, [target_layer])
     pairs: list[tuple[Tensor, Tensor]] = []
     # Cut to the shorter context, so that texts fall into the same pieces.
@@ -315,14 +313,14 @@ def fit_affine(
 # -- small parts ----------------------------------------------------------------------------------
 
 
-def _prompts(model: LensModel, given: str | Prompt | Sequence[str | Prompt]) -> list[Prompt]:
+def _prompts(model: HookedModel, given: str | Prompt | Sequence[str | Prompt]) -> list[Prompt]:
     items = [given] if isinstance(given, str | Prompt) else list(given)
     if not items:
         raise ValueError("no prompt was given")
     return [encode(model, p) if isinstance(p, str) else p for p in items]
 
 
-def _layers(model: LensModel, layers: Sequence[int] | None) -> list[int]:
+def _layers(model: HookedModel, layers: Sequence[int] | None) -> list[int]:
     return check_layers(model, "resid", layers)
 
 
@@ -336,7 +334,7 @@ def _places(prompts: Sequence[Prompt], where: Where | Sequence[Where], name: str
     return [last_position(p, w) for p, w in zip(prompts, each, strict=True)]
 
 
-def _words(model: LensModel, tokens: Tensor) -> list[list[str]]:
+def _words(model: HookedModel, tokens: Tensor) -> list[list[str]]:
     """Tokens as texts, "" for special ones; without spaces, which vocabularies write differently."""
     rows = tokens.tolist()
     special = set(model.tokenizer.all_special_ids)
@@ -347,7 +345,7 @@ def _words(model: LensModel, tokens: Tensor) -> list[list[str]]:
     return [[texts[i] for i in row] for row in rows]
 
 
-def _check_widths(origin: LensModel, model: LensModel, mapping: Map | None) -> None:
+def _check_widths(origin: HookedModel, model: HookedModel, mapping: Map | None) -> None:
     if mapping is None and origin.cfg.d_model != model.cfg.d_model:
         raise ValueError(
             f"the source model is {origin.cfg.d_model} wide, the target {model.cfg.d_model}; pass a "
@@ -355,7 +353,9 @@ def _check_widths(origin: LensModel, model: LensModel, mapping: Map | None) -> N
         )
 
 
-def _mapped(mapping: Map | None, vector: Tensor, start: int, end: int, model: LensModel) -> Tensor:
+def _mapped(
+    mapping: Map | None, vector: Tensor, start: int, end: int, model: HookedModel
+) -> Tensor:
     if mapping is None:
         return vector
     found = mapping(vector[None], start, end)
@@ -371,7 +371,6 @@ def _packed(
     tracked: Tracked | None, top_k: int, layout: dict[str, int]
 ) -> Callable[[Tensor, list[int]], Tensor]:
     """A fan-out reduction to one row of float64 numbers; `layout` gets names and widths."""
-    import torch
 
     def reduce(logits: Tensor, bases: list[int]) -> Tensor:
         wide = logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
@@ -394,7 +393,7 @@ def _unpacked(packed: Tensor, layout: Mapping[str, int]) -> dict[str, Tensor]:
 
 
 def _result(
-    model: LensModel,
+    model: HookedModel,
     values: dict[str, Tensor],
     before: dict[str, Tensor],
     names: Sequence[str],

@@ -13,19 +13,20 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from mi_hops.lens.reading import check_layers, gather
 from mi_hops.lens.tracking import at_role
-from mi_hops.model import LensModel, provenance
-from mi_hops.results import Result
-from mi_hops.tokens import Prompt, batches
+from mi_hops.model import HookedModel, provenance
+from mi_hops.result.result import Result
+from mi_hops.text.tokens import Prompt, batches
 
 if TYPE_CHECKING:
     from mi_hops.facts.fact import TwoHopFact
 
 
 def fact_probes(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
     label: Callable[[TwoHopFact], str] | None = None,
@@ -208,7 +209,7 @@ def _control(types: Sequence[str], labels: Sequence[str], rng: np.random.Generat
 
 
 def _inputs(
-    model: LensModel,
+    model: HookedModel,
     prompts: Sequence[Prompt],
     places: Sequence[int],
     kind: str,
@@ -216,8 +217,6 @@ def _inputs(
     batch_size: int,
 ) -> dict[int, np.ndarray]:
     """Layer -> ``[fact, d_model]``."""
-    import torch
-
     out = {
         layer: np.empty((len(prompts), int(model.cfg.d_model)), dtype=np.float32)
         for layer in layers

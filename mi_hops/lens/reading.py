@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from mi_hops.fanout import Site
+import torch
+
 from mi_hops.model import (
     Hook,
-    LensModel,
+    HookedModel,
     fingerprint,
     forward,
     hook_name,
@@ -23,6 +24,7 @@ from mi_hops.model import (
     require_layers,
     w_o,
 )
+from mi_hops.sweep.fanout import Site
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -65,7 +67,7 @@ class LogitLens:
             raw lens of the memory-injection and CREME papers.
     """
 
-    model: LensModel
+    model: HookedModel
     norm: bool = True
 
     @property
@@ -80,7 +82,7 @@ class LogitLens:
         return read_out(self.model, vectors, norm=self.norm)
 
 
-def check_lens(model: LensModel, lens: Lens) -> None:
+def check_lens(model: HookedModel, lens: Lens) -> None:
     """Refuse a lens that reads through another model than the one that is run.
 
     A lens without a ``model`` is taken as it is. Another object with the same weights will do.
@@ -99,7 +101,7 @@ def check_lens(model: LensModel, lens: Lens) -> None:
         )
 
 
-def check_layers(model: LensModel, kind: str, layers: Sequence[int] | None) -> list[int]:
+def check_layers(model: HookedModel, kind: str, layers: Sequence[int] | None) -> list[int]:
     """The layers to read: those asked for, or all that `kind` has.
 
     Raises:
@@ -138,7 +140,7 @@ class Vectors:
 
 
 def gather(
-    model: LensModel,
+    model: HookedModel,
     tokens: Int[Tensor, "row pos"],
     cells: tuple[Int[Tensor, "*cell"], Int[Tensor, "*cell"]],
     *,
@@ -157,8 +159,6 @@ def gather(
     Raises:
         MissingHookError: a hook point the model has not got.
     """
-    import torch
-
     names = {layer: _name(model, kind, layer) for layer in layers}
     require_hooks(model, names.values())
     rows, columns = cells
@@ -195,7 +195,7 @@ def gather(
     return Vectors(read, kept.get("final"))
 
 
-def stream_site(model: LensModel, layer: int, position: int) -> Site:
+def stream_site(model: HookedModel, layer: int, position: int) -> Site:
     """Where the stream after `layer` blocks is changed at one position."""
     if layer < model.cfg.n_layers:
         return Site("resid_pre", layer, (position,))
@@ -203,14 +203,14 @@ def stream_site(model: LensModel, layer: int, position: int) -> Site:
 
 
 def head_outputs(
-    model: LensModel, z: Float[Tensor, "*rows head d_head"], layer: int
+    model: HookedModel, z: Float[Tensor, "*rows head d_head"], layer: int
 ) -> Float[Tensor, "*rows head d_model"]:
     """What each head writes to the residual stream; b_O, which no head owns, is left out."""
     weight = w_o(model, layer).detach()
     return (z.unsqueeze(-2) @ weight.to(z.device, z.dtype)).squeeze(-2)
 
 
-def _name(model: LensModel, kind: str, layer: int) -> str:
+def _name(model: HookedModel, kind: str, layer: int) -> str:
     if kind == "head_out":
         return hook_name("z", layer)
     if kind != "resid":
@@ -240,7 +240,7 @@ class Tracked:
         return Tracked(self.ids[rows], self.starts[rows])
 
 
-def chunks(model: LensModel, n: int) -> Iterator[slice]:
+def chunks(model: HookedModel, n: int) -> Iterator[slice]:
     """Parts of `n` vectors whose logits fit in `CHUNK_BYTES`."""
     size = max(1, CHUNK_BYTES // (16 * int(model.cfg.d_vocab)))
     for start in range(0, n, size):
@@ -262,7 +262,7 @@ def statistics(
     Returns:
         ``entropy`` ``[vector]`` (nats); with `output` ``kl`` ``[vector]``, KL(output || lens) in
         nats; with `tracked` ``[vector, name]``: ``prob`` and ``logprob`` (nats) of the first token,
-        ``rank`` of it (1 = top, ties in its favour), ``paper_prob``, the mean probability of all
+        ``rank`` of it (1 = top, ties in its favour), ``mean_token_prob``, the mean probability of all
         tokens of the first spelling at this one position (the papers' score), and ``any_prob``, the
         summed probability of the distinct first tokens of all spellings; with `top_k` ``top_ids``
         and ``top_probs`` ``[vector, k]``.
@@ -287,7 +287,7 @@ def statistics(
         # One name at a time: a comparison is as large as the logits.
         ranks = [1 + (logits > own[:, [k]]).sum(-1) for k in range(first.shape[1])]
         found["rank"] = _stack(ranks, first)
-        found["paper_prob"] = _masked(probs, ids, mean=True)
+        found["mean_token_prob"] = _masked(probs, ids, mean=True)
         found["any_prob"] = _masked(probs, starts, mean=False)
     if top_k:
         best = probs.topk(top_k, dim=-1)
@@ -296,8 +296,6 @@ def statistics(
 
 
 def _stack(columns: list[Tensor], like: Tensor) -> Tensor:
-    import torch
-
     return torch.stack(columns, dim=1) if columns else like.clone()
 
 

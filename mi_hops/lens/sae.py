@@ -11,18 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from mi_hops.corpus import token_batches
 from mi_hops.facts.unusable import NoUsableFactError
-from mi_hops.fanout import Intervention, fan_out
 from mi_hops.lens.examples import real_cells
 from mi_hops.lens.reading import check_layers, gather, stream_site
 from mi_hops.lens.tracking import at_role
 from mi_hops.lens.training import Corpus
-from mi_hops.metrics import METRICS, target_of
-from mi_hops.model import LensModel, device_of, fingerprint, hook_name, provenance
-from mi_hops.results import Result
-from mi_hops.tokens import Batch, batches, pad
+from mi_hops.model import HookedModel, device_of, fingerprint, hook_name, provenance
+from mi_hops.result.result import Result
+from mi_hops.sweep.fanout import Intervention, fan_out
+from mi_hops.sweep.metrics import METRICS, target_of
+from mi_hops.text.corpus import token_batches
+from mi_hops.text.tokens import Batch, batches, pad
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,14 +31,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mi_hops.facts.fact import TwoHopFact
-    from mi_hops.interventions import Change
+    from mi_hops.sweep.interventions import Change
 
 #: Where a trained autoencoder remembers the weights that it belongs to.
 _FINGERPRINT = "mi_hops_fingerprint"
 
 
 def train_sae(
-    model: LensModel,
+    model: HookedModel,
     corpus: Corpus,
     *,
     layer: int,
@@ -67,8 +68,6 @@ def train_sae(
         ImportError: SAELens is not installed.
         ValueError: a layer out of range, k beyond d_sae, or an empty corpus.
     """
-    import torch
-
     lens = _sae_lens()
     (layer,) = check_layers(model, "resid", [layer])
     d_in = int(model.cfg.d_model)
@@ -100,7 +99,7 @@ def train_sae(
     return sae
 
 
-def sae_quality(model: LensModel, sae: Any, corpus: Corpus, *, layer: int) -> dict[str, float]:
+def sae_quality(model: HookedModel, sae: Any, corpus: Corpus, *, layer: int) -> dict[str, float]:
     """How well an autoencoder does on a corpus.
 
     Returns:
@@ -110,8 +109,6 @@ def sae_quality(model: LensModel, sae: Any, corpus: Corpus, *, layer: int) -> di
     Raises:
         ValueError: an empty corpus, or an autoencoder of another model or layer.
     """
-    import torch
-
     _check_reads(model, sae, layer)
     squares = active = count = 0.0
     fired: Tensor | None = None
@@ -138,7 +135,7 @@ def sae_quality(model: LensModel, sae: Any, corpus: Corpus, *, layer: int) -> di
 
 
 def fact_features(
-    model: LensModel,
+    model: HookedModel,
     sae: Any,
     facts: Sequence[TwoHopFact],
     *,
@@ -161,8 +158,6 @@ def fact_features(
         ValueError: another role, or an autoencoder of another model or layer.
         NoUsableFactError: no fact can be read.
     """
-    import torch
-
     _check_reads(model, sae, layer)
     read = at_role(model, facts, role, form=form, what="an autoencoder")
     out = np.empty((len(read.facts), int(sae.W_dec.shape[0])), dtype=np.float32)
@@ -245,7 +240,7 @@ def clamp(sae: Any, feature: int, value: float) -> Change:
 
 
 def clamp_effect(
-    model: LensModel,
+    model: HookedModel,
     sae: Any,
     facts: Sequence[TwoHopFact],
     feature_of: Mapping[str, int],
@@ -273,8 +268,6 @@ def clamp_effect(
             value, or an autoencoder of another model or layer.
         NoUsableFactError: no fact is left.
     """
-    import torch
-
     _check_reads(model, sae, layer)
     n_features = int(sae.W_dec.shape[0])
     if wrong := {b: k for b, k in feature_of.items() if not 0 <= k < n_features}:
@@ -348,12 +341,12 @@ def _sae_lens() -> Any:
     return sae_lens
 
 
-def _hook_of(model: LensModel, layer: int) -> str:
+def _hook_of(model: HookedModel, layer: int) -> str:
     site = stream_site(model, layer, 0)
     return hook_name(site.kind, site.layer)
 
 
-def _check_reads(model: LensModel, sae: Any, layer: int) -> None:
+def _check_reads(model: HookedModel, sae: Any, layer: int) -> None:
     """Refuse an autoencoder that is known to read something else than this stream."""
     check_layers(model, "resid", [layer])
     width = int(sae.W_dec.shape[1])
@@ -387,7 +380,7 @@ def _for_inference(lens: Any, training: Any) -> Any:
     return sae.eval()
 
 
-def _rows_of(model: LensModel, batch: Batch, layer: int) -> Float[Tensor, "token d_model"]:
+def _rows_of(model: HookedModel, batch: Batch, layer: int) -> Float[Tensor, "token d_model"]:
     """The stream at all real tokens of a batch but a BOS at its start, in float32."""
     rows, columns = real_cells(batch)
     bos = model.tokenizer.bos_token_id
@@ -399,11 +392,9 @@ def _rows_of(model: LensModel, batch: Batch, layer: int) -> Float[Tensor, "token
 
 
 def _activations(
-    model: LensModel, corpus: Corpus, layer: int, batch_size: int, max_tokens: int, seed: int
+    model: HookedModel, corpus: Corpus, layer: int, batch_size: int, max_tokens: int, seed: int
 ) -> Iterator[Tensor]:
     """Batches ``[batch_size, d_model]`` without end, mixed over some forward passes."""
-    import torch
-
     kept = list(token_batches(model, corpus, max_tokens=max_tokens))
     generator = torch.Generator().manual_seed(seed)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from mi_hops.lens.attention import AttentionLens
 from mi_hops.lens.trained import CONFIG, FORMAT, WEIGHTS, TrainedLens, unembedding_hash
 from mi_hops.lens.tuned import TunedLens
-from mi_hops.model import LensModel, fingerprint, provenance
+from mi_hops.model import HookedModel, fingerprint, provenance
 
 _TYPES: dict[str, type[TrainedLens]] = {cls.type_name: cls for cls in (TunedLens, AttentionLens)}
 
 
-def load_lens(model: LensModel, source: str | Path, *, transfer: bool = False) -> TrainedLens:
+def load_lens(model: HookedModel, source: str | Path, *, transfer: bool = False) -> TrainedLens:
     """A saved lens, bound to `model`.
 
     Args:

@@ -6,10 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.lens.reading import Tracked
-from mi_hops.model import LensModel
-from mi_hops.tokens import Prompt, TokenError, Where, answer_ids, encode, last_position, positions
+from mi_hops.model import HookedModel
+from mi_hops.text.tokens import (
+    Prompt,
+    TokenError,
+    Where,
+    answer_ids,
+    encode,
+    last_position,
+    positions,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -28,7 +38,7 @@ Spelling = str | Sequence[str] | Sequence[int]
 Positions = Where | Mapping[str, Where | Sequence[Where]]
 
 
-def spell(model: LensModel, prompt: Prompt, spelling: Spelling) -> list[tuple[int, ...]]:
+def spell(model: HookedModel, prompt: Prompt, spelling: Spelling) -> list[tuple[int, ...]]:
     """Token ids of each spelling as a continuation of `prompt`; ids are taken as they are.
 
     Raises:
@@ -51,7 +61,7 @@ def spell(model: LensModel, prompt: Prompt, spelling: Spelling) -> list[tuple[in
 
 
 def spell_all(
-    model: LensModel,
+    model: HookedModel,
     prompts: Sequence[Prompt],
     track: Mapping[str, Spelling | Sequence[Spelling]],
     *,
@@ -92,8 +102,6 @@ def tracked_tokens(rows: Sequence[Mapping[str, Sequence[tuple[int, ...]]]]) -> T
 
 
 def _padded(rows: Sequence[Sequence[tuple[int, ...]]]) -> Int[Tensor, "row name item"]:
-    import torch
-
     n_names = len(rows[0]) if rows else 0
     width = max((len(cell) for row in rows for cell in row), default=1)
     out = torch.full((len(rows), n_names, width), -1, dtype=torch.long)
@@ -160,7 +168,7 @@ class AtRole:
 
 
 def at_role(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     role: str,
     *,

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from mi_hops.lens.reading import check_layers
-from mi_hops.model import LensModel, fingerprint, provenance, unembedding
+from mi_hops.model import HookedModel, fingerprint, provenance, unembedding
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -58,7 +60,9 @@ class TrainedLens(ABC):
     kind: str
     norm: bool
 
-    def __init__(self, model: LensModel, layers: Sequence[int], parameters: dict[str, Any]) -> None:
+    def __init__(
+        self, model: HookedModel, layers: Sequence[int], parameters: dict[str, Any]
+    ) -> None:
         self.model = model
         self.layers = tuple(layers)
         self.parameters: dict[str, Tensor] = parameters
@@ -72,7 +76,7 @@ class TrainedLens(ABC):
 
     @classmethod
     @abstractmethod
-    def from_settings(cls, model: LensModel, settings: Mapping[str, Any]) -> TrainedLens:
+    def from_settings(cls, model: HookedModel, settings: Mapping[str, Any]) -> TrainedLens:
         """A fresh lens of the given shape."""
 
     @property
@@ -120,7 +124,7 @@ class TrainedLens(ABC):
             ) from None
 
     def moved(
-        self, model: LensModel | None = None, *, layers: Mapping[int, int] | None = None
+        self, model: HookedModel | None = None, *, layers: Mapping[int, int] | None = None
     ) -> TrainedLens:
         """This lens on other layers, or on another model of the same width.
 
@@ -177,10 +181,8 @@ class TrainedLens(ABC):
         return folder
 
 
-def unembedding_hash(model: LensModel) -> str:
+def unembedding_hash(model: HookedModel) -> str:
     """A digest of W_U, b_U and the final norm: what a lens reads through."""
-    import torch
-
     digest = hashlib.sha256()
     norm = getattr(model, "ln_final", None)
     tensors = [*unembedding(model), *(p.detach() for p in (norm.parameters() if norm else ()))]

@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.corpus import token_batches
+import torch
+
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.examples import make_example, real_cells
 from mi_hops.lens.reading import check_lens
 from mi_hops.lens.trained import TrainedLens
-from mi_hops.model import LensModel, fingerprint
-from mi_hops.tokens import Batch, batches_in_order
+from mi_hops.model import HookedModel, fingerprint
+from mi_hops.text.corpus import token_batches
+from mi_hops.text.tokens import Batch, batches_in_order
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,7 +111,7 @@ class _Progress:
 
 
 def train_lens(
-    model: LensModel,
+    model: HookedModel,
     lens: TrainedLens,
     corpus: Corpus,
     settings: LensTraining | None = None,
@@ -136,7 +138,6 @@ def train_lens(
             a checkpoint of another training, or a loss that is not finite.
     """
     import pandas as pd
-    import torch
     from tqdm.auto import tqdm
 
     check_lens(model, lens)
@@ -196,7 +197,7 @@ def train_lens(
 
 
 def judge(
-    model: LensModel,
+    model: HookedModel,
     lens: TrainedLens,
     batches: Iterable[Batch],
     objective: str,
@@ -204,8 +205,6 @@ def judge(
     last_only: bool = False,
 ) -> dict[int, float]:
     """Layer -> mean loss of an objective over the real tokens of some batches, nats."""
-    import torch
-
     sums = dict.fromkeys(lens.layers, 0.0)
     count = 0
     with torch.no_grad():
@@ -223,7 +222,7 @@ def judge(
 
 
 def _step(
-    model: LensModel,
+    model: HookedModel,
     lens: TrainedLens,
     batch: Batch,
     objective: str,
@@ -231,8 +230,6 @@ def _step(
     step: int,
     optimiser: Adam,
 ) -> float:
-    import torch
-
     rows, columns = real_cells(batch, last_only=plan.last_only)
     if plan.cells is not None and len(rows) > plan.cells:
         # A generator for each step, so that a resumed training draws what it would have drawn.
@@ -287,7 +284,7 @@ def _keep_best(
 Row = tuple[int, ...]
 
 
-def _part(model: LensModel, corpus: Corpus, plan: LensTraining) -> tuple[list[Row], list[Row]]:
+def _part(model: HookedModel, corpus: Corpus, plan: LensTraining) -> tuple[list[Row], list[Row]]:
     """Token rows to learn from and to be judged on, each row once."""
     import numpy as np
 
@@ -375,7 +372,6 @@ def _resume(
     best: dict[str, Tensor],
     optimiser: Adam,
 ) -> _Progress:
-    import torch
     from safetensors import safe_open
 
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))

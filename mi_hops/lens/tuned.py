@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from mi_hops.lens.reading import check_layers
 from mi_hops.lens.trained import Example, TrainedLens, kl
-from mi_hops.model import LensModel, device_of, dtype_of, read_out
+from mi_hops.model import HookedModel, device_of, dtype_of, read_out
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -38,7 +40,7 @@ class TunedLens(TrainedLens):
 
     def __init__(
         self,
-        model: LensModel,
+        model: HookedModel,
         *,
         layers: Sequence[int] | None = None,
         kind: str = "resid",
@@ -46,8 +48,6 @@ class TunedLens(TrainedLens):
         norm: bool = True,
         seed: int = 0,
     ) -> None:
-        import torch
-
         if kind == "head_out":
             raise ValueError("a tuned lens reads whole activations; AttentionLens reads heads")
         every = check_layers(model, kind, layers)
@@ -79,7 +79,7 @@ class TunedLens(TrainedLens):
         }  # fmt: skip
 
     @classmethod
-    def from_settings(cls, model: LensModel, settings: Mapping[str, Any]) -> TunedLens:
+    def from_settings(cls, model: HookedModel, settings: Mapping[str, Any]) -> TunedLens:
         """A fresh lens of the given shape."""
         return cls(model, **settings)
 

@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from mi_hops.fanout import HEAD_AXIS
-from mi_hops.interventions import ablate as zero
-from mi_hops.metrics import Metric, MetricLike, Target, normalised
-from mi_hops.model import LensModel, dtype_of, hook_name
+import torch
+
+from mi_hops.model import HookedModel, dtype_of, hook_name
 from mi_hops.patching.core import (
     Axes,
     Core,
@@ -35,9 +34,11 @@ from mi_hops.patching.core import (
     taken,
     units_of,
 )
-from mi_hops.patching.grid import Cell, Grid, HeadsLike, build_grid, default_positions
-from mi_hops.patching.halving import in_parts
-from mi_hops.patching.pairs import (
+from mi_hops.sweep.batching import batched_with_oom_backoff
+from mi_hops.sweep.fanout import HEAD_AXIS
+from mi_hops.sweep.interventions import ablate as zero
+from mi_hops.sweep.metrics import Metric, MetricLike, Target, normalised
+from mi_hops.sweep.pairs import (
     PositionsLike,
     Spans,
     Text,
@@ -46,21 +47,22 @@ from mi_hops.patching.pairs import (
     one_each,
     resolve_spans,
 )
-from mi_hops.patching.sweep import Limits, score
-from mi_hops.tokens import Prompt, TokenError
+from mi_hops.sweep.runs import Limits, score
+from mi_hops.sweep.sites import Cell, Grid, HeadsLike, build_grid, default_positions
+from mi_hops.text.tokens import Prompt, TokenError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from mi_hops.interventions import Change
-    from mi_hops.results import Result
+    from mi_hops.result.result import Result
+    from mi_hops.sweep.interventions import Change
 
 How = Literal["zero", "mean", "position_mean", "resample"]
 
 
 def ablate(
-    model: LensModel,
+    model: HookedModel,
     prompts: Text | Sequence[Text],
     *,
     answer: str | Target | Sequence[str | Target] | None = None,
@@ -187,8 +189,6 @@ def _zero(
     intact: Float[Tensor, "example metric"], metrics: Sequence[Metric | None]
 ) -> Float[Tensor, "example metric"]:
     """0 where an example has something to lose down to there, else NaN."""
-    import torch
-
     meant = torch.tensor([unit in _NOTHING_LEFT_AT_0 for unit in units_of(metrics)])
     return torch.zeros_like(intact).masked_fill_(~(meant & (intact > 0)), float("nan"))
 
@@ -197,18 +197,14 @@ def _zero(
 
 
 def _zeros(group: Sequence[int]) -> Values:
-    import torch
-
     def values(example: int, cell: Cell, layer: int, sample: int) -> Change:
         return zero() if cell.neuron is None else put(torch.zeros(()), cell)
 
     return values
 
 
-def _means(model: LensModel, others: Sequence[Prompt], grid: Grid, batch_size: int) -> ValuesOf:
+def _means(model: HookedModel, others: Sequence[Prompt], grid: Grid, batch_size: int) -> ValuesOf:
     """One mean vector a hook point, over all tokens but BOS."""
-    import torch
-
     if any(HEAD_AXIS[kind] == 1 for kind in grid.kinds):
         raise ValueError(
             "the rows of an attention pattern differ in length from token to token, so they have no "
@@ -218,7 +214,9 @@ def _means(model: LensModel, others: Sequence[Prompt], grid: Grid, batch_size: i
     sums: dict[str, Tensor] = {}
     count = 0
     names = grid.hook_names()
-    for part, found in in_parts(others, batch_size, lambda part: captured(model, part, names)):
+    for part, found in batched_with_oom_backoff(
+        others, batch_size, lambda part: captured(model, part, names)
+    ):
         for row, prompt in enumerate(part):
             first = int(prompt.has_bos and len(prompt) > 1)
             count += len(prompt) - first
@@ -235,11 +233,9 @@ def _means(model: LensModel, others: Sequence[Prompt], grid: Grid, batch_size: i
 
 
 def _position_means(
-    model: LensModel, others: Sequence[Prompt], spans: Spans, grid: Grid, batch_size: int
+    model: HookedModel, others: Sequence[Prompt], spans: Spans, grid: Grid, batch_size: int
 ) -> ValuesOf:
     """A mean for each hook point and span, over the reference prompts."""
-    import torch
-
     wide = torch.promote_types(dtype_of(model), torch.float32)
     sums: dict[tuple[str, int], Tensor] = {}
     whole = {(cell.kind, layer, cell.span) for cell in grid.cells for layer in cell.layers}
@@ -248,7 +244,7 @@ def _position_means(
     def run(part: Sequence[tuple[Prompt, Any]]) -> dict[str, Tensor]:
         return captured(model, [prompt for prompt, _ in part], grid.hook_names())
 
-    for part, found in in_parts(placed, batch_size, run):
+    for part, found in batched_with_oom_backoff(placed, batch_size, run):
         for row, (prompt, where) in enumerate(part):
             for kind, layer, span in whole:
                 name = hook_name(kind, layer)
@@ -268,7 +264,7 @@ def _position_means(
 
 
 def _resamples(
-    model: LensModel,
+    model: HookedModel,
     others: Sequence[Prompt],
     spans: Spans,
     grid: Grid,
@@ -292,8 +288,6 @@ def _resamples(
 
 def _draws(n: int, n_others: int, samples: int, seed: int, *, own: bool) -> list[list[int]]:
     """`samples` reference prompts for each example, none of them itself."""
-    import torch
-
     available = n_others - own
     if available < samples:
         raise ValueError(

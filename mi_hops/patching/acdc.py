@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mi_hops.metrics import MetricLike, Target, get_metric
-from mi_hops.model import LensModel
+import torch
+
+from mi_hops.model import HookedModel
 from mi_hops.patching.activation import PatchJob
 from mi_hops.patching.circuit import Circuit, CircuitRunner
-from mi_hops.patching.pairs import Text
-from mi_hops.patching.sweep import Limits
+from mi_hops.sweep.metrics import MetricLike, Target, get_metric
+from mi_hops.sweep.pairs import Text
+from mi_hops.sweep.runs import Limits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +39,7 @@ class AcdcRun:
 
 
 def acdc(
-    model: LensModel,
+    model: HookedModel,
     clean: Text | Sequence[Text],
     corrupted: Text | Sequence[Text],
     *,
@@ -63,7 +65,6 @@ def acdc(
         TokenError: pairs that do not correspond token by token.
     """
     import pandas as pd
-    import torch
     from tqdm.auto import tqdm
 
     if not threshold > 0:

@@ -20,10 +20,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from mi_hops.fanout import row_bytes
-from mi_hops.layout import copied_bytes, laid_out
-from mi_hops.metrics import KL, MetricLike, Target, normalised
-from mi_hops.model import LensModel, dtype_of, hook_name
+import torch
+
+from mi_hops.model import HookedModel, dtype_of, hook_name
+from mi_hops.model.layout import copied_bytes, pretransposed_weights
 from mi_hops.patching.core import (
     Axes,
     Core,
@@ -35,28 +35,30 @@ from mi_hops.patching.core import (
     scored,
     taken,
 )
-from mi_hops.patching.grid import Cell, HeadsLike, activation_width, build_grid, default_positions
-from mi_hops.patching.pairs import (
+from mi_hops.sweep.fanout import row_bytes
+from mi_hops.sweep.metrics import KL, MetricLike, Target, normalised
+from mi_hops.sweep.pairs import (
     PositionsLike,
     Text,
     as_prompts,
     as_targets,
     resolve_spans,
 )
-from mi_hops.patching.sweep import Limits, Scored, Sweep, score
-from mi_hops.tokens import align
+from mi_hops.sweep.runs import Limits, Scored, Sweep, score
+from mi_hops.sweep.sites import Cell, HeadsLike, activation_width, build_grid, default_positions
+from mi_hops.text.tokens import align
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mi_hops.interventions import Change
-    from mi_hops.results import Result
+    from mi_hops.result.result import Result
+    from mi_hops.sweep.interventions import Change
 
 Direction = Literal["denoise", "noise"]
 
 
 def patch(
-    model: LensModel,
+    model: HookedModel,
     clean: Text | Sequence[Text],
     corrupted: Text | Sequence[Text],
     *,
@@ -139,7 +141,7 @@ class PatchPlan:
         widest: most intervention rows in one pass.
         activation_bytes: source activations held at once.
         pass_bytes: estimate for the widest pass, the rows of its prompts included.
-        weight_bytes: copies of weights while the sweep runs (`mi_hops.layout`).
+        weight_bytes: copies of weights while the sweep runs (`mi_hops.model.layout`).
     """
 
     cells: int
@@ -157,7 +159,7 @@ class PatchPlan:
 
 
 def plan_patch(
-    model: LensModel,
+    model: HookedModel,
     clean: Text | Sequence[Text],
     corrupted: Text | Sequence[Text],
     *,
@@ -205,7 +207,7 @@ class PatchJob:
 
     def __init__(
         self,
-        model: LensModel,
+        model: HookedModel,
         clean: Text | Sequence[Text],
         corrupted: Text | Sequence[Text],
         *,
@@ -258,7 +260,7 @@ class PatchJob:
     @classmethod
     def of_pairs(
         cls,
-        model: LensModel,
+        model: HookedModel,
         clean: Text | Sequence[Text],
         corrupted: Text | Sequence[Text],
         *,
@@ -290,7 +292,7 @@ class PatchJob:
         if not self.single:
             raise ValueError(f"expected one metric, got the list {self.names}; run each by itself")
 
-    def require_slope(self) -> None:
+    def require_gradient(self) -> None:
         """Refuse a metric whose gradient is 0 in a base run whatever the model does.
 
         Raises:
@@ -315,8 +317,6 @@ class PatchJob:
 
     def plan(self) -> PatchPlan:
         """Rows, passes and bytes; nothing runs."""
-        import torch
-
         baselines = None
         if None in self.metrics:  # any logits will do
             baselines = [torch.zeros(int(self.model.cfg.d_vocab))] * len(self.bases)
@@ -356,7 +356,7 @@ class PatchJob:
         baselines = self.baselines()
         core = self.core(baselines)
         others = self.other_scored(baselines)
-        with laid_out(self.model):
+        with pretransposed_weights(self.model):
             if self.third:
                 scores, base = core.run(self.values_of)
                 other = score(self.model, others, self.batch_size)

@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mi_hops.model import Hook, LensModel, capture, hook_name, n_kv_heads
+import torch
+
+from mi_hops.model import Hook, HookedModel, capture, hook_name, n_kv_heads
 from mi_hops.patching.gradients import overlaid, run_with_gradients
-from mi_hops.patching.grid import Cell
 from mi_hops.patching.products import Places, add_cells, by_place, contract, difference
-from mi_hops.patching.sweep import Scored, Sweep, score_and_capture
+from mi_hops.sweep.runs import Scored, Sweep, score_and_capture
+from mi_hops.sweep.sites import Cell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def atp_star(
-    model: LensModel,
+    model: HookedModel,
     bases: Sequence[Scored],
     ends: Sequence[Scored],
     spans: Sequence[Sequence[tuple[int, ...]]],
@@ -55,8 +57,6 @@ def atp_star(
     Raises:
         ValueError: queries or keys of a model whose pattern is not the softmax of its scores.
     """
-    import torch
-
     names = dict.fromkeys(
         hook_name("pattern" if c.kind in ("q", "k") else c.kind, layer)
         for c in cells
@@ -96,7 +96,7 @@ class _Parts:
         here, there: activations of the bases and the ends, ``[row, ...]`` by hook name.
     """
 
-    model: LensModel
+    model: HookedModel
     bases: Sequence[Scored]
     places: Places
     cells: Sequence[Cell]
@@ -115,8 +115,6 @@ class _Parts:
 
     def estimate(self, gradients: dict[str, Tensor]) -> Float[Tensor, "row cell"]:
         """From gradients at the hook points of `here`; on the CPU."""
-        import torch
-
         slope = next(iter(gradients.values()))
         shape = (len(self.bases), len(self.cells))
         out = torch.zeros(shape, dtype=torch.float64, device=slope.device)
@@ -137,8 +135,6 @@ class _Parts:
         A key changes its column in the rows of all queries, so for keys it is ``[row, span, head,
         query, key]``.
         """
-        import torch
-
         if kind not in ("q", "k"):
             name = hook_name(kind, layer)
             return difference(self.there[name], self.here[name], kind, self.places, self.places)
@@ -155,8 +151,6 @@ class _Parts:
 
     def _over_keys(self, moved: Tensor, slope: Tensor, cell: Cell) -> Tensor:
         """``[row, span, key/value head]``, or ``[row, span]`` where all heads are patched at once."""
-        import torch
-
         table = torch.einsum("rshqk,rhqk->rsh", moved, slope.to(moved))
         # A key head has a part in the patterns of all query heads that share it.
         shared = table.unflatten(-1, (n_kv_heads(self.model), -1)).sum(-1)
@@ -164,8 +158,6 @@ class _Parts:
 
     def _recompute(self, kind: str, layers: list[int]) -> None:
         """Scores of the base run, and with all queries (or keys) of a block from the source."""
-        import torch
-
         tokens = Sweep(self.model, self.bases).batch.tokens
         names = {i: f"blocks.{i}.attn.hook_attn_scores" for i in layers}
         base = capture(self.model, tokens, names.values())[0]
@@ -193,8 +185,6 @@ class _Parts:
             self._check_softmax(i)
 
     def _check_softmax(self, layer: int) -> None:
-        import torch
-
         pattern = self.here[hook_name("pattern", layer)]
         expected = self._scores["base", layer].softmax(-1)
         narrow = torch.finfo(pattern.dtype).bits < 32

@@ -33,20 +33,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from mi_hops.metrics import MetricLike, Target, score_gap
-from mi_hops.model import LensModel, dtype_of, hook_name
+import torch
+
+from mi_hops.model import HookedModel, dtype_of, hook_name
 from mi_hops.patching.activation import Direction, PatchJob
 from mi_hops.patching.atp_star import atp_star
 from mi_hops.patching.core import Axes
 from mi_hops.patching.gradients import run_with_gradients
-from mi_hops.patching.grid import Cell, HeadsLike
-from mi_hops.patching.halving import in_parts
-from mi_hops.patching.pairs import PositionsLike, Text
 from mi_hops.patching.products import Places, products, require_finite_estimates
 from mi_hops.patching.quadrature import Rule, path_points
-from mi_hops.patching.sweep import Limits, Scored, score, score_and_capture
 from mi_hops.patching.verify import Attribution
-from mi_hops.tokens import align
+from mi_hops.sweep.batching import batched_with_oom_backoff
+from mi_hops.sweep.metrics import MetricLike, Target, score_gap
+from mi_hops.sweep.pairs import PositionsLike, Text
+from mi_hops.sweep.runs import Limits, Scored, score, score_and_capture
+from mi_hops.sweep.sites import Cell, HeadsLike
+from mi_hops.text.tokens import align
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +57,7 @@ Method = Literal["gradient", "integrated", "atp*"]
 
 
 def attribute(
-    model: LensModel,
+    model: HookedModel,
     clean: Text | Sequence[Text],
     corrupted: Text | Sequence[Text],
     *,
@@ -126,7 +128,7 @@ def attribute(
     )  # fmt: skip
     job.require_one_metric()
     if method != "integrated":
-        job.require_slope()
+        job.require_gradient()
     if method != "gradient":
         for origin, base in zip(job.sources, job.bases, strict=True):
             align(origin, base)
@@ -154,7 +156,6 @@ class _Attributor:
     by_family: bool
 
     def run(self, examples: Sequence[str] | None) -> Attribution:
-        import torch
         from tqdm.auto import tqdm
 
         job = self.job
@@ -188,7 +189,7 @@ class _Attributor:
             ]
 
         for whole in tqdm(core.groups(), disable=not job.limits.progress, desc="groups"):
-            for group, each in in_parts(whole, len(whole), run):
+            for group, each in batched_with_oom_backoff(whole, len(whole), run):
                 for chosen, found in zip(families, each, strict=True):
                     change[torch.tensor(group)[:, None], torch.tensor(chosen)] = found.change
                     base[group], other[group] = found.base, found.end
@@ -236,8 +237,6 @@ class _Attributor:
         return _Found(change, run.scores, end[:, 0])
 
     def _integrated(self, group: _Group) -> _Found:
-        import torch
-
         model, inputs = self.job.model, hook_name("resid_pre", 0)
         names = list(dict.fromkeys([*group.names, inputs]))
         end, there = score_and_capture(model, group.ends, names)

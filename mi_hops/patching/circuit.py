@@ -14,10 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mi_hops.metrics import MetricLike, Target, normalised, require_finite
+import torch
+
 from mi_hops.model import (
     Hook,
-    LensModel,
+    HookedModel,
     device_of,
     dtype_of,
     forward,
@@ -28,13 +29,14 @@ from mi_hops.model import (
 )
 from mi_hops.patching.activation import PatchJob
 from mi_hops.patching.core import captured, units_of
-from mi_hops.patching.halving import in_parts
 from mi_hops.patching.nodes import Node, Writes, readers, writers
-from mi_hops.patching.pairs import Text, example_labels
-from mi_hops.patching.sweep import Limits, Scored, Sweep, score
 from mi_hops.patching.verify import Attribution
-from mi_hops.results import Result
-from mi_hops.tokens import Prompt, align
+from mi_hops.result.result import Result
+from mi_hops.sweep.batching import batched_with_oom_backoff
+from mi_hops.sweep.metrics import MetricLike, Target, normalised, require_finite
+from mi_hops.sweep.pairs import Text, example_labels
+from mi_hops.sweep.runs import Limits, Scored, Sweep, score
+from mi_hops.text.tokens import Prompt, align
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -58,7 +60,7 @@ class Circuit:
         ends = {name for edge in self.edges for name in edge}
         return sorted({name.split(".")[0] for name in ends})
 
-    def pruned(self, model: LensModel) -> Circuit:
+    def pruned(self, model: HookedModel) -> Circuit:
         """Without edges that lead nowhere: every kept one lies on a way from embedding to logits.
 
         A key or value head leads on to all query heads that share it.
@@ -82,7 +84,7 @@ class Circuit:
         return Circuit(frozenset((u, v) for u, v in edges if v in useful))
 
 
-def all_edges(model: LensModel) -> list[Edge]:
+def all_edges(model: HookedModel) -> list[Edge]:
     """Every edge between embedding, heads, MLPs and logits."""
     return [
         (u.name, v.name)
@@ -93,7 +95,7 @@ def all_edges(model: LensModel) -> list[Edge]:
 
 
 def extract(
-    model: LensModel,
+    model: HookedModel,
     scores: Result | Attribution,
     n_edges: int,
     *,
@@ -145,7 +147,7 @@ def extract(
     return circuit.pruned(model) if prune else circuit
 
 
-def _grown(model: LensModel, ranked: Sequence[Edge], n_edges: int) -> list[Edge]:
+def _grown(model: HookedModel, ranked: Sequence[Edge], n_edges: int) -> list[Edge]:
     """Edges added from the logits down, each the best one whose reader matters already."""
     into: dict[str, list[str]] = {}  # writer -> the readers that shape it
     for reader, shaped in _next_writers(model).items():
@@ -170,7 +172,7 @@ def _grown(model: LensModel, ranked: Sequence[Edge], n_edges: int) -> list[Edge]
 
 
 def faithfulness(
-    model: LensModel,
+    model: HookedModel,
     clean: Text | Sequence[Text],
     corrupted: Text | Sequence[Text],
     circuits: Sequence[Circuit],
@@ -198,7 +200,6 @@ def faithfulness(
         ValueError: no circuits, an edge the model has not got, several metrics.
         TokenError: pairs that do not correspond token by token.
     """
-    import torch
     from tqdm.auto import tqdm
 
     job = PatchJob.of_pairs(
@@ -221,7 +222,7 @@ def faithfulness(
         def run(part: Sequence[int], ready: _Ready = ready) -> Tensor:
             return ready.scores(masks[list(part)])
 
-        parts = in_parts(range(len(circuits)), batch_size, run)
+        parts = batched_with_oom_backoff(range(len(circuits)), batch_size, run)
         scores[i] = torch.cat([found for _, found in parts])
     clean_scores = score(model, bases)[:, 0]
     corrupted_scores = score(model, job.other_scored(baselines))[:, 0]
@@ -257,7 +258,7 @@ def faithfulness(
 class CircuitRunner:
     """Runs circuits of one model."""
 
-    def __init__(self, model: LensModel) -> None:
+    def __init__(self, model: HookedModel) -> None:
         self.model = model
         self.writers, self.readers = writers(model, "all"), readers(model, "all")
         self.edges = set(all_edges(model))
@@ -270,8 +271,6 @@ class CircuitRunner:
         Raises:
             ValueError: an edge the model has not got.
         """
-        import torch
-
         unknown = sorted(circuit.edges - self.edges)
         if unknown:
             raise ValueError(f"{len(unknown)} edges are not the model's, e.g. {unknown[:3]}")
@@ -311,8 +310,6 @@ class _Ready:
         Raises:
             ValueError: a score that is not finite.
         """
-        import torch
-
         run = _CircuitPass(self, masks)
         with torch.no_grad():
             tokens = self.sweep.batch.tokens.to(device_of(self.model))
@@ -343,8 +340,6 @@ class _CircuitPass:
     """
 
     def __init__(self, ready: _Ready, masks: Bool[Tensor, "circuit writer reader"]) -> None:
-        import torch
-
         self.ready, self.model, self.n = ready, ready.model, len(masks)
         self.wide = torch.promote_types(dtype_of(self.model), torch.float32)
         self.columns = {node: j for j, node in enumerate(ready.runner.readers)}
@@ -385,8 +380,6 @@ class _CircuitPass:
 
     def _inputs(self, found: Sequence[Node], stream: Tensor) -> Tensor:
         """The stream that readers of one place see, ``[circuit, reader, pos, d_model]``."""
-        import torch
-
         columns = [self.columns[reader] for reader in found]
         weights = self.masks[:, : self.written, columns]
         moved = torch.einsum("kuv,kupd->kvpd", weights, self.changes[:, : self.written])
@@ -394,8 +387,6 @@ class _CircuitPass:
 
     def _enter(self, layer: int, inputs: list[Node]) -> Any:
         def fn(x: Tensor) -> Tensor:
-            import torch
-
             stream = self.ready.stream[hook_name("resid_pre", layer)]
             rows = self._inputs(inputs, stream).flatten(0, 1)
             main = stream.expand(self.n, -1, -1)
@@ -448,7 +439,7 @@ class _CircuitPass:
 _INPUTS: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 
 
-def _next_writers(model: LensModel) -> dict[str, list[str]]:
+def _next_writers(model: HookedModel) -> dict[str, list[str]]:
     """Reader -> the writers whose output it shapes (empty for the logits)."""
     found: dict[str, list[str]] = {}
     for v in readers(model, "all"):

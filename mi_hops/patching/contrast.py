@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model import LensModel
-from mi_hops.tokens import Prompt, answer_ids, encode, last_position, positions
+from mi_hops.model import HookedModel
+from mi_hops.text.tokens import Prompt, answer_ids, encode, last_position, positions
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Contrast:
 
 
 def contrast(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
     partners: Sequence[TwoHopFact] | None = None,
@@ -79,8 +81,6 @@ def contrast(
         ValueError: no fact has a partner.
         TokenError: a prompt whose first-hop phrase is not in it, or an empty answer.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     sides = [_Side.of(model, f, form, prepend_bos) for f in facts]
     pool = sides if partners is None else [_Side.of(model, f, form, prepend_bos) for f in partners]
@@ -128,7 +128,7 @@ class _Side:
     first_token: int
 
     @classmethod
-    def of(cls, model: LensModel, fact: TwoHopFact, form: str | None, prepend_bos: bool) -> _Side:
+    def of(cls, model: HookedModel, fact: TwoHopFact, form: str | None, prepend_bos: bool) -> _Side:
         prompt = encode(model, fact.prompt(form), prepend_bos=prepend_bos)
         subject = positions(prompt, fact.subject)
         hop = last_position(prompt, fact.first_hop)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from mi_hops.metrics import score_gap
-from mi_hops.results import Result
+from mi_hops.result.result import Result
+from mi_hops.sweep.metrics import score_gap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,6 @@ def to_transformer_lens(result: Result) -> Any:
     import itertools
 
     import pandas as pd
-    import torch
 
     cls = _their_class()
     method = result.provenance.get("method")
@@ -171,7 +171,5 @@ def from_transformer_lens(
 
 
 def _wide(values: Any) -> Tensor:
-    import torch
-
     found = torch.as_tensor(values).detach().cpu()
     return found.to(torch.promote_types(found.dtype, torch.float32))

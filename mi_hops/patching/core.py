@@ -6,18 +6,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.fanout import HEAD_AXIS, Intervention, Site
-from mi_hops.interventions import Change
-from mi_hops.interventions import replace as replaced
-from mi_hops.metrics import KL, Metric, MetricLike, Target, get_metrics
-from mi_hops.model import LensModel, capture, dtype_of, provenance
-from mi_hops.patching.grid import Cell, Grid
-from mi_hops.patching.halving import in_parts
-from mi_hops.patching.pairs import Spans, as_targets, example_labels
-from mi_hops.patching.sweep import Limits, Scored, Scores, Sweep, keep_in
-from mi_hops.results import Result
-from mi_hops.scoring import logits_at
-from mi_hops.tokens import Prompt, pad
+import torch
+
+from mi_hops.model import HookedModel, capture, dtype_of, provenance
+from mi_hops.result.result import Result
+from mi_hops.sweep.batching import batched_with_oom_backoff
+from mi_hops.sweep.fanout import HEAD_AXIS, Intervention, Site
+from mi_hops.sweep.interventions import Change
+from mi_hops.sweep.interventions import replace as replaced
+from mi_hops.sweep.metrics import KL, Metric, MetricLike, Target, get_metrics
+from mi_hops.sweep.pairs import Spans, as_targets, example_labels
+from mi_hops.sweep.runs import Limits, Scored, Scores, Sweep, keep_in
+from mi_hops.sweep.scoring import logits_at
+from mi_hops.sweep.sites import Cell, Grid
+from mi_hops.text.tokens import Prompt, pad
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -37,11 +39,9 @@ ValuesFrom = Callable[[Sequence[int], Mapping[str, "Tensor"]], Values]
 
 
 def captured(
-    model: LensModel, prompts: Sequence[Prompt], names: Iterable[str]
+    model: HookedModel, prompts: Sequence[Prompt], names: Iterable[str]
 ) -> dict[str, Tensor]:
     """Activations of right-padded prompts at hook points from one forward pass."""
-    import torch
-
     with torch.no_grad():
         return capture(model, pad([p.ids for p in prompts]).tokens, names)[0]
 
@@ -101,7 +101,7 @@ class Core:
         batch_size: examples in one fan-out.
     """
 
-    model: LensModel
+    model: HookedModel
     bases: Sequence[Scored]
     positions: Sequence[Sequence[tuple[int, ...]]]
     grid: Grid
@@ -159,7 +159,6 @@ class Core:
     def _run(
         self, values_of: ValuesFrom, samples: int, sources: Sequence[Scored]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        import torch
         from tqdm.auto import tqdm
 
         groups = self.groups()
@@ -180,7 +179,7 @@ class Core:
             return sweep.run(items, limits, observe)
 
         for whole in tqdm(groups, disable=not many, desc="groups of examples"):
-            for group, found in in_parts(whole, len(whole), run):
+            for group, found in batched_with_oom_backoff(whole, len(whole), run):
                 n = len(group)
                 scores[group] = found.rows.reshape(n, n_cells, samples, n_metrics).mean(2)
                 intact[group] = found.base[:n]
@@ -229,7 +228,7 @@ def scored(
 
 
 def scored_alone(
-    model: LensModel,
+    model: HookedModel,
     prompts: Sequence[Prompt],
     answer: str | Target | Sequence[str | Target] | None,
     wrong: str | Sequence[str] | None,
@@ -245,10 +244,10 @@ def scored_alone(
     return scored(prompts, targets, metrics, baselines)
 
 
-def next_token_logits(model: LensModel, prompts: Sequence[Prompt]) -> list[Float[Tensor, "vocab"]]:
+def next_token_logits(
+    model: HookedModel, prompts: Sequence[Prompt]
+) -> list[Float[Tensor, "vocab"]]:
     """Logits after each prompt, in float32 or wider, on the CPU."""
-    import torch
-
     wide = torch.promote_types(dtype_of(model), torch.float32)
 
     def run(part: Sequence[int]) -> Tensor:
@@ -258,7 +257,7 @@ def next_token_logits(model: LensModel, prompts: Sequence[Prompt]) -> list[Float
 
     found: dict[int, Tensor] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for part, logits in in_parts(order, 64, run):
+    for part, logits in batched_with_oom_backoff(order, 64, run):
         found |= zip(part, logits, strict=True)
     return [found[i] for i in range(len(prompts))]
 
@@ -285,7 +284,7 @@ class Axes:
 
     def result(
         self,
-        model: LensModel,
+        model: HookedModel,
         values: Mapping[str, Tensor],
         baselines: Mapping[str, Tensor],
         *,

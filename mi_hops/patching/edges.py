@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mi_hops.metrics import MetricLike, Target, score_gap
-from mi_hops.model import Hook, LensModel, device_of, dtype_of, hook_name
+import torch
+
+from mi_hops.model import Hook, HookedModel, device_of, dtype_of, hook_name
 from mi_hops.patching.activation import Direction, PatchJob
 from mi_hops.patching.core import captured
 from mi_hops.patching.gradients import overlaid, run_with_gradients
-from mi_hops.patching.halving import in_parts
 from mi_hops.patching.nodes import (
     Node,
     Writes,
@@ -33,13 +33,15 @@ from mi_hops.patching.nodes import (
     readers,
     writers,
 )
-from mi_hops.patching.pairs import Text
 from mi_hops.patching.path import exact_paths, reached
 from mi_hops.patching.products import require_finite_estimates
 from mi_hops.patching.quadrature import Rule, path_points
-from mi_hops.patching.sweep import Limits, Scored, Sweep, score
 from mi_hops.patching.verify import Attribution
-from mi_hops.tokens import Prompt
+from mi_hops.sweep.batching import batched_with_oom_backoff
+from mi_hops.sweep.metrics import MetricLike, Target, score_gap
+from mi_hops.sweep.pairs import Text
+from mi_hops.sweep.runs import Limits, Scored, Sweep, score
+from mi_hops.text.tokens import Prompt
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 
 
 def attribute_edges(
-    model: LensModel,
+    model: HookedModel,
     clean: Text | Sequence[Text],
     corrupted: Text | Sequence[Text],
     *,
@@ -86,7 +88,6 @@ def attribute_edges(
             or with one that is not finite, several metrics, no steps.
         TokenError: pairs that do not correspond token by token.
     """
-    import torch
     from tqdm.auto import tqdm
 
     if steps < 1:
@@ -97,7 +98,7 @@ def attribute_edges(
         prepend_bos=prepend_bos, limits=Limits(),
     )  # fmt: skip
     if steps == 1:
-        job.require_slope()
+        job.require_gradient()
     sources, targets = writers(model, senders), readers(model, receivers)
     edge = reached(sources, targets)
     if not edge.any():
@@ -130,8 +131,6 @@ def _exact(
     job: PatchJob, sources: Sequence[Node], targets: Sequence[Node], edges: Sequence[int]
 ) -> Float[Tensor, "example edge"]:
     """Exact changes of some edges, by their numbers in C order of (sender, receiver)."""
-    import torch
-
     chosen = list(edges)
     wanted = torch.zeros(len(sources) * len(targets), dtype=torch.bool)
     wanted[chosen] = True
@@ -143,7 +142,7 @@ def _exact(
 
 
 def input_gradients(
-    model: LensModel,
+    model: HookedModel,
     base: Scored,
     source: Prompt,
     targets: Sequence[Node],
@@ -154,8 +153,6 @@ def input_gradients(
     Args:
         source: the prompt at the path's end.
     """
-    import torch
-
     inputs = hook_name("resid_pre", 0)
     sweep = Sweep(model, [base])
     tokens = sweep.batch.tokens
@@ -178,7 +175,7 @@ def input_gradients(
                 _pull_back, model, tokens, layer, entry, targets,
                 gradients=run.gradients, before=before,
             )  # fmt: skip
-            for part, slope in in_parts(members, len(members), pull):
+            for part, slope in batched_with_oom_backoff(members, len(members), pull):
                 out[list(part)] += weight * slope.to(out)
     return out
 
@@ -200,7 +197,7 @@ def _places(targets: Sequence[Node]) -> list[tuple[int, str | None, list[int]]]:
 
 
 def _pull_back(
-    model: LensModel,
+    model: HookedModel,
     tokens: Tensor,
     layer: int,
     entry: str | None,
@@ -215,8 +212,6 @@ def _pull_back(
     Every reader has a copy of the stream to itself, and only its own result counts in that copy. The
     logits' input is the stream itself.
     """
-    import torch
-
     chosen = [targets[j] for j in members]
     if entry is None:
         return gradients[_result_hook(chosen[0])]

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.model import Hook, LensModel, dtype_of, hook_name
-from mi_hops.patching.sweep import Scored, Sweep
-from mi_hops.scoring import logits_at
+import torch
+
+from mi_hops.model import Hook, HookedModel, dtype_of, hook_name
+from mi_hops.sweep.runs import Scored, Sweep
+from mi_hops.sweep.scoring import logits_at
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -38,7 +40,7 @@ class Gradients:
 
 
 def run_with_gradients(
-    model: LensModel,
+    model: HookedModel,
     prompts: Sequence[Scored],
     names: Sequence[str],
     *,
@@ -59,8 +61,6 @@ def run_with_gradients(
             whose gradient is not.
         RuntimeError: a hook point off the graph of this model class.
     """
-    import torch
-
     sweep = Sweep(model, prompts)
     lowest = 0 if start is not None else min((int(n.split(".")[1]) for n in names), default=0)
     live: dict[str, Tensor] = {}
@@ -109,8 +109,6 @@ def _require_finite(metric: str, gradients: dict[str, Tensor]) -> None:
 
 def _slopes(total: Tensor, at: Sequence[Tensor]) -> list[Tensor | None]:
     """Gradients of `total`; None where it does not depend on a tensor."""
-    import torch
-
     on_graph = [i for i, tensor in enumerate(at) if tensor.requires_grad]
     found = torch.autograd.grad(total, [at[i] for i in on_graph], allow_unused=True)
     out: list[Tensor | None] = [None] * len(at)
@@ -137,8 +135,6 @@ def _keep(live: dict[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
 
 
 def _scores(sweep: Sweep, logits: Tensor) -> Tensor:
-    import torch
-
     rows: list[Any] = []
     for i, run in enumerate(sweep.runs):
         item = sweep.prompts[run.prompt]

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from mi_hops.model import LensModel, capture, hook_name, provenance
-from mi_hops.patching.halving import in_parts
-from mi_hops.patching.pairs import Text, as_prompts, example_labels, one_each
-from mi_hops.results import Result
-from mi_hops.scoring import logits_at
-from mi_hops.tokens import Prompt, TokenError, Where, last_position, pad, positions
+import torch
+
+from mi_hops.model import HookedModel, capture, hook_name, provenance
+from mi_hops.result.result import Result
+from mi_hops.sweep.batching import batched_with_oom_backoff
+from mi_hops.sweep.pairs import Text, as_prompts, example_labels, one_each
+from mi_hops.sweep.scoring import logits_at
+from mi_hops.text.tokens import Prompt, TokenError, Where, last_position, pad, positions
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -24,7 +26,7 @@ Composition = Literal["q", "k", "v"]
 
 
 def head_scores(
-    model: LensModel,
+    model: HookedModel,
     *,
     tokens: Int[Tensor, "row pos"] | None = None,
     length: int = 25,
@@ -49,7 +51,6 @@ def head_scores(
     Raises:
         ValueError: sequences that do not fit the context, or in which no token ever repeats.
     """
-    import torch
     from transformer_lens import head_detector
 
     rows = _repeated(model, length, samples, seed) if tokens is None else tokens
@@ -96,9 +97,7 @@ def head_scores(
     )
 
 
-def _repeated(model: LensModel, length: int, samples: int, seed: int) -> Int[Tensor, "row pos"]:
-    import torch
-
+def _repeated(model: HookedModel, length: int, samples: int, seed: int) -> Int[Tensor, "row pos"]:
     if length < 2 or samples < 1:
         raise ValueError(f"length {length} and samples {samples}; expected at least 2 and 1")
     tokenizer = model.tokenizer
@@ -115,7 +114,7 @@ def _repeated(model: LensModel, length: int, samples: int, seed: int) -> Int[Ten
 
 
 def attention_to(
-    model: LensModel,
+    model: HookedModel,
     prompts: Text | Sequence[Text],
     span: Where | Sequence[Where],
     *,
@@ -136,8 +135,6 @@ def attention_to(
     Raises:
         TokenError: a span that is absent, or that no token of it comes before the query.
     """
-    import torch
-
     found = as_prompts(model, prompts, prepend_bos=prepend_bos)
     spans = one_each("span", span, len(found))
     layers = range(int(model.cfg.n_layers))
@@ -168,7 +165,7 @@ def attention_to(
     )
 
 
-def composition(model: LensModel, mode: Composition) -> Result:
+def composition(model: HookedModel, mode: Composition) -> Result:
     """How much a later head's queries, keys or values read of what an earlier head writes.
 
     ``||W_OV W_QK|| / (||W_OV|| ||W_QK||)`` (Elhage et al. 2021), from weights alone: no prompt, no
@@ -181,8 +178,6 @@ def composition(model: LensModel, mode: Composition) -> Result:
     Raises:
         ValueError: an unknown mode.
     """
-    import torch
-
     if mode not in ("q", "k", "v"):
         raise ValueError(f"mode is {mode!r}; expected 'q', 'k' or 'v'")
     found: Any = model.all_composition_scores(mode.upper())  # type: ignore[attr-defined]
@@ -203,7 +198,7 @@ def composition(model: LensModel, mode: Composition) -> Result:
 
 
 def icl_score(
-    model: LensModel,
+    model: HookedModel,
     prompts: Text | Sequence[Text],
     *,
     early: int = 50,
@@ -227,8 +222,6 @@ def icl_score(
     Raises:
         ValueError: positions out of order, a prompt that is too short.
     """
-    import torch
-
     if not width <= early < late or width < 1:
         raise ValueError(
             f"early {early}, late {late}, width {width}; expected 1 <= width <= early < late"
@@ -248,7 +241,7 @@ def icl_score(
         lost = -said.gather(-1, target[..., None])[..., 0].cpu()
         return lost.unflatten(-1, (2, width)).mean(-1)
 
-    loss = torch.cat([lost for _, lost in in_parts(found, batch_size, run)])
+    loss = torch.cat([lost for _, lost in batched_with_oom_backoff(found, batch_size, run)])
     values = {"icl": loss[:, 1] - loss[:, 0], "early_loss": loss[:, 0], "late_loss": loss[:, 1]}
     return Result.from_arrays(
         {name: (("example",), value) for name, value in values.items()},

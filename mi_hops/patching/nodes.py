@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mi_hops.fanout import Intervention, Site
+import torch
+
 from mi_hops.model import (
     Hook,
-    LensModel,
+    HookedModel,
     device_of,
     forward,
     hook_name,
@@ -25,9 +26,10 @@ from mi_hops.model import (
     w_o,
 )
 from mi_hops.patching.core import captured, units_of
-from mi_hops.patching.pairs import example_labels
-from mi_hops.results import Result
-from mi_hops.tokens import Prompt
+from mi_hops.result.result import Result
+from mi_hops.sweep.fanout import Intervention, Site
+from mi_hops.sweep.pairs import example_labels
+from mi_hops.text.tokens import Prompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +78,7 @@ class Node:
         return self.stage < reader.stage
 
 
-def writers(model: LensModel, given: str | Iterable[str]) -> list[Node]:
+def writers(model: HookedModel, given: str | Iterable[str]) -> list[Node]:
     """Writers by name or group: ``"heads"``, ``"attns"``, ``"mlps"``, ``"all"`` (embedding, heads, MLPs).
 
     Raises:
@@ -97,7 +99,7 @@ def writers(model: LensModel, given: str | Iterable[str]) -> list[Node]:
     return _named("writer", given, groups, known)
 
 
-def readers(model: LensModel, given: str | Iterable[str]) -> list[Node]:
+def readers(model: HookedModel, given: str | Iterable[str]) -> list[Node]:
     """Readers by name or group: ``"q"``, ``"k"``, ``"v"``, ``"mlps"``, ``"all"`` (with the logits).
 
     Raises:
@@ -150,7 +152,9 @@ class Writes:
             and a constant (a norm after attention, for instance).
     """
 
-    def __init__(self, model: LensModel, prompts: Sequence[Prompt], nodes: Iterable[Node]) -> None:
+    def __init__(
+        self, model: HookedModel, prompts: Sequence[Prompt], nodes: Iterable[Node]
+    ) -> None:
         self._model, self._prompts = model, list(prompts)
         nodes = list(nodes)
         with_heads = sorted({n.layer for n in nodes if n.role == "head"})
@@ -161,8 +165,6 @@ class Writes:
 
     def __call__(self, node: Node, example: int) -> Float[Tensor, "pos d_model"]:
         """In float32 or wider."""
-        import torch
-
         found = self._store[self._hook(node)][example, : len(self._prompts[example])]
         wide = torch.promote_types(found.dtype, torch.float32)
         found = found.to(wide)
@@ -177,8 +179,6 @@ class Writes:
         return hook_name(kind[node.role], node.layer)
 
     def _check(self, layer: int) -> None:
-        import torch
-
         z = self._store[hook_name("z", layer)][0, : len(self._prompts[0])]
         out = self._store[hook_name("attn_out", layer)][0, : len(self._prompts[0])]
         wide = torch.promote_types(z.dtype, torch.float32)
@@ -205,7 +205,7 @@ def read_hooks(reader: Node) -> tuple[str, str]:
 
 
 def probe(
-    model: LensModel,
+    model: HookedModel,
     tokens: Int[Tensor, "1 pos"],
     layer: int,
     entry: str,
@@ -227,8 +227,6 @@ def probe(
     Returns:
         By name, ``[row, pos, ...]``.
     """
-    import torch
-
     found: dict[str, Tensor] = {}
 
     def copy(x: Tensor) -> Tensor:
@@ -262,7 +260,7 @@ def probe(
 
 def arrival(reader: Node, value: Tensor, positions: tuple[int, ...]) -> Intervention:
     """An intervention that gives a reader's own result the value it has from another input."""
-    from mi_hops.interventions import replace
+    from mi_hops.sweep.interventions import replace
 
     if reader.head is not None:
         value = value[:, reader.head]

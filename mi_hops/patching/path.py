@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.fanout import Intervention, Site, rows_within
-from mi_hops.interventions import Change, add
-from mi_hops.metrics import MetricLike, Target, normalised
-from mi_hops.model import LensModel, dtype_of
+import torch
+
+from mi_hops.model import HookedModel, dtype_of
 from mi_hops.patching.activation import Direction, PatchJob
-from mi_hops.patching.halving import in_parts
 from mi_hops.patching.nodes import (
     Node,
     Writes,
@@ -30,20 +28,24 @@ from mi_hops.patching.nodes import (
     readers,
     writers,
 )
-from mi_hops.patching.pairs import Text
-from mi_hops.patching.sweep import Limits, Scored, Scores, Sweep, score
-from mi_hops.tokens import Where, align, pad
-from mi_hops.tokens import positions as positions_of
+from mi_hops.sweep.batching import batched_with_oom_backoff
+from mi_hops.sweep.fanout import Intervention, Site, rows_within
+from mi_hops.sweep.interventions import Change, add
+from mi_hops.sweep.metrics import MetricLike, Target, normalised
+from mi_hops.sweep.pairs import Text
+from mi_hops.sweep.runs import Limits, Scored, Scores, Sweep, score
+from mi_hops.text.tokens import Where, align, pad
+from mi_hops.text.tokens import positions as positions_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-    from mi_hops.results import Result
+    from mi_hops.result.result import Result
 
 
 def path_patch(
-    model: LensModel,
+    model: HookedModel,
     clean: Text | Sequence[Text],
     corrupted: Text | Sequence[Text],
     *,
@@ -104,8 +106,6 @@ def path_patch(
 
 def reached(sources: Sequence[Node], targets: Sequence[Node]) -> Bool[Tensor, "sender receiver"]:
     """True where a path leads from sender to receiver."""
-    import torch
-
     return torch.tensor([[u.reaches(v) for v in targets] for u in sources])
 
 
@@ -126,7 +126,6 @@ def exact_paths(
         wanted: paths that there are, at least one of them.
         spans: where the senders' writes are replaced, pair by pair.
     """
-    import torch
     from tqdm.auto import tqdm
 
     bases = job.core(baselines).bases
@@ -144,8 +143,6 @@ def exact_paths(
 
 def _change(writes: Writes, node: Node, span: Sequence[int]) -> Float[Tensor, "pos d_model"]:
     """Source write less base write within the span, zero outside."""
-    import torch
-
     found = writes(node, 0) - writes(node, 1)
     kept = torch.zeros_like(found)
     kept[list(span)] = found[list(span)]
@@ -165,7 +162,7 @@ class _Pair:
         first: the first position they touch.
     """
 
-    model: LensModel
+    model: HookedModel
     base: Scored
     changes: Float[Tensor, "sender pos d_model"]
     first: int
@@ -197,7 +194,7 @@ class _Pair:
                 paths = [(i, j) for i in part for j in members if wanted[i, j]]
                 return paths, sweep.run(self._interventions(part, paths, targets), self.limits)
 
-            for _, (paths, found) in in_parts(senders, most, run):
+            for _, (paths, found) in batched_with_oom_backoff(senders, most, run):
                 intact = found.base[0, 0]
                 rows, columns = zip(*paths, strict=True)
                 scores[list(rows), list(columns)] = found.rows[:, 0]
@@ -208,8 +205,6 @@ class _Pair:
         self, senders: Sequence[int], paths: Sequence[tuple[int, int]], targets: Sequence[Node]
     ) -> list[Intervention]:
         """One for each path from these senders to readers of one role and block."""
-        import torch
-
         where = tuple(range(self.first, len(self.base.prompt)))
         reader = targets[paths[0][1]]
         if reader.role == "logits":

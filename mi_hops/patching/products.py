@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mi_hops.fanout import HEAD_AXIS
+import torch
+
 from mi_hops.model import hook_name
-from mi_hops.patching.grid import Cell
+from mi_hops.sweep.fanout import HEAD_AXIS
+from mi_hops.sweep.sites import Cell
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -35,8 +37,6 @@ class Places:
     @classmethod
     def of(cls, spans: Sequence[Sequence[tuple[int, ...]]]) -> Places:
         """From the positions of each span in each row, ``[row][span]``."""
-        import torch
-
         width = max(len(span) for row in spans for span in row)
         index = [[[*span, *[span[-1]] * (width - len(span))] for span in row] for row in spans]
         real = [[[t < len(span) for t in range(width)] for span in row] for row in spans]
@@ -44,16 +44,12 @@ class Places:
 
     def gather(self, activation: Tensor, kind: str) -> Float[Tensor, "row span token *rest"]:
         """An activation of all rows at the spans; of a pattern, ``[..., head, key]`` of the queries."""
-        import torch
-
         by_token = activation.transpose(1, 2) if HEAD_AXIS[kind] == 1 else activation
         rows = torch.arange(len(self.index), device=activation.device)[:, None, None]
         return by_token[rows, self.index.to(activation.device)]
 
     def mask(self, width: int) -> Bool[Tensor, "row span pos"]:
         """True at the positions of each span."""
-        import torch
-
         found = torch.zeros(*self.index.shape[:2], width, dtype=torch.bool)
         return found.scatter_(2, self.index, torch.ones_like(self.real))
 
@@ -71,8 +67,6 @@ def difference(
     there: Tensor, here: Tensor, kind: str, source: Places, base: Places
 ) -> Float[Tensor, "row span token *rest"]:
     """Source less base activation at the spans, in float32 or wider; 0 where a span has no token."""
-    import torch
-
     origin, goal = source.gather(there, kind), base.gather(here, kind)
     if HEAD_AXIS[kind] == 1:  # keys behind the prompts are seen by no query within them
         width = min(origin.shape[-1], goal.shape[-1])
@@ -124,8 +118,6 @@ def products(
     Args:
         there, here, gradients: by hook name, ``[row, ...]``.
     """
-    import torch
-
     slope = next(iter(gradients.values()))
     wide = torch.promote_types(slope.dtype, torch.float32)
     out = torch.zeros(len(base.index), len(cells), dtype=wide, device=slope.device)

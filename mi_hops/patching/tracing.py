@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from mi_hops.fanout import Intervention, Site
-from mi_hops.metrics import MetricLike, Target, require_finite, score_gap
-from mi_hops.model import LensModel, embedding, hook_name, hooked, require_hooks
+import torch
+
+from mi_hops.model import HookedModel, embedding, hook_name, hooked, require_hooks
 from mi_hops.patching.core import (
     Axes,
     captured,
@@ -26,24 +26,26 @@ from mi_hops.patching.core import (
     scored_alone,
     taken,
 )
-from mi_hops.patching.grid import Cell, Grid, HeadsLike, build_grid, default_positions
-from mi_hops.patching.pairs import (
+from mi_hops.sweep.fanout import Intervention, Site
+from mi_hops.sweep.metrics import MetricLike, Target, require_finite, score_gap
+from mi_hops.sweep.pairs import (
     PositionsLike,
     Text,
     as_prompts,
     one_each,
     resolve_spans,
 )
-from mi_hops.patching.sweep import Limits, Sweep, score
-from mi_hops.tokens import Prompt, TokenError, Where
-from mi_hops.tokens import positions as positions_of
+from mi_hops.sweep.runs import Limits, Sweep, score
+from mi_hops.sweep.sites import Cell, Grid, HeadsLike, build_grid, default_positions
+from mi_hops.text.tokens import Prompt, TokenError, Where
+from mi_hops.text.tokens import positions as positions_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from mi_hops.interventions import Change
-    from mi_hops.results import Result
+    from mi_hops.result.result import Result
+    from mi_hops.sweep.interventions import Change
 
 Severed = Literal["none", "mlp", "attn"]
 _SEVERED_KIND = {"mlp": "mlp_out", "attn": "attn_out"}
@@ -56,7 +58,7 @@ _BEFORE = {
 
 
 def trace(
-    model: LensModel,
+    model: HookedModel,
     prompts: Text | Sequence[Text],
     subject: Where | Sequence[Where],
     *,
@@ -105,8 +107,6 @@ def trace(
         ValueError: as in `patch`; noise or samples that are not positive.
         TokenError: a subject that is not in its prompt.
     """
-    import torch
-
     if not noise > 0 or samples < 1:
         raise ValueError(f"noise is {noise} and samples {samples}; expected more than 0 of both")
     variants, several = _variants(severed)
@@ -175,7 +175,7 @@ def _standard_error(
 
 
 def subject_roles(
-    model: LensModel,
+    model: HookedModel,
     prompts: Text | Sequence[Text],
     subject: Where | Sequence[Where],
     *,
@@ -218,11 +218,9 @@ def _variants(severed: Severed | Sequence[Severed]) -> tuple[tuple[Severed, ...]
 
 
 def _draws(
-    model: LensModel, width: int, std: float, samples: int, seed: tuple[int, int]
+    model: HookedModel, width: int, std: float, samples: int, seed: tuple[int, int]
 ) -> Iterator[Float[Tensor, "pos d_model"]]:
     """Noise for the span of one prompt, in float32 on the CPU, so that devices agree."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
     for _ in range(samples):
         yield std * torch.randn(width, int(model.cfg.d_model), generator=generator)
@@ -230,7 +228,7 @@ def _draws(
 
 @contextmanager
 def spoil(
-    model: LensModel, width: int, span: Sequence[int], noise: Float[Tensor, "pos d_model"]
+    model: HookedModel, width: int, span: Sequence[int], noise: Float[Tensor, "pos d_model"]
 ) -> Iterator[None]:
     """Add noise to what enters block 0 at a span, in every pass made inside the ``with`` block.
 
@@ -257,7 +255,7 @@ class _Tracer:
 
     def __init__(
         self,
-        model: LensModel,
+        model: HookedModel,
         prompt: Prompt,
         spoiled: Sequence[int],
         spans: Sequence[tuple[int, ...]],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mi_hops.results import Result
+from mi_hops.result.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mi_hops.statistics import bootstrap_ci, proportion_ci
+from mi_hops.result.statistics import bootstrap_ci, proportion_ci
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -22,13 +22,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.unusable import NoUsableFactError
-from mi_hops.fanout import Intervention, fan_out
-from mi_hops.interventions import Change
-from mi_hops.model import LensModel, provenance, unembedding
-from mi_hops.results import Result
-from mi_hops.tokens import Prompt, TokenError, answer_ids, encode, last_position, pad
+from mi_hops.model import HookedModel, provenance, unembedding
+from mi_hops.result.result import Result
+from mi_hops.sweep.fanout import Intervention, fan_out
+from mi_hops.sweep.interventions import Change
+from mi_hops.text.tokens import Prompt, TokenError, answer_ids, encode, last_position, pad
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -50,9 +52,7 @@ class Eraser:
         rank: directions that W_U reads, of d_model.
     """
 
-    def __init__(self, model: LensModel, *, recheck: float = 10.0) -> None:
-        import torch
-
+    def __init__(self, model: HookedModel, *, recheck: float = 10.0) -> None:
         weight = unembedding(model)[0]
         wide = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
         self.rows = weight.T.to(wide)  # [vocab, d_model]; no float64 copy: it is a large matrix
@@ -66,8 +66,6 @@ class Eraser:
 
     def change(self, form: Form, lower: Sequence[int], keep: Sequence[int]) -> Change:
         """A change of ``[pos, d_model]``: `lower` to the minimum; `keep` is held (see the forms)."""
-        import torch
-
         down = torch.tensor([t for t in dict.fromkeys(lower) if t not in set(keep)])
         held = torch.tensor(list(dict.fromkeys(keep)))
         step = self._exact if form == "exact" else self._published
@@ -79,8 +77,6 @@ class Eraser:
         return change
 
     def _exact(self, h: Tensor, down: Tensor, held: Tensor) -> Tensor:
-        import torch
-
         wanted = self._wanted(h, down)
         rows = self._rows(torch.cat([down, held]))
         target = torch.cat([wanted, wanted.new_zeros(len(h), len(held))], 1)
@@ -116,8 +112,6 @@ def _pseudo_inverse(
     eigenvalue is the rounding of W_U's own dtype, `eps` of the root mean square singular value, or
     that of the decomposition. What lies under twice the one or the other is taken for zero.
     """
-    import torch
-
     values, vectors = torch.linalg.eigh(gram)
     own = (2 * eps) ** 2 * values.mean()
     decomposed = len(gram) * torch.finfo(gram.dtype).eps * values[-1]
@@ -136,7 +130,7 @@ class _Case:
 
 
 def erase_bridge(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
     form: str | None = None,
@@ -171,7 +165,6 @@ def erase_bridge(
         ValueError: a bad layer.
     """
     import numpy as np
-    import torch
     from tqdm.auto import tqdm
 
     layers = list(range(model.cfg.n_layers)) if layers is None else list(layers)
@@ -232,7 +225,7 @@ def erase_bridge(
 
 
 def _cases(
-    model: LensModel, facts: Sequence[TwoHopFact], form: str | None, prepend_bos: bool
+    model: HookedModel, facts: Sequence[TwoHopFact], form: str | None, prepend_bos: bool
 ) -> tuple[list[_Case], list[tuple[str, str]]]:
     cases, skipped = [], []
     for fact in facts:

@@ -13,9 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from mi_hops.generate import answered, end_ids
-from mi_hops.metrics import (
+from mi_hops.model import HookedModel, dtype_of, provenance
+from mi_hops.reasoning.aggregate import aggregate
+from mi_hops.reasoning.evaluation import Evaluation
+from mi_hops.reasoning.queries import SETS, Query, QuerySets
+from mi_hops.sweep.generate import answered, end_ids
+from mi_hops.sweep.metrics import (
     AnswerLogprob,
     Greedy,
     Metric,
@@ -28,13 +33,9 @@ from mi_hops.metrics import (
     require_finite,
     target_of,
 )
-from mi_hops.model import LensModel, dtype_of, provenance
-from mi_hops.reasoning.aggregate import aggregate
-from mi_hops.reasoning.evaluation import Evaluation
-from mi_hops.reasoning.queries import SETS, Query, QuerySets
-from mi_hops.repair import Repair, Rows
-from mi_hops.scoring import logits_at, score_prompts
-from mi_hops.tokens import Prompt, batches, encode
+from mi_hops.sweep.repair import Repair, Rows
+from mi_hops.sweep.scoring import logits_at, score_prompts
+from mi_hops.text.tokens import Prompt, batches, encode
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,7 +95,7 @@ class _StatementLoss:
 
 
 def evaluate(
-    model: LensModel,
+    model: HookedModel,
     repairs: Sequence[Repair],
     queries: QuerySets | Iterable[Query],
     facts: Sequence[TwoHopFact],
@@ -115,7 +116,7 @@ def evaluate(
         queries: from `build_sets`, or one's own.
         facts: the cases; every query's ``case`` is the id of one of them.
         metrics: further metrics to record; their mean before, after and change is in the table.
-        generate: also generate texts, for ``said`` and ``said_right`` (aliases count there). All
+        generate: also generate texts, for ``said`` and ``generation_correct`` (aliases count there). All
             other columns need no generation.
         max_new_tokens: of the generated texts; raised where an answer needs more.
         seed: of the bootstrap intervals of the table.
@@ -209,7 +210,7 @@ class _Job:
 
     def __init__(
         self,
-        model: LensModel,
+        model: HookedModel,
         queries: Sequence[Query],
         metrics: Sequence[Metric],
         batch_size: int,
@@ -223,9 +224,9 @@ class _Job:
             target_of(model, p, q.answer, q.wrong)
             for p, q in zip(self.prompts, queries, strict=True)
         ]
-        own = [get_metric(n) for n in ("first_prob", "answer_logprob", "paper_prob", "rank")]
+        own = [get_metric(n) for n in ("first_prob", "answer_logprob", "mean_token_prob", "rank")]
         own += [
-            Greedy(end_ids(model), name="whole_right"),
+            Greedy(end_ids(model), name="exact_match"),
             NextToken("first_right", "share", True, _first_right),
             NextToken("wrong_paper_prob", "probability", True, _wrong_paper_prob),
         ]
@@ -242,12 +243,12 @@ class _Job:
         found: dict[str, Any] = {name: score.double().numpy() for name, score in tensors.items()}
         none = np.array([q.wrong is None for q in self.queries])
         found["wrong_paper_prob"] = np.where(none, np.nan, found["wrong_paper_prob"])
-        ahead = found["paper_prob"] > found["wrong_paper_prob"]
+        ahead = found["mean_token_prob"] > found["wrong_paper_prob"]
         found["target_over_wrong"] = np.where(none, np.nan, ahead)
         found["statement_loss"] = self._statement_loss(repair, states)
         found["kl"] = self._kl(repair, states)
         if self.max_new_tokens:
-            found["said"], found["said_right"] = self._said(repair, states)
+            found["said"], found["generation_correct"] = self._said(repair, states)
         return found
 
     def frame(
@@ -320,15 +321,13 @@ class _Job:
 
 
 def _divergence(
-    model: LensModel,
+    model: HookedModel,
     prompts: Sequence[Prompt],
     repair: Repair,
     states: Sequence[Any],
     batch_size: int,
 ) -> np.ndarray:
     """KL(unrepaired || repaired) of each prompt's next token, in nats."""
-    import torch
-
     wide = torch.promote_types(dtype_of(model), torch.float32)
     found = torch.empty(len(prompts), dtype=wide)
     with torch.no_grad():

@@ -13,14 +13,14 @@ import numpy as np
 
 from mi_hops.reasoning.aggregate import Scores, by_group, case_table, change_scores
 from mi_hops.reasoning.queries import SETS
-from mi_hops.results import Result
+from mi_hops.result.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 #: Ways to be right; the last needs generation.
-ACCURACIES = ("first_right", "whole_right", "said_right")
+ACCURACIES = ("first_right", "exact_match", "generation_correct")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +34,13 @@ class Evaluation:
 
             - ``first_prob``: probability of the answer's first token;
             - ``answer_logprob``: of the whole answer, nats, teacher-forced;
-            - ``paper_prob``, ``wrong_paper_prob``: the CREME paper's score (`metrics.METRICS`) of the
+            - ``mean_token_prob``, ``wrong_paper_prob``: the CREME paper's score (`metrics.METRICS`) of the
               right and of the competing answer (NaN: none);
             - ``target_over_wrong``: whether the first exceeds the second (NaN: no competitor);
             - ``rank`` of the answer's first token, 1 = top;
             - ``first_right``: the first token is the most probable one (1 or 0);
-            - ``whole_right``: greedy decoding gives the whole answer and its end, token for token;
-            - ``said`` and ``said_right``, where texts were generated: the text, and whether it is
+            - ``exact_match``: greedy decoding gives the whole answer and its end, token for token;
+            - ``said`` and ``generation_correct``, where texts were generated: the text, and whether it is
               the answer or an alias of it (`generate.matches`);
             - ``statement_loss``: nats a token of prompt and answer, on neutral statements;
             - what other metrics were asked for.
@@ -73,8 +73,8 @@ class Evaluation:
 
         Returns:
             Frame indexed by repair, set, statistic; columns as in `aggregate`. Statistics: those of
-            `aggregate` for ``paper_prob``; for each way to be right (``first_right``,
-            ``whole_right``, ``said_right``) ``..._before``, ``..._after``, ``..._change``,
+            `aggregate` for ``mean_token_prob``; for each way to be right (``first_right``,
+            ``exact_match``, ``generation_correct``) ``..._before``, ``..._after``, ``..._change``,
             ``..._retained`` (share right after among queries right before) and ``..._ratio``
             (accuracy after / before); ``first_prob``, ``answer_logprob`` and further metrics
             before, after and change; median ``rank``; ``kl``; ``perplexity_before`` and
@@ -111,7 +111,9 @@ class Evaluation:
     def cases(self) -> pd.DataFrame:
         """Means over the queries of each repair, set and case; index (repair, set, case)."""
         numbers = [c for c in self.frame.columns if c.endswith(("_before", "_after")) or c == "kl"]
-        numbers = [c for c in numbers if not c.startswith("said_") or c.startswith("said_right")]
+        numbers = [
+            c for c in numbers if not c.startswith("said_") or c.startswith("generation_correct")
+        ]
         return case_table(self.frame, numbers)
 
     def plot(
@@ -134,7 +136,7 @@ class Evaluation:
         """
         import pandas as pd
 
-        from mi_hops import plots
+        from mi_hops.result import plots
 
         table = self.table(**options).reset_index()
         known = list(dict.fromkeys(table["set"]))

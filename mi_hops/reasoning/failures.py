@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.generate import generate, matches, normalise
 from mi_hops.lens.logit import logit_lens
-from mi_hops.model import LensModel
+from mi_hops.model import HookedModel
 from mi_hops.reasoning.gap import Gap
-from mi_hops.tokens import Prompt, TokenError, answer_ids, encode, find_text, last_position
+from mi_hops.sweep.generate import generate
+from mi_hops.text.matching import matches, normalise
+from mi_hops.text.tokens import Prompt, TokenError, answer_ids, encode, find_text, last_position
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +38,7 @@ TYPES = ("incomplete", "short-cut", "distorted", "hasty", "other")
 
 
 def failure_types(
-    model: LensModel,
+    model: HookedModel,
     gap: Gap,
     *,
     form: str | None = None,
@@ -111,7 +112,7 @@ class _Case:
 
 
 def _cases(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     answer_of: Callable[[TwoHopFact], str],
     form: str | None,
@@ -133,7 +134,7 @@ def _cases(
 
 
 def _read(
-    model: LensModel, cases: Sequence[_Case], batch_size: int
+    model: HookedModel, cases: Sequence[_Case], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(bridge's peak, its layer, layer at which the answer has half of its final probability).
 
@@ -148,7 +149,7 @@ def _read(
         batch_size=batch_size,
     )
     # Layer 0 is the embedding: the prompt's own token, not yet anything recalled.
-    recalled = result["paper_prob"].sel(tracked="bridge").isel(layer=slice(1, None))
+    recalled = result["mean_token_prob"].sel(tracked="bridge").isel(layer=slice(1, None))
     bridge = recalled.max("position").transpose("example", "layer").values
     told = result["prob"].sel(tracked="answer", position="last")
     answer = told.transpose("example", "layer").values
@@ -157,7 +158,7 @@ def _read(
     return bridge.max(1), layers[1 + bridge.argmax(1)], layers[reached.argmax(1)]
 
 
-def _without_first_hop(model: LensModel, cases: Sequence[_Case], batch_size: int) -> list[str]:
+def _without_first_hop(model: HookedModel, cases: Sequence[_Case], batch_size: int) -> list[str]:
     """What the model says when the subject takes the place of the first hop; "" if it cannot."""
     texts: list[str] = []
     for case in cases:

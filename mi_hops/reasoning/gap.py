@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.generate import STOP, Answered, answered, matches
-from mi_hops.model import LensModel
-from mi_hops.statistics import proportion_ci
+from mi_hops.model import HookedModel
+from mi_hops.result.statistics import proportion_ci
+from mi_hops.sweep.generate import Answered, answered
+from mi_hops.text.matching import STOP, matches
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,7 +92,7 @@ class Gap:
 
 
 def find_gap(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
     form: str | None = None,
@@ -164,7 +165,7 @@ def _unaskable(fact: TwoHopFact, form: str | None) -> str:
 
 
 def _ask(
-    model: LensModel, items: Sequence[tuple[str, str, tuple[str, ...]]], **options: object
+    model: HookedModel, items: Sequence[tuple[str, str, tuple[str, ...]]], **options: object
 ) -> list[Answered]:
     """Answers to (prompt, answer, aliases); equal ones are asked once (hops are shared)."""
     distinct = list(dict.fromkeys(items))

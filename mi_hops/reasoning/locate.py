@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.unusable import NoUsableFactError
-from mi_hops.fanout import Intervention, Site, fan_out
-from mi_hops.interventions import replace
-from mi_hops.model import LensModel, capture, hook_name, provenance
-from mi_hops.results import Result
-from mi_hops.tokens import Prompt, TokenError, answer_ids, encode, last_position, pad
+from mi_hops.model import HookedModel, capture, hook_name, provenance
+from mi_hops.result.result import Result
+from mi_hops.sweep.fanout import Intervention, Site, fan_out
+from mi_hops.sweep.interventions import replace
+from mi_hops.text.tokens import Prompt, TokenError, answer_ids, encode, last_position, pad
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +56,7 @@ class _Pair:
 
 
 def locate(
-    model: LensModel,
+    model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
     form: str | None = None,
@@ -84,7 +86,6 @@ def locate(
         ValueError: a window below 1.
     """
     import numpy as np
-    import torch
     from tqdm.auto import tqdm
 
     if window < 1:
@@ -164,7 +165,7 @@ def located_layers(
 
 
 def _pairs(
-    model: LensModel, facts: Sequence[TwoHopFact], form: str | None, prepend_bos: bool
+    model: HookedModel, facts: Sequence[TwoHopFact], form: str | None, prepend_bos: bool
 ) -> tuple[list[_Pair], list[tuple[str, str]]]:
     pairs, skipped = [], []
     for fact in facts:

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mi_hops.generate import normalise
+from mi_hops.text.matching import normalise
 
 #: In the order of tables and figures.
 SETS = (

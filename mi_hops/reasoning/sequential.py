@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mi_hops.editing import Edit, EditRepair, stack
 from mi_hops.editing.rows import require_not_applied
-from mi_hops.model import LensModel
+from mi_hops.model import HookedModel
 from mi_hops.reasoning.evaluate import evaluate
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.queries import Query, QuerySets
@@ -20,7 +20,7 @@ SIZES = (1, 10, 100)
 
 
 def evaluate_sequential(
-    model: LensModel,
+    model: HookedModel,
     edits: Sequence[Edit],
     queries: QuerySets | Iterable[Query],
     facts: Sequence[TwoHopFact],

@@ -14,9 +14,9 @@ from typing import TypeVar
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.templates import capitalise
-from mi_hops.generate import normalise
 from mi_hops.reasoning.queries import SETS, Query, QuerySets, among
-from mi_hops.tokens import TokenError, find_text
+from mi_hops.text.matching import normalise
+from mi_hops.text.tokens import TokenError, find_text
 
 __all__ = ["SETS", "Query", "QuerySets", "build_sets"]
 

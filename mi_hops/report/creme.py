@@ -133,7 +133,7 @@ def _choices(choices: Mapping[str, Any]) -> list[Block]:
 
 
 def _of(share: float, n: int) -> str:
-    from mi_hops.statistics import proportion_ci
+    from mi_hops.result.statistics import proportion_ci
 
     low, high = proportion_ci(round(share * n), n)
     return percent({"value": share, "low": low, "high": high, "n": n}, n=False)
@@ -146,7 +146,7 @@ def _span(numbers: Sequence[int]) -> str:
 def _accuracies(scores: Mapping[str, Any]) -> list[Figure]:
     kinds = {
         "first_right": ("First answer token right", "whose first answer token is the first choice"),
-        "whole_right": ("Whole answer right",
+        "exact_match": ("Whole answer right",
                         "for which greedy decoding gives the whole answer and its end"),
     }  # fmt: skip
     found = []

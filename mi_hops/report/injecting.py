@@ -25,7 +25,7 @@ from mi_hops.report.parts import (
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mi_hops.results import Result
+    from mi_hops.result.result import Result
     from mi_hops.study.folder import Study
 
 _MEMORIES = {
@@ -186,7 +186,7 @@ def _memories(result: Result, cell: Mapping[str, Any]) -> list[Figure | Table]:
 
 def _count(right: Any) -> dict[str, Any]:
     """A share of zeros and ones (NaN: not measured) with its exact interval."""
-    from mi_hops.statistics import proportion_ci
+    from mi_hops.result.statistics import proportion_ci
 
     right = right[right == right]
     n, k = len(right), int(right.sum())

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import plotly.graph_objects as go
 
-    from mi_hops.results import Result
+    from mi_hops.result.result import Result
     from mi_hops.study.folder import Study
 
 _PLACES = {"first hop": "first hop's last token", "last": "last token", "between": "between"}
@@ -30,7 +30,7 @@ _GROUPS = {"passed": "answered rightly", "failed": "failed"}
 _VARIANTS = {"published": "published form", "exact": "exact form"}
 _KINDS = {"attn_out": "Attention output", "mlp_out": "MLP output", "resid_post": "Block output"}
 #: The bridge by the papers' score (mean over its tokens), the answer by its first token.
-_SCORES = {"bridge": "paper_prob", "answer": "prob"}
+_SCORES = {"bridge": "mean_token_prob", "answer": "prob"}
 _BLOCKS = "blocks passed (0 = embedding)"
 
 
@@ -96,8 +96,8 @@ def lens_section(study: Study) -> Section:
 def _trajectory(result: Result, names: list[str], place: str, tracked: str) -> go.Figure:
     import pandas as pd
 
-    from mi_hops import plots
-    from mi_hops.results import Result as Labelled
+    from mi_hops.result import plots
+    from mi_hops.result.result import Result as Labelled
 
     parts = []
     for name in names:
@@ -115,7 +115,7 @@ def _trajectory(result: Result, names: list[str], place: str, tracked: str) -> g
 
 
 def _difference(intervals: Any) -> go.Figure:
-    from mi_hops import plots
+    from mi_hops.result import plots
 
     data = frame(intervals)
     data["position"] = data["position"].map(lambda name: f"at the {_PLACES[name]}")
@@ -239,7 +239,7 @@ def _erased(ends: dict[str, Any], variant: str, place: str, clean: float,
             scale: tuple[float, float]) -> go.Figure:  # fmt: skip
     import pandas as pd
 
-    from mi_hops import plots
+    from mi_hops.result import plots
 
     parts = [frame(e.sel(variant=variant, position=place), erased=name) for name, e in ends.items()]
     plot = plots.lines(
@@ -251,7 +251,7 @@ def _erased(ends: dict[str, Any], variant: str, place: str, clean: float,
 
 
 def _less_control(intervals: Any) -> go.Figure:
-    from mi_hops import plots
+    from mi_hops.result import plots
 
     data = frame(intervals)
     data["variant"] = data["variant"].map(lambda name: _VARIANTS.get(name, name))

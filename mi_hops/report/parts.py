@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from mi_hops.results import Result
+    from mi_hops.result.result import Result
     from mi_hops.study.folder import Study
 
 #: An estimate as in ``summary.json``: ``value``, ``low``, ``high`` and ``n``.
@@ -231,7 +231,7 @@ def bars(rows: Iterable[Mapping[str, Any]], *, x: str, group: str | None = None,
     """Bars of shares with intervals from rows of `row`; None where no row has a value."""
     import pandas as pd
 
-    from mi_hops import plots
+    from mi_hops.result import plots
 
     data = pd.DataFrame(list(rows))
     if data.empty or data["value"].isna().all():
@@ -267,7 +267,7 @@ def heatmap(
         boxes: (layer, x) indices of cells to put a box around.
         x_label: title of the axis; none where its labels say what it is.
     """
-    from mi_hops import plots
+    from mi_hops.result import plots
 
     array = array.astype(float)
     plot = plots.heatmap(

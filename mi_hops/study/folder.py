@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.results import Result
+from mi_hops.result.result import Result
 
 if TYPE_CHECKING:
     from mi_hops.reasoning.evaluation import Evaluation

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from mi_hops._version import __version__
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model import LensModel, load_model, provenance
+from mi_hops.model import HookedModel, load_model, provenance
 from mi_hops.study.folder import STEPS, Study, made_with, prepare, write_text
 from mi_hops.study.steps import Run, Sizes
 from mi_hops.study.summary import summarise
-from mi_hops.tokens import TokenError, encode
+from mi_hops.text.tokens import TokenError, encode
 
 if TYPE_CHECKING:
     import torch
 
 
 def run_study(
-    model: str | Path | LensModel,
+    model: str | Path | HookedModel,
     facts: str | Path | Sequence[TwoHopFact] | None = None,
     *,
     out: str | Path,
@@ -111,7 +111,7 @@ def _warn_of_other_versions(study: Study, now: Mapping[str, Any]) -> None:
         )
 
 
-def _check_prompts(model: LensModel, facts: Sequence[TwoHopFact]) -> None:
+def _check_prompts(model: HookedModel, facts: Sequence[TwoHopFact]) -> None:
     """Refuse facts whose prompts the model cannot take, before anything is written.
 
     Raises:

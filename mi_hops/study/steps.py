@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.unusable import NoUsableFactError, count_reasons, describe_reasons
-from mi_hops.model import LensModel, provenance
-from mi_hops.results import Result
+from mi_hops.model import HookedModel, provenance
+from mi_hops.result.result import Result
 from mi_hops.study.choose import (
     CHOICE_RULE,
     ESTIMATED,
@@ -61,7 +61,7 @@ class Run:
 
     def __init__(
         self,
-        model: LensModel,
+        model: HookedModel,
         facts: list[TwoHopFact],
         study: Study,
         sizes: Sizes,
@@ -335,8 +335,8 @@ class Run:
 
     def _moments(self) -> tuple[Moments, list[TwoHopFact]]:
         """C, from facts that no score is taken on: trained ones, else a third of the passed."""
-        from mi_hops.corpus import fact_texts
         from mi_hops.editing import second_moments
+        from mi_hops.text.corpus import fact_texts
 
         corpus = [f for f in self.facts if f.split == "train"]
         if not corpus:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mi_hops.facts.unusable import count_reasons, describe_reasons
-from mi_hops.statistics import bootstrap_ci, difference_ci, proportion_ci
+from mi_hops.result.statistics import bootstrap_ci, difference_ci, proportion_ci
 from mi_hops.study.folder import STEPS
 
 if TYPE_CHECKING:
     from mi_hops.reasoning.gap import Gap
-    from mi_hops.results import Result
+    from mi_hops.result.result import Result
     from mi_hops.study.folder import Study
 
 
@@ -144,7 +144,7 @@ def _lens(result: Result) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for position in data["position"].values.tolist():
         here = data.sel(position=position).transpose("example", "layer", ...)
-        bridge = here["paper_prob"].sel(tracked="bridge").values
+        bridge = here["mean_token_prob"].sel(tracked="bridge").values
         answer = here["prob"].sel(tracked="answer").values
         entry: dict[str, Any] = {}
         for group in dict.fromkeys(groups.tolist()):

@@ -17,8 +17,8 @@ from mi_hops.editing import (
     second_moments,
 )
 from mi_hops.model import capture, dtype_of, forward, hook_name, read_w_o, write_w_o
-from mi_hops.repair import Repair, Rows
-from mi_hops.tokens import encode, pad
+from mi_hops.sweep.repair import Repair, Rows
+from mi_hops.text.tokens import encode, pad
 from tests.editing.conftest import (
     TEMPLATES,
     assert_same_bits,

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from mi_hops.editing import creme, creme_joint, edit_hooks, second_moments
+from mi_hops.editing.baselines.finetune import finetune_many
+from mi_hops.editing.baselines.grace import GraceRepair
+from mi_hops.editing.baselines.knowledge_editor import EditorTraining, KnowledgeEditor, train_editor
+from mi_hops.editing.baselines.memit import memit
+from mi_hops.editing.baselines.rome import rome
 from mi_hops.editing.change import Change
-from mi_hops.editing.finetune import finetune_many
-from mi_hops.editing.grace import GraceRepair
-from mi_hops.editing.knowledge_editor import EditorTraining, KnowledgeEditor, train_editor
-from mi_hops.editing.memit import memit
-from mi_hops.editing.rome import rome
 from mi_hops.model import forward
-from mi_hops.repair import Rows
-from mi_hops.tokens import encode, pad
+from mi_hops.sweep.repair import Rows
+from mi_hops.text.tokens import encode, pad
 from tests.editing.conftest import TEMPLATES, assert_same_bits, weights
 from tests.editing.test_knowledge_editor import practice
 from tests.places import FAR, NEAR, TwoPlaces

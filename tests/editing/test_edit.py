@@ -24,8 +24,8 @@ from mi_hops.editing import (
 )
 from mi_hops.editing import applied as applied_module
 from mi_hops.model import dtype_of, fingerprint, forward, read_w_o
-from mi_hops.repair import Repair, Rows
-from mi_hops.tokens import encode
+from mi_hops.sweep.repair import Repair, Rows
+from mi_hops.text.tokens import encode
 from tests.editing.conftest import assert_same_bits, weights
 
 TOKENS = torch.tensor([[1, 9, 30, 7, 12], [1, 4, 5, 6, 50], [1, 80, 3, 2, 8]])

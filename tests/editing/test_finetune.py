@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mi_hops.editing.baselines.finetune import FineTuneRepair, LoraRepair, finetune_many
 from mi_hops.editing.change import read_matrix
-from mi_hops.editing.finetune import FineTuneRepair, LoraRepair, finetune_many
 from mi_hops.editing.teaching import answer_loss, lesson
-from mi_hops.repair import Repair
+from mi_hops.sweep.repair import Repair
 from tests.editing.conftest import assert_same_bits, weights
 
 

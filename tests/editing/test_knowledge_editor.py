@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from mi_hops.editing import WrongWeightsError
-from mi_hops.editing.change import live_weight
-from mi_hops.editing.knowledge_editor import (
+from mi_hops.editing.baselines.knowledge_editor import (
     EditorTraining,
     KnowledgeEditor,
     KnowledgeEditorRepair,
@@ -20,9 +19,10 @@ from mi_hops.editing.knowledge_editor import (
     _unrelated,
     train_editor,
 )
+from mi_hops.editing.change import live_weight
 from mi_hops.editing.teaching import answer_loss, lesson
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.repair import Repair
+from mi_hops.sweep.repair import Repair
 from tests.editing.conftest import assert_same_bits, make_fact, weights
 
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from mi_hops.editing import Request, second_moments
+from mi_hops.editing.baselines.grace import Codebook, GraceRepair
+from mi_hops.editing.baselines.memit import MemitRepair, memit
+from mi_hops.editing.baselines.rome import ValueSearch, search_values
 from mi_hops.editing.change import read_matrix, write_matrix
-from mi_hops.editing.grace import Codebook, GraceRepair
-from mi_hops.editing.memit import MemitRepair, memit
-from mi_hops.editing.rome import ValueSearch, search_values
 from mi_hops.editing.teaching import answer_loss, lesson
-from mi_hops.generate import generate
 from mi_hops.model import forward, hook_name
-from mi_hops.repair import Repair, Rows
-from mi_hops.tokens import encode, pad
+from mi_hops.sweep.generate import generate
+from mi_hops.sweep.repair import Repair, Rows
+from mi_hops.text.tokens import encode, pad
 from tests.editing.conftest import assert_same_bits, weights
 from tests.editing.test_creme import last_mean
 from tests.editing.test_rome import QUICK, at_subject

@@ -11,7 +11,7 @@ import torch
 from mi_hops.editing import Moments, second_moments
 from mi_hops.editing import moments as module
 from mi_hops.model import capture, hook_name
-from mi_hops.tokens import encode
+from mi_hops.text.tokens import encode
 
 TEXTS = [f"w{i} w{i + 3} " + "w7 " * (i % 4) + f"w{2 * i}" for i in range(1, 25)]
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mi_hops.editing import Request, second_moments
-from mi_hops.editing.rome import RomeRepair, ValueSearch, rome, rome_many, search_values
+from mi_hops.editing.baselines.rome import RomeRepair, ValueSearch, rome, rome_many, search_values
 from mi_hops.editing.teaching import answer_loss, kl, last_logp, lesson
 from mi_hops.facts.templates import capitalise
 from mi_hops.model import capture, hook_name
-from mi_hops.repair import Repair
-from mi_hops.tokens import encode, last_position
+from mi_hops.sweep.repair import Repair
+from mi_hops.text.tokens import encode, last_position
 from tests.editing.conftest import TEMPLATES, assert_same_bits, weights
 
 QUICK = {"templates": TEMPLATES, "steps": 12, "lr": 0.3, "kl": 0.0, "decay": 0.0, "clamp": 50.0}

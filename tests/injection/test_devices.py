@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from mi_hops.generate import generate
 from mi_hops.injection.encodings import ENCODINGS
 from mi_hops.injection.grid import injection_grid
 from mi_hops.injection.heads import head_ablation
 from mi_hops.injection.memory import MemoryInjection, inject
 from mi_hops.model import forward
+from mi_hops.sweep.generate import generate
 from tests.injection.test_grid import FACTS
 
 TOKENS = torch.tensor([[1, 9, 30, 7, 12]])

@@ -20,10 +20,10 @@ from mi_hops.injection.encodings import encode_memories, restrict_to_heads
 from mi_hops.injection.grid import FIRST_RIGHT, injection_grid
 from mi_hops.injection.memory import MemoryInjection
 from mi_hops.injection.select import Cell, cell_report, select_cell, split_halves
-from mi_hops.metrics import target_of
-from mi_hops.results import Result, summarise_change
-from mi_hops.scoring import score_prompts
-from mi_hops.tokens import encode
+from mi_hops.result.result import Result, summarise_change
+from mi_hops.sweep.metrics import target_of
+from mi_hops.sweep.scoring import score_prompts
+from mi_hops.text.tokens import encode
 
 METRICS = (FIRST_RIGHT, "first_prob", "first_logprob", "rank", "answer_logprob", "greedy")
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.generate import generate
 from mi_hops.injection.encodings import (
     ENCODINGS,
     encode_memories,
@@ -17,9 +16,10 @@ from mi_hops.injection.encodings import (
 )
 from mi_hops.injection.memory import Memory, MemoryInjection, inject, places
 from mi_hops.model import capture, embedding, forward, hook_name, unembedding, w_o
-from mi_hops.repair import Repair, Rows
-from mi_hops.scoring import logits_at
-from mi_hops.tokens import TokenError, encode, pad
+from mi_hops.sweep.generate import generate
+from mi_hops.sweep.repair import Repair, Rows
+from mi_hops.sweep.scoring import logits_at
+from mi_hops.text.tokens import TokenError, encode, pad
 
 TEXT = "w1 w2 w3 w4 w5"
 TEXTS = (TEXT, "w9 w8", "w5 w6 w7 w3 w4 w8 w9 w10")

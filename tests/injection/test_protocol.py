@@ -16,10 +16,10 @@ from mi_hops.injection.heads import greedy_heads, head_ablation, head_injection
 from mi_hops.injection.memory import MemoryInjection
 from mi_hops.injection.select import split_halves
 from mi_hops.injection.side_effects import side_effects
-from mi_hops.metrics import target_of
 from mi_hops.model import capture, forward, hook_name
-from mi_hops.results import summarise_change
-from mi_hops.tokens import encode
+from mi_hops.result.result import summarise_change
+from mi_hops.sweep.metrics import target_of
+from mi_hops.text.tokens import encode
 from tests.injection.test_grid import FACTS, fact, one_by_one
 
 UNRELATED = ("w60 w61 w62", "w63 w64")

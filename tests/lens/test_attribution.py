@@ -14,7 +14,7 @@ from mi_hops.lens.jacobian import JacobianReading, fit_jacobian_lens
 from mi_hops.lens.logit import logit_lens
 from mi_hops.lens.reading import LogitLens
 from mi_hops.model import capture, forward, hook_name
-from mi_hops.tokens import answer_ids, encode
+from mi_hops.text.tokens import answer_ids, encode
 
 TEXTS = ("w1 w2 w3 w4 w5", "w9 w8", "w5 w6 w7 w8 w9 w10 w11")
 TRACK = {"a": ["w7 w8", "w9", "w10"], "b": ["w20", "w21", "w22 w1"]}

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.interventions import add
 from mi_hops.lens import reading
 from mi_hops.lens.logit import (
     LogitLens,
@@ -18,8 +17,9 @@ from mi_hops.lens.logit import (
     token_map,
 )
 from mi_hops.model import capture, forward, hook_name, read_out, unembedding
-from mi_hops.results import Result
-from mi_hops.tokens import TokenError, answer_ids, encode
+from mi_hops.result.result import Result
+from mi_hops.sweep.interventions import add
+from mi_hops.text.tokens import TokenError, answer_ids, encode
 
 TEXT = "w1 w2 w3 w4 w5"
 TEXTS = (TEXT, "w9 w8", "w5 w6 w7 w8 w9 w10 w11")
@@ -95,7 +95,7 @@ def test_padded_batches_equal_one_prompt_at_a_time(tiny):
             tiny, text, track={"a": track["a"][i]}, top_k=2,
             positions={"first": where["first"][i], "last": -1},
         )  # fmt: skip
-        for name in ("prob", "logprob", "rank", "paper_prob", "entropy", "kl", "top_probs"):
+        for name in ("prob", "logprob", "rank", "mean_token_prob", "entropy", "kl", "top_probs"):
             assert np.allclose(both[name].values[i], one[name].values[0], atol=1e-5), name
         assert (both["top_tokens"].values[i] == one["top_tokens"].values[0]).all()
 
@@ -120,12 +120,13 @@ def test_tracked_numbers_by_hand(tiny):
     result = logit_lens(tiny, TEXT, track=track, layers=[1], norm=False, full=True)
     probs = np.exp(result["logprobs"].values[0, 0, 0])
     got = {
-        n: result[n].values[0, 0, 0] for n in ("prob", "logprob", "rank", "paper_prob", "any_prob")
+        n: result[n].values[0, 0, 0]
+        for n in ("prob", "logprob", "rank", "mean_token_prob", "any_prob")
     }
     assert np.allclose(got["prob"], [probs[first], probs[second]])
     assert np.allclose(got["logprob"], np.log([probs[first], probs[second]]), atol=1e-6)
     assert got["rank"].tolist() == [1 + (probs > probs[t]).sum() for t in (first, second)]
-    assert np.allclose(got["paper_prob"], [(probs[first] + probs[second]) / 2, probs[second]])
+    assert np.allclose(got["mean_token_prob"], [(probs[first] + probs[second]) / 2, probs[second]])
     # "w7 w8" and "w7 w20" share their first token, which counts once.
     assert np.allclose(got["any_prob"], [probs[first] + probs[alias], probs[second]])
 
@@ -164,7 +165,7 @@ def test_fact_trajectories_read_bridge_and_answer_at_their_roles(tiny):
             one = logit_lens(
                 tiny, text, positions=at, track={"bridge": item.bridge, "answer": item.answer}
             )
-            for name in ("prob", "rank", "paper_prob"):
+            for name in ("prob", "rank", "mean_token_prob"):
                 got = result[name].sel(example=item.id, position=role)
                 assert np.allclose(got, one[name].isel(example=0, position=0), atol=1e-5)
     interval = result.sel(tracked="bridge").ci(variable="prob")

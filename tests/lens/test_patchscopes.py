@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from mi_hops.corpus import fact_texts
-from mi_hops.generate import generate
 from mi_hops.lens.logit import logit_lens
 from mi_hops.lens.patchscopes import (
     Affine,
@@ -19,8 +17,10 @@ from mi_hops.lens.patchscopes import (
 )
 from mi_hops.lens.targets import entity_description, next_token
 from mi_hops.model import forward, hook_name, load_model
-from mi_hops.repair import Rows
-from mi_hops.tokens import answer_ids, encode
+from mi_hops.sweep.generate import generate
+from mi_hops.sweep.repair import Rows
+from mi_hops.text.corpus import fact_texts
+from mi_hops.text.tokens import answer_ids, encode
 from mi_hops.worlds.hopland import Hopland
 from tests.models import save_checkpoint
 
@@ -36,7 +36,7 @@ def test_the_logit_lens_is_the_patchscope_into_the_last_layer(tiny):
     lens = logit_lens(
         tiny, SOURCES, positions={"here": ["w3", -1]}, track={"a": ["w7", "w8 w9"]}, top_k=3
     )
-    for name in ("prob", "rank", "paper_prob", "entropy", "top_probs"):
+    for name in ("prob", "rank", "mean_token_prob", "entropy", "top_probs"):
         got = scope[name].isel(target_layer=0).values
         assert np.allclose(got, lens[name].isel(position=0).values, atol=1e-4), name
     tops = scope["top_tokens"].isel(target_layer=0).values

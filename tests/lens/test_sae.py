@@ -19,8 +19,8 @@ from mi_hops.lens.sae import (
     train_sae,
 )
 from mi_hops.model import forward, hook_name
-from mi_hops.results import Result
-from mi_hops.tokens import answer_ids, encode
+from mi_hops.result.result import Result
+from mi_hops.text.tokens import answer_ids, encode
 from tests.lens.test_probes import facts
 
 TEXTS = [f"w{i % 80} w{(i * 7) % 80} w{(i * 3 + 1) % 80}" for i in range(60)]

@@ -19,7 +19,7 @@ from mi_hops.lens.trained import kl
 from mi_hops.lens.training import LensTraining, judge, train_lens
 from mi_hops.lens.tuned import TunedLens
 from mi_hops.model import forward, hook_name, load_model, unembedding
-from mi_hops.tokens import encode, pad
+from mi_hops.text.tokens import encode, pad
 from tests.models import save_checkpoint
 
 TEXTS = [

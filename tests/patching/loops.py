@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mi_hops.fanout import HEAD_AXIS
-from mi_hops.metrics import get_metric, target_of
 from mi_hops.model import capture, forward, hook_name
-from mi_hops.tokens import encode
+from mi_hops.sweep.fanout import HEAD_AXIS
+from mi_hops.sweep.metrics import get_metric, target_of
+from mi_hops.text.tokens import encode
 
 PAIRS = [
     ("w1 w7 w8 w9 w30 w31", "w1 w40 w8 w12 w30 w31"),

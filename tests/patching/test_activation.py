@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from mi_hops.fanout import HEAD_AXIS, row_bytes
 from mi_hops.model import forward, hook_name, n_heads_of
 from mi_hops.patching import ablate, patch, plan_patch
 from mi_hops.patching.core import taken
-from mi_hops.patching.grid import Cell
-from mi_hops.tokens import TokenError, encode
+from mi_hops.sweep.fanout import HEAD_AXIS, row_bytes
+from mi_hops.sweep.sites import Cell
+from mi_hops.text.tokens import TokenError, encode
 from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
 
 CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]

@@ -6,7 +6,7 @@ import pytest
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.patching import contrast, patch
-from mi_hops.tokens import encode, last_position
+from mi_hops.text.tokens import encode, last_position
 
 
 def fact(name, subject, bridge, answer, r1="of", r2="w80"):

@@ -8,7 +8,7 @@ import torch
 
 from mi_hops.patching import ablate, attribute, patch, path_patch
 from mi_hops.patching.convert import from_transformer_lens, to_transformer_lens
-from mi_hops.tokens import encode
+from mi_hops.text.tokens import encode
 from tests.patching.loops import ANSWERS, PAIRS, WRONGS
 
 CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]

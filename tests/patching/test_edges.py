@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from mi_hops.metrics import NextToken
 from mi_hops.model import capture, forward, hook_name
 from mi_hops.patching import (
     Circuit,
@@ -21,7 +20,8 @@ from mi_hops.patching import (
 )
 from mi_hops.patching.nodes import readers, writers
 from mi_hops.patching.quadrature import path_points
-from mi_hops.tokens import encode
+from mi_hops.sweep.metrics import NextToken
+from mi_hops.text.tokens import encode
 from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
 from tests.patching.test_path import write
 

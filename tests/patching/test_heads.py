@@ -8,7 +8,7 @@ import torch
 
 from mi_hops.model import forward
 from mi_hops.patching.heads import attention_to, composition, head_scores, icl_score
-from mi_hops.tokens import encode
+from mi_hops.text.tokens import encode
 from tests.patching.loops import source
 
 BLOCK = [5, 6, 7, 8, 9, 10]

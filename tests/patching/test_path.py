@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from mi_hops.fanout import row_bytes
 from mi_hops.model import forward, hook_name
 from mi_hops.patching import patch, path_patch
 from mi_hops.patching.nodes import Node, readers, writers
-from mi_hops.tokens import TokenError, encode
+from mi_hops.sweep.fanout import row_bytes
+from mi_hops.text.tokens import TokenError, encode
 from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
 
 CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]

@@ -11,7 +11,7 @@ import torch
 from mi_hops import patching
 from mi_hops.model import forward
 from mi_hops.patching import Circuit, all_edges
-from mi_hops.tokens import encode
+from mi_hops.text.tokens import encode
 from tests.patching.loops import PAIRS
 
 ONE = {"answer": "w11", "wrong": "w21"}

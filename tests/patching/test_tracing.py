@@ -9,7 +9,7 @@ import torch
 from mi_hops.model import embedding, forward, hook_name
 from mi_hops.patching import subject_roles, trace
 from mi_hops.patching.tracing import _draws
-from mi_hops.tokens import TokenError, encode, positions
+from mi_hops.text.tokens import TokenError, encode, positions
 from tests.patching.loops import run, source
 
 TEXTS = ["w1 w7 w8 w9 w30 w31", "w2 w22 w5 w9 w17 w18"]

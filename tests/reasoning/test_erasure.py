@@ -8,7 +8,7 @@ import torch
 from mi_hops.facts import NoUsableFactError
 from mi_hops.model import forward, hook_name, unembedding
 from mi_hops.reasoning.erasure import ROLES, Eraser, erase_bridge
-from mi_hops.tokens import answer_ids, encode, last_position
+from mi_hops.text.tokens import answer_ids, encode, last_position
 from tests.reasoning.tiny_facts import tiny_facts
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.generate import end_ids, generate
-from mi_hops.metrics import METRICS, Target, target_of
 from mi_hops.reasoning.evaluate import Evaluation, aggregate, evaluate
 from mi_hops.reasoning.sets import Query, build_sets
-from mi_hops.repair import NoRepair
-from mi_hops.tokens import encode
+from mi_hops.sweep.generate import end_ids, generate
+from mi_hops.sweep.metrics import METRICS, Target, target_of
+from mi_hops.sweep.repair import NoRepair
+from mi_hops.text.tokens import encode
 from tests.repairs import AddVector
 
 
@@ -92,7 +92,7 @@ def test_a_repair_of_known_effect(tiny, sets):
     for name in ("correction", "paraphrase", "other_order"):
         part = frame[frame["set"] == name]
         assert len(part) >= 3
-        for score in ("first_right", "whole_right", "said_right"):
+        for score in ("first_right", "exact_match", "generation_correct"):
             assert (part[f"{score}_after"] == 1).all(), (name, score)
         assert (part["rank_after"] == 1).all()
         assert part["said_after"].tolist() == part["answer"].tolist()
@@ -105,7 +105,7 @@ def test_a_repair_of_known_effect(tiny, sets):
     assert (spread["target_over_wrong_after"] == 0).all()
     kept = frame[frame["set"].str.startswith("specificity") | (frame["set"] == "neutral")]
     assert len(kept) >= 9
-    for score in ("first_prob", "answer_logprob", "paper_prob", "rank"):
+    for score in ("first_prob", "answer_logprob", "mean_token_prob", "rank"):
         assert np.allclose(kept[f"{score}_after"], kept[f"{score}_before"], rtol=1e-4), score
     assert (kept["said_after"] == kept["said_before"]).all()
     assert np.allclose(kept["kl"], 0, atol=1e-6)
@@ -131,7 +131,7 @@ def test_rows_are_those_of_one_by_one_and_of_any_batch_size(tiny, sets):
             logits = _logits(tiny, prompt, target.answer, repair, state)
             n = len(target.answer)
             scored = logits[None, prompt.last :][:, : n + 1]
-            for name in ("first_prob", "answer_logprob", "paper_prob", "rank"):
+            for name in ("first_prob", "answer_logprob", "mean_token_prob", "rank"):
                 expected = METRICS[name].score(scored[:, :n], target).item()
                 assert math.isclose(row[f"{name}_{when}"], expected, rel_tol=1e-3, abs_tol=1e-5)
             best = scored[0].argmax(-1).tolist()
@@ -142,7 +142,7 @@ def test_rows_are_those_of_one_by_one_and_of_any_batch_size(tiny, sets):
                 assert math.isnan(row[f"wrong_paper_prob_{when}"])
                 assert math.isnan(row[f"target_over_wrong_{when}"])
             else:
-                wrong = METRICS["paper_prob"].score(scored, Target(target.wrong)).item()
+                wrong = METRICS["mean_token_prob"].score(scored, Target(target.wrong)).item()
                 assert math.isclose(row[f"wrong_paper_prob_{when}"], wrong, rel_tol=1e-3)
             given = {} if state is None else {"repair": repair, "states": [state]}
             (said,) = generate(tiny, [prompt], max_new_tokens=8, **given)
@@ -164,7 +164,7 @@ def test_rows_are_those_of_one_by_one_and_of_any_batch_size(tiny, sets):
 def _logits(model, prompt, extra, repair, state):
     """All logits of one row alone, through the model's own hooks."""
     from mi_hops.model import forward
-    from mi_hops.repair import Rows
+    from mi_hops.sweep.repair import Rows
 
     tokens = torch.tensor([[*prompt.ids, *extra]])
     hooks = repair.hooks(model, [state], Rows((prompt,), tokens.shape[1]))

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.generate import Answered
 from mi_hops.lens.logit import fact_trajectories
 from mi_hops.reasoning import gap as gap_module
 from mi_hops.reasoning.failures import TYPES, failure_types
 from mi_hops.reasoning.gap import HOPS, find_gap
+from mi_hops.sweep.generate import Answered
 from tests.reasoning.tiny_facts import tiny_facts
 
 
@@ -104,7 +104,7 @@ def test_failure_types_follow_the_rule(tiny, monkeypatch):
         if row.type == "hasty":
             assert row.said_layer <= row.bridge_layer
     # The bridge is read by all its tokens, as the papers do.
-    held = fact_trajectories(tiny, facts[:4])["paper_prob"].sel(tracked="bridge")
+    held = fact_trajectories(tiny, facts[:4])["mean_token_prob"].sel(tracked="bridge")
     peaks = held.isel(layer=slice(1, None)).max(["position", "layer"])
     assert frame["bridge_peak"].to_numpy() == pytest.approx(peaks.values, abs=1e-6)
     faint = failure_types(tiny, found, faint=1e9)

@@ -10,8 +10,8 @@ import torch
 
 from mi_hops.model import capture, forward, hook_name
 from mi_hops.reasoning.locate import locate, located_layers
-from mi_hops.results import Result
-from mi_hops.tokens import answer_ids, encode
+from mi_hops.result.result import Result
+from mi_hops.text.tokens import answer_ids, encode
 from tests.reasoning.tiny_facts import tiny_facts
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from mi_hops.editing import Request
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.generate import normalise
 from mi_hops.reasoning.sets import SETS, Query, QuerySets, build_sets
+from mi_hops.text.matching import normalise
 from mi_hops.worlds.hopland import Hopland
 
 

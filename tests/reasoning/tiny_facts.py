@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.generate import generate
+from mi_hops.sweep.generate import generate
 
 
 def tiny_facts(model, n=6):

@@ -1,0 +1,255 @@
+"""GRACE: a codebook beside the model instead of a change of it (arXiv 2211.11031).
+
+At one layer the codebook holds entries (key, value, radius, answer). A prompt whose state at the
+layer's input (last token of the prompt) lies within the radius of the nearest key has the layer's
+output there replaced by that entry's value; all others pass. Values are searched for by gradient.
+The rule for a prompt that is answered wrongly, codebook included, with state h, right answer y and d
+the distance to the nearest key i::
+
+    no entry, or d > radius_i + radius:  add (h, value, radius, y)
+    the same answer:                     radius_i <- max(radius_i, d)
+    another answer:                      radius_i <- d/2, and add (h, value, d/2, y)
+
+A prompt that is answered rightly already is not learned. (The paper's text lets the same answer add the
+radius; its code takes the distance.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mi_hops.editing.checks import check_editable
+from mi_hops.editing.passes import run_blocks
+from mi_hops.editing.request import Request, requests_of
+from mi_hops.editing.teaching import (
+    answer_loss,
+    answered_rightly,
+    chunks,
+    frozen,
+    lesson,
+    minimise,
+    require_targets,
+)
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.model import Hook, HookedModel, dtype_of, hook_name, require_hooks, require_layers
+from mi_hops.sweep.repair import Rows
+from mi_hops.text.tokens import Prompt, encode, pad
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Codebook:
+    """Entries of one layer; grows by `learn`.
+
+    Attributes:
+        keys: ``[entry, d_model]``; values: the same shape; radii: ``[entry]``, in units of the
+            residual stream; answers: one each.
+    """
+
+    layer: int
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    radii: list[float] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+
+    def learn(self, state: Tensor, value: Tensor, answer: str, radius: float) -> str:
+        """Take in a fact by the rule above; says what was done: ``add``, ``expand``, ``split``.
+
+        An entry that is expanded keeps its own value.
+        """
+        if self.keys:
+            distance, i = self.nearest(state)
+            if distance <= self.radii[i] + radius:
+                if self.answers[i] == answer:
+                    self.radii[i] = max(self.radii[i], distance)
+                    return "expand"
+                self.radii[i] = distance / 2
+                self._add(state, value, distance / 2, answer)
+                return "split"
+        self._add(state, value, radius, answer)
+        return "add"
+
+    def _add(self, state: Tensor, value: Tensor, radius: float, answer: str) -> None:
+        self.keys.append(state)
+        self.values.append(value)
+        self.radii.append(radius)
+        self.answers.append(answer)
+
+    def nearest(self, state: Tensor) -> tuple[float, int]:
+        """Distance to the nearest key, and its index."""
+        keys = torch.stack(self.keys).to(state.device)
+        distances = (keys - state.to(keys.dtype)).norm(dim=1)
+        i = int(distances.argmin())
+        return float(distances[i]), i
+
+    def lookup(self, state: Tensor) -> Tensor | None:
+        """The value to use for a state, or None to let the layer be."""
+        if not self.keys:
+            return None
+        distance, i = self.nearest(state)
+        # Up to and with the radius: an entry that was expanded is to reach what expanded it.
+        return self.values[i] if distance <= self.radii[i] else None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of keys, values and radii."""
+        tensors = [*self.keys, *self.values]
+        return sum(t.numel() * t.element_size() for t in tensors) + 8 * len(self.radii)
+
+
+class GraceRepair:
+    """GRACE as a `mi_hops.sweep.repair.Repair`.
+
+    Args:
+        layer: block whose output is replaced.
+        radius: of a new entry, as a share of the norm of its state, so that it depends on no other
+            fact.
+        shared: one codebook that learns all facts in order (the method); else one a fact, on its own
+            rows, where nothing is ever expanded or split.
+        form: of the prompts taught; default the first a fact has of both hops.
+        steps, lr: of Adam, from the layer's own output as a start.
+        batch_size: facts searched for at a time.
+        name: label in tables.
+
+    Raises:
+        ValueError: a radius, a number of steps or a rate that is not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        radius: float = 0.2,
+        shared: bool = True,
+        form: str | None = None,
+        steps: int = 100,
+        lr: float = 0.5,
+        batch_size: int = 128,
+        name: str = "GRACE",
+    ) -> None:
+        if steps < 1 or lr <= 0 or radius <= 0:
+            raise ValueError(f"radius {radius}, steps {steps}, lr {lr}; expected all above 0")
+        self.layer, self.radius, self.shared, self.form = layer, radius, shared, form
+        self.steps, self.lr, self.batch_size, self._name = steps, lr, batch_size, name
+
+    @property
+    def name(self) -> str:
+        """Label in tables."""
+        return self._name
+
+    def fit(self, model: HookedModel, facts: Sequence[TwoHopFact | Request]) -> list[Codebook]:
+        """One codebook a fact (the same one for all where shared); facts known already add nothing."""
+        requests = requests_of(facts, self.form)
+        require_targets(requests)
+        require_layers(model, [self.layer])
+        require_hooks(
+            model, [hook_name("resid_pre", self.layer), hook_name("resid_post", self.layer)]
+        )
+        check_editable(model, None, [self.layer], processed=True)
+        states, values, known = self._search(model, requests)
+        one = Codebook(self.layer)
+        books = [one if self.shared else Codebook(self.layer) for _ in requests]
+        for book, request, state, value, right in zip(
+            books, requests, states, values, known, strict=True
+        ):
+            if book.lookup(state) is not None:  # what is said now is an entry's doing
+                taught = lesson(model, [request.composite], [request.target])
+                rows = Rows(taught.prompts, taught.tokens.shape[1])
+                right = answered_rightly(model, taught, self.hooks(model, [book], rows))[0]
+            if not right:
+                book.learn(state, value, request.target, self.radius * float(state.norm()))
+        return books
+
+    def _search(
+        self, model: HookedModel, requests: Sequence[Request]
+    ) -> tuple[Tensor, Tensor, list[bool]]:
+        """What the codebook may need of each fact.
+
+        Returns:
+            States ``[fact, d_model]`` at the layer's input, values ``[fact, d_model]`` that make the
+            prompt right, and whether the model answers it rightly without.
+        """
+        wide = torch.promote_types(dtype_of(model), torch.float32)
+        states, values, known = [], [], list[bool]()
+        for part in chunks(len(requests), self.batch_size):
+            asked = [requests[i] for i in part]
+            prompts = [encode(model, r.composite) for r in asked]
+            last = torch.tensor([p.last for p in prompts])
+            entering, leaving = _ends(model, prompts, self.layer)
+            value = leaving.to(wide).requires_grad_(True)
+            taught = lesson(model, [r.composite for r in asked], [r.target for r in asked])
+            known += answered_rightly(model, taught)
+            hook = (hook_name("resid_post", self.layer), _put(last, value))
+            with frozen(model):
+                minimise(
+                    [value],
+                    lambda taught=taught, hook=hook: answer_loss(model, taught, [hook]).sum(),  # type: ignore[misc]
+                    steps=self.steps,
+                    lr=self.lr,
+                )
+            states.append(entering.to(wide))
+            values.append(value.detach())
+        return torch.cat(states), torch.cat(values), known
+
+    def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
+        """Each row's prompt looked up in its own codebook, at the prompt's last token."""
+        here: list[tuple[int, int, Codebook]] = [
+            (row, prompt.last - rows.offset, book)
+            for row, (prompt, book) in enumerate(zip(rows.prompts, states, strict=True))
+            if book is not None and 0 <= prompt.last - rows.offset < rows.width
+        ]
+        if not here:
+            return []
+        found: dict[int, Tensor] = {}
+
+        def look(x: Tensor) -> None:
+            found.clear()
+            for row, at, book in here:
+                value = book.lookup(x[row, at])
+                if value is not None:
+                    found[row] = value
+
+        def put(x: Tensor) -> Tensor:
+            out = x.clone()
+            for row, at, _ in here:
+                if row in found:
+                    out[row, at] = found[row].to(x.device, x.dtype)
+            return out
+
+        return [
+            (hook_name("resid_pre", self.layer), look),
+            (hook_name("resid_post", self.layer), put),
+        ]
+
+
+def _ends(model: HookedModel, prompts: Sequence[Prompt], layer: int) -> tuple[Tensor, Tensor]:
+    """The residual stream before and behind a layer at each prompt's last token."""
+    batch = pad([p.ids for p in prompts])
+    found: dict[str, Tensor] = {}
+    hooks: list[Hook] = [
+        (hook_name(kind, layer), lambda x, kind=kind: found.update({kind: x}))  # type: ignore[misc]
+        for kind in ("resid_pre", "resid_post")
+    ]
+    run_blocks(model, batch.tokens, layer, hooks)
+    rows = torch.arange(len(prompts))
+    before, after = (
+        found[kind][rows, batch.last].detach().clone() for kind in ("resid_pre", "resid_post")
+    )
+    return before, after
+
+
+def _put(last: Tensor, value: Tensor) -> Any:
+    """A hook that replaces each row's last prompt position; gradients flow to `value`."""
+
+    def fn(x: Tensor) -> Tensor:
+        out = x.clone()
+        out[torch.arange(len(last)), last] = value.to(x.device, x.dtype)
+        return out
+
+    return fn

@@ -1,0 +1,411 @@
+"""KnowledgeEditor: a network that looks at a fact and its gradient and gives the edit.
+
+A small network is trained once, on facts that may be known, and then edits in one step (arXiv
+2104.08164). A bidirectional LSTM reads the prompt and the answer wanted; from its end states, for
+each edited matrix, linear maps give α, β (as long as the input), γ, δ (the output) and a gate η::
+
+    ΔW = s σ(η) (softmax(α) γ^T ⊙ ∇ + softmax(β) δ^T)
+
+with ∇ the gradient of the answer's loss with respect to W, here divided by its norm, so that s, the
+largest gate, is in the units of the matrix. The gradient of one prompt is a sum over its tokens of
+outer products, so ΔW has rank tokens + 1 and is kept as such.
+
+Training asks that other wordings of the edited question get the new answer, subject to
+``KL(before || after) <= m`` on unrelated prompts; the multiplier of that constraint is raised while
+it is broken and lowered while it is met.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mi_hops.editing.applied import check_weights
+from mi_hops.editing.change import Change, input_hook, output_hook, read_matrix
+from mi_hops.editing.checks import check_editable, check_layers
+from mi_hops.editing.edit import Edit, write_whole
+from mi_hops.editing.request import Request, requests_of
+from mi_hops.editing.rows import edit_hooks
+from mi_hops.editing.teaching import (
+    TeacherForcedBatch,
+    answer_loss,
+    chunks,
+    frozen,
+    kl,
+    last_logp,
+    lesson,
+    require_targets,
+)
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.model import Hook, HookedModel, embedding, processing_of
+from mi_hops.sweep.repair import Rows
+from mi_hops.text.tokens import answer_ids, encode
+
+_KEY = "mi_hops_knowledge_editor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditorTraining:
+    """How the network is made and trained.
+
+    Attributes:
+        layers, matrix: what it edits.
+        width: of the LSTM, each way.
+        steps, batch_size, lr: of Adam.
+        margin: m above, in nats.
+        scale: s above, in units of the matrix's norm.
+        seed: of the network's weights and of the facts drawn.
+    """
+
+    layers: tuple[int, ...]
+    matrix: str = "W_out"
+    width: int = 64
+    steps: int = 400
+    batch_size: int = 16
+    lr: float = 1e-3
+    margin: float = 0.01
+    scale: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        numbers = (self.width, self.steps, self.batch_size, self.lr, self.margin, self.scale)
+        if min(numbers) <= 0:
+            raise ValueError(f"{self}: all numbers but the seed must be above 0")
+
+
+class _Network(nn.Module):
+    """From embedded prompts and answers to the factors' parts, one set a matrix."""
+
+    def __init__(self, d_model: int, shapes: Sequence[tuple[int, int]], width: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(d_model + 1, width, bidirectional=True, batch_first=True)
+        self.hidden = nn.Linear(2 * width, 2 * width)
+        self.heads = nn.ModuleList()
+        for d_in, d_out in shapes:
+            sizes = {"alpha": d_in, "beta": d_in, "gamma": d_out, "delta": d_out, "eta": 1}
+            self.heads.append(nn.ModuleDict({k: nn.Linear(2 * width, n) for k, n in sizes.items()}))
+
+    def forward(self, embedded: Tensor, lengths: Tensor) -> list[dict[str, Tensor]]:
+        """``embedded`` [row, pos, d_model + 1], right-padded -> parts [row, ...] a matrix."""
+        packed = nn.utils.rnn.pack_padded_sequence(
+            embedded, lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
+        _, (ends, _) = self.lstm(packed)
+        h = torch.tanh(self.hidden(torch.cat([ends[0], ends[1]], dim=-1)))
+        heads = [cast("nn.ModuleDict", head) for head in self.heads]
+        return [{name: layer(h) for name, layer in head.items()} for head in heads]
+
+
+class KnowledgeEditor:
+    """A trained editor of one model's weights.
+
+    Attributes:
+        how: its `EditorTraining`.
+        fingerprint: of the weights it was trained on.
+        log: one record every few steps of training.
+    """
+
+    def __init__(self, model: HookedModel, how: EditorTraining) -> None:
+        layers = check_layers(model, how.layers, how.matrix)
+        self.fingerprint = check_editable(model, None, layers, processed=False)
+        self.how, self.log = how, list[dict[str, float]]()
+        weights = [read_matrix(model, how.matrix, layer) for layer in layers]
+        self._norms = [float(w.float().norm()) for w in weights]
+        self._layers = layers
+        with torch.random.fork_rng():
+            torch.manual_seed(how.seed)
+            shapes = [(w.shape[0], w.shape[1]) for w in weights]
+            self.network = _Network(int(model.cfg.d_model), shapes, how.width)
+        self.network.to(weights[0].device)
+
+    # -- use -------------------------------------------------------------------------------------
+
+    def edits(
+        self, model: HookedModel, asked: Iterable[TwoHopFact | Request], *, form: str | None = None
+    ) -> list[Edit]:
+        """One edit a fact; the model is left as it is.
+
+        Raises:
+            WrongWeightsError: a model it was not trained on.
+            ValueError: requests without target.
+        """
+        check_weights(model, self.fingerprint, "the editor was")
+        requests = requests_of(asked, form)
+        require_targets(requests)
+        edits = []
+        for part in chunks(len(requests), self.how.batch_size):
+            some = [requests[i] for i in part]
+            with frozen(model):
+                factors = self.factors(
+                    model, [r.composite for r in some], [r.target for r in some], train=False
+                )
+            for row, request in enumerate(some):
+                changes = [
+                    Change(self.how.matrix, layer, left[row].detach(), right[row].detach())
+                    for layer, (left, right) in zip(self._layers, factors, strict=True)
+                ]
+                edits.append(
+                    Edit(
+                        method="knowledge-editor",
+                        changes=tuple(changes),
+                        fingerprint=self.fingerprint,
+                        processing=processing_of(model),
+                        request=request.to_dict(),
+                        settings={**asdict(self.how), "layers": list(self._layers)},
+                    )
+                )
+        return edits
+
+    def factors(
+        self, model: HookedModel, prompts: Sequence[str], answers: Sequence[str], *, train: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each edited matrix, left and right factors of every row's change.
+
+        Args:
+            train: keep the graph through the network.
+
+        Returns:
+            ``(left [row, rank, d_in], right [row, rank, d_out])`` a matrix.
+        """
+        taught = lesson(model, prompts, answers)
+        gradients = [
+            _gradient(x, g) for x, g in _inputs_and_gradients(model, taught, self.how.matrix, self._layers)
+        ]  # fmt: skip
+        with torch.set_grad_enabled(train):
+            embedded, lengths = _embedded(model, prompts, answers)
+            device = next(self.network.parameters()).device
+            found = self.network(embedded.to(device), lengths)
+            out = []
+            for (x, g), norm, own in zip(gradients, self._norms, found, strict=True):
+                part = {name: value.to(x.device) for name, value in own.items()}
+                gate = self.how.scale * norm * part["eta"].sigmoid()[:, None]
+                left = torch.cat(
+                    [x * part["alpha"].softmax(-1)[:, None], part["beta"].softmax(-1)[:, None]], 1
+                )
+                right = torch.cat([g * part["gamma"][:, None], part["delta"][:, None]], 1)
+                out.append((left, gate * right))
+        return out
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """One safetensors file, whole or not at all."""
+        from safetensors.torch import save
+
+        head = {"fingerprint": self.fingerprint, "how": asdict(self.how), "log": self.log}
+        state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
+        return write_whole(Path(path), save(state, {_KEY: json.dumps(head)}))
+
+    @classmethod
+    def load(cls, path: str | Path, model: HookedModel) -> KnowledgeEditor:
+        """Read an editor for the model it was trained on.
+
+        Raises:
+            WrongWeightsError: another model.
+            ValueError: a file that holds no editor.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                head = json.loads((file.metadata() or {})[_KEY])
+                state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} holds no knowledge editor: {error}") from error
+        check_weights(model, head["fingerprint"], "the editor was")
+        editor = cls(model, EditorTraining(**head["how"]))
+        editor.network.load_state_dict(state)
+        editor.log = head["log"]
+        return editor
+
+
+class KnowledgeEditorRepair:
+    """A trained editor as a `mi_hops.sweep.repair.Repair`."""
+
+    def __init__(
+        self, editor: KnowledgeEditor, *, form: str | None = None, name: str = "KnowledgeEditor"
+    ) -> None:
+        self._editor, self._form, self._name = editor, form, name
+
+    @property
+    def name(self) -> str:
+        """Label in tables."""
+        return self._name
+
+    def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[Edit]:
+        """One edit a fact."""
+        return self._editor.edits(model, facts, form=self._form)
+
+    def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
+        """Each row under its own edit."""
+        return edit_hooks(model, states)
+
+
+# -- training -------------------------------------------------------------------------------------
+
+
+def train_editor(
+    model: HookedModel, facts: Sequence[TwoHopFact], *, progress: bool = False, **settings: Any
+) -> KnowledgeEditor:
+    """Train an editor of a model; the model is left as it is.
+
+    Each step draws facts and, for each, a wording, another wording to be answered alike, an answer
+    that some other fact with the same second relation has, and an unrelated fact (of whose subject,
+    bridge and answer none is the fact's own, nor the answer it is to get) whose prompt is to be left
+    alone.
+
+    Args:
+        facts: to practise on; none of those that will be edited. Two wordings each at least.
+        settings: see `EditorTraining`.
+
+    Raises:
+        ValueError: facts among which no other answer or no unrelated fact can be drawn or without
+            two wordings, or a loss that is not finite.
+    """
+    from tqdm.auto import trange
+
+    how = EditorTraining(**settings)
+    editor = KnowledgeEditor(model, how)
+    rng = random.Random(how.seed)
+    pool = [f for f in facts if len(f.prompts) > 1]
+    answers: dict[str, list[str]] = {}
+    for fact in pool:
+        answers.setdefault(fact.relation2, []).append(fact.answer)
+    pool = [f for f in pool if set(answers[f.relation2]) - {f.answer}]
+    if len(pool) < 2:
+        raise ValueError(
+            f"{len(facts)} facts were given, {len(pool)} of which have two wordings and a relation "
+            "with another answer; at least two are needed"
+        )
+    adam = torch.optim.Adam(editor.network.parameters(), lr=how.lr)
+    pressure = 1.0
+    with frozen(model):
+        for step in trange(how.steps, disable=not progress, desc="training the editor"):
+            drawn = [rng.choice(pool) for _ in range(how.batch_size)]
+            wordings = [rng.sample(sorted(f.prompts.values()), 2) for f in drawn]
+            new = [rng.choice(sorted(set(answers[f.relation2]) - {f.answer})) for f in drawn]
+            others = [
+                _unrelated(f, answer, pool, rng) for f, answer in zip(drawn, new, strict=True)
+            ]
+            kept = [encode(model, rng.choice(sorted(o.prompts.values()))) for o in others]
+            with torch.enable_grad():
+                factors = editor.factors(model, [w[0] for w in wordings], new, train=True)
+                hooks = _row_hooks(how.matrix, editor._layers, factors)
+                right = answer_loss(model, lesson(model, [w[1] for w in wordings], new), hooks)
+                with torch.no_grad():
+                    before = last_logp(model, kept)
+                moved = kl(before, last_logp(model, kept, hooks))
+                loss = right.mean() + pressure * (moved.mean() - how.margin)
+                if not torch.isfinite(loss):
+                    raise ValueError(f"the editor's loss is {loss.item()} at step {step}; lower lr")
+                adam.zero_grad(set_to_none=True)
+                loss.backward()
+            nn.utils.clip_grad_norm_(editor.network.parameters(), 1.0)
+            adam.step()
+            broken = moved.mean().item() / how.margin - 1
+            pressure = min(max(pressure * (1.05 if broken > 0 else 0.95), 1e-2), 1e3)
+            if step % 20 == 0 or step == how.steps - 1:
+                editor.log.append(
+                    {
+                        "step": step,
+                        "answer_loss": right.mean().item(),
+                        "kl": moved.mean().item(),
+                        "pressure": pressure,
+                    }
+                )
+    return editor
+
+
+def _unrelated(
+    fact: TwoHopFact, new: str, pool: Sequence[TwoHopFact], rng: random.Random
+) -> TwoHopFact:
+    """A fact of the pool that shares no entity with `fact` or its new answer."""
+    mine = {name.casefold() for name in (fact.subject, fact.bridge, fact.answer, new)}
+    for other in rng.sample(pool, len(pool)):
+        if not mine & {name.casefold() for name in (other.subject, other.bridge, other.answer)}:
+            return other
+    raise ValueError(
+        f"among {len(pool)} facts none is unrelated to {fact.id!r} with the answer {new!r}; give facts "
+        "of more entities"
+    )
+
+
+def _inputs_and_gradients(
+    model: HookedModel, taught: TeacherForcedBatch, matrix: str, layers: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """At each layer the matrix's inputs, and the loss's gradients at its outputs, every position."""
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        return lambda x: inputs.update({layer: x.detach().flatten(2).float()})
+
+    def leaf(layer: int) -> Any:
+        def fn(x: Tensor) -> Tensor:
+            outputs[layer] = torch.zeros_like(x, requires_grad=True)
+            return x + outputs[layer]
+
+        return fn
+
+    hooks: list[Hook] = []
+    for layer in layers:
+        hooks.append((input_hook(matrix, layer), keep(layer)))
+        hooks.append((output_hook(matrix, layer), leaf(layer)))
+    with torch.enable_grad():
+        loss = answer_loss(model, taught, hooks).sum()
+        gradients = torch.autograd.grad(loss, [outputs[i] for i in layers])
+    return [(inputs[i], g.float()) for i, g in zip(layers, gradients, strict=True)]
+
+
+def _gradient(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the gradient ``x^T g`` of each row, divided by its norm."""
+    square = ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
+    return x, g / square.clamp_min(1e-24).sqrt()[:, None, None]
+
+
+def _embedded(
+    model: HookedModel, prompts: Sequence[str], answers: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Embeddings of prompt and answer with a mark on the answer, ``[row, pos, d + 1]``; lengths."""
+    table = embedding(model).float()
+    rows = []
+    for text, answer in zip(prompts, answers, strict=True):
+        prompt = encode(model, text)
+        ids = answer_ids(model, prompt, answer)
+        x = table[torch.tensor([*prompt.ids, *ids], device=table.device)]
+        mark = torch.zeros(len(x), 1, device=table.device)
+        mark[len(prompt) :] = 1
+        rows.append(torch.cat([x / table.std(), mark], 1))
+    lengths = torch.tensor([len(r) for r in rows])
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
+
+
+def _row_hooks(
+    matrix: str, layers: Sequence[int], factors: Sequence[tuple[Tensor, Tensor]]
+) -> list[Hook]:
+    """Each row under its own factors; gradients flow to them."""
+    hooks: list[Hook] = []
+    for layer, (left, right) in zip(layers, factors, strict=True):
+        inputs: list[Tensor] = []
+
+        def keep(x: Tensor, inputs: list[Tensor] = inputs) -> None:
+            inputs[:] = [x.flatten(2)]
+
+        def add(
+            out: Tensor,
+            inputs: list[Tensor] = inputs,
+            left: Tensor = left,
+            right: Tensor = right,
+        ) -> Tensor:
+            return out + ((inputs.pop().float() @ left.mT) @ right).to(out.dtype)
+
+        hooks += [(input_hook(matrix, layer), keep), (output_hook(matrix, layer), add)]
+    return hooks

@@ -1,0 +1,281 @@
+"""Hook points, forward passes under hooks, and captured activations, alike on both classes.
+
+Layers and positions count from 0; hook names are TransformerLens's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mi_hops.model.classes import backend_of
+from mi_hops.model.identity import device_of, dtype_of
+from mi_hops.model.types import Hook, HookedModel, HookFn, MissingHookError
+
+#: Kind of activation -> TransformerLens hook name; ``{}`` is the layer.
+HOOK_NAMES = {
+    "embed": "hook_embed",
+    "resid_pre": "blocks.{}.hook_resid_pre",
+    "resid_mid": "blocks.{}.hook_resid_mid",
+    "resid_post": "blocks.{}.hook_resid_post",
+    "attn_out": "blocks.{}.hook_attn_out",
+    "mlp_out": "blocks.{}.hook_mlp_out",
+    "q": "blocks.{}.attn.hook_q",
+    "k": "blocks.{}.attn.hook_k",
+    "v": "blocks.{}.attn.hook_v",
+    "z": "blocks.{}.attn.hook_z",
+    "pattern": "blocks.{}.attn.hook_pattern",
+    "mlp_pre": "blocks.{}.mlp.hook_pre",
+    "mlp_post": "blocks.{}.mlp.hook_post",
+}
+
+
+def hook_name(kind: str, layer: int = 0) -> str:
+    """The TransformerLens hook name of an activation kind at a layer.
+
+    Raises:
+        ValueError: a kind that is not in `HOOK_NAMES`.
+    """
+    try:
+        return HOOK_NAMES[kind].format(layer)
+    except KeyError:
+        raise ValueError(
+            f"unknown activation kind {kind!r}; expected one of {list(HOOK_NAMES)}"
+        ) from None
+
+
+def require_hooks(model: HookedModel, names: Iterable[str]) -> None:
+    """Refuse a model that lacks a hook point, naming it.
+
+    Raises:
+        MissingHookError: with the missing names.
+    """
+    missing = sorted({n for n in names if n not in model.hook_dict})
+    if missing:
+        raise MissingHookError(
+            f"this {type(model).__name__} has no hook point {', '.join(missing)}; the method needs "
+            f"it (layers run from 0 to {model.cfg.n_layers - 1}, model.hook_dict lists what exists)"
+        )
+
+
+def require_layers(model: HookedModel, layers: Iterable[int]) -> None:
+    """Refuse layers outside the model.
+
+    Raises:
+        ValueError: with the offending layers and the range.
+    """
+    wrong = [layer for layer in layers if not 0 <= layer < model.cfg.n_layers]
+    if wrong:
+        raise ValueError(
+            f"layer(s) {wrong} out of range; the model has 0..{model.cfg.n_layers - 1}"
+        )
+
+
+@contextmanager
+def hooked(model: HookedModel, hooks: Sequence[Hook], *, must_fire: bool = True) -> Iterator[None]:
+    """Attach forward hooks for the length of a ``with`` block; nothing stays behind.
+
+    A hook function takes the activation and returns a new one, or None to leave it. Several hooks
+    at one name act in the order given. ``hook_resid_mid`` is changed truly on both classes: on the
+    Bridge that hook sits on the MLP's branch only, so the change is made at ``hook_attn_out``, after
+    all hooks given for that name.
+
+    Args:
+        must_fire: raise if a hook was never reached by the end of a block that did not fail.
+
+    Raises:
+        MissingHookError: a name the model has not got.
+        RuntimeError: a hook that never fired.
+    """
+    require_hooks(model, (name for name, _ in hooks))
+    fired = [False] * len(hooks)
+    bridge = backend_of(model) == "bridge"
+    attached: list[tuple[str, Callable[..., Any]]] = []
+    after: list[tuple[str, Callable[..., Any]]] = []
+    for i, (name, fn) in enumerate(hooks):
+        if bridge and name.endswith("hook_resid_mid"):
+            after += _bridge_resid_mid(name, _flagged(fn, fired, i))
+        else:
+            attached.append((name, _with_hook_argument(_flagged(fn, fired, i))))
+    with model.hooks(fwd_hooks=attached + after):
+        yield
+    if must_fire and not all(fired):
+        silent = sorted({hooks[i][0] for i, f in enumerate(fired) if not f})
+        raise RuntimeError(
+            f"hook(s) {silent} never fired, so the intervention did nothing; was the forward pass "
+            "stopped before that layer, or does the model skip this hook point?"
+        )
+
+
+def _flagged(fn: HookFn, fired: list[bool], i: int) -> HookFn:
+    def call(tensor: Tensor) -> Tensor | None:
+        fired[i] = True
+        return fn(tensor)
+
+    return call
+
+
+def _with_hook_argument(fn: HookFn) -> Callable[..., Any]:
+    def call(tensor: Tensor, hook: Any) -> Tensor:
+        # On the Bridge a hook that returns None may have looked at a reshaped copy; handing the
+        # tensor back keeps gradients on the path on both classes.
+        out = fn(tensor)
+        return tensor if out is None else out
+
+    return call
+
+
+def _bridge_resid_mid(name: str, fn: HookFn) -> list[tuple[str, Callable[..., Any]]]:
+    before: list[Tensor] = []
+
+    def remember(tensor: Tensor, hook: Any) -> Tensor:
+        before[:] = [tensor]
+        return tensor
+
+    def change(tensor: Tensor, hook: Any) -> Tensor:
+        resid_pre = before.pop().to(tensor.device)  # seen before its block fetched it
+        out = fn(resid_pre + tensor)
+        return tensor if out is None else out - resid_pre
+
+    return [
+        (name.replace("hook_resid_mid", "hook_resid_pre"), remember),
+        (name.replace("hook_resid_mid", "hook_attn_out"), change),
+    ]
+
+
+# -- forward passes ------------------------------------------------------------------------------
+
+
+def forward(
+    model: HookedModel,
+    tokens: Int[Tensor, "row pos"],
+    *,
+    hooks: Sequence[Hook] = (),
+    stop_at_layer: int | None = None,
+    cache: Any = None,
+    grows: bool = False,
+) -> Tensor:
+    """One forward pass over right-padded tokens, without an attention mask.
+
+    Causal attention never lets a token see padding on its right, and learned positions then start
+    at 0 in every row, so no mask is needed for exactness; read each row at its own positions.
+
+    Args:
+        stop_at_layer: blocks to run; must be less than the model's number of layers.
+        cache: a cache from `mi_hops.model.cache`, filled as the pass runs; `tokens` are the positions
+            after those it holds, and all rows have one length.
+        grows: hooks append rows to the batch on the way up.
+
+    Returns:
+        Logits ``[row, pos, vocab]``, or the residual stream entering `stop_at_layer`.
+    """
+    options: dict[str, Any] = {"return_type": "logits"}
+    if stop_at_layer is not None:
+        if not 0 <= stop_at_layer < model.cfg.n_layers:
+            raise ValueError(
+                f"stop_at_layer is {stop_at_layer}; expected 0..{model.cfg.n_layers - 1}"
+            )
+        options["stop_at_layer"] = stop_at_layer
+    tokens = tokens.to(device_of(model))
+    if backend_of(model) == "hooked":
+        options["padding_side"] = "right"
+        if cache is not None:
+            # An explicit mask of ones: inferred from pad ids it would drop a real token.
+            options |= {"past_kv_cache": cache, "attention_mask": tokens.new_ones(tokens.shape)}
+    elif cache is not None:
+        options |= {"past_key_values": cache, "use_cache": True}
+    if grows and backend_of(model) == "bridge" and (tokens.shape[0] > 1 or cache is not None):
+        options |= _broadcasting_mask(model, tokens.shape[1], cache)
+    with hooked(model, hooks):
+        if stop_at_layer is None and _reads_in_place(model):
+            return _unembed(model, model(tokens, **options, stop_at_layer=model.cfg.n_layers))
+        return model(tokens, **options)
+
+
+def _reads_in_place(model: HookedModel) -> bool:
+    """Whether `_unembed` gives the model's logits: a float32 or float64 HookedTransformer.
+
+    In half precision the order of summation shows, so there the model's own read-out is kept.
+    """
+    return (
+        backend_of(model) == "hooked"
+        and model.cfg.normalization_type is not None
+        and not getattr(model.cfg, "output_logits_soft_cap", 0) > 0
+        and model.W_U.is_floating_point()
+        and model.W_U.element_size() >= 4
+    )
+
+
+def _unembed(model: HookedModel, residual: Tensor) -> Tensor:
+    """HookedTransformer's read-out without the copy of W_U that it makes in every pass.
+
+    On a CPU that copy takes as long as half of GPT-2 small's blocks do for a short prompt.
+    """
+    end = model.unembed
+    x = end.hook_in(model.ln_final(residual))
+    weight, bias = end.W_U.to(x.device), end.b_U.to(x.device)
+    return end.hook_out(torch.nn.functional.linear(x, weight.T, bias))
+
+
+def _broadcasting_mask(model: HookedModel, width: int, cache: Any) -> dict[str, Tensor]:
+    """Causal mask and positions with a batch axis of one, which fit any number of rows.
+
+    The Bridge's own would have the batch size that the pass began with.
+    """
+    past = 0 if cache is None else int(cache.get_seq_length())
+    where = torch.arange(past, past + width, device=device_of(model))
+    hidden = torch.arange(past + width, device=where.device)[None] > where[:, None]
+    lowest = torch.finfo(dtype_of(model)).min
+    mask = torch.zeros(hidden.shape, dtype=dtype_of(model), device=where.device)
+    mask.masked_fill_(hidden, lowest)
+    return {"attention_mask": mask[None, None], "position_ids": where[None]}
+
+
+def capture(
+    model: HookedModel,
+    tokens: Int[Tensor, "row pos"],
+    names: Iterable[str],
+    *,
+    hooks: Sequence[Hook] = (),
+    logits: bool = False,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Activations at hook points from one pass, after `hooks` have acted; detached.
+
+    Returns:
+        ``(activations by name, logits or None)``. Without `logits` the pass stops after the last
+        named block.
+    """
+    wanted = list(dict.fromkeys(names))
+    require_hooks(model, wanted)
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> HookFn:
+        def fn(tensor: Tensor) -> None:
+            found[name] = tensor.detach()
+
+        return fn
+
+    stop = None if logits else _last_block(model, [*wanted, *(n for n, _ in hooks)])
+    out = forward(
+        model, tokens, hooks=[*hooks, *((n, keep(n)) for n in wanted)], stop_at_layer=stop
+    )
+    return found, out if logits else None
+
+
+def _last_block(model: HookedModel, names: Iterable[str]) -> int | None:
+    """The block to stop before once all names have fired, or None to run to the end."""
+    last = -1
+    for name in names:
+        parts = name.split(".")
+        if parts[0] != "blocks":
+            if name not in ("hook_embed", "hook_pos_embed"):
+                return None
+            continue
+        last = max(last, int(parts[1]))
+    stop = last + 1
+    return stop if stop < model.cfg.n_layers else None

@@ -1,0 +1,131 @@
+"""What a model is: sizes, placement, fingerprint, and the provenance of results."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mi_hops.model.classes import backend_of
+from mi_hops.model.types import HookedModel, MissingHookError
+
+
+def n_kv_heads(model: HookedModel) -> int:
+    """Number of key/value heads; less than ``cfg.n_heads`` under grouped-query attention."""
+    found = getattr(model.cfg, "n_key_value_heads", None)
+    return int(found) if found else int(model.cfg.n_heads)
+
+
+def n_heads_of(model: HookedModel, kind: str) -> int:
+    """Heads on the head axis of an activation kind: key/value heads for k and v, else all."""
+    return n_kv_heads(model) if kind in ("k", "v") else int(model.cfg.n_heads)
+
+
+def device_of(model: HookedModel) -> torch.device:
+    """The device of the embedding, where tokens go in."""
+    return next(iter(model.parameters())).device
+
+
+def dtype_of(model: HookedModel) -> torch.dtype:
+    """The dtype of the weights."""
+    return next(iter(model.parameters())).dtype
+
+
+def processing_of(model: HookedModel) -> Literal["none", "fold"]:
+    """Whether TransformerLens's weight processing (folding, centring) is in force."""
+    if backend_of(model) == "bridge":
+        return "fold" if getattr(model, "_weights_processed", False) else "none"
+    return "fold" if str(model.cfg.normalization_type).endswith("Pre") else "none"
+
+
+def fingerprint(model: HookedModel) -> str:
+    """A short digest of shape and weights.
+
+    Every matrix, bias and norm of embedding, blocks and unembedding contributes the sum of its bits as
+    integers (exact, so neither device, thread count nor storage order matters), and matrices an even
+    sample of their values: a change of one element changes the fingerprint, and it takes about as long
+    as reading the weights once. Both model classes of one
+    checkpoint agree: a bias that is absent counts as zeros, a norm that is folded away as ones.
+
+    Raises:
+        MissingHookError: a model whose blocks have not got attention and MLP matrices.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    digest = hashlib.sha256()
+    for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab"):
+        digest.update(f"{name}={getattr(model.cfg, name)};".encode())
+    for where, owner, part in _owners(model):
+        for name in _WEIGHTS[part]:
+            # A grouped-query model's W_K repeats heads; its own is named _W_K.
+            tensor = getattr(owner, f"_{name}", None)
+            if tensor is None:
+                tensor = getattr(owner, name, None)
+            if tensor is None:
+                if part == "attn" and name in ("W_Q", "W_O"):
+                    raise missing_weight(model, f"{where}.{name}")
+                continue
+            tensor = tensor.detach()
+            if part == "norm" and name == "w":
+                tensor = tensor - 1
+            bits = tensor.view(integers[tensor.element_size()])
+            total = int(bits.sum(dtype=torch.promote_types(bits.dtype, torch.int32)))
+            matrix = name.startswith("W")
+            if total or matrix:
+                digest.update(f"{part}.{name}={total};".encode())
+            if matrix:
+                even = tuple(slice(None, None, max(1, n // 16)) for n in tensor.shape)
+                digest.update(tensor[even].to("cpu", torch.float64).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+_WEIGHTS = {
+    "embed": ("W_E",),
+    "pos_embed": ("W_pos",),
+    "unembed": ("W_U", "b_U"),
+    "attn": ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"),
+    "mlp": ("W_in", "W_gate", "W_out", "b_in", "b_out"),
+    "norm": ("w", "b"),
+}
+
+
+def _owners(model: HookedModel) -> Iterator[tuple[str, Any, str]]:
+    """Modules with weights, their names, and which of `_WEIGHTS` they hold."""
+    yield "", model, "embed"
+    yield "", model, "unembed"
+    yield "ln_final", model.ln_final, "norm"
+    if getattr(model, "pos_embed", None) is not None:
+        yield "pos_embed", model.pos_embed, "pos_embed"  # type: ignore[attr-defined]
+    parts = {"attn": "attn", "mlp": "mlp", "ln1": "norm", "ln2": "norm"}
+    for i, block in enumerate(model.blocks):
+        for name, part in parts.items():
+            module = getattr(block, name, None)
+            if module is not None:
+                yield f"blocks.{i}.{name}", module, part
+            elif name == "attn":
+                raise missing_weight(model, f"blocks.{i}.attn")
+
+
+def missing_weight(model: HookedModel, name: str) -> MissingHookError:
+    """The error of a model without a weight that a method needs."""
+    return MissingHookError(
+        f"this {type(model).__name__} has no weight {name}; GPT-2 and LLaMA have it, and so must "
+        "another family that is to be used here"
+    )
+
+
+def provenance(model: HookedModel, **more: Any) -> dict[str, Any]:
+    """What a result must remember: model, dtype, backend, weight processing, versions, `more`."""
+    return {
+        "fingerprint": fingerprint(model),
+        "model": Path(str(getattr(model.cfg, "model_name", None) or "unnamed")).name,
+        "dtype": str(dtype_of(model)).removeprefix("torch."),
+        "device": str(device_of(model)),
+        "backend": backend_of(model),
+        "processing": processing_of(model),
+        "versions": {p: metadata.version(p) for p in ("torch", "transformer-lens", "transformers")},
+        **more,
+    }

@@ -1,0 +1,278 @@
+"""Loading TransformerLens models: bundled, from a Hugging Face folder, or from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mi_hops.model.classes import hooked_class
+from mi_hops.model.types import Backend, HookedModel
+
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+
+
+def bundled_models() -> list[str]:
+    """Names of the checkpoints that ship with the package."""
+    return sorted(p.parent.name for p in CHECKPOINTS.glob("*/config.json"))
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    backend: Backend | None = None,
+    processing: Literal["none", "fold"] = "none",
+) -> HookedModel:
+    """Load a TransformerLens model in evaluation mode with frozen weights.
+
+    Args:
+        name_or_path: a bundled model (see `bundled_models`), a local Hugging Face folder, or a hub
+            id. A hub token is taken from the environment (``HF_TOKEN``).
+        device: default CUDA where there is one, else CPU.
+        dtype: a torch dtype or its name; default the checkpoint's own.
+        backend: ``"hooked"`` or ``"bridge"``; default hooked for GPT-2 and LLaMA where
+            TransformerLens has it, else bridge.
+        processing: ``"none"`` leaves the weights as they are; ``"fold"`` applies TransformerLens's
+            default weight processing (fold_ln, centring). It changes lens, injection and erasure
+            numbers and is recorded in every result.
+
+    Raises:
+        ValueError: unknown dtype, backend or processing; a device that is not there; a folder that
+            is no checkpoint or has no tokenizer, or whose files cannot be read; a backend that the
+            installed TransformerLens or the family does not offer.
+        OSError: a hub id that cannot be fetched (offline, private, or misspelt).
+    """
+    from transformers import AutoConfig
+
+    if processing not in ("none", "fold"):
+        raise ValueError(f"processing is {processing!r}; expected 'none' or 'fold'")
+    source = _source(name_or_path)
+    device = usable_device(device)
+    dtype = _dtype(dtype)
+    with _reading(source, "config.json"):
+        family = AutoConfig.from_pretrained(source).model_type
+    with _reading(source, "tokenizer"):
+        tokenizer = _tokenizer(source)
+    if backend is None:
+        backend = "hooked" if hooked_class() and family in _HOOKED_FAMILIES else "bridge"
+    if backend == "hooked":
+        if hooked_class() is None:
+            raise ValueError(
+                "this TransformerLens has no HookedTransformer (removed in 4.0); use "
+                "backend='bridge' or install mi-hops[hooked]"
+            )
+        if family not in _HOOKED_FAMILIES:
+            raise ValueError(
+                f"backend 'hooked' loads {sorted(_HOOKED_FAMILIES)} checkpoints, this one is "
+                f"{family!r}; use backend='bridge'"
+            )
+        model = _load_hooked(source, tokenizer, dtype, device, processing)
+    elif backend == "bridge":
+        model = _load_bridge(source, tokenizer, dtype, device, processing)
+    else:
+        raise ValueError(f"backend is {backend!r}; expected 'hooked', 'bridge' or None")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def usable_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of that name; without one CUDA where there is any, else the CPU.
+
+    Raises:
+        ValueError: no device has this name, or none is there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)  # a name that torch knows need not have a device behind it
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device {str(device)!r} cannot be used ({first}); expected 'cpu', or 'cuda', 'cuda:1', "
+            "... where there are such GPUs"
+        ) from error
+    return found
+
+
+@contextmanager
+def _reading(source: str, what: str) -> Iterator[None]:
+    """Say of a folder or a hub id which part of it could not be read."""
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers have errors of their own
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if Path(source).is_dir():
+            raise ValueError(
+                f"{source}: cannot read the {what} of this checkpoint ({why})"
+            ) from error
+        if isinstance(error, OSError):
+            raise OSError(f"{_unreachable(source)} ({what}: {why})") from error
+        raise
+
+
+def _source(name_or_path: str | Path) -> str:
+    path = Path(name_or_path)
+    bundled = CHECKPOINTS / path.name
+    if str(name_or_path) == path.name and (bundled / "config.json").exists():
+        return str(bundled)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(
+                f"{path} has no config.json; expected a folder written by save_pretrained"
+            )
+        if not any((path / f).exists() for f in _TOKENIZER_FILES):
+            raise ValueError(
+                f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save one "
+                "beside the weights with tokenizer.save_pretrained"
+            )
+        return str(path)
+    text = str(name_or_path)
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise ValueError(_unreachable(name_or_path))
+    return text
+
+
+# Files that hold a vocabulary; without one transformers makes an empty tokenizer, or none.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def _unreachable(name: str | Path) -> str:
+    return (
+        f"cannot load {str(name)!r}: it is no bundled model ({', '.join(bundled_models())}), no "
+        "local folder, and no checkpoint that could be fetched from the hub. Offline, pass the path "
+        "of a folder; for a private model set HF_TOKEN"
+    )
+
+
+def _dtype(dtype: torch.dtype | str | None) -> Any:
+    if dtype is None:
+        return "auto"
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"unknown dtype {dtype!r}; expected e.g. 'float32', 'bfloat16', 'float16'")
+    return found
+
+
+def _tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _weights(source: str, dtype: Any, **options: Any) -> Any:
+    """The checkpoint as transformers loads it, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    with _reading(source, "weights"):
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+
+
+def _load_bridge(source: str, tokenizer: Any, dtype: Any, device: Any, processing: str) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    hf = _weights(source, dtype, attn_implementation="eager")
+    bridge = TransformerBridge.boot_transformers(
+        source, hf_model=hf.to(device).eval(), tokenizer=tokenizer, device=str(device)
+    )
+    if processing == "fold":
+        bridge.enable_compatibility_mode()
+    return bridge
+
+
+def _load_hooked(source: str, tokenizer: Any, dtype: Any, device: Any, processing: str) -> Any:
+    import warnings
+
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import (
+        convert_gpt2_weights,
+        convert_llama_weights,
+    )
+
+    hf = _weights(source, dtype)
+    shape = _HOOKED_FAMILIES[hf.config.model_type](hf.config)
+    cfg = HookedTransformerConfig(
+        **shape, dtype=hf.dtype, device=str(device), init_weights=False,
+        model_name=Path(source).name,
+    )  # fmt: skip
+    convert = {"gpt2": convert_gpt2_weights, "llama": convert_llama_weights}[hf.config.model_type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = HookedTransformer(
+            cfg, tokenizer=tokenizer, move_to_device=False, default_padding_side="right"
+        )
+    state = {k: v.detach().to(hf.dtype) for k, v in convert(hf, cfg).items()}
+    fold = processing == "fold"
+    model.load_and_process_state_dict(
+        state, fold_ln=fold, center_writing_weights=fold, center_unembed=fold,
+        fold_value_biases=fold,
+    )  # fmt: skip
+    return model.to(device, print_details=False)
+
+
+def _gpt2_shape(c: Any) -> dict[str, Any]:
+    return {
+        "n_layers": c.n_layer, "d_model": c.n_embd, "n_ctx": c.n_positions, "n_heads": c.n_head,
+        "d_head": c.n_embd // c.n_head, "d_mlp": c.n_inner or 4 * c.n_embd,
+        "d_vocab": c.vocab_size, "act_fn": _GELU.get(c.activation_function, c.activation_function),
+        "eps": c.layer_norm_epsilon, "normalization_type": "LN",
+        "use_attn_scale": c.scale_attn_weights,
+        "scale_attn_by_inverse_layer_idx": c.scale_attn_by_inverse_layer_idx,
+        "positional_embedding_type": "standard", "original_architecture": "GPT2LMHeadModel",
+    }  # fmt: skip
+
+
+# The tanh approximation of GELU goes by two names; this one is a single kernel.
+_GELU = {"gelu_new": "gelu_pytorch_tanh"}
+
+
+def _llama_shape(c: Any) -> dict[str, Any]:
+    if getattr(c, "attention_bias", False) or getattr(c, "mlp_bias", False):
+        raise ValueError(
+            "TransformerLens's LLaMA converter drops attention and MLP biases, and this checkpoint "
+            "has some; use backend='bridge'"
+        )
+    d_head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    rope = dict(getattr(c, "rope_parameters", None) or {})
+    shape = {
+        "n_layers": c.num_hidden_layers, "d_model": c.hidden_size,
+        "n_ctx": c.max_position_embeddings, "n_heads": c.num_attention_heads, "d_head": d_head,
+        "d_mlp": c.intermediate_size, "d_vocab": c.vocab_size, "act_fn": c.hidden_act,
+        "eps": c.rms_norm_eps, "normalization_type": "RMS", "final_rms": True, "gated_mlp": True,
+        "positional_embedding_type": "rotary", "rotary_adjacent_pairs": False,
+        "rotary_dim": d_head, "rotary_base": float(rope.get("rope_theta", 10000.0)),
+        "original_architecture": "LlamaForCausalLM",
+        "n_key_value_heads": (
+            c.num_key_value_heads if c.num_key_value_heads != c.num_attention_heads else None
+        ),
+    }  # fmt: skip
+    kind = rope.get("rope_type", "default")
+    if kind == "llama3":
+        shape.update(
+            use_NTK_by_parts_rope=True,
+            NTK_by_parts_factor=rope["factor"],
+            NTK_by_parts_low_freq_factor=rope["low_freq_factor"],
+            NTK_by_parts_high_freq_factor=rope["high_freq_factor"],
+            NTK_original_ctx_len=rope["original_max_position_embeddings"],
+        )
+    elif kind != "default":
+        raise ValueError(f"backend 'hooked' does not know rope type {kind!r}; use backend='bridge'")
+    return shape
+
+
+_HOOKED_FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "gpt2": _gpt2_shape,
+    "llama": _llama_shape,
+}

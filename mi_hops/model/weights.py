@@ -1,0 +1,135 @@
+"""Reading and writing weights: W_O in place, embeddings, the final norm and read-out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mi_hops.model.hooks import require_layers
+from mi_hops.model.identity import dtype_of, missing_weight
+from mi_hops.model.types import HookedModel
+
+
+def w_o(model: HookedModel, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    """The live output projection of a block; writing into it changes the model on both classes.
+
+    Raises:
+        MissingHookError: a block without it.
+        ValueError: no such layer, or a quantised W_O.
+    """
+    require_layers(model, [layer])
+    weight = getattr(getattr(model.blocks[layer], "attn", None), "W_O", None)
+    if weight is None:
+        raise missing_weight(model, f"blocks.{layer}.attn.W_O")
+    require_unquantised(weight, f"W_O of layer {layer}")
+    return weight
+
+
+def read_w_o(model: HookedModel, layer: int) -> Float[Tensor, "z d_model"]:
+    """A copy of W_O as ``[n_heads * d_head, d_model]``: rows are coordinates of flattened z."""
+    weight = w_o(model, layer).detach()
+    return weight.reshape(-1, weight.shape[-1]).clone()
+
+
+def write_w_o(model: HookedModel, layer: int, value: Float[Tensor, "z d_model"]) -> None:
+    """Write W_O in place from ``[n_heads * d_head, d_model]``, cast once to the weight's dtype.
+
+    Raises:
+        ValueError: a wrong shape, or values that are not finite (before or after the cast).
+        RuntimeError: the write did not reach the weight (then nothing can be edited here).
+    """
+    weight = w_o(model, layer)
+    expected = (weight.shape[0] * weight.shape[1], weight.shape[2])
+    if tuple(value.shape) != expected:
+        raise ValueError(f"W_O of layer {layer} is {expected}, got {tuple(value.shape)}")
+    overwrite(model, f"W_O of layer {layer}", lambda: w_o(model, layer), value)
+
+
+def overwrite(model: HookedModel, what: str, live: Callable[[], Tensor], value: Tensor) -> None:
+    """Write a weight in place, cast once to its dtype, and make sure that it reached the model.
+
+    Args:
+        what: the weight's name in errors.
+        live: gets the weight itself from the model; asked again after the write.
+        value: of as many numbers, in the weight's order.
+
+    Raises:
+        ValueError: values that are not finite (before or after the cast); nothing is written.
+        RuntimeError: the write did not reach the weight.
+    """
+    weight = live()
+    cast = value.detach().to(weight.device, weight.dtype).reshape(weight.shape)
+    if not torch.isfinite(cast).all():
+        raise ValueError(
+            f"{what} would hold non-finite values after the edit (dtype {weight.dtype}); nothing "
+            "was written"
+        )
+    with torch.no_grad():
+        weight.data.copy_(cast)
+    if not torch.equal(live().detach(), cast):
+        raise RuntimeError(f"writing {what} had no effect on {type(model).__name__}")
+
+
+def unembedding(
+    model: HookedModel,
+) -> tuple[Float[Tensor, "d_model vocab"], Float[Tensor, "vocab"]]:
+    """W_U and b_U (zeros where the model has none), detached.
+
+    Raises:
+        ValueError: the unembedding cannot be read as floating-point numbers (quantised).
+    """
+    weight = model.W_U.detach()
+    require_unquantised(weight, "the unembedding")
+    bias = getattr(model, "b_U", None)
+    if bias is None:
+        bias = torch.zeros(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return weight, bias.detach()
+
+
+def embedding(model: HookedModel) -> Float[Tensor, "vocab d_model"]:
+    """W_E, detached.
+
+    Raises:
+        ValueError: the embedding cannot be read as floating-point numbers (quantised).
+    """
+    weight = model.W_E.detach()  # type: ignore[attr-defined]
+    require_unquantised(weight, "the embedding")
+    return weight
+
+
+def require_unquantised(weight: Tensor, what: str) -> None:
+    """Refuse a weight that is stored as codes, which mean nothing without their scales.
+
+    Raises:
+        ValueError: integers, or floats of 8 bits.
+    """
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(f"{what} is stored as {weight.dtype}; load the model unquantised")
+
+
+def final_norm(
+    model: HookedModel, residual: Float[Tensor, "*rows d_model"]
+) -> Float[Tensor, "*rows d_model"]:
+    """The final norm of residual-stream vectors, in the model's dtype, where the norm lies."""
+    own = next(iter(model.ln_final.parameters()), None)  # none where it is folded away
+    place = residual.device if own is None else own.device
+    flat = residual.reshape(-1, 1, residual.shape[-1]).to(place, dtype_of(model))
+    return model.ln_final(flat).reshape(residual.shape)
+
+
+def read_out(
+    model: HookedModel, residual: Float[Tensor, "*rows d_model"], *, norm: bool = True
+) -> Float[Tensor, "*rows vocab"]:
+    """Logits of a residual-stream vector: final norm (optional), then W_U and b_U, in float32+.
+
+    With ``norm=True`` this is the model's own read-out (logit lens with ln_final); with False the
+    raw one of the two papers.
+    """
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    if norm:
+        residual = final_norm(model, residual)
+    weight, bias = unembedding(model)
+    return residual.to(weight.device, wide) @ weight.to(wide) + bias.to(wide)

@@ -1,0 +1,40 @@
+"""Interventions on many prompts in few forward passes, and the scores of every row."""
+
+from mi_hops.sweep.fanout import FanOut, Intervention, Site, fan_out, plan_fan_out
+from mi_hops.sweep.generate import Answered, Generation, answered, end_ids, generate
+from mi_hops.sweep.metrics import (
+    KL,
+    METRICS,
+    Greedy,
+    Metric,
+    Normalised,
+    Target,
+    get_metric,
+    target_of,
+)
+from mi_hops.sweep.repair import Repair, Rows
+from mi_hops.sweep.scoring import score_prompts
+
+__all__ = [
+    "KL",
+    "METRICS",
+    "Answered",
+    "FanOut",
+    "Generation",
+    "Greedy",
+    "Intervention",
+    "Metric",
+    "Normalised",
+    "Repair",
+    "Rows",
+    "Site",
+    "Target",
+    "answered",
+    "end_ids",
+    "fan_out",
+    "generate",
+    "get_metric",
+    "plan_fan_out",
+    "score_prompts",
+    "target_of",
+]

@@ -1,0 +1,482 @@
+"""Scores of an answer: from logits to one number a row.
+
+A metric works in two steps. It *plans* which answer tokens to append to the prompt and which
+positions to read, and then maps the logits there, ``[row, scored, vocab]``, to ``[row]``. Whoever
+runs the model (`mi_hops.sweep.scoring`, a sweep) needs to know nothing else about it. All built-in
+metrics reckon in float32, or in the logits' dtype where that is wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+import torch
+
+from mi_hops.model import HookedModel
+from mi_hops.text.tokens import Prompt, answer_ids
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a row is scored on, as tokens that follow the prompt.
+
+    Attributes:
+        answer: token ids of the answer.
+        wrong: token ids of a competing answer, for metrics that compare two.
+
+    Raises:
+        ValueError: an answer without tokens.
+    """
+
+    answer: tuple[int, ...]
+    wrong: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answer", tuple(int(i) for i in self.answer))
+        object.__setattr__(self, "wrong", tuple(int(i) for i in self.wrong))
+        if not self.answer:
+            raise ValueError("a target needs at least one answer token, got none")
+
+
+def target_of(model: HookedModel, prompt: Prompt, answer: str, wrong: str | None = None) -> Target:
+    """The target of an answer given as text (see `tokens.answer_ids`).
+
+    Raises:
+        TokenError: an answer that is empty or merges with the prompt's last token.
+    """
+    other = () if wrong is None else answer_ids(model, prompt, wrong)
+    return Target(answer_ids(model, prompt, answer), other)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What has to be run and read for one target.
+
+    Attributes:
+        extra: tokens to append to the prompt (teacher forcing).
+        scored: positions to read, relative to the prompt's last token; 0 is the distribution of
+            the token after the prompt, ``len(extra)`` that after everything.
+    """
+
+    extra: tuple[int, ...] = ()
+    scored: tuple[int, ...] = (0,)
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """A score of an answer."""
+
+    @property
+    def name(self) -> str:
+        """Label in tables and results."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """Unit of the score: ``"probability"``, ``"nats"``, ``"logits"``, ``"rank"``, ..."""
+        ...
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger score means a better answer."""
+        ...
+
+    def plan(self, target: Target) -> Plan:
+        """What to run and read for `target`."""
+        ...
+
+    def score(
+        self, logits: Float[Tensor, "row scored vocab"], target: Target
+    ) -> Float[Tensor, "row"]:
+        """Scores of rows that share one target; ``scored`` is in the order of the plan."""
+        ...
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """The logits in float32 or wider.
+
+    Raises:
+        ValueError: NaN among them (a rank or an arg max would hide it).
+    """
+    if logits.isnan().any():
+        raise ValueError(
+            "the logits hold NaN, so nothing can be scored; is the intervention finite, and does "
+            "the model overflow in this dtype?"
+        )
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+# -- metrics of the next token --------------------------------------------------------------------
+
+
+class _AtPrompt:
+    """The plan of metrics that look at the next token only."""
+
+    def plan(self, target: Target) -> Plan:
+        """The prompt alone, read at its last token."""
+        return Plan()
+
+
+@dataclass(frozen=True)
+class NextToken(_AtPrompt):
+    """A metric of the distribution right after the prompt.
+
+    Attributes:
+        compute: maps float32+ logits ``[row, vocab]`` and the target to ``[row]``.
+    """
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    compute: Callable[[Tensor, Target], Tensor]
+
+    def score(
+        self, logits: Float[Tensor, "row scored vocab"], target: Target
+    ) -> Float[Tensor, "row"]:
+        """One score a row."""
+        return self.compute(_wide(logits[:, 0]), target)
+
+
+def _first_prob(logits: Tensor, target: Target) -> Tensor:
+    return logits.softmax(-1)[:, target.answer[0]]
+
+
+def _first_logprob(logits: Tensor, target: Target) -> Tensor:
+    return logits.log_softmax(-1)[:, target.answer[0]]
+
+
+def _logit_diff(logits: Tensor, target: Target) -> Tensor:
+    if not target.wrong:
+        raise ValueError(
+            "logit_diff compares with a wrong answer and the target has none; give `wrong`"
+        )
+    right, wrong = target.answer[0], target.wrong[0]
+    if right == wrong:
+        raise ValueError(
+            f"logit_diff compares first tokens, and both answers start with token {right}; choose "
+            "a wrong answer that differs from the start, or use answer_logprob"
+        )
+    return logits[:, right] - logits[:, wrong]
+
+
+def _rank(logits: Tensor, target: Target) -> Tensor:
+    first = target.answer[0]
+    above = (logits > logits[:, first, None]).sum(-1)
+    return (1 + above).to(logits.dtype)
+
+
+def _paper_prob(logits: Tensor, target: Target) -> Tensor:
+    return logits.softmax(-1)[:, list(target.answer)].mean(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class KL(_AtPrompt):
+    """Divergence of the next-token distribution from a baseline's, KL(baseline || row), in nats.
+
+    Args:
+        baseline: logits ``[vocab]`` of the run that rows are compared with.
+
+    Raises:
+        ValueError: a baseline that is not one finite vector.
+    """
+
+    baseline: Float[Tensor, "vocab"]
+    name: str = "kl"
+    unit: str = "nats"
+    higher_is_better: bool = False
+
+    def __post_init__(self) -> None:
+        if self.baseline.ndim != 1 or not self.baseline.isfinite().all():
+            raise ValueError(
+                "KL needs the baseline's logits as one finite vector [vocab], got shape "
+                f"{tuple(self.baseline.shape)}"
+            )
+
+    def score(
+        self, logits: Float[Tensor, "row scored vocab"], target: Target
+    ) -> Float[Tensor, "row"]:
+        """One divergence a row, at least 0 but for rounding."""
+        return self._divergence(logits[:, 0])
+
+    def measures_from(self, logits: Float[Tensor, "vocab"]) -> bool:
+        """Whether these logits, in the dtype they were reckoned in, are the baseline's but for rounding.
+
+        The divergence is at its minimum there, so it has no slope to estimate anything from.
+        """
+        coarse = max(torch.finfo(x.dtype).eps for x in (self.baseline, logits))
+        # That of the sum, and what a distribution diverges by whose logits are rounded.
+        rounding = min(coarse, torch.finfo(torch.float32).eps) + coarse**2
+        return float(self._divergence(logits[None])[0]) <= 64 * rounding
+
+    def _divergence(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
+        rows = _wide(logits)
+        if rows.shape[-1] != len(self.baseline):
+            raise ValueError(
+                f"the baseline has {len(self.baseline)} logits, the rows have {rows.shape[-1]}"
+            )
+        base = _wide(self.baseline).to(rows.device).log_softmax(-1)
+        return (base.exp() * (base - rows.log_softmax(-1))).sum(-1)
+
+
+# -- metrics of the whole answer ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnswerLogprob:
+    """Log-probability of the whole answer: the sum over its tokens, each given those before it."""
+
+    name: str = "answer_logprob"
+    unit: str = "nats"
+    higher_is_better: bool = True
+
+    def plan(self, target: Target) -> Plan:
+        """All answer tokens but the last; one position for each of the answer's."""
+        return Plan(target.answer[:-1], tuple(range(len(target.answer))))
+
+    def score(
+        self, logits: Float[Tensor, "row scored vocab"], target: Target
+    ) -> Float[Tensor, "row"]:
+        """Sum over the answer's tokens."""
+        steps = torch.arange(len(target.answer), device=logits.device)
+        ids = torch.tensor(target.answer, device=logits.device)
+        return _wide(logits).log_softmax(-1)[:, steps, ids].sum(-1)
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """1 where greedy decoding gives the whole answer, token by token, else 0.
+
+    Args:
+        ends: tokens of which one must come next for the answer to be over (`generate.end_ids`
+            lists a tokenizer's); none: the end is not looked at.
+    """
+
+    ends: tuple[int, ...] = ()
+    name: str = "greedy"
+    unit: str = "share"
+    higher_is_better: bool = True
+
+    def plan(self, target: Target) -> Plan:
+        """The answer but its last token, or all of it where the end counts as well."""
+        extra = target.answer if self.ends else target.answer[:-1]
+        return Plan(extra, tuple(range(len(extra) + 1)))
+
+    def score(
+        self, logits: Float[Tensor, "row scored vocab"], target: Target
+    ) -> Float[Tensor, "row"]:
+        """1.0 or 0.0 a row."""
+        wide = _wide(logits)
+        best = wide.argmax(-1)
+        answer = torch.tensor(target.answer, device=best.device)
+        right = (best[:, : len(answer)] == answer).all(-1)
+        if self.ends:
+            right &= torch.isin(best[:, -1], torch.tensor(self.ends, device=best.device))
+        return right.to(wide.dtype)
+
+
+# -- a user's own ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Custom(_AtPrompt):
+    """A function of the next-token logits, ``[row, vocab] -> [row]``, as a metric.
+
+    The logits it gets are in float32 or wider whatever the model's dtype.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    name: str
+    unit: str = ""
+    higher_is_better: bool = True
+
+    def score(
+        self, logits: Float[Tensor, "row scored vocab"], target: Target
+    ) -> Float[Tensor, "row"]:
+        """What the function returns, checked.
+
+        Raises:
+            ValueError: NaN logits, no tensor of shape ``[row]``, or values that are not finite.
+        """
+        rows = _wide(logits[:, 0])
+        found = self.function(rows)
+        if not isinstance(found, torch.Tensor) or tuple(found.shape) != (len(rows),):
+            got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise ValueError(
+                f"metric {self.name!r} got logits [row, vocab] = {tuple(rows.shape)} and must "
+                f"return a tensor of shape ({len(rows)},), one number a row; it returned {got}"
+            )
+        require_finite(self.name, found)
+        return found
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """Another metric as the share restored: 0 at the corrupted run's score, 1 at the clean run's.
+
+    ``Normalised(METRICS["logit_diff"], clean, corrupted)`` is the normalised logit difference.
+
+    Raises:
+        ValueError: clean and corrupted scores that are equal or not finite.
+    """
+
+    metric: Metric
+    clean: float
+    corrupted: float
+    unit: str = "share restored"
+    higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        if not abs(self.clean - self.corrupted) > 0 or self.clean - self.corrupted in _INFINITE:
+            raise ValueError(
+                f"metric {self.metric.name!r} is {self.clean} on the clean and {self.corrupted} on "
+                "the corrupted run; the share restored needs two different finite scores"
+            )
+
+    @property
+    def name(self) -> str:
+        """``normalised_`` and the metric's own name."""
+        return f"normalised_{self.metric.name}"
+
+    def plan(self, target: Target) -> Plan:
+        """That of the metric."""
+        return self.metric.plan(target)
+
+    def score(
+        self, logits: Float[Tensor, "row scored vocab"], target: Target
+    ) -> Float[Tensor, "row"]:
+        """Share restored, a row."""
+        found = self.metric.score(logits, target)
+        return (found - self.corrupted) / (self.clean - self.corrupted)
+
+
+_INFINITE = (float("inf"), float("-inf"))
+
+
+def score_gap(
+    clean: Float[Tensor, "*any"], corrupted: Float[Tensor, "*any"]
+) -> Float[Tensor, "*any"]:
+    """``clean - corrupted``, to divide by: NaN where the two are equal and a share means nothing.
+
+    Scores count as equal where they differ by rounding alone: by less than 64 units in the last
+    place, as the same prompt's do in batches of different sizes.
+    """
+    gap = clean - corrupted
+    rounding = 64 * torch.finfo(gap.dtype).eps * torch.maximum(clean.abs(), corrupted.abs())
+    return gap.masked_fill(gap.abs() <= rounding, float("nan"))
+
+
+def normalised(
+    patched: Float[Tensor, "*any"],
+    clean: Float[Tensor, "*any"] | float,
+    corrupted: Float[Tensor, "*any"] | float,
+    *,
+    undefined: Literal["raise", "nan"] = "raise",
+) -> Float[Tensor, "*any"]:
+    """``(patched - corrupted) / (clean - corrupted)``: 0 = corrupted, 1 = restored; any metric.
+
+    The three are broadcast together.
+
+    Args:
+        undefined: what to do where clean and corrupted are equal (see `score_gap`): refuse, or
+            leave NaN there for the caller to count and leave out.
+
+    Raises:
+        ValueError: equal scores under ``"raise"``.
+    """
+    if undefined not in ("raise", "nan"):
+        raise ValueError(f"undefined is {undefined!r}; expected 'raise' or 'nan'")
+    high, low = (
+        torch.as_tensor(v, device=patched.device, dtype=patched.dtype) for v in (clean, corrupted)
+    )
+    gap = score_gap(high, low)
+    lost = gap.isnan()
+    if undefined == "raise" and lost.any():
+        raise ValueError(
+            f"clean and corrupted scores are equal in {int(lost.sum())} of {lost.numel()} cases, "
+            "where the share restored is undefined; leave these out, or pass undefined='nan'"
+        )
+    return (patched - low) / gap
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+_BUILT_IN: tuple[Metric, ...] = (
+    # Probability of the answer's first token.
+    NextToken("first_prob", "probability", True, _first_prob),
+    NextToken("first_logprob", "nats", True, _first_logprob),
+    AnswerLogprob(),
+    # Logit of the answer's first token less that of the wrong answer's.
+    NextToken("logit_diff", "logits", True, _logit_diff),
+    # 1 = top; ties count in the answer's favour.
+    NextToken("rank", "rank", False, _rank),
+    # The score of the CREME paper's code (arXiv 2402.14328): the mean over all answer tokens of
+    # their probabilities at one and the same position. No sequence probability; at most 1/tokens.
+    NextToken("mean_token_prob", "probability", True, _paper_prob),
+    Greedy(),
+)
+
+#: Metrics by name. `KL`, `Greedy` with ends and `Normalised` are made with their arguments.
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _BUILT_IN}
+
+#: What `get_metric` takes: a name, a metric, or a function ``[row, vocab] -> [row]``.
+MetricLike = str | Metric | Callable[..., "Tensor"]
+
+
+def get_metric(metric: MetricLike) -> Metric:
+    """A metric by name, as it is, or made of a user's function of the last position's logits.
+
+    Raises:
+        ValueError: an unknown name, or something that is no metric.
+    """
+    if isinstance(metric, str):
+        if metric in METRICS:
+            return METRICS[metric]
+        if metric == "kl":
+            raise ValueError(
+                "'kl' needs a baseline: pass mi_hops.sweep.metrics.KL(baseline_logits)"
+            )
+        raise ValueError(f"unknown metric {metric!r}; expected one of {list(METRICS)}")
+    if isinstance(metric, type) or not (isinstance(metric, Metric) or callable(metric)):
+        raise ValueError(
+            f"{metric!r} is no metric; expected a name from {list(METRICS)}, an object with plan "
+            "and score, or a function from logits [row, vocab] to [row]"
+        )
+    if isinstance(metric, Metric):
+        return metric
+    name = getattr(metric, "__name__", "custom")
+    return Custom(metric, "custom" if name == "<lambda>" else name)
+
+
+def get_metrics(metrics: MetricLike | Sequence[MetricLike]) -> list[Metric]:
+    """One or several metrics, each name once.
+
+    Raises:
+        ValueError: none at all, an unknown one, or two of one name.
+    """
+    if isinstance(metrics, str) or not isinstance(metrics, Sequence):
+        metrics = [metrics]
+    found = [get_metric(m) for m in metrics]
+    names = [m.name for m in found]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"expected at least one metric, each under its own name, got {names}")
+    return found
+
+
+def require_finite(name: str, scores: Float[Tensor, "row"]) -> None:
+    """Refuse scores that are not finite.
+
+    Raises:
+        ValueError: naming the metric and the rows.
+    """
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"metric {name!r} is not finite in {len(bad)} of {len(scores)} rows (first: "
+            f"{bad[:5]}); look at the logits of these rows"
+        )

@@ -1,0 +1,71 @@
+"""The Repair protocol: what can be switched on over a model for a fact, per row, and off.
+
+An edit, a memory injection, a state transplant or a codebook all meet it, so that one function
+scores them and one batch can hold a different repair in every row. A repair is *fitted* to facts
+(one state a fact) and then gives hooks that act on each row by that row's state only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from mi_hops.model import Hook, HookedModel
+
+if TYPE_CHECKING:
+    from mi_hops.facts.fact import TwoHopFact
+    from mi_hops.text.tokens import Prompt
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a forward pass, as far as a repair must know them.
+
+    Attributes:
+        prompts: the prompt of each row; tokens beyond it are an answer's (teacher-forced or
+            generated).
+        width: number of positions in this pass.
+        offset: absolute position of this pass's first position; positive when earlier ones sit
+            in a cache.
+    """
+
+    prompts: tuple[Prompt, ...]
+    width: int
+    offset: int = 0
+
+    def at(self, offset: int, width: int) -> Rows:
+        """The same rows for a later pass of a generation."""
+        return replace(self, offset=offset, width=width)
+
+
+@runtime_checkable
+class Repair(Protocol):
+    """Anything that changes what a model says about a fact while it is switched on."""
+
+    @property
+    def name(self) -> str:
+        """Short label for tables and figures."""
+        ...
+
+    def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> Sequence[Any]:
+        """One state a fact, in order; the model is left as it was."""
+        ...
+
+    def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
+        """Hooks for a pass whose row r is under ``states[r]``; None leaves the row untouched."""
+        ...
+
+
+class NoRepair:
+    """The unrepaired model, so that baselines go through the same code."""
+
+    name = "none"
+
+    def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> Sequence[Any]:
+        """No state."""
+        return [None] * len(facts)
+
+    def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
+        """No hooks."""
+        return []

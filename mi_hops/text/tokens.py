@@ -1,0 +1,323 @@
+"""Prompts, answers and spans as tokens: the one place where positions are made.
+
+Policy: batches are padded on the right and run without an attention mask. Attention is causal, so
+no scored position ever sees padding, and learned positions start at 0 in every row; every number
+therefore equals the unpadded one. A position is resolved for each prompt by itself and never falls
+on padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mi_hops.model import HookedModel
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+    from torch import Tensor
+
+#: A position: an index (negative counts from the end), a slice, or a substring of the prompt.
+Where = int | slice | str
+
+
+class TokenError(ValueError):
+    """Text that cannot be brought into the tokens or positions a method needs."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt.
+
+    Attributes:
+        text: as given.
+        ids: token ids, BOS first where it was prepended.
+        labels: one readable string a token, spaces kept.
+        offsets: character span of each token in `text`, white space trimmed; (0, 0) for BOS.
+        has_bos: whether ``ids[0]`` is a prepended BOS.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    labels: tuple[str, ...]
+    offsets: tuple[tuple[int, int], ...]
+    has_bos: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def last(self) -> int:
+        """Index of the last token."""
+        return len(self.ids) - 1
+
+
+def encode(
+    model: HookedModel, text: str, *, prepend_bos: bool = True, max_extra: int = 0
+) -> Prompt:
+    """Tokenise one prompt; no special tokens besides the BOS asked for.
+
+    Args:
+        prepend_bos: put the tokenizer's BOS first, as TransformerLens does by default. A tokenizer
+            that has no BOS token gets none.
+        max_extra: tokens that will be appended; the context must hold them as well.
+
+    Raises:
+        TokenError: an empty prompt, a tokenizer without offsets, or a prompt longer than the
+            model's context.
+    """
+    tokenizer = _tokenizer(model)
+    if not text.strip():
+        raise TokenError(f"the prompt is empty ({text!r})")
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans = list(found["input_ids"]), [_trim(text, s) for s in found["offset_mapping"]]
+    bos = tokenizer.bos_token_id if prepend_bos else None
+    # Some SentencePiece templates add BOS even when told not to.
+    if bos is not None and (not ids or ids[0] != bos):
+        ids, spans = [bos, *ids], [(0, 0), *spans]
+    limit = int(model.cfg.n_ctx)
+    if len(ids) + max_extra > limit:
+        raise TokenError(
+            f"prompt of {len(ids)} tokens (+{max_extra} to come) exceeds the model's context of "
+            f"{limit}: {text[:60]!r}..."
+        )
+    labels = tuple(tokenizer.decode([i]) for i in ids)
+    return Prompt(text, tuple(ids), labels, tuple(spans), bos is not None)
+
+
+def _tokenizer(model: HookedModel) -> Any:
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise TokenError("the model has no tokenizer; load it with one (mi_hops.load_model does)")
+    if not getattr(tokenizer, "is_fast", False):
+        raise TokenError(
+            f"{type(tokenizer).__name__} gives no character offsets; use the tokenizers-backed "
+            "('fast') version"
+        )
+    return tokenizer
+
+
+def _trim(text: str, span: tuple[int, int]) -> tuple[int, int]:
+    start, end = span
+    while start < end and text[start].isspace():
+        start += 1
+    while end > start and text[end - 1].isspace():
+        end -= 1
+    return start, end
+
+
+# -- answers -------------------------------------------------------------------------------------
+
+
+def answer_ids(model: HookedModel, prompt: Prompt, answer: str) -> tuple[int, ...]:
+    """Token ids of `answer` as the continuation of `prompt`.
+
+    Found by tokenising prompt and answer together, joined by a space, and taking what follows the
+    prompt; so byte-level and SentencePiece rules for spaces are both met.
+
+    Raises:
+        TokenError: an empty answer, or tokens that merge across the boundary.
+    """
+    answer = answer.strip()
+    if not answer:
+        raise TokenError(f"empty answer to the prompt {prompt.text!r}")
+    joint = f"{prompt.text.rstrip()} {answer}"
+    whole = encode(model, joint, prepend_bos=prompt.has_bos).ids
+    if whole[: len(prompt)] != prompt.ids or len(whole) == len(prompt):
+        raise TokenError(
+            f"the tokens of {joint!r} do not start with those of the prompt, so the answer's own "
+            "tokens are undefined; end the prompt at a word boundary, without white space"
+        )
+    return whole[len(prompt) :]
+
+
+# -- positions -----------------------------------------------------------------------------------
+
+
+def find_text(text: str, phrase: str) -> tuple[int, int]:
+    """Character span of the one occurrence of `phrase`, exact if it can be, else caseless.
+
+    Raises:
+        TokenError: no occurrence, or several.
+    """
+    if not phrase.strip():
+        raise TokenError("the span to look for is empty")
+    for haystack, needle in ((text, phrase), (text.lower(), phrase.lower())):
+        count = haystack.count(needle)
+        if count == 1:
+            start = haystack.index(needle)
+            return start, start + len(needle)
+        if count > 1:
+            raise TokenError(
+                f"{phrase!r} occurs {count} times in {text!r}; pass an index or a slice of token "
+                "positions instead"
+            )
+    raise TokenError(f"{phrase!r} does not occur in the prompt {text!r}")
+
+
+def positions(prompt: Prompt, where: Where) -> tuple[int, ...]:
+    """Token positions of an index, a slice or a substring; never empty.
+
+    A substring covers every token that shares a character with it.
+
+    Raises:
+        TokenError: out of range, an empty slice, or a substring that is absent or ambiguous.
+    """
+    n = len(prompt)
+    if isinstance(where, str):
+        start, end = find_text(prompt.text, where)
+        found = tuple(
+            i for i, (a, b) in enumerate(prompt.offsets) if a < end and b > start and b > a
+        )
+        if not found:
+            raise TokenError(f"no token of {prompt.text!r} covers {where!r}")
+        return found
+    if isinstance(where, slice):
+        found = tuple(range(n))[where]
+        if not found:
+            raise TokenError(f"{where} selects none of the {n} tokens {list(prompt.labels)}")
+        return found
+    if not -n <= where < n:
+        raise TokenError(f"position {where} is out of range for {n} tokens {list(prompt.labels)}")
+    return (where % n,)
+
+
+def last_position(prompt: Prompt, where: Where) -> int:
+    """The last token position of `where`: the one that has seen the whole span."""
+    return positions(prompt, where)[-1]
+
+
+def align(first: Prompt, second: Prompt) -> None:
+    """Check that two prompts have as many tokens, so that positions correspond.
+
+    Raises:
+        TokenError: unequal lengths; the message shows both token lists.
+    """
+    if len(first) != len(second):
+        raise TokenError(
+            f"the prompts have {len(first)} and {len(second)} tokens and cannot be aligned:\n"
+            f"  {list(first.labels)}\n  {list(second.labels)}"
+        )
+
+
+def tail_length(prompt: Prompt, phrase: str) -> int:
+    """Number of tokens after the span `phrase`.
+
+    Two prompts that end alike are aligned from their ends by it.
+    """
+    return prompt.last - last_position(prompt, phrase)
+
+
+# -- batches -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows.
+
+    Attributes:
+        tokens: ``[row, pos]``, padded with id 0 (never read by a scored position).
+        lengths: ``[row]``, tokens that are real.
+    """
+
+    tokens: Int[Tensor, "row pos"]
+    lengths: Int[Tensor, "row"]
+
+    @property
+    def last(self) -> Int[Tensor, "row"]:
+        """Position of each row's last real token."""
+        return self.lengths - 1
+
+    @property
+    def mask(self) -> Bool[Tensor, "row pos"]:
+        """True at real tokens."""
+        return torch.arange(self.tokens.shape[1])[None] < self.lengths[:, None]
+
+
+def pad(rows: Sequence[Sequence[int]]) -> Batch:
+    """Pad token lists on the right into one batch.
+
+    Raises:
+        TokenError: no rows, or an empty one.
+    """
+    if not rows or not all(len(r) for r in rows):
+        raise TokenError("a batch needs at least one row, and every row at least one token")
+    width = max(len(r) for r in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.as_tensor(list(row))
+    return Batch(tokens, torch.tensor([len(r) for r in rows]))
+
+
+def unpad(tokens: Int[Tensor, "row pos"], mask: Bool[Tensor, "row pos"]) -> Batch:
+    """A batch padded on either side (as its attention mask tells) as a right-padded one.
+
+    Raises:
+        TokenError: a mask of another shape, an empty row, or a hole inside a row.
+    """
+    if tokens.shape != mask.shape:
+        raise TokenError(f"tokens are {tuple(tokens.shape)}, the mask is {tuple(mask.shape)}")
+    rows = []
+    for i, (row, keep) in enumerate(zip(tokens, mask.bool(), strict=True)):
+        where = keep.nonzero().flatten()
+        if not len(where) or int(where[-1] - where[0]) + 1 != len(where):
+            raise TokenError(f"the mask of row {i} is empty or has a hole: {keep.tolist()}")
+        rows.append(row[keep].tolist())
+    return pad(rows)
+
+
+def batches_by_length(
+    rows: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """(indices into `rows`, batch) pairs in which all rows have one length: no padding at all."""
+    if batch_size < 1:
+        raise TokenError(f"batch_size is {batch_size}; expected at least 1")
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while (
+            end < len(order)
+            and end - start < batch_size
+            and len(rows[order[end]]) == len(rows[order[start]])
+        ):
+            end += 1
+        chosen = order[start:end]
+        yield chosen, pad([rows[i] for i in chosen])
+        start = end
+
+
+def batches(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[list[int], Batch]]:
+    """(indices into `rows`, right-padded batch) pairs, rows of similar length together."""
+    if batch_size < 1:
+        raise TokenError(f"batch_size is {batch_size}; expected at least 1")
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        yield chosen, pad([rows[i] for i in chosen])
+
+
+def batches_in_order(rows: Iterable[Sequence[int]], max_tokens: int) -> Iterator[Batch]:
+    """Right-padded batches of rows as they come, each of at most `max_tokens`, padding counted.
+
+    A longer row makes a batch by itself.
+    """
+    waiting: list[Sequence[int]] = []
+    width = 0
+    for row in rows:
+        wider = max(width, len(row))
+        if waiting and wider * (len(waiting) + 1) > max_tokens:
+            yield pad(waiting)
+            waiting, wider = [], len(row)
+        waiting.append(row)
+        width = wider
+    if waiting:
+        yield pad(waiting)
+
+
+def decode(model: HookedModel, ids: Iterable[int]) -> str:
+    """Text of token ids, special tokens left out."""
+    return str(_tokenizer(model).decode(list(ids), skip_special_tokens=True))

@@ -1,0 +1,105 @@
+"""Weights laid out for a block of code: same numbers, and their own memory afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mi_hops.model import backend_of, forward, layout
+from mi_hops.model.layout import copied_bytes, pretransposed_weights
+from mi_hops.sweep.fanout import Intervention, fan_out
+from mi_hops.sweep.interventions import scale
+from mi_hops.text.tokens import pad
+from tests.sweep.test_fanout import PROMPTS
+
+
+def memory(model):
+    """Where each parameter lies, how, and its bits."""
+    return {
+        name: (p.data_ptr(), p.stride(), p.detach().clone()) for name, p in model.named_parameters()
+    }
+
+
+def assert_same(before, after):
+    assert before.keys() == after.keys()
+    for name, (pointer, stride, bits) in before.items():
+        assert (pointer, stride) == after[name][:2], name
+        assert torch.equal(bits, after[name][2]), name
+
+
+def test_same_numbers_and_own_memory_afterwards(tiny):
+    tokens = torch.tensor([PROMPTS[0]])
+    before = memory(tiny)
+    with torch.no_grad():
+        expected = forward(tiny, tokens)
+        with pretransposed_weights(tiny):
+            assert torch.equal(forward(tiny, tokens), expected)
+            for name, (_, _, bits) in before.items():
+                assert torch.equal(tiny.get_parameter(name), bits), name
+    assert_same(before, memory(tiny))
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_the_turn_of_a_pass_is_a_view(shape, load_tiny):
+    from einops import rearrange
+
+    model = load_tiny(shape, "hooked")
+    with pretransposed_weights(model):
+        for block in model.blocks:
+            own = dict(block.attn.named_parameters(recurse=False))
+            for name, weight in own.items():
+                if name.lstrip("_") in ("W_Q", "W_K", "W_V"):
+                    turned = rearrange(weight, "head model d -> (head d) model")
+                elif name == "W_O":
+                    turned = rearrange(weight, "head d model -> model (head d)")
+                else:
+                    continue
+                assert turned.is_contiguous(), name
+                assert turned.data_ptr() == weight.data_ptr(), name
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_exceptions_leave_the_memory_as_it_was(tiny, error):
+    def fail(x):
+        raise error
+
+    before = memory(tiny)
+    with pytest.raises(error):
+        fan_out(tiny, pad(PROMPTS), [Intervention.at("mlp_out", 1, fail, positions=[2])])
+    assert_same(before, memory(tiny))
+
+
+def test_copies_are_foretold(tiny):
+    before = memory(tiny)
+    with pretransposed_weights(tiny):
+        moved = [
+            p.numel() * p.element_size()
+            for name, p in tiny.named_parameters()
+            if p.data_ptr() != before[name][0]
+        ]
+    assert copied_bytes(tiny) == sum(moved)
+    assert bool(moved) == (backend_of(tiny) == "hooked")
+
+
+def test_large_models_are_left_alone(tiny, monkeypatch):
+    monkeypatch.setattr(layout, "MOST_BYTES", 0)
+    before = memory(tiny)
+    assert copied_bytes(tiny) == 0
+    with pretransposed_weights(tiny):
+        assert_same(before, memory(tiny))
+
+
+def test_one_inside_the_other(load_tiny):
+    """A function that reduces logits may itself run a sweep."""
+    model = load_tiny("gpt2", "hooked")
+    before = memory(model)
+    prompts, items = pad(PROMPTS), [Intervention.at("mlp_out", 0, scale(0.5), positions=[1])]
+    expected = fan_out(model, prompts, items).rows
+
+    def nested(logits, bases):
+        assert torch.equal(fan_out(model, prompts, items).rows, expected)
+        assert model.blocks[0].attn.W_Q[0].T.is_contiguous()
+        return logits
+
+    assert torch.equal(fan_out(model, prompts, items, reduce=nested).rows, expected)
+    assert_same(before, memory(model))

@@ -1,0 +1,233 @@
+"""Figures: the data drawn are the data given, and labels, limits and bands say what they mean."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from mi_hops.result import plots
+
+
+@pytest.fixture
+def grid():
+    values = np.array([[0.1, -0.4, 0.2], [0.0, 0.3, -0.1]])
+    return xr.DataArray(
+        values,
+        dims=("layer", "position"),
+        coords={"layer": [0, 1], "token": ("position", ["<s>", " of", " of"])},
+        name="effect",
+    )
+
+
+def scale(figure):
+    axis = figure.layout.coloraxis
+    return axis.cmin, axis.cmax
+
+
+def test_heatmap_draws_the_values_given(grid):
+    figure = plots.heatmap(grid, x="position", y="layer", title="t", colour_label="effect (nats)")
+    np.testing.assert_array_equal(figure.data[0].z, grid.values)
+    turned = plots.heatmap(grid, x="layer", y="position", title="t")
+    np.testing.assert_array_equal(turned.data[0].z, grid.values.T)
+    assert figure.layout.xaxis.title.text == "position"
+    assert figure.layout.yaxis.title.text == "layer"
+    assert figure.layout.yaxis.autorange != "reversed"
+    assert plots.heatmap(
+        grid, x="position", y="layer", title="t", y_upward=False
+    ).layout.yaxis.autorange == ("reversed")
+
+
+def test_colours_are_symmetric_with_positive_blue(grid):
+    figure = plots.heatmap(grid, x="position", y="layer", title="t", colour_label="effect (nats)")
+    assert scale(figure) == (-0.4, 0.4)
+    bar = figure.layout.coloraxis.colorbar.title.text
+    assert "effect (nats)" in bar and "blue: positive" in bar
+    colours = figure.layout.coloraxis.colorscale
+    red, _, blue = (int(part) for part in colours[-1][1].removeprefix("rgb(")[:-1].split(","))
+    assert blue > red, "the high end is blue"
+    moved = plots.heatmap(grid, x="position", y="layer", title="t", midpoint=1.0)
+    low, high = scale(moved)
+    assert (low + high) / 2 == pytest.approx(1.0) and low == pytest.approx(-0.4)
+    assert "above 1" in moved.layout.coloraxis.colorbar.title.text
+    assert scale(plots.heatmap(grid, x="position", y="layer", title="t", zmax=2.0)) == (-2.0, 2.0)
+
+
+def test_white_stays_at_the_midpoint_between_unequal_ends(grid):
+    figure = plots.heatmap(grid, x="position", y="layer", title="t", zmin=-0.1, zmax=0.3)
+    assert scale(figure) == (-0.1, 0.3)
+    shades = figure.layout.coloraxis.colorscale
+    place, colour = min(shades, key=lambda shade: abs(shade[0] - 0.25))  # 0 lies a quarter up
+    assert place == 0.25
+    assert min(float(part) for part in colour.removeprefix("rgb(")[:-1].split(",")) > 240
+
+
+def test_sequential_scale_starts_at_zero(grid):
+    figure = plots.heatmap(abs(grid), x="position", y="layer", title="t", sequential=True)
+    assert scale(figure) == (0.0, 0.4)
+    assert "darker: higher" in figure.layout.coloraxis.colorbar.title.text
+
+
+@pytest.mark.parametrize("fill", [0.0, np.nan])
+def test_flat_and_empty_heatmaps_have_a_scale(grid, fill):
+    for sequential in (False, True):
+        figure = plots.heatmap(
+            xr.full_like(grid, fill), x="position", y="layer", title="t", sequential=sequential
+        )
+        low, high = scale(figure)
+        assert low < high
+
+
+def test_equal_tokens_stay_apart_and_markup_is_escaped(grid):
+    figure = plots.heatmap(grid, x="position", y="layer", title="a < b")
+    assert list(figure.layout.xaxis.ticktext) == ["&lt;s&gt; 0", " of 1", " of 2"]
+    assert len(set(figure.data[0].x)) == 3
+    assert "a &lt; b" in figure.layout.title.text
+    assert plots.token_label(" ", 4) == "␣ 4"
+    assert plots.token_label("\n", 4) == "\\n 4"
+    assert plots.token_label("a\nb", 4) == "a\\nb 4"
+
+
+def test_heads_are_named_by_layer_and_head():
+    array = xr.DataArray(
+        np.arange(6.0).reshape(2, 3), dims=("layer", "head"), coords={"layer": [4, 7]}
+    )
+    figure = plots.heatmap(array, x="head", y="layer", title="t")
+    assert figure.data[0].customdata[1][2].startswith("L7H2<br>")
+    array = array.assign_coords(head=[0, 1, 2])
+    assert plots.axis_labels(array, "head") == ["H0", "H1", "H2"]
+    assert plots.axis_labels(array.isel(layer=1), "head") == ["L7H0", "L7H1", "L7H2"]
+
+
+def test_hover_has_the_value_and_the_further_arrays(grid):
+    n = xr.DataArray([7, 9], dims="layer", coords={"layer": [0, 1]})
+    lower = (grid - 0.123456789).transpose("position", "layer")
+    figure = plots.heatmap(grid, x="position", y="layer", title="t", hover={"n": n, "lower": lower})
+    text = figure.data[0].customdata[1][0]
+    assert text == "position: &lt;s&gt; 0<br>layer: 1<br><b>0</b><br>n: 9<br>lower: -0.123457"
+
+
+def test_facets_share_one_scale_and_keep_their_order():
+    array = xr.DataArray(
+        np.arange(30.0).reshape(5, 2, 3),
+        dims=("component", "layer", "position"),
+        coords={"component": ["resid", "attn", "mlp", "q", "k"]},
+    )
+    figure = plots.heatmap(array, x="position", y="layer", facet="component", title="t")
+    assert [note.text for note in figure.layout.annotations] == ["resid", "attn", "mlp", "q", "k"]
+    assert {trace.coloraxis for trace in figure.data} == {"coloraxis"}
+    for index, trace in enumerate(figure.data):
+        np.testing.assert_array_equal(trace.z, array.values[index])
+
+
+def test_heatmap_refuses_what_it_cannot_draw(grid):
+    with pytest.raises(ValueError, match=r"has dimensions .* select or average"):
+        plots.heatmap(grid.expand_dims(head=2), x="position", y="layer", title="t")
+    with pytest.raises(ValueError, match="zmin < zmax"):
+        plots.heatmap(grid, x="position", y="layer", title="t", zmin=1.0, zmax=0.0)
+    with pytest.raises(ValueError, match="needs numbers"):
+        plots.heatmap(grid.astype(str), x="position", y="layer", title="t")
+
+
+@pytest.fixture
+def curve():
+    return pd.DataFrame(
+        {
+            "layer": [0, 1, 2, 0, 1, 2],
+            "value": [0.1, 0.2, 0.4, 0.3, 0.3, 0.3],
+            "lower": [0.0, 0.1, 0.3, np.nan, 0.2, 0.2],
+            "upper": [0.2, 0.3, 0.6, np.nan, 0.4, 0.4],
+            "group": ["passed"] * 3 + ["failed"] * 3,
+            "n": [5] * 6,
+        }
+    )
+
+
+def test_lines_draw_points_bands_and_references(curve):
+    figure = plots.lines(
+        curve.iloc[::-1],
+        x="layer",
+        y="value",
+        group="group",
+        lower="lower",
+        upper="upper",
+        title="t",
+        y_label="probability",
+        references={"clean": 0.9},
+    )
+    drawn = {trace.name: trace for trace in figure.data if trace.name}
+    assert list(drawn) == ["failed", "passed"]
+    np.testing.assert_array_equal(drawn["passed"].x, [0, 1, 2])
+    np.testing.assert_array_equal(drawn["passed"].y, [0.1, 0.2, 0.4])
+    assert drawn["passed"].customdata[2] == " [0.3, 0.6]<br>n: 5"
+    assert drawn["failed"].customdata[0] == "<br>n: 5"
+    bands = {trace.legendgroup: trace for trace in figure.data if trace.fill}
+    assert list(bands["passed"].x) == [0, 1, 2, 2, 1, 0]
+    assert list(bands["passed"].y) == [0.2, 0.3, 0.6, 0.3, 0.1, 0.0]
+    assert list(bands["failed"].x) == [1, 2, 2, 1], "no band where a bound is missing"
+    assert drawn["passed"].line.color != drawn["failed"].line.color
+    assert figure.layout.shapes[0].y0 == 0.9
+    assert figure.layout.yaxis.title.text == "probability"
+
+
+def test_a_gap_splits_the_band():
+    x = np.arange(5.0)
+    lower = np.array([0, 0, np.nan, 0, 0])
+    across, along = plots._band(x, lower, lower + 1)
+    assert across == [0, 1, 1, 0, None, 3, 4, 4, 3]
+    assert along == [1, 1, 0, 0, None, 1, 1, 0, 0]
+
+
+def test_bars_have_error_bars_of_the_right_length(curve):
+    figure = plots.bars(
+        curve, x="layer", y="value", group="group", lower="lower", upper="upper", title="t"
+    )
+    passed, failed = figure.data
+    np.testing.assert_array_equal(passed.y, [0.1, 0.2, 0.4])
+    np.testing.assert_allclose(passed.error_y.array, [0.1, 0.1, 0.2])
+    np.testing.assert_allclose(passed.error_y.arrayminus, [0.1, 0.1, 0.1])
+    np.testing.assert_allclose(failed.error_y.array, [0, 0.1, 0.1])
+    assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2"]
+    assert plots.bars(curve.iloc[:3], x="layer", y="value", title="t").data[0].error_y.array is None
+
+
+@pytest.mark.parametrize("draw", [plots.lines, plots.bars])
+def test_frames_that_cannot_be_drawn_are_refused(draw, curve):
+    with pytest.raises(ValueError, match=r"no column \['depth'\]"):
+        draw(curve, x="depth", y="value", title="t")
+    with pytest.raises(ValueError, match="several rows at one 'layer'"):
+        draw(curve, x="layer", y="value", title="t")
+    with pytest.raises(ValueError, match="both lower and upper"):
+        draw(curve, x="layer", y="value", group="group", lower="lower", title="t")
+    with pytest.raises(ValueError, match="use bars"):
+        plots.lines(curve, x="group", y="value", title="t")
+
+
+def test_long_titles_are_broken(grid):
+    figure = plots.heatmap(grid, x="position", y="layer", title="word " * 40)
+    assert figure.layout.title.text.count("<br>") == 2
+    short = plots.heatmap(grid, x="position", y="layer", title="word")
+    assert figure.layout.margin.t > short.layout.margin.t
+
+
+def test_html_leaves_plotlyjs_to_the_page(grid):
+    figure = plots.heatmap(grid, x="position", y="layer", title="t")
+    html = plots.to_html(figure, div_id="first")
+    assert 'id="first"' in html and "<html" not in html and len(html) < 50_000
+    assert plots.to_html(figure, div_id="first") == html
+
+
+def test_plotly_is_imported_late_and_its_settings_left_alone():
+    code = (
+        "import sys, mi_hops.result.plots, mi_hops.result.result\n"
+        "assert 'plotly' not in sys.modules and 'torch' not in sys.modules\n"
+        "import plotly.io as pio\n"
+        "before = pio.templates.default\n"
+        "figure = mi_hops.result.plots.bars({'x': ['a'], 'y': [1]}, x='x', y='y', title='t')\n"
+        "assert pio.templates.default == before\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

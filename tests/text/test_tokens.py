@@ -1,0 +1,162 @@
+"""Prompts, answers, spans and padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mi_hops.text.tokens import (
+    TokenError,
+    align,
+    answer_ids,
+    batches,
+    batches_by_length,
+    encode,
+    find_text,
+    last_position,
+    pad,
+    positions,
+    tail_length,
+    unpad,
+)
+
+
+@pytest.fixture
+def model(load_tiny):
+    return load_tiny("gpt2")
+
+
+def test_encode_prepends_bos_once(model):
+    prompt = encode(model, "w3 w4 w5")
+    assert prompt.ids == (1, 7, 8, 9)
+    assert prompt.labels[1:] == ("w3", "w4", "w5")
+    assert encode(model, "w3 w4 w5", prepend_bos=False).ids == (7, 8, 9)
+    assert prompt.offsets == ((0, 0), (0, 2), (3, 5), (6, 8))
+
+
+def test_positions(model):
+    prompt = encode(model, "w3 w4 w5 w6")
+    assert positions(prompt, 0) == (0,)
+    assert positions(prompt, -1) == (4,)
+    assert positions(prompt, slice(1, 3)) == (1, 2)
+    assert positions(prompt, "w4 w5") == (2, 3)
+    assert positions(prompt, "W4 w5") == (2, 3)
+    assert last_position(prompt, "w4 w5") == 3
+    assert tail_length(prompt, "w4 w5") == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("w9", "does not occur"),
+        ("w", "occurs 4 times"),
+        (" ", "empty"),
+        (5, "out of range for 5 tokens"),
+        (slice(3, 3), "selects none"),
+    ],
+)
+def test_positions_refuse(model, where, message):
+    with pytest.raises(TokenError, match=message):
+        positions(encode(model, "w3 w4 w5 w6"), where)
+
+
+def test_find_text_prefers_the_exact_case():
+    assert find_text("The cat saw the dog", "the") == (12, 15)
+    assert find_text("The author of Misery", "the author of Misery") == (0, 20)
+
+
+def test_answers_are_continuations(model):
+    prompt = encode(model, "w3 w4")
+    assert answer_ids(model, prompt, "w7 w8") == (11, 12)
+    assert answer_ids(model, prompt, " w7 ") == (11,)
+    with pytest.raises(TokenError, match="empty answer"):
+        answer_ids(model, prompt, "  ")
+
+
+class TestRealTokenizerRules:
+    """Byte-level and SentencePiece rules, on tokenizers of the bundled kind."""
+
+    @pytest.fixture(params=["gpt2", "llama"])
+    def model(self, request, load_tiny):
+        from types import SimpleNamespace
+
+        from mi_hops.worlds.hopland import Hopland
+        from mi_hops.worlds.train import build_tokenizer
+
+        tokenizer = build_tokenizer(Hopland(), request.param)
+        return SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(n_ctx=64))
+
+    def test_spans_and_answers(self, model):
+        prompt = encode(model, "The spouse of Joren Ashby is")
+        assert prompt.ids[0] == model.tokenizer.bos_token_id
+        assert model.tokenizer.bos_token_id not in prompt.ids[1:]
+        assert [prompt.text[a:b] for a, b in prompt.offsets[1:]] == prompt.text.split()
+        where = positions(prompt, "the spouse of Joren Ashby")
+        assert where == (1, 2, 3, 4, 5)
+        ids = answer_ids(model, prompt, "Nadia del Brandt")
+        assert model.tokenizer.decode(ids).strip() == "Nadia del Brandt"
+        assert len(ids) == 3
+
+
+def test_merging_boundary_is_refused():
+    """A byte-level BPE whose prompt ends inside what would be one token with the answer."""
+    from types import SimpleNamespace
+
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(
+        models.BPE({"a": 0, " ": 1, "b": 2, "a ": 3, "a b": 4}, [("a", " "), ("a ", "b")])
+    )
+    model = SimpleNamespace(
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=core), cfg=SimpleNamespace(n_ctx=9)
+    )
+    with pytest.raises(TokenError, match="do not start with those of the prompt"):
+        answer_ids(model, encode(model, "a"), "b")
+
+
+def test_prompt_longer_than_context(model):
+    text = " ".join(["w3"] * 64)
+    with pytest.raises(TokenError, match="context of 64"):
+        encode(model, text)
+    assert len(encode(model, text, prepend_bos=False)) == 64
+    with pytest.raises(TokenError, match=r"\(\+2 to come\)"):
+        encode(model, " ".join(["w3"] * 62), max_extra=2)
+
+
+def test_empty_prompt(model):
+    with pytest.raises(TokenError, match="empty"):
+        encode(model, "  ")
+
+
+def test_align_shows_both_token_lists(model):
+    first, second = encode(model, "w3 w4"), encode(model, "w3 w4 w5")
+    align(first, encode(model, "w5 w6"))
+    with pytest.raises(TokenError, match=r"3 and 4 tokens(.|\n)*w4(.|\n)*w5"):
+        align(first, second)
+
+
+def test_padding_round_trip():
+    batch = pad([[1, 2, 3], [4], [5, 6]])
+    assert batch.tokens.tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
+    assert batch.last.tolist() == [2, 0, 1]
+    assert batch.mask.sum(1).tolist() == [3, 1, 2]
+    left = torch.tensor([[1, 2, 3], [0, 0, 4], [0, 5, 6]])
+    mask = torch.tensor([[1, 1, 1], [0, 0, 1], [0, 1, 1]])
+    again = unpad(left, mask)
+    assert torch.equal(again.tokens, batch.tokens)
+    with pytest.raises(TokenError, match="hole"):
+        unpad(left, torch.tensor([[1, 0, 1], [0, 0, 1], [0, 1, 1]]))
+    with pytest.raises(TokenError, match="at least one"):
+        pad([])
+
+
+def test_batches_cover_every_row_once():
+    rows = [[1] * n for n in (3, 1, 2, 3, 1, 2, 3)]
+    for made in (list(batches(rows, 3)), list(batches_by_length(rows, 2))):
+        assert sorted(i for index, _ in made for i in index) == list(range(7))
+        for index, batch in made:
+            assert [len(rows[i]) for i in index] == batch.lengths.tolist()
+    assert all(len(set(b.lengths.tolist())) == 1 for _, b in batches_by_length(rows, 2))
+    with pytest.raises(TokenError, match="batch_size is 0"):
+        next(batches(rows, 0))
