@@ -32,6 +32,8 @@ from mi_hops.editing.rows import edit_hooks
 from mi_hops.editing.solve import inverse_times, solve_keys
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel, dtype_of, hook_name, processing_of
+from mi_hops.model.numeric import wide_dtype
+from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.repair import Rows
 from mi_hops.text.tokens import pad
 
@@ -86,15 +88,13 @@ def creme_many(
             singular system; values that are not finite.
         TokenError: a prompt that does not fit the context, or a span that cannot be found.
     """
-    from tqdm.auto import tqdm
-
     how = CremeSettings(**settings)
     requests = requests_of(asked, how.form, how.keep)
     chosen = check_layers(model, layers)
     fingerprint_of_weights = check_editable(model, how.covariance, chosen, processed=how.processed)
     plans = [plan_request(model, request, how) for request in requests]
     edits: list[Edit | None] = [None] * len(plans)
-    with tqdm(total=len(plans), disable=not progress, desc="CREME edits") as bar:
+    with progress_bar(total=len(plans), label="CREME edits", show=progress) as bar:
         for members in chunk_plans(plans, batch_size):
             run = CremeRun([plans[i] for i in members], model, chosen, how)
             for i, changes in zip(members, run.changes(), strict=True):
@@ -179,7 +179,7 @@ class CremeRun:
         self._plans, self._model, self._layers, self._how = plans, model, layers, how
         self._held = held or {}
         self.keys: dict[int, Tensor] = {}
-        self._wide = torch.promote_types(dtype_of(model), torch.float32)
+        self._wide = wide_dtype(dtype_of(model))
         self._starts = [0]
         for plan in plans:
             self._starts.append(self._starts[-1] + len(plan.rows))

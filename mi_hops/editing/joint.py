@@ -26,6 +26,8 @@ from mi_hops.editing.rows import edit_hooks
 from mi_hops.editing.solve import inverse_times, solve_keys
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel, dtype_of, hook_name, processing_of
+from mi_hops.model.numeric import wide_dtype
+from mi_hops.result.progress import progress_bar
 from mi_hops.text.tokens import pad
 
 if TYPE_CHECKING:
@@ -63,8 +65,6 @@ def creme_joint(
     Raises:
         ValueError: no facts, a negative ridge, or as `creme.creme_many`.
     """
-    from tqdm.auto import tqdm
-
     how = CremeSettings(**settings)
     requests = requests_of(asked, how.form, how.keep)
     if not requests:
@@ -74,7 +74,7 @@ def creme_joint(
     chosen = check_layers(model, layers)
     fingerprint_of_weights = check_editable(model, how.covariance, chosen, processed=how.processed)
     plans = [plan_request(model, request, how) for request in requests]
-    wide = torch.promote_types(dtype_of(model), torch.float32)
+    wide = wide_dtype(dtype_of(model))
 
     def edit(changes: Sequence[Change]) -> Edit:
         return Edit(
@@ -87,7 +87,7 @@ def creme_joint(
         )
 
     done: list[Change] = []
-    for layer in tqdm(chosen, disable=not progress, desc="joint CREME, layers"):
+    for layer in progress_bar(chosen, label="joint CREME, layers", show=progress):
         below = edit(done) if done else None
         keys, kept, change = _gather(model, plans, layer, how, below, batch_size)
         inverse = inverse_times(how.covariance, layer, torch.cat([keys, kept]))
@@ -163,8 +163,6 @@ def creme_sequential(
         ValueError: as `creme.creme_many`; with `hold`, also a slack of 0, which no edit could meet
             once there are more inputs to hold than dimensions.
     """
-    from tqdm.auto import tqdm
-
     how = CremeSettings(**settings)
     if hold and how.slack == 0:
         raise ValueError(
@@ -176,8 +174,8 @@ def creme_sequential(
     held: dict[int, Tensor] = {}
     edits: list[Edit] = []
     with ExitStack() as applied:
-        for request, plan in tqdm(
-            list(zip(requests, plans, strict=True)), disable=not progress, desc="sequential CREME"
+        for request, plan in progress_bar(
+            list(zip(requests, plans, strict=True)), label="sequential CREME", show=progress
         ):
             fingerprint_of_weights = check_editable(
                 model, how.covariance, chosen, processed=how.processed

@@ -32,6 +32,7 @@ from mi_hops.model import (
     processing_of,
     require_layers,
 )
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.text.corpus import token_batches
 from mi_hops.text.tokens import Batch
 
@@ -279,7 +280,7 @@ class _Sum:
 
     def adder(self, mask: Tensor) -> HookFn:
         def add(x: Tensor) -> None:
-            wide = torch.promote_types(x.dtype, torch.float32)
+            wide = wide_dtype(x.dtype)
             rows = x.flatten(2)[mask.to(x.device)].to(wide)
             second = (rows.T @ rows).double()
             fourth = (rows * rows).sum(1).double().square().sum()

@@ -11,6 +11,7 @@ import torch
 
 from mi_hops.editing.request import Request
 from mi_hops.model import Hook, HookedModel
+from mi_hops.model.numeric import kl_divergence
 from mi_hops.sweep.scoring import logits_at
 from mi_hops.text.tokens import Prompt, answer_ids, encode, pad
 
@@ -96,7 +97,7 @@ def last_logp(
 
 def kl(new: Float[Tensor, "row vocab"], old: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
     """KL(new || old) of log-probabilities, in nats."""
-    return (new.exp() * (new - old)).sum(-1)
+    return kl_divergence(new, old)
 
 
 def require_targets(requests: Sequence[Request]) -> None:

@@ -11,6 +11,7 @@ import torch
 from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.injection.memory import Place, adding, places
 from mi_hops.model import HookedModel
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.fanout import Intervention, Site, fan_out
 from mi_hops.sweep.metrics import Metric, Target, target_of
 from mi_hops.text.tokens import Prompt, encode, pad
@@ -175,7 +176,7 @@ def _reading(part: Sequence[Case], metrics: Sequence[Metric]) -> tuple[list[list
     scored = [[case.prompt.last + p for p in at] for case, at in zip(part, offsets, strict=True)]
 
     def reduce(logits: Tensor, bases: list[int]) -> Tensor:
-        wide = torch.promote_types(logits.dtype, torch.float32)
+        wide = wide_dtype(logits.dtype)
         out = torch.empty(len(bases), len(metrics), dtype=wide, device=logits.device)
         of = torch.tensor(bases, device=logits.device)
         for base in sorted(set(bases)):

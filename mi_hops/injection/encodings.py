@@ -24,6 +24,7 @@ from mi_hops.model import (
     unembedding,
     w_o,
 )
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.text.tokens import Prompt, TokenError, batches, encode
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def encode_memories(
     if layerwise:
         return _layerwise(model, prompts, encoding, batch_size)
     table = unembedding(model)[0].T if encoding == "unembed" else embedding(model)
-    wide = torch.promote_types(table.dtype, torch.float32)
+    wide = wide_dtype(table.dtype)
     rows = []
     for prompt in prompts:
         ids = list(dict.fromkeys(prompt.ids)) if pooling == "set" else list(prompt.ids)
@@ -140,7 +141,7 @@ def _layerwise(
 ) -> Float[Tensor, "memory layer d_model"]:
     kind = "attn_out" if encoding == "layerwise_code" else "resid_pre"
     names = [hook_name(kind, layer) for layer in range(int(model.cfg.n_layers))]
-    wide = torch.promote_types(dtype_of(model), torch.float32)
+    wide = wide_dtype(dtype_of(model))
     out = torch.empty(
         len(prompts), len(names), int(model.cfg.d_model), dtype=wide, device=device_of(model)
     )

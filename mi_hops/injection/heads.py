@@ -21,6 +21,7 @@ from mi_hops.injection.grid import DEFAULT_METRICS
 from mi_hops.injection.memory import Place
 from mi_hops.injection.select import split_halves
 from mi_hops.model import HookedModel, capture, hook_name, provenance, require_layers
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.result.result import Result
 from mi_hops.sweep.fanout import Intervention
 from mi_hops.sweep.interventions import ablate
@@ -379,6 +380,6 @@ def _mean_z(model: HookedModel, cases: Sequence[Case], layers: Sequence[int]) ->
             for layer, name in names.items():
                 z = found[name]
                 part = z[rows.to(z.device), columns.to(z.device)]
-                total = part.to(torch.promote_types(z.dtype, torch.float32)).sum(0)
+                total = part.to(wide_dtype(z.dtype)).sum(0)
                 sums[layer] = sums[layer] + total if layer in sums else total
     return {layer: total / count for layer, total in sums.items()}

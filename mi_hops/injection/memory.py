@@ -23,6 +23,7 @@ from mi_hops.injection.encodings import (
     restrict_to_heads,
 )
 from mi_hops.model import Hook, HookedModel, hook_name, hooked, require_hooks, require_layers
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.repair import Rows
 from mi_hops.text.tokens import (
     Prompt,
@@ -298,7 +299,7 @@ def read_place(plain: Any) -> Place:
 
 def scaled(vector: Tensor, x: Tensor, strength: float, *, relative: bool) -> Tensor:
     """What is added to activations ``[..., d_model]``: strength * vector, or strength * |x| * unit."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x.dtype)
     vector = vector.to(x.device, wide)
     if relative:
         length = vector.norm(dim=-1, keepdim=True)

@@ -11,6 +11,7 @@ import torch
 from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.injection.memory import Memory, MemoryInjection
 from mi_hops.model import HookedModel, provenance
+from mi_hops.model.numeric import kl_divergence, wide_dtype
 from mi_hops.result.result import Result
 from mi_hops.sweep.metrics import target_of
 from mi_hops.sweep.repair import Rows
@@ -130,12 +131,12 @@ def _next(
                 rows = Rows(tuple(prompts[i] for i in chosen), batch.tokens.shape[1])
                 hooks = repair.hooks(model, [states[i] for i in chosen], rows)
             logits = logits_at(model, batch.tokens, batch.last[:, None], hooks=hooks)[:, 0]
-            wide = torch.promote_types(logits.dtype, torch.float32)
+            wide = wide_dtype(logits.dtype)
             for i, row in zip(chosen, logits.to(wide).log_softmax(-1).cpu(), strict=True):
                 out[i] = row
     return torch.stack([row for row in out if row is not None])
 
 
 def _compare(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    kl = (before.exp() * (before - after)).sum(-1)
+    kl = kl_divergence(before, after)
     return kl, (before.argmax(-1) != after.argmax(-1)).to(kl.dtype)

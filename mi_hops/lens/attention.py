@@ -22,6 +22,7 @@ import torch
 from mi_hops.lens.reading import check_layers
 from mi_hops.lens.trained import Example, TrainedLens, kl
 from mi_hops.model import HookedModel, device_of, dtype_of, final_norm, unembedding
+from mi_hops.model.numeric import wide_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -76,7 +77,7 @@ class AttentionLens(TrainedLens):
             raise ValueError(f"rank is {rank}; expected 1..{d}")
         self.variant, self.rank, self.norm = variant, rank, norm
         options: dict[str, Any] = {
-            "dtype": torch.promote_types(dtype_of(model), torch.float32),
+            "dtype": wide_dtype(dtype_of(model)),
             "device": device_of(model),
         }
         shape = (len(chosen), int(model.cfg.n_heads))

@@ -26,6 +26,7 @@ from mi_hops.model import (
     read_out,
     unembedding,
 )
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.result.result import Result
 from mi_hops.text.tokens import Prompt, Where, batches, encode
 
@@ -154,7 +155,7 @@ def _attribute(
     def here(name: str) -> Tensor:
         x = cache[name]
         row = x[rows.to(x.device), at.to(x.device)]
-        return row.to(place, torch.promote_types(x.dtype, torch.float32))
+        return row.to(place, wide_dtype(x.dtype))
 
     place = unembedding(model)[0].device  # shares are added up where logits are made
     start, final = (here(name) for name in ends)

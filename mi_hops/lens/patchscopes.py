@@ -23,6 +23,8 @@ from mi_hops.lens.reading import Tracked, check_layers, gather, statistics, stre
 from mi_hops.lens.tracking import Spelling, spell_all, tracked_tokens
 from mi_hops.lens.training import Corpus
 from mi_hops.model import Hook, HookedModel, device_of, fingerprint, hook_name, provenance
+from mi_hops.model.numeric import wide_dtype
+from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.fanout import Intervention, fan_out
 from mi_hops.sweep.generate import Generation, generate
@@ -115,8 +117,6 @@ def patchscope(
             `Affine` map of another pair of layers.
         TokenError: a position that a prompt has not got.
     """
-    from tqdm.auto import tqdm
-
     origin = model if source_model is None else source_model
     single = isinstance(sources, str | Prompt)
     known = _prompts(origin, sources)
@@ -139,7 +139,7 @@ def patchscope(
     states = states_of(origin, known, at_source, layers=starts)
     rows: list[dict[str, Tensor]] = []
     bases: list[dict[str, Tensor]] = []
-    with tqdm(total=len(known), disable=not progress, desc="patchscopes") as bar:
+    with progress_bar(total=len(known), label="patchscopes", show=progress) as bar:
         for low in range(0, len(known), batch_size):
             part = range(low, min(low + batch_size, len(known)))
             interventions = [
@@ -373,7 +373,7 @@ def _packed(
     """A fan-out reduction to one row of float64 numbers; `layout` gets names and widths."""
 
     def reduce(logits: Tensor, bases: list[int]) -> Tensor:
-        wide = logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
+        wide = logits[:, 0].to(wide_dtype(logits.dtype))
         of = torch.tensor(bases)
         mine = None if tracked is None else Tracked(tracked.ids[of], tracked.starts[of])
         found = statistics(wide, mine, top_k=top_k)

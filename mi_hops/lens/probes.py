@@ -18,6 +18,7 @@ import torch
 from mi_hops.lens.reading import check_layers, gather
 from mi_hops.lens.tracking import at_role
 from mi_hops.model import HookedModel, provenance
+from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.text.tokens import Prompt, batches
 
@@ -77,8 +78,6 @@ def fact_probes(
         NoUsableFactError: no fact can be read.
         ImportError: scikit-learn is not installed.
     """
-    from tqdm.auto import tqdm
-
     make = probe or _logistic
     if n_controls < 1:
         raise ValueError(f"n_controls is {n_controls}; selectivity needs at least one control task")
@@ -113,7 +112,7 @@ def fact_probes(
     shape = (len(test), len(chosen))
     correct, control_correct = np.zeros(shape), np.zeros(shape)
     unseen_correct = np.zeros((len(unseen), len(chosen)))
-    for k, layer in enumerate(tqdm(chosen, disable=not progress, desc="probes")):
+    for k, layer in enumerate(progress_bar(chosen, label="probes", show=progress)):
         x = inputs[layer]
         fitted = make().fit(x[train], target[train])
         correct[:, k] = fitted.predict(x[test]) == target[test]

@@ -24,6 +24,7 @@ from mi_hops.model import (
     require_layers,
     w_o,
 )
+from mi_hops.model.numeric import kl_divergence
 from mi_hops.sweep.fanout import Site
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ def statistics(
     found = {"entropy": -(probs * logprobs).sum(-1)}
     if output is not None:
         known = output.to(logprobs.device)
-        found["kl"] = (known.exp() * (known - logprobs)).sum(-1)
+        found["kl"] = kl_divergence(known, logprobs)
     if tracked is not None:
         ids, starts = (t.to(logits.device) for t in (tracked.ids, tracked.starts))
         first = ids[..., 0]

@@ -18,6 +18,7 @@ import torch
 
 from mi_hops.lens.reading import check_layers
 from mi_hops.model import HookedModel, fingerprint, provenance, unembedding
+from mi_hops.model.numeric import kl_divergence
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -198,4 +199,4 @@ def unembedding_hash(model: HookedModel) -> str:
 def kl(output: Float[Tensor, "cell vocab"], logits: Float[Tensor, "cell vocab"]) -> Tensor:
     """KL(output || lens) at each cell, nats; `output` holds log-probabilities."""
     known = output.to(logits.device)
-    return (known.exp() * (known - logits.log_softmax(-1))).sum(-1)
+    return kl_divergence(known, logits.log_softmax(-1))

@@ -15,6 +15,7 @@ import torch
 from mi_hops.lens.reading import check_layers
 from mi_hops.lens.trained import Example, TrainedLens, kl
 from mi_hops.model import HookedModel, device_of, dtype_of, read_out
+from mi_hops.model.numeric import wide_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -57,7 +58,7 @@ class TunedLens(TrainedLens):
             raise ValueError(f"rank is {rank}; expected 1..{d}, or None for a full translator")
         self.kind, self.norm, self.rank = kind, norm, rank
         options: dict[str, Any] = {
-            "dtype": torch.promote_types(dtype_of(model), torch.float32),
+            "dtype": wide_dtype(dtype_of(model)),
             "device": device_of(model),
         }
         n = len(chosen)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mi_hops.model.hooks import require_layers
 from mi_hops.model.identity import dtype_of, missing_weight
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.model.types import HookedModel
 
 
@@ -128,7 +129,7 @@ def read_out(
     With ``norm=True`` this is the model's own read-out (logit lens with ln_final); with False the
     raw one of the two papers.
     """
-    wide = torch.promote_types(residual.dtype, torch.float32)
+    wide = wide_dtype(residual.dtype)
     if norm:
         residual = final_norm(model, residual)
     weight, bias = unembedding(model)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from mi_hops.model import HookedModel, dtype_of, hook_name
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.core import (
     Axes,
     Core,
@@ -37,6 +38,7 @@ from mi_hops.patching.core import (
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.fanout import HEAD_AXIS
 from mi_hops.sweep.interventions import ablate as zero
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import Metric, MetricLike, Target, normalised
 from mi_hops.sweep.pairs import (
     PositionsLike,
@@ -47,7 +49,7 @@ from mi_hops.sweep.pairs import (
     one_each,
     resolve_spans,
 )
-from mi_hops.sweep.runs import Limits, score
+from mi_hops.sweep.runs import score
 from mi_hops.sweep.sites import Cell, Grid, HeadsLike, build_grid, default_positions
 from mi_hops.text.tokens import Prompt, TokenError
 
@@ -210,7 +212,7 @@ def _means(model: HookedModel, others: Sequence[Prompt], grid: Grid, batch_size:
             "the rows of an attention pattern differ in length from token to token, so they have no "
             "mean; use how='position_mean' with prompts of one length, 'zero' or 'resample'"
         )
-    wide = torch.promote_types(dtype_of(model), torch.float32)
+    wide = wide_dtype(dtype_of(model))
     sums: dict[str, Tensor] = {}
     count = 0
     names = grid.hook_names()
@@ -236,7 +238,7 @@ def _position_means(
     model: HookedModel, others: Sequence[Prompt], spans: Spans, grid: Grid, batch_size: int
 ) -> ValuesOf:
     """A mean for each hook point and span, over the reference prompts."""
-    wide = torch.promote_types(dtype_of(model), torch.float32)
+    wide = wide_dtype(dtype_of(model))
     sums: dict[tuple[str, int], Tensor] = {}
     whole = {(cell.kind, layer, cell.span) for cell in grid.cells for layer in cell.layers}
     placed = list(zip(others, spans.base, strict=True))

@@ -16,9 +16,10 @@ import torch
 from mi_hops.model import HookedModel
 from mi_hops.patching.activation import PatchJob
 from mi_hops.patching.circuit import Circuit, CircuitRunner
+from mi_hops.result.progress import progress_bar
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, Target, get_metric
 from mi_hops.sweep.pairs import Text
-from mi_hops.sweep.runs import Limits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +66,6 @@ def acdc(
         TokenError: pairs that do not correspond token by token.
     """
     import pandas as pd
-    from tqdm.auto import tqdm
 
     if not threshold > 0:
         raise ValueError(f"threshold is {threshold}; expected more than 0")
@@ -94,7 +94,7 @@ def acdc(
     ]
     now = badness()
     rows = []
-    for i, j in tqdm(edges, disable=not progress, desc="edges"):
+    for i, j in progress_bar(edges, label="edges", show=progress):
         mask[i, j] = False
         without = badness()
         keep = without - now >= threshold

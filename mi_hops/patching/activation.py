@@ -36,6 +36,7 @@ from mi_hops.patching.core import (
     taken,
 )
 from mi_hops.sweep.fanout import row_bytes
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import KL, MetricLike, Target, normalised
 from mi_hops.sweep.pairs import (
     PositionsLike,
@@ -44,7 +45,7 @@ from mi_hops.sweep.pairs import (
     as_targets,
     resolve_spans,
 )
-from mi_hops.sweep.runs import Limits, Scored, Sweep, score
+from mi_hops.sweep.runs import Scored, Sweep, score
 from mi_hops.sweep.sites import Cell, HeadsLike, activation_width, build_grid, default_positions
 from mi_hops.text.tokens import align
 

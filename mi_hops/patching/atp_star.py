@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mi_hops.model import Hook, HookedModel, capture, hook_name, n_kv_heads
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.gradients import overlaid, run_with_gradients
 from mi_hops.patching.products import Places, add_cells, by_place, contract, difference
 from mi_hops.sweep.runs import Scored, Sweep, score_and_capture
@@ -179,7 +180,7 @@ class _Parts:
             # The pattern of the topmost block is asked for so that the pass runs through it.
             capture(self.model, tokens, [hook_name("pattern", max(layers))], hooks=hooks)
         for i in layers:
-            wide = torch.promote_types(found[i].dtype, torch.float32)
+            wide = wide_dtype(found[i].dtype)
             self._scores[kind, i] = found[i].to(wide)
             self._scores["base", i] = base[names[i]].to(wide)
             self._check_softmax(i)

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from mi_hops.model import HookedModel, dtype_of, hook_name
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.activation import Direction, PatchJob
 from mi_hops.patching.atp_star import atp_star
 from mi_hops.patching.core import Axes
@@ -43,10 +44,12 @@ from mi_hops.patching.gradients import run_with_gradients
 from mi_hops.patching.products import Places, products, require_finite_estimates
 from mi_hops.patching.quadrature import Rule, path_points
 from mi_hops.patching.verify import Attribution
+from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import batched_with_oom_backoff
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, Target, score_gap
 from mi_hops.sweep.pairs import PositionsLike, Text
-from mi_hops.sweep.runs import Limits, Scored, score, score_and_capture
+from mi_hops.sweep.runs import Scored, score, score_and_capture
 from mi_hops.sweep.sites import Cell, HeadsLike
 from mi_hops.text.tokens import align
 
@@ -156,7 +159,6 @@ class _Attributor:
     by_family: bool
 
     def run(self, examples: Sequence[str] | None) -> Attribution:
-        from tqdm.auto import tqdm
 
         job = self.job
         baselines = job.baselines()
@@ -165,7 +167,7 @@ class _Attributor:
         # The runs that activations come from; of a third prompt, scored on the base run's answer.
         ends = [replace(b, prompt=p) for b, p in zip(core.bases, job.sources, strict=True)]
         ends = ends if job.third else others
-        wide = torch.promote_types(dtype_of(job.model), torch.float32)
+        wide = wide_dtype(dtype_of(job.model))
         n = len(job.bases)
         change = torch.zeros(n, len(job.grid.cells), dtype=wide)
         base, other, covered = (torch.zeros(n, dtype=wide) for _ in range(3))
@@ -188,7 +190,7 @@ class _Attributor:
                 for chosen in families
             ]
 
-        for whole in tqdm(core.groups(), disable=not job.limits.progress, desc="groups"):
+        for whole in progress_bar(core.groups(), label="groups", show=job.limits.progress):
             for group, each in batched_with_oom_backoff(whole, len(whole), run):
                 for chosen, found in zip(families, each, strict=True):
                     change[torch.tensor(group)[:, None], torch.tensor(chosen)] = found.change

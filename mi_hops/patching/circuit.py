@@ -27,15 +27,18 @@ from mi_hops.model import (
     provenance,
     w_o,
 )
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.activation import PatchJob
 from mi_hops.patching.core import captured, units_of
 from mi_hops.patching.nodes import Node, Writes, readers, writers
 from mi_hops.patching.verify import Attribution
+from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, Target, normalised, require_finite
 from mi_hops.sweep.pairs import Text, example_labels
-from mi_hops.sweep.runs import Limits, Scored, Sweep, score
+from mi_hops.sweep.runs import Scored, Sweep, score
 from mi_hops.text.tokens import Prompt, align
 
 if TYPE_CHECKING:
@@ -200,8 +203,6 @@ def faithfulness(
         ValueError: no circuits, an edge the model has not got, several metrics.
         TokenError: pairs that do not correspond token by token.
     """
-    from tqdm.auto import tqdm
-
     job = PatchJob.of_pairs(
         model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction="noise",
         prepend_bos=prepend_bos, limits=Limits(),
@@ -214,9 +215,9 @@ def faithfulness(
     bases = job.core(baselines).bases
     runner = CircuitRunner(model)
     masks = torch.stack([runner.mask(c) for c in circuits])
-    wide = torch.promote_types(dtype_of(model), torch.float32)
+    wide = wide_dtype(dtype_of(model))
     scores = torch.empty(len(bases), len(circuits), dtype=wide)
-    for i in tqdm(range(len(bases)), disable=not progress, desc="pairs"):
+    for i in progress_bar(range(len(bases)), label="pairs", show=progress):
         ready = runner.prepare(bases[i], job.corrupted[i])
 
         def run(part: Sequence[int], ready: _Ready = ready) -> Tensor:
@@ -341,7 +342,7 @@ class _CircuitPass:
 
     def __init__(self, ready: _Ready, masks: Bool[Tensor, "circuit writer reader"]) -> None:
         self.ready, self.model, self.n = ready, ready.model, len(masks)
-        self.wide = torch.promote_types(dtype_of(self.model), torch.float32)
+        self.wide = wide_dtype(dtype_of(self.model))
         self.columns = {node: j for j, node in enumerate(ready.runner.readers)}
         # What each writer writes beyond its corrupted write. Writers come in the order in which they
         # act, so those a reader sees are the ones written so far.

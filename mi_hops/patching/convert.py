@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mi_hops.model.numeric import widen
 from mi_hops.result.result import Result
 from mi_hops.sweep.metrics import score_gap
 
@@ -172,4 +173,4 @@ def from_transformer_lens(
 
 def _wide(values: Any) -> Tensor:
     found = torch.as_tensor(values).detach().cpu()
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+    return widen(found)

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mi_hops.model import HookedModel, capture, dtype_of, provenance
+from mi_hops.model.numeric import wide_dtype
+from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.fanout import HEAD_AXIS, Intervention, Site
 from mi_hops.sweep.interventions import Change
 from mi_hops.sweep.interventions import replace as replaced
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import KL, Metric, MetricLike, Target, get_metrics
 from mi_hops.sweep.pairs import Spans, as_targets, example_labels
-from mi_hops.sweep.runs import Limits, Scored, Scores, Sweep, keep_in
+from mi_hops.sweep.runs import Scored, Scores, Sweep, keep_in
 from mi_hops.sweep.scoring import logits_at
 from mi_hops.sweep.sites import Cell, Grid
 from mi_hops.text.tokens import Prompt, pad
@@ -159,11 +162,10 @@ class Core:
     def _run(
         self, values_of: ValuesFrom, samples: int, sources: Sequence[Scored]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from tqdm.auto import tqdm
 
         groups = self.groups()
         n_cells, n_metrics = len(self.grid.cells), len(self.bases[0].metrics)
-        wide = torch.promote_types(dtype_of(self.model), torch.float32)
+        wide = wide_dtype(dtype_of(self.model))
         scores = torch.empty(len(self.bases), n_cells, n_metrics, dtype=wide)
         intact = torch.empty(len(self.bases), n_metrics, dtype=wide)
         others = torch.empty(len(sources), n_metrics, dtype=wide)
@@ -178,7 +180,7 @@ class Core:
             items = self.interventions(group, values_of(group, shown), samples)
             return sweep.run(items, limits, observe)
 
-        for whole in tqdm(groups, disable=not many, desc="groups of examples"):
+        for whole in progress_bar(groups, label="groups of examples", show=many):
             for group, found in batched_with_oom_backoff(whole, len(whole), run):
                 n = len(group)
                 scores[group] = found.rows.reshape(n, n_cells, samples, n_metrics).mean(2)
@@ -248,7 +250,7 @@ def next_token_logits(
     model: HookedModel, prompts: Sequence[Prompt]
 ) -> list[Float[Tensor, "vocab"]]:
     """Logits after each prompt, in float32 or wider, on the CPU."""
-    wide = torch.promote_types(dtype_of(model), torch.float32)
+    wide = wide_dtype(dtype_of(model))
 
     def run(part: Sequence[int]) -> Tensor:
         batch = pad([prompts[i].ids for i in part])

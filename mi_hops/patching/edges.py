@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mi_hops.model import Hook, HookedModel, device_of, dtype_of, hook_name
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.activation import Direction, PatchJob
 from mi_hops.patching.core import captured
 from mi_hops.patching.gradients import overlaid, run_with_gradients
@@ -37,10 +38,12 @@ from mi_hops.patching.path import exact_paths, reached
 from mi_hops.patching.products import require_finite_estimates
 from mi_hops.patching.quadrature import Rule, path_points
 from mi_hops.patching.verify import Attribution
+from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import batched_with_oom_backoff
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, Target, score_gap
 from mi_hops.sweep.pairs import Text
-from mi_hops.sweep.runs import Limits, Scored, Sweep, score
+from mi_hops.sweep.runs import Scored, Sweep, score
 from mi_hops.text.tokens import Prompt
 
 if TYPE_CHECKING:
@@ -88,8 +91,6 @@ def attribute_edges(
             or with one that is not finite, several metrics, no steps.
         TokenError: pairs that do not correspond token by token.
     """
-    from tqdm.auto import tqdm
-
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected at least 1")
     points = [(0.0, 1.0)] if steps == 1 else path_points(steps, rule)
@@ -106,9 +107,9 @@ def attribute_edges(
     baselines = job.baselines()
     bases = job.core(baselines).bases
     n = len(bases)
-    wide = torch.promote_types(dtype_of(model), torch.float32)
+    wide = wide_dtype(dtype_of(model))
     change = torch.empty(n, len(sources), len(targets), dtype=wide)
-    for i in tqdm(range(n), disable=not progress, desc="pairs"):
+    for i in progress_bar(range(n), label="pairs", show=progress):
         writes = Writes(model, (job.sources[i], job.bases[i]), sources)
         slopes = input_gradients(model, bases[i], job.sources[i], targets, points)
         moved = torch.stack([(writes(u, 0) - writes(u, 1)).to(slopes) for u in sources])
@@ -160,7 +161,7 @@ def input_gradients(
     if any(point for point, _ in points):
         begin = captured(model, [base.prompt], [inputs])[inputs]
         end = captured(model, [source], [inputs])[inputs]
-    wide = torch.promote_types(dtype_of(model), torch.float32)
+    wide = wide_dtype(dtype_of(model))
     shape = (len(targets), tokens.shape[1], int(model.cfg.d_model))
     out = torch.zeros(shape, dtype=wide, device=device_of(model))
     names = list(dict.fromkeys(_result_hook(v) for v in targets))

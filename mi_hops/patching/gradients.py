@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mi_hops.model import Hook, HookedModel, dtype_of, hook_name
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.runs import Scored, Sweep
 from mi_hops.sweep.scoring import logits_at
 
@@ -150,5 +151,5 @@ def _scores(sweep: Sweep, logits: Tensor) -> Tensor:
         )
     if not scores.isfinite().all():
         raise ValueError(f"metric {name!r} is not finite on the prompts as they are")
-    wide = torch.promote_types(dtype_of(sweep.model), torch.float32)
+    wide = wide_dtype(dtype_of(sweep.model))
     return scores.to("cpu", wide)

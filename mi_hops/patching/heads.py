@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from mi_hops.model import HookedModel, capture, hook_name, provenance
+from mi_hops.model.numeric import widen
 from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.pairs import Text, as_prompts, example_labels, one_each
@@ -236,7 +237,7 @@ def icl_score(
         tokens = torch.tensor([p.ids[: late + 1] for p in part])
         with torch.no_grad():
             logits = logits_at(model, tokens[:, :-1], (at - 1).expand(len(tokens), -1))
-        said = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        said = widen(logits).log_softmax(-1)
         target = tokens[:, at].to(said.device)
         lost = -said.gather(-1, target[..., None])[..., 0].cpu()
         return lost.unflatten(-1, (2, width)).mean(-1)

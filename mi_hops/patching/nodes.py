@@ -25,6 +25,7 @@ from mi_hops.model import (
     require_hooks,
     w_o,
 )
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.core import captured, units_of
 from mi_hops.result.result import Result
 from mi_hops.sweep.fanout import Intervention, Site
@@ -166,7 +167,7 @@ class Writes:
     def __call__(self, node: Node, example: int) -> Float[Tensor, "pos d_model"]:
         """In float32 or wider."""
         found = self._store[self._hook(node)][example, : len(self._prompts[example])]
-        wide = torch.promote_types(found.dtype, torch.float32)
+        wide = wide_dtype(found.dtype)
         found = found.to(wide)
         if node.role != "head":
             return found
@@ -181,7 +182,7 @@ class Writes:
     def _check(self, layer: int) -> None:
         z = self._store[hook_name("z", layer)][0, : len(self._prompts[0])]
         out = self._store[hook_name("attn_out", layer)][0, : len(self._prompts[0])]
-        wide = torch.promote_types(z.dtype, torch.float32)
+        wide = wide_dtype(z.dtype)
         weight = w_o(self._model, layer).detach().to(z.device, wide)
         rest = out.to(wide) - torch.einsum("phd,hdm->pm", z.to(wide), weight)
         narrow = torch.finfo(z.dtype).bits < 32

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mi_hops.model import HookedModel, dtype_of
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.activation import Direction, PatchJob
 from mi_hops.patching.nodes import (
     Node,
@@ -28,12 +29,14 @@ from mi_hops.patching.nodes import (
     readers,
     writers,
 )
+from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.fanout import Intervention, Site, rows_within
 from mi_hops.sweep.interventions import Change, add
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, Target, normalised
 from mi_hops.sweep.pairs import Text
-from mi_hops.sweep.runs import Limits, Scored, Scores, Sweep, score
+from mi_hops.sweep.runs import Scored, Scores, Sweep, score
 from mi_hops.text.tokens import Where, align, pad
 from mi_hops.text.tokens import positions as positions_of
 
@@ -126,13 +129,11 @@ def exact_paths(
         wanted: paths that there are, at least one of them.
         spans: where the senders' writes are replaced, pair by pair.
     """
-    from tqdm.auto import tqdm
-
     bases = job.core(baselines).bases
-    wide = torch.promote_types(torch.float32, dtype_of(job.model))
+    wide = wide_dtype(dtype_of(job.model))
     scores = torch.full((len(bases), *wanted.shape), float("nan"), dtype=wide)
     base = torch.empty(len(bases), dtype=wide)
-    for i in tqdm(range(len(bases)), disable=not progress, desc="pairs"):
+    for i in progress_bar(range(len(bases)), label="pairs", show=progress):
         align(job.sources[i], job.bases[i])
         writes = Writes(job.model, (job.sources[i], job.bases[i]), sources)
         changes = torch.stack([_change(writes, u, spans[i]) for u in sources])

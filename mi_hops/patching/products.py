@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mi_hops.model import hook_name
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.fanout import HEAD_AXIS
 from mi_hops.sweep.sites import Cell
 
@@ -71,7 +72,7 @@ def difference(
     if HEAD_AXIS[kind] == 1:  # keys behind the prompts are seen by no query within them
         width = min(origin.shape[-1], goal.shape[-1])
         origin, goal = origin[..., :width], goal[..., :width]
-    wide = torch.promote_types(goal.dtype, torch.float32)
+    wide = wide_dtype(goal.dtype)
     moved = origin.to(goal.device, wide) - goal.to(wide)
     nobody = ~base.real.to(moved.device)
     return moved.masked_fill_(nobody.view(*nobody.shape, *[1] * (moved.ndim - 3)), 0)
@@ -119,7 +120,7 @@ def products(
         there, here, gradients: by hook name, ``[row, ...]``.
     """
     slope = next(iter(gradients.values()))
-    wide = torch.promote_types(slope.dtype, torch.float32)
+    wide = wide_dtype(slope.dtype)
     out = torch.zeros(len(base.index), len(cells), dtype=wide, device=slope.device)
     for (kind, layer), members in by_place(cells).items():
         name = hook_name(kind, layer)

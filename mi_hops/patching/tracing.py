@@ -26,7 +26,9 @@ from mi_hops.patching.core import (
     scored_alone,
     taken,
 )
+from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.fanout import Intervention, Site
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, Target, require_finite, score_gap
 from mi_hops.sweep.pairs import (
     PositionsLike,
@@ -35,7 +37,7 @@ from mi_hops.sweep.pairs import (
     one_each,
     resolve_spans,
 )
-from mi_hops.sweep.runs import Limits, Sweep, score
+from mi_hops.sweep.runs import Sweep, score
 from mi_hops.sweep.sites import Cell, Grid, HeadsLike, build_grid, default_positions
 from mi_hops.text.tokens import Prompt, TokenError, Where
 from mi_hops.text.tokens import positions as positions_of
@@ -125,12 +127,11 @@ def trace(
     clean = score(model, prompts_scored)
     limits = Limits(max_rows=max_rows, memory=memory)
     std = noise * float(embedding(model).float().std())
-    from tqdm.auto import tqdm
 
     n_rows = len(variants) * len(grid.cells)
     restored = torch.empty(len(bases), samples, n_rows, len(names), dtype=clean.dtype)
     noisy = torch.empty(len(bases), samples, len(names), dtype=clean.dtype)
-    for i in tqdm(range(len(bases)), disable=not progress, desc="prompts"):
+    for i in progress_bar(range(len(bases)), label="prompts", show=progress):
         tracer = _Tracer(model, bases[i], spoiled[i], spans.base[i], grid, variants)
         sweep = Sweep(model, [prompts_scored[i]])
         for s, draw in enumerate(_draws(model, len(spoiled[i]), std, samples, (seed, i))):

@@ -27,6 +27,7 @@ import torch
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.model import HookedModel, provenance, unembedding
+from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.fanout import Intervention, fan_out
 from mi_hops.sweep.interventions import Change
@@ -165,7 +166,6 @@ def erase_bridge(
         ValueError: a bad layer.
     """
     import numpy as np
-    from tqdm.auto import tqdm
 
     layers = list(range(model.cfg.n_layers)) if layers is None else list(layers)
     cases, skipped = _cases(model, facts, form, prepend_bos)
@@ -176,7 +176,7 @@ def erase_bridge(
     values = {"bridge": np.zeros(shape), "control": np.zeros(shape)}
     clean = np.zeros(len(cases))
     starts = range(0, len(cases), batch_size)
-    for start in tqdm(starts, disable=not progress, desc="erasure"):
+    for start in progress_bar(starts, label="erasure", show=progress):
         part = cases[start : start + batch_size]
         items: list[Intervention] = []
         cells: list[tuple[str, tuple[int, ...], float]] = []

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from mi_hops.model import HookedModel, dtype_of, provenance
+from mi_hops.model.numeric import kl_divergence, wide_dtype
 from mi_hops.reasoning.aggregate import aggregate
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.queries import SETS, Query, QuerySets
@@ -328,7 +329,7 @@ def _divergence(
     batch_size: int,
 ) -> np.ndarray:
     """KL(unrepaired || repaired) of each prompt's next token, in nats."""
-    wide = torch.promote_types(dtype_of(model), torch.float32)
+    wide = wide_dtype(dtype_of(model))
     found = torch.empty(len(prompts), dtype=wide)
     with torch.no_grad():
         # Both distributions of a batch are made anew, so that memory does not grow with the queries.
@@ -341,6 +342,6 @@ def _divergence(
                 .log_softmax(-1)
                 for h in ((), hooks)
             )
-            found[chosen] = (before.exp() * (before - after)).sum(-1).cpu()
+            found[chosen] = kl_divergence(before, after).cpu()
     require_finite("kl", found)
     return found.double().numpy()

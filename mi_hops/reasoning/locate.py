@@ -17,6 +17,7 @@ import torch
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.model import HookedModel, capture, hook_name, provenance
+from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.fanout import Intervention, Site, fan_out
 from mi_hops.sweep.interventions import replace
@@ -86,7 +87,6 @@ def locate(
         ValueError: a window below 1.
     """
     import numpy as np
-    from tqdm.auto import tqdm
 
     if window < 1:
         raise ValueError(f"window is {window}; expected at least 1 layer")
@@ -95,7 +95,7 @@ def locate(
     effect = np.full((len(pairs), len(kinds), len(ROLES), n_layers), np.nan)
     clean, guided = np.zeros(len(pairs)), np.zeros(len(pairs))
     names = {(kind, i): hook_name(kind, i) for kind in kinds for i in range(n_layers)}
-    for start in tqdm(range(0, len(pairs), batch_size), disable=not progress, desc="locate"):
+    for start in progress_bar(range(0, len(pairs), batch_size), label="locate", show=progress):
         part = pairs[start : start + batch_size]
         firsts = torch.tensor([pair.answer[0] for pair in part])
         guides = pad([pair.guide.ids for pair in part])

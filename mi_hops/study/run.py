@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mi_hops._version import __version__
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import HookedModel, load_model, provenance
+from mi_hops.result.progress import progress_bar
 from mi_hops.study.folder import STEPS, Study, made_with, prepare, write_text
 from mi_hops.study.steps import Run, Sizes
 from mi_hops.study.summary import summarise
@@ -84,9 +85,8 @@ def run_study(
     study = prepare(out, settings, force=force)
     _warn_of_other_versions(study, settings)
     run = Run(loaded, chosen, study, sizes, seed, progress)
-    from tqdm.auto import tqdm
 
-    with tqdm(STEPS, disable=not progress, desc="study") as bar:
+    with progress_bar(STEPS, label="study", show=progress) as bar:
         for step in bar:
             bar.set_postfix_str(step)
             if not study.done(step):

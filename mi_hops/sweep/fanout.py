@@ -31,6 +31,7 @@ from mi_hops.model import (
 )
 from mi_hops.model.cache import Prefix, Recorder, remembering
 from mi_hops.model.layout import pretransposed_weights
+from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.interventions import Change
 from mi_hops.text.tokens import Batch
 
@@ -168,8 +169,6 @@ def fan_out(
             not there, or unequal numbers of scored positions.
         MissingHookError: a hook point the model has not got.
     """
-    from tqdm.auto import tqdm
-
     where = _scored(prompts, scored)
     _check(model, prompts, interventions)
     reduce = reduce or (lambda logits, bases: logits)
@@ -186,7 +185,7 @@ def fan_out(
     with (
         torch.no_grad(),
         pretransposed_weights(model),
-        tqdm(total=len(interventions), disable=not progress, desc="interventions") as bar,
+        progress_bar(total=len(interventions), label="interventions", show=progress) as bar,
     ):
         stack = list(reversed(plan))
         while stack:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 import torch
 
 from mi_hops.model import HookedModel
+from mi_hops.model.numeric import kl_divergence, widen
 from mi_hops.text.tokens import Prompt, answer_ids
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _wide(logits: Tensor) -> Tensor:
             "the logits hold NaN, so nothing can be scored; is the intervention finite, and does "
             "the model overflow in this dtype?"
         )
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return widen(logits)
 
 
 # -- metrics of the next token --------------------------------------------------------------------
@@ -221,7 +222,7 @@ class KL(_AtPrompt):
                 f"the baseline has {len(self.baseline)} logits, the rows have {rows.shape[-1]}"
             )
         base = _wide(self.baseline).to(rows.device).log_softmax(-1)
-        return (base.exp() * (base - rows.log_softmax(-1))).sum(-1)
+        return kl_divergence(base, rows.log_softmax(-1))
 
 
 # -- metrics of the whole answer ------------------------------------------------------------------

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from mi_hops.model import HookedModel, dtype_of
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.fanout import FanOut, Intervention, Pass, Reduce, fan_out, plan_fan_out
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import Metric, Target, require_finite
 from mi_hops.text.tokens import Batch, Prompt, TokenError, pad
 
@@ -34,27 +36,6 @@ class Scored:
     prompt: Prompt
     target: Target
     metrics: tuple[Metric, ...]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much a pass may take (see `fanout.fan_out`).
-
-    Raises:
-        ValueError: no rows, or no memory.
-    """
-
-    max_rows: int | None = None
-    memory: float | None = None
-    reuse_prefix: bool = True
-    progress: bool = False
-
-    def __post_init__(self) -> None:
-        for name, bound in (("max_rows", self.max_rows), ("memory", self.memory)):
-            if bound is not None and not bound > 0:
-                raise ValueError(
-                    f"{name} is {bound}; expected more than 0, or None for the default"
-                )
 
 
 @dataclass(frozen=True)
@@ -168,7 +149,7 @@ class Sweep:
         return {name: of_prompts(fn) for name, fn in (observe or {}).items()}
 
     def _reduce(self) -> Reduce:
-        wide = torch.promote_types(dtype_of(self.model), torch.float32)
+        wide = wide_dtype(dtype_of(self.model))
         n_metrics = len(self.prompts[0].metrics)
 
         def reduce(logits: Tensor, bases: list[int]) -> Tensor:

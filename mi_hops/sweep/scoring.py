@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mi_hops.model import Hook, HookedModel, dtype_of, forward
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.metrics import Metric, MetricLike, Plan, Target, get_metrics, require_finite
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.text.tokens import Prompt, TokenError, batches
@@ -54,7 +55,7 @@ def score_prompts(
     if len(targets) != len(prompts):
         raise ValueError(f"got {len(prompts)} prompts and {len(targets)} targets; need one each")
     given = check_states(len(prompts), repair, states)
-    wide = torch.promote_types(dtype_of(model), torch.float32)
+    wide = wide_dtype(dtype_of(model))
     scores = {m.name: torch.empty(len(prompts), dtype=wide) for m in wanted}
     runs = _plan_runs(prompts, targets, wanted, given)
     _check_context(model, runs)

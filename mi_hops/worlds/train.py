@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mi_hops.facts.templates import CONTEXTS, FORMS
+from mi_hops.result.progress import progress_bar
 from mi_hops.worlds.card import model_card
 from mi_hops.worlds.hopland import Hopland
 
@@ -367,7 +367,7 @@ def train(
     ]
     total_steps = sum(cycle.steps for cycle in cycles)
     step = 0
-    with tqdm(total=total_steps, disable=not progress, desc=f"train {family}") as bar:
+    with progress_bar(total=total_steps, label=f"train {family}", show=progress) as bar:
         for cycle in cycles:
             sampler = Sampler(world, tokenizer, cycle)
             optimiser = _optimiser(model, cycle)

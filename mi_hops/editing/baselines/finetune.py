@@ -28,6 +28,7 @@ from mi_hops.editing.teaching import (
 )
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel, dtype_of, fingerprint, load_model, processing_of
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.repair import Rows
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def finetune_many(
     require_targets(requests)
     chosen = check_layers(model, layers, matrix)
     made_for = check_editable(model, None, chosen, processed=processed)
-    wide = torch.promote_types(dtype_of(model), torch.float32)
+    wide = wide_dtype(dtype_of(model))
     scale = {i: _rms(read_matrix(model, matrix, i)) for i in chosen}
     settings = {
         "layers": list(chosen), "matrix": matrix, "templates": list(templates), "steps": steps,

@@ -36,6 +36,7 @@ from mi_hops.editing.teaching import (
 )
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel, dtype_of, hook_name, require_hooks, require_layers
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.repair import Rows
 from mi_hops.text.tokens import Prompt, encode, pad
 
@@ -175,7 +176,7 @@ class GraceRepair:
             States ``[fact, d_model]`` at the layer's input, values ``[fact, d_model]`` that make the
             prompt right, and whether the model answers it rightly without.
         """
-        wide = torch.promote_types(dtype_of(model), torch.float32)
+        wide = wide_dtype(dtype_of(model))
         states, values, known = [], [], list[bool]()
         for part in chunks(len(requests), self.batch_size):
             asked = [requests[i] for i in part]

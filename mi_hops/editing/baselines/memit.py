@@ -27,6 +27,7 @@ from mi_hops.editing.solve import inverse_times, solve_keys
 from mi_hops.editing.teaching import chunks, require_targets
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel, dtype_of, hook_name, processing_of
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.repair import Rows
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _write(
     chosen = check_layers(model, layers, "W_out")
     covariance = ground.covariance
     made_for = check_editable(model, covariance, chosen, processed=ground.processed, matrix="W_out")
-    wide = torch.promote_types(dtype_of(model), torch.float32)
+    wide = wide_dtype(dtype_of(model))
     end = hook_name("resid_post", chosen[-1])
     parts = list(chunks(len(requests), ground.batch_size))
     added = torch.cat(

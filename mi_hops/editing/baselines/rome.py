@@ -49,6 +49,7 @@ from mi_hops.editing.teaching import (
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.templates import CONTEXTS, capitalise
 from mi_hops.model import Hook, HookedModel, dtype_of, processing_of
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.repair import Rows
 from mi_hops.text.tokens import Prompt, encode
 
@@ -203,7 +204,7 @@ def search_values(
     )
     keys = mean_by_fact(seen[names[0]], where, len(requests))
     size = mean_by_fact(seen[hook], where, len(requests)).norm(dim=1, keepdim=True)
-    wide = torch.promote_types(dtype_of(model), torch.float32)
+    wide = wide_dtype(dtype_of(model))
     delta = torch.zeros(
         len(requests), model.cfg.d_model, dtype=wide, device=keys.device, requires_grad=True
     )

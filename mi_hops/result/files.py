@@ -1,0 +1,52 @@
+"""Files that are whole or not there: written beside their place, then moved into it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(
+    path: str | os.PathLike[str], *, suffix: str | None = None, overwrite: bool = False
+) -> Iterator[Path]:
+    """A temporary file (or folder) beside `path` that takes its place once the block is done.
+
+    A reader, a crash or a full disk never meets half a file: if the block fails, nothing is left
+    and an existing file is kept.
+
+    Args:
+        suffix: what the file's name must end with, ``".nc"``, say.
+        overwrite: replace what exists; otherwise it is refused.
+
+    Raises:
+        FileExistsError: `path` exists and `overwrite` is False.
+        FileNotFoundError: the folder that `path` lies in does not exist.
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    if suffix is not None and path.suffix != suffix:
+        raise ValueError(f"{path.name!r} does not end in {suffix!r}, the suffix of this format")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to save {path.name} in; make it first")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
+    # Beside the target, for a move is atomic within one file system only.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        yield partial
+        if partial.is_file():
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+        elif path.is_dir():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
