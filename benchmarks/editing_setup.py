@@ -178,7 +178,7 @@ def score(setup: Setup, repairs: Sequence[Any]) -> list[list[str]]:
             except KeyError:
                 return float("nan")
 
-        def share(name: str, stat: str = "first_right_after", own: str = repair.name) -> str:
+        def share(name: str, stat: str = "first_correct_after", own: str = repair.name) -> str:
             try:
                 row = table.loc[(own, name, stat)]
             except KeyError:
@@ -191,15 +191,15 @@ def score(setup: Setup, repairs: Sequence[Any]) -> list[list[str]]:
                 repair.name,
                 str(len(setup.report)),
                 share("correction"),
-                share("correction", "whole_right_after"),
+                share("correction", "exact_match_after"),
                 share("paraphrase"),
                 share("other_order"),
-                share("generalisation", "first_right_before"),
+                share("generalisation", "first_correct_before"),
                 share("generalisation"),
-                share("specificity", "first_right_ratio"),
-                share("specificity_same_relation", "first_right_ratio"),
-                share("first_hop", "first_right_ratio"),
-                share("second_hop", "first_right_ratio"),
+                share("specificity", "first_correct_ratio"),
+                share("specificity_same_relation", "first_correct_ratio"),
+                share("first_hop", "first_correct_ratio"),
+                share("second_hop", "first_correct_ratio"),
                 f"{get('neutral', 'kl'):.4f}",
                 f"{ratio:.3f}",
                 f"{repair.seconds:.3f}",

@@ -78,7 +78,7 @@ def test_creme_puts_failures_right(bundled):
     layers = list(range(model.cfg.n_layers))
     repair = CremeRepair(layers=layers, covariance=moments, form="suffix")
     frame = evaluate(model, [repair], queries, cases, generate=False).frame
-    means = frame.groupby("set")[["first_right_before", "first_right_after"]].mean()
-    assert means.loc["correction", "first_right_after"] > 0.8
-    assert means.loc["correction", "first_right_before"] < 0.4
-    assert means.loc["specificity", "first_right_after"] > 0.9
+    means = frame.groupby("set")[["first_correct_before", "first_correct_after"]].mean()
+    assert means.loc["correction", "first_correct_after"] > 0.8
+    assert means.loc["correction", "first_correct_before"] < 0.4
+    assert means.loc["specificity", "first_correct_after"] > 0.9

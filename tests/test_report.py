@@ -173,7 +173,7 @@ def test_the_numbers_are_those_of_the_summary(study, page):
     assert number(study.summary["locate"]["resid_post"]["effect"], n=False) in text
     assert study.summary["editing"]["choices"]["rule"] in text
     for sets in study.summary["editing"]["scores"].values():
-        first = sets["correction"]["first_right_after"]
+        first = sets["correction"]["first_correct_after"]
         assert f"{first['value']:.1%}" in text
     for record in study.summary["gap"]["table"]:
         assert percent(record["share"], n=False) in text

@@ -192,7 +192,6 @@ def test_a_stopped_study_resumes(knowing, tmp_path, monkeypatch):
 
 
 def test_a_study_resumed_with_other_versions_says_so(knowing, tmp_path, monkeypatch):
-    from mi_hops import model as model_module
     from mi_hops.report import write_report
     from mi_hops.study.steps import Run
 
@@ -208,7 +207,7 @@ def test_a_study_resumed_with_other_versions_says_so(knowing, tmp_path, monkeypa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(Study.open(out).made_with()) == 1
-    monkeypatch.setattr(model_module.metadata, "version", lambda package: "99.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "99.0")
     with pytest.warns(UserWarning, match="begun with torch .* goes on with torch 99.0"):
         study = run(model, facts, out)
     then, now = study.summary["made_with"]

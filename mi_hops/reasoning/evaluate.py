@@ -56,11 +56,7 @@ TEXT_SETS = ("neutral",)
 # -- metrics that only an evaluation needs --------------------------------------------------------
 
 
-def _first_right(logits: Tensor, target: Target) -> Tensor:
-    return (logits.argmax(-1) == target.answer[0]).to(logits.dtype)
-
-
-def _wrong_paper_prob(logits: Tensor, target: Target) -> Tensor:
+def _wrong_mean_token_prob(logits: Tensor, target: Target) -> Tensor:
     if not target.wrong:  # left out of the table afterwards
         return logits.new_zeros(len(logits))
     return logits.softmax(-1)[:, list(target.wrong)].mean(-1)
@@ -225,11 +221,11 @@ class _Job:
             target_of(model, p, q.answer, q.wrong)
             for p, q in zip(self.prompts, queries, strict=True)
         ]
-        own = [get_metric(n) for n in ("first_prob", "answer_logprob", "mean_token_prob", "rank")]
+        names = ("first_prob", "first_correct", "answer_logprob", "mean_token_prob", "rank")
+        own = [get_metric(name) for name in names]
         own += [
             Greedy(end_ids(model), name="exact_match"),
-            NextToken("first_right", "share", True, _first_right),
-            NextToken("wrong_paper_prob", "probability", True, _wrong_paper_prob),
+            NextToken("wrong_mean_token_prob", "probability", True, _wrong_mean_token_prob),
         ]
         self.metrics = get_metrics([*own, *metrics])
         self.kl_rows = [i for i, q in enumerate(queries) if q.set in KL_SETS]
@@ -243,8 +239,8 @@ class _Job:
         )
         found: dict[str, Any] = {name: score.double().numpy() for name, score in tensors.items()}
         none = np.array([q.wrong is None for q in self.queries])
-        found["wrong_paper_prob"] = np.where(none, np.nan, found["wrong_paper_prob"])
-        ahead = found["mean_token_prob"] > found["wrong_paper_prob"]
+        found["wrong_mean_token_prob"] = np.where(none, np.nan, found["wrong_mean_token_prob"])
+        ahead = found["mean_token_prob"] > found["wrong_mean_token_prob"]
         found["target_over_wrong"] = np.where(none, np.nan, ahead)
         found["statement_loss"] = self._statement_loss(repair, states)
         found["kl"] = self._kl(repair, states)

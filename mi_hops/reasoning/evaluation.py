@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 #: Ways to be right; the last needs generation.
-ACCURACIES = ("first_right", "exact_match", "generation_correct")
+ACCURACIES = ("first_correct", "exact_match", "generation_correct")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +34,11 @@ class Evaluation:
 
             - ``first_prob``: probability of the answer's first token;
             - ``answer_logprob``: of the whole answer, nats, teacher-forced;
-            - ``mean_token_prob``, ``wrong_paper_prob``: the CREME paper's score (`metrics.METRICS`) of the
+            - ``mean_token_prob``, ``wrong_mean_token_prob``: the CREME paper's score (`metrics.METRICS`) of the
               right and of the competing answer (NaN: none);
             - ``target_over_wrong``: whether the first exceeds the second (NaN: no competitor);
             - ``rank`` of the answer's first token, 1 = top;
-            - ``first_right``: the first token is the most probable one (1 or 0);
+            - ``first_correct``: the first token is the most probable one (1 or 0);
             - ``exact_match``: greedy decoding gives the whole answer and its end, token for token;
             - ``said`` and ``generation_correct``, where texts were generated: the text, and whether it is
               the answer or an alias of it (`generate.matches`);
@@ -73,7 +73,7 @@ class Evaluation:
 
         Returns:
             Frame indexed by repair, set, statistic; columns as in `aggregate`. Statistics: those of
-            `aggregate` for ``mean_token_prob``; for each way to be right (``first_right``,
+            `aggregate` for ``mean_token_prob``; for each way to be right (``first_correct``,
             ``exact_match``, ``generation_correct``) ``..._before``, ``..._after``, ``..._change``,
             ``..._retained`` (share right after among queries right before) and ``..._ratio``
             (accuracy after / before); ``first_prob``, ``answer_logprob`` and further metrics
@@ -118,7 +118,7 @@ class Evaluation:
 
     def plot(
         self,
-        score: str = "first_right",
+        score: str = "first_correct",
         *,
         sets: Sequence[str] | None = None,
         title: str | None = None,
@@ -193,7 +193,7 @@ class Evaluation:
         }
         return Result(
             columns, provenance=self.provenance | cases, title="evaluation of repairs",
-            main="paper_prob_after", used=len(self.case_ids), skipped=self.skipped,
+            main="mean_token_prob_after", used=len(self.case_ids), skipped=self.skipped,
             allow_nonfinite=True,
         )  # fmt: skip
 
@@ -212,7 +212,7 @@ class Evaluation:
         import pandas as pd
 
         result = Result.load(path)
-        if result.main != "paper_prob_after" or "cases" not in result.provenance:
+        if result.main != "mean_token_prob_after" or "cases" not in result.provenance:
             raise ValueError(f"{path} holds the result {result.title!r}, not an evaluation")
         data = {str(name): array.values for name, array in result.data.data_vars.items()}
         frame = pd.DataFrame({k: _series(v) for k, v in data.items()})
@@ -226,7 +226,11 @@ class Evaluation:
             return part[name].to_numpy(float)
 
         scores = change_scores(
-            *(column(f"{p}paper_prob_{w}") for p in ("", "wrong_") for w in ("before", "after"))
+            *(
+                column(f"{p}mean_token_prob_{w}")
+                for p in ("", "wrong_")
+                for w in ("before", "after")
+            )
         )
         for name in (a for a in ACCURACIES if f"{a}_after" in part):
             before, after = column(f"{name}_before"), column(f"{name}_after")

@@ -145,7 +145,7 @@ def _span(numbers: Sequence[int]) -> str:
 
 def _accuracies(scores: Mapping[str, Any]) -> list[Figure]:
     kinds = {
-        "first_right": ("First answer token right", "whose first answer token is the first choice"),
+        "first_correct": ("First answer token right", "whose first answer token is the first choice"),
         "exact_match": ("Whole answer right",
                         "for which greedy decoding gives the whole answer and its end"),
     }  # fmt: skip
@@ -193,13 +193,13 @@ def _accuracy_table(scores: Mapping[str, Any]) -> Table:
     for name in next(iter(scores.values())):
         for repair, sets in scores.items():
             mine = sets.get(name, {})
-            if "first_right_after" not in mine:
+            if "first_correct_after" not in mine:
                 continue
-            ends = ("first_right_before", "first_right_after", "whole_right_before",
-                    "whole_right_after")  # fmt: skip
-            kept = "–" if name in _REPAIRED else percent(mine["whole_right_ratio"], n=False)
+            ends = ("first_correct_before", "first_correct_after", "exact_match_before",
+                    "exact_match_after")  # fmt: skip
+            kept = "–" if name in _REPAIRED else percent(mine["exact_match_ratio"], n=False)
             rows.append([_name(name), repair, *(percent(mine[e], n=False) for e in ends), kept,
-                         str(mine["first_right_after"]["n"])])  # fmt: skip
+                         str(mine["first_correct_after"]["n"])])  # fmt: skip
     return Table(
         "The accuracies in numbers",
         ("asked", "edit", "first token, before", "after", "whole answer, before", "after",
@@ -290,7 +290,7 @@ def _said(record: pd.Series, when: str) -> str:
     text = record.get(f"said_{when}")
     if text is None or text != text:
         return "–"
-    return f"{text} ✓" if record[f"said_right_{when}"] == 1 else str(text)
+    return f"{text} ✓" if record[f"generation_correct_{when}"] == 1 else str(text)
 
 
 def _name(name: str) -> str:

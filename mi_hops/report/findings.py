@@ -154,16 +154,16 @@ def _injection(injection: Mapping[str, Any]) -> list[Finding]:
 def _editing(editing: Mapping[str, Any]) -> list[Finding]:
     found = []
     for repair, sets in editing["scores"].items():
-        first = sets.get("correction", {}).get("first_right_after")
+        first = sets.get("correction", {}).get("first_correct_after")
         if first is None or first["value"] is None:
             continue
         chosen = editing["choices"]["chosen"][repair]
         where = f"{layers(chosen['layers'])} at strength {chosen['strength']:g}"
         text = f"of failed questions get the right first token by {repair} on {where}"
-        whole = sets["correction"].get("whole_right_after")
+        whole = sets["correction"].get("exact_match_after")
         if whole is not None and whole["value"] is not None:
             text += f"; the whole answer: {_words(whole)}"
-        kept = sets.get("specificity", {}).get("whole_right_ratio")
+        kept = sets.get("specificity", {}).get("exact_match_ratio")
         if kept is not None and kept["value"] is not None:
             text += f"; unrelated questions keep {_words(kept)} of their accuracy"
         found.append(_share(first, f"{text}.", "editing"))

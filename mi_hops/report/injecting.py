@@ -82,9 +82,9 @@ def _half(result: Result, name: str) -> list[Any]:
 
 def _grid(result: Result, cell: Mapping[str, Any]) -> Figure:
     choose = _half(result, "choose")
-    ends = result.sel(memory="bridge", example=choose).ci(variable="first_right")
+    ends = result.sel(memory="bridge", example=choose).ci(variable="first_correct")
     most = max(float(ends["estimate"].max()), 0.05)
-    before = _count(result.sel(example=choose)["first_right_before"].values)
+    before = _count(result.sel(example=choose)["first_correct_before"].values)
     panels = []
     for encoding in ends["encoding"].values.tolist():
         mine = ends.sel(encoding=encoding)
@@ -120,14 +120,14 @@ def _memories(result: Result, cell: Mapping[str, Any]) -> list[Figure | Table]:
         cell["encoding"], cell["layer"], cell["strength"], cell["score_on_choosing_half"],
         cell["n_choose"],
     )  # fmt: skip
-    table = cell_report(result, chosen, examples=report)
+    table = cell_report(result, chosen, examples=report, metric="first_correct")
     rest = result.sel(example=report)
-    rows = [row(_count(rest["first_right_before"].values), injected="nothing")]
+    rows = [row(_count(rest["first_correct_before"].values), injected="nothing")]
     rows += [
         row(_ends(table.loc[name], "right"), injected=label)
         for name, label in _MEMORIES.items() if name in table.index
     ]  # fmt: skip
-    named = rest["first_right_explicit"].values
+    named = rest["first_correct_explicit"].values
     if not (named != named).all():
         rows.append(row(_count(named), injected="bridge in the prompt"))
     plot = bars(rows, x="injected", y_label="first token right", height=380)

@@ -272,6 +272,7 @@ class Run:
             form=self.form, positions="first hop",
             encodings=("unembed", "layerwise_code", "layerwise_text"),
             controls=("random_word", "permuted_bridge", "answer", "norm_matched"),
+            metrics=("first_correct", "first_prob", "first_logprob", "rank"),
             seed=self.seed, progress=self.progress,
         )  # fmt: skip
         names = [half[i] for i in result["example"].values.tolist()]
@@ -282,7 +283,7 @@ class Run:
             result.data.assign_coords(half=("example", names)),
             provenance=result.provenance,
             title="Memory injection",
-            main="first_right",
+            main="first_correct",
             skipped=result.skipped,
             allow_nonfinite=True,
         )
@@ -396,8 +397,8 @@ class Run:
         candidates = []
         for (kind, span, strength), repair in repairs.items():
             part = frame[frame["repair"] == repair.name]
-            right = part[part["set"] == "correction"]["first_right_after"].mean()
-            told = part[part["set"] == "specificity"]["whole_right_after"]
+            right = part[part["set"] == "correction"]["first_correct_after"].mean()
+            told = part[part["set"] == "specificity"]["exact_match_after"]
             candidates.append(
                 {"kind": kind, "layers": list(span), "strength": strength,
                  "correction": float(right), "kept": float(told.mean()) if len(told) else None,

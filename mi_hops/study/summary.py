@@ -245,8 +245,8 @@ def _injection(result: Result) -> dict[str, Any]:
         name: result["example"].values[result["half"].values == name].tolist()
         for name in ("choose", "report")
     }
-    cell = select_cell(result, examples=halves["choose"])
-    report = cell_report(result, cell, examples=halves["report"])
+    cell = select_cell(result, examples=halves["choose"], metric="first_correct")
+    report = cell_report(result, cell, examples=halves["report"], metric="first_correct")
     memories = {
         str(name): {
             "right": {"value": row["right"], "low": row["right_lower"],
@@ -298,9 +298,9 @@ def _headlines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         chosen = summary["editing"]["choices"]["chosen"][repair]
         where = f"{_layers(chosen['layers'])}, strength {chosen['strength']:g}"
         for label, name, statistic in (
-            ("first token put right", "correction", "first_right_after"),
-            ("whole answer put right", "correction", "whole_right_after"),
-            ("unrelated accuracy kept", "specificity", "whole_right_ratio"),
+            ("first token put right", "correction", "first_correct_after"),
+            ("whole answer put right", "correction", "exact_match_after"),
+            ("unrelated accuracy kept", "specificity", "exact_match_ratio"),
         ):
             score = sets.get(name, {}).get(statistic)
             if score:

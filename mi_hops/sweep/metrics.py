@@ -172,7 +172,11 @@ def _rank(logits: Tensor, target: Target) -> Tensor:
     return (1 + above).to(logits.dtype)
 
 
-def _paper_prob(logits: Tensor, target: Target) -> Tensor:
+def _first_correct(logits: Tensor, target: Target) -> Tensor:
+    return (logits.argmax(-1) == target.answer[0]).to(logits.dtype)
+
+
+def _mean_token_prob(logits: Tensor, target: Target) -> Tensor:
     return logits.softmax(-1)[:, list(target.answer)].mean(-1)
 
 
@@ -414,11 +418,13 @@ _BUILT_IN: tuple[Metric, ...] = (
     AnswerLogprob(),
     # Logit of the answer's first token less that of the wrong answer's.
     NextToken("logit_diff", "logits", True, _logit_diff),
+    # 1 where the answer's first token is the model's first choice, else 0.
+    NextToken("first_correct", "share", True, _first_correct),
     # 1 = top; ties count in the answer's favour.
     NextToken("rank", "rank", False, _rank),
     # The score of the CREME paper's code (arXiv 2402.14328): the mean over all answer tokens of
     # their probabilities at one and the same position. No sequence probability; at most 1/tokens.
-    NextToken("mean_token_prob", "probability", True, _paper_prob),
+    NextToken("mean_token_prob", "probability", True, _mean_token_prob),
     Greedy(),
 )
 

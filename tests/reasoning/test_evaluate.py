@@ -92,16 +92,16 @@ def test_a_repair_of_known_effect(tiny, sets):
     for name in ("correction", "paraphrase", "other_order"):
         part = frame[frame["set"] == name]
         assert len(part) >= 3
-        for score in ("first_right", "exact_match", "generation_correct"):
+        for score in ("first_correct", "exact_match", "generation_correct"):
             assert (part[f"{score}_after"] == 1).all(), (name, score)
         assert (part["rank_after"] == 1).all()
         assert part["said_after"].tolist() == part["answer"].tolist()
         assert np.allclose(part["first_prob_after"], 1, atol=1e-6)
         # Two answer tokens, of which the first has all the probability at the prompt's end.
-        assert np.allclose(part["paper_prob_after"], 0.5, atol=1e-6)
+        assert np.allclose(part["mean_token_prob_after"], 0.5, atol=1e-6)
     spread = frame[frame["set"] == "generalisation"]
     assert len(spread) == 3
-    assert (spread["first_right_after"] == 0).all()
+    assert (spread["first_correct_after"] == 0).all()
     assert (spread["target_over_wrong_after"] == 0).all()
     kept = frame[frame["set"].str.startswith("specificity") | (frame["set"] == "neutral")]
     assert len(kept) >= 9
@@ -136,14 +136,14 @@ def test_rows_are_those_of_one_by_one_and_of_any_batch_size(tiny, sets):
                 assert math.isclose(row[f"{name}_{when}"], expected, rel_tol=1e-3, abs_tol=1e-5)
             best = scored[0].argmax(-1).tolist()
             whole = best[:n] == list(target.answer) and best[n] in ends
-            assert row[f"whole_right_{when}"] == whole
-            assert row[f"first_right_{when}"] == (best[0] == target.answer[0])
+            assert row[f"exact_match_{when}"] == whole
+            assert row[f"first_correct_{when}"] == (best[0] == target.answer[0])
             if row["wrong"] is None:
-                assert math.isnan(row[f"wrong_paper_prob_{when}"])
+                assert math.isnan(row[f"wrong_mean_token_prob_{when}"])
                 assert math.isnan(row[f"target_over_wrong_{when}"])
             else:
                 wrong = METRICS["mean_token_prob"].score(scored, Target(target.wrong)).item()
-                assert math.isclose(row[f"wrong_paper_prob_{when}"], wrong, rel_tol=1e-3)
+                assert math.isclose(row[f"wrong_mean_token_prob_{when}"], wrong, rel_tol=1e-3)
             given = {} if state is None else {"repair": repair, "states": [state]}
             (said,) = generate(tiny, [prompt], max_new_tokens=8, **given)
             assert row[f"said_{when}"] == said.text
@@ -182,14 +182,14 @@ def scored(load_tiny, sets):
 def test_a_case_without_state_is_left_as_it_is_and_said(scored):
     part = scored.frame.query("repair == 'say' and case == 'f2'")
     assert not part["repaired"].any()
-    assert np.allclose(part["paper_prob_before"], part["paper_prob_after"], rtol=1e-4)
+    assert np.allclose(part["mean_token_prob_before"], part["mean_token_prob_after"], rtol=1e-4)
     assert "say: no state for 1 cases" in scored.describe()
 
 
 def test_the_table_averages_over_cases_and_counts_them(scored, sets):
     table = scored.table(n_resamples=200)
     assert table.index.is_unique
-    right = table.loc[("say", "correction", "first_right_after")]
+    right = table.loc[("say", "correction", "first_correct_after")]
     assert right["value"] == pytest.approx(2 / 3)
     assert (right["n_queries"], right["n_cases"], right["unit"]) == (3, 3, "share")
     assert right["lower"] < right["value"] < right["upper"]
@@ -217,14 +217,14 @@ def test_the_table_averages_over_cases_and_counts_them(scored, sets):
 def test_retained_and_ratio_from_known_rows(scored):
     frame = scored.frame.query("repair == 'say' and set == 'specificity'").head(4).copy()
     frame["case"] = ["a", "a", "b", "c"]
-    frame["first_right_before"] = [1.0, 1.0, 0.0, 1.0]
-    frame["first_right_after"] = [1.0, 0.0, 1.0, 1.0]
+    frame["first_correct_before"] = [1.0, 1.0, 0.0, 1.0]
+    frame["first_correct_after"] = [1.0, 0.0, 1.0, 1.0]
     table = replace(scored, frame=frame, case_ids=("a", "b", "c", "d")).table()
     of = table.loc[("say", "specificity")]["value"]
-    assert of["first_right_before"] == pytest.approx(2 / 3)
-    assert of["first_right_after"] == pytest.approx(2.5 / 3)
-    assert of["first_right_retained"] == pytest.approx((0.5 + 1) / 2)  # b had nothing to keep
-    assert of["first_right_ratio"] == pytest.approx(2.5 / 2)
+    assert of["first_correct_before"] == pytest.approx(2 / 3)
+    assert of["first_correct_after"] == pytest.approx(2.5 / 3)
+    assert of["first_correct_retained"] == pytest.approx((0.5 + 1) / 2)  # b had nothing to keep
+    assert of["first_correct_ratio"] == pytest.approx(2.5 / 2)
     assert (of["cases_used"], of["cases_skipped"]) == (3, 1)
 
 
@@ -242,11 +242,11 @@ def test_save_and_load_give_everything_back(scored, tmp_path):
 
 
 def test_the_figure_shows_before_and_after(scored):
-    figure = scored.plot("first_right", sets=["correction", "specificity"], n_resamples=50)
+    figure = scored.plot("first_correct", sets=["correction", "specificity"], n_resamples=50)
     assert [bar.name for bar in figure.data] == ["unrepaired", "say", "none"]
     assert figure.data[1].y[0] == pytest.approx(2 / 3)
     assert list(figure.data[1].text) == ["correction", "specificity"]
-    with pytest.raises(ValueError, match="no score 'nice'.*first_right"):
+    with pytest.raises(ValueError, match="no score 'nice'.*first_correct"):
         scored.plot("nice")
     with pytest.raises(ValueError, match="no set.*'nice'"):
         scored.plot(sets=["nice"])
@@ -254,7 +254,8 @@ def test_the_figure_shows_before_and_after(scored):
 
 def test_without_generation_only_the_texts_are_missing(load_tiny, sets, scored):
     frame = evaluate(load_tiny(), [NoRepair()], sets, CASES, generate=False).frame
-    gone = {f"said{a}_{b}" for a in ("", "_right") for b in ("before", "after")}
+    texts = ("said", "generation_correct")
+    gone = {f"{name}_{when}" for name in texts for when in ("before", "after")}
     logprob = {"first_logprob_before", "first_logprob_after"}
     assert set(scored.frame.columns) - set(frame.columns) == gone | logprob
 
@@ -287,8 +288,8 @@ def test_aliases_count_in_what_is_said(load_tiny, sets):
     said = replace(query, answer="w77", aliases=("w50 w60",), wrong=None)
     frame = evaluate(load_tiny(), [Say()], [said], CASES).frame
     assert frame["said_after"].tolist() == ["w50 w60"]
-    assert frame["said_right_after"].tolist() == [1]
-    assert frame["whole_right_after"].tolist() == [0]
+    assert frame["generation_correct_after"].tolist() == [1]
+    assert frame["exact_match_after"].tolist() == [0]
 
 
 def test_bad_requests_are_refused(load_tiny, sets):

@@ -59,6 +59,7 @@ def test_first_token_metrics_on_known_probabilities():
         "first_prob": [0.2, 1 / 3],
         "first_logprob": [math.log(0.2), -math.log(3)],
         "logit_diff": [math.log(2), 0.0],
+        "first_correct": [0.0, 0.0],  # of equals the first token wins
         "rank": [2.0, 1.0],  # ties count in favour of the answer
         "mean_token_prob": [(0.2 + 0.7) / 2, 1 / 3],
     }
@@ -202,6 +203,7 @@ def test_scores_equal_hand_loops_over_unpadded_runs(tiny, asked, batch_size):
             "logit_diff": first[target.answer[0]] - first[target.wrong[0]],
             "rank": first.argsort(descending=True).tolist().index(target.answer[0]) + 1.0,
             "mean_token_prob": sum(first[t].exp() for t in target.answer) / n,
+            "first_correct": float(right[0]),
             "greedy": float(all(right)),
         }
         assert set(want) == set(METRICS)
