@@ -9,6 +9,7 @@ on padding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,44 @@ class Prompt:
     def last(self) -> int:
         """Index of the last token."""
         return len(self.ids) - 1
+
+    @classmethod
+    def from_tokens(cls, model: HookedModel, ids: Sequence[int] | Int[Tensor, "pos"]) -> Prompt:
+        """A prompt of token ids, which run as they are: a BOS must be among them to be there.
+
+        Its text is what the ids decode to (their numbers, without a tokenizer); a BOS is no part of
+        it, so spans are found by their text as in an encoded prompt.
+
+        Raises:
+            TokenError: no ids, ids of another shape or outside the vocabulary, or more of them than
+                the model's context holds.
+        """
+        if isinstance(ids, torch.Tensor) and (ids.ndim != 1 or ids.is_floating_point()):
+            raise TokenError(
+                f"a prompt is one row of token ids [pos], got {ids.dtype} {tuple(ids.shape)}"
+            )
+        found = tuple(int(i) for i in ids)
+        limit, size = int(model.cfg.n_ctx), int(model.cfg.d_vocab)
+        if not 0 < len(found) <= limit or not all(0 <= i < size for i in found):
+            raise TokenError(
+                f"expected 1 to {limit} token ids of 0..{size - 1}, got {len(found)}: {found[:10]}"
+            )
+        if model.tokenizer is None:
+            labels = tuple(map(str, found))
+            return cls(" ".join(labels), found, labels, ((0, 0),) * len(found), False)
+        tokenizer = _tokenizer(model)
+        has_bos = found[0] == tokenizer.bos_token_id
+        body = list(found[has_bos:])
+        text = str(tokenizer.decode(body))
+        with suppress(TokenError):  # blank, or longer in tokens of its own
+            same = encode(model, text, prepend_bos=has_bos)
+            if same.ids == found:
+                return same
+        # Tokens that the text alone would not give: each one ends where the text up to it ends.
+        ends = [len(tokenizer.decode(body[: i + 1])) for i in range(len(body))]
+        spans = [_trim(text, span) for span in zip([0, *ends], ends, strict=False)]
+        labels = tuple(tokenizer.decode([i]) for i in found)
+        return cls(text, found, labels, (*[(0, 0)] * has_bos, *spans), has_bos)
 
 
 def encode(
