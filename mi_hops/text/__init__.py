@@ -2,15 +2,31 @@
 
 from mi_hops.text.corpus import fact_texts, token_batches
 from mi_hops.text.matching import matches, normalise
-from mi_hops.text.tokens import Batch, Prompt, TokenError, answer_ids, encode, pad, positions
+from mi_hops.text.tokens import (
+    Batch,
+    Prompt,
+    TokenError,
+    Where,
+    align,
+    answer_ids,
+    decode,
+    encode,
+    last_position,
+    pad,
+    positions,
+)
 
 __all__ = [
     "Batch",
     "Prompt",
     "TokenError",
+    "Where",
+    "align",
     "answer_ids",
+    "decode",
     "encode",
     "fact_texts",
+    "last_position",
     "matches",
     "normalise",
     "pad",

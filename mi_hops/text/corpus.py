@@ -24,6 +24,11 @@ def fact_texts(facts: Iterable[TwoHopFact], which: Sequence[Hop] = HOPS) -> Iter
 
     Raises:
         ValueError: an unknown hop, or none.
+
+    Examples:
+        >>> import mi_hops
+        >>> next(mi_hops.fact_texts(mi_hops.load_facts("hopland"), ["first"]))
+        'The translator of Lost Gardens Revisited is Ruben van Harrow.'
     """
     unknown = [w for w in which if w not in HOPS]
     if isinstance(which, str) or unknown or not which:
@@ -50,28 +55,28 @@ def token_batches(
     *,
     max_tokens: int = 4096,
     max_length: int | None = None,
-    prepend_bos: bool = True,
 ) -> Iterator[Batch]:
     """Right-padded batches of a corpus, in its own order, one batch in memory at a time.
+
+    Every piece begins with the tokenizer's BOS, where it has one.
 
     Args:
         texts: an iterable (a generator will do) of texts or facts, which become their statements
             (`fact_texts`); or the path of a file: JSON Lines with a ``text`` key where its name
-            ends in ``.jsonl``, else plain text, one text a line. Blank texts are passed over.
+            ends in ``.jsonl``, else plain text, one text per line. Blank texts are passed over.
         max_tokens: bound on rows times width of a batch, padding included.
         max_length: longer texts are cut into pieces of as many tokens, BOS included; default the
             model's context, or `max_tokens` where that is less.
-        prepend_bos: put the tokenizer's BOS, where it has one, before every piece.
 
     Raises:
-        ValueError: limits that contradict one another or the model's context; a path that is no
-            file; a line that is no JSON object with a ``text``; an element that is neither text
+        ValueError: limits that contradict one another or the model's context; a path that is not a
+            file; a line that is not a JSON object with a ``text``; an element that is neither text
             nor fact; a corpus without a single token (the last three while iterating).
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError("the model has no tokenizer; load it with one (mi_hops.load_model does)")
-    bos = tokenizer.bos_token_id if prepend_bos else None
+    bos = tokenizer.bos_token_id
     context = int(model.cfg.n_ctx)
     length = min(context, max_tokens) if max_length is None else max_length
     least = 1 if bos is None else 2
@@ -85,7 +90,7 @@ def token_batches(
         source = repr(str(texts)[:80])
         if not os.path.isfile(texts):
             raise ValueError(
-                f"{source} is no file; give the path of one, or put a single text in a list"
+                f"{source} is not a file; give the path of one, or put a single text in a list"
             )
     return _packed(_pieces(tokenizer, _texts(texts), bos, length), max_tokens, source)
 
@@ -141,7 +146,7 @@ def _text_of(line: str, where: str) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON ({error}): {line[:60]!r}") from error
+        raise ValueError(f"{where} is not JSON ({error}): {line[:60]!r}") from error
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f"{where} has no string under the key 'text': {line[:60]!r}")

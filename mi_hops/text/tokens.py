@@ -8,10 +8,12 @@ on padding.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -21,8 +23,12 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from torch import Tensor
 
-#: A position: an index (negative counts from the end), a slice, or a substring of the prompt.
+#: A position: an index (negative counts from the end), a slice, a substring of the prompt, or one of
+#: two words: ``"last"`` (the last token) and ``"all"`` (every token). The words win over a substring.
 Where = int | slice | str
+
+#: Tokenizer -> what its warnings about unknown tokens have been about ("prompt", "answer").
+_WARNED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 class TokenError(ValueError):
@@ -31,14 +37,21 @@ class TokenError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised prompt.
+    """A tokenised prompt: from a text by `encode`, from token ids by `Prompt.from_tokens`.
 
     Attributes:
-        text: as given.
-        ids: token ids, BOS first where it was prepended.
-        labels: one readable string a token, spaces kept.
+        text: as given, without BOS.
+        ids: token ids, BOS included.
+        labels: one readable string per token, spaces kept.
         offsets: character span of each token in `text`, white space trimmed; (0, 0) for BOS.
-        has_bos: whether ``ids[0]`` is a prepended BOS.
+        has_bos: whether ``ids[0]`` is the tokenizer's BOS.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> prompt = mi_hops.Prompt.from_tokens(model, model.to_tokens("The spouse of Joren Ashby is"))
+        >>> prompt
+        Prompt('The spouse of Joren Ashby is', 7 tokens, BOS first)
     """
 
     text: str
@@ -49,6 +62,49 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        bos = "BOS first" if self.has_bos else "no BOS"
+        return f"Prompt({_shortened(self.text)!r}, {len(self)} tokens, {bos})"
+
+    @classmethod
+    def from_tokens(cls, model: HookedModel, ids: Int[Tensor, "pos"] | Sequence[int]) -> Prompt:
+        """The prompt that these token ids are, as they are: no BOS is added, none removed.
+
+        Args:
+            ids: token ids ``[pos]``, or ``[1, pos]`` as ``model.to_tokens`` makes them of a text.
+
+        Raises:
+            TokenError: several rows, no tokens, ids outside the vocabulary, more tokens than the
+                context holds, or a tokenizer without offsets.
+        """
+        tokenizer = _tokenizer(model)
+        given = torch.as_tensor(ids)
+        if given.ndim == 2 and len(given) == 1:
+            given = given[0]
+        if given.ndim != 1 or not len(given) or given.is_floating_point():
+            raise TokenError(
+                f"expected the token ids [pos] of one prompt, got {given.dtype} of shape "
+                f"{tuple(given.shape)}; for [batch pos] make one Prompt per row"
+            )
+        row: list[int] = given.tolist()
+        size = int(model.cfg.d_vocab)
+        if outside := [i for i in row if not 0 <= i < size]:
+            raise TokenError(f"token ids {outside[:5]} are outside the vocabulary of {size}")
+        has_bos = row[0] == tokenizer.bos_token_id
+        own = row[1:] if has_bos else row
+        text = str(tokenizer.decode(own, clean_up_tokenization_spaces=False))
+        again, spans = _tokenise(tokenizer, text)
+        if text[:1].isspace() and _tokenise(tokenizer, text[1:])[0] == own:
+            text = text[1:]  # a space that the tokenizer itself puts before the first word
+            again, spans = _tokenise(tokenizer, text)
+        if again != own:  # not as the tokenizer would split this text: by the length of each prefix
+            ends = [
+                len(str(tokenizer.decode(own[:n], clean_up_tokenization_spaces=False)))
+                for n in range(1, len(own) + 1)
+            ]
+            spans = [_trim(text, span) for span in zip([0, *ends], ends, strict=False)]
+        return _prompt(model, text, row, [(0, 0), *spans] if has_bos else spans, has_bos)
 
     @property
     def last(self) -> int:
@@ -99,6 +155,8 @@ def encode(
 ) -> Prompt:
     """Tokenise one prompt; no special tokens besides the BOS asked for.
 
+    Words that the tokenizer does not know are warned of, once per tokenizer.
+
     Args:
         prepend_bos: put the tokenizer's BOS first, as TransformerLens does by default. A tokenizer
             that has no BOS token gets none.
@@ -107,24 +165,78 @@ def encode(
     Raises:
         TokenError: an empty prompt, a tokenizer without offsets, or a prompt longer than the
             model's context.
+
+    Examples:
+        >>> import mi_hops
+        >>> prompt = mi_hops.encode(mi_hops.load_model("hops-gpt2"), "The spouse of Joren Ashby is")
+        >>> prompt.labels[1:4]
+        (' The', ' spouse', ' of')
     """
+    prompt = _encode(model, text, prepend_bos=prepend_bos, max_extra=max_extra)
+    _warn_unknown(model, prompt, "prompt")
+    return prompt
+
+
+def _encode(model: HookedModel, text: str, *, prepend_bos: bool, max_extra: int = 0) -> Prompt:
     tokenizer = _tokenizer(model)
     if not text.strip():
         raise TokenError(f"the prompt is empty ({text!r})")
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, spans = list(found["input_ids"]), [_trim(text, s) for s in found["offset_mapping"]]
+    ids, spans = _tokenise(tokenizer, text)
     bos = tokenizer.bos_token_id if prepend_bos else None
     # Some SentencePiece templates add BOS even when told not to.
     if bos is not None and (not ids or ids[0] != bos):
         ids, spans = [bos, *ids], [(0, 0), *spans]
+    return _prompt(model, text, ids, spans, bos is not None, max_extra)
+
+
+def _prompt(
+    model: HookedModel,
+    text: str,
+    ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    has_bos: bool,
+    max_extra: int = 0,
+) -> Prompt:
     limit = int(model.cfg.n_ctx)
     if len(ids) + max_extra > limit:
         raise TokenError(
             f"prompt of {len(ids)} tokens (+{max_extra} to come) exceeds the model's context of "
-            f"{limit}: {text[:60]!r}..."
+            f"{limit}: {_shortened(text)!r}"
         )
-    labels = tuple(tokenizer.decode([i]) for i in ids)
-    return Prompt(text, tuple(ids), labels, tuple(spans), bos is not None)
+    labels = tuple(_tokenizer(model).decode([i]) for i in ids)
+    return Prompt(text, tuple(ids), labels, tuple(spans), has_bos)
+
+
+def _tokenise(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return list(found["input_ids"]), [_trim(text, span) for span in found["offset_mapping"]]
+
+
+def _warn_unknown(model: HookedModel, prompt: Prompt, what: str, start: int = 0) -> None:
+    """Warn, once per tokenizer and use, of words that all become the same "unknown" token."""
+    tokenizer = model.tokenizer
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    words = [
+        prompt.text[slice(*span)]
+        for token, span in zip(prompt.ids[start:], prompt.offsets[start:], strict=True)
+        if token == unknown
+    ]
+    # A text may spell the token out; byte-level tokenizers know every other word.
+    words = [word for word in words if word and word != tokenizer.unk_token]
+    if not words or what in _WARNED.setdefault(tokenizer, set()):
+        return
+    _WARNED[tokenizer].add(what)
+    warnings.warn(
+        f"{len(words)} token(s) of the {what} {_shortened(prompt.text)!r} are unknown to the model's "
+        f"tokenizer, such as {words[0]!r}; all of them become {tokenizer.unk_token}, so the model "
+        f"cannot tell them apart. Other {what}s with unknown tokens are not mentioned again.",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _shortened(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _tokenizer(model: HookedModel) -> Any:
@@ -157,20 +269,34 @@ def answer_ids(model: HookedModel, prompt: Prompt, answer: str) -> tuple[int, ..
     Found by tokenising prompt and answer together, joined by a space, and taking what follows the
     prompt; so byte-level and SentencePiece rules for spaces are both met.
 
+    Words that the tokenizer does not know are warned of, once per tokenizer.
+
     Raises:
         TokenError: an empty answer, or tokens that merge across the boundary.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> prompt = mi_hops.encode(model, "The spouse of Joren Ashby is")
+        >>> len(mi_hops.answer_ids(model, prompt, "Nadia del Brandt"))
+        3
     """
     answer = answer.strip()
     if not answer:
         raise TokenError(f"empty answer to the prompt {prompt.text!r}")
     joint = f"{prompt.text.rstrip()} {answer}"
-    whole = encode(model, joint, prepend_bos=prompt.has_bos).ids
-    if whole[: len(prompt)] != prompt.ids or len(whole) == len(prompt):
+    whole = _encode(model, joint, prepend_bos=prompt.has_bos)
+    start = prompt.ids
+    if whole.ids[: len(start)] != start and prompt.text.strip():
+        # Token ids may split the text in another way than the tokenizer does.
+        start = _encode(model, prompt.text, prepend_bos=prompt.has_bos).ids
+    if whole.ids[: len(start)] != start or len(whole) == len(start):
         raise TokenError(
             f"the tokens of {joint!r} do not start with those of the prompt, so the answer's own "
             "tokens are undefined; end the prompt at a word boundary, without white space"
         )
-    return whole[len(prompt) :]
+    _warn_unknown(model, whole, "answer", len(start))
+    return whole.ids[len(start) :]
 
 
 # -- positions -----------------------------------------------------------------------------------
@@ -198,14 +324,24 @@ def find_text(text: str, phrase: str) -> tuple[int, int]:
 
 
 def positions(prompt: Prompt, where: Where) -> tuple[int, ...]:
-    """Token positions of an index, a slice or a substring; never empty.
+    """Token positions of an index, a slice, ``"last"``, ``"all"`` or a substring; never empty.
 
     A substring covers every token that shares a character with it.
 
     Raises:
         TokenError: out of range, an empty slice, or a substring that is absent or ambiguous.
+
+    Examples:
+        >>> import mi_hops
+        >>> prompt = mi_hops.encode(mi_hops.load_model("hops-gpt2"), "The spouse of Joren Ashby is")
+        >>> mi_hops.positions(prompt, "Joren Ashby"), mi_hops.positions(prompt, "last")
+        ((4, 5), (6,))
     """
     n = len(prompt)
+    if where == "last":
+        return (prompt.last,)
+    if where == "all":
+        return tuple(range(n))
     if isinstance(where, str):
         start, end = find_text(prompt.text, where)
         found = tuple(
@@ -242,20 +378,12 @@ def align(first: Prompt, second: Prompt) -> None:
         )
 
 
-def tail_length(prompt: Prompt, phrase: str) -> int:
-    """Number of tokens after the span `phrase`.
-
-    Two prompts that end alike are aligned from their ends by it.
-    """
-    return prompt.last - last_position(prompt, phrase)
-
-
 # -- batches -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows.
+    """Right-padded rows of tokens.
 
     Attributes:
         tokens: ``[row, pos]``, padded with id 0 (never read by a scored position).
@@ -264,6 +392,9 @@ class Batch:
 
     tokens: Int[Tensor, "row pos"]
     lengths: Int[Tensor, "row"]
+
+    def __repr__(self) -> str:
+        return f"Batch({self.tokens.shape[0]} rows of up to {self.tokens.shape[1]} tokens)"
 
     @property
     def last(self) -> Int[Tensor, "row"]:
@@ -281,6 +412,11 @@ def pad(rows: Sequence[Sequence[int]]) -> Batch:
 
     Raises:
         TokenError: no rows, or an empty one.
+
+    Examples:
+        >>> import mi_hops
+        >>> mi_hops.pad([[5, 6, 7], [8]]).tokens.tolist()
+        [[5, 6, 7], [8, 0, 0]]
     """
     if not rows or not all(len(r) for r in rows):
         raise TokenError("a batch needs at least one row, and every row at least one token")
@@ -289,23 +425,6 @@ def pad(rows: Sequence[Sequence[int]]) -> Batch:
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.as_tensor(list(row))
     return Batch(tokens, torch.tensor([len(r) for r in rows]))
-
-
-def unpad(tokens: Int[Tensor, "row pos"], mask: Bool[Tensor, "row pos"]) -> Batch:
-    """A batch padded on either side (as its attention mask tells) as a right-padded one.
-
-    Raises:
-        TokenError: a mask of another shape, an empty row, or a hole inside a row.
-    """
-    if tokens.shape != mask.shape:
-        raise TokenError(f"tokens are {tuple(tokens.shape)}, the mask is {tuple(mask.shape)}")
-    rows = []
-    for i, (row, keep) in enumerate(zip(tokens, mask.bool(), strict=True)):
-        where = keep.nonzero().flatten()
-        if not len(where) or int(where[-1] - where[0]) + 1 != len(where):
-            raise TokenError(f"the mask of row {i} is empty or has a hole: {keep.tolist()}")
-        rows.append(row[keep].tolist())
-    return pad(rows)
 
 
 def batches_by_length(

@@ -60,10 +60,9 @@ def test_every_token_once_in_order_within_the_bound(tiny):
     assert int(mask.sum()) == sum(map(len, rows))
 
 
-def test_without_bos_and_with_the_context_as_default_length(model):
-    rows = pieces(token_batches(model, [words(0, 150)], prepend_bos=False))
-    assert [len(r) for r in rows] == [64, 64, 22]
-    assert sum(rows, []) == ids(model, words(0, 150))
+def test_the_context_is_the_default_length(model):
+    rows = pieces(token_batches(model, [words(0, 150)]))
+    assert [len(r) for r in rows] == [64, 64, 25]
     rows = pieces(token_batches(model, [words(0, 150)], max_tokens=40))
     assert [len(r) for r in rows] == [40, 40, 40, 34]
 
@@ -95,13 +94,13 @@ def test_files(model, tmp_path):
     lines.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     assert pieces(token_batches(model, plain)) == want
     assert pieces(token_batches(model, str(lines))) == want
-    for bad, message in (('{"text": 3}', "no string under the key 'text'"), ("[1", "is no JSON")):
+    for bad, message in (('{"text": 3}', "no string under the key 'text'"), ("[1", "is not")):
         lines.write_text(json.dumps(records[0]) + "\n" + bad)
         with pytest.raises(ValueError, match=rf"line 2 of corpus.jsonl.*{message}"):
             list(token_batches(model, lines))
-    with pytest.raises(ValueError, match="'w1 w2' is no file.*in a list"):
+    with pytest.raises(ValueError, match="'w1 w2' is not a file.*in a list"):
         token_batches(model, "w1 w2")
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         token_batches(model, "w1 " * 3000)
 
 
@@ -138,4 +137,3 @@ def test_empty_and_contradictory(model, tmp_path):
             token_batches(model, ["w1"], **limits)
     with pytest.raises(ValueError, match="must be at least 2"):
         token_batches(model, ["w1"], max_tokens=1)
-    assert len(pieces(token_batches(model, ["w1 w2"], max_length=1, prepend_bos=False))) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -17,8 +19,6 @@ from mi_hops.text.tokens import (
     last_position,
     pad,
     positions,
-    tail_length,
-    unpad,
 )
 
 
@@ -35,6 +35,69 @@ def test_encode_prepends_bos_once(model):
     assert prompt.offsets == ((0, 0), (0, 2), (3, 5), (6, 8))
 
 
+class TestFromTokens:
+    def test_a_text_and_its_tokens_make_the_same_prompt(self, model):
+        for bos in (True, False):
+            prompt = encode(model, "w3 w4 w5", prepend_bos=bos)
+            assert Prompt.from_tokens(model, prompt.ids) == prompt
+            assert Prompt.from_tokens(model, torch.tensor(prompt.ids)) == prompt
+            assert Prompt.from_tokens(model, torch.tensor([prompt.ids])) == prompt
+        assert Prompt.from_tokens(model, model.to_tokens("w3 w4")) == encode(model, "w3 w4")
+
+    @pytest.mark.parametrize(
+        ("ids", "message"),
+        [
+            (torch.tensor([[1, 7], [1, 8]]), r"shape \(2, 2\)"),
+            (torch.tensor([1.0, 7.0]), "float"),
+            ([], "expected the token ids"),
+            ([1, 90], "outside the vocabulary of 90"),
+            ([7] * 65, "exceeds the model's context"),
+        ],
+    )
+    def test_refused(self, model, ids, message):
+        with pytest.raises(TokenError, match=message):
+            Prompt.from_tokens(model, ids)
+
+    def test_tokens_split_in_another_way_keep_their_spans(self):
+        """ "a b" as three tokens where the tokenizer would make one."""
+        model = _merging_model()
+        prompt = Prompt.from_tokens(model, [0, 1, 2])
+        assert prompt.text == "a b"
+        assert prompt.offsets == ((0, 1), (2, 2), (2, 3))
+        assert positions(prompt, "b") == (2,)
+
+
+def test_long_objects_have_short_reprs(model):
+    assert len(repr(encode(model, " ".join(["w3"] * 60)))) < 200
+    assert len(repr(pad([[1] * 500] * 500))) < 200
+
+
+class TestUnknownTokens:
+    @pytest.fixture
+    def model(self, checkpoints):
+        from types import SimpleNamespace
+
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(checkpoints["gpt2"])
+        return SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(n_ctx=64, d_vocab=90))
+
+    def test_prompts_and_answers_are_warned_of_once(self, model):
+        with pytest.warns(UserWarning, match="2 token.* of the prompt .*such as 'Paris'") as seen:
+            prompt = encode(model, "w3 Paris Rome w4")
+            encode(model, "Berlin")
+        assert len(seen) == 1
+        with pytest.warns(UserWarning, match="1 token.* of the answer .*such as 'Athens'") as seen:
+            assert answer_ids(model, prompt, "Athens") == (3,)
+            answer_ids(model, prompt, "Sparta")
+        assert len(seen) == 1
+
+    def test_known_words_and_the_token_itself_are_not(self, model):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            answer_ids(model, encode(model, "w3 <unk> w4"), "w5")
+
+
 def test_positions(model):
     prompt = encode(model, "w3 w4 w5 w6")
     assert positions(prompt, 0) == (0,)
@@ -43,7 +106,8 @@ def test_positions(model):
     assert positions(prompt, "w4 w5") == (2, 3)
     assert positions(prompt, "W4 w5") == (2, 3)
     assert last_position(prompt, "w4 w5") == 3
-    assert tail_length(prompt, "w4 w5") == 1
+    assert positions(prompt, "last") == (4,)
+    assert positions(prompt, "all") == (0, 1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -100,20 +164,25 @@ class TestRealTokenizerRules:
 
 
 def test_merging_boundary_is_refused():
-    """A byte-level BPE whose prompt ends inside what would be one token with the answer."""
+    """A BPE whose prompt ends inside what would be one token with the answer."""
+    model = _merging_model()
+    with pytest.raises(TokenError, match="do not start with those of the prompt"):
+        answer_ids(model, encode(model, "a"), "b")
+
+
+def _merging_model():
+    """A tokenizer that makes one token of "a b"."""
     from types import SimpleNamespace
 
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(
         models.BPE({"a": 0, " ": 1, "b": 2, "a ": 3, "a b": 4}, [("a", " "), ("a ", "b")])
     )
-    model = SimpleNamespace(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=core), cfg=SimpleNamespace(n_ctx=9)
-    )
-    with pytest.raises(TokenError, match="do not start with those of the prompt"):
-        answer_ids(model, encode(model, "a"), "b")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    return SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(n_ctx=9, d_vocab=5))
 
 
 def test_prompt_longer_than_context(model):
@@ -137,17 +206,11 @@ def test_align_shows_both_token_lists(model):
         align(first, second)
 
 
-def test_padding_round_trip():
+def test_padding():
     batch = pad([[1, 2, 3], [4], [5, 6]])
     assert batch.tokens.tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
     assert batch.last.tolist() == [2, 0, 1]
     assert batch.mask.sum(1).tolist() == [3, 1, 2]
-    left = torch.tensor([[1, 2, 3], [0, 0, 4], [0, 5, 6]])
-    mask = torch.tensor([[1, 1, 1], [0, 0, 1], [0, 1, 1]])
-    again = unpad(left, mask)
-    assert torch.equal(again.tokens, batch.tokens)
-    with pytest.raises(TokenError, match="hole"):
-        unpad(left, torch.tensor([[1, 0, 1], [0, 0, 1], [0, 1, 1]]))
     with pytest.raises(TokenError, match="at least one"):
         pad([])
 
