@@ -10,8 +10,8 @@ import argparse
 import torch
 
 from benchmarks.harness import gpt2_small, llama_100m, paired, table, write
-from mi_hops.sweep.fanout import Intervention, fan_out, plan_fan_out
-from mi_hops.sweep.interventions import replace
+from mi_hops.sweep.fanout import fan_out, plan_fan_out
+from mi_hops.sweep.interventions import Intervention, replace
 from mi_hops.text.tokens import pad
 
 

@@ -56,7 +56,7 @@ def test_erasing_the_bridge_lowers_the_answer(bundled):
     """More than erasing another entity does, with an interval that excludes zero at some layer."""
     _, model, _, gap = bundled
     passed = [f for f in gap.passed if f.split != "train"][:60]
-    result = erase_bridge(model, passed, form="suffix", methods=("exact",), controls=2)
+    result = erase_bridge(model, passed, form="suffix", variants=("exact",), controls=2)
     ends = result.difference_ci("control", variable="bridge")
     assert (ends["upper"] < 0).any()
 

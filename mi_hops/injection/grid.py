@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mi_hops.injection.cases import Case, injecting, make_cases, run_cases
+from mi_hops.injection.cases import InjectionCase, injecting, make_cases, run_cases
 from mi_hops.injection.controls import CONTROLS, control_texts, norm_matched
 from mi_hops.injection.encodings import (
     Encoding,
@@ -25,7 +25,8 @@ from mi_hops.injection.encodings import (
 from mi_hops.injection.memory import KINDS, Place, plain_place
 from mi_hops.model import HookedModel, provenance, require_layers
 from mi_hops.result.result import Result
-from mi_hops.sweep.fanout import Intervention
+from mi_hops.sweep.interventions import Intervention
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import (
     METRICS,
     Metric,
@@ -78,10 +79,7 @@ def injection_grid(
     pooling: Pooling = "set",
     leading_space: bool = False,
     seed: int = 0,
-    facts_per_pass: int = 8,
-    max_rows: int | None = None,
-    memory: float | None = None,
-    progress: bool = False,
+    limits: Limits = Limits(batch_size=8),
 ) -> Result:
     """Inject the bridge, and controls, into two-hop prompts at every layer and strength.
 
@@ -100,8 +98,7 @@ def injection_grid(
         metrics: scores of the answer; the default ones read its first token. ``"answer_logprob"``
             and ``"greedy"`` read all its tokens.
         seed: of the controls' draws.
-        facts_per_pass: base prompts in one pass; the rest of the memory budget goes to rows.
-        max_rows, memory: as in `fanout.fan_out`.
+        limits: facts and rows in one pass (`sweep.limits.Limits`).
 
     Returns:
         Result with one variable a metric, dimensions ``example, memory, encoding, layer,
@@ -147,7 +144,7 @@ def injection_grid(
     ]
     shape = (len(cases), len(names), len(encodings), len(groups), len(factors))
 
-    def rows_of(i: int, case: Case, base: int) -> list[Intervention]:
+    def rows_of(i: int, case: InjectionCase, base: int) -> list[Intervention]:
         return [
             injecting(
                 case, base, {layer: vectors[encodings[e]][m, i, layer] for layer in groups[g]},
@@ -157,8 +154,7 @@ def injection_grid(
         ]  # fmt: skip
 
     before, after = run_cases(
-        model, cases, rows_of, wanted, facts_per_pass=facts_per_pass, max_rows=max_rows,
-        memory=memory, progress=progress, label="injection grid",
+        model, cases, rows_of, wanted, limits=limits, label="injection grid",
     )  # fmt: skip
     after = after.reshape(*shape, len(wanted))
     labels = [g[0] if len(g) == 1 else "+".join(map(str, g)) for g in groups]
@@ -209,7 +205,7 @@ def _plain_heads(heads: Heads | None) -> Any:
 def _given(
     memories: Mapping[str, Sequence[str]] | None,
     facts: Sequence[TwoHopFact],
-    cases: Sequence[Case],
+    cases: Sequence[InjectionCase],
 ) -> dict[str, list[str]]:
     row = {id(fact): i for i, fact in enumerate(facts)}
     found = {}
@@ -247,7 +243,7 @@ def _vectors(
 
 
 def _explicit(
-    model: HookedModel, cases: Sequence[Case], metrics: Sequence[Metric], form: str | None
+    model: HookedModel, cases: Sequence[InjectionCase], metrics: Sequence[Metric], form: str | None
 ) -> dict[str, Tensor]:
     """Scores of the second-hop prompts, NaN where there is none or the answer merges with it."""
     prompts, targets, rows = [], [], []

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from mi_hops.injection.cases import Case, injecting, make_cases, run_cases
+from mi_hops.injection.cases import InjectionCase, injecting, make_cases, run_cases
 from mi_hops.injection.controls import control_texts
 from mi_hops.injection.encodings import Encoding, Pooling, encode_columns, restrict_to_heads
 from mi_hops.injection.grid import DEFAULT_METRICS
@@ -23,8 +23,8 @@ from mi_hops.injection.select import split_halves
 from mi_hops.model import HookedModel, capture, hook_name, provenance, require_layers
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.result.result import Result
-from mi_hops.sweep.fanout import Intervention
-from mi_hops.sweep.interventions import ablate
+from mi_hops.sweep.interventions import Intervention, ablate
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import Metric, MetricLike, get_metrics
 from mi_hops.text.tokens import batches
 
@@ -46,10 +46,7 @@ def head_ablation(
     mode: Literal["mean", "zero"] = "mean",
     form: str | None = None,
     metrics: MetricLike | Sequence[MetricLike] = DEFAULT_METRICS,
-    facts_per_pass: int = 8,
-    max_rows: int | None = None,
-    memory: float | None = None,
-    progress: bool = False,
+    limits: Limits = Limits(batch_size=8),
 ) -> Result:
     """Scores of two-hop prompts with one head's z taken away.
 
@@ -57,7 +54,7 @@ def head_ablation(
         positions: where the head is ablated (`memory.Place`).
         mode: ``"zero"``, or ``"mean"``: put the mean z of that head over all ablated positions of
             the given facts in its place, so that what all prompts share stays.
-        layers, form, metrics, facts_per_pass, max_rows, memory: as in `grid.injection_grid`.
+        layers, form, metrics, limits: as in `grid.injection_grid`.
 
     Returns:
         Result with one variable a metric (``example, layer, head``) and the baseline
@@ -74,7 +71,7 @@ def head_ablation(
     heads = range(int(model.cfg.n_heads))
     means = _mean_z(model, cases, chosen) if mode == "mean" else {}
 
-    def rows_of(i: int, case: Case, base: int) -> list[Intervention]:
+    def rows_of(i: int, case: InjectionCase, base: int) -> list[Intervention]:
         return [
             Intervention.at(
                 "z", layer, ablate(means[layer][head] if means else None),
@@ -85,8 +82,7 @@ def head_ablation(
         ]  # fmt: skip
 
     before, after = run_cases(
-        model, cases, rows_of, wanted, facts_per_pass=facts_per_pass, max_rows=max_rows,
-        memory=memory, progress=progress, label="head ablation",
+        model, cases, rows_of, wanted, limits=limits, label="head ablation",
     )  # fmt: skip
     return _result(
         cases, wanted, before, after, {"layer": chosen, "head": heads}, skipped=skipped,
@@ -111,10 +107,7 @@ def head_injection(
     metrics: MetricLike | Sequence[MetricLike] = DEFAULT_METRICS,
     pooling: Pooling = "set",
     seed: int = 0,
-    facts_per_pass: int = 8,
-    max_rows: int | None = None,
-    memory: float | None = None,
-    progress: bool = False,
+    limits: Limits = Limits(batch_size=8),
 ) -> Result:
     """Scores under a memory given to one head at a time, as far as that head can write it.
 
@@ -142,7 +135,7 @@ def head_injection(
         for name, whole in vectors.items()
     }
 
-    def rows_of(i: int, case: Case, base: int) -> list[Intervention]:
+    def rows_of(i: int, case: InjectionCase, base: int) -> list[Intervention]:
         return [
             injecting(case, base, {layer: part[i, layer]}, strength, relative=relative)
             for of_heads in parts.values()
@@ -151,8 +144,7 @@ def head_injection(
         ]
 
     before, after = run_cases(
-        model, cases, rows_of, wanted, facts_per_pass=facts_per_pass, max_rows=max_rows,
-        memory=memory, progress=progress, label="head injection",
+        model, cases, rows_of, wanted, limits=limits, label="head injection",
     )  # fmt: skip
     return _result(
         cases, wanted, before, after,
@@ -201,10 +193,7 @@ def greedy_heads(
     metrics: MetricLike | Sequence[MetricLike] = DEFAULT_METRICS,
     pooling: Pooling = "set",
     seed: int = 0,
-    facts_per_pass: int = 8,
-    max_rows: int | None = None,
-    memory: float | None = None,
-    progress: bool = False,
+    limits: Limits = Limits(batch_size=8),
 ) -> HeadSubset:
     """Search, head by head, a small set of heads to give the bridge to; report it on other facts.
 
@@ -247,7 +236,7 @@ def greedy_heads(
     def scores(half: list[int], sets: Sequence[_Parts]) -> tuple[Tensor, Tensor]:
         """Of the half's cases untouched, and under each set of heads' parts."""
 
-        def rows_of(i: int, case: Case, base: int) -> list[Intervention]:
+        def rows_of(i: int, case: InjectionCase, base: int) -> list[Intervention]:
             return [
                 injecting(
                     case, base, {layer: part[half[i]] for layer, part in parts.items()}, strength,
@@ -257,8 +246,7 @@ def greedy_heads(
             ]  # fmt: skip
 
         return run_cases(
-            model, [cases[i] for i in half], rows_of, wanted, facts_per_pass=facts_per_pass,
-            max_rows=max_rows, memory=memory, progress=progress, label="greedy heads",
+            model, [cases[i] for i in half], rows_of, wanted, limits=limits, label="greedy heads",
         )  # fmt: skip
 
     sign = 1 if wanted[at].higher_is_better else -1
@@ -316,7 +304,7 @@ def _prepare(
     metrics: Sequence[Metric],
     pooling: Pooling,
     seed: int,
-) -> tuple[list[Case], list[tuple[str, str]], dict[str, Tensor]]:
+) -> tuple[list[InjectionCase], list[tuple[str, str]], dict[str, Tensor]]:
     """Cases, what was skipped, and memory's name -> vectors ``[case, layer, d_model]``."""
     if "norm_matched" in controls:
         raise ValueError("a random direction is no memory of a head; leave norm_matched out")
@@ -327,7 +315,7 @@ def _prepare(
 
 
 def _result(
-    cases: Sequence[Case],
+    cases: Sequence[InjectionCase],
     metrics: Sequence[Metric],
     before: Tensor,
     after: Tensor,
@@ -365,16 +353,22 @@ def _layers(model: HookedModel, layers: Sequence[int] | None) -> list[int]:
     return chosen
 
 
-def _mean_z(model: HookedModel, cases: Sequence[Case], layers: Sequence[int]) -> dict[int, Tensor]:
+def _mean_z(
+    model: HookedModel, cases: Sequence[InjectionCase], layers: Sequence[int]
+) -> dict[int, Tensor]:
     """Layer -> mean z ``[head, d_head]`` over the positions to be ablated, each counted once."""
     names = {layer: hook_name("z", layer) for layer in layers}
     sums: dict[int, Tensor] = {}
     count = 0
     with torch.no_grad():
-        for chosen, batch in batches([c.ids for c in cases], 64):
+        for chosen, batch in batches([c.prompt.ids for c in cases], 64):
             found, _ = capture(model, batch.tokens, names.values())
             rows, columns = torch.tensor(
-                [(r, p) for r, i in enumerate(chosen) for p in cases[i].where]
+                [
+                    (r, p)
+                    for r, i in enumerate(chosen)
+                    for p in cases[i].where or range(len(cases[i].prompt))
+                ]
             ).T
             count += len(rows)
             for layer, name in names.items():

@@ -26,9 +26,10 @@ from mi_hops.model import Hook, HookedModel, device_of, fingerprint, hook_name, 
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
-from mi_hops.sweep.fanout import Intervention, fan_out
+from mi_hops.sweep.fanout import fan_out
 from mi_hops.sweep.generate import Generation, generate
-from mi_hops.sweep.interventions import replace
+from mi_hops.sweep.interventions import Intervention, replace
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.repair import Rows
 from mi_hops.text.corpus import token_batches
 from mi_hops.text.matching import STOP
@@ -156,8 +157,8 @@ def patchscope(
             layout: dict[str, int] = {}
             found = fan_out(
                 model, pad([aims[i].ids for i in part]), interventions,
-                reduce=_packed(tracked if names else None, top_k, layout), max_rows=max_rows,
-                memory=memory,
+                reduce=_packed(tracked if names else None, top_k, layout),
+                limits=Limits(max_rows=max_rows, memory=memory),
             )  # fmt: skip
             shape = (len(part), len(starts), len(ends))
             rows.append(_unpacked(found.rows.reshape(*shape, -1), layout))

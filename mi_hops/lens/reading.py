@@ -25,7 +25,7 @@ from mi_hops.model import (
     w_o,
 )
 from mi_hops.model.numeric import kl_divergence
-from mi_hops.sweep.fanout import Site
+from mi_hops.sweep.interventions import Site
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -20,7 +20,8 @@ from mi_hops.lens.tracking import at_role
 from mi_hops.lens.training import Corpus
 from mi_hops.model import HookedModel, device_of, fingerprint, hook_name, provenance
 from mi_hops.result.result import Result
-from mi_hops.sweep.fanout import Intervention, fan_out
+from mi_hops.sweep.fanout import fan_out
+from mi_hops.sweep.interventions import Intervention
 from mi_hops.sweep.metrics import METRICS, target_of
 from mi_hops.text.corpus import token_batches
 from mi_hops.text.tokens import Batch, batches, pad

@@ -222,6 +222,36 @@ def _unembed(model: HookedModel, residual: Tensor) -> Tensor:
     return end.hook_out(torch.nn.functional.linear(x, weight.T, bias))
 
 
+def splits_blocks(model: HookedModel) -> bool:
+    """Whether the batch can grow between a block's attention and its MLP.
+
+    The Bridge's blocks keep the stream between the two where no hook can let it grow.
+    """
+    return backend_of(model) == "hooked" and _attention_then_mlp(model)
+
+
+def earliest_cut(model: HookedModel, *, after_attention: bool) -> str:
+    """The hook from which on only the positions that are scored need to be kept.
+
+    On HookedTransformer only they pass the last MLP. The GPT-2 Bridge reshapes the final norm's
+    output to the input's shape, so there the cut comes right before the unembedding.
+
+    Args:
+        after_attention: nothing after the last block's attention is needed at other positions.
+    """
+    last = model.cfg.n_layers - 1
+    if backend_of(model) == "bridge":
+        return "unembed.hook_in"
+    if after_attention and _attention_then_mlp(model):
+        return hook_name("resid_mid", last)
+    return hook_name("resid_post", last)
+
+
+def _attention_then_mlp(model: HookedModel) -> bool:
+    cfg = model.cfg
+    return not getattr(cfg, "parallel_attn_mlp", False) and not cfg.attn_only
+
+
 def _broadcasting_mask(model: HookedModel, width: int, cache: Any) -> dict[str, Tensor]:
     """Causal mask and positions with a batch axis of one, which fit any number of rows.
 

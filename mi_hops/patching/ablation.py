@@ -36,7 +36,7 @@ from mi_hops.patching.core import (
     units_of,
 )
 from mi_hops.sweep.batching import batched_with_oom_backoff
-from mi_hops.sweep.fanout import HEAD_AXIS
+from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.sweep.interventions import ablate as zero
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import Metric, MetricLike, Target, normalised
@@ -49,7 +49,7 @@ from mi_hops.sweep.pairs import (
     one_each,
     resolve_spans,
 )
-from mi_hops.sweep.runs import score
+from mi_hops.sweep.scoring import score
 from mi_hops.sweep.sites import Cell, Grid, HeadsLike, build_grid, default_positions
 from mi_hops.text.tokens import Prompt, TokenError
 
@@ -163,7 +163,7 @@ def ablate(
     scores, intact = core.run(values_of, samples)
     baselines = {"intact": intact}
     if spoiled is not None:
-        baselines["corrupted"] = score(model, spoiled, batch_size)
+        baselines["corrupted"] = score(model, spoiled, batch_size=batch_size)
     lost = baselines.get("corrupted", _zero(intact, metrics))
     effect = normalised(scores, lost[:, None], intact[:, None], undefined="nan")
     axes = Axes(grid, spans, bases, metrics, names, single, examples)

@@ -35,7 +35,6 @@ from mi_hops.patching.core import (
     scored,
     taken,
 )
-from mi_hops.sweep.fanout import row_bytes
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import KL, MetricLike, Target, normalised
 from mi_hops.sweep.pairs import (
@@ -45,7 +44,9 @@ from mi_hops.sweep.pairs import (
     as_targets,
     resolve_spans,
 )
-from mi_hops.sweep.runs import Scored, Sweep, score
+from mi_hops.sweep.passes import row_bytes
+from mi_hops.sweep.runs import Scored, Sweep
+from mi_hops.sweep.scoring import score
 from mi_hops.sweep.sites import Cell, HeadsLike, activation_width, build_grid, default_positions
 from mi_hops.text.tokens import align
 
@@ -360,7 +361,7 @@ class PatchJob:
         with pretransposed_weights(self.model):
             if self.third:
                 scores, base = core.run(self.values_of)
-                other = score(self.model, others, self.batch_size)
+                other = score(self.model, others, batch_size=self.batch_size)
             else:
                 scores, base, other = core.run_from(others, self._values)
         denoise = self.direction == "denoise"

@@ -49,7 +49,8 @@ from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, Target, score_gap
 from mi_hops.sweep.pairs import PositionsLike, Text
-from mi_hops.sweep.runs import Scored, score, score_and_capture
+from mi_hops.sweep.runs import Scored, score_and_capture
+from mi_hops.sweep.scoring import score
 from mi_hops.sweep.sites import Cell, HeadsLike
 from mi_hops.text.tokens import align
 

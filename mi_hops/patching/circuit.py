@@ -38,7 +38,8 @@ from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, Target, normalised, require_finite
 from mi_hops.sweep.pairs import Text, example_labels
-from mi_hops.sweep.runs import Scored, Sweep, score
+from mi_hops.sweep.runs import Scored, Sweep
+from mi_hops.sweep.scoring import score
 from mi_hops.text.tokens import Prompt, align
 
 if TYPE_CHECKING:

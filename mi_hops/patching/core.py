@@ -13,8 +13,7 @@ from mi_hops.model.numeric import wide_dtype
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
-from mi_hops.sweep.fanout import HEAD_AXIS, Intervention, Site
-from mi_hops.sweep.interventions import Change
+from mi_hops.sweep.interventions import HEAD_AXIS, Change, Intervention, Site
 from mi_hops.sweep.interventions import replace as replaced
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import KL, Metric, MetricLike, Target, get_metrics

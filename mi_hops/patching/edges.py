@@ -43,7 +43,8 @@ from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, Target, score_gap
 from mi_hops.sweep.pairs import Text
-from mi_hops.sweep.runs import Scored, Sweep, score
+from mi_hops.sweep.runs import Scored, Sweep
+from mi_hops.sweep.scoring import score
 from mi_hops.text.tokens import Prompt
 
 if TYPE_CHECKING:

@@ -138,10 +138,8 @@ def _keep(live: dict[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
 def _scores(sweep: Sweep, logits: Tensor) -> Tensor:
     rows: list[Any] = []
     for i, run in enumerate(sweep.runs):
-        item = sweep.prompts[run.prompt]
-        ((m, at),) = run.readings
-        columns = [sweep.scored[i].index(p) for p in at]
-        rows.append(item.metrics[m].score(logits[i : i + 1, columns], item.target)[0])
+        ((_, _, found),) = run.scores(logits[i : i + 1], sweep.prompts)
+        rows.append(found[0])
     scores = torch.stack(rows)
     name = sweep.prompts[0].metrics[0].name
     if not scores.requires_grad:

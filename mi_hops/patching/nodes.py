@@ -28,7 +28,7 @@ from mi_hops.model import (
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.core import captured, units_of
 from mi_hops.result.result import Result
-from mi_hops.sweep.fanout import Intervention, Site
+from mi_hops.sweep.interventions import Intervention, Site
 from mi_hops.sweep.pairs import example_labels
 from mi_hops.text.tokens import Prompt
 

@@ -31,12 +31,13 @@ from mi_hops.patching.nodes import (
 )
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import batched_with_oom_backoff
-from mi_hops.sweep.fanout import Intervention, Site, rows_within
-from mi_hops.sweep.interventions import Change, add
+from mi_hops.sweep.interventions import Change, Intervention, Site, add
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, Target, normalised
 from mi_hops.sweep.pairs import Text
-from mi_hops.sweep.runs import Scored, Scores, Sweep, score
+from mi_hops.sweep.passes import rows_within
+from mi_hops.sweep.runs import Scored, Scores, Sweep
+from mi_hops.sweep.scoring import score
 from mi_hops.text.tokens import Where, align, pad
 from mi_hops.text.tokens import positions as positions_of
 

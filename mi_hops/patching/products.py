@@ -15,7 +15,7 @@ import torch
 
 from mi_hops.model import hook_name
 from mi_hops.model.numeric import wide_dtype
-from mi_hops.sweep.fanout import HEAD_AXIS
+from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.sweep.sites import Cell
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from mi_hops.patching.core import (
     taken,
 )
 from mi_hops.result.progress import progress_bar
-from mi_hops.sweep.fanout import Intervention, Site
+from mi_hops.sweep.interventions import Intervention, Site
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, Target, require_finite, score_gap
 from mi_hops.sweep.pairs import (
@@ -37,7 +37,8 @@ from mi_hops.sweep.pairs import (
     one_each,
     resolve_spans,
 )
-from mi_hops.sweep.runs import Sweep, score
+from mi_hops.sweep.runs import Sweep
+from mi_hops.sweep.scoring import score
 from mi_hops.sweep.sites import Cell, Grid, HeadsLike, build_grid, default_positions
 from mi_hops.text.tokens import Prompt, TokenError, Where
 from mi_hops.text.tokens import positions as positions_of

@@ -23,21 +23,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from einops import rearrange
 
+from mi_hops.cases import Case, usable
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.model import HookedModel, provenance, unembedding
-from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
-from mi_hops.sweep.fanout import Intervention, fan_out
-from mi_hops.sweep.interventions import Change
-from mi_hops.text.tokens import Prompt, TokenError, answer_ids, encode, last_position, pad
+from mi_hops.sweep.interventions import Change, Intervention
+from mi_hops.sweep.limits import Limits
+from mi_hops.sweep.metrics import METRICS, Target
+from mi_hops.sweep.runs import Scored, run_sweep
+from mi_hops.text.tokens import Prompt
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-Form = Literal["published", "exact"]
+Variant = Literal["published", "exact"]
 ROLES = ("first hop", "last")
 
 _CHUNK = 8192  # rows of W_U in float64 at once
@@ -65,11 +67,11 @@ class Eraser:
         self.inverse, self.rank = _pseudo_inverse(gram, torch.finfo(weight.dtype).eps)
         self.recheck = recheck
 
-    def change(self, form: Form, lower: Sequence[int], keep: Sequence[int]) -> Change:
+    def change(self, variant: Variant, lower: Sequence[int], keep: Sequence[int]) -> Change:
         """A change of ``[pos, d_model]``: `lower` to the minimum; `keep` is held (see the forms)."""
         down = torch.tensor([t for t in dict.fromkeys(lower) if t not in set(keep)])
         held = torch.tensor(list(dict.fromkeys(keep)))
-        step = self._exact if form == "exact" else self._published
+        step = self._exact if variant == "exact" else self._published
 
         def change(x: Tensor) -> Tensor:
             h = x.to(self.rows.device, torch.float64)
@@ -122,12 +124,21 @@ def _pseudo_inverse(
 
 
 @dataclass(frozen=True)
-class _Case:
+class _Erasure:
+    """A prompt, the positions whose state is changed, and what is erased from it."""
+
     fact: TwoHopFact
     prompt: Prompt
+    target: Target
     where: tuple[int, ...]
     bridge: tuple[int, ...]
-    answer: tuple[int, ...]
+
+
+def _case(case: Case) -> _Erasure:
+    if set(case.bridge) <= set(case.target.answer):
+        raise ValueError("every token of the bridge is one of the answer's")
+    where = tuple(p for role in ROLES for p in case.positions(role))
+    return _Erasure(case.fact, case.prompt, case.target, where, case.bridge)
 
 
 def erase_bridge(
@@ -135,24 +146,23 @@ def erase_bridge(
     facts: Sequence[TwoHopFact],
     *,
     form: str | None = None,
-    methods: Sequence[Form] = ("published", "exact"),
+    variants: Sequence[Variant] = ("published", "exact"),
     layers: Sequence[int] | None = None,
     controls: int = 3,
     recheck: float = 10.0,
     seed: int = 0,
-    batch_size: int = 8,
-    prepend_bos: bool = True,
-    progress: bool = False,
+    limits: Limits = Limits(batch_size=8),
 ) -> Result:
     """P(answer) after the bridge was erased, by layer, beside an equal-sized control.
 
     Args:
         form: template order of the two-hop prompt.
         layers: blocks whose output is changed, one at a time; default all.
-        controls: entities erased in the bridge's stead, each another fact's bridge with as many
+        controls: entities erased instead of the bridge, each another fact's bridge with as many
             tokens and none of them the bridge's, the answer's or the prompt's (random tokens where
             there are too few such entities); their values are averaged.
-        batch_size: facts in one fan-out.
+        variants: forms of the erasure (see the module's description).
+        limits: facts and rows in one pass.
 
     Returns:
         `Result` with ``bridge`` and ``control``, dims (example, variant, position, layer), the
@@ -165,92 +175,66 @@ def erase_bridge(
         NoUsableFactError: no fact can be used.
         ValueError: a bad layer.
     """
-    import numpy as np
-
     layers = list(range(model.cfg.n_layers)) if layers is None else list(layers)
-    cases, skipped = _cases(model, facts, form, prepend_bos)
+    cases, skipped = usable(model, facts, _case, purpose="erasure", form=form)
     eraser = Eraser(model, recheck=recheck)
     rng = random.Random(seed)
     pool = sorted({case.bridge for case in cases})
-    shape = (len(cases), len(methods), len(ROLES), len(layers))
-    values = {"bridge": np.zeros(shape), "control": np.zeros(shape)}
-    clean = np.zeros(len(cases))
-    starts = range(0, len(cases), batch_size)
-    for start in progress_bar(starts, label="erasure", show=progress):
-        part = cases[start : start + batch_size]
-        items: list[Intervention] = []
-        cells: list[tuple[str, tuple[int, ...], float]] = []
-        for base, case in enumerate(part):
-            drawn = _controls(case, pool, controls, rng, model.cfg.d_vocab)
-            sets = [("bridge", case.bridge, 1.0), *(("control", c, 1 / controls) for c in drawn)]
-            for m, method in enumerate(methods):
-                for group, tokens, weight in sets:
-                    change = eraser.change(method, tokens, case.answer)
-                    for p, position in enumerate(case.where):
-                        for j, layer in enumerate(layers):
-                            items.append(
-                                Intervention.at(
-                                    "resid_post", layer, change, positions=[position], base=base
-                                )
-                            )
-                            cells.append((group, (start + base, m, p, j), weight))
-        firsts = torch.tensor([case.answer[0] for case in part])
+    vocab = int(model.cfg.d_vocab)
+    erased = [[case.bridge, *_controls(case, pool, controls, rng, vocab)] for case in cases]
 
-        def first_prob(logits: Tensor, bases: list[int], firsts: Tensor = firsts) -> Tensor:
-            probs = logits[:, 0].float().softmax(-1)
-            return probs[range(len(bases)), firsts[bases].to(probs.device)].cpu()
+    def rows_of(i: int, base: int, _: Any) -> list[Intervention]:
+        case = cases[i]
+        return [
+            Intervention.at("resid_post", layer, change, positions=[position], base=base)
+            for variant in variants
+            for tokens in erased[i]
+            for change in (eraser.change(variant, tokens, case.target.answer),)
+            for position in case.where
+            for layer in layers
+        ]
 
-        out = fan_out(model, pad([c.prompt.ids for c in part]), items, reduce=first_prob)
-        clean[start : start + len(part)] = out.base.numpy()
-        for (group, index, weight), value in zip(cells, out.rows.tolist(), strict=True):
-            values[group][index] += weight * value
+    metric = (METRICS["first_prob"],)
+    found = run_sweep(
+        model,
+        [Scored(case.prompt, case.target, metric) for case in cases],
+        rows_of,
+        limits=limits,
+        label="erasure",
+    )
+    scores = rearrange(
+        torch.stack(found.rows).squeeze(-1).double().numpy(),
+        "example (variant erased position layer) -> erased example variant position layer",
+        variant=len(variants),
+        erased=1 + controls,
+        position=len(ROLES),
+    )
+    values = {"bridge": scores[0], "control": scores[1:].mean(0)}
     dims = ("example", "variant", "position", "layer")
     return Result.from_arrays(
         {name: (dims, array) for name, array in values.items()},
         coords={
             "example": [case.fact.id for case in cases],
-            "variant": list(methods),
+            "variant": list(variants),
             "position": list(ROLES),
             "layer": layers,
         },
-        baselines={"clean": ("example", clean)},
+        baselines={"clean": ("example", found.base[:, 0].double())},
         units={"bridge": "probability", "control": "probability", "clean": "probability"},
         provenance=provenance(
-            model, what="erasure", form=form, controls=controls, recheck=recheck, seed=seed,
-            prepend_bos=prepend_bos, hook="resid_post", unembedding_rank=eraser.rank,
+            model, method="erasure", form=form, controls=controls, recheck=recheck, seed=seed,
+            hook="resid_post", unembedding_rank=eraser.rank,
         ),
         title="P(answer) after erasing the bridge",
         skipped=skipped,
     )  # fmt: skip
 
 
-def _cases(
-    model: HookedModel, facts: Sequence[TwoHopFact], form: str | None, prepend_bos: bool
-) -> tuple[list[_Case], list[tuple[str, str]]]:
-    cases, skipped = [], []
-    for fact in facts:
-        try:
-            prompt = encode(model, fact.prompt(form), prepend_bos=prepend_bos)
-            where = (last_position(prompt, fact.first_hop), prompt.last)
-            bridge = answer_ids(model, prompt, fact.bridge)
-            answer = answer_ids(model, prompt, fact.answer)
-        except (TokenError, ValueError) as error:
-            skipped.append((fact.id, str(error)))
-            continue
-        if set(bridge) <= set(answer):
-            skipped.append((fact.id, "every token of the bridge is one of the answer's"))
-            continue
-        cases.append(_Case(fact, prompt, where, bridge, answer))
-    if not cases:
-        raise NoUsableFactError("erasure", skipped)
-    return cases, skipped
-
-
 def _controls(
-    case: _Case, pool: Sequence[tuple[int, ...]], n: int, rng: random.Random, vocab: int
+    case: _Erasure, pool: Sequence[tuple[int, ...]], n: int, rng: random.Random, vocab: int
 ) -> list[tuple[int, ...]]:
     """`n` token sets of the bridge's size that share no token with bridge, answer or prompt."""
-    taken = {*case.bridge, *case.answer, *case.prompt.ids}
+    taken = {*case.bridge, *case.target.answer, *case.prompt.ids}
     fit = [c for c in pool if len(c) == len(case.bridge) and not taken & set(c)]
     drawn: list[Any] = rng.sample(fit, min(n, len(fit)))
     while len(drawn) < n:

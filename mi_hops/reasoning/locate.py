@@ -19,8 +19,8 @@ from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.model import HookedModel, capture, hook_name, provenance
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
-from mi_hops.sweep.fanout import Intervention, Site, fan_out
-from mi_hops.sweep.interventions import replace
+from mi_hops.sweep.fanout import fan_out
+from mi_hops.sweep.interventions import Intervention, Site, replace
 from mi_hops.text.tokens import Prompt, TokenError, answer_ids, encode, last_position, pad
 
 if TYPE_CHECKING:

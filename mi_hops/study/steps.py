@@ -22,6 +22,7 @@ from mi_hops.study.choose import (
     layer_spans,
 )
 from mi_hops.study.folder import Study, write_text
+from mi_hops.sweep.limits import Limits
 
 if TYPE_CHECKING:
     from mi_hops.editing import CremeRepair, Moments
@@ -247,7 +248,7 @@ class Run:
             )
         return erase_bridge(
             self.model, facts, form=self.form, controls=self.sizes.controls, seed=self.seed,
-            progress=self.progress,
+            limits=Limits(batch_size=8, progress=self.progress),
         )  # fmt: skip
 
     # locate, inject
@@ -273,7 +274,7 @@ class Run:
             encodings=("unembed", "layerwise_code", "layerwise_text"),
             controls=("random_word", "permuted_bridge", "answer", "norm_matched"),
             metrics=("first_correct", "first_prob", "first_logprob", "rank"),
-            seed=self.seed, progress=self.progress,
+            seed=self.seed, limits=Limits(batch_size=8, progress=self.progress),
         )  # fmt: skip
         names = [half[i] for i in result["example"].values.tolist()]
         if len(set(names)) < 2:

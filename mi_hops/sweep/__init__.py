@@ -1,7 +1,8 @@
 """Interventions on many prompts in few forward passes, and the scores of every row."""
 
-from mi_hops.sweep.fanout import FanOut, Intervention, Site, fan_out, plan_fan_out
+from mi_hops.sweep.fanout import FanOut, fan_out, plan_fan_out
 from mi_hops.sweep.generate import Answered, Generation, answered, end_ids, generate
+from mi_hops.sweep.interventions import Intervention, Site
 from mi_hops.sweep.metrics import (
     KL,
     METRICS,

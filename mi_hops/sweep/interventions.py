@@ -1,21 +1,84 @@
-"""The small vocabulary of interventions: functions from an activation to a changed one.
+"""Interventions: where in the model and in which row, and functions that change an activation there.
 
-Each function returns a `Change`: it takes the selected part of one row's activation at a hook
-point (``[pos, d]``, ``[pos, head, d_head]``, or ``[pos, d_head]`` where a head was named) and
-returns a tensor of that shape. Nothing is changed in place.
+A `Change` takes the selected part of one row's activation at a hook point (``[pos, d]``,
+``[pos, head, d_head]``, or ``[pos, d_head]`` where a head was named) and returns a tensor of that
+shape. Nothing is changed in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
+from torch import Generator, Tensor
 
-if TYPE_CHECKING:
-    from torch import Generator, Tensor
+Change = Callable[[Tensor], Tensor]
 
-Change = Callable[["Tensor"], "Tensor"]
+#: Kinds whose activations can be changed; the axis of heads where there is one.
+HEAD_AXIS: dict[str, int | None] = {
+    "resid_pre": None, "resid_mid": None, "resid_post": None, "attn_out": None, "mlp_out": None,
+    "mlp_pre": None, "mlp_post": None, "q": 2, "k": 2, "v": 2, "z": 2, "pattern": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the model.
+
+    Attributes:
+        kind: activation kind, a key of `HEAD_AXIS`.
+        layer: block, from 0.
+        positions: token positions of the base prompt (query positions for ``pattern``); None for
+            all of them.
+        head: one head (a key/value head for ``k`` and ``v``), or None for all.
+    """
+
+    kind: str
+    layer: int
+    positions: tuple[int, ...] | None = None
+    head: int | None = None
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One row of a fan-out: `change` applied at every one of `sites`, on a copy of a base row.
+
+    The function sees the selected activation of its own row: ``[pos, d]``; with heads
+    ``[pos, head, d_head]`` or, one head named, ``[pos, d_head]``; patterns ``[head, query, key]``
+    or ``[query, key]``. At the first site that is the base run's activation. A sequence of
+    functions gives each site its own.
+    """
+
+    sites: tuple[Site, ...]
+    change: Change | tuple[Change, ...]
+    base: int = 0
+
+    @classmethod
+    def at(
+        cls,
+        kind: str,
+        layer: int | Iterable[int],
+        change: Change,
+        *,
+        positions: Iterable[int] | None = None,
+        head: int | None = None,
+        base: int = 0,
+    ) -> Intervention:
+        """An intervention at one layer, or the same one in a window of layers."""
+        layers = (layer,) if isinstance(layer, int) else tuple(layer)
+        where = None if positions is None else tuple(positions)
+        return cls(tuple(Site(kind, i, where, head) for i in layers), change, base)
+
+    @property
+    def pairs(self) -> list[tuple[Site, Change]]:
+        """Sites with their functions."""
+        if isinstance(self.change, tuple):
+            return list(zip(self.sites, self.change, strict=True))
+        return [(site, self.change) for site in self.sites]
+
+
+# -- changes --------------------------------------------------------------------------------------
 
 
 def replace(value: Tensor) -> Change:

@@ -1,28 +1,30 @@
-"""Running interventions on many prompts at once and scoring every row by several metrics.
+"""One scored sweep: prompts x interventions x metrics, in fan-out passes.
 
-What all exact methods of this package share: base prompts with their targets go in, interventions
-refer to them by number, and scores come out, in fan-out passes.
+Base prompts with their targets and metrics go in, interventions refer to them by number, and every
+row is scored. A metric may append answer tokens to its prompt; attention is causal, so one run
+serves every metric whose tokens it starts with, and a metric whose tokens differ gets a run of its
+own. Scores are in float32, or in the model's dtype where that is wider.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.model import HookedModel, dtype_of
 from mi_hops.model.numeric import wide_dtype
+from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import batched_with_oom_backoff
-from mi_hops.sweep.fanout import FanOut, Intervention, Pass, Reduce, fan_out, plan_fan_out
+from mi_hops.sweep.fanout import Reduce, fan_out, plan_fan_out
+from mi_hops.sweep.interventions import Intervention
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import Metric, Target, require_finite
+from mi_hops.sweep.passes import Pass
 from mi_hops.text.tokens import Batch, Prompt, TokenError, pad
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,32 +40,101 @@ class Scored:
     metrics: tuple[Metric, ...]
 
 
+# -- which runs serve which prompts and metrics ----------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A prompt with appended answer tokens.
+
+    Attributes:
+        prompt: index of (the first of) the prompts it serves.
+        readings: (prompt, metric, positions in `tokens`) of each score that is read from it.
+    """
+
+    prompt: int
+    tokens: tuple[int, ...]
+    readings: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
+
+    @property
+    def positions(self) -> list[int]:
+        """Every position that is read, in order."""
+        return sorted({p for _, _, at in self.readings for p in at})
+
+    def scored(self, width: int) -> list[int]:
+        """The positions, made `width` many by repeating the last."""
+        read = self.positions
+        return read + [read[-1]] * (width - len(read))
+
+    def scores(
+        self, logits: Float[Tensor, "row scored vocab"], prompts: Sequence[Scored]
+    ) -> Iterator[tuple[int, int, Float[Tensor, "row"]]]:
+        """(prompt, metric, score of each row), from the logits at `positions` (or `scored`)."""
+        column = {p: i for i, p in enumerate(self.positions)}
+        for prompt, metric, at in self.readings:
+            columns = [column[p] for p in at]
+            # Most metrics read everything there is, which needs no copy.
+            read = logits if columns == list(range(logits.shape[1])) else logits[:, columns]
+            item = prompts[prompt]
+            yield prompt, metric, item.metrics[metric].score(read, item.target)
+
+
+def plan_runs(model: HookedModel, prompts: Sequence[Scored], keys: Sequence[Hashable]) -> list[Run]:
+    """The fewest runs that serve all metrics of all prompts.
+
+    Args:
+        keys: one per prompt; prompts of one key have the same tokens and may share runs.
+
+    Raises:
+        TokenError: a prompt that does not fit the context together with its answer.
+    """
+    limit = int(model.cfg.n_ctx)
+    asked: dict[Hashable, list[tuple[tuple[int, ...], int, int, tuple[int, ...]]]] = {}
+    for i, (item, key) in enumerate(zip(prompts, keys, strict=True)):
+        for m, metric in enumerate(item.metrics):
+            plan = metric.plan(item.target)
+            at = tuple(item.prompt.last + s for s in plan.scored)
+            asked.setdefault(key, []).append((plan.extra, i, m, at))
+    runs: list[Run] = []
+    for wanted in asked.values():
+        serving: dict[tuple[int, ...], Run] = {}  # appended tokens, and every start of them
+        for extra, i, m, at in sorted(wanted, key=lambda w: -len(w[0])):
+            if extra not in serving:
+                prompt = prompts[i].prompt
+                if len(prompt) + len(extra) > limit:
+                    raise TokenError(
+                        f"{len(prompt)} tokens of the prompt and {len(extra)} of its answer exceed "
+                        f"the model's context of {limit}: {prompt.text[:60]!r}..."
+                    )
+                run = Run(i, (*prompt.ids, *extra))
+                runs.append(run)
+                for end in range(len(extra) + 1):
+                    serving.setdefault(extra[:end], run)
+            serving[extra].readings.append((i, m, at))
+    return runs
+
+
+# -- interventions on prompts that share their passes ----------------------------------------------
+
+
 @dataclass(frozen=True)
 class Scores:
     """What a sweep returns.
 
     Attributes:
-        base: scores of the prompts as they are, ``[prompt, metric]``.
-        rows: scores under each intervention, ``[intervention, metric]``.
+        base: scores of the prompts as they are.
+        rows: scores under each intervention.
     """
 
     base: Float[Tensor, "prompt metric"]
     rows: Float[Tensor, "intervention metric"]
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A prompt with the answer tokens that some metrics append, and what each of these reads."""
-
-    prompt: int
-    tokens: tuple[int, ...]
-    readings: tuple[tuple[int, tuple[int, ...]], ...]  # (metric, positions in the tokens)
-
-
 class Sweep:
-    """Prompts made ready for interventions on them.
+    """Prompts made ready for interventions on them, all in one batch.
 
-    Interventions must name their positions, so that appended answer tokens are never touched.
+    An intervention that names its positions never touches appended answer tokens; one that names
+    none acts on them as well.
 
     Raises:
         TokenError: a prompt that does not fit the context together with its answer.
@@ -71,17 +142,10 @@ class Sweep:
 
     def __init__(self, model: HookedModel, prompts: Sequence[Scored]) -> None:
         self.model, self.prompts = model, list(prompts)
-        self.runs = [run for i, item in enumerate(self.prompts) for run in _runs(i, item)]
-        limit = int(model.cfg.n_ctx)
-        for run in self.runs:
-            if len(run.tokens) > limit:
-                raise TokenError(
-                    f"{len(run.tokens)} tokens of prompt and answer exceed the model's context of "
-                    f"{limit}: {self.prompts[run.prompt].prompt.text[:60]!r}..."
-                )
+        self.runs = plan_runs(model, self.prompts, range(len(self.prompts)))
         self.batch: Batch = pad([run.tokens for run in self.runs])
-        width = max(len({p for _, at in run.readings for p in at}) for run in self.runs)
-        self.scored = [_filled(run, width) for run in self.runs]
+        width = max(len(run.positions) for run in self.runs)
+        self.scored = [run.scored(width) for run in self.runs]
         self._of_prompt: list[list[int]] = [[] for _ in self.prompts]
         for i, run in enumerate(self.runs):
             self._of_prompt[run.prompt].append(i)
@@ -97,10 +161,8 @@ class Sweep:
 
     def plan(self, items: Sequence[Intervention], limits: Limits) -> list[Pass]:
         """The forward passes that `run` would make."""
-        return plan_fan_out(
-            self.model, self.batch, self.expand(items)[0], scored=self.scored,
-            max_rows=limits.max_rows, memory=limits.memory, reuse_prefix=limits.reuse_prefix,
-        )  # fmt: skip
+        rows, _ = self.expand(items)
+        return plan_fan_out(self.model, self.batch, rows, scored=self.scored, limits=limits)
 
     def run(
         self,
@@ -108,7 +170,7 @@ class Sweep:
         limits: Limits | None = None,
         observe: Mapping[str, Callable[[Tensor], None]] | None = None,
     ) -> Scores:
-        """Scores of all interventions, on the CPU, in float32 or the model's dtype if wider.
+        """Scores of all interventions, on the CPU.
 
         Args:
             observe: hook name -> function of the prompts' own activation there, ``[prompt, pos,
@@ -117,21 +179,24 @@ class Sweep:
         Raises:
             ValueError: a score that is not finite; what `fanout.fan_out` and the metrics refuse.
         """
-        limits = limits or Limits()
         rows, origin = self.expand(items)
-        out: FanOut = fan_out(
-            self.model, self.batch, rows, scored=self.scored, reduce=self._reduce(),
-            max_rows=limits.max_rows, memory=limits.memory, reuse_prefix=limits.reuse_prefix,
-            progress=limits.progress, observe=self._of_prompts(observe),
-        )  # fmt: skip
+        out = fan_out(
+            self.model,
+            self.batch,
+            rows,
+            scored=self.scored,
+            reduce=self._reduce(),
+            limits=limits or Limits(),
+            observe=self._of_prompts(observe),
+        )
         n_metrics = len(self.prompts[0].metrics)
-        base = torch.full((len(self.prompts), n_metrics), float("nan"), dtype=out.base.dtype)
+        base = out.base.new_full((len(self.prompts), n_metrics), float("nan"))
         for run, values in zip(self.runs, out.base, strict=True):
-            read = [m for m, _ in run.readings]
+            read = [m for _, m, _ in run.readings]
             base[run.prompt, read] = values[read]
-        found = torch.full((len(items), n_metrics), float("nan"), dtype=out.base.dtype)
+        found = out.base.new_full((len(items), n_metrics), float("nan"))
         for i, row, values in zip(origin, rows, out.rows, strict=True):
-            read = [m for m, _ in self.runs[row.base].readings]
+            read = [m for _, m, _ in self.runs[row.base].readings]
             found[i, read] = values[read]
         for m, metric in enumerate(self.prompts[0].metrics):
             require_finite(metric.name, base[:, m])
@@ -154,30 +219,93 @@ class Sweep:
 
         def reduce(logits: Tensor, bases: list[int]) -> Tensor:
             scores = torch.full((len(bases), n_metrics), float("nan"), dtype=wide)
-            for run_index in sorted(set(bases)):
-                rows = [r for r, b in enumerate(bases) if b == run_index]
-                run = self.runs[run_index]
-                item = self.prompts[run.prompt]
+            for index in sorted(set(bases)):
+                rows = [r for r, b in enumerate(bases) if b == index]
                 # A whole pass of one prompt needs no copy of its logits.
                 part = logits if len(rows) == len(bases) else logits[rows]
-                for m, at in run.readings:
-                    columns = [self.scored[run_index].index(p) for p in at]
-                    read = part if columns == list(range(part.shape[1])) else part[:, columns]
-                    values = item.metrics[m].score(read, item.target)
-                    scores[rows, m] = values.detach().to("cpu", wide)
+                for _, metric, values in self.runs[index].scores(part, self.prompts):
+                    scores[rows, metric] = values.detach().to("cpu", wide)
             return scores
 
         return reduce
 
 
-def score(
-    model: HookedModel, prompts: Sequence[Scored], batch_size: int = 64
-) -> Float[Tensor, "prompt metric"]:
-    """Scores of the prompts as they are."""
-    parts = batched_with_oom_backoff(
-        prompts, batch_size, lambda part: Sweep(model, part).run([]).base
+# -- many prompts, a few of them at a time ---------------------------------------------------------
+
+#: (index of the prompt, its base row, activations of the sources) -> the prompt's interventions.
+RowsOf = Callable[[int, int, Mapping[str, Tensor]], Sequence[Intervention]]
+
+
+@dataclass(frozen=True)
+class SweepScores:
+    """What `run_sweep` returns.
+
+    Attributes:
+        base: scores of the prompts as they are.
+        rows: for each prompt, the scores under its interventions, ``[intervention, metric]``.
+        sources: scores of the source prompts, where there are any.
+    """
+
+    base: Float[Tensor, "prompt metric"]
+    rows: list[Float[Tensor, "intervention metric"]]
+    sources: Float[Tensor, "source metric"]
+
+
+def run_sweep(
+    model: HookedModel,
+    prompts: Sequence[Scored],
+    rows_of: RowsOf,
+    *,
+    limits: Limits,
+    sources: Sequence[Scored] = (),
+    names: Iterable[str] = (),
+    label: str = "prompts",
+) -> SweepScores:
+    """Every prompt under its own interventions; a part that runs out of memory is halved.
+
+    Args:
+        rows_of: makes a prompt's interventions. Its third argument is a mapping that holds, by the
+            time a change acts, the sources' activations at `names`, ``[base row, pos, ...]``.
+        sources: one prompt for each of `prompts` to take activations from; it is run in the pass of
+            its prompt, so its activations cost no pass of their own.
+        names: hook names at which the sources' activations are wanted.
+        label: of the progress bar.
+
+    Raises:
+        ValueError: a score that is not finite; what `fanout.fan_out` and the metrics refuse.
+        TokenError: a prompt that does not fit the context together with its answer.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].prompt), i))
+    many = limits.progress and len(order) > limits.batch_size
+    inner = replace(limits, progress=limits.progress and not many)
+    wanted = list(names)
+
+    def run(group: Sequence[int]) -> Scores:
+        sweep = Sweep(
+            model, [*(prompts[i] for i in group), *(sources[i] for i in group if sources)]
+        )
+        shown: dict[str, Tensor] = {}
+        items = [item for base, i in enumerate(group) for item in rows_of(i, base, shown)]
+        counts[:] = [sum(item.base == base for item in items) for base in range(len(group))]
+        return sweep.run(items, inner, keep_in(shown, wanted, len(group)) if sources else None)
+
+    counts: list[int] = []
+    rows: dict[int, Tensor] = {}
+    base: dict[int, Tensor] = {}
+    others: dict[int, Tensor] = {}
+    with progress_bar(label=label, show=many, total=len(order)) as bar:
+        for group, found in batched_with_oom_backoff(order, limits.batch_size, run):
+            rows |= zip(group, found.rows.split(counts), strict=True)
+            base |= zip(group, found.base[: len(group)], strict=True)
+            if sources:
+                others |= zip(group, found.base[len(group) :], strict=True)
+            bar.update(len(group))
+    every = range(len(prompts))
+    return SweepScores(
+        torch.stack([base[i] for i in every]),
+        [rows[i] for i in every],
+        torch.stack([others[i] for i in every]) if sources else torch.empty(0),
     )
-    return torch.cat([found for _, found in parts])
 
 
 def score_and_capture(
@@ -206,22 +334,3 @@ def keep_in(
         return fn
 
     return {name: keep(name) for name in names}
-
-
-def _runs(index: int, item: Scored) -> list[_Run]:
-    # Attention is causal, so a run that appends more tokens serves all that append a part of them.
-    prompt = item.prompt
-    plans = [metric.plan(item.target) for metric in item.metrics]
-    runs: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
-    for m in sorted(range(len(plans)), key=lambda m: -len(plans[m].extra)):
-        extra = plans[m].extra
-        serving = next((e for e in runs if e[: len(extra)] == extra), extra)
-        at = tuple(prompt.last + s for s in plans[m].scored)
-        runs.setdefault(serving, []).append((m, at))
-    return [_Run(index, (*prompt.ids, *extra), tuple(readings)) for extra, readings in runs.items()]
-
-
-def _filled(run: _Run, width: int) -> list[int]:
-    """The positions a run reads; rows that read fewer repeat their last."""
-    read = sorted({p for _, at in run.readings for p in at})
-    return read + [read[-1]] * (width - len(read))

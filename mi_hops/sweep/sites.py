@@ -16,7 +16,7 @@ from mi_hops.model import (
     n_kv_heads,
     require_hooks,
 )
-from mi_hops.sweep.fanout import HEAD_AXIS
+from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.sweep.pairs import Spans
 
 #: Which heads a sweep visits: each by itself (None), all of a layer at once, or those named.

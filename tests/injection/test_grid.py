@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,8 @@ from mi_hops.injection.grid import FIRST_RIGHT, injection_grid
 from mi_hops.injection.memory import MemoryInjection
 from mi_hops.injection.select import Cell, cell_report, select_cell, split_halves
 from mi_hops.result.result import Result, summarise_change
-from mi_hops.sweep.metrics import target_of
+from mi_hops.sweep.limits import Limits
+from mi_hops.sweep.metrics import Plan, target_of
 from mi_hops.sweep.scoring import score_prompts
 from mi_hops.text.tokens import encode
 
@@ -70,7 +71,7 @@ def one_by_one(model, facts, repair, metric):
 def test_the_grid_equals_one_forward_a_cell(tiny, settings):
     grid = injection_grid(
         tiny, FACTS, layers=[0, 2, (0, 1)], strengths=(0.5, 4), controls=("answer",),
-        metrics=METRICS, facts_per_pass=3, max_rows=50, **settings,
+        metrics=METRICS, limits=Limits(batch_size=3, max_rows=50), **settings,
     )  # fmt: skip
     assert grid.n_used == 5
     options = {k: v for k, v in settings.items() if k != "encodings"}
@@ -100,6 +101,32 @@ def test_strength_zero_and_baselines(tiny):
             targets = [target_of(tiny, p, f.answer) for p, f in zip(asked, FACTS, strict=True)]
             want = score_prompts(tiny, asked, targets, name)[name]
             assert np.allclose(grid[f"{name}_{which}"].values, want, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Continued:
+    """First-token probability of the answer after other tokens than its own."""
+
+    extra: tuple[int, ...]
+    name: str = "continued"
+    unit: str = "probability"
+    higher_is_better: bool = True
+
+    def plan(self, target):
+        return Plan(self.extra, (len(self.extra),))
+
+    def score(self, logits, target):
+        return logits[:, 0].softmax(-1)[:, target.answer[0]]
+
+
+def test_metrics_whose_continuations_do_not_nest_are_scored_on_their_own_tokens(tiny):
+    metrics = ("answer_logprob", "greedy", Continued((3, 4, 5)), "first_prob")
+    grid = injection_grid(tiny, FACTS, layers=[1], strengths=(2,), controls=(), metrics=metrics)
+    repair = MemoryInjection(1, 2.0)
+    for metric in metrics:
+        name = metric if isinstance(metric, str) else metric.name
+        want = one_by_one(tiny, FACTS, repair, metric)
+        assert np.allclose(grid[name].values.ravel(), want, atol=1e-5), name
 
 
 def test_a_grid_says_what_was_injected_and_round_trips(load_tiny, tmp_path):
@@ -223,7 +250,6 @@ def test_one_bridge_cannot_be_permuted():
         ({"memories": {"answer": ["w1"] * 5}}, "built in"),
         ({"words": {"noun": []}}, "sequence of words"),
         ({"heads": {0: [1]}}, "heads names none for layers"),
-        ({"facts_per_pass": 0}, "facts_per_pass"),
         ({"metrics": "accuracy"}, "unknown metric"),
     ],
 )

@@ -7,8 +7,8 @@ import torch
 
 from mi_hops.model import backend_of, forward, layout
 from mi_hops.model.layout import copied_bytes, pretransposed_weights
-from mi_hops.sweep.fanout import Intervention, fan_out
-from mi_hops.sweep.interventions import scale
+from mi_hops.sweep.fanout import fan_out
+from mi_hops.sweep.interventions import Intervention, scale
 from mi_hops.text.tokens import pad
 from tests.sweep.test_fanout import PROMPTS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mi_hops.model import capture, forward, hook_name
-from mi_hops.sweep.fanout import HEAD_AXIS
+from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.sweep.metrics import get_metric, target_of
 from mi_hops.text.tokens import encode
 

@@ -9,7 +9,8 @@ import torch
 from mi_hops.model import forward, hook_name, n_heads_of
 from mi_hops.patching import ablate, patch, plan_patch
 from mi_hops.patching.core import taken
-from mi_hops.sweep.fanout import HEAD_AXIS, row_bytes
+from mi_hops.sweep.interventions import HEAD_AXIS
+from mi_hops.sweep.passes import row_bytes
 from mi_hops.sweep.sites import Cell
 from mi_hops.text.tokens import TokenError, encode
 from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source

@@ -10,7 +10,7 @@ from mi_hops.model import capture, forward, hook_name, n_heads_of
 from mi_hops.patching import attribute, attribute_edges, patch
 from mi_hops.patching.quadrature import path_points
 from mi_hops.result.result import Result
-from mi_hops.sweep.fanout import HEAD_AXIS
+from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.sweep.metrics import KL
 from mi_hops.text.tokens import TokenError, encode
 from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source

@@ -13,7 +13,7 @@ from mi_hops.model import capture, embedding, hook_name, n_heads_of, w_o
 from mi_hops.patching import ablate, patch, path_patch, trace
 from mi_hops.patching.nodes import read_hooks, readers, writers
 from mi_hops.patching.tracing import _draws
-from mi_hops.sweep.fanout import HEAD_AXIS
+from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.text.tokens import encode
 from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
 from tests.patching.test_tracing import noise_hook

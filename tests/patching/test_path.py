@@ -9,7 +9,7 @@ import torch
 from mi_hops.model import forward, hook_name
 from mi_hops.patching import patch, path_patch
 from mi_hops.patching.nodes import Node, readers, writers
-from mi_hops.sweep.fanout import row_bytes
+from mi_hops.sweep.passes import row_bytes
 from mi_hops.text.tokens import TokenError, encode
 from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
 

@@ -8,6 +8,7 @@ import torch
 from mi_hops.facts import NoUsableFactError
 from mi_hops.model import forward, hook_name, unembedding
 from mi_hops.reasoning.erasure import ROLES, Eraser, erase_bridge
+from mi_hops.sweep.limits import Limits
 from mi_hops.text.tokens import answer_ids, encode, last_position
 from tests.reasoning.tiny_facts import tiny_facts
 
@@ -82,7 +83,7 @@ def test_a_kept_token_is_never_lowered(tiny, hidden):
 
 def test_cells_equal_single_forward_passes(tiny):
     facts = tiny_facts(tiny, 3)
-    result = erase_bridge(tiny, facts, controls=1, batch_size=2)
+    result = erase_bridge(tiny, facts, controls=1, limits=Limits(batch_size=2))
     eraser = Eraser(tiny)
     for fact in facts:
         prompt = encode(tiny, fact.prompt())

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from mi_hops.model import capture, forward, hook_name, n_heads_of
-from mi_hops.sweep.fanout import HEAD_AXIS, FanOut, Intervention, Pass, Site, fan_out, plan_fan_out
-from mi_hops.sweep.interventions import ablate, add, replace, scale
+from mi_hops.sweep.fanout import FanOut, fan_out, plan_fan_out
+from mi_hops.sweep.interventions import HEAD_AXIS, Intervention, Site, ablate, add, replace, scale
+from mi_hops.sweep.limits import Limits
+from mi_hops.sweep.passes import Pass
 from mi_hops.text.tokens import pad
 
 PROMPTS = [[1, 7, 8, 9, 30, 31, 12], [1, 40, 41, 6], [1, 22, 5, 17, 18]]
@@ -93,8 +95,8 @@ def test_equals_one_forward_per_cell(tiny):
     items = every_kind(tiny, prompts)
     scored = [[n - 2, n - 1] for n in prompts.lengths.tolist()]
     expected = loop(tiny, prompts, items, scored)
-    for options in ({}, {"reuse_prefix": False}, {"max_rows": 7}):
-        out = fan_out(tiny, prompts, items, scored=scored, **options)
+    for limits in (Limits(), Limits(reuse_prefix=False), Limits(max_rows=7)):
+        out = fan_out(tiny, prompts, items, scored=scored, limits=limits)
         assert torch.allclose(out.rows, expected, atol=1e-5, rtol=0), options
     plain = torch.stack(
         [forward(tiny, torch.tensor([p]))[0, s] for p, s in zip(PROMPTS, scored, strict=True)]
@@ -172,7 +174,11 @@ def test_reduce_is_applied_with_bases(tiny):
     target = torch.tensor([5, 6, 7])
     full = fan_out(tiny, prompts, items)
     small = fan_out(
-        tiny, prompts, items, max_rows=2, reduce=lambda x, b: x[range(len(b)), 0, target[b]]
+        tiny,
+        prompts,
+        items,
+        limits=Limits(max_rows=2),
+        reduce=lambda x, b: x[range(len(b)), 0, target[b]],
     )
     wanted = full.rows[range(9), 0, target[[i.base for i in items]]]
     assert torch.allclose(small.rows, wanted, atol=1e-5)
@@ -203,11 +209,11 @@ def test_the_bases_share_a_pass_where_they_can(tiny):
     one = pad(PROMPTS[:1])
     assert plan_fan_out(tiny, one, []) == [alone]
     assert plan_fan_out(tiny, one, [item]) == [alone, Pass(3, (0,))]
-    assert plan_fan_out(tiny, one, [item], reuse_prefix=False) == [Pass(0, (0,))]
+    assert plan_fan_out(tiny, one, [item], limits=Limits(reuse_prefix=False)) == [Pass(0, (0,))]
     # The second prompt has no row of its own there, but rides along.
     two = pad(PROMPTS[:2])
-    assert plan_fan_out(tiny, two, [item], reuse_prefix=False) == [Pass(0, (0,))]
-    out = fan_out(tiny, two, [item], reuse_prefix=False)
+    assert plan_fan_out(tiny, two, [item], limits=Limits(reuse_prefix=False)) == [Pass(0, (0,))]
+    out = fan_out(tiny, two, [item], limits=Limits(reuse_prefix=False))
     assert torch.allclose(out.base, fan_out(tiny, two, []).base, atol=1e-5)
 
 
@@ -223,9 +229,9 @@ def test_a_change_may_use_what_another_base_shows(tiny):
     ]
     donor = capture(tiny, prompts.tokens, [name])[0][name][1]
     plain = [Intervention.at("attn_out", 1, replace(donor[[p]]), positions=[p]) for p in range(7)]
-    for options in ({}, {"max_rows": 2}, {"reuse_prefix": False}):
-        found = fan_out(tiny, prompts, lazy, observe=kept, **options)
-        expected = fan_out(tiny, prompts, plain, **options)
+    for limits in (Limits(), Limits(max_rows=2), Limits(reuse_prefix=False)):
+        found = fan_out(tiny, prompts, lazy, observe=kept, limits=limits)
+        expected = fan_out(tiny, prompts, plain, limits=limits)
         assert torch.allclose(found.rows, expected.rows, atol=1e-5), options
 
 
@@ -255,7 +261,7 @@ def test_out_of_memory_halves_the_pass(tiny, monkeypatch):
     prompts = pad(PROMPTS)
     items = [Intervention.at("mlp_out", layer, scale(0.0)) for layer in (0, 1, 2, 0)]
     expected = fan_out(tiny, prompts, items).rows
-    real, calls = fanout._pass, []
+    real, calls = fanout.run_pass, []
 
     def scarce(model, prompts, rows, *rest):
         calls.append(len(rows))
@@ -263,7 +269,7 @@ def test_out_of_memory_halves_the_pass(tiny, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, prompts, rows, *rest)
 
-    monkeypatch.setattr(fanout, "_pass", scarce)
+    monkeypatch.setattr(fanout, "run_pass", scarce)
     assert torch.allclose(fan_out(tiny, prompts, items).rows, expected, atol=1e-5)
     # The bases shared the pass that failed, so they are run alone first.
     assert calls == [4, 0, 2, 1, 1, 2, 1, 1]

@@ -1,0 +1,317 @@
+"""The passes of a fan-out: which rows share one, where each row joins it, and running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mi_hops.model import (
+    Hook,
+    HookedModel,
+    device_of,
+    dtype_of,
+    forward,
+    hook_name,
+)
+from mi_hops.model.cache import Prefix, Recorder
+from mi_hops.model.hooks import earliest_cut, splits_blocks
+from mi_hops.sweep.interventions import HEAD_AXIS, Change, Intervention, Site
+from mi_hops.sweep.limits import Limits
+from mi_hops.text.tokens import Batch
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of a plan: interventions (indices) whose rows start at `start`.
+
+    The first pass of a plan holds every base from its first token; where no interventions start
+    there, it has no members.
+    """
+
+    start: int
+    members: tuple[int, ...]
+
+
+# -- planning ------------------------------------------------------------------------------------
+
+
+def plan_passes(
+    model: HookedModel,
+    prompts: Batch,
+    rows: Sequence[Row],
+    where: list[list[int]],
+    limits: Limits,
+) -> list[Pass]:
+    """Rows grouped by the position they start at, in passes that fit the limits."""
+    joins = [row.join for row in rows]
+    starts = [_start(row, where[row.base]) if limits.reuse_prefix else 0 for row in rows]
+    width = prompts.tokens.shape[1]
+    limit = limits.max_rows or rows_within(model, width, len(where[0]), limits.memory)
+    passes = []
+    for start, members in _groups(starts, joins, width, model.cfg.n_layers, prompts):
+        members.sort(key=lambda i: (joins[i], rows[i].base, i))
+        for low in range(0, len(members), limit):
+            passes.append(Pass(start, tuple(members[low : low + limit])))
+    if not passes or passes[0].start:
+        passes.insert(0, Pass(0, ()))
+    return passes
+
+
+def _start(row: Row, scored: Sequence[int]) -> int:
+    """The first position whose value can differ from the base's, or is needed."""
+    touched = [0 if s.positions is None else min(s.positions) for s, _ in row.pairs]
+    return min(*touched, *scored)
+
+
+# A pass costs about as much as this many tokens through every block, whatever its size: on a CPU the
+# weights are read once (measured on GPT-2 small; 16 is slower, 100 as fast).
+_OVERHEAD_TOKENS = 48
+
+
+def _groups(
+    starts: list[int], joins: list[int], width: int, n_layers: int, prompts: Batch
+) -> list[tuple[int, list[int]]]:
+    """Partition rows by the position they start at so that the tokens computed are fewest.
+
+    A group runs from its smallest start. Dynamic programming over the distinct starts, of which at
+    most 32 are kept apart.
+    """
+    if not starts:
+        return []
+    distinct = sorted(set(starts))
+    if len(distinct) > 32:
+        step = len(distinct) / 32
+        distinct = sorted({distinct[int(i * step)] for i in range(32)})
+    rows: dict[int, list[int]] = {s: [] for s in distinct}
+    for i, start in enumerate(starts):
+        rows[max(s for s in distinct if s <= start)].append(i)
+    blocks = [sum(n_layers - joins[i] / 2 for i in rows[s]) for s in distinct]
+    fixed = n_layers * (_OVERHEAD_TOKENS + prompts.tokens.shape[0])
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for end in range(1, len(distinct) + 1):
+        options = []
+        for begin in range(end):
+            tokens = (width - distinct[begin]) * sum(blocks[begin:end])
+            options.append((best[begin][0] + tokens + fixed, begin))
+        best.append(min(options))
+    groups = []
+    end = len(distinct)
+    while end:
+        begin = best[end][1]
+        groups.append((distinct[begin], [i for s in distinct[begin:end] for i in rows[s]]))
+        end = begin
+    return groups[::-1]
+
+
+def rows_within(model: HookedModel, width: int, n_scored: int, memory: float | None) -> int:
+    """Rows of `width` tokens that fit into `memory` bytes, estimated; default as in `fan_out`."""
+    if memory is None:
+        device = device_of(model)
+        memory = 0.4 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**30
+    return max(1, int(memory / row_bytes(model, width, n_scored)))
+
+
+def row_bytes(model: HookedModel, width: int, n_scored: int) -> int:
+    """Estimated bytes that one row of `width` tokens needs at its widest moment."""
+    cfg = model.cfg
+    size = dtype_of(model).itemsize
+    d_mlp = getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
+    attention = 4 * cfg.n_heads * (cfg.d_head + width)
+    token = size * (6 * cfg.d_model + max(3 * d_mlp, attention))
+    return width * token + n_scored * cfg.d_vocab * (size + 4)
+
+
+# -- running -------------------------------------------------------------------------------------
+
+
+#: What a block computes after the residual stream between attention and MLP.
+_AFTER_RESID_MID = ("mlp_pre", "mlp_post", "mlp_out", "resid_post")
+
+
+@dataclass(frozen=True)
+class Row:
+    """An intervention as it is run.
+
+    Attributes:
+        join: where its row joins the batch: 2 l at the input of block l, 2 l + 1 between its
+            attention and its MLP.
+        pairs: the changes from there on.
+        base: the row it is a copy of.
+        needs: hooks whose activation of the base the first change is made of.
+    """
+
+    join: int
+    pairs: list[tuple[Site, Change]]
+    base: int
+    needs: tuple[str, ...] = ()
+
+
+def make_row(model: HookedModel, item: Intervention, seen: Mapping[str, Tensor]) -> Row:
+    """The latest place the row can join, and its changes put there.
+
+    The output of a block is the input of the next. Where an output of attention or MLP is the first
+    thing changed, the stream behind it is the base's stream before it plus the changed output, both
+    of which `seen` will hold when the row joins, if what it `needs` is remembered there.
+    """
+    pairs = []
+    for site, change in item.pairs:
+        if site.kind == "resid_post" and site.layer + 1 < model.cfg.n_layers:
+            site = Site("resid_pre", site.layer + 1, site.positions, site.head)
+        pairs.append((site, change))
+    needs: tuple[str, ...] = ()
+    if (late := _late(model, item)) is not None:
+        site, into, before = late
+        own = next(change for each, change in pairs if each == site)
+        needs = hook_name(before, site.layer), hook_name(site.kind, site.layer)
+        added = _added(seen, *needs, _index(item.base, site, 0), own)
+        # First, so that another change of the same stream finds it.
+        pairs = [(into, added), *((each, change) for each, change in pairs if each != site)]
+    first = min(site.layer for site, _ in pairs)
+    kinds = {site.kind for site, _ in pairs if site.layer == first}
+    halfway = splits_blocks(model) and kinds <= {"resid_mid", *_AFTER_RESID_MID}
+    return Row(2 * first + halfway, pairs, item.base, needs)
+
+
+def _late(model: HookedModel, item: Intervention) -> tuple[Site, Site, str] | None:
+    """The first site, the stream behind it, and the kind of the stream before it.
+
+    None where a row has to join before its first site.
+    """
+    first = min(site.layer for site in item.sites)
+    sites = [site for site in item.sites if site.layer == first]
+    if len(sites) > 1 or not splits_blocks(model):
+        return None
+    (site,) = sites
+    if site.kind == "attn_out":
+        return site, Site("resid_mid", first, site.positions), "resid_pre"
+    if site.kind == "mlp_out" and first + 1 < model.cfg.n_layers:
+        return site, Site("resid_pre", first + 1, site.positions), "resid_mid"
+    return None
+
+
+def _added(
+    seen: Mapping[str, Tensor], before: str, output: str, index: tuple[Any, ...], change: Change
+) -> Change:
+    """The base's stream before a site plus what `change` makes of the base's output there."""
+
+    def fn(stream: Tensor) -> Tensor:
+        return (seen[before][index] + change(seen[output][index].clone())).to(stream)
+
+    return fn
+
+
+def entry_hook(join: int) -> str:
+    """The hook at which rows join."""
+    return hook_name("resid_mid" if join % 2 else "resid_pre", join // 2)
+
+
+def run_pass(
+    model: HookedModel,
+    prompts: Batch,
+    items: Sequence[Row],
+    start: int,
+    bases: list[int],
+    scored: list[list[int]],
+    prefix: Prefix | None,
+    recorder: Recorder | None,
+    watching: Sequence[Hook],
+) -> tuple[Tensor, list[int]]:
+    """Logits ``[bases + items, scored, vocab]`` of one pass, and the base of each item.
+
+    The items are sorted by where they join. Where the first pass has left the bases' stream, and
+    some rows join at block 0, the bases have no rows of their own.
+    """
+    parents, known = [item.base for item in items], bases
+    joining: dict[int, list[int]] = {}
+    for item in items:
+        joining.setdefault(item.join, []).append(item.base)
+    view = prefix.view(bases, start) if prefix is not None and start else None
+    rows = list(bases)
+    if prefix is not None and 0 in joining:
+        rows = joining.pop(0)
+        if view is not None:
+            view.rows = [bases.index(base) for base in rows]
+        bases = []
+
+    def grow(entry: str, new: list[int]) -> Callable[[Tensor], Tensor]:
+        def fn(x: Tensor) -> Tensor:
+            if view is not None:
+                view.rows += [known.index(base) for base in new]
+            if prefix is None:
+                return torch.cat([x, x[[known.index(base) for base in new]]])
+            return torch.cat([x, prefix.stream(entry, new, start)])
+
+        return fn
+
+    hooks: list[Hook] = [
+        (entry_hook(join), grow(entry_hook(join), new)) for join, new in joining.items()
+    ]
+    hooks += watching  # before the changes, which may use what is shown
+    hooks += _change_hooks(items, len(bases), start)
+    where = [[p - start for p in scored[b]] for b in (*bases, *parents)]
+    hooks.append(_cut(model, items, [name for name, _ in watching], where))
+    tokens = prompts.tokens[rows, start:]
+    cache = view if recorder is None else recorder.cache
+    return forward(model, tokens, hooks=hooks, cache=cache, grows=bool(items)), parents
+
+
+def _cut(
+    model: HookedModel, items: Sequence[Row], watched: Sequence[str], where: list[list[int]]
+) -> Hook:
+    """A hook that keeps ``where[row]`` of each row, as early as nothing else is needed.
+
+    Only scored positions are unembedded, and on HookedTransformer only they pass the last MLP,
+    unless an intervention touches it or it is watched. The GPT-2 Bridge reshapes the final norm's
+    output to the input's shape, so there the cut comes right before the unembedding.
+    """
+    last = model.cfg.n_layers - 1
+    touched = any(
+        site.layer == last and site.kind in _AFTER_RESID_MID
+        for item in items
+        for site, _ in item.pairs
+    ) or any(hook_name(kind, last) in watched for kind in _AFTER_RESID_MID)
+    name = earliest_cut(model, after_attention=not touched)
+
+    def keep_scored(x: Tensor) -> Tensor:
+        index = torch.tensor(where, device=x.device)
+        return x[torch.arange(len(where), device=x.device)[:, None], index]
+
+    return name, keep_scored
+
+
+def _change_hooks(items: Sequence[Row], n_bases: int, start: int) -> list[Hook]:
+    by_name: dict[str, list[tuple[int, Site, Change]]] = {}
+    for row, item in enumerate(items, start=n_bases):
+        for site, change in item.pairs:
+            name = hook_name(site.kind, site.layer)
+            by_name.setdefault(name, []).append((row, site, change))
+
+    def apply(todo: list[tuple[int, Site, Change]]) -> Callable[[Tensor], Tensor]:
+        def fn(x: Tensor) -> Tensor:
+            x = x.clone()
+            for row, site, change in todo:
+                index = _index(row, site, start)
+                x[index] = change(x[index])
+            return x
+
+        return fn
+
+    return [(name, apply(todo)) for name, todo in by_name.items()]
+
+
+def _index(row: int, site: Site, start: int) -> tuple[Any, ...]:
+    """What of a hook's activation an intervention sees, as an index."""
+    where: Any = slice(None)
+    if site.positions is not None:
+        shifted = [p - start for p in site.positions]
+        contiguous = shifted == list(range(shifted[0], shifted[-1] + 1))
+        where = slice(shifted[0], shifted[-1] + 1) if contiguous else shifted
+    head: Any = slice(None) if site.head is None else site.head
+    axis = HEAD_AXIS[site.kind]
+    if axis is None:
+        return (row, where)
+    return (row, head, where) if axis == 1 else (row, where, head)
