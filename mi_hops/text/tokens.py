@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -71,14 +70,15 @@ class Prompt:
     def from_tokens(cls, model: HookedModel, ids: Int[Tensor, "pos"] | Sequence[int]) -> Prompt:
         """The prompt that these token ids are, as they are: no BOS is added, none removed.
 
+        Its text is what the ids decode to, without BOS; their numbers, without a tokenizer.
+
         Args:
             ids: token ids ``[pos]``, or ``[1, pos]`` as ``model.to_tokens`` makes them of a text.
 
         Raises:
             TokenError: several rows, no tokens, ids outside the vocabulary, more tokens than the
-                context holds, or a tokenizer without offsets.
+                context holds.
         """
-        tokenizer = _tokenizer(model)
         given = torch.as_tensor(ids)
         if given.ndim == 2 and len(given) == 1:
             given = given[0]
@@ -91,6 +91,9 @@ class Prompt:
         size = int(model.cfg.d_vocab)
         if outside := [i for i in row if not 0 <= i < size]:
             raise TokenError(f"token ids {outside[:5]} are outside the vocabulary of {size}")
+        if model.tokenizer is None:
+            return _prompt(model, " ".join(map(str, row)), row, [(0, 0)] * len(row), False)
+        tokenizer = _tokenizer(model)
         has_bos = row[0] == tokenizer.bos_token_id
         own = row[1:] if has_bos else row
         text = str(tokenizer.decode(own, clean_up_tokenization_spaces=False))
@@ -110,44 +113,6 @@ class Prompt:
     def last(self) -> int:
         """Index of the last token."""
         return len(self.ids) - 1
-
-    @classmethod
-    def from_tokens(cls, model: HookedModel, ids: Sequence[int] | Int[Tensor, "pos"]) -> Prompt:
-        """A prompt of token ids, which run as they are: a BOS must be among them to be there.
-
-        Its text is what the ids decode to (their numbers, without a tokenizer); a BOS is no part of
-        it, so spans are found by their text as in an encoded prompt.
-
-        Raises:
-            TokenError: no ids, ids of another shape or outside the vocabulary, or more of them than
-                the model's context holds.
-        """
-        if isinstance(ids, torch.Tensor) and (ids.ndim != 1 or ids.is_floating_point()):
-            raise TokenError(
-                f"a prompt is one row of token ids [pos], got {ids.dtype} {tuple(ids.shape)}"
-            )
-        found = tuple(int(i) for i in ids)
-        limit, size = int(model.cfg.n_ctx), int(model.cfg.d_vocab)
-        if not 0 < len(found) <= limit or not all(0 <= i < size for i in found):
-            raise TokenError(
-                f"expected 1 to {limit} token ids of 0..{size - 1}, got {len(found)}: {found[:10]}"
-            )
-        if model.tokenizer is None:
-            labels = tuple(map(str, found))
-            return cls(" ".join(labels), found, labels, ((0, 0),) * len(found), False)
-        tokenizer = _tokenizer(model)
-        has_bos = found[0] == tokenizer.bos_token_id
-        body = list(found[has_bos:])
-        text = str(tokenizer.decode(body))
-        with suppress(TokenError):  # blank, or longer in tokens of its own
-            same = encode(model, text, prepend_bos=has_bos)
-            if same.ids == found:
-                return same
-        # Tokens that the text alone would not give: each one ends where the text up to it ends.
-        ends = [len(tokenizer.decode(body[: i + 1])) for i in range(len(body))]
-        spans = [_trim(text, span) for span in zip([0, *ends], ends, strict=False)]
-        labels = tuple(tokenizer.decode([i]) for i in found)
-        return cls(text, found, labels, (*[(0, 0)] * has_bos, *spans), has_bos)
 
 
 def encode(
@@ -203,7 +168,8 @@ def _prompt(
             f"prompt of {len(ids)} tokens (+{max_extra} to come) exceeds the model's context of "
             f"{limit}: {_shortened(text)!r}"
         )
-    labels = tuple(_tokenizer(model).decode([i]) for i in ids)
+    tokenizer = model.tokenizer
+    labels = tuple(str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids)
     return Prompt(text, tuple(ids), labels, tuple(spans), has_bos)
 
 

@@ -44,6 +44,16 @@ class TestFromTokens:
             assert Prompt.from_tokens(model, torch.tensor([prompt.ids])) == prompt
         assert Prompt.from_tokens(model, model.to_tokens("w3 w4")) == encode(model, "w3 w4")
 
+    def test_two_bos_and_no_tokenizer(self, model):
+        from types import SimpleNamespace
+
+        ids = encode(model, "w1 w7 w8").ids
+        twice = Prompt.from_tokens(model, [ids[0], *ids])  # no text gives two BOS
+        assert len(twice) == 5
+        assert positions(twice, "w8") == (4,)
+        bare = SimpleNamespace(tokenizer=None, cfg=model.cfg)
+        assert Prompt.from_tokens(bare, [3, 4]).labels == ("3", "4")
+
     @pytest.mark.parametrize(
         ("ids", "message"),
         [
@@ -224,23 +234,3 @@ def test_batches_cover_every_row_once():
     assert all(len(set(b.lengths.tolist())) == 1 for _, b in batches_by_length(rows, 2))
     with pytest.raises(TokenError, match="batch_size is 0"):
         next(batches(rows, 0))
-
-
-def test_prompts_of_token_ids(model):
-    """They run as they are, and are labelled as the same text would be."""
-    encoded = encode(model, "w1 w7 w8")
-    assert Prompt.from_tokens(model, torch.tensor(encoded.ids)) == encoded
-    plain = encode(model, "w1 w7 w8", prepend_bos=False)
-    assert Prompt.from_tokens(model, list(plain.ids)) == plain
-    twice = Prompt.from_tokens(model, [encoded.ids[0], *encoded.ids])  # no text gives two BOS
-    assert len(twice) == 5
-    assert positions(twice, "w8") == (4,)
-    for ids, message in (
-        ([], "got 0"),
-        ([10**6], "0.."),
-        (torch.tensor([[1, 2]]), "one row of token ids"),
-        (torch.tensor([0.5]), "one row of token ids"),
-        ([5] * 1000, "got 1000"),
-    ):
-        with pytest.raises(TokenError, match=message):
-            Prompt.from_tokens(model, ids)
