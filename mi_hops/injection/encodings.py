@@ -48,13 +48,14 @@ Heads = Sequence[int] | Mapping[int, Sequence[int]]
 
 
 def memory_prompt(
-    model: HookedModel, text: str, *, leading_space: bool = False, prepend_bos: bool = False
+    model: HookedModel, text: str, *, leading_space: bool = False, prepend_bos: bool | None = False
 ) -> Prompt:
     """A memory as tokens.
 
     Args:
         leading_space: tokenise it as in the middle of a sentence. Published code does not, so that
             byte-level tokenizers give "George", never " George".
+        prepend_bos: as in `encode`; None for what the model's prompts begin with.
 
     Raises:
         TokenError: an empty memory, or one longer than the context.
@@ -93,7 +94,9 @@ def encode_memories(
         raise ValueError(f"texts is {texts!r}; expected at least one memory, in a sequence")
     layerwise = encoding.startswith("layerwise")
     prompts = [
-        memory_prompt(model, text, leading_space=leading_space, prepend_bos=layerwise)
+        memory_prompt(
+            model, text, leading_space=leading_space, prepend_bos=None if layerwise else False
+        )
         for text in texts
     ]
     n_layers = int(model.cfg.n_layers)

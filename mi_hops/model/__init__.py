@@ -16,6 +16,7 @@ from mi_hops.model.identity import (
     fingerprint,
     n_heads_of,
     n_kv_heads,
+    prepends_bos,
     processing_of,
     provenance,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "n_heads_of",
     "n_kv_heads",
     "overwrite",
+    "prepends_bos",
     "processing_of",
     "provenance",
     "read_out",

@@ -127,16 +127,17 @@ def _read(file: Path) -> tuple[Any, Any]:
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    loader: Any = AutoModelForCausalLM  # its annotations know one of its two kinds of result
     reader = GGUFReader(file)
     _check(reader)
-    at = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    at: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**at)
     _split_as_trained(tokenizer, reader)
     config = AutoConfig.from_pretrained(**at)
     if config.model_type == "gpt2":  # transformers would take the sizes of GPT-2 small
         config.n_positions = _field(reader, "gpt2.context_length")
         config.n_inner = _field(reader, "gpt2.feed_forward_length")
-    loaded, info = AutoModelForCausalLM.from_pretrained(
+    loaded, info = loader.from_pretrained(
         **at, config=config, dtype=torch.float32, output_loading_info=True, **_unpacked()
     )
     if info["missing_keys"]:
@@ -146,7 +147,7 @@ def _read(file: Path) -> tuple[Any, Any]:
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         plain.pop(name, None)
     plain["mi_hops"] = {"dequantised_from": _stored_as(reader)}
-    model = AutoModelForCausalLM.from_config(type(config).from_dict(plain), dtype=torch.float32)
+    model = loader.from_config(type(config).from_dict(plain), dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     _check_complete(reader, model)
     return model, tokenizer

@@ -42,6 +42,16 @@ def processing_of(model: HookedModel) -> Literal["none", "fold"]:
     return "fold" if str(model.cfg.normalization_type).endswith("Pre") else "none"
 
 
+def prepends_bos(model: HookedModel) -> bool:
+    """Whether prompts of this model begin with BOS.
+
+    It is TransformerLens's own setting, ``cfg.default_prepend_bos``. `load_model` sets it to what the
+    tokenizer does, or as it was told; a model that was loaded otherwise keeps what it has.
+    """
+    wanted = bool(getattr(model.cfg, "default_prepend_bos", True))
+    return wanted and getattr(model.tokenizer, "bos_token_id", None) is not None
+
+
 def fingerprint(model: HookedModel) -> str:
     """A short digest of shape and weights.
 
@@ -118,7 +128,7 @@ def missing_weight(model: HookedModel, name: str) -> MissingHookError:
 
 
 def provenance(model: HookedModel, **more: Any) -> dict[str, Any]:
-    """What a result must remember: model, dtype, backend, weight processing, versions, `more`."""
+    """What a result must remember: model, dtype, backend, BOS, versions, `more`."""
     quantised = getattr(model.cfg, "dequantised_from", None)
     return {
         "fingerprint": fingerprint(model),
@@ -128,6 +138,7 @@ def provenance(model: HookedModel, **more: Any) -> dict[str, Any]:
         "device": str(device_of(model)),
         "backend": backend_of(model),
         "processing": processing_of(model),
+        "bos": prepends_bos(model),
         "versions": {p: metadata.version(p) for p in ("torch", "transformer-lens", "transformers")},
         **more,
     }

@@ -28,6 +28,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     backend: Backend | None = None,
     processing: Literal["none", "fold"] = "none",
+    bos: bool | None = None,
 ) -> HookedModel:
     """Load a TransformerLens model in evaluation mode with frozen weights.
 
@@ -44,6 +45,8 @@ def load_model(
         processing: ``"none"`` leaves the weights as they are; ``"fold"`` applies TransformerLens's
             default weight processing (fold_ln, centring). It changes lens, injection and erasure
             numbers and is recorded in every result.
+        bos: whether prompts begin with the BOS token; default what the tokenizer does by itself. Kept
+            as the model's ``cfg.default_prepend_bos`` and recorded in every result.
 
     Raises:
         ValueError: unknown dtype, backend or processing; a device that is not there; a folder that
@@ -65,6 +68,7 @@ def load_model(
     family = config.model_type
     with _reading(source, "tokenizer"):
         tokenizer = _tokenizer(source)
+    bos = _adds_bos(tokenizer) if bos is None else _with_bos(tokenizer, bos)
     if backend is None:
         backend = "hooked" if hooked_class() and family in _HOOKED_FAMILIES else "bridge"
     if backend == "hooked":
@@ -85,6 +89,7 @@ def load_model(
         raise ValueError(f"backend is {backend!r}; expected 'hooked', 'bridge' or None")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    model.cfg.default_prepend_bos = bos
     # Travels with the checkpoint's config, so an exported folder knows it as well.
     origin = getattr(config, "mi_hops", None) or {}
     model.cfg.dequantised_from = origin.get("dequantised_from")
@@ -184,6 +189,18 @@ def _tokenizer(source: str) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts BOS before a text."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def _with_bos(tokenizer: Any, bos: bool) -> bool:
+    if bos and tokenizer.bos_token_id is None:
+        raise ValueError("bos=True, but the tokenizer of this checkpoint has no BOS token")
+    return bos
 
 
 def _weights(source: str, dtype: Any, **options: Any) -> Any:

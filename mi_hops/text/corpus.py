@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model import HookedModel
+from mi_hops.model import HookedModel, prepends_bos
 from mi_hops.text.tokens import Batch, batches_in_order
 
 Hop = Literal["first", "second", "two_hop"]
@@ -58,7 +58,7 @@ def token_batches(
 ) -> Iterator[Batch]:
     """Right-padded batches of a corpus, in its own order, one batch in memory at a time.
 
-    Every piece begins with the tokenizer's BOS, where it has one.
+    Every piece begins with BOS where the model's prompts do (`mi_hops.model.prepends_bos`).
 
     Args:
         texts: an iterable (a generator will do) of texts or facts, which become their statements
@@ -76,7 +76,7 @@ def token_batches(
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError("the model has no tokenizer; load it with one (mi_hops.load_model does)")
-    bos = tokenizer.bos_token_id
+    bos = tokenizer.bos_token_id if prepends_bos(model) else None
     context = int(model.cfg.n_ctx)
     length = min(context, max_tokens) if max_length is None else max_length
     least = 1 if bos is None else 2

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from mi_hops.model import HookedModel
+from mi_hops.model import HookedModel, prepends_bos
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
@@ -116,15 +116,15 @@ class Prompt:
 
 
 def encode(
-    model: HookedModel, text: str, *, prepend_bos: bool = True, max_extra: int = 0
+    model: HookedModel, text: str, *, prepend_bos: bool | None = None, max_extra: int = 0
 ) -> Prompt:
-    """Tokenise one prompt; no special tokens besides the BOS asked for.
+    """Tokenise one prompt; no special tokens besides BOS.
 
     Words that the tokenizer does not know are warned of, once per tokenizer.
 
     Args:
-        prepend_bos: put the tokenizer's BOS first, as TransformerLens does by default. A tokenizer
-            that has no BOS token gets none.
+        prepend_bos: put the tokenizer's BOS first; default what the model's prompts begin with
+            (`mi_hops.model.prepends_bos`). A tokenizer that has no BOS token gets none.
         max_extra: tokens that will be appended; the context must hold them as well.
 
     Raises:
@@ -142,12 +142,15 @@ def encode(
     return prompt
 
 
-def _encode(model: HookedModel, text: str, *, prepend_bos: bool, max_extra: int = 0) -> Prompt:
+def _encode(
+    model: HookedModel, text: str, *, prepend_bos: bool | None, max_extra: int = 0
+) -> Prompt:
     tokenizer = _tokenizer(model)
     if not text.strip():
         raise TokenError(f"the prompt is empty ({text!r})")
     ids, spans = _tokenise(tokenizer, text)
-    bos = tokenizer.bos_token_id if prepend_bos else None
+    wanted = prepends_bos(model) if prepend_bos is None else prepend_bos
+    bos = tokenizer.bos_token_id if wanted else None
     # Some SentencePiece templates add BOS even when told not to.
     if bos is not None and (not ids or ids[0] != bos):
         ids, spans = [bos, *ids], [(0, 0), *spans]

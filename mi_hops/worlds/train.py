@@ -97,8 +97,8 @@ def words_of(world: Hopland) -> list[str]:
 def build_tokenizer(world: Hopland, family: Family) -> PreTrainedTokenizerFast:
     """A word-level tokenizer with the family's rule for spaces.
 
-    GPT-2 marks the leading space in the token (as byte-level BPE does) and adds no BOS of its own;
-    LLaMA uses SentencePiece's marker and a template that adds BOS.
+    GPT-2 marks the leading space in the token (as byte-level BPE does), LLaMA uses SentencePiece's
+    marker. Both add BOS, as the models are trained with it.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -123,10 +123,10 @@ def build_tokenizer(world: Hopland, family: Family) -> PreTrainedTokenizerFast:
         split = pre_tokenizers.Split(Regex(r"[.:?]"), "isolated")
         core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), split])
         core.decoder = decoders.Metaspace()
-        bos = special["bos_token"]
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab.index(bos))]
-        )
+    bos = special["bos_token"]
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab.index(bos))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, clean_up_tokenization_spaces=False, model_max_length=64, **special
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
@@ -234,3 +235,39 @@ def test_batches_cover_every_row_once():
     assert all(len(set(b.lengths.tolist())) == 1 for _, b in batches_by_length(rows, 2))
     with pytest.raises(TokenError, match="batch_size is 0"):
         next(batches(rows, 0))
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_bos_follows_the_tokenizer_the_argument_or_the_users_own_setting(
+    checkpoints, load_tiny, tmp_path, backend
+):
+    import shutil
+
+    from mi_hops.model import load_model, provenance
+
+    load_tiny("gpt2", backend)  # skips where the backend is missing
+    silent = shutil.copytree(checkpoints["gpt2"], tmp_path / "silent")
+    core = json.loads((silent / "tokenizer.json").read_text())
+    core["post_processor"] = None
+    (silent / "tokenizer.json").write_text(json.dumps(core))
+    for folder, asked, want in (
+        (checkpoints["gpt2"], None, True),
+        (checkpoints["gpt2"], False, False),
+        (silent, None, False),
+        (silent, True, True),
+    ):
+        model = load_model(folder, backend=backend, device="cpu", bos=asked)
+        assert encode(model, "w3 w4").ids == ((1, 7, 8) if want else (7, 8))
+        assert provenance(model)["bos"] is want
+        assert model.to_tokens("w3 w4").tolist() == [[1, 7, 8] if want else [7, 8]]
+    model.cfg.default_prepend_bos = False  # as a model that was loaded elsewhere may have it
+    assert not encode(model, "w3 w4").has_bos
+    assert encode(model, "w3 w4", prepend_bos=True).has_bos
+    core["added_tokens"] = [t for t in core["added_tokens"] if t["content"] != "<bos>"]
+    (silent / "tokenizer.json").write_text(json.dumps(core))
+    setup = json.loads((silent / "tokenizer_config.json").read_text())
+    (silent / "tokenizer_config.json").write_text(
+        json.dumps({k: v for k, v in setup.items() if k != "bos_token"})
+    )
+    with pytest.raises(ValueError, match="has no BOS token"):
+        load_model(silent, backend=backend, bos=True)
