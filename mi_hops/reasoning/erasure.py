@@ -18,16 +18,17 @@ code gave its control no recheck; here it is treated alike).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from einops import rearrange
 
 from mi_hops.cases import Case, usable
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model import HookedModel, provenance, unembedding
+from mi_hops.model import HookedModel, hook_name, provenance, require_layers, unembedding
 from mi_hops.result.result import Result
 from mi_hops.sweep.interventions import Change, Intervention
 from mi_hops.sweep.limits import Limits
@@ -67,43 +68,54 @@ class Eraser:
         self.inverse, self.rank = _pseudo_inverse(gram, torch.finfo(weight.dtype).eps)
         self.recheck = recheck
 
+    def erasure(self, variant: Variant, lower: Sequence[int], keep: Sequence[int]) -> Erasure:
+        """How `lower` is brought down to the minimum while `keep` is held (see the variants)."""
+        down = self._rows([t for t in dict.fromkeys(lower) if t not in set(keep)])
+        held = self._rows(list(dict.fromkeys(keep)))
+        if variant == "exact":
+            # Columns of the minimum-norm solution of [down; held] @ delta = [wanted; 0].
+            return Erasure(down, torch.linalg.pinv(torch.cat([down, held])).T[: len(down)])
+        realised = down @ self.inverse
+        pushed_back = self.recheck * (realised @ held.T) @ held @ self.inverse
+        return Erasure(down, realised - pushed_back)
+
+    def floor(self, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row"]:
+        """The smallest raw read-out of each state, over the whole vocabulary, in float64."""
+        lowest = (states.to(self.rows) @ self.rows.T).argmin(-1)
+        return (states.double() * self.rows[lowest].double()).sum(-1)
+
     def change(self, variant: Variant, lower: Sequence[int], keep: Sequence[int]) -> Change:
-        """A change of ``[pos, d_model]``: `lower` to the minimum; `keep` is held (see the forms)."""
-        down = torch.tensor([t for t in dict.fromkeys(lower) if t not in set(keep)])
-        held = torch.tensor(list(dict.fromkeys(keep)))
-        step = self._exact if variant == "exact" else self._published
+        """The erasure as a change of ``[pos, d_model]``."""
+        erasure = self.erasure(variant, lower, keep)
 
         def change(x: Tensor) -> Tensor:
             h = x.to(self.rows.device, torch.float64)
-            return (h + step(h, down, held)).to(x.device, x.dtype)
+            return (h + erasure.delta(h, self.floor(h))).to(x.device, x.dtype)
 
         return change
 
-    def _exact(self, h: Tensor, down: Tensor, held: Tensor) -> Tensor:
-        wanted = self._wanted(h, down)
-        rows = self._rows(torch.cat([down, held]))
-        target = torch.cat([wanted, wanted.new_zeros(len(h), len(held))], 1)
-        # Minimum-norm solution of rows @ delta = target.
-        return (torch.linalg.pinv(rows) @ target.T).T
+    def _rows(self, tokens: Sequence[int]) -> Float[Tensor, "token d_model"]:
+        return self.rows[torch.tensor(tokens, dtype=torch.long, device=self.rows.device)].double()
 
-    def _published(self, h: Tensor, down: Tensor, held: Tensor) -> Tensor:
-        delta = self._mapped(self._wanted(h, down), down)
-        if self.recheck:
-            moved = delta @ self._rows(held).T
-            delta = delta + self._mapped(-self.recheck * moved, held)
-        return delta
 
-    def _wanted(self, h: Tensor, down: Tensor) -> Tensor:
-        """How far the read-outs of `down` lie above the smallest of all, negative."""
-        lowest = (h.to(self.rows.dtype) @ self.rows.T).argmin(-1)
-        return (h * self._rows(lowest)).sum(-1, keepdim=True) - h @ self._rows(down).T
+@dataclass(frozen=True)
+class Erasure:
+    """Tokens to be lowered as a linear map, the same for every state; float64.
 
-    def _rows(self, tokens: Tensor) -> Tensor:
-        return self.rows[tokens.to(self.rows.device)].double()
+    Attributes:
+        down: rows of W_U of the tokens.
+        response: what raising each token's read-out by one adds to the state.
+    """
 
-    def _mapped(self, request: Float[Tensor, "row n"], tokens: Tensor) -> Tensor:
-        """The pseudo-inverse of W_U applied to a request that is zero off `tokens`."""
-        return request @ self._rows(tokens) @ self.inverse
+    down: Float[Tensor, "token d_model"]
+    response: Float[Tensor, "token d_model"]
+
+    def delta(
+        self, states: Float[Tensor, "row d_model"], floor: Float[Tensor, "row"]
+    ) -> Float[Tensor, "row d_model"]:
+        """What is to be added to each state so that the tokens read `floor` (or tend to)."""
+        wanted = floor[:, None] - states @ self.down.T
+        return wanted @ self.response
 
 
 def _pseudo_inverse(
@@ -176,6 +188,7 @@ def erase_bridge(
         ValueError: a bad layer.
     """
     layers = list(range(model.cfg.n_layers)) if layers is None else list(layers)
+    require_layers(model, layers)
     cases, skipped = usable(model, facts, _case, purpose="erasure", form=form)
     eraser = Eraser(model, recheck=recheck)
     rng = random.Random(seed)
@@ -183,23 +196,45 @@ def erase_bridge(
     vocab = int(model.cfg.d_vocab)
     erased = [[case.bridge, *_controls(case, pool, controls, rng, vocab)] for case in cases]
 
-    def rows_of(i: int, base: int, _: Any) -> list[Intervention]:
+    names = {layer: hook_name("resid_post", layer) for layer in layers}
+
+    def rows_of(i: int, base: int, shown: Mapping[str, Tensor]) -> list[Intervention]:
         case = cases[i]
-        return [
-            Intervention.at("resid_post", layer, change, positions=[position], base=base)
+        forms = [
+            eraser.erasure(variant, tokens, case.target.answer)
             for variant in variants
             for tokens in erased[i]
-            for change in (eraser.change(variant, tokens, case.target.answer),)
-            for position in case.where
+        ]
+
+        @cache
+        def deltas(layer: int) -> list[Tensor]:
+            # Of all rows of this block at once: the search for the minimum reads all of W_U.
+            states = shown[names[layer]][base, list(case.where)].to(eraser.rows.device).double()
+            floor = eraser.floor(states)
+            return [form.delta(states, floor) for form in forms]
+
+        def shift(layer: int, f: int, at: int) -> Change:
+            def change(x: Tensor) -> Tensor:
+                return (x.double() + deltas(layer)[f][at].to(x.device)).to(x.dtype)
+
+            return change
+
+        return [
+            Intervention.at("resid_post", layer, shift(layer, f, at), positions=[p], base=base)
+            for f in range(len(forms))
+            for at, p in enumerate(case.where)
             for layer in layers
         ]
 
     metric = (METRICS["first_prob"],)
+    prompts = [Scored(case.prompt, case.target, metric) for case in cases]
     found = run_sweep(
         model,
-        [Scored(case.prompt, case.target, metric) for case in cases],
+        prompts,
         rows_of,
         limits=limits,
+        sources=prompts,
+        names=names.values(),
         label="erasure",
     )
     scores = rearrange(
@@ -236,7 +271,7 @@ def _controls(
     """`n` token sets of the bridge's size that share no token with bridge, answer or prompt."""
     taken = {*case.bridge, *case.target.answer, *case.prompt.ids}
     fit = [c for c in pool if len(c) == len(case.bridge) and not taken & set(c)]
-    drawn: list[Any] = rng.sample(fit, min(n, len(fit)))
+    drawn: list[tuple[int, ...]] = rng.sample(fit, min(n, len(fit)))
     while len(drawn) < n:
         tokens = tuple(rng.sample(range(vocab), len(case.bridge)))
         if not taken & set(tokens):
