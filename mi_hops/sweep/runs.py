@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mi_hops.model import HookedModel, dtype_of
+from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import batched_with_oom_backoff
@@ -293,7 +294,10 @@ def run_sweep(
     rows: dict[int, Tensor] = {}
     base: dict[int, Tensor] = {}
     others: dict[int, Tensor] = {}
-    with progress_bar(label=label, show=many, total=len(order)) as bar:
+    with (
+        pretransposed_weights(model),  # once, not in every pass
+        progress_bar(label=label, show=many, total=len(order)) as bar,
+    ):
         for group, found in batched_with_oom_backoff(order, limits.batch_size, run):
             rows |= zip(group, found.rows.split(counts), strict=True)
             base |= zip(group, found.base[: len(group)], strict=True)
