@@ -420,7 +420,7 @@ def only_runs_of(model: HookedModel, prompts: Sequence[Prompt]) -> Iterator[None
                 "right (mi_hops.sweep.generate takes an injection as a repair, with its cache)"
             )
 
-    handle = model.embed.register_forward_pre_hook(check, with_kwargs=True)  # type: ignore[attr-defined]
+    handle = model.embed.register_forward_pre_hook(check, with_kwargs=True)
     try:
         yield
     finally:

@@ -108,7 +108,7 @@ def _owners(model: HookedModel) -> Iterator[tuple[str, Any, str]]:
     yield "", model, "unembed"
     yield "ln_final", model.ln_final, "norm"
     if getattr(model, "pos_embed", None) is not None:
-        yield "pos_embed", model.pos_embed, "pos_embed"  # type: ignore[attr-defined]
+        yield "pos_embed", model.pos_embed, "pos_embed"
     parts = {"attn": "attn", "mlp": "mlp", "ln1": "norm", "ln2": "norm"}
     for i, block in enumerate(model.blocks):
         for name, part in parts.items():

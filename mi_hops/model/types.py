@@ -15,13 +15,31 @@ Hook = tuple[str, HookFn]
 class HookedModel(Protocol):
     """What this package needs of a model; both TransformerLens classes have it."""
 
-    cfg: Any
-    tokenizer: Any
-    blocks: Any
-    hook_dict: Any
-    W_U: Any
-    ln_final: Any
-    unembed: Any
+    # Read-only members: one class has a property where the other has an attribute.
+
+    @property
+    def cfg(self) -> Any:
+        """The configuration: sizes, device, dtype."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers, or None."""
+        ...
+
+    @property
+    def hook_dict(self) -> Any:
+        """Hook name -> hook point."""
+        ...
+
+    @property
+    def W_U(self) -> Any:
+        """The unembedding ``[d_model, d_vocab]``."""
+        ...
+
+    def __getattr__(self, name: str) -> Any:
+        """Modules by name (``blocks``, ``ln_final``, ``unembed``), which torch looks up at run time."""
+        ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A forward pass."""
@@ -37,4 +55,4 @@ class HookedModel(Protocol):
 
 
 class MissingHookError(ValueError):
-    """A model has not got a hook point or a weight that a method needs; the message names it."""
+    """A model does not have a hook point or a weight that a method needs; the message names it."""

@@ -96,7 +96,7 @@ def embedding(model: HookedModel) -> Float[Tensor, "vocab d_model"]:
     Raises:
         ValueError: the embedding cannot be read as floating-point numbers (quantised).
     """
-    weight = model.W_E.detach()  # type: ignore[attr-defined]
+    weight = model.W_E.detach()
     require_unquantised(weight, "the embedding")
     return weight
 

@@ -181,7 +181,7 @@ def composition(model: HookedModel, mode: Composition) -> Result:
     """
     if mode not in ("q", "k", "v"):
         raise ValueError(f"mode is {mode!r}; expected 'q', 'k' or 'v'")
-    found: Any = model.all_composition_scores(mode.upper())  # type: ignore[attr-defined]
+    found: Any = model.all_composition_scores(mode.upper())
     scores = getattr(found, "scores", found).detach().float().cpu()
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
     order = torch.arange(n_layers)
