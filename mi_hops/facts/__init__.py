@@ -1,6 +1,7 @@
 """Two-hop facts: the record, its wordings, and loaders from files."""
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.geo import FactChain, load_chains, load_geo
 from mi_hops.facts.loaders import load_facts, load_jsonl, save_jsonl
 from mi_hops.facts.memory_injections import load_memory_injections
 from mi_hops.facts.mquake import load_mquake
@@ -9,19 +10,27 @@ from mi_hops.facts.reading import Facts, FactsFileError, RowNote
 from mi_hops.facts.tables import load_table
 from mi_hops.facts.templates import Wording
 from mi_hops.facts.unusable import NoUsableFactError
+from mi_hops.facts.wordings import WordedRelation, default_wordings, few_shot_lead, reword
 
 __all__ = [
+    "FactChain",
     "Facts",
     "FactsFileError",
     "NoUsableFactError",
     "RowNote",
     "TwoHopFact",
+    "WordedRelation",
     "Wording",
+    "default_wordings",
+    "few_shot_lead",
+    "load_chains",
     "load_facts",
+    "load_geo",
     "load_jsonl",
     "load_memory_injections",
     "load_mquake",
     "load_table",
     "load_wordings",
+    "reword",
     "save_jsonl",
 ]

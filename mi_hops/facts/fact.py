@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from mi_hops.facts.templates import Wording, first_hop_phrase, prompts_about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,8 @@ class TwoHopFact:
         paraphrases: further two-hop prompts with the same answer.
         bridge_aliases, answer_aliases: other accepted spellings; used in matching only.
         split: free label, e.g. ``"train"``, ``"seen_parts"``, ``"first_unseen"``.
-        meta: anything a loader wants to keep.
+        meta: anything a loader wants to keep. `with_wording` reads ``in_text``, how subject and
+            bridge are named in running text where that differs ("the Netherlands").
 
     Raises:
         ValueError: an empty name, no prompt, a bridge that equals the answer, or a prompt
@@ -85,6 +88,41 @@ class TwoHopFact:
     def second_prompt(self, form: str | None = None) -> str:
         """The second-hop prompt of `form` (answer: the answer)."""
         return _pick(self, self.second_prompts, form, "second-hop")
+
+    def with_wording(self, first: Wording, second: Wording, lead: str = "") -> TwoHopFact:
+        """The same fact asked otherwise: all prompts and the first-hop phrase are made anew.
+
+        Args:
+            first, second: how the first and the second relation are worded.
+            lead: put before every prompt as it is, worked examples say; see `few_shot_lead`.
+
+        Paraphrases are kept, without the lead.
+
+        Examples:
+            >>> fact = mi_hops.load_facts("geo")[0]
+            >>> capital = Wording("the capital of [X]", "[X] is run from", "Which city runs [X]?")
+            >>> country = Wording("the land of [X]", "[X] lies in", "Where is [X]?")
+            >>> fact.with_wording(country, capital).prompt("prefix")
+            'The land of Mumbai is run from'
+        """
+        names: Mapping[str, str] = self.meta.get("in_text", {})
+        subject = names.get("subject", self.subject)
+        phrase = first_hop_phrase(first, subject)
+        tables = (
+            prompts_about(second, phrase),
+            prompts_about(first, subject),
+            prompts_about(second, names.get("bridge", self.bridge)),
+        )
+        two_hop, first_prompts, second_prompts = (
+            {form: lead + text for form, text in table.items()} for table in tables
+        )
+        return replace(
+            self,
+            first_hop=phrase,
+            prompts=two_hop,
+            first_prompts=first_prompts,
+            second_prompts=second_prompts,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, ready for JSON; fields at their empty default are left out."""

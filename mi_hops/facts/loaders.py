@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.geo import BUNDLED, load_geo
 from mi_hops.facts.memory_injections import load_memory_injections
 from mi_hops.facts.mquake import load_mquake
 from mi_hops.facts.reading import (
@@ -28,8 +29,11 @@ _TABLES = ("prompts", "first_prompts", "second_prompts")
 _LISTS = ("paraphrases", "bridge_aliases", "answer_aliases")
 _LINE_START = 200
 
-#: The bundled facts.
-DATA = Path(__file__).parent.parent / "data"
+#: Name -> file of the bundled facts.
+BUNDLED_FACTS: Mapping[str, Path] = {
+    "geo": BUNDLED,
+    "hopland": BUNDLED.with_name("hopland.jsonl"),
+}
 
 
 def load_jsonl(path: str | Path, *, on_error: str = "raise") -> Facts:
@@ -145,6 +149,7 @@ def _to_line(fact: TwoHopFact) -> str:
 
 #: Format -> its loader and the options that are its own.
 _LOADERS: Mapping[str, tuple[Callable[..., Facts], tuple[str, ...]]] = {
+    "geo": (load_geo, ()),
     "jsonl": (load_jsonl, ()),
     "memory_injections": (load_memory_injections, ("strict_reference",)),
     "mquake": (load_mquake, ("templates", "wordings")),
@@ -158,11 +163,12 @@ def load_facts(
     """Facts from a file of any known format, or the bundled ones.
 
     Args:
-        path: the file, or ``"hopland"`` for the bundled facts.
-        format: "jsonl" (our own), "memory_injections" (CSV), "mquake" (JSON) or "table" (CSV with
-            ``columns=``). By default: "table" if ``columns`` is given; otherwise by the name's
-            ending, ``.jsonl``, ``.csv`` or ``.tsv``; any other file by its first character, "["
-            being MQuAKE's list and "{" our objects.
+        path: the file, or the name of bundled facts: ``"hopland"`` (a made-up world) or ``"geo"``
+            (geography and chemistry; see `load_geo`).
+        format: "jsonl" (our own), "geo" (gzipped JSON with wordings), "memory_injections" (CSV),
+            "mquake" (JSON) or "table" (CSV with ``columns=``). By default: "table" if ``columns``
+            is given; otherwise by the name's ending, ``.jsonl``, ``.gz``, ``.csv`` or ``.tsv``; any
+            other file by its first character, "[" being MQuAKE's list and "{" our objects.
         on_error: what to do with malformed records: "raise", or "drop" with a note.
         **options: passed to the format's loader: `load_memory_injections` (``strict_reference``),
             `load_mquake` (``templates``, ``wordings``), `load_table` (``columns``, ``separator``).
@@ -192,12 +198,16 @@ def load_facts(
 
 def facts_path(name_or_path: str | Path) -> Path:
     """The file of facts that a name stands for: a bundled one's, or the path itself."""
-    bundled = DATA / f"{name_or_path}.jsonl"
-    return bundled if str(name_or_path) == bundled.stem and bundled.exists() else Path(name_or_path)
+    return BUNDLED_FACTS.get(str(name_or_path), Path(name_or_path))
 
 
 def _guess_format(path: Path) -> str:
-    by_ending = {".jsonl": "jsonl", ".csv": "memory_injections", ".tsv": "memory_injections"}
+    by_ending = {
+        ".jsonl": "jsonl",
+        ".gz": "geo",
+        ".csv": "memory_injections",
+        ".tsv": "memory_injections",
+    }
     if (ending := path.suffix.lower()) in by_ending:
         return by_ending[ending]
     try:

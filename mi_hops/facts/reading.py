@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.wordings import WordedRelation
 
 Record = TypeVar("Record")
 
@@ -61,6 +62,7 @@ class Facts(Sequence[TwoHopFact]):
         read: number of records read, the dropped ones included.
         dropped: one note a record that was left out.
         mended: one note a change; a row with two defects has two.
+        relations: relation -> its wordings, where the file has several.
     """
 
     facts: tuple[TwoHopFact, ...]
@@ -68,6 +70,7 @@ class Facts(Sequence[TwoHopFact]):
     read: int
     dropped: tuple[RowNote, ...] = ()
     mended: tuple[RowNote, ...] = ()
+    relations: Mapping[str, WordedRelation] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.facts)

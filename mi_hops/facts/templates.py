@@ -35,11 +35,13 @@ class Wording:
         noun: a noun phrase that stands for the object, "the author of [X]".
         statement: a clause the object completes, subject first, "[X] was written by".
         question: "Who wrote [X]?".
+        verb: what follows the noun phrase in the suffix order, "is" or "is called".
     """
 
     noun: str
     statement: str
     question: str
+    verb: str = "is"
 
     def __post_init__(self) -> None:
         for text in (self.noun, self.statement, self.question):
@@ -55,7 +57,7 @@ def capitalise(text: str) -> str:
 def prompts_about(wording: Wording, thing: str) -> dict[str, str]:
     """All forms of the prompt that asks for a relation of `thing`, keyed by form."""
     return {
-        "suffix": capitalise(wording.noun.replace(SLOT, thing)) + " is",
+        "suffix": f"{capitalise(wording.noun.replace(SLOT, thing))} {wording.verb}",
         "prefix": capitalise(wording.statement.replace(SLOT, thing)),
         "question": capitalise(wording.question.replace(SLOT, thing)),
     }
