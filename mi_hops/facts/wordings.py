@@ -172,7 +172,8 @@ def _asked(fact: TwoHopFact) -> tuple[Mapping[str, str], ...]:
 
 def _example(fact: TwoHopFact, hop: str, form: str) -> str:
     prompts = dict(zip(_HOPS, _asked(fact), strict=True))[hop]
-    return f"{prompts[form]} {fact.bridge if hop == 'first' else fact.answer}."
+    role, name = ("bridge", fact.bridge) if hop == "first" else ("answer", fact.answer)
+    return f"{prompts[form]} {fact.meta.get('in_text', {}).get(role, name)}."
 
 
 def _meet(one: TwoHopFact, other: TwoHopFact) -> bool:

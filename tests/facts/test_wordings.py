@@ -76,6 +76,12 @@ def test_names_in_running_text():
     assert fact.second_prompt("prefix") == "The Duke lives in"
 
 
+def test_an_example_has_its_articles():
+    other = make("FirmZ", "Duke", "Ayr", meta={"in_text": {"bridge": "the Duke"}})
+    lead = few_shot_lead(FACTS[0], [other], shots=1, form="prefix")
+    assert lead == "FirmZ is owned by the Duke.\n"
+
+
 def test_a_lead_is_put_before_every_prompt():
     fact = reword(FACTS[0], default_wordings(RELATIONS), "One two.\n")
     for table in (fact.prompts, fact.first_prompts, fact.second_prompts):
