@@ -3,5 +3,6 @@
 import mi_hops
 from mi_hops import load_modle
 
-mi_hops.find_gapp
-mi_hops.patching.pach
+model = load_modle("hops-gpt2")
+gap = mi_hops.find_gapp(model, [])
+patched = mi_hops.patching.pach(model)

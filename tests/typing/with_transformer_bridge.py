@@ -4,7 +4,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import mi_hops
-from mi_hops import Hopland, Intervention, MemoryInjection, Result, TwoHopFact
+from mi_hops import Hopland, Intervention, Result, TwoHopFact
 
 model = TransformerBridge.boot_transformers("gpt2", device="cpu")
 world = Hopland()
