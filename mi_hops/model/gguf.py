@@ -119,7 +119,7 @@ def _convert(file: Path, digest: str, folder: Path) -> None:
 
 
 class _Unsupported(ValueError):
-    """A sound GGUF file that would not be loaded rightly; says why."""
+    """A sound GGUF file that would not be loaded correctly; says why."""
 
 
 def _read(file: Path) -> tuple[Any, Any]:

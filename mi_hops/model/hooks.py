@@ -89,7 +89,7 @@ def hooked(model: HookedModel, hooks: Sequence[Hook], *, must_fire: bool = True)
         must_fire: raise if a hook was never reached by the end of a block that did not fail.
 
     Raises:
-        MissingHookError: a name the model has not got.
+        MissingHookError: a name the model does not have.
         RuntimeError: a hook that never fired.
     """
     require_hooks(model, (name for name, _ in hooks))

@@ -62,7 +62,7 @@ def fingerprint(model: HookedModel) -> str:
     checkpoint agree: a bias that is absent counts as zeros, a norm that is folded away as ones.
 
     Raises:
-        MissingHookError: a model whose blocks have not got attention and MLP matrices.
+        MissingHookError: a model whose blocks do not have attention and MLP matrices.
     """
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()

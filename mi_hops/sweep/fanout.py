@@ -81,7 +81,7 @@ def fan_out(
     Raises:
         ValueError: an unknown kind, a layer, head or position that does not exist, a base that is
             not there, or unequal numbers of scored positions.
-        MissingHookError: a hook point the model has not got.
+        MissingHookError: a hook point the model does not have.
     """
     where = _scored(prompts, scored)
     _check(model, prompts, interventions)

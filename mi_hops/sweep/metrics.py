@@ -1,9 +1,9 @@
-"""Scores of an answer: from logits to one number a row.
+"""Scores of an answer: from logits to one value per row.
 
 A metric works in two steps. It *plans* which answer tokens to append to the prompt and which
 positions to read, and then maps the logits there, ``[row, scored, vocab]``, to ``[row]``. Whoever
 runs the model (`mi_hops.sweep.scoring`, a sweep) needs to know nothing else about it. All built-in
-metrics reckon in float32, or in the logits' dtype where that is wider.
+metrics are computed in float32, or in the logits' dtype where that is wider.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class NextToken(_AtPrompt):
     def score(
         self, logits: Float[Tensor, "row scored vocab"], target: Target
     ) -> Float[Tensor, "row"]:
-        """One score a row."""
+        """One score per row."""
         return self.compute(_wide(logits[:, 0]), target)
 
 
@@ -206,11 +206,11 @@ class KL(_AtPrompt):
     def score(
         self, logits: Float[Tensor, "row scored vocab"], target: Target
     ) -> Float[Tensor, "row"]:
-        """One divergence a row, at least 0 but for rounding."""
+        """One divergence per row, at least 0 but for rounding."""
         return self._divergence(logits[:, 0])
 
     def measures_from(self, logits: Float[Tensor, "vocab"]) -> bool:
-        """Whether these logits, in the dtype they were reckoned in, are the baseline's but for rounding.
+        """Whether these logits, in the dtype they were computed in, are the baseline's but for rounding.
 
         The divergence is at its minimum there, so it has no slope to estimate anything from.
         """
@@ -275,7 +275,7 @@ class Greedy:
     def score(
         self, logits: Float[Tensor, "row scored vocab"], target: Target
     ) -> Float[Tensor, "row"]:
-        """1.0 or 0.0 a row."""
+        """1.0 or 0.0 per row."""
         wide = _wide(logits)
         best = wide.argmax(-1)
         answer = torch.tensor(target.answer, device=best.device)
@@ -314,7 +314,7 @@ class Custom(_AtPrompt):
             got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
             raise ValueError(
                 f"metric {self.name!r} got logits [row, vocab] = {tuple(rows.shape)} and must "
-                f"return a tensor of shape ({len(rows)},), one number a row; it returned {got}"
+                f"return a tensor of shape ({len(rows)},), one value per row; it returned {got}"
             )
         require_finite(self.name, found)
         return found
@@ -355,7 +355,7 @@ class Normalised:
     def score(
         self, logits: Float[Tensor, "row scored vocab"], target: Target
     ) -> Float[Tensor, "row"]:
-        """Share restored, a row."""
+        """Share restored, per row."""
         found = self.metric.score(logits, target)
         return (found - self.corrupted) / (self.clean - self.corrupted)
 

@@ -2,7 +2,7 @@
 
 An edit, a memory injection, a state transplant or a codebook all meet it, so that one function
 scores them and one batch can hold a different repair in every row. A repair is *fitted* to facts
-(one state a fact) and then gives hooks that act on each row by that row's state only.
+(one state per fact) and then gives hooks that act on each row by that row's state only.
 """
 
 from __future__ import annotations
