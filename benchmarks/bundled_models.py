@@ -11,7 +11,7 @@ import random
 import numpy as np
 
 from benchmarks.harness import table, write
-from mi_hops.lens.logit import fact_trajectories
+from mi_hops.lens import fact_trajectories
 from mi_hops.model import CHECKPOINTS, bundled_models, load_model
 from mi_hops.reasoning.gap import find_gap
 from mi_hops.result.statistics import bootstrap_ci, difference_ci, proportion_ci

@@ -12,12 +12,13 @@ from itertools import chain
 
 from benchmarks.harness import keep, kept, table, write
 from mi_hops import Hopland, load_model
-from mi_hops.lens.patchscopes import patchscope
-from mi_hops.lens.probes import fact_probes
-from mi_hops.lens.sae import (
+from mi_hops.lens import (
+    Place,
     bridge_features,
     clamp_effect,
     fact_features,
+    fact_probes,
+    patchscope,
     sae_quality,
     train_sae,
 )
@@ -71,10 +72,8 @@ def scope_rows(model, facts, seed=0):
             pairs.append((fact, rng.choice(others)))
     result = patchscope(
         model,
-        [fact.prompt("suffix") for fact, _ in pairs],
-        [other.first_prompt("suffix") for _, other in pairs],
-        source_position=[fact.first_hop for fact, _ in pairs],
-        target_position=[other.first_hop for _, other in pairs],
+        Place([f.prompt("suffix") for f, _ in pairs], [f.first_hop for f, _ in pairs]),
+        Place([o.first_prompt("suffix") for _, o in pairs], [o.first_hop for _, o in pairs]),
         track={"bridge": [f.bridge for f, _ in pairs], "own": [o.bridge for _, o in pairs]},
         top_k=1,
     )
@@ -105,8 +104,8 @@ def sae_part(model, facts, texts, layer):
     good = features[features["f1"] >= 0.5]
     lines = [
         f"After {layer} blocks, {sae.W_dec.shape[0]} features: "
-        f"{quality['explained']:.0%} of the variance with {quality['active']:.0f} active; "
-        f"{quality['dead']:.0%} dead.",
+        f"{quality['explained'].item():.0%} of the variance with {quality['active'].item():.0f} active; "
+        f"{quality['dead'].item():.0%} dead.",
         f"{len(good)} of {len(features)} bridges have a feature with F1 of at least 0.5 on the half "
         f"that did not choose it; median F1 {features['f1'].median():.2f}.",
     ]

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.lens_quality [--models hops-gpt2 hops-llama] [--steps 400]``
 
-Lenses are trained on statements of the world's trained facts and judged on held-out questions'
-statements. The attention lens is trained for each of its objectives, and judged by all of them.
+Lenses are trained on statements of the world's trained facts and evaluated on held-out questions'
+statements. The attention lens is trained for each of its objectives, and evaluated by all of them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import random
 
 from benchmarks.harness import keep, kept, table, write
 from mi_hops import Hopland, load_model
-from mi_hops.lens.attention import OBJECTIVES, AttentionLens
-from mi_hops.lens.evaluation import evaluate_heads, evaluate_lens
-from mi_hops.lens.logit import fact_trajectories
-from mi_hops.lens.training import LensTraining, train_lens
-from mi_hops.lens.tuned import TunedLens
+from mi_hops.lens import (
+    AttentionLens,
+    LensTraining,
+    TunedLens,
+    evaluate_heads,
+    evaluate_lens,
+    fact_trajectories,
+    train_lens,
+)
 from mi_hops.sweep.metrics import target_of
 from mi_hops.sweep.scoring import score_prompts
 from mi_hops.text.tokens import encode
@@ -31,9 +35,9 @@ def interval(ci, digits=3):
     return "{} [{}, {}]".format(*parts)
 
 
-def tuned_rows(model, lens, judged):
+def tuned_rows(model, lens, evaluated):
     """A row a layer: KL of the tuned lens, of the logit lens, and the difference."""
-    result = evaluate_lens(model, lens, judged)
+    result = evaluate_lens(model, lens, evaluated)
     rows = []
     for layer in lens.layers:
         part = result.sel(layer=layer)
@@ -51,26 +55,26 @@ def tuned_rows(model, lens, judged):
     return rows
 
 
-def moved_rows(model, lens, judged):
+def moved_rows(model, lens, evaluated):
     """Mean held-out KL of each layer's translator (rows) read at each layer (columns)."""
     rows = []
     for source in lens.layers:
         moved = lens.moved(layers=dict.fromkeys(lens.layers, source))
-        kls = evaluate_lens(model, moved, judged)["kl"].mean("example").values
+        kls = evaluate_lens(model, moved, evaluated)["kl"].mean("example").values
         rows.append([source, *(f"{value:.2f}" for value in kls)])
     return rows
 
 
-def head_rows(model, train, judged, plan):
+def head_rows(model, train, evaluated, plan):
     """A row an objective: what the trained heads' readings are worth by each standard."""
     rows = []
-    for objective in (None, *OBJECTIVES):
+    for objective in (None, *AttentionLens.objectives):
         lens = AttentionLens(model)
         if objective is not None:
             settings = LensTraining(**{**plan, "objective": objective})
             train_lens(model, lens, train, settings)
-        heads = evaluate_heads(model, lens, judged[:40])
-        summed = evaluate_lens(model, lens, judged)["kl"].mean().item()
+        heads = evaluate_heads(model, lens, evaluated[:40])
+        summed = evaluate_lens(model, lens, evaluated)["kl"].mean().item()
         rows.append(
             [
                 objective or "untrained (logit lens)",
@@ -94,8 +98,8 @@ def bridge_rows(model, lens, facts, form):
         part = [f for f, rank in zip(facts, ranks, strict=True) if (rank == 1) == wanted]
         if len(part) < 2:
             continue
-        for name, glass in (("logit", None), ("tuned", lens)):
-            read = fact_trajectories(model, part, form=form, lens=glass)
+        for name, given in (("logit", "logit"), ("tuned", lens)):
+            read = fact_trajectories(model, part, form=form, lens=given)
             ci = read.sel(tracked="bridge", position="first hop").ci(variable="prob")
             rows.append([group, len(part), name, *(f"{v:.3f}" for v in ci["estimate"].values)])
     return rows
@@ -113,7 +117,7 @@ def main() -> None:
     trained = world.two_hop_facts("train")
     for facts in (held_out, trained):
         random.Random(0).shuffle(facts)
-    judged = [f"{f.prompt()} {f.answer}." for f in held_out[: asked.facts // 2]]
+    evaluated = [f"{f.prompt()} {f.answer}." for f in held_out[: asked.facts // 2]]
     plan = {"steps": asked.steps, "max_tokens": 1024, "evaluate_every": 50}
     for name in asked.models:
         model = load_model(name)
@@ -122,17 +126,17 @@ def main() -> None:
         layers = list(lens.layers)
         tuned = table(
             ["layer", "tuned KL", "logit lens KL", "difference", "agreement", "excess CE"],
-            tuned_rows(model, lens, judged),
+            tuned_rows(model, lens, evaluated),
         )
         moved = table(
-            ["translator of", *(f"at {x}" for x in layers)], moved_rows(model, lens, judged)
+            ["translator of", *(f"at {x}" for x in layers)], moved_rows(model, lens, evaluated)
         )
         heads = table(
             [
                 "trained for", "KL of the sum", "KL of one head", "left out, with its reading",
                 "left out, without", "parameters",
             ],
-            head_rows(model, trained[: 2 * asked.facts], judged, plan | {"cells": 256}),
+            head_rows(model, trained[: 2 * asked.facts], evaluated, plan | {"cells": 256}),
         )  # fmt: skip
         bridges = [
             f"**{form}**\n\n"
@@ -143,7 +147,7 @@ def main() -> None:
             for form in ("suffix", "prefix")
         ]
         text = (
-            f"## {name}\n\n### Tuned lens ({run.steps} steps)\n\nnats, mean over held-out texts "
+            f"## {name}\n\n### Tuned lens ({run.provenance['steps']} steps)\n\nnats, mean over held-out texts "
             f"[95%]\n\n{tuned}\n\n### A layer's translator on other layers: KL\n\n{moved}\n\n"
             f"### Attention lens, by objective\n\nnats, mean over heads and tokens\n\n{heads}\n\n"
             "### The bridge at the first hop's last token: mean probability\n\n"

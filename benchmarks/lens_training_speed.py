@@ -14,7 +14,7 @@ import argparse
 import torch
 
 from benchmarks.harness import gpt2_small, paired, table, write
-from mi_hops.lens.attention import AttentionLens
+from mi_hops.lens import AttentionLens
 from mi_hops.lens.examples import make_example, real_cells
 from mi_hops.lens.trained import kl
 from mi_hops.model import forward, unembedding

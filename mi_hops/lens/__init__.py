@@ -1,1 +1,68 @@
 """Lenses: what the activations of a model say when they are read as vocabulary."""
+
+from mi_hops.lens.attention import AttentionLens
+from mi_hops.lens.direct import fact_attribution, logit_attribution
+from mi_hops.lens.jacobian import JacobianReading, fit_jacobian_lens
+from mi_hops.lens.logit import (
+    Readout,
+    fact_trajectories,
+    logit_lens,
+    plot_map,
+    read_vectors,
+    token_map,
+)
+from mi_hops.lens.patchscopes import Affine, Place, fit_affine, patchscope, patchscope_generate
+from mi_hops.lens.probes import ProbeTraining, fact_probes
+from mi_hops.lens.quality import evaluate_heads, evaluate_lens
+from mi_hops.lens.reading import KINDS, Lens, LogitLens
+from mi_hops.lens.sae import (
+    bridge_features,
+    clamp,
+    clamp_effect,
+    fact_features,
+    sae_quality,
+    train_sae,
+)
+from mi_hops.lens.target_prompts import entity_description_prompt, next_token_prompt
+from mi_hops.lens.trained import TrainedLens, load_lens
+from mi_hops.lens.training import LensTraining, train_lens
+from mi_hops.lens.tuned import TunedLens
+
+__all__ = [
+    "KINDS",
+    "Affine",
+    "AttentionLens",
+    "JacobianReading",
+    "Lens",
+    "LensTraining",
+    "LogitLens",
+    "Place",
+    "ProbeTraining",
+    "Readout",
+    "TrainedLens",
+    "TunedLens",
+    "bridge_features",
+    "clamp",
+    "clamp_effect",
+    "entity_description_prompt",
+    "evaluate_heads",
+    "evaluate_lens",
+    "fact_attribution",
+    "fact_features",
+    "fact_probes",
+    "fact_trajectories",
+    "fit_affine",
+    "fit_jacobian_lens",
+    "load_lens",
+    "logit_attribution",
+    "logit_lens",
+    "next_token_prompt",
+    "patchscope",
+    "patchscope_generate",
+    "plot_map",
+    "read_vectors",
+    "sae_quality",
+    "token_map",
+    "train_lens",
+    "train_sae",
+]

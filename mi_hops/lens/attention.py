@@ -14,15 +14,16 @@ All are the logit lens of the head's output before training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from einops import rearrange, repeat
+from fancy_einsum import einsum
 
-from mi_hops.lens.reading import check_layers
-from mi_hops.lens.trained import Example, TrainedLens, kl
-from mi_hops.model import HookedModel, device_of, dtype_of, final_norm, unembedding
-from mi_hops.model.numeric import wide_dtype
+from mi_hops.lens.reading import Layers, resolve_layers
+from mi_hops.lens.trained import Example, TrainedLens, check_rank, kl, low_rank
+from mi_hops.model import HookedModel, final_norm, unembedding
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -38,11 +39,11 @@ OBJECTIVES = ("sum", "each", "leave_one_out")
 
 
 class AttentionLens(TrainedLens):
-    """A lens for every head of some layers; reads ``head_out``.
+    """A lens for every head of some layers; reads ``result``.
 
     Args:
         layers: default all. A full lens of one layer is 12 x 38.6M numbers for GPT-2 small.
-        variant: see the module.
+        variant: ``"translator"``, ``"low_rank"`` or ``"full"``; see the module.
         rank: of ``low_rank`` (default 8) and of ``translator`` (default None: a full d x d one).
         norm: apply the final norm to what the head wrote (translated, if so) before the vocabulary.
             Published: no.
@@ -50,22 +51,29 @@ class AttentionLens(TrainedLens):
 
     Raises:
         ValueError: an unknown variant, a rank where it does not belong, a layer out of range.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> mi_hops.lens.AttentionLens(model, layers=3, rank=4).name
+        'attention (translator 4)'
     """
 
     type_name: ClassVar[str] = "attention"
-    kind = "head_out"
+    objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
+    kind = "result"
 
     def __init__(
         self,
         model: HookedModel,
         *,
-        layers: Sequence[int] | None = None,
+        layers: Layers = None,
         variant: Variant = "translator",
         rank: int | None = None,
         norm: bool = False,
         seed: int = 0,
     ) -> None:
-        chosen = check_layers(model, self.kind, layers)
+        _, chosen = resolve_layers(model, self.kind, layers)
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; expected one of {list(VARIANTS)}")
         if variant == "full" and rank is not None:
@@ -73,54 +81,38 @@ class AttentionLens(TrainedLens):
         if variant == "low_rank" and rank is None:
             rank = 8
         d, vocab = int(model.cfg.d_model), int(model.cfg.d_vocab)
-        if rank is not None and not 1 <= rank <= d:
-            raise ValueError(f"rank is {rank}; expected 1..{d}")
+        check_rank(rank, d)
         self.variant, self.rank, self.norm = variant, rank, norm
-        options: dict[str, Any] = {
-            "dtype": wide_dtype(dtype_of(model)),
-            "device": device_of(model),
-        }
-        shape = (len(chosen), int(model.cfg.n_heads))
+        n, heads = len(chosen), int(model.cfg.n_heads)
         parameters: dict[str, Tensor] = {}
         if variant == "full":
             weight, bias = unembedding(model)
-            parameters["weight"] = weight.to(**options).expand(*shape, d, vocab).clone()
-            parameters["bias"] = bias.to(**options).expand(*shape, vocab).clone()
-        elif variant == "translator" and rank is None:
-            parameters["weight"] = torch.zeros(*shape, d, d, **options)
+            parameters["weight"] = repeat(weight, "d vocab -> n head d vocab", n=n, head=heads)
+            parameters["bias"] = repeat(bias, "vocab -> n head vocab", n=n, head=heads)
+            parameters = {name: tensor.clone() for name, tensor in parameters.items()}
+        elif rank is None:
+            parameters["weight"] = torch.zeros(n, heads, d, d)
         else:
-            assert rank is not None  # set above
-            generator = torch.Generator().manual_seed(seed)
-            down = torch.randn(*shape, d, rank, generator=generator) / d**0.5
-            parameters["down"] = down.to(**options)
             width = d if variant == "translator" else vocab
-            parameters["up"] = torch.zeros(*shape, rank, width, **options)
+            parameters |= low_rank(n, heads, d, rank=rank, width=width, seed=seed)
         if variant == "translator":
-            parameters["shift"] = torch.zeros(*shape, d, **options)
+            parameters["shift"] = torch.zeros(n, heads, d)
         super().__init__(model, chosen, parameters)
 
     @property
     def settings(self) -> dict[str, Any]:
         """Layers, variant, rank, norm."""
         return {
-            "layers": list(self.layers), "variant": self.variant, "rank": self.rank,
+            "layers": list(self.layers),
+            "variant": self.variant,
+            "rank": self.rank,
             "norm": self.norm,
-        }  # fmt: skip
-
-    @classmethod
-    def from_settings(cls, model: HookedModel, settings: Mapping[str, Any]) -> AttentionLens:
-        """A fresh lens of the given shape."""
-        return cls(model, **settings)
+        }
 
     @property
     def name(self) -> str:
         """``attention (translator)`` and the like."""
         return f"attention ({self.variant}{'' if self.rank is None else f' {self.rank}'})"
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """See `OBJECTIVES`."""
-        return OBJECTIVES
 
     def logits(
         self, vectors: Float[Tensor, "*rows d_model"], *, layer: int, head: int | None = None
@@ -133,14 +125,13 @@ class AttentionLens(TrainedLens):
         if head is None:
             raise ValueError("an attention lens reads one head's output; name it with head=")
         flat = vectors.reshape(-1, 1, vectors.shape[-1])
-        return self._read(flat, self.row(layer), slice(head, head + 1)).reshape(
-            *vectors.shape[:-1], -1
-        )
+        read = self._read(flat, self.row(layer), slice(head, head + 1))
+        return read.reshape(*vectors.shape[:-1], -1)
 
     def sum_logits(
         self, outputs: Float[Tensor, "cell head d_model"], *, layer: int
     ) -> Float[Tensor, "cell vocab"]:
-        """Summed logits of all heads; a bias is counted once a head, as published.
+        """Summed logits of all heads; a bias is counted once per head, as published.
 
         The vocabulary matrix that heads share is multiplied once, with their summed vectors.
         """
@@ -154,23 +145,26 @@ class AttentionLens(TrainedLens):
         any_own = next(iter(p.values()))
         x = outputs.to(any_own.device, any_own.dtype)
         if self.variant == "translator":
-            x = x + self._low_or_full(x, p) + p["shift"]
+            x = x + self._translated(x, **p) + p["shift"]
         if self.norm:
             x = final_norm(self.model, x).to(x)
         if self.variant == "full":
-            flat = p["weight"].flatten(0, 1)  # heads and their inputs as one long input
-            return x.flatten(1) @ flat + p["bias"].sum(0)
+            # Heads and their inputs as one long input: no logits of single heads are made.
+            flat = rearrange(p["weight"], "head d vocab -> (head d) vocab")
+            return rearrange(x, "cell head d -> cell (head d)") @ flat + p["bias"].sum(0)
         weight, bias = unembedding(self.model)
         total = x.sum(1) @ weight.to(x.dtype) + x.shape[1] * bias.to(x.dtype)
         if self.variant == "low_rank":
-            low = torch.einsum("chd,hdr->chr", x, p["down"])
-            total = total + low.flatten(1) @ p["up"].flatten(0, 1)
+            low = einsum("cell head d, head d rank -> cell head rank", x, p["down"])
+            up = rearrange(p["up"], "head rank vocab -> (head rank) vocab")
+            total = total + rearrange(low, "cell head rank -> cell (head rank)") @ up
         return total
 
-    def _low_or_full(self, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+    def _translated(self, x: Tensor, **p: Tensor) -> Tensor:
         if self.rank is None:
-            return torch.einsum("chd,hde->che", x, p["weight"])
-        return torch.einsum("chd,hdr,hre->che", x, p["down"], p["up"])
+            return einsum("cell head d, head d out -> cell head out", x, p["weight"])
+        low = einsum("cell head d, head d rank -> cell head rank", x, p["down"])
+        return einsum("cell head rank, head rank out -> cell head out", low, p["up"])
 
     def losses(
         self, example: Example, layer: int, objective: str

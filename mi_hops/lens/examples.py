@@ -1,4 +1,4 @@
-"""Batches of text turned into what a lens is trained and judged on."""
+"""Batches of text turned into what a lens is trained and evaluated on."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _without_heads(
     """Logits ``[head, cell, vocab]``."""
     rows, columns = cells
     out = []
-    for head in range(int(model.cfg.n_heads)):
+    for head in range(model.cfg.n_heads):
 
         def take_away(z: Tensor, head: int = head) -> Tensor:
             z = z.clone()

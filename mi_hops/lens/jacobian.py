@@ -1,18 +1,24 @@
 """The Jacobian lens, through TransformerLens: a transport per layer from averaged Jacobians.
 
 TransformerLens fits it (`transformer_lens.tools.analysis.JacobianLens`), on a Bridge with unprocessed
-weights only; here it becomes a lens like the others, so that `logit.logit_lens` and
-`logit.fact_trajectories` read with it. Its source is *Verbalizable Representations Form a Global
-Workspace in Language Models* (Gurnee et al. 2026).
+weights only; here it becomes a lens like the others, so that `logit_lens` and `fact_trajectories`
+read with it. Its source is *Verbalizable Representations Form a Global Workspace in Language Models*
+(Gurnee et al. 2026).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.model import HookedModel, backend_of, fingerprint, processing_of, read_out
+from mi_hops.model import (
+    HookedModel,
+    fingerprint,
+    processing_of,
+    read_out,
+    takes_jacobian_lens,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -24,7 +30,7 @@ _FINGERPRINT = "mi_hops_fingerprint"
 
 @dataclass(frozen=True, eq=False)
 class JacobianReading:
-    """A fitted TransformerLens `JacobianLens` as a `reading.Lens` for ``"resid"``.
+    """A fitted TransformerLens `JacobianLens` as a `Lens` for ``"resid"``.
 
     Layer l here is the stream after l blocks, the output of block l - 1, which that class calls
     layer l - 1. The last layer is read as it is; the embedding has no transport.
@@ -38,8 +44,8 @@ class JacobianReading:
             fitted by `fit_jacobian_lens`, which notes the fingerprint, on other weights.
     """
 
-    model: HookedModel
-    fitted: Any
+    model: HookedModel = field(repr=False)
+    fitted: Any = field(repr=False)
     name: str = "jacobian"
 
     def __post_init__(self) -> None:
@@ -101,13 +107,13 @@ def fit_jacobian_lens(
         prompts: texts of some tokens; about 100 of 128 tokens are usable for a large model.
         corpus: name of the corpus, recorded in the fitted lens.
         skip_first_positions: positions at the start that are left out of the average.
-        metadata: what else the fitted lens shall remember.
+        metadata: what else the fitted lens is to record.
         keywords: further arguments of ``JacobianLens.fit``.
 
     Raises:
         ValueError: a HookedTransformer, or processed weights; see also ``JacobianLens.fit``.
     """
-    if backend_of(model) != "bridge" or processing_of(model) != "none":
+    if not takes_jacobian_lens(model):
         raise ValueError(
             "TransformerLens fits Jacobian lenses on a TransformerBridge with unprocessed weights; "
             "load the model with backend='bridge', processing='none'"
@@ -115,8 +121,12 @@ def fit_jacobian_lens(
     from transformer_lens.tools.analysis import JacobianLens
 
     fitted = JacobianLens.fit(
-        model, list(prompts), corpus=corpus, skip_first_positions=skip_first_positions,
+        model,
+        list(prompts),
+        corpus=corpus,
+        skip_first_positions=skip_first_positions,
         show_progress=progress,
-        metadata={**(metadata or {}), _FINGERPRINT: fingerprint(model)}, **keywords,
-    )  # fmt: skip
+        metadata={**(metadata or {}), _FINGERPRINT: fingerprint(model)},
+        **keywords,
+    )
     return JacobianReading(model, fitted)

@@ -1,33 +1,48 @@
 """The lens as a result: tracked names, rank, entropy and top tokens at any layer and position.
 
 With no lens given this is the logit lens (nostalgebraist 2020): the model's own unembedding read at
-an intermediate activation. ``norm=True`` applies the final norm first; ``norm=False`` is the raw form
-of *Memory Injections* (arXiv 2309.05605) and CREME (arXiv 2402.14328). Any other `reading.Lens`
-goes through the same functions.
+an intermediate activation. ``lens="raw"`` leaves out the final norm, as *Memory Injections* (arXiv
+2309.05605) and CREME (arXiv 2402.14328) do. Any other `Lens` goes through the same functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from einops import rearrange
 
-from mi_hops.facts.unusable import NoUsableFactError
+from mi_hops.cases import Case, usable
 from mi_hops.lens.reading import (
+    Layers,
     Lens,
-    LogitLens,
+    LensLike,
     Tracked,
-    check_layers,
-    check_lens,
+    Vectors,
+    as_lens,
     chunks,
     gather,
+    resolve_layers,
     statistics,
 )
-from mi_hops.lens.tracking import Positions, Spelling, resolve, spell_all, tracked_tokens
-from mi_hops.model import Hook, HookedModel, provenance, read_out
+from mi_hops.lens.tracking import (
+    ROLES,
+    Positions,
+    Prompts,
+    Row,
+    Track,
+    labelled_prompts,
+    resolve,
+    spell,
+    spell_all,
+    tracked_tokens,
+)
+from mi_hops.model import HookedModel, provenance, read_out
 from mi_hops.result.result import Result
-from mi_hops.text.tokens import Prompt, batches, encode
+from mi_hops.text.tokens import Prompt, batches, pad
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -47,51 +62,62 @@ UNITS = {
     "top_probs": "probability",
     "logprobs": "nats",
 }
-#: What is told of tracked names.
+#: Variables of tracked names, and the last dimension of every variable that has one of its own.
 TRACKED = ("prob", "logprob", "rank", "mean_token_prob", "any_prob")
+LAST = dict.fromkeys(TRACKED, "tracked") | {"top_ids": "k", "top_probs": "k", "logprobs": "vocab"}
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What is kept of the logits, besides entropy and tracked names.
+
+    Args:
+        top_k: so many of the most probable tokens, and their probabilities.
+        kl: KL to the model's output at the same position (the pass then runs to the end).
+        logprobs: all log-probabilities; takes examples x layers x positions x vocabulary.
+    """
+
+    top_k: int = 0
+    kl: bool = True
+    logprobs: bool = False
 
 
 def logit_lens(
     model: HookedModel,
-    prompts: str | Prompt | Sequence[str | Prompt],
+    prompts: Prompts,
     *,
-    track: Mapping[str, Spelling | Sequence[Spelling]] | None = None,
+    track: Track | None = None,
     positions: Positions = "last",
     kind: str = "resid",
-    layers: Sequence[int] | None = None,
-    norm: bool = True,
-    lens: Lens | None = None,
-    compare_output: bool = True,
-    top_k: int = 0,
-    full: bool = False,
-    hooks: Sequence[Hook] = (),
+    layers: Layers = None,
+    lens: LensLike = "logit",
+    readout: Readout = Readout(),
+    cache: Mapping[str, Tensor] | None = None,
     batch_size: int = 32,
-    examples: Sequence[str] | None = None,
 ) -> Result:
     """Read activations of one prompt or many through a lens.
 
-    Prompts are batched with padding on the right, which no position that is read ever sees.
+    Prompts are batched with padding on the right, which no position that is read ever sees. Hooks
+    that are on the model (``with model.hooks(...)``) act before anything is read.
 
     Args:
-        prompts: one prompt, or several.
+        prompts: one prompt, several, or label -> prompt: text, `Prompt`, or token ids (``[pos]``,
+            ``[batch, pos]``), which run as they are.
         track: name -> what to follow. For one prompt a text, a list of spellings (the first is the
             main one) or token ids; for several prompts a sequence with one of these for each.
             Texts are tokenised as continuations of their prompt.
-        positions: ``"last"``, ``"all"`` (one prompt), an index, slice or substring, or a mapping of
-            role -> position (one for all prompts, or one for each).
-        kind: what is read, one of `reading.KINDS`. ``"resid"`` counts blocks passed: layer 0 is the
-            embedding, layer ``n_layers`` is what the final norm gets.
-        layers: default all that `kind` has.
-        norm: apply the final norm before the unembedding (ignored where `lens` is given).
-        lens: another lens in place of the model's own read-out.
-        compare_output: also report KL to the model's output at the same position.
-        top_k: also report the `top_k` tokens.
-        full: also keep all log-probabilities; takes examples x layers x positions x vocabulary.
-        hooks: interventions during the forward pass; they must act on every row alike.
-        examples: labels of the prompts; default their numbers.
+        positions: ``"last"``, ``"each"`` token by itself (prompts of one length), an index, slice or
+            substring, or role -> position (one for all prompts, or one for each).
+        kind: what is read, one of `KINDS` or a hook name (``"blocks.3.hook_mlp_out"``). ``"resid"``
+            counts the blocks passed: layer 0 is the embedding, layer ``n_layers`` what the final
+            norm gets.
+        layers: one or several; default all that `kind` has.
+        lens: ``"logit"``, ``"raw"`` (without the final norm), or a `Lens`.
+        readout: what is kept besides the tracked names.
+        cache: an `ActivationCache` of a run of these prompts, read instead of running them.
 
     Returns:
-        Result with dimensions ``example, layer, position`` (and ``head`` for ``head_out``):
+        Result with dimensions ``example, layer, position`` (and ``head`` for ``"result"``):
         ``entropy`` (nats), ``kl`` = KL(output || lens) (nats), ``top_tokens``, ``top_probs`` (with
         ``k``), ``logprobs`` (with ``vocab``); and with a dimension ``tracked``: ``prob``,
         ``logprob`` (nats), ``rank`` (1 = top) of the main spelling's first token, ``mean_token_prob``,
@@ -100,28 +126,26 @@ def logit_lens(
 
     Raises:
         ValueError: an unknown kind, a layer out of range, a lens of another model, a track or roles
-            that do not fit the prompts, ``"all"`` for several prompts, a non-finite value.
+            that do not fit the prompts, a cache of other prompts, a non-finite value.
         TokenError: an empty prompt or name, a span that is not in its prompt.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> read = mi_hops.logit_lens(model, "The spouse of Ondo is", track={"a name": "Mara"})
+        >>> dict(read["rank"].sizes)
+        {'example': 1, 'layer': 7, 'position': 1, 'tracked': 1}
     """
-    single = isinstance(prompts, str | Prompt)
-    given = [prompts] if isinstance(prompts, str | Prompt) else prompts
-    known = [encode(model, p) if isinstance(p, str) else p for p in given]
-    if not known:
-        raise ValueError("no prompt was given")
-    spelled = spell_all(model, known, track or {}, single=single)
-    roles, places = resolve(known, positions, single=single)
-    labels: list[Any] = list(roles) if roles is not None else places[0]
-    coords: dict[str, Any] = {"position": labels}
-    if single:
+    labels, known, alone = labelled_prompts(model, prompts)
+    names, places = resolve(known, positions, alone=alone)
+    spelled = spell_all(model, known, track, alone=alone)
+    rows = [Row(*row) for row in zip(labels, known, places, spelled, strict=True)]
+    reader = _Reader.of(model, kind, layers, lens, readout)
+    found = _read(reader, rows, batch_size) if cache is None else _read_cache(reader, rows, cache)
+    coords: dict[str, Any] = {"position": names}
+    if alone:
         coords["token"] = ("position", [known[0].labels[i] for i in places[0]])
-    names = examples if examples is not None else [str(i) for i in range(len(known))]
-    if len(names) != len(known):
-        raise ValueError(f"got {len(names)} labels in examples for {len(known)} prompts")
-    return _read(
-        model, known, places, spelled, lens or LogitLens(model, norm), kind=kind,
-        layers=check_layers(model, kind, layers), compare_output=compare_output, top_k=top_k,
-        full=full, hooks=hooks, batch_size=batch_size, coords={"example": list(names), **coords},
-    )  # fmt: skip
+    return _result(reader, rows, found, coords, method="logit_lens")
 
 
 def fact_trajectories(
@@ -130,11 +154,10 @@ def fact_trajectories(
     *,
     form: str | None = None,
     kind: str = "resid",
-    layers: Sequence[int] | None = None,
-    norm: bool = True,
-    lens: Lens | None = None,
+    layers: Layers = None,
+    lens: LensLike = "logit",
     aliases: bool = False,
-    compare_output: bool = False,
+    readout: Readout = Readout(kl=False),
     batch_size: int = 64,
 ) -> Result:
     """Bridge and answer through the layers of two-hop prompts.
@@ -145,8 +168,7 @@ def fact_trajectories(
 
     Args:
         form: form of the two-hop prompt; default each fact's first.
-        kind, layers, norm, lens, compare_output: as in `logit_lens`; layer 0 of ``"resid"`` is the
-            embedding.
+        kind, layers, lens, readout: as in `logit_lens`; layer 0 of ``"resid"`` is the embedding.
         aliases: let aliases count in ``any_prob``.
 
     Returns:
@@ -156,49 +178,62 @@ def fact_trajectories(
 
     Raises:
         NoUsableFactError: no fact is left to read; see also `logit_lens`.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.Hopland().two_hop_facts("seen_parts")[:4]
+        >>> curve = mi_hops.fact_trajectories(model, facts).mean()["prob"]
+        >>> curve.sel(tracked="bridge", position="first hop").dims
+        ('layer',)
     """
-    kept: list[TwoHopFact] = []
-    prompts: list[Prompt] = []
-    places: list[list[int]] = []
-    spelled: list[dict[str, list[tuple[int, ...]]]] = []
-    skipped: list[tuple[str, str]] = []
-    for fact in facts:
+
+    def prepare(case: Case) -> Row:
+        fact = case.fact
         more = (fact.bridge_aliases, fact.answer_aliases) if aliases else ((), ())
         names = {"bridge": (fact.bridge, *more[0]), "answer": (fact.answer, *more[1])}
-        try:
-            prompt = encode(model, fact.prompt(form))
-            _, (place,) = resolve([prompt], {"first hop": fact.first_hop, "last": -1}, single=True)
-            (tokens,) = spell_all(model, [prompt], names, single=True)
-        except ValueError as error:
-            skipped.append((fact.id, str(error)))
-            continue
-        kept.append(fact)
-        prompts.append(prompt)
-        places.append(place)
-        spelled.append(tokens)
-    if not kept:
-        raise NoUsableFactError("the lens", skipped)
-    return _read(
-        model, prompts, places, spelled, lens or LogitLens(model, norm), kind=kind,
-        layers=check_layers(model, kind, layers), compare_output=compare_output,
-        batch_size=batch_size, skipped=skipped, method="fact_trajectories",
-        coords={"example": [f.id for f in kept], "position": ["first hop", "last"]},
-    )  # fmt: skip
+        tracked = {name: spell(model, case.prompt, said) for name, said in names.items()}
+        return Row(fact.id, case.prompt, [case.positions(r)[-1] for r in ROLES], tracked)
+
+    rows, skipped = usable(model, facts, prepare, purpose="the lens", form=form)
+    reader = _Reader.of(model, kind, layers, lens, readout)
+    found = _read(reader, rows, batch_size)
+    coords = {"position": list(ROLES)}
+    return _result(reader, rows, found, coords, method="fact_trajectories", skipped=skipped)
 
 
 def token_map(
     model: HookedModel,
-    prompt: str | Prompt,
+    prompt: str | Prompt | Tensor,
     *,
     kind: str = "resid",
-    layers: Sequence[int] | None = None,
-    norm: bool = True,
-    lens: Lens | None = None,
+    layers: Layers = None,
+    lens: LensLike = "logit",
     top_k: int = 5,
+    cache: Mapping[str, Tensor] | None = None,
 ) -> Result:
-    """The top tokens in each layer x position cell of one prompt; draw it with `plot_map`."""
+    """The top tokens in each layer x position cell of one prompt; draw it with `plot_map`.
+
+    Args:
+        top_k: tokens per cell.
+        kind, layers, lens, cache: as in `logit_lens`.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> top = mi_hops.token_map(model, "The spouse of Ondo is")
+        >>> top["top_tokens"].dims
+        ('example', 'layer', 'position', 'k')
+    """
     return logit_lens(
-        model, prompt, positions="all", kind=kind, layers=layers, norm=norm, lens=lens, top_k=top_k
+        model,
+        prompt,
+        positions="each",
+        kind=kind,
+        layers=layers,
+        lens=lens,
+        readout=Readout(top_k=top_k),
+        cache=cache,
     )
 
 
@@ -211,6 +246,13 @@ def plot_map(result: Result, *, variable: str = "top_probs", **keywords: Any) ->
 
     Raises:
         ValueError: a result without top tokens, of several prompts, or of heads.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> figure = mi_hops.plot_map(mi_hops.token_map(model, "The spouse of Ondo is"))
+        >>> figure.data[0].type
+        'heatmap'
     """
     from mi_hops.result import plots
 
@@ -224,12 +266,14 @@ def plot_map(result: Result, *, variable: str = "top_probs", **keywords: Any) ->
     values = result[variable].isel(example=0)
     if "k" in values.dims:
         values = values.isel(k=0)
-    unit = result[variable].attrs.get("units", "")
     options: dict[str, Any] = {
-        "x": "position", "y": "layer", "title": f"Top token by layer and position: {result.title}",
-        "colour_label": f"{variable} ({unit})", "sequential": True,
+        "x": "position",
+        "y": "layer",
+        "title": f"Top token by layer and position: {result.title}",
+        "colour_label": f"{variable} ({result[variable].attrs.get('units', '')})",
+        "sequential": True,
         "hover": {f"token {k + 1}": tokens.isel(k=k) for k in range(tokens.sizes["k"])},
-    }  # fmt: skip
+    }
     figure = plots.heatmap(values, **{**options, **keywords})
     cells = tokens.isel(k=0).transpose("layer", "position").values
     figure.data[0].update(text=cells, texttemplate="%{text}")
@@ -241,8 +285,7 @@ def read_vectors(
     vectors: Float[Tensor, "vector d_model"],
     *,
     track: Mapping[str, int] | None = None,
-    norm: bool = True,
-    lens: Lens | None = None,
+    lens: LensLike = "logit",
     layer: int = 0,
     head: int | None = None,
     top_k: int = 10,
@@ -268,144 +311,178 @@ def read_vectors(
     wrong = {n: i for n, i in names.items() if not 0 <= i < model.cfg.d_vocab}
     if wrong:
         raise ValueError(f"token ids {wrong} are outside the vocabulary 0..{model.cfg.d_vocab - 1}")
-    ids = torch.tensor(list(names.values()), dtype=torch.long)[None, :, None]
-    glass = lens or LogitLens(model, norm)
-    check_lens(model, glass)
-    parts = []
+    bound = as_lens(model, lens)
+    tracked = tracked_tokens([{n: [(i,)] for n, i in names.items()}] * len(vectors))
     with torch.no_grad():
-        for rows in chunks(model, len(vectors)):
-            logits = glass.logits(vectors[rows], layer=layer, head=head)
-            same = ids.expand(len(logits), -1, -1)
-            parts.append(statistics(logits, Tracked(same, same) if names else None, top_k=top_k))
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return _result(
-        model, glass, found, {"vector": range(len(vectors))}, names=list(names), kind="vector",
-        method="read_vectors",
-    )  # fmt: skip
+        parts = [
+            statistics(
+                bound.logits(vectors[rows], layer=layer, head=head),
+                tracked and tracked[rows],
+                top_k=top_k,
+            )
+            for rows in chunks(model, len(vectors))
+        ]
+    found = variables(model, _joined(parts), ("vector",))
+    coords: dict[str, Any] = {"vector": range(len(vectors))}
+    if names:
+        coords["tracked"] = list(names)
+    origin = provenance(model, method="read_vectors", lens=bound.name, kind="vector")
+    return Result.from_arrays(found, coords=coords, units=units_of(found), provenance=origin)
 
 
 # -- the work -------------------------------------------------------------------------------------
 
 
-def _read(
-    model: HookedModel,
-    prompts: Sequence[Prompt],
-    places: Sequence[Sequence[int]],
-    spelled: Sequence[Mapping[str, list[tuple[int, ...]]]],
-    lens: Lens,
-    *,
-    kind: str,
-    layers: Sequence[int],
-    compare_output: bool,
-    batch_size: int,
-    coords: dict[str, Any],
-    top_k: int = 0,
-    full: bool = False,
-    hooks: Sequence[Hook] = (),
-    skipped: Sequence[tuple[str, str]] = (),
-    method: str = "logit_lens",
-) -> Result:
-    check_lens(model, lens)
-    names = list(spelled[0])
-    n_places = len(places[0])
-    n_heads = int(model.cfg.n_heads) if kind == "head_out" else 0
-    shape = (len(prompts), len(layers), n_places, *([n_heads] if n_heads else []))
-    out: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class _Reader:
+    """What is read, through which lens, and what is kept of it."""
+
+    model: HookedModel
+    kind: str
+    layers: Sequence[int]
+    lens: Lens
+    readout: Readout
+
+    @classmethod
+    def of(
+        cls, model: HookedModel, kind: str, layers: Layers, lens: LensLike, readout: Readout
+    ) -> _Reader:
+        name, chosen = resolve_layers(model, kind, layers)
+        return cls(model, name, chosen, as_lens(model, lens), readout)
+
+    @property
+    def heads(self) -> Sequence[int | None]:
+        """Each head, or None alone where vectors are whole."""
+        return range(int(self.model.cfg.n_heads)) if self.kind == "result" else [None]
+
+    def values(self, vectors: Vectors, tracked: Tracked | None) -> dict[str, Tensor]:
+        """``[row, layer, position, ...]`` (and head, before what a variable has of its own)."""
+        # One vector for each (row, place): these share their tracked tokens and their output.
+        read = {
+            k: rearrange(v, "row place ... -> (row place) ...") for k, v in vectors.read.items()
+        }
+        n_rows, n_places = vectors.read[self.layers[0]].shape[:2]
+        parts = []
+        for part in chunks(self.model, n_rows * n_places):
+            output = None
+            if vectors.final is not None:
+                final = rearrange(vectors.final, "row place d -> (row place) d")[part]
+                output = read_out(self.model, final, norm=False).log_softmax(-1)
+            cells = [
+                statistics(
+                    self.lens.logits(
+                        read[layer][part] if head is None else read[layer][part, head],
+                        layer=layer,
+                        head=head,
+                    ),
+                    tracked and tracked[part],
+                    output=output,
+                    top_k=self.readout.top_k,
+                    logprobs=self.readout.logprobs,
+                )
+                for layer in self.layers
+                for head in self.heads
+            ]
+            parts.append({n: torch.stack([cell[n] for cell in cells], 1) for n in cells[0]})
+        head = "" if self.kind != "result" else " head"
+        shape = f"(row place) (layer{head}) ... -> row layer place{head} ..."
+        sizes = {"row": n_rows, "layer": len(self.layers)}
+        return {n: rearrange(v, shape, **sizes) for n, v in _joined(parts).items()}
+
+
+def _read(reader: _Reader, rows: Sequence[Row], batch_size: int) -> dict[str, Tensor]:
+    """What the rows say, read in forward passes."""
+    parts, order = [], []
     with torch.no_grad():
-        for chosen, batch in batches([p.ids for p in prompts], batch_size):
-            where = torch.tensor([list(places[i]) for i in chosen])
-            cells = (torch.arange(len(chosen))[:, None], where)
-            vectors = gather(
-                model, batch.tokens, cells, kind=kind, layers=layers, final=compare_output,
-                hooks=hooks,
-            )  # fmt: skip
-            # One vector for each (row, place): these share their tracked tokens and their output.
-            tracked = tracked_tokens([spelled[i] for i in chosen for _ in range(n_places)])
-            index = torch.tensor([[i, j] for i in chosen for j in range(n_places)])
-            for part in chunks(model, len(index)):
-                output = None
-                if vectors.final is not None:
-                    final = vectors.final.flatten(0, 1)[part]
-                    output = read_out(model, final, norm=False).log_softmax(-1)
-                rows, columns = index[part].T
-                for at, layer in enumerate(layers):
-                    flat = vectors.read[layer].flatten(0, 1)[part]
-                    for head in range(n_heads) if n_heads else [None]:
-                        logits = lens.logits(
-                            flat if head is None else flat[:, head], layer=layer, head=head
-                        )
-                        found = statistics(
-                            logits, tracked[part] if names else None, output=output, top_k=top_k
-                        )
-                        if full:
-                            found["logprobs"] = logits.log_softmax(-1).cpu()
-                        for name, value in found.items():
-                            if name not in out:
-                                out[name] = value.new_zeros((*shape, *value.shape[1:]))
-                            cell = (
-                                (rows, at, columns) if head is None else (rows, at, columns, head)
-                            )
-                            out[name][cell] = value
-    sizes = {"example": coords["example"], "layer": list(layers), "position": coords["position"]}
-    if n_heads:
-        sizes["head"] = list(range(n_heads))
-    extra = {name: value for name, value in coords.items() if name not in sizes}
-    title = prompts[0].text if len(prompts) == 1 else f"{len(prompts)} prompts"
-    return _result(
-        model, lens, out, sizes, extra=extra, names=names, kind=kind, method=method,
-        title=f"{lens.name} lens, {kind}: {title}", skipped=skipped,
-    )  # fmt: skip
+        for chosen, batch in batches([row.prompt.ids for row in rows], batch_size):
+            parts.append(_read_batch(reader, [rows[i] for i in chosen], batch.tokens))
+            order += chosen
+    back = torch.tensor(order).argsort()
+    return {name: value[back] for name, value in _joined(parts).items()}
+
+
+def _read_cache(
+    reader: _Reader, rows: Sequence[Row], cache: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return _read_batch(reader, rows, pad([row.prompt.ids for row in rows]).tokens, cache)
+
+
+def _read_batch(
+    reader: _Reader,
+    rows: Sequence[Row],
+    tokens: Tensor,
+    cache: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    cells = (torch.arange(len(rows))[:, None], torch.tensor([list(row.places) for row in rows]))
+    vectors = gather(
+        reader.model,
+        tokens,
+        cells,
+        kind=reader.kind,
+        layers=reader.layers,
+        final=reader.readout.kl,
+        cache=cache,
+    )
+    tracked = tracked_tokens([row.tracked for row in rows for _ in row.places])
+    return reader.values(vectors, tracked)
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _result(
-    model: HookedModel,
-    lens: Lens,
+    reader: _Reader,
+    rows: Sequence[Row],
     found: Mapping[str, Tensor],
-    sizes: Mapping[str, Any],
+    coords: Mapping[str, Any],
     *,
-    names: Sequence[str],
-    kind: str,
     method: str,
-    extra: Mapping[str, Any] | None = None,
-    title: str = "",
     skipped: Sequence[tuple[str, str]] = (),
 ) -> Result:
-    dims = tuple(sizes)
-    values: dict[str, tuple[tuple[str, ...], Any]] = {}
-    # What was tracked comes first: the first variable is what `Result` means by default.
-    for name in (*TRACKED, *(n for n in found if n not in TRACKED)):
-        if name not in found:
-            continue
-        if name == "top_ids":
-            values["top_tokens"] = ((*dims, "k"), decoded(model, found[name]))
-        else:
-            last = {"top_probs": ("k",), "logprobs": ("vocab",)}
-            more = last.get(name, ("tracked",) if name in TRACKED else ())
-            values[name] = ((*dims, *more), found[name])
-    coords = {**sizes, **(extra or {})}
-    if names:
-        coords["tracked"] = list(names)
-    units = {name: unit for name, unit in UNITS.items() if name in values}
+    dims = ["example", "layer", "position", *["head"] * (reader.kind == "result")]
+    labels = {"example": [row.label for row in rows], "layer": list(reader.layers), **coords}
+    if reader.kind == "result":
+        labels["head"] = list(reader.heads)
+    if rows[0].tracked:
+        labels["tracked"] = list(rows[0].tracked)
+    values = variables(reader.model, found, dims)
+    origin = provenance(reader.model, method=method, lens=reader.lens.name, kind=reader.kind)
+    what = rows[0].prompt.text if len(rows) == 1 else f"{len(rows)} prompts"
     return Result.from_arrays(
-        values, coords=coords, units=units, title=title, skipped=skipped,
-        provenance=provenance(model, method=method, lens=lens.name, kind=kind),
-    )  # fmt: skip
+        values,
+        coords=labels,
+        units=units_of(values),
+        title=f"{reader.lens.name} lens, {reader.kind}: {what}",
+        skipped=skipped,
+        provenance=origin,
+    )
 
 
-def decoded(model: HookedModel, ids: Tensor) -> Any:
+def variables(
+    model: HookedModel, found: Mapping[str, Tensor], dims: Sequence[str]
+) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """What `statistics` found as variables of a result, on `dims`; top tokens as texts.
+
+    What was tracked comes first: the first variable is what a `Result` means by default.
+    """
+    values: dict[str, tuple[tuple[str, ...], Any]] = {}
+    for name in sorted(found, key=lambda name: name not in TRACKED):
+        own = (*dims, *([LAST[name]] if name in LAST else []))
+        if name == "top_ids":
+            values["top_tokens"] = (own, _decoded(model, found[name].long()))
+        else:
+            values[name] = (own, found[name])
+    return values
+
+
+def units_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """Units of the variables that have one."""
+    return {name: UNITS[name] for name in values if name in UNITS}
+
+
+def _decoded(model: HookedModel, ids: Tensor) -> np.ndarray:
     """Token ids as texts, an object array of the same shape."""
-    import numpy as np
-
-    flat = ids.flatten().tolist()
-    texts = {i: model.tokenizer.decode([i]) for i in set(flat)}
-    return np.array([texts[i] for i in flat], dtype=object).reshape(tuple(ids.shape))
-
-
-__all__ = [
-    "LogitLens",
-    "fact_trajectories",
-    "logit_lens",
-    "plot_map",
-    "read_vectors",
-    "token_map",
-]
+    texts = {i: model.tokenizer.decode([i]) for i in ids.unique().tolist()}
+    return np.vectorize(texts.__getitem__, otypes=[object])(ids.numpy())

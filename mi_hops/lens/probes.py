@@ -10,144 +10,175 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from mi_hops.lens.reading import check_layers, gather
+from mi_hops.lens.reading import Layers, resolve_layers, states_at
 from mi_hops.lens.tracking import at_role
 from mi_hops.model import HookedModel, provenance
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
-from mi_hops.text.tokens import Prompt, batches
 
 if TYPE_CHECKING:
     from mi_hops.facts.fact import TwoHopFact
+
+#: Share of the input types kept out of training altogether, and of the other facts tested on.
+UNSEEN_SHARE, TEST_SHARE = 0.2, 0.25
+
+
+@dataclass(frozen=True)
+class ProbeTraining:
+    """How probes are trained.
+
+    Args:
+        classifier: makes an untrained classifier with ``fit`` and ``predict``; default multinomial
+            logistic regression on standardised inputs.
+        min_count: facts that a label must have; others are skipped.
+        n_controls: control tasks, each with labels of its own, averaged.
+        seed: of the split and the control labels.
+
+    Raises:
+        ValueError: no control task.
+    """
+
+    classifier: Callable[[], Any] | None = None
+    min_count: int = 3
+    n_controls: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_controls < 1:
+            raise ValueError(
+                f"n_controls is {self.n_controls}; selectivity needs at least one control task"
+            )
 
 
 def fact_probes(
     model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
-    label: Callable[[TwoHopFact], str] | None = None,
-    kind_of_input: Callable[[TwoHopFact], str] | None = None,
+    label: Callable[[TwoHopFact], str] = lambda fact: fact.bridge,
     role: str = "first hop",
     form: str | None = None,
     kind: str = "resid",
-    layers: Sequence[int] | None = None,
-    probe: Callable[[], Any] | None = None,
-    min_count: int = 3,
-    test_share: float = 0.25,
-    unseen_share: float = 0.2,
-    n_controls: int = 1,
-    seed: int = 0,
+    layers: Layers = None,
+    training: ProbeTraining = ProbeTraining(),
     batch_size: int = 64,
     progress: bool = False,
 ) -> Result:
     """Train a probe for each layer, and one for each control task beside it.
 
-    A share of the input types is kept out altogether; the facts of the others are parted into
-    training and test facts, so that test facts are new but their types are not: there, and only
-    there, a control task can be got right by memorising.
+    A fifth of the first-hop phrases is kept out altogether; the facts of the others are split into
+    training facts and a quarter of test facts, so that test facts are new but their phrases are not:
+    there, and only there, a control task can be solved by memorising.
 
     Args:
-        label: what is to be read; default the bridge.
-        kind_of_input: the type of an input; default its first-hop phrase. One type must always have
-            one label.
+        label: what is to be read, one label for each first-hop phrase; default the bridge.
         role: ``"first hop"`` or ``"last"``: where the prompt is read.
         form: form of the prompt; default each fact's first.
-        kind, layers: what is read (`reading.KINDS`, without heads), and where; default all layers.
-        probe: makes an untrained classifier with ``fit`` and ``predict``; default multinomial
-            logistic regression on standardised inputs.
-        min_count: facts that a label must have; others are skipped.
-        test_share: share of the seen types' facts that is tested on.
-        unseen_share: share of types that is kept out.
-        n_controls: control tasks, each with labels of its own, averaged.
-        seed: of the split and the control labels.
+        kind, layers: what is read (`KINDS`, without heads), and where; default all layers.
 
     Returns:
         Result with ``correct`` and ``control_correct`` (share, 0 to 1) and ``selectivity``, their
         difference, on ``example`` (test facts) and ``layer``; ``unseen_correct`` on
-        ``unseen_example`` (facts of the types kept out) and ``layer``; and the baselines
+        ``unseen_example`` (facts of the phrases kept out) and ``layer``; and the baselines
         ``majority`` and ``unseen_majority`` (share): guessing the most frequent training label.
 
     Raises:
-        ValueError: an unknown role, heads, no control task, a type with two labels, fewer than two
-            labels left, or an empty part of the split.
+        ValueError: an unknown role, heads, a phrase with two labels, fewer than two labels left, or
+            an empty part of the split.
         NoUsableFactError: no fact can be read.
         ImportError: scikit-learn is not installed.
+
+    Examples:
+        >>> import mi_hops
+        >>> model, world = mi_hops.load_model("hops-gpt2"), mi_hops.Hopland()
+        >>> people = world.entities["person"][:3]
+        >>> facts = [f for f in world.two_hop_facts("train") if f.bridge in people][::3]
+        >>> probes = mi_hops.lens.fact_probes(model, facts, layers=[1, 3])
+        >>> probes["unseen_correct"].mean("unseen_example").dims
+        ('layer',)
     """
-    make = probe or _logistic
-    if n_controls < 1:
-        raise ValueError(f"n_controls is {n_controls}; selectivity needs at least one control task")
-    if kind == "head_out":
+    make = training.classifier or _logistic
+    name, chosen = resolve_layers(model, kind, layers)
+    if name == "result":
         raise ValueError("probes read whole activations; choose another kind")
-    chosen = check_layers(model, kind, layers)
-    read_label = label or (lambda fact: fact.bridge)
-    read_type = kind_of_input or (lambda fact: fact.first_hop)
-    read = at_role(model, facts, role, form=form, what="a probe")
-    kept, prompts, places, skipped = read.facts, read.prompts, read.places, read.skipped
-    labels, types = ([tell(f) for f in kept] for tell in (read_label, read_type))
-    _check_types(types, labels)
+    cases, places, skipped = at_role(model, facts, role, form=form, purpose="a probe")
+    labels, phrases = [label(c.fact) for c in cases], [c.fact.first_hop for c in cases]
+    _check_labels(phrases, labels)
     counts = Counter(labels)
-    enough = [i for i, name in enumerate(labels) if counts[name] >= min_count]
-    skipped += [
-        (kept[i].id, f"label with fewer than {min_count} facts")
-        for i in range(len(kept))
-        if counts[labels[i]] < min_count
-    ]
-    kept = [kept[i] for i in enough]
-    prompts, places = [prompts[i] for i in enough], [places[i] for i in enough]
-    labels, types = [labels[i] for i in enough], [types[i] for i in enough]
-    if len(set(labels)) < 2:
+    keep = np.array([counts[name] >= training.min_count for name in labels])
+    rare = f"label with fewer than {training.min_count} facts"
+    skipped += [(c.fact.id, rare) for c, kept in zip(cases, keep, strict=True) if not kept]
+    target, types, ids = (
+        np.array(part)[keep] for part in (labels, phrases, [c.fact.id for c in cases])
+    )
+    if len(set(target)) < 2:
         raise ValueError(
-            f"a probe needs at least two labels with {min_count} facts each; {len(set(labels))} left"
+            f"a probe needs at least two labels with {training.min_count} facts each; "
+            f"{len(set(target))} left"
         )
-    rng = np.random.default_rng(seed)
-    train, test, unseen = _split(types, test_share, unseen_share, rng)
-    target = np.array(labels)
-    controls = [_control(types, labels, rng) for _ in range(n_controls)]
-    inputs = _inputs(model, prompts, places, kind, chosen, batch_size)
-    shape = (len(test), len(chosen))
-    correct, control_correct = np.zeros(shape), np.zeros(shape)
-    unseen_correct = np.zeros((len(unseen), len(chosen)))
-    for k, layer in enumerate(progress_bar(chosen, label="probes", show=progress)):
-        x = inputs[layer]
-        fitted = make().fit(x[train], target[train])
-        correct[:, k] = fitted.predict(x[test]) == target[test]
-        unseen_correct[:, k] = fitted.predict(x[unseen]) == target[unseen]
-        for control in controls:
-            fitted = make().fit(x[train], control[train])
-            control_correct[:, k] += (fitted.predict(x[test]) == control[test]) / n_controls
+    rng = np.random.default_rng(training.seed)
+    train, test, unseen = split_types(types.tolist(), rng)
+    controls = [control_labels(types, target, rng) for _ in range(training.n_controls)]
+    kept = np.flatnonzero(keep)
+    prompts, where = [cases[i].prompt for i in kept], [places[i] for i in kept]
+    states = states_at(model, prompts, where, kind=name, layers=chosen, batch_size=batch_size)
+    inputs = states.float().cpu().numpy()
+
+    def correct(x: np.ndarray, wanted: np.ndarray, *parts: np.ndarray) -> list[np.ndarray]:
+        fitted = make().fit(x[train], wanted[train])
+        return [fitted.predict(x[part]) == wanted[part] for part in parts]
+
+    found: dict[str, list[np.ndarray]] = {"correct": [], "control": [], "unseen": []}
+    for k in progress_bar(range(len(chosen)), label="probes", show=progress):
+        x = inputs[:, k]
+        tested, new = correct(x, target, test, unseen)
+        found["correct"].append(tested.astype(float))
+        found["unseen"].append(new.astype(float))
+        found["control"].append(np.mean([correct(x, c, test)[0] for c in controls], axis=0))
+    tested, control, new = (
+        np.stack(found[part], axis=1) for part in ("correct", "control", "unseen")
+    )
     common = Counter(target[train].tolist()).most_common(1)[0][0]
-    dims = ("example", "layer")
+    dims, unseen_dims = ("example", "layer"), ("unseen_example", "layer")
+    values: dict[str, Any] = {
+        "correct": (dims, tested),
+        "control_correct": (dims, control),
+        "selectivity": (dims, tested - control),
+        "unseen_correct": (unseen_dims, new),
+    }
+    baselines: dict[str, Any] = {
+        "majority": ("example", (target[test] == common).astype(float)),
+        "unseen_majority": ("unseen_example", (target[unseen] == common).astype(float)),
+    }
     return Result.from_arrays(
-        {
-            "correct": (dims, correct),
-            "control_correct": (dims, control_correct),
-            "selectivity": (dims, correct - control_correct),
-            "unseen_correct": (("unseen_example", "layer"), unseen_correct),
-        },
-        baselines={
-            "majority": ("example", (target[test] == common).astype(float)),
-            "unseen_majority": ("unseen_example", (target[unseen] == common).astype(float)),
-        },
+        values,
+        baselines=baselines,
         coords={
-            "example": [kept[i].id for i in test], "layer": chosen,
-            "unseen_example": [kept[i].id for i in unseen], "label": ("example", target[test]),
+            "example": ids[test],
+            "layer": chosen,
+            "unseen_example": ids[unseen],
+            "label": ("example", target[test]),
         },
-        units=dict.fromkeys(
-            ("correct", "control_correct", "unseen_correct", "majority", "unseen_majority"),
-            "share",
-        ) | {"selectivity": "difference of shares"},
-        title=f"linear probe at {role}, {kind}",
+        units=dict.fromkeys((*values, *baselines), "share")
+        | {"selectivity": "difference of shares"},
+        title=f"linear probe at {role}, {name}",
         skipped=skipped,
         provenance=provenance(
-            model, method="fact_probes", role=role, kind=kind, form=form, seed=seed,
-            n_train=len(train), n_labels=len(set(labels)), n_types=len(set(types)),
+            model,
+            method="fact_probes",
+            role=role,
+            kind=name,
+            form=form,
+            seed=training.seed,
+            n_train=len(train),
+            n_labels=len(set(target)),
+            n_types=len(set(types)),
         ),
-    )  # fmt: skip
+    )
 
 
 def _logistic() -> Any:
@@ -157,39 +188,40 @@ def _logistic() -> Any:
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise ImportError(
-            "probes need scikit-learn: pip install 'mi-hops[probes]', or pass probe="
+            "probes need scikit-learn: pip install 'mi-hops[probes]', or pass a classifier"
         ) from error
     return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
 
 
-def _check_types(types: Sequence[str], labels: Sequence[str]) -> None:
+def _check_labels(phrases: Sequence[str], labels: Sequence[str]) -> None:
     seen: dict[str, str] = {}
-    for kind, name in zip(types, labels, strict=True):
-        if seen.setdefault(kind, name) != name:
+    for phrase, name in zip(phrases, labels, strict=True):
+        if seen.setdefault(phrase, name) != name:
             raise ValueError(
-                f"the input type {kind!r} has the labels {seen[kind]!r} and {name!r}; give a finer "
-                "kind_of_input, or a label that it determines"
+                f"the first hop {phrase!r} has the labels {seen[phrase]!r} and {name!r}; give a label "
+                "that it determines"
             )
 
 
-def _split(
-    types: Sequence[str], test_share: float, unseen_share: float, rng: np.random.Generator
+def split_types(
+    types: Sequence[str], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    for name, share in (("test_share", test_share), ("unseen_share", unseen_share)):
-        if not 0 < share < 1:
-            raise ValueError(f"{name} is {share}; expected a share between 0 and 1")
+    """Indices of training facts, test facts of types seen in training, facts of unseen types.
+
+    Raises:
+        ValueError: one of the three is empty.
+    """
     distinct = sorted(set(types))
-    n = max(1, round(unseen_share * len(distinct)))
+    n = max(1, round(UNSEEN_SHARE * len(distinct)))
     out = {distinct[i] for i in rng.permutation(len(distinct))[:n]}
     unseen = np.array([i for i, kind in enumerate(types) if kind in out], dtype=int)
     rest = rng.permutation([i for i, kind in enumerate(types) if kind not in out]).astype(int)
-    cut = round(test_share * len(rest))
+    cut = round(TEST_SHARE * len(rest))
     test, train = rest[:cut], rest[cut:]
     # A type that training has not seen cannot be memorised; such facts are unseen as well.
     known = {types[i] for i in train}
-    strangers = np.array([types[i] not in known for i in test], dtype=bool)
-    unseen = np.sort(np.concatenate([unseen, test[strangers]]))
-    test = np.sort(test[~strangers])
+    new = np.array([types[i] not in known for i in test], dtype=bool)
+    unseen, test = np.sort(np.concatenate([unseen, test[new]])), np.sort(test[~new])
     if not len(train) or not len(test) or not len(unseen):
         raise ValueError(
             f"the split leaves {len(train)} training, {len(test)} test and {len(unseen)} unseen "
@@ -198,31 +230,12 @@ def _split(
     return train, test, unseen
 
 
-def _control(types: Sequence[str], labels: Sequence[str], rng: np.random.Generator) -> np.ndarray:
+def control_labels(
+    types: Sequence[str], labels: Sequence[str], rng: np.random.Generator
+) -> np.ndarray:
     """A random label for each type, drawn as often as labels are among types."""
     own = dict(zip(types, labels, strict=True))
     distinct = sorted(own)
     drawn = rng.permutation([own[kind] for kind in distinct])
     table = dict(zip(distinct, drawn.tolist(), strict=True))
     return np.array([table[kind] for kind in types])
-
-
-def _inputs(
-    model: HookedModel,
-    prompts: Sequence[Prompt],
-    places: Sequence[int],
-    kind: str,
-    layers: Sequence[int],
-    batch_size: int,
-) -> dict[int, np.ndarray]:
-    """Layer -> ``[fact, d_model]``."""
-    out = {
-        layer: np.empty((len(prompts), int(model.cfg.d_model)), dtype=np.float32)
-        for layer in layers
-    }
-    for chosen, batch in batches([p.ids for p in prompts], batch_size):
-        cells = (torch.arange(len(chosen)), torch.tensor([places[i] for i in chosen]))
-        found = gather(model, batch.tokens, cells, kind=kind, layers=layers).read
-        for layer in layers:
-            out[layer][chosen] = found[layer].float().cpu().numpy()
-    return out

@@ -1,21 +1,27 @@
 """Activations at chosen positions, and what they say once turned into logits.
 
 Every lens works in the same two steps: `gather` takes vectors of width d_model out of a forward
-pass, at the asked positions only, and `statistics` reduces the logits that a lens makes of them to
-a few numbers each, a chunk at a time, so that layers x positions x vocabulary never exist at once.
+pass (or out of a cache), at the asked positions only, and `statistics` reduces the logits that a
+lens makes of them to a few values each, a chunk at a time, so that layers x positions x vocabulary
+never exist at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+from einops import rearrange, reduce
+from fancy_einsum import einsum
 
 from mi_hops.model import (
     Hook,
     HookedModel,
+    device_of,
+    final_norm,
     fingerprint,
     forward,
     hook_name,
@@ -26,15 +32,19 @@ from mi_hops.model import (
 )
 from mi_hops.model.numeric import kl_divergence
 from mi_hops.sweep.interventions import Site
+from mi_hops.text.tokens import Prompt, batches
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
 #: What can be read, all of width d_model. ``resid`` is the stream *after* `layer` blocks, so that 0
-#: is the embedding and n_layers what the final norm sees; ``head_out`` is what each head writes,
+#: is the embedding and n_layers what the final norm sees; ``result`` is what each head writes,
 #: z_h W_O^h, without the bias b_O; the others are the hook points of that name.
-KINDS = ("resid", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head_out")
+KINDS = ("resid", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "result")
+
+#: Layers to read: one, several, or None for all.
+Layers = int | Sequence[int] | None
 
 #: Bytes that the logits of one chunk, and what is computed from them, may take.
 CHUNK_BYTES = 2**28
@@ -44,7 +54,7 @@ class Lens(Protocol):
     """Turns vectors of the residual space into logits over the vocabulary.
 
     A lens that reads through one model's unembedding has that model as ``model``, so that
-    `check_lens` can refuse it on another.
+    `as_lens` can refuse it on another.
     """
 
     @property
@@ -59,6 +69,10 @@ class Lens(Protocol):
         ...
 
 
+#: A lens, or the model's own read-out with the final norm (``"logit"``) or without (``"raw"``).
+LensLike = Lens | Literal["logit", "raw"]
+
+
 @dataclass(frozen=True, eq=False)
 class LogitLens:
     """The model's own read-out: W_U and b_U, after the final norm or without it.
@@ -68,7 +82,7 @@ class LogitLens:
             raw lens of the memory-injection and CREME papers.
     """
 
-    model: HookedModel
+    model: HookedModel = field(repr=False)
     norm: bool = True
 
     @property
@@ -83,48 +97,63 @@ class LogitLens:
         return read_out(self.model, vectors, norm=self.norm)
 
 
-def check_lens(model: HookedModel, lens: Lens) -> None:
-    """Refuse a lens that reads through another model than the one that is run.
+def as_lens(model: HookedModel, lens: LensLike) -> Lens:
+    """The lens, refused if it reads through another model than the one that is run.
 
     A lens without a ``model`` is taken as it is. Another object with the same weights will do.
 
     Raises:
-        ValueError: a lens bound to a model with other weights.
+        ValueError: a lens bound to a model with other weights, or an unknown name.
     """
+    if isinstance(lens, str):
+        if lens not in ("logit", "raw"):
+            raise ValueError(f"unknown lens {lens!r}; expected 'logit', 'raw', or a Lens object")
+        return LogitLens(model, norm=lens == "logit")
     own = getattr(lens, "model", None)
-    if own is None or own is model:
-        return
-    theirs, ours = fingerprint(own), fingerprint(model)
-    if theirs != ours:
+    if own is not None and own is not model and fingerprint(own) != fingerprint(model):
         raise ValueError(
-            f"this {lens.name} lens is bound to a model with fingerprint {theirs}, the model that is "
-            f"read has {ours}; lens.moved(model) reads one model with a lens trained on another"
+            f"this {lens.name} lens is bound to a model with fingerprint {fingerprint(own)}, the "
+            f"model that is read has {fingerprint(model)}; lens.moved(model) reads one model with a "
+            "lens trained on another"
         )
+    return lens
 
 
-def check_layers(model: HookedModel, kind: str, layers: Sequence[int] | None) -> list[int]:
-    """The layers to read: those asked for, or all that `kind` has.
+def resolve_layers(model: HookedModel, kind: str, layers: Layers) -> tuple[str, list[int]]:
+    """The kind by its own name, and the layers to read: those asked for, or all that `kind` has.
+
+    Args:
+        kind: one of `KINDS`, or TransformerLens's name of a hook: ``"hook_mlp_out"``, or with its
+            layer ``"blocks.3.hook_mlp_out"``.
 
     Raises:
-        ValueError: an unknown kind, no layer, or a layer that the model has not got.
+        ValueError: an unknown kind, no layer, a layer named twice over, or one that the model does
+            not have.
     """
-    if kind not in KINDS:
+    hook = re.fullmatch(r"(?:blocks\.(\d+)\.)?(?:attn\.)?hook_(\w+)", kind)
+    if hook and hook[1]:
+        if layers is not None:
+            raise ValueError(f"{kind!r} names its layer; leave layers out, or pass {hook[2]!r}")
+        layers = int(hook[1])
+    name = hook[2] if hook else kind
+    if name not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; a lens reads one of {list(KINDS)}")
     n_layers = int(model.cfg.n_layers)
     if layers is None:
-        return list(range(n_layers + (kind == "resid")))
-    found = [int(layer) for layer in layers]
+        return name, list(range(n_layers + (name == "resid")))
+    found = [layers] if isinstance(layers, int) else [int(layer) for layer in layers]
     if not found:
         raise ValueError("layers is empty; name at least one, or pass None for all")
-    if kind == "resid":
-        wrong = [layer for layer in found if not 0 <= layer <= n_layers]
-        if wrong:
-            raise ValueError(
-                f"layer(s) {wrong} out of range; 'resid' counts blocks passed, 0..{n_layers}"
-            )
-    else:
+    if name != "resid":
         require_layers(model, found)
-    return found
+    elif wrong := [layer for layer in found if not 0 <= layer <= n_layers]:
+        raise ValueError(
+            f"layer(s) {wrong} out of range; 'resid' counts the blocks passed, 0..{n_layers}"
+        )
+    return name, found
+
+
+# -- vectors --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -132,7 +161,7 @@ class Vectors:
     """What was read from one batch; ``*cell`` is the shape of the index that asked for it.
 
     Attributes:
-        read: layer -> ``[*cell, d_model]``, or ``[*cell, head, d_model]`` for heads.
+        read: layer -> ``[*cell, d_model]``, or ``[*cell, head, d_model]`` for ``result``.
         final: ``[*cell, d_model]`` as the unembedding gets it, or None where not asked for.
     """
 
@@ -148,52 +177,111 @@ def gather(
     kind: str,
     layers: Sequence[int],
     final: bool = False,
-    hooks: Sequence[Hook] = (),
+    cache: Mapping[str, Tensor] | None = None,
 ) -> Vectors:
-    """Read vectors at some cells of the batch, in one forward pass.
+    """Read vectors at some cells of the batch, in one forward pass or from a cache.
+
+    Hooks that are on the model (``with model.hooks(...)``) act before anything is read.
 
     Args:
         cells: (rows, positions), two tensors that broadcast together; never on padding.
         final: also keep the final stream after its norm, for comparison with the output.
-        hooks: interventions that act before anything is read.
+        cache: the activations of `tokens` by hook name, ``[row, pos, ...]``; then nothing is run.
 
     Raises:
-        MissingHookError: a hook point the model has not got.
+        MissingHookError: a hook point that the model does not have.
+        ValueError: an activation that the cache does not hold.
     """
-    names = {layer: _name(model, kind, layer) for layer in layers}
+    names = {layer: _hook_of(model, kind, layer) for layer in layers}
     require_hooks(model, names.values())
-    rows, columns = cells
     kept: dict[str, Tensor] = {}
 
     def pick(x: Tensor) -> Tensor:
-        return x[rows.to(x.device), columns.to(x.device)]
+        rows, columns = cells
+        return x[rows.to(x.device), columns.to(x.device)].detach()
 
+    with torch.no_grad():
+        if cache is None:
+            _run(model, tokens, list(names.values()), pick, kept, final=final)
+        else:
+            end = _hook_of(model, "resid", int(model.cfg.n_layers))
+            kept = {n: pick(cached(cache, n, tokens)) for n in {*names.values(), *[end] * final}}
+            if final:
+                kept["final"] = final_norm(model, kept[end])
+        read = {layer: kept[name] for layer, name in names.items()}
+        if kind == "result":
+            read = {layer: head_outputs(model, z, layer) for layer, z in read.items()}
+    return Vectors(read, kept["final"] if final else None)
+
+
+def _run(
+    model: HookedModel,
+    tokens: Tensor,
+    names: Sequence[str],
+    pick: Callable[[Tensor], Tensor],
+    kept: dict[str, Tensor],
+    *,
+    final: bool,
+) -> None:
     def keep(name: str) -> Callable[[Tensor], None]:
-        def fn(x: Tensor) -> None:
-            kept[name] = pick(x).detach()
-
-        return fn
+        return lambda x: kept.update({name: pick(x)})
 
     def keep_final(x: Tensor) -> Tensor:
-        kept["final"] = pick(x).detach()
+        kept["final"] = pick(x)
         return x[:, :1]  # the pass ends here; one position is unembedded because one has to be
 
-    reads: list[Hook] = [(name, keep(name)) for name in dict.fromkeys(names.values())]
-    stop = None
+    reads: list[Hook] = [(name, keep(name)) for name in dict.fromkeys(names)]
+    stop: int | None = 1 + max(int(name.split(".")[1]) for name in names)
     if final:
         reads.append(("unembed.hook_in", keep_final))
-    else:
-        blocks = [int(name.split(".")[1]) for name in [*names.values(), *(n for n, _ in hooks)]]
-        stop = max(blocks) + 1
-    with torch.no_grad():
-        forward(
-            model, tokens, hooks=[*hooks, *reads],
-            stop_at_layer=stop if stop is not None and stop < model.cfg.n_layers else None,
-        )  # fmt: skip
-        read = {layer: kept[name] for layer, name in names.items()}
-        if kind == "head_out":
-            read = {layer: head_outputs(model, z, layer) for layer, z in read.items()}
-    return Vectors(read, kept.get("final"))
+    if final or stop == model.cfg.n_layers:
+        stop = None
+    forward(model, tokens, hooks=reads, stop_at_layer=stop)
+
+
+def cached(
+    cache: Mapping[str, Tensor], name: str, tokens: Int[Tensor, "row pos"]
+) -> Float[Tensor, "row pos ..."]:
+    """An activation from a cache, with a batch axis.
+
+    Raises:
+        ValueError: one that the cache does not hold, or of other prompts.
+    """
+    if name not in cache:
+        raise ValueError(
+            f"the cache does not hold {name}; let run_with_cache keep it (without names_filter it "
+            "keeps everything), or read another kind or layer"
+        )
+    found = cache[name]
+    per_position = 2 if name.endswith("hook_z") else 1
+    if found.ndim == 1 + per_position:
+        found = found[None]
+    if tuple(found.shape[:2]) != tuple(tokens.shape):
+        raise ValueError(
+            f"the cache holds {tuple(found.shape[:2])} [batch, pos], the prompts are "
+            f"{tuple(tokens.shape)}; pass the prompts (or tokens) that the cache was made of"
+        )
+    return found
+
+
+def states_at(
+    model: HookedModel,
+    prompts: Sequence[Prompt],
+    places: Sequence[int],
+    *,
+    kind: str = "resid",
+    layers: Sequence[int],
+    batch_size: int = 64,
+) -> Float[Tensor, "prompt layer d_model"]:
+    """What is read at one position of each prompt, on the model's device."""
+    parts, order = [], []
+    for chosen, batch in batches([p.ids for p in prompts], batch_size):
+        cells = (torch.arange(len(chosen)), torch.tensor([places[i] for i in chosen]))
+        read = gather(model, batch.tokens, cells, kind=kind, layers=layers).read
+        place = device_of(model)  # layers may lie on several devices
+        parts.append(torch.stack([read[layer].to(place) for layer in layers], dim=1))
+        order += chosen
+    return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 def stream_site(model: HookedModel, layer: int, position: int) -> Site:
@@ -207,20 +295,20 @@ def head_outputs(
     model: HookedModel, z: Float[Tensor, "*rows head d_head"], layer: int
 ) -> Float[Tensor, "*rows head d_model"]:
     """What each head writes to the residual stream; b_O, which no head owns, is left out."""
-    weight = w_o(model, layer).detach()
-    return (z.unsqueeze(-2) @ weight.to(z.device, z.dtype)).squeeze(-2)
+    weight = w_o(model, layer).detach().to(z.device, z.dtype)
+    return einsum("... head d_head, head d_head d_model -> ... head d_model", z, weight)
 
 
-def _name(model: HookedModel, kind: str, layer: int) -> str:
-    if kind == "head_out":
+def _hook_of(model: HookedModel, kind: str, layer: int) -> str:
+    if kind == "result":
         return hook_name("z", layer)
     if kind != "resid":
         return hook_name(kind, layer)
-    last = int(model.cfg.n_layers)
-    return hook_name("resid_pre", layer) if layer < last else hook_name("resid_post", last - 1)
+    site = stream_site(model, layer, 0)
+    return hook_name(site.kind, site.layer)
 
 
-# -- numbers from logits --------------------------------------------------------------------------
+# -- values from logits ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -237,7 +325,7 @@ class Tracked:
     ids: Int[Tensor, "vector name token"]
     starts: Int[Tensor, "vector name spelling"]
 
-    def __getitem__(self, rows: slice) -> Tracked:
+    def __getitem__(self, rows: Any) -> Tracked:
         return Tracked(self.ids[rows], self.starts[rows])
 
 
@@ -254,6 +342,7 @@ def statistics(
     *,
     output: Float[Tensor, "vector vocab"] | None = None,
     top_k: int = 0,
+    logprobs: bool = False,
 ) -> dict[str, Tensor]:
     """What the logits of some vectors say, on the CPU.
 
@@ -266,42 +355,39 @@ def statistics(
         ``rank`` of it (1 = top, ties in its favour), ``mean_token_prob``, the mean probability of all
         tokens of the first spelling at this one position (the papers' score), and ``any_prob``, the
         summed probability of the distinct first tokens of all spellings; with `top_k` ``top_ids``
-        and ``top_probs`` ``[vector, k]``.
+        and ``top_probs`` ``[vector, k]``; with `logprobs` ``logprobs`` ``[vector, vocab]``.
 
     Raises:
         ValueError: `top_k` below 0 or beyond the vocabulary.
     """
     if not 0 <= top_k <= logits.shape[-1]:
         raise ValueError(f"top_k is {top_k}; expected 0..{logits.shape[-1]}, the vocabulary's size")
-    logprobs = logits.log_softmax(-1)
-    probs = logprobs.exp()
-    found = {"entropy": -(probs * logprobs).sum(-1)}
+    said = logits.log_softmax(-1)
+    probs = said.exp()
+    found = {"entropy": -(probs * said).sum(-1)}
     if output is not None:
-        known = output.to(logprobs.device)
-        found["kl"] = kl_divergence(known, logprobs)
+        found["kl"] = kl_divergence(output.to(said.device), said)
     if tracked is not None:
         ids, starts = (t.to(logits.device) for t in (tracked.ids, tracked.starts))
         first = ids[..., 0]
         found["prob"] = probs.gather(1, first)
-        found["logprob"] = logprobs.gather(1, first)
-        own = logits.gather(1, first)
+        found["logprob"] = said.gather(1, first)
         # One name at a time: a comparison is as large as the logits.
-        ranks = [1 + (logits > own[:, [k]]).sum(-1) for k in range(first.shape[1])]
-        found["rank"] = _stack(ranks, first)
-        found["mean_token_prob"] = _masked(probs, ids, mean=True)
-        found["any_prob"] = _masked(probs, starts, mean=False)
+        above = [(logits > own[:, None]).sum(-1) for own in logits.gather(1, first).T]
+        found["rank"] = 1 + torch.stack(above, dim=1)
+        found["mean_token_prob"] = _summed(probs, ids) / reduce(ids >= 0, "v n t -> v n", "sum")
+        found["any_prob"] = _summed(probs, starts)
     if top_k:
         best = probs.topk(top_k, dim=-1)
         found |= {"top_ids": best.indices, "top_probs": best.values}
+    if logprobs:
+        found["logprobs"] = said
     return {name: value.cpu() for name, value in found.items()}
 
 
-def _stack(columns: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(columns, dim=1) if columns else like.clone()
-
-
-def _masked(probs: Tensor, ids: Tensor, *, mean: bool) -> Tensor:
-    real = ids >= 0
-    flat = probs.gather(1, ids.clamp_min(0).flatten(1)).reshape(ids.shape)
-    total = (flat * real).sum(-1)
-    return total / real.sum(-1) if mean else total
+def _summed(
+    probs: Float[Tensor, "vector vocab"], ids: Int[Tensor, "vector name item"]
+) -> Float[Tensor, "vector name"]:
+    """The probability of all ids together; -1 is padding."""
+    flat = probs.gather(1, rearrange(ids.clamp_min(0), "v n i -> v (n i)"))
+    return reduce(flat.reshape(ids.shape) * (ids >= 0), "v n i -> v n", "sum")

@@ -7,24 +7,27 @@ of its features. An autoencoder of ``"resid"`` layer l reads the stream after l 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from fancy_einsum import einsum
 
-from mi_hops.facts.unusable import NoUsableFactError
+from mi_hops.cases import Case, usable
 from mi_hops.lens.examples import real_cells
-from mi_hops.lens.reading import check_layers, gather, stream_site
-from mi_hops.lens.tracking import at_role
+from mi_hops.lens.reading import gather, resolve_layers, states_at, stream_site
+from mi_hops.lens.tracking import at_role, check_role
 from mi_hops.lens.training import Corpus
 from mi_hops.model import HookedModel, device_of, fingerprint, hook_name, provenance
 from mi_hops.result.result import Result
 from mi_hops.sweep.fanout import fan_out
 from mi_hops.sweep.interventions import Intervention
-from mi_hops.sweep.metrics import METRICS, target_of
+from mi_hops.sweep.limits import Limits
+from mi_hops.sweep.metrics import METRICS
 from mi_hops.text.corpus import token_batches
-from mi_hops.text.tokens import Batch, batches, pad
+from mi_hops.text.tokens import Batch, pad
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,70 +72,85 @@ def train_sae(
         ImportError: SAELens is not installed.
         ValueError: a layer out of range, k beyond d_sae, or an empty corpus.
     """
-    lens = _sae_lens()
-    (layer,) = check_layers(model, "resid", [layer])
-    d_in = int(model.cfg.d_model)
+    try:
+        import sae_lens
+        from sae_lens.config import SAETrainerConfig
+    except ImportError as error:
+        raise ImportError("autoencoders need SAELens: pip install 'mi-hops[sae]'") from error
+    resolve_layers(model, "resid", layer)
+    d_in, device = int(model.cfg.d_model), str(device_of(model))
     width = 8 * d_in if d_sae is None else d_sae
     if not 1 <= k <= width:
         raise ValueError(f"k is {k}; expected 1..{width}, the number of features")
     stream = _activations(model, corpus, layer, batch_size, max_tokens, seed)
-    # SAELens draws its first weights from the global generator, which is put back afterwards.
-    with torch.random.fork_rng(devices=[]):
+    config = sae_lens.TopKTrainingSAEConfig(
+        d_in=d_in,
+        d_sae=width,
+        k=k,
+        device=device,
+        normalize_activations="expected_average_only_in",
+    )
+    settings = SAETrainerConfig(
+        total_training_samples=samples,
+        train_batch_size_samples=batch_size,
+        lr=learning_rate,
+        lr_end=learning_rate,
+        device=device,
+        n_batches_for_norm_estimate=10,
+    )
+    # SAELens draws its first weights from the global generator, which is restored afterwards.
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)
-        training = lens.TopKTrainingSAE(
-            lens.TopKTrainingSAEConfig(
-                d_in=d_in, d_sae=width, k=k, device=str(device_of(model)),
-                normalize_activations="expected_average_only_in",
-            )
-        )  # fmt: skip
-        from sae_lens.config import SAETrainerConfig
-
-        settings = SAETrainerConfig(
-            total_training_samples=samples, train_batch_size_samples=batch_size, lr=learning_rate,
-            lr_end=learning_rate,
-            device=str(device_of(model)), n_batches_for_norm_estimate=10,
-        )  # fmt: skip
-        lens.SAETrainer(settings, training, stream).fit()
-    sae = _for_inference(lens, training)
+        training = sae_lens.TopKTrainingSAE(config)
+        sae_lens.SAETrainer(settings, training, stream).fit()
+        # Through a folder the weights become SAELens's inference class, without training's extras.
+        training.save_inference_model(folder)
+        sae = sae_lens.SAE.load_from_disk(folder, device=device)
+    for parameter in sae.parameters():
+        parameter.requires_grad_(False)
     sae.cfg.metadata.hook_name = _hook_of(model, layer)
     sae.cfg.metadata.model_name = str(model.cfg.model_name)
     sae.cfg.metadata[_FINGERPRINT] = fingerprint(model)
-    return sae
+    return sae.eval()
 
 
-def sae_quality(model: HookedModel, sae: Any, corpus: Corpus, *, layer: int) -> dict[str, float]:
+def sae_quality(model: HookedModel, sae: Any, corpus: Corpus, *, layer: int) -> Result:
     """How well an autoencoder does on a corpus.
 
     Returns:
-        ``explained``: share of the variance that is reconstructed; ``active``: features a token;
-        ``dead``: share of features that no token activates; ``tokens``: how many were read.
+        Result without dimensions, over all tokens but BOS (``n_used`` of them): ``explained``, the
+        share of the variance that is reconstructed; ``active``, features per token; ``dead``, the
+        share of features that no token activates.
 
     Raises:
         ValueError: an empty corpus, or an autoencoder of another model or layer.
     """
     _check_reads(model, sae, layer)
-    squares = active = count = 0.0
-    fired: Tensor | None = None
-    every = []
+    squares, active, fired = 0.0, 0.0, torch.zeros(0)
+    every: list[Tensor] = []
     for batch in token_batches(model, corpus):
         x = _rows_of(model, batch, layer)
         with torch.no_grad():
             features = sae.encode(x)
             squares += (x - sae.decode(features)).double().pow(2).sum().item()
         on = features > 0
-        fired = on.any(0) if fired is None else fired | on.any(0)
+        fired = on.any(0) if not every else fired | on.any(0)
         active += on.double().sum().item()
-        count += len(x)
         every.append(x.double().cpu())
     rows = torch.cat(every)
     variance = (rows - rows.mean(0)).pow(2).sum().item()
-    assert fired is not None  # an empty corpus is refused by token_batches
-    return {
+    found = {
         "explained": 1 - squares / variance,
-        "active": active / count,
+        "active": active / len(rows),
         "dead": 1 - fired.double().mean().item(),
-        "tokens": count,
     }
+    return Result.from_arrays(
+        {name: ((), value) for name, value in found.items()},
+        units={"explained": "share", "active": "features", "dead": "share"},
+        title=f"an autoencoder of the stream after {layer} blocks, over {len(rows)} tokens",
+        used=len(rows),
+        provenance=provenance(model, method="sae_quality", layer=layer),
+    )
 
 
 def fact_features(
@@ -153,37 +171,36 @@ def fact_features(
         role: ``"first hop"`` (its last token) or ``"last"``.
 
     Returns:
-        Result ``activation`` on ``example, feature``, with the coordinate ``bridge`` a fact.
+        Result ``activation`` on ``example, feature``, with the coordinate ``bridge`` per fact.
 
     Raises:
         ValueError: another role, or an autoencoder of another model or layer.
         NoUsableFactError: no fact can be read.
     """
     _check_reads(model, sae, layer)
-    read = at_role(model, facts, role, form=form, what="an autoencoder")
-    out = np.empty((len(read.facts), int(sae.W_dec.shape[0])), dtype=np.float32)
-    for chosen, batch in batches([p.ids for p in read.prompts], batch_size):
-        cells = (torch.arange(len(chosen)), torch.tensor([read.places[i] for i in chosen]))
-        x = gather(model, batch.tokens, cells, kind="resid", layers=[layer]).read[layer]
-        with torch.no_grad():
-            out[chosen] = sae.encode(x.to(sae.W_dec.dtype)).float().cpu().numpy()
+    cases, places, skipped = at_role(model, facts, role, form=form, purpose="an autoencoder")
+    prompts = [case.prompt for case in cases]
+    states = states_at(model, prompts, places, layers=[layer], batch_size=batch_size)[:, 0]
+    with torch.no_grad():
+        found = sae.encode(states.to(sae.W_dec.device, sae.W_dec.dtype)).float().cpu()
     return Result.from_arrays(
-        {"activation": (("example", "feature"), out)},
+        {"activation": (("example", "feature"), found)},
         coords={
-            "example": [f.id for f in read.facts], "feature": range(out.shape[1]),
-            "bridge": ("example", [f.bridge for f in read.facts]),
+            "example": [case.fact.id for case in cases],
+            "feature": range(found.shape[1]),
+            "bridge": ("example", [case.fact.bridge for case in cases]),
         },
         units={"activation": "activation"},
         title=f"feature activations at {role}, after {layer} blocks",
-        skipped=read.skipped,
+        skipped=skipped,
         provenance=provenance(model, method="fact_features", layer=layer, role=role, form=form),
-    )  # fmt: skip
+    )
 
 
 def bridge_features(
     features: Result, *, min_count: int = 4, threshold: float = 0.0, seed: int = 0
 ) -> pd.DataFrame:
-    """For each bridge the feature that tells it best, chosen on one half and judged on the other.
+    """For each bridge the feature that tells it best, chosen on one half, evaluated on the other.
 
     "Active" (above `threshold`) is taken as saying "this bridge".
 
@@ -201,32 +218,31 @@ def bridge_features(
     """
     import pandas as pd
 
-    on = features["activation"].values > threshold
+    activation = features["activation"].values
+    on = activation > threshold
     bridges = features["bridge"].values
     order = np.random.default_rng(seed).permutation(len(bridges))
     half = np.zeros(len(bridges), dtype=bool)
     half[order[: len(order) // 2]] = True
-    rows = []
+    rows = {}
     for bridge in sorted(set(bridges.tolist())):
         own = bridges == bridge
         if own.sum() < min_count or not own[half].any() or not own[~half].any():
             continue
-        _, _, f1 = _detector(on[half], own[half])
-        best = int(np.argmax(f1))
-        precision, recall, judged = (
-            float(v[0]) for v in _detector(on[~half][:, [best]], own[~half])
-        )
-        values = features["activation"].values[own & on[:, best], best]
-        rows.append(
-            {
-                "bridge": bridge, "feature": best, "precision": precision, "recall": recall,
-                "f1": judged, "chosen_f1": float(f1[best]),
-                "mean": float(values.mean()) if len(values) else 0.0, "n": int(own.sum()),
-            }
-        )  # fmt: skip
+        chosen = _detector(on[half], own[half])["f1"]
+        best = int(np.argmax(chosen))
+        other = _detector(on[~half][:, [best]], own[~half])
+        values = activation[own & on[:, best], best]
+        rows[bridge] = {
+            "feature": best,
+            **{name: float(value[0]) for name, value in other.items()},
+            "chosen_f1": float(chosen[best]),
+            "mean": float(values.mean()) if len(values) else 0.0,
+            "n": int(own.sum()),
+        }
     if not rows:
         raise ValueError(f"no bridge has {min_count} facts, some in each half; give more facts")
-    return pd.DataFrame(rows).set_index("bridge")
+    return pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), name="bridge"))
 
 
 def clamp(sae: Any, feature: int, value: float) -> Change:
@@ -235,7 +251,7 @@ def clamp(sae: Any, feature: int, value: float) -> Change:
     def change(x: Tensor) -> Tensor:
         wide = x.to(sae.W_dec.device, sae.W_dec.dtype)
         gap = value - sae.encode(wide)[..., feature]
-        return x + (gap[..., None] * sae.W_dec[feature]).to(x.device, x.dtype)
+        return x + einsum("..., d -> ... d", gap, sae.W_dec[feature]).to(x.device, x.dtype)
 
     return change
 
@@ -251,7 +267,7 @@ def clamp_effect(
     role: str = "first hop",
     form: str | None = None,
     seed: int = 0,
-    batch_size: int = 16,
+    limits: Limits = Limits(),
 ) -> Result:
     """Clamp the feature of each fact's bridge and, as a control, that of another bridge.
 
@@ -259,87 +275,82 @@ def clamp_effect(
         feature_of: bridge -> feature (`bridge_features`); facts of other bridges, and those that
             cannot be read, are skipped.
         values: what the feature is set to; 0 takes it away.
+        seed: of the draw of the other bridges.
 
     Returns:
         Result on ``example, feature_of, value`` (``feature_of`` = own, other): ``first_prob`` of
-        the answer's first token and ``first_right`` (share), with ``{name}_before``.
+        the answer's first token and ``first_correct`` (share), with ``{name}_before``.
 
     Raises:
-        ValueError: fewer than two bridges' features, a feature that the autoencoder has not got, no
-            value, or an autoencoder of another model or layer.
+        ValueError: fewer than two bridges' features, a feature that the autoencoder does not have,
+            no value, or an autoencoder of another model or layer.
         NoUsableFactError: no fact is left.
     """
     _check_reads(model, sae, layer)
+    check_role(role)
     n_features = int(sae.W_dec.shape[0])
     if wrong := {b: k for b, k in feature_of.items() if not 0 <= k < n_features}:
         raise ValueError(f"features {wrong} are out of range; there are 0..{n_features - 1}")
     if len(set(feature_of.values())) < 2 or not len(values):
         raise ValueError("clamping needs at least one value and the features of two bridges")
-    skipped = [(f.id, "no feature for its bridge") for f in facts if f.bridge not in feature_of]
-    known = [f for f in facts if f.bridge in feature_of]
-    if not known:
-        raise NoUsableFactError("clamping", skipped)
-    read = at_role(model, known, role, form=form, what="clamping", names=("answer",))
-    kept, prompts, places = read.facts, read.prompts, read.places
+
+    def prepare(case: Case) -> tuple[Case, int]:
+        if case.fact.bridge not in feature_of:
+            raise ValueError("no feature for its bridge")
+        return case, case.positions(role)[-1]
+
+    found, skipped = usable(model, facts, prepare, purpose="clamping", form=form)
     rng = np.random.default_rng(seed)
-    targets = [target_of(model, p, f.answer) for p, f in zip(prompts, kept, strict=True)]
     pairs = []
-    for fact in kept:
-        own = feature_of[fact.bridge]
+    for case, _ in found:
+        own = feature_of[case.fact.bridge]
         others = [v for v in feature_of.values() if v != own]
         pairs.append((own, others[int(rng.integers(len(others)))]))
     metric = METRICS["first_prob"]
     rows, before = [], []
-    for low in range(0, len(kept), batch_size):
-        part = range(low, min(low + batch_size, len(kept)))
+    for low in range(0, len(found), limits.batch_size):
+        part = found[low : low + limits.batch_size]
         interventions = [
-            Intervention((stream_site(model, layer, places[i]),), clamp(sae, feature, value), base)
-            for base, i in enumerate(part)
-            for feature in pairs[i]
+            Intervention((stream_site(model, layer, place),), clamp(sae, feature, value), base)
+            for base, (_, place) in enumerate(part)
+            for feature in pairs[low + base]
             for value in values
         ]
+        targets = [case.target for case, _ in part]
 
-        def reduce(logits: Tensor, bases: list[int], low: int = low) -> Tensor:
-            out = [
-                torch.stack(
-                    [
-                        metric.score(row[None], targets[low + b])[0],
-                        (row[0].argmax() == targets[low + b].answer[0]).float(),
-                    ]
-                )
-                for row, b in zip(logits, bases, strict=True)
-            ]
-            return torch.stack(out)
+        def reduce(logits: Tensor, bases: list[int], targets: Any = targets) -> Tensor:
+            own = [targets[b] for b in bases]
+            prob = [metric.score(row[None], t)[0] for row, t in zip(logits, own, strict=True)]
+            first = torch.tensor([t.answer[0] for t in own], device=logits.device)
+            return torch.stack([torch.stack(prob), (logits[:, 0].argmax(-1) == first).float()], -1)
 
-        found = fan_out(model, pad([prompts[i].ids for i in part]), interventions, reduce=reduce)
-        rows.append(found.rows.reshape(len(part), 2, len(values), 2))
-        before.append(found.base)
+        swept = fan_out(
+            model,
+            pad([case.prompt.ids for case, _ in part]),
+            interventions,
+            reduce=reduce,
+            limits=limits,
+        )
+        rows.append(swept.rows.reshape(len(part), 2, len(values), 2))
+        before.append(swept.base)
     after, start = torch.cat(rows), torch.cat(before)
-    names = ("first_prob", "first_right")
-    units = {"first_prob": "probability", "first_right": "share"}
+    units = {"first_prob": "probability", "first_correct": "share"}
     return Result.from_arrays(
-        {n: (("example", "feature_of", "value"), after[..., i]) for i, n in enumerate(names)},
-        baselines={f"{n}_before": ("example", start[:, i]) for i, n in enumerate(names)},
+        {n: (("example", "feature_of", "value"), after[..., i]) for i, n in enumerate(units)},
+        baselines={f"{n}_before": ("example", start[:, i]) for i, n in enumerate(units)},
         coords={
-            "example": [f.id for f in kept], "feature_of": ["own", "other"],
+            "example": [case.fact.id for case, _ in found],
+            "feature_of": ["own", "other"],
             "value": [float(v) for v in values],
         },
         units=units | {f"{n}_before": u for n, u in units.items()},
         title=f"the bridge's feature clamped at {role}, after {layer} blocks",
-        skipped=skipped + read.skipped,
+        skipped=skipped,
         provenance=provenance(model, method="clamp_effect", layer=layer, role=role, seed=seed),
-    )  # fmt: skip
+    )
 
 
 # -- small parts ----------------------------------------------------------------------------------
-
-
-def _sae_lens() -> Any:
-    try:
-        import sae_lens
-    except ImportError as error:
-        raise ImportError("autoencoders need SAELens: pip install 'mi-hops[sae]'") from error
-    return sae_lens
 
 
 def _hook_of(model: HookedModel, layer: int) -> str:
@@ -349,7 +360,7 @@ def _hook_of(model: HookedModel, layer: int) -> str:
 
 def _check_reads(model: HookedModel, sae: Any, layer: int) -> None:
     """Refuse an autoencoder that is known to read something else than this stream."""
-    check_layers(model, "resid", [layer])
+    resolve_layers(model, "resid", layer)
     width = int(sae.W_dec.shape[1])
     metadata = getattr(getattr(sae, "cfg", None), "metadata", None) or {}
     own = fingerprint(model)
@@ -359,7 +370,7 @@ def _check_reads(model: HookedModel, sae: Any, layer: int) -> None:
             f"this autoencoder (width {width}, fingerprint {known}) belongs to another model than "
             f"the one that is read (width {model.cfg.d_model}, fingerprint {own})"
         )
-    # The stream after l blocks goes by two names.
+    # The stream after l blocks has two names.
     same = {f"blocks.{layer}.hook_resid_pre", f"blocks.{layer - 1}.hook_resid_post"}
     hook = metadata.get("hook_name")
     if hook is not None and hook not in same:
@@ -367,18 +378,6 @@ def _check_reads(model: HookedModel, sae: Any, layer: int) -> None:
             f"this autoencoder reads {hook!r}, not the stream after {layer} blocks, which is "
             f"{_hook_of(model, layer)!r}"
         )
-
-
-def _for_inference(lens: Any, training: Any) -> Any:
-    """The trained weights as SAELens's inference class, without the training's extras."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        training.save_inference_model(folder)
-        sae = lens.SAE.load_from_disk(folder, device=str(training.W_dec.device))
-    for parameter in sae.parameters():
-        parameter.requires_grad_(False)
-    return sae.eval()
 
 
 def _rows_of(model: HookedModel, batch: Batch, layer: int) -> Float[Tensor, "token d_model"]:
@@ -415,12 +414,12 @@ def _activations(
     return stream()
 
 
-def _detector(on: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _detector(on: np.ndarray, own: np.ndarray) -> dict[str, np.ndarray]:
     """Precision, recall and F1 of each column of `on` as a detector of `own`."""
     hits = (on & own[:, None]).sum(0).astype(float)
-    said, there = on.sum(0), own.sum()
+    said = on.sum(0)
     precision = np.divide(hits, said, out=np.zeros_like(hits), where=said > 0)
-    recall = hits / max(there, 1)
+    recall = hits / max(own.sum(), 1)
     both = precision + recall
     f1 = np.divide(2 * precision * recall, both, out=np.zeros_like(hits), where=both > 0)
-    return precision, recall, f1
+    return {"precision": precision, "recall": recall, "f1": f1}

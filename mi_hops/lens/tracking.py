@@ -1,16 +1,18 @@
-"""Names to follow through a lens: their spellings as tokens, and roles as positions."""
+"""What is read: prompts, the positions in them, and names to follow as tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from mi_hops.facts.unusable import NoUsableFactError
+from mi_hops.cases import Case, Skipped, usable
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.reading import Tracked
 from mi_hops.model import HookedModel
+from mi_hops.sweep.pairs import one_each
 from mi_hops.text.tokens import (
     Prompt,
     TokenError,
@@ -25,17 +27,57 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
-    from mi_hops.facts.fact import TwoHopFact
-
 #: Tokens of a two-hop prompt that are read by name: the last one of its first-hop phrase, the last.
 ROLES = ("first hop", "last")
+
+#: One prompt (text, a `Prompt`, token ids ``[pos]`` or ``[1, pos]``), several (a sequence, token ids
+#: ``[batch, pos]``), or label -> prompt.
+Prompts = str | Prompt | torch.Tensor | Sequence[Any] | Mapping[str, Any]
 
 #: One name: its text, several spellings of it (the first is the main one), or token ids.
 Spelling = str | Sequence[str] | Sequence[int]
 
-#: Where to read: "last", "all" (one prompt only), a position of one prompt, or role -> a position
-#: for all prompts or one for each.
+#: Name -> what to follow: a spelling for one prompt, a sequence of them for several.
+Track = Mapping[str, Spelling | Sequence[Spelling]]
+
+#: Where to read: "last", "each" token by itself (prompts of one length), a position, or role -> a
+#: position for all prompts or one for each.
 Positions = Where | Mapping[str, Where | Sequence[Where]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt to be read.
+
+    Attributes:
+        places: the positions that are read.
+        tracked: name -> token ids of its spellings.
+    """
+
+    label: str
+    prompt: Prompt
+    places: Sequence[int]
+    tracked: Mapping[str, Sequence[tuple[int, ...]]]
+
+
+def labelled_prompts(model: HookedModel, given: Prompts) -> tuple[list[str], list[Prompt], bool]:
+    """Labels (numbers, unless prompts are given by label), prompts, and whether it is one alone.
+
+    Raises:
+        TokenError: no prompt, or one that cannot be encoded.
+    """
+    one = isinstance(given, str | Prompt) or (torch.is_tensor(given) and given.ndim == 1)
+    texts = given.values() if isinstance(given, Mapping) else [given] if one else given
+    known = [
+        t if isinstance(t, Prompt)
+        else encode(model, t) if isinstance(t, str)
+        else Prompt.from_tokens(model, t)
+        for t in texts
+    ]
+    if not known:
+        raise TokenError("no prompt was given; pass a string, token ids, or a sequence of them")
+    labels = list(given) if isinstance(given, Mapping) else [str(i) for i in range(len(known))]
+    return labels, known, one or (torch.is_tensor(given) and len(known) == 1)
 
 
 def spell(model: HookedModel, prompt: Prompt, spelling: Spelling) -> list[tuple[int, ...]]:
@@ -44,14 +86,12 @@ def spell(model: HookedModel, prompt: Prompt, spelling: Spelling) -> list[tuple[
     Raises:
         TokenError: an empty name, or ids outside the vocabulary.
     """
-    if isinstance(spelling, str):
-        return [answer_ids(model, prompt, spelling)]
-    items = list(spelling)
+    items: list[Any] = [spelling] if isinstance(spelling, str) else list(spelling)
     if not items:
         raise TokenError(f"a tracked name has no spelling and no token (prompt {prompt.text!r})")
     if all(isinstance(item, str) for item in items):
         return [answer_ids(model, prompt, str(item)) for item in items]
-    ids = tuple(int(str(item)) for item in items)
+    ids = tuple(int(item) for item in items)
     wrong = [i for i in ids if not 0 <= i < model.cfg.d_vocab]
     if wrong:
         raise TokenError(
@@ -61,38 +101,35 @@ def spell(model: HookedModel, prompt: Prompt, spelling: Spelling) -> list[tuple[
 
 
 def spell_all(
-    model: HookedModel,
-    prompts: Sequence[Prompt],
-    track: Mapping[str, Spelling | Sequence[Spelling]],
-    *,
-    single: bool,
+    model: HookedModel, prompts: Sequence[Prompt], track: Track | None, *, alone: bool
 ) -> list[dict[str, list[tuple[int, ...]]]]:
     """For each prompt, name -> token ids of its spellings.
 
     Args:
-        single: `track` was given for one prompt (name -> spelling), not as one spelling a prompt.
+        alone: `track` was given for one prompt (name -> spelling), not as one spelling per prompt.
 
     Raises:
         TokenError: see `spell`.
         ValueError: a name with another number of spellings than there are prompts.
     """
-    for name, given in track.items():
-        if not single and (isinstance(given, str) or len(given) != len(prompts)):
+    each: dict[str, Sequence[Any]] = {}
+    for name, given in (track or {}).items():
+        if not alone and (isinstance(given, str) or len(given) != len(prompts)):
             got = repr(given) if isinstance(given, str) else f"{len(given)} of them"
             raise ValueError(
                 f"track[{name!r}] must give one spelling for each of {len(prompts)} prompts, got {got}"
             )
+        each[name] = [given] if alone else given
     return [
-        {
-            name: spell(model, prompt, given if single else given[i])  # type: ignore[arg-type]
-            for name, given in track.items()
-        }
+        {name: spell(model, prompt, given[i]) for name, given in each.items()}
         for i, prompt in enumerate(prompts)
     ]
 
 
-def tracked_tokens(rows: Sequence[Mapping[str, Sequence[tuple[int, ...]]]]) -> Tracked:
-    """Spellings of several rows as padded tensors."""
+def tracked_tokens(rows: Sequence[Mapping[str, Sequence[tuple[int, ...]]]]) -> Tracked | None:
+    """Spellings of several rows as padded tensors; None where no name is followed."""
+    if not rows[0]:
+        return None
     mains = [[spellings[0] for spellings in row.values()] for row in rows]
     starts = [
         [tuple(dict.fromkeys(s[0] for s in spellings)) for spellings in row.values()]
@@ -102,69 +139,58 @@ def tracked_tokens(rows: Sequence[Mapping[str, Sequence[tuple[int, ...]]]]) -> T
 
 
 def _padded(rows: Sequence[Sequence[tuple[int, ...]]]) -> Int[Tensor, "row name item"]:
-    n_names = len(rows[0]) if rows else 0
-    width = max((len(cell) for row in rows for cell in row), default=1)
-    out = torch.full((len(rows), n_names, width), -1, dtype=torch.long)
-    for i, row in enumerate(rows):
-        for j, cell in enumerate(row):
-            out[i, j, : len(cell)] = torch.tensor(cell)
-    return out
+    width = max(len(cell) for row in rows for cell in row)
+    return torch.tensor([[[*cell, *[-1] * (width - len(cell))] for cell in row] for row in rows])
 
 
 def resolve(
-    prompts: Sequence[Prompt], where: Positions, *, single: bool
-) -> tuple[list[str] | None, list[list[int]]]:
-    """Positions of each prompt, and the names of their roles (None where they are just tokens).
+    prompts: Sequence[Prompt], where: Positions, *, alone: bool
+) -> tuple[list[int | str], list[list[int]]]:
+    """Labels of the positions that are read, and the positions themselves in each prompt.
 
-    One prompt: a position may cover several tokens, and all are read. Several prompts: each role is
-    one token, the last of what it covers.
+    A position of one prompt may cover several tokens, and all are read, each by itself. Of several
+    prompts, and for a role, the last token of what it covers is read.
 
     Raises:
-        TokenError: a position that a prompt has not got.
-        ValueError: "all" positions of several prompts, or a role with another number of positions
-            than there are prompts.
+        TokenError: a position that a prompt does not have.
+        ValueError: "all", "each" position of prompts of several lengths, or a role with another
+            number of positions than there are prompts.
     """
-    if isinstance(where, Mapping):
-        for role, given in where.items():
-            if _is_sequence(given) and len(given) != len(prompts):  # type: ignore[arg-type]
-                raise ValueError(
-                    f"positions[{role!r}] gives {len(given)} positions "  # type: ignore[arg-type]
-                    f"for {len(prompts)} prompts; give one for all, or one each"
-                )
-        if not where:
-            raise ValueError("positions names no role; give e.g. {'last': -1}")
-        places = [
-            [last_position(p, _of(given, i)) for given in where.values()]
-            for i, p in enumerate(prompts)
-        ]
-        return list(where), places
-    if isinstance(where, str) and where == "last":
-        return ["last"], [[prompt.last] for prompt in prompts]
-    if single:
-        whole = isinstance(where, str) and where == "all"
-        return None, [list(positions(prompts[0], slice(None) if whole else where))]
     if isinstance(where, str) and where == "all":
         raise ValueError(
-            "positions='all' needs one prompt: those of several do not correspond. Name roles, e.g. "
-            "{'first hop': [phrase of each prompt], 'last': -1}"
+            "'all' means all tokens at once, and a lens reads one at a time; use positions='each'"
         )
-    name = where if isinstance(where, str) else str(where)
-    return [name], [[last_position(prompt, where)] for prompt in prompts]
+    if isinstance(where, str) and where == "last":
+        where = {"last": -1}
+    if isinstance(where, str) and where == "each":
+        lengths = sorted({len(p) for p in prompts})
+        if len(lengths) > 1:
+            raise ValueError(
+                f"positions='each' needs prompts of one length, these have {lengths} tokens. Name "
+                "roles, e.g. {'first hop': [phrase of each prompt], 'last': -1}"
+            )
+        where, alone = slice(None), True
+    if isinstance(where, Mapping):
+        if not where:
+            raise ValueError("positions names no role; give e.g. {'last': -1}")
+        each = [one_each(f"positions[{role!r}]", at, len(prompts)) for role, at in where.items()]
+        return list(where), [
+            [last_position(prompt, at[i]) for at in each] for i, prompt in enumerate(prompts)
+        ]
+    if alone:
+        found = list(positions(prompts[0], where))
+        return list(found), [found] * len(prompts)
+    return [str(where)], [[last_position(prompt, where)] for prompt in prompts]
 
 
-@dataclass(frozen=True)
-class AtRole:
-    """Facts that can be read at a role, and those that cannot.
+def check_role(role: str) -> None:
+    """Refuse a role that is not in `ROLES`.
 
-    Attributes:
-        facts, prompts, places: one each: the fact, its two-hop prompt, the role's token in it.
-        skipped: (id, reason) of the others.
+    Raises:
+        ValueError: another role.
     """
-
-    facts: list[TwoHopFact]
-    prompts: list[Prompt]
-    places: list[int]
-    skipped: list[tuple[str, str]]
+    if role not in ROLES:
+        raise ValueError(f"role is {role!r}; expected one of {ROLES}")
 
 
 def at_role(
@@ -173,44 +199,22 @@ def at_role(
     role: str,
     *,
     form: str | None,
-    what: str,
-    names: Sequence[str] = (),
-) -> AtRole:
-    """The two-hop prompts of facts, and where in each a role is.
+    purpose: str,
+) -> tuple[list[Case], list[int], Skipped]:
+    """The facts that can be read at a role, its token in each prompt, and what was skipped.
 
     Args:
         role: one of `ROLES`.
         form: form of the prompt; default each fact's first.
-        what: what is to read them, for the error.
-        names: fields of a fact (``"bridge"``, ``"answer"``) that must continue its prompt.
+        purpose: what the facts are read for, for the error.
 
     Raises:
         ValueError: another role.
         NoUsableFactError: no fact is left.
     """
-    if role not in ROLES:
-        raise ValueError(f"role is {role!r}; expected one of {ROLES}")
-    found = AtRole([], [], [], [])
-    for fact in facts:
-        try:
-            prompt = encode(model, fact.prompt(form))
-            place = prompt.last if role == "last" else last_position(prompt, fact.first_hop)
-            for name in names:
-                answer_ids(model, prompt, getattr(fact, name))
-        except ValueError as error:
-            found.skipped.append((fact.id, str(error)))
-            continue
-        found.facts.append(fact)
-        found.prompts.append(prompt)
-        found.places.append(place)
-    if not found.facts:
-        raise NoUsableFactError(what, found.skipped)
-    return found
-
-
-def _is_sequence(given: object) -> bool:
-    return isinstance(given, Sequence) and not isinstance(given, str)
-
-
-def _of(given: Where | Sequence[Where], i: int) -> Where:
-    return given[i] if _is_sequence(given) else given  # type: ignore[index, return-value]
+    check_role(role)
+    found, skipped = usable(
+        model, facts, lambda case: (case, case.positions(role)[-1]), purpose=purpose, form=form
+    )
+    cases, places = (list(part) for part in zip(*found, strict=True))
+    return cast("list[Case]", cases), cast("list[int]", places), skipped

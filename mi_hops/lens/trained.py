@@ -1,4 +1,4 @@
-"""What trained lenses share: parameters, where they belong, saving, moving.
+"""What trained lenses share: parameters, where they belong, saving and loading, moving.
 
 A trained lens keeps plain tensors, stacked over its layers, and reads through the unembedding of the
 model it is bound to; the model's own weights are neither stored nor trained.
@@ -15,10 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from mi_hops.lens.reading import check_layers
-from mi_hops.model import HookedModel, fingerprint, provenance, unembedding
-from mi_hops.model.numeric import kl_divergence
+from mi_hops.lens.reading import resolve_layers
+from mi_hops.model import (
+    HookedModel,
+    device_of,
+    dtype_of,
+    fingerprint,
+    processing_of,
+    provenance,
+    unembedding,
+)
+from mi_hops.model.numeric import kl_divergence, wide_dtype
+from mi_hops.result.files import replacing
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -28,12 +39,12 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, FORMAT = "lens.json", "lens.safetensors", 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Example:
     """What a lens learns from: vectors at some cells of a batch and the model's output there.
 
     Attributes:
-        read: layer -> ``[cell, d_model]``, or ``[cell, head, d_model]`` for heads.
+        read: layer -> ``[cell, d_model]``, or ``[cell, head, d_model]`` for ``result``.
         output: log-probabilities of the model's next token, ``[cell, vocab]``.
         without: layer -> logits ``[head, cell, vocab]`` of the model run without each head; only
             where an objective needs them.
@@ -45,11 +56,11 @@ class Example:
 
 
 class TrainedLens(ABC):
-    """A lens with parameters of its own; see `tuned.TunedLens` and `attention.AttentionLens`.
+    """A lens with parameters of its own; see `TunedLens` and `AttentionLens`.
 
     Attributes:
         model: the model whose read-out it uses.
-        kind: what it reads, one of `reading.KINDS`.
+        kind: what it reads, one of `KINDS`.
         layers: the layers it has parameters for.
         parameters: name -> tensor, the first axis along `layers`, in float32 or wider.
         norm: whether the final norm comes before the unembedding.
@@ -58,38 +69,34 @@ class TrainedLens(ABC):
     """
 
     type_name: ClassVar[str]
+    objectives: ClassVar[tuple[str, ...]]  #: what it can be trained for; the first is the default
     kind: str
     norm: bool
 
     def __init__(
-        self, model: HookedModel, layers: Sequence[int], parameters: dict[str, Any]
+        self, model: HookedModel, layers: Sequence[int], parameters: Mapping[str, Tensor]
     ) -> None:
         self.model = model
         self.layers = tuple(layers)
-        self.parameters: dict[str, Tensor] = parameters
+        place, wide = device_of(model), wide_dtype(dtype_of(model))
+        self.parameters = {name: p.to(place, wide) for name, p in parameters.items()}
         self.trained_on = fingerprint(model)
         self.notes: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return f"{type(self).__name__}({settings})"
 
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What `from_settings` needs to make a lens of this shape again."""
-
-    @classmethod
-    @abstractmethod
-    def from_settings(cls, model: HookedModel, settings: Mapping[str, Any]) -> TrainedLens:
-        """A fresh lens of the given shape."""
-
-    @property
-    @abstractmethod
-    def objectives(self) -> tuple[str, ...]:
-        """Names of what it can be trained for; the first is the default."""
+        """The keyword arguments that make a lens of this shape again."""
 
     @abstractmethod
     def logits(
         self, vectors: Float[Tensor, "*rows d_model"], *, layer: int, head: int | None = None
     ) -> Float[Tensor, "*rows vocab"]:
-        """As `reading.Lens`."""
+        """As `Lens.logits`."""
 
     @abstractmethod
     def losses(
@@ -114,15 +121,14 @@ class TrainedLens(ABC):
         """Index of a layer in the parameters.
 
         Raises:
-            ValueError: a layer that the lens has not got.
+            ValueError: a layer that the lens does not have.
         """
-        try:
+        if layer in self.layers:
             return self.layers.index(layer)
-        except ValueError:
-            raise ValueError(
-                f"this {self.type_name} lens has layers {list(self.layers)} of {self.kind!r}, not "
-                f"{layer}; lens.moved(layers={{{layer}: one of them}}) reads with another's"
-            ) from None
+        raise ValueError(
+            f"this {self.type_name} lens has layers {list(self.layers)} of {self.kind!r}, not "
+            f"{layer}; lens.moved(layers={{{layer}: one of them}}) reads with another's"
+        )
 
     def moved(
         self, model: HookedModel | None = None, *, layers: Mapping[int, int] | None = None
@@ -135,37 +141,39 @@ class TrainedLens(ABC):
 
         Raises:
             ValueError: a model of another width, or of another vocabulary where the lens stores
-                one; layers that either has not got.
+                one; layers that either does not have.
         """
         target = self.model if model is None else model
         wanted = dict(layers) if layers is not None else {layer: layer for layer in self.layers}
-        check_layers(target, self.kind, list(wanted))
-        fresh = self.from_settings(target, {**self.settings, "layers": list(wanted)})
+        resolve_layers(target, self.kind, list(wanted))
+        fresh = type(self)(target, **{**self.settings, "layers": list(wanted)})
         rows = [self.row(source) for source in wanted.values()]
-        for name, own in fresh.parameters.items():
-            given = self.parameters[name][rows]
-            if given.shape != own.shape:
-                raise ValueError(
-                    f"the lens was made for a model of another shape: {name} is "
-                    f"{list(given.shape)}, this model needs {list(own.shape)}"
-                )
-            fresh.parameters[name] = given.detach().clone().to(own.device, own.dtype)
+        fresh.fill({name: tensor[rows] for name, tensor in self.parameters.items()})
         fresh.trained_on = self.trained_on
         fresh.notes = {**self.notes, "moved_from_layers": {str(k): v for k, v in wanted.items()}}
         return fresh
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write ``lens.safetensors`` and ``lens.json`` into a folder; loadable, or pushable as it is.
+    def fill(self, given: Mapping[str, Tensor]) -> None:
+        """Take over parameters of the same shapes.
 
         Raises:
-            ValueError: the folder holds a lens and `overwrite` is False.
+            ValueError: one that is missing or of another shape.
         """
-        from safetensors.torch import save_file
+        for name, own in self.parameters.items():
+            shape = list(given[name].shape) if name in given else "missing"
+            if shape != list(own.shape):
+                raise ValueError(
+                    f"the lens was made for a model of another shape: {name} is {shape}, this model "
+                    f"needs {list(own.shape)}"
+                )
+            self.parameters[name] = given[name].detach().clone().to(own.device, own.dtype)
 
-        folder = Path(folder)
-        if (folder / CONFIG).exists() and not overwrite:
-            raise ValueError(f"{folder} holds a lens already; pass overwrite=True to replace it")
-        folder.mkdir(parents=True, exist_ok=True)
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a folder with ``lens.safetensors`` and ``lens.json``; loadable, or pushable as it is.
+
+        Raises:
+            FileExistsError: the folder exists and `overwrite` is False.
+        """
         config = {
             "format": FORMAT,
             "type": self.type_name,
@@ -175,11 +183,74 @@ class TrainedLens(ABC):
             "provenance": provenance(self.model),
             "notes": self.notes,
         }
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.parameters.items()}
-        save_file(tensors, folder / f"{WEIGHTS}.tmp")
-        (folder / f"{WEIGHTS}.tmp").replace(folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        with replacing(folder, overwrite=overwrite) as partial:
+            partial.mkdir()
+            tensors = {k: v.detach().cpu().contiguous() for k, v in self.parameters.items()}
+            save_file(tensors, partial / WEIGHTS)
+            (partial / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        return Path(folder)
+
+
+def load_lens(model: HookedModel, source: str | Path, *, transfer: bool = False) -> TrainedLens:
+    """A saved lens, bound to `model`.
+
+    Args:
+        source: a folder written by `TrainedLens.save`, or a hub id of a repository with its files.
+        transfer: accept a lens of another model of the same shape; else it is refused, because its
+            readings would mean nothing.
+
+    Raises:
+        FileNotFoundError: no such folder, and nothing of that name could be fetched.
+        ValueError: no lens, a broken one, one of a newer format, or one of another model.
+
+    Examples:
+        >>> import mi_hops, tempfile
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> folder = mi_hops.TunedLens(model, layers=[3], rank=2).save(tempfile.mkdtemp() + "/lens")
+        >>> mi_hops.load_lens(model, folder)
+        TunedLens(layers=[3], kind='resid', rank=2, norm=True)
+    """
+    folder = _folder(source)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind, settings, version = config["type"], config["settings"], config["format"]
+        stored = load_file(folder / WEIGHTS)
+    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no lens ({CONFIG}, {WEIGHTS}: {error!r})") from error
+    if version > FORMAT:
+        raise ValueError(f"{folder} has lens format {version}; update mi_hops")
+    types = {cls.type_name: cls for cls in TrainedLens.__subclasses__()}
+    if kind not in types:
+        raise ValueError(f"unknown type of lens {kind!r}; expected one of {sorted(types)}")
+    same = (config["fingerprint"], config["unembedding"])
+    if not transfer and same != (fingerprint(model), unembedding_hash(model)):
+        raise ValueError(
+            f"this lens belongs to a model with fingerprint {config['fingerprint']} (weight "
+            f"processing {config['provenance']['processing']!r}), this one has "
+            f"{fingerprint(model)} ({processing_of(model)!r}); pass transfer=True to read one model "
+            "with another's lens"
+        )
+    lens = types[kind](model, **settings)
+    lens.fill(stored)
+    lens.trained_on, lens.notes = config["fingerprint"], config["notes"]
+    return lens
+
+
+def _folder(source: str | Path) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
         return folder
+    text = str(source)
+    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+        raise FileNotFoundError(f"there is no folder {text!r}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS]))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{text!r} is no local folder and could not be fetched from the hub ({error})"
+        ) from error
 
 
 def unembedding_hash(model: HookedModel) -> str:
@@ -196,7 +267,29 @@ def unembedding_hash(model: HookedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def kl(output: Float[Tensor, "cell vocab"], logits: Float[Tensor, "cell vocab"]) -> Tensor:
+def kl(
+    output: Float[Tensor, "cell vocab"], logits: Float[Tensor, "cell vocab"]
+) -> Float[Tensor, "cell"]:
     """KL(output || lens) at each cell, nats; `output` holds log-probabilities."""
-    known = output.to(logits.device)
-    return kl_divergence(known, logits.log_softmax(-1))
+    return kl_divergence(output.to(logits.device), logits.log_softmax(-1))
+
+
+def low_rank(*shape: int, rank: int, width: int, seed: int) -> dict[str, Tensor]:
+    """The halves of a product of that rank, ``down`` at random and ``up`` at 0.
+
+    Args:
+        shape: leading axes, then the input's width.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn(*shape, rank, generator=generator) / shape[-1] ** 0.5
+    return {"down": down, "up": torch.zeros(*shape[:-1], rank, width)}
+
+
+def check_rank(rank: int | None, d_model: int) -> None:
+    """Refuse a rank that no d x d translator can have.
+
+    Raises:
+        ValueError: a rank that is not in 1..d_model.
+    """
+    if rank is not None and not 1 <= rank <= d_model:
+        raise ValueError(f"rank is {rank}; expected 1..{d_model}, or None for a full translator")

@@ -19,12 +19,14 @@ from mi_hops.model.identity import (
     prepends_bos,
     processing_of,
     provenance,
+    takes_jacobian_lens,
 )
 from mi_hops.model.loading import CHECKPOINTS, bundled_models, load_model, usable_device
 from mi_hops.model.types import Backend, Hook, HookedModel, HookFn, MissingHookError
 from mi_hops.model.weights import (
     embedding,
     final_norm,
+    linear_read_out,
     overwrite,
     read_out,
     read_w_o,
@@ -54,6 +56,7 @@ __all__ = [
     "hook_name",
     "hooked",
     "hooked_class",
+    "linear_read_out",
     "load_model",
     "n_heads_of",
     "n_kv_heads",
@@ -66,6 +69,7 @@ __all__ = [
     "require_hooks",
     "require_layers",
     "require_unquantised",
+    "takes_jacobian_lens",
     "unembedding",
     "usable_device",
     "w_o",

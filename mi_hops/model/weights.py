@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from fancy_einsum import einsum
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_hops.model.hooks import require_layers
@@ -119,6 +120,61 @@ def final_norm(
     place = residual.device if own is None else own.device
     flat = residual.reshape(-1, 1, residual.shape[-1]).to(place, dtype_of(model))
     return model.ln_final(flat).reshape(residual.shape)
+
+
+def linear_read_out(
+    model: HookedModel,
+    residual: Float[Tensor, "row d_model"],
+    ids: Int[Tensor, "row token"],
+    *,
+    centre: bool = False,
+) -> tuple[Float[Tensor, "row token d_model"], Float[Tensor, "row token"]]:
+    """Final norm and unembedding as a linear map: the norm's scale is frozen at `residual`.
+
+    Args:
+        ids: the tokens whose logits are made.
+        centre: logits relative to their mean over the vocabulary.
+
+    Returns:
+        Directions and constants: a logit is ``residual . direction + constant``.
+
+    Raises:
+        ValueError: a final norm that is neither LayerNorm nor RMSNorm.
+    """
+    weight, bias = (t.to(residual.dtype) for t in unembedding(model))
+    norm = model.ln_final
+    layer_norm = str(getattr(model.cfg, "normalization_type", "LN")).startswith("LN")
+    gain, shift = torch.ones_like(residual[0]), torch.zeros_like(residual[0])
+    # A folded norm has neither; the classes name them differently.
+    for name in ("w", "weight"):
+        if torch.is_tensor(getattr(norm, name, None)):
+            gain = getattr(norm, name).detach().to(residual)
+            break
+    for name in ("b", "bias"):
+        if torch.is_tensor(getattr(norm, name, None)):
+            shift = getattr(norm, name).detach().to(residual)
+            break
+    centred = residual - residual.mean(-1, keepdim=True) if layer_norm else residual
+    normed = final_norm(model, residual).to(residual)
+    # The scale as the norm applied it, whatever its epsilon.
+    scale = ((normed - shift) * centred * gain).sum(-1) / (centred * gain).pow(2).sum(-1)
+    picked, own = weight.T[ids.to(weight.device)], bias[ids.to(bias.device)]
+    if centre:
+        picked, own = picked - weight.mean(1), own - bias.mean()
+    directions, constant = picked * gain * scale[:, None, None], picked @ shift + own
+    if layer_norm:
+        # Taking the mean out of a vector is taking it out of the direction.
+        directions = directions - directions.mean(-1, keepdim=True)
+    total = einsum("row d, row token d -> row token", residual, directions) + constant
+    want = read_out(model, residual)
+    if centre:
+        want = want - want.mean(-1, keepdim=True)
+    if not torch.allclose(total, want.gather(1, ids.to(want.device)), rtol=0.02, atol=0.05):
+        raise ValueError(
+            "the final norm of this model is neither LayerNorm nor RMSNorm as its config says, so "
+            "its logits are no linear function of the final stream"
+        )
+    return directions, constant
 
 
 def read_out(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.lens.logit import logit_lens
+from mi_hops.lens import Readout, logit_lens
 from mi_hops.model import HookedModel
 from mi_hops.reasoning.gap import Gap
 from mi_hops.sweep.generate import generate
@@ -145,7 +145,7 @@ def _read(
         [case.prompt for case in cases],
         track={"bridge": [c.bridge for c in cases], "answer": [c.answer for c in cases]},
         positions={"first hop": [case.first_hop for case in cases], "last": -1},
-        compare_output=False,
+        readout=Readout(kl=False),
         batch_size=batch_size,
     )
     # Layer 0 is the embedding: the prompt's own token, not yet anything recalled.

@@ -217,7 +217,7 @@ class Run:
         )
 
     def _lens(self) -> Result:
-        from mi_hops.lens.logit import fact_trajectories
+        from mi_hops.lens import fact_trajectories
 
         groups = {"passed": self._draw(self.passed, self.sizes.lens, "lens passed")}
         if self.gap.failed:

@@ -6,14 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from mi_hops.lens.attention import AttentionLens
-from mi_hops.lens.attribution import logit_attribution
-from mi_hops.lens.evaluation import evaluate_heads, evaluate_lens
-from mi_hops.lens.logit import logit_lens, read_vectors
-from mi_hops.lens.patchscopes import fit_affine, patchscope, patchscope_generate
-from mi_hops.lens.reading import KINDS
-from mi_hops.lens.training import LensTraining, train_lens
-from mi_hops.lens.tuned import TunedLens
+from mi_hops.lens import (
+    KINDS,
+    AttentionLens,
+    LensTraining,
+    Place,
+    Readout,
+    TunedLens,
+    evaluate_heads,
+    evaluate_lens,
+    fit_affine,
+    logit_attribution,
+    logit_lens,
+    patchscope,
+    patchscope_generate,
+    read_vectors,
+    train_lens,
+)
 from tests.lens.test_trained import TEXTS
 
 SOURCES, TARGET = ("w1 w2 w3", "w5 w6"), "w7 w8 w9"
@@ -28,8 +37,8 @@ def check_same(pair, read):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logit_lens(pair, kind):
     def read(model):
-        options = {"positions": "all", "kind": kind, "track": {"a": ["w7 w8", "w9"]}, "top_k": 2}
-        return logit_lens(model, TEXTS[0], **options)["prob"].values
+        options = {"positions": "each", "kind": kind, "track": {"a": ["w7 w8", "w9"]}}
+        return logit_lens(model, TEXTS[0], readout=Readout(top_k=2), **options)["prob"].values
 
     check_same(pair, read)
 
@@ -49,8 +58,9 @@ def test_patchscopes(pair):
 
     def mapped(model):
         fitted = fit_affine(model, model, TEXTS, source_layer=2, target_layer=1)
-        options = {"source_layer": 2, "target_layer": 1, "mapping": fitted, "stop": ()}
-        return patchscope_generate(model, SOURCES[0], TARGET, max_new_tokens=3, **options).ids
+        places = Place(SOURCES[0], layers=2), Place(TARGET, layers=1)
+        options = {"mapping": fitted, "stop": (), "max_new_tokens": 3}
+        return patchscope_generate(model, *places, **options).ids
 
     check_same(pair, grid)
     check_same(pair, mapped)
@@ -83,7 +93,7 @@ def test_training(pair, tmp_path, make, objective):
         lens = make(model)
         run = train_lens(model, lens, TEXTS, plan, checkpoint=folder)
         kl = evaluate_lens(model, lens, TEXTS[:3])["kl"].values
-        return np.concatenate([list(run.after.values()), kl.ravel()])
+        return np.concatenate([run["after"].values, kl.ravel()])
 
     check_same(pair, trained)
     # Resumed at its end: what was stored comes back to where it lay.

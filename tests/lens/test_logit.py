@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.lens import reading
-from mi_hops.lens.logit import (
+from mi_hops.lens import (
     LogitLens,
+    Readout,
     fact_trajectories,
     logit_lens,
     plot_map,
     read_vectors,
+    reading,
     token_map,
 )
 from mi_hops.model import capture, forward, hook_name, read_out, unembedding
@@ -22,6 +23,7 @@ from mi_hops.sweep.interventions import add
 from mi_hops.text.tokens import TokenError, answer_ids, encode
 
 TEXT = "w1 w2 w3 w4 w5"
+FULL = Readout(logprobs=True)
 TEXTS = (TEXT, "w9 w8", "w5 w6 w7 w8 w9 w10 w11")
 
 
@@ -41,7 +43,7 @@ def fact(i, **more):
 
 @pytest.mark.parametrize("kind", ["resid", "resid_post"])
 def test_the_last_layer_is_the_models_own_output(tiny, kind):
-    result = logit_lens(tiny, TEXT, positions="all", kind=kind, full=True)
+    result = logit_lens(tiny, TEXT, positions="each", kind=kind, readout=FULL)
     last = result["logprobs"].isel(example=0, layer=-1).values
     want = output(tiny, TEXT)
     assert np.allclose(last, want, atol=1e-5)
@@ -55,9 +57,11 @@ def test_the_last_layer_is_the_models_own_output(tiny, kind):
 def test_folded_weights_give_the_same_output_and_another_raw_lens(load_tiny):
     plain, folded = (load_tiny("gpt2", processing=p) for p in ("none", "fold"))
     for model in (plain, folded):
-        last = logit_lens(model, TEXT, full=True)["logprobs"].values[0, -1, 0]
+        last = logit_lens(model, TEXT, readout=FULL)["logprobs"].values[0, -1, 0]
         assert np.allclose(last, output(plain, TEXT)[-1], atol=1e-4)
-    raw = [logit_lens(m, TEXT, norm=False, full=True)["logprobs"].values for m in (plain, folded)]
+    raw = [
+        logit_lens(m, TEXT, lens="raw", readout=FULL)["logprobs"].values for m in (plain, folded)
+    ]
     assert np.abs(raw[0] - raw[1]).max() > 0.01
     assert logit_lens(folded, TEXT).provenance["processing"] == "fold"
 
@@ -66,7 +70,7 @@ def test_layer_zero_of_resid_is_the_embedding_and_layer_l_enters_block_l(tiny):
     tokens = torch.tensor([encode(tiny, TEXT).ids])
     names = [hook_name("resid_pre", layer) for layer in range(3)]
     found, _ = capture(tiny, tokens, names)
-    result = logit_lens(tiny, TEXT, positions=2, norm=False, full=True)
+    result = logit_lens(tiny, TEXT, positions=2, lens="raw", readout=FULL)
     assert result["layer"].values.tolist() == [0, 1, 2, 3]
     for layer, name in enumerate(names):
         want = read_out(tiny, found[name][0, 2], norm=False).log_softmax(-1)
@@ -76,7 +80,7 @@ def test_layer_zero_of_resid_is_the_embedding_and_layer_l_enters_block_l(tiny):
 def test_head_lenses_and_the_bias_add_up_to_the_attention_output_lens(tiny):
     tokens = torch.tensor([encode(tiny, TEXT).ids])
     where = (torch.zeros(1, 1, dtype=torch.long), torch.arange(tokens.shape[1])[None])
-    heads = reading.gather(tiny, tokens, where, kind="head_out", layers=[1]).read[1]
+    heads = reading.gather(tiny, tokens, where, kind="result", layers=[1]).read[1]
     whole = reading.gather(tiny, tokens, where, kind="attn_out", layers=[1]).read[1]
     lens, (weight, bias) = LogitLens(tiny, norm=False), unembedding(tiny)
     parts = lens.logits(heads, layer=1) - bias  # each reading brings b_U once
@@ -89,10 +93,12 @@ def test_head_lenses_and_the_bias_add_up_to_the_attention_output_lens(tiny):
 def test_padded_batches_equal_one_prompt_at_a_time(tiny):
     track = {"a": ["w7 w8", "w9", "w10 w11 w12"]}
     where = {"first": [1, "w8", slice(1, 3)], "last": -1}
-    both = logit_lens(tiny, TEXTS, track=track, positions=where, top_k=2, batch_size=3)
+    both = logit_lens(
+        tiny, TEXTS, track=track, positions=where, readout=Readout(top_k=2), batch_size=3
+    )
     for i, text in enumerate(TEXTS):
         one = logit_lens(
-            tiny, text, track={"a": track["a"][i]}, top_k=2,
+            tiny, text, track={"a": track["a"][i]}, readout=Readout(top_k=2),
             positions={"first": where["first"][i], "last": -1},
         )  # fmt: skip
         for name in ("prob", "logprob", "rank", "mean_token_prob", "entropy", "kl", "top_probs"):
@@ -100,10 +106,12 @@ def test_padded_batches_equal_one_prompt_at_a_time(tiny):
         assert (both["top_tokens"].values[i] == one["top_tokens"].values[0]).all()
 
 
-@pytest.mark.parametrize("kind", ["resid_mid", "mlp_out", "head_out"])
+@pytest.mark.parametrize("kind", ["resid_mid", "mlp_out", "result"])
 def test_chunks_do_not_change_numbers(tiny, kind, monkeypatch):
     def read():
-        return logit_lens(tiny, TEXT, positions="all", kind=kind, track={"a": "w7 w8"}, top_k=2)
+        return logit_lens(
+            tiny, TEXT, positions="each", kind=kind, track={"a": "w7 w8"}, readout=Readout(top_k=2)
+        )
 
     whole = read()
     monkeypatch.setattr(reading, "CHUNK_BYTES", 16 * tiny.cfg.d_vocab * 2)
@@ -117,7 +125,7 @@ def test_tracked_numbers_by_hand(tiny):
     first, second = answer_ids(tiny, prompt, "w7 w8")
     alias = answer_ids(tiny, prompt, "w12")[0]
     track = {"name": ["w7 w8", "w12", "w7 w20"], "ids": [second]}
-    result = logit_lens(tiny, TEXT, track=track, layers=[1], norm=False, full=True)
+    result = logit_lens(tiny, TEXT, track=track, layers=[1], lens="raw", readout=FULL)
     probs = np.exp(result["logprobs"].values[0, 0, 0])
     got = {
         n: result[n].values[0, 0, 0]
@@ -143,11 +151,10 @@ def test_statistics_on_known_logits():
 
 def test_hooks_act_before_anything_is_read(tiny):
     vector = torch.linspace(-1, 1, 32)
-    hooks = [(hook_name("attn_out", 1), add(vector))]
-    plain = logit_lens(tiny, TEXT, kind="resid_pre", full=True)["logprobs"].values[0, :, 0]
-    changed = logit_lens(tiny, TEXT, kind="resid_pre", full=True, hooks=hooks)["logprobs"].values[
-        0, :, 0
-    ]
+    hooks = [(hook_name("attn_out", 1), lambda x, hook: add(vector)(x))]
+    plain = logit_lens(tiny, TEXT, kind="resid_pre", readout=FULL)["logprobs"].values[0, :, 0]
+    with tiny.hooks(fwd_hooks=hooks):
+        changed = logit_lens(tiny, TEXT, kind="resid_pre", readout=FULL)["logprobs"].values[0, :, 0]
     assert np.allclose(plain[:2], changed[:2], atol=1e-6)
     assert np.abs(plain[2] - changed[2]).max() > 0.01
 
@@ -186,9 +193,15 @@ def test_given_vectors_are_read_like_activations(tiny):
     tokens = torch.tensor([encode(tiny, TEXT).ids])
     found, _ = capture(tiny, tokens, [hook_name("mlp_out", 1)])
     vectors = found[hook_name("mlp_out", 1)][0]
-    direct = read_vectors(tiny, vectors, track={"a": 9}, norm=False, top_k=3)
+    direct = read_vectors(tiny, vectors, track={"a": 9}, lens="raw", top_k=3)
     lens = logit_lens(
-        tiny, TEXT, positions="all", kind="mlp_out", track={"a": [9]}, norm=False, top_k=3
+        tiny,
+        TEXT,
+        positions="each",
+        kind="mlp_out",
+        track={"a": [9]},
+        lens="raw",
+        readout=Readout(top_k=3),
     )
     assert np.allclose(direct["prob"], lens["prob"].isel(example=0, layer=1), atol=1e-6)
     assert (direct["top_tokens"].values == lens["top_tokens"].values[0, 1]).all()
@@ -202,20 +215,62 @@ def test_a_map_shows_the_top_token_in_each_cell(tiny, tmp_path):
     assert result["top_tokens"].values[0, -1, -1, 0] == tiny.tokenizer.decode([best])
     again = Result.load(result.save(tmp_path / "map.nc"))
     assert (again["top_tokens"].values == result["top_tokens"].values).all()
-    heads = token_map(tiny, TEXT, kind="head_out", top_k=1)
+    heads = token_map(tiny, TEXT, kind="result", top_k=1)
     one = plot_map(heads.sel(head=2))
     assert one.data[0].text[1][3] == heads["top_tokens"].values[0, 1, 3, 2, 0]
     for wrong, message in (
-        (logit_lens(tiny, TEXT, positions="all"), "token_map"),
-        (logit_lens(tiny, TEXTS, top_k=1), "select an example"),
+        (logit_lens(tiny, TEXT, positions="each"), "token_map"),
+        (logit_lens(tiny, TEXTS, readout=Readout(top_k=1)), "select an example"),
         (heads, "a head with result.sel"),
     ):
         with pytest.raises(ValueError, match=message):
             plot_map(wrong)
 
 
+@pytest.mark.parametrize("kind", ["resid", "attn_out", "result"])
+def test_a_cache_is_read_instead_of_running_the_model(tiny, kind, monkeypatch):
+    _, cache = tiny.run_with_cache(torch.tensor([encode(tiny, TEXT).ids]))
+    options = {"positions": "each", "kind": kind, "track": {"a": "w7 w8"}}
+    want = logit_lens(tiny, TEXT, **options)
+    monkeypatch.setattr(reading, "forward", None)  # nothing may run
+    for given in (cache, cache.remove_batch_dim()):
+        got = logit_lens(tiny, TEXT, cache=given, **options)
+        for name in ("prob", "kl", "entropy"):
+            assert np.allclose(got[name], want[name], atol=1e-5), name
+
+
+def test_a_cache_of_other_prompts_or_without_what_is_read_is_refused(load_tiny):
+    model = load_tiny()
+    _, cache = model.run_with_cache(torch.tensor([encode(model, TEXT).ids]))
+    with pytest.raises(
+        ValueError, match=r"holds \(1, 6\) \[batch, pos\], the prompts are \(1, 3\)"
+    ):
+        token_map(model, "w9 w8", cache=cache)
+    some = {name: cache[name] for name in cache.keys() if "mlp_out" not in name}  # noqa: SIM118
+    with pytest.raises(ValueError, match="does not hold blocks.0.hook_mlp_out"):
+        token_map(model, TEXT, kind="mlp_out", cache=some)
+
+
+def test_hook_names_and_single_layers_are_accepted(load_tiny):
+    model = load_tiny()
+    want = logit_lens(model, TEXT, kind="mlp_out", layers=[1])
+    for kind, layers in (("hook_mlp_out", 1), ("blocks.1.hook_mlp_out", None), ("mlp_out", 1)):
+        assert logit_lens(model, TEXT, kind=kind, layers=layers).data.equals(want.data)
+    heads = logit_lens(model, TEXT, kind="blocks.1.attn.hook_result")
+    assert heads.data.equals(logit_lens(model, TEXT, kind="result", layers=1).data)
+
+
+def test_prompts_may_be_given_by_label_and_read_at_each_token(load_tiny):
+    model, texts = load_tiny(), ["w1 w2", "w3 w4"]
+    read = logit_lens(model, dict(zip("ab", texts, strict=True)), positions="each")
+    assert read["example"].values.tolist() == ["a", "b"]
+    assert read["position"].values.tolist() == [0, 1, 2]
+    one = logit_lens(model, texts[1], positions="each")
+    assert np.allclose(read["entropy"].sel(example="b"), one["entropy"][0], atol=1e-6)
+
+
 def test_vocabulary_is_kept_only_when_asked_for(load_tiny):
-    assert "vocab" not in logit_lens(load_tiny(), TEXT, positions="all", top_k=2).data.dims
+    assert "vocab" not in token_map(load_tiny(), TEXT, top_k=2).data.dims
 
 
 @pytest.mark.parametrize(
@@ -226,8 +281,8 @@ def test_vocabulary_is_kept_only_when_asked_for(load_tiny):
         (lambda m: logit_lens(m, TEXT, kind="resid_post", layers=[3]), "0..2"),
         (lambda m: logit_lens(m, TEXT, layers=[]), "layers is empty"),
         (lambda m: logit_lens(m, []), "no prompt"),
-        (lambda m: logit_lens(m, TEXTS, positions="all"), "needs one prompt"),
-        (lambda m: logit_lens(m, TEXTS, positions={"a": [1, 2]}), "2 positions for 3 prompts"),
+        (lambda m: logit_lens(m, TEXTS, positions="each"), "prompts of one length"),
+        (lambda m: logit_lens(m, TEXTS, positions={"a": [1, 2]}), "got 2 of .* for 3 examples"),
         (lambda m: logit_lens(m, TEXTS, positions={}), "no role"),
         (lambda m: logit_lens(m, TEXTS, track={"a": "w1"}), "one spelling for each of 3"),
         (lambda m: logit_lens(m, TEXT, track={"a": [90]}), "outside the vocabulary"),
@@ -235,8 +290,10 @@ def test_vocabulary_is_kept_only_when_asked_for(load_tiny):
         (lambda m: logit_lens(m, TEXT, track={"a": " "}), "empty answer"),
         (lambda m: logit_lens(m, TEXT, positions="w66"), "does not occur"),
         (lambda m: logit_lens(m, TEXT, positions=6), "out of range"),
-        (lambda m: logit_lens(m, TEXTS, examples=["a"]), "1 labels"),
-        (lambda m: logit_lens(m, TEXT, top_k=91), "top_k is 91; expected 0..90"),
+        (lambda m: logit_lens(m, TEXT, positions="all"), "use positions='each'"),
+        (lambda m: logit_lens(m, TEXT, lens="tuned"), "unknown lens 'tuned'"),
+        (lambda m: logit_lens(m, TEXT, kind="blocks.1.hook_mlp_out", layers=1), "names its layer"),
+        (lambda m: token_map(m, TEXT, top_k=91), "top_k is 91; expected 0..90"),
         (lambda m: read_vectors(m, torch.zeros(2, 31)), r"\[vector, 32\]"),
         (lambda m: read_vectors(m, torch.zeros(2, 32), track={"a": 90}), "outside"),
     ],

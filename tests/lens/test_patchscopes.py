@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from mi_hops.lens.logit import logit_lens
-from mi_hops.lens.patchscopes import (
+from mi_hops.lens import (
     Affine,
-    Transplant,
+    Place,
+    Readout,
+    entity_description_prompt,
     fit_affine,
+    logit_lens,
+    next_token_prompt,
     patchscope,
     patchscope_generate,
-    states_of,
 )
-from mi_hops.lens.targets import entity_description, next_token
+from mi_hops.lens.patchscopes import Transplant
+from mi_hops.lens.reading import states_at
 from mi_hops.model import forward, hook_name, load_model
 from mi_hops.sweep.generate import generate
+from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.repair import Rows
 from mi_hops.text.corpus import fact_texts
 from mi_hops.text.tokens import answer_ids, encode
@@ -29,13 +33,11 @@ TARGET = "w20 w21 w22 w23"
 
 
 def test_the_logit_lens_is_the_patchscope_into_the_last_layer(tiny):
-    scope = patchscope(
-        tiny, SOURCES, TARGET, target_layers=[3], source_position=["w3", -1], top_k=3,
-        track={"a": ["w7", "w8 w9"]},
-    )  # fmt: skip
-    lens = logit_lens(
-        tiny, SOURCES, positions={"here": ["w3", -1]}, track={"a": ["w7", "w8 w9"]}, top_k=3
-    )
+    track = {"a": ["w7", "w8 w9"]}
+    source, target = Place(SOURCES, position=["w3", -1]), Place(TARGET, layers=3)
+    scope = patchscope(tiny, source, target, top_k=3, track=track)
+    here = {"here": ["w3", -1]}
+    lens = logit_lens(tiny, SOURCES, positions=here, track=track, readout=Readout(top_k=3))
     for name in ("prob", "rank", "mean_token_prob", "entropy", "top_probs"):
         got = scope[name].isel(target_layer=0).values
         assert np.allclose(got, lens[name].isel(position=0).values, atol=1e-4), name
@@ -44,9 +46,7 @@ def test_the_logit_lens_is_the_patchscope_into_the_last_layer(tiny):
 
 
 def test_a_prompts_own_state_in_its_own_place_changes_nothing(tiny):
-    scope = patchscope(
-        tiny, TARGET, TARGET, source_position=2, target_position=2, track={"a": "w7"}
-    )
+    scope = patchscope(tiny, Place(TARGET, 2), Place(TARGET, 2), track={"a": "w7"})
     for layer in range(4):
         own = scope["prob"].sel(source_layer=layer, target_layer=layer).values
         assert np.allclose(own, scope["prob_before"].values, atol=1e-6)
@@ -55,15 +55,13 @@ def test_a_prompts_own_state_in_its_own_place_changes_nothing(tiny):
 
 def test_every_pair_equals_one_hooked_forward(tiny):
     targets = (TARGET, "w30 w31 w32 w33 w34 w35")
-    scope = patchscope(
-        tiny, SOURCES, targets, source_position=-1, target_position=["w21", "w33"],
-        track={"a": ["w7", "w8"]}, max_rows=5,
-    )  # fmt: skip
+    goal, track = Place(targets, ["w21", "w33"]), {"a": ["w7", "w8"]}
+    scope = patchscope(tiny, SOURCES, goal, track=track, limits=Limits(max_rows=5))
     for i, (source, target, at) in enumerate(zip(SOURCES, targets, (2, 4), strict=True)):
         prompt = encode(tiny, target)
         first = answer_ids(tiny, prompt, ("w7", "w8")[i])[0]
         known = encode(tiny, source)
-        states = states_of(tiny, [known], [known.last], layers=[0, 1, 2, 3])[0]
+        states = states_at(tiny, [known], [known.last], layers=[0, 1, 2, 3])[0]
         for start, end in ((0, 2), (3, 0), (1, 3), (2, 2)):
 
             def put(x, state=states[start], at=at):
@@ -81,7 +79,7 @@ def test_every_pair_equals_one_hooked_forward(tiny):
 
 def test_states_are_the_stream_after_so_many_blocks(tiny):
     prompt = encode(tiny, SOURCES[0])
-    last = states_of(tiny, [prompt], [2], layers=[3])[0, 0]
+    last = states_at(tiny, [prompt], [2], layers=[3])[0, 0]
     with torch.no_grad():
         want = forward(tiny, torch.tensor([prompt.ids]))[0, 2]
         got = tiny.ln_final(last[None, None])[0, 0] @ tiny.W_U
@@ -91,12 +89,10 @@ def test_states_are_the_stream_after_so_many_blocks(tiny):
 
 @pytest.mark.parametrize(("layer", "position"), [(1, 2), (3, -1), (0, "w22")])
 def test_generation_goes_on_from_the_changed_state(tiny, layer, position):
-    said = patchscope_generate(
-        tiny, SOURCES[0], TARGET, source_layer=2, target_layer=layer, source_position="w3",
-        target_position=position, max_new_tokens=4, stop=(),
-    )  # fmt: skip
+    places = Place(SOURCES[0], "w3", layers=2), Place(TARGET, position, layers=layer)
+    said = patchscope_generate(tiny, *places, max_new_tokens=4, stop=())
     source, target = encode(tiny, SOURCES[0]), encode(tiny, TARGET)
-    state = states_of(tiny, [source], [3], layers=[2])[0, 0]
+    state = states_at(tiny, [source], [3], layers=[2])[0, 0]
     at = {2: 2, -1: 4, "w22": 3}[position]
     options = {"repair": Transplant(layer, at), "states": [state], "max_new_tokens": 4, "stop": ()}
     (uncached,) = generate(tiny, [target], use_cache=False, **options)
@@ -113,7 +109,7 @@ def test_a_transplant_acts_in_the_pass_that_holds_its_position(load_tiny):
     x = put(torch.zeros(2, 2, 32))
     assert name == "blocks.1.hook_resid_pre"
     assert x[0, 1].eq(1).all() and not x[0, 0].any() and not x[1].any()
-    with pytest.raises(ValueError, match="states_of"):
+    with pytest.raises(ValueError, match="other prompts"):
         repair.fit(model, [])
 
 
@@ -123,13 +119,11 @@ def test_maps_between_models(load_tiny):
     identity = {
         (s, t): Affine(torch.eye(32), torch.zeros(32), s, t) for s in range(4) for t in range(4)
     }
-    mapped = patchscope(
-        model, SOURCES[0], TARGET, track={"a": "w7"},
-        mapping=lambda x, s, t: identity[s, t](x, s, t),
-    )  # fmt: skip
+    mapping = lambda x, s, t: identity[s, t](x, s, t)  # noqa: E731
+    mapped = patchscope(model, SOURCES[0], TARGET, track={"a": "w7"}, mapping=mapping)
     assert np.allclose(plain["prob"], mapped["prob"], atol=1e-6)
-    one = {"mapping": identity[1, 2], "source_layers": [1], "target_layers": [2]}
-    here = patchscope(model, SOURCES[0], TARGET, track={"a": "w7"}, **one)
+    places = Place(SOURCES[0], layers=1), Place(TARGET, layers=2)
+    here = patchscope(model, *places, track={"a": "w7"}, mapping=identity[1, 2])
     want = plain["prob"].sel(source_layer=1, target_layer=2)
     assert np.isclose(here["prob"].item(), want.item(), atol=1e-6)
     with pytest.raises(ValueError, match="from layer 1 to layer 2, not from 0 to 0"):
@@ -137,7 +131,7 @@ def test_maps_between_models(load_tiny):
     across = patchscope(model, SOURCES[0], TARGET, source_model=other, track={"a": "w7"})
     assert across.provenance["source_model"] != across.provenance["fingerprint"]
     source = encode(other, SOURCES[0])
-    state = states_of(other, [source], [source.last], layers=[1])[0, 0]
+    state = states_at(other, [source], [source.last], layers=[1])[0, 0]
 
     def put(x):
         x = x.clone()
@@ -165,7 +159,7 @@ def test_a_fitted_map_finds_a_linear_relation(load_tiny):
     onward = fit_affine(model, model, texts, source_layer=2, target_layer=3, ridge=1e-9)
     two, three = torch.cat(
         [
-            states_of(model, [encode(model, t)] * 4, range(4), layers=[2, 3]).transpose(0, 1)
+            states_at(model, [encode(model, t)] * 4, range(4), layers=[2, 3]).transpose(0, 1)
             for t in texts
         ],
         dim=1,
@@ -187,17 +181,10 @@ def test_a_fitted_map_leads_from_one_model_to_another_of_another_width(tiny, nar
     fitted = fit_affine(narrow, tiny, (t for t in texts), source_layer=2, target_layer=1)
     assert fitted.weight.shape == (16, 32)
     settings = {"source_model": narrow, "mapping": fitted}
-    scope = patchscope(
-        tiny,
-        SOURCES[0],
-        TARGET,
-        track={"a": "w7"},
-        source_layers=[2],
-        target_layers=[1],
-        **settings,
-    )
+    places = Place(SOURCES[0], layers=[2]), Place(TARGET, layers=[1])
+    scope = patchscope(tiny, *places, track={"a": "w7"}, **settings)
     source, prompt = encode(narrow, SOURCES[0]), encode(tiny, TARGET)
-    state = states_of(narrow, [source], [source.last], layers=[2])[0, 0]
+    state = states_at(narrow, [source], [source.last], layers=[2])[0, 0]
     moved = state @ fitted.weight + fitted.bias
 
     def put(x):
@@ -209,27 +196,13 @@ def test_a_fitted_map_leads_from_one_model_to_another_of_another_width(tiny, nar
         logits = forward(tiny, torch.tensor([prompt.ids]), hooks=[(hook_name("resid_pre", 1), put)])
     want = logits[0, -1].softmax(-1)[answer_ids(tiny, prompt, "w7")[0]].item()
     assert np.isclose(scope["prob"].item(), want, atol=1e-5)
-    said = patchscope_generate(
-        tiny,
-        SOURCES[0],
-        TARGET,
-        source_layer=2,
-        target_layer=1,
-        max_new_tokens=3,
-        stop=(),
-        **settings,
-    )
+    said = patchscope_generate(tiny, *places, max_new_tokens=3, stop=(), **settings)
     options = {"repair": Transplant(1, prompt.last), "states": [moved], "max_new_tokens": 3}
     assert said.ids == generate(tiny, [prompt], stop=(), **options)[0].ids
     del settings["mapping"]
-    for call in (
-        lambda: patchscope(tiny, SOURCES[0], TARGET, **settings),
-        lambda: patchscope_generate(
-            tiny, SOURCES[0], TARGET, source_layer=2, target_layer=1, **settings
-        ),
-    ):
+    for call in (patchscope, patchscope_generate):
         with pytest.raises(ValueError, match="source model is 16 wide, the target 32"):
-            call()
+            call(tiny, *places, **settings)
 
 
 def test_models_with_other_numbers_for_the_same_tokens_have_a_map():
@@ -238,7 +211,7 @@ def test_models_with_other_numbers_for_the_same_tokens_have_a_map():
     fitted = fit_affine(gpt2, llama, texts, source_layer=3, target_layer=3, ridge=1e-9)
     x, y = (
         torch.cat(
-            [states_of(m, [p] * len(p), range(len(p)), layers=[3])[:, 0] for p in prompts]
+            [states_at(m, [p] * len(p), range(len(p)), layers=[3])[:, 0] for p in prompts]
         ).double()
         for m in (gpt2, llama)
         for prompts in ([encode(m, t) for t in texts],)
@@ -259,44 +232,42 @@ def test_models_that_read_a_corpus_as_other_tokens_have_no_map(load_tiny):
 
 
 def test_the_named_targets_are_the_published_ones_and_end_in_their_placeholder(load_tiny):
-    assert entity_description().startswith("Syria: Country in the Middle East, Leonardo DiCaprio: ")
-    assert entity_description().endswith("electronics corporation, x")
-    assert next_token() == "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
-    assert entity_description({"w1": "w2 w3"}, "w4") == "w1: w2 w3, w4"
-    for target in (entity_description({"w1": "w2", "w5": "w6"}, "w4"), next_token(["w1"], "w4")):
+    assert entity_description_prompt().startswith(
+        "Syria: Country in the Middle East, Leonardo DiCaprio: "
+    )
+    assert entity_description_prompt().endswith("electronics corporation, x")
+    assert next_token_prompt() == "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
+    assert entity_description_prompt({"w1": "w2 w3"}, "w4") == "w1: w2 w3, w4"
+    for target in (
+        entity_description_prompt({"w1": "w2", "w5": "w6"}, "w4"),
+        next_token_prompt(["w1"], "w4"),
+    ):
         assert encode(load_tiny(), target).labels[-1] == "w4"
-    for call in (lambda: entity_description({}), lambda: next_token(["w1"], " ")):
+    for call in (lambda: entity_description_prompt({}), lambda: next_token_prompt(["w1"], " ")):
         with pytest.raises(ValueError, match="at least one example"):
             call()
 
 
-def test_the_next_token_target_reads_the_sources_next_token(tiny):
+def test_the_next_token_target_reads_the_sources_next_token_prompt(tiny):
     # Into the last layer nothing of the target is left: what is read is the source's own output.
-    target = next_token(["w1", "w2"], "w4")
-    scope = patchscope(tiny, SOURCES, target, track={"a": ["w7", "w8"]}, source_layers=[1, 3])
-    lens = logit_lens(tiny, SOURCES, track={"a": ["w7", "w8"]}, layers=[1, 3])
+    target = next_token_prompt(["w1", "w2"], "w4")
+    source, track = Place(SOURCES, layers=[1, 3]), {"a": ["w7", "w8"]}
+    scope = patchscope(tiny, source, target, track=track)
+    lens = logit_lens(tiny, SOURCES, track=track, layers=[1, 3])
     got = scope["prob"].sel(target_layer=3).values
     assert np.allclose(got, lens["prob"].isel(position=0).values, atol=1e-5)
     # Elsewhere it stands in the place of the placeholder, and the target's words are seen.
-    other = patchscope(
-        tiny,
-        SOURCES,
-        next_token(["w1", "w3"], "w4"),
-        track={"a": ["w7", "w8"]},
-        source_layers=[1, 3],
-    )
+    other = patchscope(tiny, source, next_token_prompt(["w1", "w3"], "w4"), track=track)
     differs = np.abs(scope["prob"] - other["prob"]).max(["example", "source_layer", "tracked"])
     assert (differs.sel(target_layer=[0, 1]) > 1e-5).all() and differs.sel(target_layer=3) < 1e-5
 
 
 def test_an_entity_is_described_from_the_placeholder_on(tiny):
-    target = entity_description({"w1": "w2 w3", "w5": "w6"}, "w4")
-    said = patchscope_generate(
-        tiny, SOURCES[0], target, source_layer=2, target_layer=1, source_position="w3",
-        max_new_tokens=4, stop=(),
-    )  # fmt: skip
+    target = entity_description_prompt({"w1": "w2 w3", "w5": "w6"}, "w4")
+    places = Place(SOURCES[0], "w3", layers=2), Place(target, layers=1)
+    said = patchscope_generate(tiny, *places, max_new_tokens=4, stop=())
     prompt = encode(tiny, target)
-    state = states_of(tiny, [encode(tiny, SOURCES[0])], [3], layers=[2])[0, 0]
+    state = states_at(tiny, [encode(tiny, SOURCES[0])], [3], layers=[2])[0, 0]
     options = {"repair": Transplant(1, prompt.last), "states": [state], "max_new_tokens": 4}
     (want,) = generate(tiny, [prompt], stop=(), use_cache=False, **options)
     assert said.ids == want.ids
@@ -306,12 +277,11 @@ def test_an_entity_is_described_from_the_placeholder_on(tiny):
     ("call", "message"),
     [
         (lambda m: patchscope(m, SOURCES, [TARGET] * 3), "2 sources and 3 targets"),
-        (lambda m: patchscope(m, SOURCES[0], TARGET, source_layers=[4]), "0..3"),
-        (lambda m: patchscope(m, SOURCES[0], TARGET, target_position="w99"), "does not occur"),
-        (lambda m: patchscope(m, SOURCES, TARGET, source_position=[1]), "1 positions for 2"),
+        (lambda m: patchscope(m, Place(SOURCES[0], layers=4), TARGET), "0..3"),
+        (lambda m: patchscope(m, SOURCES[0], Place(TARGET, "w99")), "does not occur"),
+        (lambda m: patchscope(m, Place(SOURCES, [1]), TARGET), "got 1 of position for 2"),
         (lambda m: patchscope(m, [], TARGET), "no prompt"),
-        (lambda m: patchscope(m, SOURCES, TARGET, examples=["a"]), "1 labels"),
-        (lambda m: patchscope(m, SOURCES, TARGET, batch_size=0), "batch_size is 0"),
+        (lambda m: patchscope_generate(m, Place(SOURCES, layers=1), TARGET), "one of each"),
         (
             lambda m: patchscope(m, SOURCES[0], TARGET, mapping=lambda x, s, t: x[:, :5]),
             r"\(1, 32\)",

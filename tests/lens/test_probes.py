@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.lens.probes import _control, _split, fact_probes
+from mi_hops.lens import ProbeTraining, fact_probes
+from mi_hops.lens.probes import control_labels, split_types
 
 pytest.importorskip("sklearn")
 
@@ -75,28 +76,28 @@ def test_every_layer_gets_its_interval_and_skips_are_told(load_tiny):
             }
         ),
     ]
-    result = fact_probes(load_tiny(), made, layers=[1, 2], n_controls=2)
+    result = fact_probes(load_tiny(), made, layers=[1, 2], training=ProbeTraining(n_controls=2))
     interval = result.ci(variable="selectivity")
     assert interval["estimate"].dims == ("layer",)
     assert result.skipped == [("rare", "label with fewer than 3 facts")]
-    again = fact_probes(load_tiny(), made, layers=[1, 2], n_controls=2)
+    again = fact_probes(load_tiny(), made, layers=[1, 2], training=ProbeTraining(n_controls=2))
     assert np.array_equal(result["correct"], again["correct"])
 
 
 def test_the_split_keeps_types_apart():
     types = [f"t{i % 20}" for i in range(200)]
-    train, test, unseen = _split(types, 0.25, 0.2, np.random.default_rng(0))
+    train, test, unseen = split_types(types, np.random.default_rng(0))
     assert sorted([*train, *test, *unseen]) == list(range(200))
     assert {types[i] for i in test} <= {types[i] for i in train}
     assert not {types[i] for i in unseen} & {types[i] for i in train}
-    with pytest.raises(ValueError, match="share between"):
-        _split(types, 0.0, 0.2, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="the split leaves 0 training"):
+        split_types(["t"] * 9, np.random.default_rng(0))
 
 
 def test_control_labels_are_fixed_for_a_type_and_as_frequent():
     types = [f"t{i % 20}" for i in range(100)]
     labels = [f"l{i % 20 % 4}" for i in range(100)]
-    control = _control(types, labels, np.random.default_rng(1))
+    control = control_labels(types, labels, np.random.default_rng(1))
     table = dict(zip(types, control, strict=True))
     assert [table[t] for t in types] == control.tolist()
     assert sorted(control.tolist()) == sorted(labels)
@@ -107,17 +108,21 @@ def test_control_labels_are_fixed_for_a_type_and_as_frequent():
     ("settings", "message"),
     [
         ({"role": "middle"}, "role is 'middle'"),
-        ({"kind": "head_out"}, "whole activations"),
-        ({"min_count": 100}, "0 left"),
+        ({"kind": "result"}, "whole activations"),
+        ({"training": ProbeTraining(min_count=100)}, "0 left"),
         ({"label": lambda f: f.answer}, "has the labels"),
         ({"form": "question"}, r"no fact can be used for a probe \(72: "),
-        ({"n_controls": 0}, "at least one control task"),
         ({"layers": [9]}, "0..3"),
     ],
 )
 def test_what_cannot_be_right_is_refused(load_tiny, settings, message):
     with pytest.raises(ValueError, match=message):
         fact_probes(load_tiny(), facts(), **settings)
+
+
+def test_a_probe_needs_a_control():
+    with pytest.raises(ValueError, match="at least one control task"):
+        ProbeTraining(n_controls=0)
 
 
 def test_without_the_library_the_extra_is_named(load_tiny, monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mi_hops.lens.sae import (
+from mi_hops.lens import (
     bridge_features,
     clamp,
     clamp_effect,
@@ -20,6 +20,7 @@ from mi_hops.lens.sae import (
 )
 from mi_hops.model import forward, hook_name
 from mi_hops.result.result import Result
+from mi_hops.sweep.limits import Limits
 from mi_hops.text.tokens import answer_ids, encode
 from tests.lens.test_probes import facts
 
@@ -42,7 +43,7 @@ def test_training_explains_the_stream_sparsely(trained):
     quality = sae_quality(model, sae, TEXTS, layer=2)
     assert quality["explained"] > 0.5
     assert quality["active"] <= 8
-    assert quality["tokens"] == 3 * len(TEXTS)
+    assert quality.n_used == 3 * len(TEXTS)
     assert 0 <= quality["dead"] < 1
     assert sae.W_dec.shape == (64, 32) and not sae.W_dec.requires_grad
 
@@ -79,7 +80,9 @@ def test_the_effect_of_a_clamp_equals_a_hooked_forward(trained):
     model, sae = trained
     some = facts()[:6]
     features = {"w60": 3, "w61": 7}
-    result = clamp_effect(model, sae, some, features, layer=2, values=[0.0, 4.0], batch_size=4)
+    result = clamp_effect(
+        model, sae, some, features, layer=2, values=[0.0, 4.0], limits=Limits(batch_size=4)
+    )
     item = some[1]
     prompt = encode(model, item.prompt())
 
@@ -115,7 +118,7 @@ def test_facts_that_cannot_be_read_are_skipped_with_the_reason(trained):
         fact_features(model, sae, [lost], layer=2)
 
 
-def test_the_feature_of_a_bridge_is_chosen_on_one_half_and_judged_on_the_other():
+def test_the_feature_of_a_bridge_is_chosen_on_one_half_and_evaluated_on_the_other():
     bridges = np.array(["x", "y"] * 20)
     on = np.zeros((40, 3))
     on[bridges == "x", 1] = 2.0

@@ -7,17 +7,26 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.lens.attention import AttentionLens
-from mi_hops.lens.evaluation import evaluate_heads, evaluate_lens
+from mi_hops.lens import (
+    AttentionLens,
+    LensTraining,
+    LogitLens,
+    Readout,
+    TunedLens,
+    evaluate_heads,
+    evaluate_lens,
+    fact_trajectories,
+    load_lens,
+    logit_lens,
+    read_vectors,
+    train_lens,
+)
 from mi_hops.lens.examples import make_example, real_cells
-from mi_hops.lens.logit import fact_trajectories, logit_lens, read_vectors
-from mi_hops.lens.reading import LogitLens
-from mi_hops.lens.store import load_lens
 from mi_hops.lens.trained import kl
-from mi_hops.lens.training import LensTraining, judge, train_lens
-from mi_hops.lens.tuned import TunedLens
+from mi_hops.lens.training import evaluate_heldout
 from mi_hops.model import forward, hook_name, load_model, unembedding
 from mi_hops.text.tokens import encode, pad
 from tests.models import save_checkpoint
@@ -56,7 +65,7 @@ def test_a_fresh_lens_is_the_logit_lens(tiny, make):
     example = example_of(tiny, lens)
     plain = LogitLens(tiny, lens.norm)
     for layer in lens.layers:
-        for head in range(4) if lens.kind == "head_out" else [None]:
+        for head in range(4) if lens.kind == "result" else [None]:
             x = example.read[layer] if head is None else example.read[layer][:, head]
             want = plain.logits(x, layer=layer)
             assert torch.allclose(lens.logits(x, layer=layer, head=head), want, atol=1e-4)
@@ -117,8 +126,8 @@ def test_a_padded_batch_gives_the_losses_of_unpadded_texts(tiny, last_only):
     lens = perturbed(TunedLens(tiny))
     texts = ["w1 w2 w3 w4 w5 w6 w7", "w9", "w10 w11 w12"]
     rows = [encode(tiny, t).ids for t in texts]
-    whole = judge(tiny, lens, [pad(rows)], "output", last_only=last_only)
-    single = judge(tiny, lens, [pad([r]) for r in rows], "output", last_only=last_only)
+    whole = evaluate_heldout(tiny, lens, [pad(rows)], "output", last_only=last_only)
+    single = evaluate_heldout(tiny, lens, [pad([r]) for r in rows], "output", last_only=last_only)
     for layer in lens.layers:
         assert np.isclose(whole[layer], single[layer], atol=1e-5)
 
@@ -139,12 +148,11 @@ def test_training_lowers_held_out_kl_and_leaves_the_model_alone(tiny, make, obje
     lens = make(tiny)
     before = {n: p.detach().clone() for n, p in tiny.named_parameters()}
     run = train_lens(tiny, lens, TEXTS, LensTraining(**{**FAST.__dict__, "objective": objective}))
-    assert sum(run.after.values()) < 0.98 * sum(run.before.values())
-    for layer in lens.layers:
-        assert run.after[layer] <= run.before[layer]
+    assert run["after"].sum() < 0.98 * run["before"].sum()
+    assert (run["after"] <= run["before"]).all()
     for name, tensor in tiny.named_parameters():
         assert torch.equal(tensor, before[name]) and tensor.grad is None
-    assert run.curve["step"].tolist() == [10, 20, 30]
+    assert run["step"].values.tolist() == [10, 20, 30]
     assert not any(p.requires_grad for p in lens.parameters.values())
 
 
@@ -167,15 +175,19 @@ def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(load_tiny, tmp_
 
     with pytest.raises(Stop):
         train_lens(model, Interrupted(model), TEXTS, FAST, checkpoint=tmp_path / "c")
-    record = json.loads((tmp_path / "c" / "training.json").read_text())
-    assert 0 < record["progress"]["step"] < 30
+    with safe_open(tmp_path / "c" / "training.safetensors", framework="pt") as file:
+        record = json.loads(file.metadata()["training"])
+    assert 0 < record["state"]["step"] < 30
     again = TunedLens(model)
     resumed = train_lens(model, again, TEXTS, FAST, checkpoint=tmp_path / "c")
     for name, tensor in whole.parameters.items():
         assert torch.equal(tensor, again.parameters[name])
-    assert resumed.curve.equals(run.curve) and resumed.after == run.after
+    assert resumed.data.equals(run.data)
     # Finished: nothing is left to do, and another training is refused.
-    assert train_lens(model, TunedLens(model), TEXTS, FAST, checkpoint=tmp_path / "c").steps == 30
+    assert (
+        train_lens(model, TunedLens(model), TEXTS, FAST, checkpoint=tmp_path / "c")["step"][-1]
+        == 30
+    )
     with pytest.raises(ValueError, match="another settings"):
         train_lens(
             model, TunedLens(model), TEXTS, LensTraining(steps=31), checkpoint=tmp_path / "c"
@@ -186,7 +198,7 @@ def test_training_stops_when_nothing_improves(load_tiny):
     model = load_tiny()
     plan = LensTraining(steps=50, learning_rate=1e-9, evaluate_every=2, patience=3, held_out=0.2)
     run = train_lens(model, TunedLens(model), TEXTS, plan)
-    assert run.stopped_early and run.steps == 6
+    assert run.provenance["stopped_early"] and run.provenance["steps"] == 6
 
 
 def test_saved_lenses_come_back_and_those_of_other_models_are_refused(load_tiny, tmp_path):
@@ -197,7 +209,7 @@ def test_saved_lenses_come_back_and_those_of_other_models_are_refused(load_tiny,
         assert type(again) is type(lens) and again.settings == lens.settings
         for key, tensor in lens.parameters.items():
             assert torch.equal(tensor, again.parameters[key])
-        with pytest.raises(ValueError, match="already"):
+        with pytest.raises(FileExistsError, match="overwrite=True"):
             lens.save(tmp_path / name)
     for other in (load_tiny("gpt2", processing="fold"), load_tiny("llama")):
         with pytest.raises(ValueError, match="belongs to a model with fingerprint"):
@@ -217,8 +229,9 @@ def test_a_lens_is_fetched_from_the_hub_by_its_id(load_tiny, tmp_path, monkeypat
     lens = perturbed(TunedLens(model))
     # What the hub's client keeps of a repository that it has fetched; offline it reads that.
     kept, revision = tmp_path / "models--someone--tuned-lens", "0" * 40
+    for name in ("snapshots", "refs"):
+        (kept / name).mkdir(parents=True)
     lens.save(kept / "snapshots" / revision)
-    (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text(revision)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     again = load_lens(model, "someone/tuned-lens")
@@ -283,7 +296,7 @@ def test_lenses_move_to_other_layers_and_models(load_tiny):
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
-def test_a_lens_that_was_moved_is_judged_by_the_model_and_layer_it_reads(load_tiny, shape):
+def test_a_lens_that_was_moved_is_evaluated_by_the_model_and_layer_it_reads(load_tiny, shape):
     model = load_tiny("llama")
     other = load_tiny(shape, processing="fold" if shape == "llama" else "none")
     lens = perturbed(TunedLens(model))
@@ -348,7 +361,7 @@ def test_evaluation_by_hand(tiny):
         assert np.isclose(got["overlap"], np.mean([len(a[1] & b[1]) / 3 for a, b in both]))
 
 
-def test_heads_are_judged_alone_and_left_out(tiny):
+def test_heads_are_evaluated_alone_and_left_out(tiny):
     lens = AttentionLens(tiny, layers=[1])
     result = evaluate_heads(tiny, lens, TEXTS[:4])
     example = example_of(tiny, lens, TEXTS[:4], without_heads=True)
@@ -363,13 +376,13 @@ def test_heads_are_judged_alone_and_left_out(tiny):
 
 def test_a_trained_lens_reads_prompts_like_the_logit_lens_does(tiny):
     lens = perturbed(TunedLens(tiny))
-    result = logit_lens(tiny, TEXTS[0], positions="all", lens=lens, full=True)
+    result = logit_lens(tiny, TEXTS[0], positions="each", lens=lens, readout=Readout(logprobs=True))
     assert np.allclose(result["kl"].isel(layer=-1), 0, atol=1e-5)
     x = example_of(tiny, lens, TEXTS[:1]).read[1]
     want = lens.logits(x, layer=1).log_softmax(-1)
     assert np.allclose(result["logprobs"].sel(layer=1).values[0], want, atol=1e-5)
     heads = perturbed(AttentionLens(tiny))
-    read = logit_lens(tiny, TEXTS[0], kind="head_out", lens=heads, track={"a": "w5"})
+    read = logit_lens(tiny, TEXTS[0], kind="result", lens=heads, track={"a": "w5"})
     assert read["prob"].shape == (1, 3, 1, 4, 1)
 
 
@@ -383,7 +396,7 @@ def test_small_lenses_are_small(load_tiny):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: TunedLens(m, kind="head_out"), "AttentionLens reads heads"),
+        (lambda m: TunedLens(m, kind="result"), "AttentionLens reads heads"),
         (lambda m: TunedLens(m, rank=0), "1..32"),
         (lambda m: TunedLens(m, layers=[5]), "0..3"),
         (lambda m: AttentionLens(m, variant="svd"), "unknown variant"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.lens.logit import fact_trajectories
+from mi_hops.lens import fact_trajectories
 from mi_hops.reasoning import gap as gap_module
 from mi_hops.reasoning.failures import TYPES, failure_types
 from mi_hops.reasoning.gap import HOPS, find_gap

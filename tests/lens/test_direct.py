@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.lens.attribution import _check_sum, fact_attribution, logit_attribution
-from mi_hops.lens.jacobian import JacobianReading, fit_jacobian_lens
-from mi_hops.lens.logit import logit_lens
-from mi_hops.lens.reading import LogitLens
+from mi_hops.lens import (
+    JacobianReading,
+    LogitLens,
+    fact_attribution,
+    fit_jacobian_lens,
+    logit_attribution,
+    logit_lens,
+)
 from mi_hops.model import capture, forward, hook_name
 from mi_hops.text.tokens import answer_ids, encode
 
@@ -110,10 +114,15 @@ def test_facts_are_read_at_their_roles(load_tiny):
         logit_attribution(model, TEXTS, {})
 
 
-def test_a_stream_that_is_no_sum_of_its_parts_is_refused():
-    _check_sum(torch.ones(1, 4), torch.ones(1, 4) + 1e-3)
-    with pytest.raises(ValueError, match="add up"):
-        _check_sum(torch.ones(1, 4), torch.zeros(1, 4) + 0.5)
+def test_a_cache_is_shared_out_and_a_stream_that_is_no_sum_of_its_parts_is_refused(tiny):
+    _, cache = tiny.run_with_cache(torch.tensor([encode(tiny, TEXTS[0]).ids]))
+    got = logit_attribution(tiny, TEXTS[0], {"a": "w7"}, cache=cache)
+    want = logit_attribution(tiny, TEXTS[0], {"a": "w7"})
+    assert np.allclose(got["heads"], want["heads"], atol=1e-5)
+    name = hook_name("mlp_out", 1)
+    other = {key: cache[key] for key in cache.keys()} | {name: cache[name] + 1.0}  # noqa: SIM118
+    with pytest.raises(ValueError, match="do not add up to the final stream"):
+        logit_attribution(tiny, TEXTS[0], {"a": "w7"}, cache=other)
 
 
 # -- the Jacobian lens --
@@ -131,7 +140,7 @@ def test_a_jacobian_lens_reads_like_the_others(fitted, load_tiny, shape):
     lens, model = fitted[shape], load_tiny(shape)
     assert lens.layers == [1, 2, 3]
     assert not any(p.requires_grad for p in model.parameters())
-    result = logit_lens(model, TEXTS[0], positions="all", lens=lens, layers=lens.layers)
+    result = logit_lens(model, TEXTS[0], positions="each", lens=lens, layers=lens.layers)
     assert np.allclose(result["kl"].sel(layer=3), 0, atol=1e-5)
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     matrix = lens.fitted.jacobians[0]

@@ -1,6 +1,6 @@
 """Target prompts for Patchscopes, by what they make the model say of the state they are given.
 
-Each ends in a placeholder, the last token, where `patchscopes.patchscope` puts the source's state by
+Each ends in a placeholder, the last token, where `patchscope` puts the source's state by
 default. They are the few-shot prompts of *Patchscopes* (Ghandeharioun et al. 2024, arXiv 2401.06102);
 a small model needs examples in words that it knows.
 """
@@ -20,11 +20,13 @@ ENTITIES = {
 REPEATED = ("cat", "1135", "hello")
 
 
-def entity_description(examples: Mapping[str, str] | None = None, placeholder: str = "x") -> str:
+def entity_description_prompt(
+    examples: Mapping[str, str] | None = None, placeholder: str = "x"
+) -> str:
     """A prompt after which the model goes on to describe the entity that the state stands for.
 
     "Syria: Country in the Middle East, ..., x": generate from it
-    (`patchscopes.patchscope_generate`) with the state of the entity's last token.
+    (`patchscope_generate`) with the state of the entity's last token.
 
     Args:
         examples: entity -> description; default `ENTITIES`.
@@ -36,7 +38,7 @@ def entity_description(examples: Mapping[str, str] | None = None, placeholder: s
     return _few_shot([f"{entity}: {what}" for entity, what in chosen.items()], ", ", placeholder)
 
 
-def next_token(examples: Sequence[str] | None = None, placeholder: str = "?") -> str:
+def next_token_prompt(examples: Sequence[str] | None = None, placeholder: str = "?") -> str:
     """A prompt that has the model repeat a token: the one that the state was about to say.
 
     A line "cat -> cat" for each word, then "?": the state at a source's last token then reads as the

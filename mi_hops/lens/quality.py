@@ -6,13 +6,13 @@ The same numbers answer what becomes of a lens on another layer or another model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mi_hops.lens.attention import AttentionLens
 from mi_hops.lens.examples import make_example, real_cells
-from mi_hops.lens.reading import LogitLens, check_lens
+from mi_hops.lens.reading import Layers, LogitLens, as_lens
 from mi_hops.lens.trained import TrainedLens, kl
 from mi_hops.lens.training import Corpus
 from mi_hops.model import HookedModel, provenance
@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _UNITS = {
-    "kl": "nats", "logit_lens_kl": "nats", "cross_entropy": "nats", "excess_cross_entropy": "nats",
-    "agreement": "share", "overlap": "share",
-}  # fmt: skip
+    "kl": "nats",
+    "logit_lens_kl": "nats",
+    "cross_entropy": "nats",
+    "excess_cross_entropy": "nats",
+    "agreement": "share",
+    "overlap": "share",
+}
 
 
 def evaluate_lens(
@@ -33,7 +37,7 @@ def evaluate_lens(
     lens: TrainedLens,
     corpus: Corpus,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Layers = None,
     top_k: int = 10,
     max_tokens: int = 2048,
     max_length: int | None = None,
@@ -47,6 +51,7 @@ def evaluate_lens(
         corpus: texts that the lens was not trained on (or facts, or a file).
         layers: default those of the lens.
         top_k: tokens in the top-k overlap.
+        max_tokens, max_length: as in `token_batches`.
 
     Returns:
         Result on ``example`` (text) and ``layer``, each value a mean over the text's tokens:
@@ -58,10 +63,18 @@ def evaluate_lens(
 
     Raises:
         ValueError: a lens of another model (`TrainedLens.moved` binds it to this one), a layer that
-            the lens has not got, or an empty corpus.
+            the lens does not have, or an empty corpus.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> texts = ["The spouse of Ondo is", "The teacher of Belko is"]
+        >>> quality = mi_hops.lens.evaluate_lens(model, mi_hops.TunedLens(model, rank=4), texts)
+        >>> dict(quality["kl"].sizes)
+        {'example': 2, 'layer': 6}
     """
-    check_lens(model, lens)
-    chosen = list(lens.layers) if layers is None else list(layers)
+    as_lens(model, lens)
+    chosen = [layers] if isinstance(layers, int) else list(layers or lens.layers)
     for layer in chosen:
         lens.row(layer)
     plain = LogitLens(model, lens.norm)
@@ -69,34 +82,39 @@ def evaluate_lens(
     with torch.no_grad():
         for batch in token_batches(model, corpus, max_tokens=max_tokens, max_length=max_length):
             rows, columns = real_cells(batch)
-            n = len(batch.lengths)
-            following = torch.cat([batch.tokens[:, 1:], batch.tokens[:, :1]], dim=1)[rows, columns]
+            following = batch.tokens.roll(-1, dims=1)[rows, columns]
             has_next = columns < batch.last[rows]
-            sums = torch.zeros(n, len(chosen), len(_UNITS), dtype=torch.float64)
+            sums = torch.zeros(len(batch.lengths), len(chosen), len(_UNITS), dtype=torch.float64)
             for part in torch.arange(len(rows)).split(512):
                 example = make_example(model, lens, batch, (rows[part], columns[part]))
-                own = example.output
                 for k, layer in enumerate(chosen):
-                    logits = _reading(lens, example.read[layer], layer)
-                    base = _reading(plain, example.read[layer], layer)
-                    found = _compare(own, logits, base, following[part], has_next[part], top_k)
+                    logits, base = (_reading(x, example.read[layer], layer) for x in (lens, plain))
+                    after = (following[part], has_next[part])
+                    found = _compare(example.output, logits, base, *after, top_k)
                     sums[:, k].index_add_(0, rows[part], found.double().cpu())
-            counts = torch.stack([batch.lengths, (batch.lengths - 1).clamp_min(1)], dim=-1)
-            which = [0, 0, 1, 1, 0, 0]
-            per_text.append(sums / counts[:, which][:, None])
-    values = torch.cat(per_text)
-    # A text of one token has no next token.
+            # A text of one token has no next token.
+            n_next = (batch.lengths - 1).clamp_min(1)
+            counts = [n_next if "entropy" in name else batch.lengths for name in _UNITS]
+            per_text.append(sums / torch.stack(counts, dim=-1)[:, None])
+    values: dict[str, Any] = {
+        name: (("example", "layer"), torch.cat([text[..., i] for text in per_text]))
+        for i, name in enumerate(_UNITS)
+    }
     return Result.from_arrays(
-        {n: (("example", "layer"), values[..., i]) for i, n in enumerate(_UNITS) if i != 1},
-        baselines={"logit_lens_kl": (("example", "layer"), values[..., 1])},
-        coords={"example": [str(i) for i in range(len(values))], "layer": chosen},
+        values,
+        baselines={"logit_lens_kl": values.pop("logit_lens_kl")},
+        coords={"example": [str(i) for i in range(sum(map(len, per_text)))], "layer": chosen},
         units=_UNITS,
         title=f"{lens.name} lens against the model's output, mean over tokens",
         provenance=provenance(
-            model, method="evaluate_lens", lens=lens.name, trained_on=lens.trained_on, top_k=top_k,
+            model,
+            method="evaluate_lens",
+            lens=lens.name,
+            trained_on=lens.trained_on,
+            top_k=top_k,
             notes=lens.notes,
         ),
-    )  # fmt: skip
+    )
 
 
 def evaluate_heads(
@@ -110,7 +128,7 @@ def evaluate_heads(
     """What single heads' readings are worth, by two standards.
 
     Args:
-        lens: an attention lens; put it beside ``AttentionLens(model)``, untrained, which is the
+        lens: an attention lens; compare it with ``AttentionLens(model)``, untrained, which is the
             logit lens.
 
     Returns:
@@ -122,8 +140,8 @@ def evaluate_heads(
     Raises:
         ValueError: a lens of another model, a lens that does not read heads, or an empty corpus.
     """
-    check_lens(model, lens)
-    if lens.kind != "head_out":
+    as_lens(model, lens)
+    if lens.kind != "result":
         raise ValueError(f"a {lens.type_name} lens reads {lens.kind!r}, not heads")
     n_heads = int(model.cfg.n_heads)
     sums = torch.zeros(3, len(lens.layers), n_heads, dtype=torch.float64)
@@ -147,24 +165,25 @@ def evaluate_heads(
         {"kl": (dims, means[0]), "leave_one_out_kl": (dims, means[1])},
         baselines={"without_kl": (dims, means[2])},
         coords={"layer": list(lens.layers), "head": range(n_heads)},
-        units={"kl": "nats", "leave_one_out_kl": "nats", "without_kl": "nats"},
+        units=dict.fromkeys(("kl", "leave_one_out_kl", "without_kl"), "nats"),
         title=f"{lens.name} lens, head by head, mean over {count} tokens",
         used=count,
         provenance=provenance(
-            model, method="evaluate_heads", lens=lens.name, trained_on=lens.trained_on,
+            model,
+            method="evaluate_heads",
+            lens=lens.name,
+            trained_on=lens.trained_on,
             notes=lens.notes,
         ),
-    )  # fmt: skip
+    )
 
 
 def _reading(lens: TrainedLens | LogitLens, vectors: Tensor, layer: int) -> Tensor:
     """Logits at each cell; of heads, their sum."""
-    from mi_hops.lens.attention import AttentionLens
-
     if isinstance(lens, AttentionLens):
         return lens.sum_logits(vectors, layer=layer)
     if vectors.ndim == 3:
-        heads = [lens.logits(vectors[:, h], layer=layer, head=h) for h in range(vectors.shape[1])]
+        heads = [lens.logits(x, layer=layer, head=h) for h, x in enumerate(vectors.unbind(1))]
         return sum(heads[1:], heads[0])
     return lens.logits(vectors, layer=layer)
 
@@ -174,12 +193,12 @@ def _compare(
 ) -> Tensor:
     """``[cell, measure]`` in the order of `_UNITS`; cells without a next token have no entropy."""
     reading = logits.log_softmax(-1)
-    output = output.to(reading.device)
-    following, has_next = following.to(reading.device), has_next.to(reading.device)
-    lens_loss = -reading.gather(1, following[:, None])[:, 0] * has_next
-    own_loss = -output.gather(1, following[:, None])[:, 0] * has_next
+    output, following, has_next = (t.to(reading.device) for t in (output, following, has_next))
+    lens_loss, own_loss = (
+        -t.gather(1, following[:, None])[:, 0] * has_next for t in (reading, output)
+    )
     best, own_best = (t.topk(top_k, dim=-1).indices for t in (reading, output))
     shared = (best[:, :, None] == own_best[:, None]).any(1).to(reading.dtype).mean(-1)
-    agree = (best[:, 0] == own_best[:, 0]).to(reading.dtype)
+    agree = best[:, 0] == own_best[:, 0]
     columns = (kl(output, logits), kl(output, base), lens_loss, lens_loss - own_loss, agree, shared)
     return torch.stack([c.to(reading.dtype) for c in columns], dim=-1)

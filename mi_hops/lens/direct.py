@@ -1,0 +1,235 @@
+"""Direct logit attribution: how much of a token's logit each head and MLP wrote.
+
+The final stream is a sum of what the embedding, every head, every attention bias and every MLP wrote,
+and with its scale frozen the final norm is linear, so a logit is a sum of their shares.
+
+TransformerLens's own ``direct_logit_attribution`` takes the final norm to be folded into W_U, which
+it is not in a model loaded with ``processing="none"``; here the norm's weight is applied, and the two
+agree on folded models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fancy_einsum import einsum
+
+from mi_hops.cases import Case, usable
+from mi_hops.lens.reading import cached, head_outputs
+from mi_hops.lens.tracking import (
+    Prompts,
+    Row,
+    Track,
+    check_role,
+    labelled_prompts,
+    resolve,
+    spell_all,
+    tracked_tokens,
+)
+from mi_hops.model import (
+    HookedModel,
+    capture,
+    hook_name,
+    linear_read_out,
+    provenance,
+    read_out,
+    unembedding,
+)
+from mi_hops.model.numeric import wide_dtype
+from mi_hops.result.result import Result
+from mi_hops.text.tokens import Where, batches, pad
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mi_hops.facts.fact import TwoHopFact
+
+_DIMS = {
+    "heads": ("example", "layer", "head", "tracked"),
+    "mlps": ("example", "layer", "tracked"),
+    "attention_biases": ("example", "layer", "tracked"),
+    "embedding": ("example", "tracked"),
+    "constant": ("example", "tracked"),
+    "logit": ("example", "tracked"),
+}
+
+
+def logit_attribution(
+    model: HookedModel,
+    prompts: Prompts,
+    track: Track,
+    *,
+    position: Where | Sequence[Where] = -1,
+    centre: bool = True,
+    cache: Mapping[str, Tensor] | None = None,
+    batch_size: int = 32,
+) -> Result:
+    """Shares of the first tokens' logits, read at one position of each prompt.
+
+    Args:
+        prompts, track, cache: as in `logit_lens`.
+        position: one token (of a span its last), for all prompts or one for each.
+        centre: take logits relative to their mean over the vocabulary, which the softmax does not
+            see; without it an additive constant of all tokens is shared out too.
+
+    Returns:
+        Result, in logits, which add up to the baseline ``logit`` (``example, tracked``): ``heads``
+        (``example, layer, head, tracked``), ``mlps`` and ``attention_biases`` (``example, layer,
+        tracked``), ``embedding`` (with positions, where the model adds them) and ``constant`` (the
+        norm's and the unembedding's biases) (``example, tracked``).
+
+    Raises:
+        ValueError: nothing to track, positions or a cache that do not fit the prompts, or a model
+            whose parts do not add up to its final stream (for instance one with a norm after the
+            attention output).
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> shares = mi_hops.logit_attribution(model, "The spouse of Ondo is", {"a name": "Mara"})
+        >>> dict(shares["heads"].sizes)
+        {'example': 1, 'layer': 6, 'head': 4, 'tracked': 1}
+    """
+    labels, known, alone = labelled_prompts(model, prompts)
+    if not track:
+        raise ValueError("name something to track, e.g. {'answer': 'American'}")
+    _, places = resolve(known, {"here": position}, alone=alone)
+    spelled = spell_all(model, known, track, alone=alone)
+    rows = [Row(*row) for row in zip(labels, known, places, spelled, strict=True)]
+    return _attributed(model, rows, centre, batch_size, cache=cache)
+
+
+def fact_attribution(
+    model: HookedModel,
+    facts: Sequence[TwoHopFact],
+    *,
+    form: str | None = None,
+    role: str = "last",
+    centre: bool = True,
+    batch_size: int = 32,
+) -> Result:
+    """`logit_attribution` of bridge and answer on two-hop prompts.
+
+    Facts whose prompt, names or position cannot be tokenised or found are skipped, with the reason.
+
+    Args:
+        form: form of the prompt; default each fact's first.
+        role: ``"last"`` or ``"first hop"``: where it is read.
+
+    Raises:
+        ValueError: another role; see also `logit_attribution`.
+        NoUsableFactError: no fact can be read.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.Hopland().two_hop_facts("seen_parts")[:4]
+        >>> mi_hops.fact_attribution(model, facts).mean()["mlps"].sel(tracked="answer").dims
+        ('layer',)
+    """
+    check_role(role)
+
+    def prepare(case: Case) -> Row:
+        tracked = {"bridge": [case.bridge], "answer": [case.target.answer]}
+        return Row(case.fact.id, case.prompt, [case.positions(role)[-1]], tracked)
+
+    rows, skipped = usable(model, facts, prepare, purpose="direct attribution", form=form)
+    return _attributed(model, rows, centre, batch_size, skipped=skipped)
+
+
+def _attributed(
+    model: HookedModel,
+    rows: Sequence[Row],
+    centre: bool,
+    batch_size: int,
+    *,
+    cache: Mapping[str, Tensor] | None = None,
+    skipped: Sequence[tuple[str, str]] = (),
+) -> Result:
+    ids = [row.prompt.ids for row in rows]
+    tracked = tracked_tokens([row.tracked for row in rows])
+    assert tracked is not None  # something is tracked
+    firsts, at = tracked.ids[..., 0], torch.tensor([row.places[0] for row in rows])
+    whole = [(list(range(len(rows))), pad(ids))]
+    parts, order = [], []
+    with torch.no_grad():
+        for chosen, batch in batches(ids, batch_size) if cache is None else whole:
+            parts.append(_shares(model, batch.tokens, at[chosen], firsts[chosen], centre, cache))
+            order += chosen
+    back = torch.tensor(order).argsort()
+    shares = {n: torch.cat([part[n] for part in parts])[back] for n in _DIMS}
+    values: dict[str, Any] = {name: (dims, shares[name]) for name, dims in _DIMS.items()}
+    logit = values.pop("logit")
+    return Result.from_arrays(
+        values,
+        baselines={"logit": logit},
+        coords={
+            "example": [row.label for row in rows],
+            "layer": range(int(model.cfg.n_layers)),
+            "head": range(int(model.cfg.n_heads)),
+            "tracked": list(rows[0].tracked),
+        },
+        units=dict.fromkeys(_DIMS, "logits"),
+        title="direct logit attribution",
+        skipped=skipped,
+        provenance=provenance(model, method="logit_attribution", centre=centre),
+    )
+
+
+def _shares(
+    model: HookedModel,
+    tokens: Tensor,
+    at: Tensor,
+    firsts: Tensor,
+    centre: bool,
+    cache: Mapping[str, Tensor] | None,
+) -> dict[str, Tensor]:
+    layers = range(int(model.cfg.n_layers))
+    ends = (hook_name("resid_pre", 0), hook_name("resid_post", layers[-1]))
+    names = {kind: [hook_name(kind, i) for i in layers] for kind in ("z", "attn_out", "mlp_out")}
+    needed = [*ends, *(name for listed in names.values() for name in listed)]
+    if cache is None:
+        found, _ = capture(model, tokens, needed)
+    else:
+        found = {name: cached(cache, name, tokens) for name in needed}
+    place = unembedding(model)[0].device  # shares are added up where logits are made
+
+    def here(name: str) -> Tensor:
+        x = found[name]
+        row = x[torch.arange(len(at), device=x.device), at.to(x.device)].detach()
+        return row.to(place, wide_dtype(x.dtype))
+
+    start, final = (here(name) for name in ends)
+    by_head = [head_outputs(model, here(name), i) for i, name in enumerate(names["z"])]
+    heads, attention, mlps = (
+        torch.stack(parts, dim=1)
+        for parts in (by_head, *([here(n) for n in names[k]] for k in ("attn_out", "mlp_out")))
+    )
+    _check_sum(start + attention.sum(1) + mlps.sum(1), final)
+    directions, constant = linear_read_out(model, final, firsts, centre=centre)
+
+    def share(part: Tensor) -> Tensor:
+        return einsum("row ... d, row token d -> row ... token", part, directions).cpu()
+
+    logits = read_out(model, final)
+    if centre:
+        logits = logits - logits.mean(-1, keepdim=True)
+    return {
+        "heads": share(heads),
+        "mlps": share(mlps),
+        "attention_biases": share(attention - heads.sum(2)),
+        "embedding": share(start),
+        "constant": constant.cpu(),
+        "logit": logits.gather(1, firsts.to(logits.device)).cpu(),
+    }
+
+
+def _check_sum(total: Tensor, final: Tensor) -> None:
+    error = (total - final).norm() / final.norm()
+    if error > 0.02:
+        raise ValueError(
+            f"embedding, attention and MLP outputs do not add up to the final stream (off by "
+            f"{float(error):.0%}); direct attribution is not defined for this architecture"
+        )
