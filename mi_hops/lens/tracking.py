@@ -67,10 +67,12 @@ def labelled_prompts(model: HookedModel, given: Prompts) -> tuple[list[str], lis
         TokenError: no prompt, or one that cannot be encoded.
     """
     one = isinstance(given, str | Prompt) or (torch.is_tensor(given) and given.ndim == 1)
-    texts = given.values() if isinstance(given, Mapping) else [given] if one else given
+    texts: Any = given.values() if isinstance(given, Mapping) else [given] if one else given
     known = [
-        t if isinstance(t, Prompt)
-        else encode(model, t) if isinstance(t, str)
+        t
+        if isinstance(t, Prompt)
+        else encode(model, t)
+        if isinstance(t, str)
         else Prompt.from_tokens(model, t)
         for t in texts
     ]

@@ -50,6 +50,8 @@ def prepends_bos(model: HookedModel) -> bool:
     """
     wanted = bool(getattr(model.cfg, "default_prepend_bos", True))
     return wanted and getattr(model.tokenizer, "bos_token_id", None) is not None
+
+
 def takes_jacobian_lens(model: HookedModel) -> bool:
     """Whether TransformerLens fits its `JacobianLens` on this model: a Bridge, unprocessed."""
     return backend_of(model) == "bridge" and processing_of(model) == "none"
