@@ -1,17 +1,18 @@
 """The ``mi-hops`` command: argument handling, clear errors and exit codes, nothing else.
 
-Exit codes: 0 done; 2 bad input or a file or model that cannot be had (one line on stderr);
+Exit codes: 0 done; 2 bad input or a file or model that cannot be loaded (one line on stderr);
 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -34,7 +35,7 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default CUDA where there is one.")
 ]
 Seed = Annotated[int, typer.Option(help="Decides everything random.")]
-Force = Annotated[bool, typer.Option("--force", help="Write over what the folder holds.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what the folder holds.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -43,7 +44,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def main(
     version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False,
 ) -> None:
-    """Options that stand before a command."""
+    """Options before a command."""
     if version:
         typer.echo(f"mi-hops {__version__}")
         raise typer.Exit
@@ -59,6 +60,7 @@ def show_version() -> None:
 
 @app.command()
 def study(
+    context: typer.Context,
     model: Annotated[
         str, typer.Option(help="A bundled model, a Hugging Face folder, or a hub id.")
     ] = "hops-gpt2",
@@ -68,8 +70,8 @@ def study(
     format: Annotated[
         str | None,
         typer.Option(
-            help="How --facts is read: jsonl, mquake, memory_injections or table; by default told "
-            "from the file."
+            help="How --facts is read: jsonl, geo, mquake, memory_injections or table; by default "
+            "told from the file."
         ),
     ] = None,
     columns: Annotated[
@@ -77,12 +79,17 @@ def study(
         typer.Option(
             metavar="FIELD=COLUMN",
             help="A table's column for a fact's field, once for each: bridge=director, "
-            "prompts.suffix=question (prompts take their form after a dot).",
+            "prompts.suffix=question (prompts take their form after a dot). By default the "
+            "columns that are called like a field.",
         ),
     ] = None,
     templates: Annotated[
-        Path | None, typer.Option(help="Folder of MQuAKE's templates, in place of our wordings.")
+        Path | None, typer.Option(help="Folder of MQuAKE's templates, instead of our wordings.")
     ] = None,
+    on_error: Annotated[
+        Literal["raise", "drop"],
+        typer.Option(help="What to do with malformed records of --facts: stop, or drop them."),
+    ] = "raise",
     out: Annotated[Path, typer.Option(help="Where report and numbers go.")] = Path("study"),
     device: Device = None,
     dtype: Annotated[
@@ -93,7 +100,7 @@ def study(
     ] = None,
     seed: Seed = 0,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use so many of the facts; by default all.")
+        int | None, typer.Option(min=1, help="Use at most N facts; by default all.")
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
@@ -104,10 +111,12 @@ def study(
     The same command again resumes what is unfinished and reopens what is finished.
     """
     resume = "What is done is kept in the folder; the same command resumes."
-    with _friendly(debug=debug, stopped=resume):
+    with _friendly(context, debug=debug, stopped=resume):
         if quiet:
             _no_loading_bar()
-        given = _facts(facts, format=format, columns=columns, templates=templates)
+        given = _facts(
+            facts, format=format, columns=columns, templates=templates, on_error=on_error
+        )
         from mi_hops.study import run_study
 
         done = run_study(
@@ -132,6 +141,7 @@ def study(
 
 @app.command(name="train-world")
 def train_world(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint (new or empty).")],
     family: Annotated[Literal["gpt2", "llama"], typer.Option(help="Model family.")] = "gpt2",
     steps: Annotated[
@@ -141,19 +151,20 @@ def train_world(
     seed: Annotated[int, typer.Option(help="Of weights and batch order.")] = 0,
     device: Device = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Measure so many questions a split; by default all.")
+        int | None,
+        typer.Option(min=1, help="Measure at most N questions per split; by default all."),
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train a small model on Hopland, measure it, and write it as a Hugging Face folder."""
-    with _friendly(debug=debug, stopped="Nothing was written."):
+    with _friendly(context, debug=debug, stopped="Nothing was written."):
         if out.exists() and not out.is_dir():
             raise FileExistsError(f"{out} is a file; --out needs a folder")
         if out.is_dir() and any(out.iterdir()) and not force:
             raise FileExistsError(
-                f"{out} is not empty; name another folder, or write over it with --force"
+                f"{out} is not empty; name another folder, or overwrite it with --force"
             )
         from mi_hops.model import usable_device
         from mi_hops.worlds.hopland import Hopland
@@ -173,53 +184,55 @@ def train_world(
 
 
 def _facts(
-    path: Path | None, *, format: str | None, columns: list[str] | None, templates: Path | None
+    path: Path | None,
+    *,
+    format: str | None,
+    columns: list[str] | None,
+    templates: Path | None,
+    on_error: Literal["raise", "drop"],
 ) -> Path | Facts | None:
     """The facts as they are to be read; the path where nothing is said about that.
 
     Raises:
-        ValueError: options without a file, or a column that is no pair; see also `load_facts`.
+        ValueError: options without a file, or a column that is not a pair; see also `load_facts`.
     """
     from mi_hops.facts import load_facts
+    from mi_hops.facts.loaders import Format
 
-    options: dict[str, Any] = {}
-    if columns:
-        options["columns"] = _columns(columns)
-    if templates is not None:
-        options["templates"] = templates
-    if not options and format is None:
+    if not columns and templates is None and format is None and on_error == "raise":
         return path
     if path is None:
         raise ValueError(
-            "--format, --columns and --templates say how a file is read; name it with --facts"
+            "--format, --columns, --templates and --on-error say how a file is read; name it with "
+            "--facts"
         )
-    return load_facts(path, format=format, **options)
+    if format not in (None, *get_args(Format)):
+        raise ValueError(f"unknown format {format!r}; known are {sorted(get_args(Format))}")
+    return load_facts(
+        path,
+        format=format,  # type: ignore[arg-type]  # checked above
+        columns=_columns(columns) if columns else None,
+        templates=templates,
+        on_error=on_error,
+    )
 
 
-def _columns(pairs: list[str]) -> dict[str, Any]:
-    """``["bridge=b", "prompts.suffix=q"]`` as `load_table` takes it; a field named twice is a list."""
-    named: dict[str, list[tuple[str, str]]] = {}
+def _columns(pairs: list[str]) -> dict[str, str | list[str]]:
+    """``["bridge=b", "prompts.suffix=q"]`` as `load_facts` takes it; a field named twice is a list."""
+    named: dict[str, list[str]] = {}
     for pair in pairs:
-        name, equals, column = pair.partition("=")
-        field, dot, form = name.strip().partition(".")
-        if not (equals and field and column.strip() and bool(form) == bool(dot)):
+        field, equals, column = pair.partition("=")
+        if not (equals and field.strip() and column.strip()):
             raise ValueError(
-                f"--columns {pair!r} is no pair; expected e.g. bridge=COLUMN or "
+                f"--columns {pair!r} is not a pair; expected e.g. bridge=COLUMN or "
                 "prompts.suffix=COLUMN"
             )
-        named.setdefault(field, []).append((form, column))
-    found: dict[str, Any] = {}
-    for field, columns in named.items():
-        forms, names = zip(*columns, strict=True)
-        if all(forms):
-            found[field] = dict(columns)
-        else:
-            found[field] = names[0] if len(names) == 1 else names
-    return found
+        named.setdefault(field.strip(), []).append(column)
+    return {field: found[0] if len(found) == 1 else found for field, found in named.items()}
 
 
 @contextmanager
-def _friendly(*, debug: bool, stopped: str) -> Iterator[None]:
+def _friendly(context: typer.Context, *, debug: bool, stopped: str) -> Iterator[None]:
     """Turn expected errors into one line on stderr and exit code 2, Ctrl-C into 130."""
     try:
         yield
@@ -229,9 +242,24 @@ def _friendly(*, debug: bool, stopped: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        line = " ".join(str(error).split()) or type(error).__name__
+        line = _as_options(context, " ".join(str(error).split())) or type(error).__name__
         typer.echo(f"Error: {line}", err=True)
         raise typer.Exit(2) from None
+
+
+def _as_options(context: typer.Context, message: str) -> str:
+    """A message with the keyword arguments it names written as the options of this command."""
+    options = {option.name for option in context.command.params}
+
+    def spell(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"].strip("'\"")
+        if name not in options:
+            return found[0]
+        flag = "--" + name.replace("_", "-")
+        return flag if value in ("", "True") else f"{flag} {value}"
+
+    keyword = r"""\b(?P<name>[a-z_]+)=(?P<value>True\b|'[^']*'|"[^"]*"|\{field: column\}|)"""
+    return re.sub(keyword, spell, message).replace("{field: column}", "FIELD=COLUMN")
 
 
 def _no_loading_bar() -> None:

@@ -117,6 +117,27 @@ def test_study_reads_any_table(calls, tmp_path):
     assert fact.answer_aliases == ("Tokio", "Edo")
 
 
+def test_malformed_rows_can_be_dropped(calls, tmp_path):
+    path = tmp_path / "films.csv"
+    path.write_text(TABLE + "Ran,,,,,,,,\n")
+    options = ["study", "--facts", str(path)]
+    options += [part for pair in COLUMNS for part in ("--columns", pair)]
+    refused = runner.invoke(app, options)
+    assert refused.exit_code == 2 and "row 1" in refused.stderr
+    result = runner.invoke(app, [*options, "--on-error", "drop"])
+    assert result.exit_code == 0, result.output
+    assert len(calls[0]["facts"]) == 1
+
+
+def test_errors_name_options_not_keyword_arguments(monkeypatch):
+    def run_study(*args, **kwargs):
+        raise ValueError("use backend='bridge', dtype=\"float32\" or force=True; k=3, x[a=b]")
+
+    _install(monkeypatch, run_study)
+    said = runner.invoke(app, ["study"]).stderr
+    assert said == "Error: use --backend bridge, --dtype float32 or --force; k=3, x[a=b]\n"
+
+
 def test_study_reads_mquake_with_templates(calls, tmp_path):
     record = {
         "case_id": 7, "questions": ["Who is the citizen?"], "answer": "USA", "answer_alias": [],
@@ -151,9 +172,10 @@ def test_study_reads_mquake_with_templates(calls, tmp_path):
     [
         (["--format", "table"], "name it with --facts"),
         (["--facts", "FILE", "--format", "xml"], "unknown format 'xml'"),
-        (["--facts", "FILE", "--format", "table"], "a table needs columns="),
-        (["--facts", "FILE", "--columns", "bridge"], "--columns 'bridge' is no pair"),
-        (["--facts", "FILE", "--columns", "prompts.=question"], "is no pair"),
+        (["--on-error", "drop"], "name it with --facts"),
+        (["--facts", "FILE", "--format", "table"], "or --columns FIELD=COLUMN that says"),
+        (["--facts", "FILE", "--columns", "bridge"], "--columns 'bridge' is not a pair"),
+        (["--facts", "FILE", "--columns", "prompts.=question"], "columns names 'prompts.'"),
         (["--facts", "FILE", "--columns", "bridge=gone"], "columns lacks"),
         (
             ["--facts", "FILE", "--format", "jsonl", "--templates", "."],
@@ -267,6 +289,7 @@ def test_train_world_refuses_a_folder_with_other_files(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_train_world_writes_a_checkpoint_that_transformers_loads(tmp_path, family):
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mi_hops.facts.templates import Wording, first_hop_phrase, prompts_about
+from mi_hops.result.display import shorten
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TwoHopFact:
     """A chain ``subject --relation1--> bridge --relation2--> answer`` and its prompts.
 
@@ -22,9 +23,9 @@ class TwoHopFact:
         id: unique within a set of facts.
         subject: the entity named in the prompt.
         relation1, relation2: names (or ids) of the two relations.
-        bridge: the entity between the hops; it does not stand in the two-hop prompt.
+        bridge: the entity between the hops; it does not appear in the two-hop prompt.
         answer: the object of the second hop, possibly several tokens.
-        first_hop: the phrase that describes the bridge, as it stands in the prompts
+        first_hop: the phrase that describes the bridge, as it appears in the prompts
             ("the author of Misery"); located without regard to the case of its first letter.
         prompts: form -> two-hop prompt.
         first_prompts: form -> prompt whose answer is the bridge.
@@ -38,6 +39,12 @@ class TwoHopFact:
     Raises:
         ValueError: an empty name, no prompt, a bridge that equals the answer, or a prompt
             that ends in white space.
+
+    Examples:
+        >>> import mi_hops
+        >>> fact = mi_hops.load_facts("hopland")[0]
+        >>> fact.bridge, fact.answer, fact.prompt("suffix")
+        ('Ruben van Harrow', 'mint tea', 'The drink of the translator of Lost Gardens Revisited is')
     """
 
     id: str
@@ -76,6 +83,10 @@ class TwoHopFact:
                     )
         for name in ("paraphrases", "bridge_aliases", "answer_aliases"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def __repr__(self) -> str:
+        chain = " -> ".join(shorten(t, 60) for t in (self.subject, self.bridge, self.answer))
+        return f"TwoHopFact({shorten(self.id, 60)!r}: {chain}; {', '.join(self.prompts)})"
 
     def prompt(self, form: str | None = None) -> str:
         """The two-hop prompt of `form`, by default the first one there is."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.facts.reading import BadRow, Facts, FactsFileError, collect, existing_file
+from mi_hops.facts.reading import BadRow, Facts, FactsFileError, OnError, collect, existing_file
 from mi_hops.facts.templates import Wording, first_hop_phrase, prompts_about
 from mi_hops.facts.wordings import WordedRelation, alike, default_wordings
 
@@ -120,7 +120,7 @@ class _File:
         return _Entry(names[0], entries[0].text, aliases)
 
 
-def load_geo(path: str | Path | None = None, *, on_error: str = "raise") -> Facts:
+def load_geo(path: str | Path | None = None, *, on_error: OnError = "raise") -> Facts:
     """The bundled facts of geography and chemistry, or a file in their format.
 
     Every fact is in the default wording; ``facts.relations`` has all of them, for
@@ -166,7 +166,9 @@ def load_geo(path: str | Path | None = None, *, on_error: str = "raise") -> Fact
         source=str(file.path),
         on_error=on_error,
     )
-    return Facts(found.facts, found.source, found.read, found.dropped, found.mended, file.relations)
+    return Facts(
+        found.facts, found.source, found.read, found.dropped, found.repaired, file.relations
+    )
 
 
 def _fact(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.geo import BUNDLED, load_geo
@@ -17,13 +15,22 @@ from mi_hops.facts.reading import (
     BadRow,
     Facts,
     FactsFileError,
-    Mends,
+    OnError,
+    RowFixes,
     collect,
     existing_file,
     not_utf8,
     refuse_same,
 )
-from mi_hops.facts.tables import load_table
+from mi_hops.facts.tables import Columns, has_fields, load_table, read_frame
+from mi_hops.facts.templates import Wording
+from mi_hops.result.files import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: How a file of facts is read.
+Format = Literal["geo", "jsonl", "memory_injections", "mquake", "table"]
 
 _TABLES = ("prompts", "first_prompts", "second_prompts")
 _LISTS = ("paraphrases", "bridge_aliases", "answer_aliases")
@@ -36,8 +43,8 @@ BUNDLED_FACTS: Mapping[str, Path] = {
 }
 
 
-def load_jsonl(path: str | Path, *, on_error: str = "raise") -> Facts:
-    """Facts from a file of one JSON object a line, as `save_jsonl` writes it.
+def load_jsonl(path: str | Path, *, on_error: OnError = "raise") -> Facts:
+    """Facts from a file of one JSON object per line, as `save_jsonl` writes it.
 
     Args:
         path: the file; blank lines are passed over.
@@ -63,7 +70,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         raise not_utf8(path, error) from error
 
 
-def _from_line(row: int, line: str, mends: Mends) -> TwoHopFact:
+def _from_line(row: int, line: str, fixes: RowFixes) -> TwoHopFact:
     try:
         record = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
@@ -98,38 +105,41 @@ def _check_types(record: Mapping[str, Any]) -> None:
             raise BadRow("field of another type", f"{name} is {value!r:.80}; expected {kind}")
 
 
-def save_jsonl(facts: Iterable[TwoHopFact], path: str | Path) -> Path:
-    """Write facts to a JSONL file, one object a line, all or nothing.
+def save_jsonl(facts: Iterable[TwoHopFact], path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write facts to a JSONL file, one object per line, all or nothing.
 
-    The lines go to a temporary file beside `path` that takes its place once complete, so a reader
-    or an interruption never meets half a file.
+    Args:
+        path: the file, its name ending in ``.jsonl``.
+        overwrite: replace a file that exists; otherwise it is refused.
 
     Returns:
         The path written.
 
     Raises:
+        FileExistsError: `path` exists and `overwrite` is False.
         FileNotFoundError: the folder of `path` does not exist.
-        ValueError: an id used twice, or a fact that would not come back as it is (an empty subject
-            or relation, a value in ``meta`` that JSON cannot hold). An existing file is kept.
+        ValueError: another suffix, an id used twice, or a fact that would not come back as it is
+            (an empty subject or relation, a value in ``meta`` that JSON cannot hold). An existing
+            file is kept.
+
+    Examples:
+        >>> import mi_hops, tempfile
+        >>> facts = mi_hops.load_facts("hopland")[:3]
+        >>> path = mi_hops.save_jsonl(facts, f"{tempfile.mkdtemp()}/three.jsonl")
+        >>> list(mi_hops.load_facts(path)) == list(facts)
+        True
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     seen: set[str] = set()
-    try:
-        with partial.open("x", encoding="utf-8", newline="\n") as out:
-            for fact in facts:
-                if fact.id in seen:
-                    raise ValueError(f"two facts have the id {fact.id!r}; ids must be unique")
-                seen.add(fact.id)
-                out.write(_to_line(fact))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    with (
+        replacing(path, suffix=".jsonl", overwrite=overwrite) as partial,
+        partial.open("x", encoding="utf-8", newline="\n") as out,
+    ):
+        for fact in facts:
+            if fact.id in seen:
+                raise ValueError(f"two facts have the id {fact.id!r}; ids must be unique")
+            seen.add(fact.id)
+            out.write(_to_line(fact))
+    return Path(path)
 
 
 def _to_line(fact: TwoHopFact) -> str:
@@ -147,53 +157,83 @@ def _to_line(fact: TwoHopFact) -> str:
     return line + "\n"
 
 
-#: Format -> its loader and the options that are its own.
-_LOADERS: Mapping[str, tuple[Callable[..., Facts], tuple[str, ...]]] = {
-    "geo": (load_geo, ()),
-    "jsonl": (load_jsonl, ()),
-    "memory_injections": (load_memory_injections, ("strict_reference",)),
-    "mquake": (load_mquake, ("templates", "wordings")),
-    "table": (load_table, ("columns", "separator")),
+#: Format -> the options that are its own.
+_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "geo": (),
+    "jsonl": (),
+    "memory_injections": ("strict_reference",),
+    "mquake": ("templates", "wordings"),
+    "table": ("columns", "separator"),
 }
 
 
 def load_facts(
-    path: str | Path, *, format: str | None = None, on_error: str = "raise", **options: Any
+    facts: str | Path | pd.DataFrame,
+    *,
+    format: Format | None = None,
+    on_error: OnError = "raise",
+    columns: Columns | None = None,
+    separator: str | None = None,
+    templates: str | Path | None = None,
+    wordings: Mapping[str, Wording] | None = None,
+    strict_reference: bool = False,
 ) -> Facts:
-    """Facts from a file of any known format, or the bundled ones.
+    """Facts from a data frame, from a file of any known format, or the bundled ones.
 
     Args:
-        path: the file, or the name of bundled facts: ``"hopland"`` (a made-up world) or ``"geo"``
-            (geography and chemistry; see `load_geo`).
+        facts: a data frame, a file, or the name of bundled facts: ``"hopland"`` (a made-up world)
+            or ``"geo"`` (geography and chemistry; see `load_geo`).
         format: "jsonl" (our own), "geo" (gzipped JSON with wordings), "memory_injections" (CSV),
-            "mquake" (JSON) or "table" (CSV with ``columns=``). By default: "table" if ``columns``
-            is given; otherwise by the name's ending, ``.jsonl``, ``.gz``, ``.csv`` or ``.tsv``; any
-            other file by its first character, "[" being MQuAKE's list and "{" our objects.
+            "mquake" (JSON) or "table" (CSV). By default: "table" for a frame and where `columns` are
+            given; otherwise by the name's ending, ``.jsonl``, ``.gz``, ``.csv`` or ``.tsv`` (a
+            table if its columns are called like a fact's fields, else memory injections); any other
+            file by its first character, "[" being MQuAKE's list and "{" our objects.
         on_error: what to do with malformed records: "raise", or "drop" with a note.
-        **options: passed to the format's loader: `load_memory_injections` (``strict_reference``),
-            `load_mquake` (``templates``, ``wordings``), `load_table` (``columns``, ``separator``).
+        columns, separator: of a table; see `load_table`.
+        templates, wordings: of MQuAKE; see `load_mquake`.
+        strict_reference: of memory injections; see `load_memory_injections`.
 
     Returns:
-        The facts, with an account of what was dropped and mended (`Facts.describe`).
+        The facts, with a record of what was dropped and repaired (`Facts.describe`).
 
     Raises:
         FileNotFoundError: no such file.
         FactsFileError: an empty or malformed file, or one whose format cannot be told.
-        ValueError: an unknown format, or an option that the format's loader has not got.
+        ValueError: an unknown format, or an option that this format does not have.
+
+    Examples:
+        >>> import mi_hops
+        >>> facts = mi_hops.load_facts("hopland")
+        >>> facts[0].bridge
+        'Ruben van Harrow'
     """
-    path = facts_path(path)
-    if format is None:
-        format = "table" if "columns" in options else _guess_format(existing_file(path))
-    if format not in _LOADERS:
-        raise ValueError(f"unknown format {format!r}; known are {sorted(_LOADERS)}")
-    loader, known = _LOADERS[format]
-    if unknown := sorted(set(options) - set(known)):
+    options = {
+        "columns": columns,
+        "separator": separator,
+        "templates": templates,
+        "wordings": wordings,
+        "strict_reference": strict_reference or None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    source = facts_path(facts) if isinstance(facts, str | Path) else facts
+    found = format or _guess_format(source, columns is not None)
+    if found not in _OPTIONS:
+        raise ValueError(f"unknown format {found!r}; known are {sorted(_OPTIONS)}")
+    if unknown := sorted(set(given) - set(_OPTIONS[found])):
+        name = source if isinstance(source, Path) else "the table"
+        known = list(_OPTIONS[found])
         raise ValueError(
-            f"{path} is read as {format!r}, which has no option {unknown}; it has {list(known)}"
+            f"{name} is read as {found!r}, which has no option {unknown}; it has {known}"
         )
-    if format == "table" and "columns" not in options:
-        raise ValueError(f"{path}: a table needs columns=, the columns that hold a fact's fields")
-    return loader(path, on_error=on_error, **options)
+    if found == "table":
+        return load_table(source, columns=columns, separator=separator, on_error=on_error)
+    if not isinstance(source, Path):
+        raise ValueError(f"format is {found!r}, which is a file's; a data frame is a 'table'")
+    if found == "mquake":
+        return load_mquake(source, templates=templates, wordings=wordings, on_error=on_error)
+    if found == "memory_injections":
+        return load_memory_injections(source, strict_reference=strict_reference, on_error=on_error)
+    return (load_geo if found == "geo" else load_jsonl)(source, on_error=on_error)
 
 
 def facts_path(name_or_path: str | Path) -> Path:
@@ -201,24 +241,23 @@ def facts_path(name_or_path: str | Path) -> Path:
     return BUNDLED_FACTS.get(str(name_or_path), Path(name_or_path))
 
 
-def _guess_format(path: Path) -> str:
-    by_ending = {
-        ".jsonl": "jsonl",
-        ".gz": "geo",
-        ".csv": "memory_injections",
-        ".tsv": "memory_injections",
-    }
-    if (ending := path.suffix.lower()) in by_ending:
-        return by_ending[ending]
+def _guess_format(source: Path | pd.DataFrame, has_columns: bool) -> str:
+    if has_columns or not isinstance(source, Path):
+        return "table"
+    ending = existing_file(source).suffix.lower()
+    if ending in (".csv", ".tsv"):
+        return "table" if has_fields(map(str, read_frame(source).columns)) else "memory_injections"
+    if ending in (".jsonl", ".gz"):
+        return {".jsonl": "jsonl", ".gz": "geo"}[ending]
     try:
-        with path.open(encoding="utf-8-sig") as text:
+        with source.open(encoding="utf-8-sig") as text:
             start = text.read(_LINE_START).lstrip()
     except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from error
+        raise not_utf8(source, error) from error
     by_start = {"[": "mquake", "{": "jsonl"}
     if start[:1] not in by_start:
         raise FactsFileError(
-            f"{path}: cannot tell its format from {start[:40]!r}; pass format=, one of "
-            f"{sorted(_LOADERS)}"
+            f"{source}: cannot tell its format from {start[:40]!r}; name it with format=, one of "
+            f"{sorted(_OPTIONS)}"
         )
     return by_start[start[:1]]

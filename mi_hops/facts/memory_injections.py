@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from mi_hops.facts.reading import (
     DropRow,
     Facts,
     FactsFileError,
-    Mends,
+    OnError,
+    RowFixes,
     collect,
     refuse_same,
+    triple,
 )
 from mi_hops.facts.tables import (
     UNNAMED_RELATIONS,
@@ -56,28 +59,28 @@ class _Row:
 
 
 def load_memory_injections(
-    path: str | Path, *, strict_reference: bool = False, on_error: str = "raise"
+    path: str | Path, *, strict_reference: bool = False, on_error: OnError = "raise"
 ) -> Facts:
     """Facts from a memory-injection CSV: handwritten or 2WMH, either spelling of its columns.
 
     The explicit entity (the *memory*) is the bridge, the obscure entity is the first-hop phrase,
-    taken as it stands in the prompt. The obscure prompt is a two-hop prompt of form "prefix" where
+    taken as it appears in the prompt. The obscure prompt is a two-hop prompt of form "prefix" where
     that phrase opens it and "suffix" elsewhere; the explicit prompt is the second-hop prompt of the
     same form. The files have no first-hop prompt: it is made here as "{First-hop phrase} is". 2WMH
     rows get subject and relations from ``fact1`` and ``fact2``; elsewhere the subject is the phrase
     and the relations are called "first hop" and "second hop". Ids are ``{file name}-{row}``.
 
-    Mended, each with a note:
+    Repaired, each with a note:
 
     * stray and doubled white space in any cell;
     * an article doubled before the phrase ("The the publisher of");
     * a bridge that differs from its prompt's spelling in accents only: the prompt's is taken, the
       other becomes an alias;
-    * a phrase that is not literally in the obscure prompt: what stands there in the place that the
+    * a phrase that is not literally in the obscure prompt: what is there in the place that the
       bridge has in the explicit prompt is taken, if the two prompts agree in all the rest;
     * the bridge's name in ``fact1``, or the answer's in ``fact2``, where it differs: an alias.
 
-    Dropped: an empty cell, a bridge that equals the answer or stands in the two-hop prompt, a
+    Dropped: an empty cell, a bridge that equals the answer or appears in the two-hop prompt, a
     bridge or phrase that no rule finds in its prompt.
 
     Args:
@@ -85,7 +88,7 @@ def load_memory_injections(
         strict_reference: keep every row as published, to compare with published numbers. Only what
             a `TwoHopFact` cannot hold is changed (white space at the end of a prompt) or dropped
             (bridge equals answer, an empty cell); there are no aliases and no first-hop prompts,
-            and a phrase need not stand in its prompt.
+            and a phrase need not appear in its prompt.
         on_error: what to do with a row whose ``fact1`` or ``fact2`` is not a list of three texts:
             "raise", or "drop" with a note.
 
@@ -100,20 +103,20 @@ def load_memory_injections(
         either = " or ".join(str(list(names)) for names in SENTENCE_COLUMNS)
         raise FactsFileError(
             f"{path}: expected the columns {either}; it has {found}. A table of other columns is "
-            "read with columns= saying what each holds (load_table)"
+            "read with columns={field: column}"
         )
     require_columns(frame, ENTITY_COLUMNS, source=str(path))
     has_facts = set(FACT_COLUMNS) <= set(found)
     stem = Path(path).stem
 
-    def build(row: int, cells: Mapping[str, Any], mends: Mends) -> TwoHopFact:
+    def build(row: int, cells: Mapping[str, Any], fixes: RowFixes) -> TwoHopFact:
         names = (*sentences, *ENTITY_COLUMNS)
         raw = _Row(*(cells[name] for name in names))
         if empty := [name for name in names if not cells[name].strip()]:
             raise DropRow("empty cell", f"nothing in {empty}")
         refuse_same(raw.bridge, raw.answer)
         triples = [_triple(cells[name], name) for name in FACT_COLUMNS] if has_facts else None
-        fields = _as_published(raw, mends) if strict_reference else _mended(raw, triples, mends)
+        fields = _as_published(raw, fixes) if strict_reference else _repaired(raw, triples, fixes)
         subject, relation1, relation2 = fields["first_hop"], *UNNAMED_RELATIONS
         if triples is not None:
             (subject, relation1, _), (_, relation2, _) = triples
@@ -129,9 +132,9 @@ def load_memory_injections(
     return collect(frame_rows(frame), build, source=str(path), on_error=on_error)
 
 
-def _as_published(raw: _Row, mends: Mends) -> dict[str, Any]:
-    obscure = mends.changed(WHITE_SPACE, "obscure prompt", raw.obscure, raw.obscure.rstrip())
-    explicit = mends.changed(WHITE_SPACE, "explicit prompt", raw.explicit, raw.explicit.rstrip())
+def _as_published(raw: _Row, fixes: RowFixes) -> dict[str, Any]:
+    obscure = fixes.changed(WHITE_SPACE, "obscure prompt", raw.obscure, raw.obscure.rstrip())
+    explicit = fixes.changed(WHITE_SPACE, "explicit prompt", raw.explicit, raw.explicit.rstrip())
     form = _form(find(raw.phrase.strip(), obscure))
     return {
         "bridge": raw.bridge,
@@ -142,10 +145,12 @@ def _as_published(raw: _Row, mends: Mends) -> dict[str, Any]:
     }
 
 
-def _mended(raw: _Row, triples: list[list[str]] | None, mends: Mends) -> dict[str, Any]:
+def _repaired(
+    raw: _Row, triples: list[tuple[str, str, str]] | None, fixes: RowFixes
+) -> dict[str, Any]:
     row = _Row(
         **{
-            name: mends.changed(WHITE_SPACE, name, text, " ".join(text.split()))
+            name: fixes.changed(WHITE_SPACE, name, text, " ".join(text.split()))
             for name, text in vars(raw).items()
         }
     )
@@ -158,7 +163,7 @@ def _mended(raw: _Row, triples: list[list[str]] | None, mends: Mends) -> dict[st
         bridge_aliases.append(row.bridge)
     bridge = explicit[slice(*named)]
     if bridge_aliases:
-        mends.changed("bridge respelt as in its prompt", "bridge", row.bridge, bridge)
+        fixes.changed("bridge respelt as in its prompt", "bridge", row.bridge, bridge)
     else:
         bridge = row.bridge
 
@@ -168,7 +173,7 @@ def _mended(raw: _Row, triples: list[list[str]] | None, mends: Mends) -> dict[st
         span = _counterpart(obscure, explicit, named)
         if span is None:
             raise DropRow("first hop not in its prompt", f"{row.phrase!r} in {obscure!r}")
-        mends.changed(
+        fixes.changed(
             "first hop taken from its prompt", "phrase", row.phrase, obscure[slice(*span)]
         )
     phrase = obscure[slice(*span)]
@@ -176,14 +181,14 @@ def _mended(raw: _Row, triples: list[list[str]] | None, mends: Mends) -> dict[st
     if phrase.casefold().startswith("the ") and f" {before}".casefold().endswith(" the "):
         before = before[: -len("the ")]
         phrase = phrase if before else capitalise(phrase)
-        obscure = mends.changed("doubled article", "obscure", obscure, before + phrase + after)
+        obscure = fixes.changed("doubled article", "obscure", obscure, before + phrase + after)
         span = (len(before), len(before) + len(phrase))
     refuse_named(bridge, obscure)
 
     answer_aliases: list[str] = []
     if triples is not None:
-        _alias(bridge, triples[0][2], bridge_aliases, "bridge", mends)
-        _alias(row.answer, triples[1][2], answer_aliases, "answer", mends)
+        _alias(bridge, triples[0][2], bridge_aliases, "bridge", fixes)
+        _alias(row.answer, triples[1][2], answer_aliases, "answer", fixes)
     form = _form(span)
     return {
         "bridge": bridge,
@@ -211,28 +216,19 @@ def _counterpart(obscure: str, explicit: str, named: tuple[int, int]) -> tuple[i
     return None
 
 
-def _alias(name: str, other: str, aliases: list[str], what: str, mends: Mends) -> None:
+def _alias(name: str, other: str, aliases: list[str], what: str, fixes: RowFixes) -> None:
     other = " ".join(other.split())
     if other and other != name and other not in aliases:
         aliases.append(other)
-        mends.note(f"{what} alias from the row's facts", f"{what} {name!r} is also {other!r}")
+        fixes.note(f"{what} alias from the row's facts", f"{what} {name!r} is also {other!r}")
 
 
-def _triple(cell: str, column: str) -> list[str]:
+def _triple(cell: str, column: str) -> tuple[str, str, str]:
     """``[subject, relation, object]`` from a cell written as a Python or JSON list."""
-    value: Any = None
     for parse in (ast.literal_eval, json.loads):
-        try:
-            value = parse(cell)
-            break
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    if (
-        not isinstance(value, (list, tuple))
-        or len(value) != 3
-        or not all(isinstance(part, str) and part.strip() for part in value)
-    ):
-        raise BadRow(
-            "unreadable fact", f"{column} is {cell!r}; expected a list [subject, relation, object]"
-        )
-    return [" ".join(part.split()) for part in value]
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            first, relation, last = (" ".join(part.split()) for part in triple(parse(cell)))
+            return first, relation, last
+    raise BadRow(
+        "unreadable fact", f"{column} is {cell!r}; expected a list [subject, relation, object]"
+    )

@@ -18,11 +18,13 @@ from mi_hops.facts.reading import (
     DropRow,
     Facts,
     FactsFileError,
-    Mends,
+    OnError,
+    RowFixes,
     collect,
     existing_file,
     read_json,
     refuse_same,
+    triple,
 )
 from mi_hops.facts.tables import find, refuse_named
 from mi_hops.facts.templates import SLOT, Wording, capitalise
@@ -36,7 +38,7 @@ def load_mquake(
     *,
     templates: str | Path | None = None,
     wordings: Mapping[str, Wording] | None = None,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
 ) -> Facts:
     """The two-hop facts of a file of MQuAKE-CF's form.
 
@@ -55,14 +57,14 @@ def load_mquake(
     * the prompts of single hops are the same wordings about the subject and about the bridge, with
       the record's question of that hop.
 
-    Dropped and reported: a chain that has not two hops or whose facts do not meet in one entity; a
-    relation without wording; a bridge that equals the answer or stands in a two-hop prompt.
-    Mended and reported: a paraphrase that names the bridge is left out; an article doubled by a
+    Dropped and reported: a chain that does not have two hops or whose facts do not meet in one entity; a
+    relation without wording; a bridge that equals the answer or appears in a two-hop prompt.
+    Repaired and reported: a paraphrase that names the bridge is left out; an article doubled by a
     template ("the [X]" about "the author ...") is removed.
 
     Args:
         path: the JSON file.
-        templates: folder of the benchmark's cloze and question templates, in place of our own
+        templates: folder of the benchmark's cloze and question templates, instead of our own
             statements and questions (see `load_wordings`).
         wordings: relation id -> wording, added to the table and winning over it.
         on_error: what to do with a record that lacks a field: "raise", or "drop" with a note.
@@ -78,21 +80,21 @@ def load_mquake(
             f"{path}: expected a JSON list of records, found {type(records).__name__}"
         )
 
-    def build(row: int, record: Any, mends: Mends) -> TwoHopFact:
-        return _fact(row, record, table, mends)
+    def build(row: int, record: Any, fixes: RowFixes) -> TwoHopFact:
+        return _fact(row, record, table, fixes)
 
     numbered = ((f"record {row}", record) for row, record in enumerate(records))
     return collect(numbered, build, source=str(path), on_error=on_error)
 
 
-def _fact(row: int, record: Any, table: Mapping[str, Wording], mends: Mends) -> TwoHopFact:
+def _fact(row: int, record: Any, table: Mapping[str, Wording], fixes: RowFixes) -> TwoHopFact:
     hops = _field(record, "single_hops", list)
     original = _field(record, "orig", dict)
     triples = _field(original, "triples", list)
     if (len(hops), len(triples)) != (2, 2):
         raise DropRow("not two hops", f"{len(hops)} single hops and {len(triples)} triples")
-    labels = [_triple(t) for t in _field(original, "triples_labeled", list)]
-    (subject_id, relation1, bridge_id), (meets, relation2, answer_id) = map(_triple, triples)
+    labels = [triple(t) for t in _field(original, "triples_labeled", list)]
+    (subject_id, relation1, bridge_id), (meets, relation2, answer_id) = map(triple, triples)
     if len(labels) != 2:
         raise BadRow("unreadable record", f"{len(labels)} labelled triples for two hops")
     if bridge_id != meets:
@@ -104,7 +106,7 @@ def _fact(row: int, record: Any, table: Mapping[str, Wording], mends: Mends) -> 
     (subject, _, bridge), (_, _, label) = labels
     answer = _field(record, "answer", str).strip()
     refuse_same(bridge, answer)
-    builder = _Prompts(mends)
+    builder = _Prompts(fixes)
     first, second = table[relation1], table[relation2]
     phrase = builder.fill(first.noun, subject)
     prompts = builder.about(second, phrase)
@@ -125,7 +127,7 @@ def _fact(row: int, record: Any, table: Mapping[str, Wording], mends: Mends) -> 
         prompts=prompts,
         first_prompts=builder.about(first, subject) | _asked(hops[0]),
         second_prompts=builder.about(second, bridge) | _asked(hops[1]),
-        paraphrases=_without_bridge([q for q in questions if q != asked], bridge, mends),
+        paraphrases=_without_bridge([q for q in questions if q != asked], bridge, fixes),
         bridge_aliases=_others(bridge, hops[0]),
         answer_aliases=_others(answer, hops[1], *_texts(record, "answer_alias"), label),
         meta={
@@ -141,8 +143,8 @@ def _fact(row: int, record: Any, table: Mapping[str, Wording], mends: Mends) -> 
 class _Prompts:
     """Fills wordings, noting each doubled article once."""
 
-    def __init__(self, mends: Mends) -> None:
-        self._mends = mends
+    def __init__(self, fixes: RowFixes) -> None:
+        self._fixes = fixes
 
     def fill(self, template: str, thing: str) -> str:
         """`template` about `thing`; "the [X]" about "the author" has one article."""
@@ -151,7 +153,7 @@ class _Prompts:
         opened = f" {before}".casefold().endswith(f" {_ARTICLE}")
         if opened and thing.casefold().startswith(_ARTICLE):
             thing = thing[len(_ARTICLE) :]
-            self._mends.note("doubled article", f"{doubled!r} became {before + thing!r}")
+            self._fixes.note("doubled article", f"{doubled!r} became {before + thing!r}")
         return before + thing + after
 
     def about(self, wording: Wording, thing: str) -> dict[str, str]:
@@ -176,11 +178,11 @@ def _others(name: str, hop: Any, *more: str) -> tuple[str, ...]:
     return tuple(text for text in others if text and text != name)
 
 
-def _without_bridge(questions: list[str], bridge: str, mends: Mends) -> tuple[str, ...]:
+def _without_bridge(questions: list[str], bridge: str, fixes: RowFixes) -> tuple[str, ...]:
     kept = tuple(q for q in questions if find(bridge, q) is None)
     for question in questions:
         if question not in kept:
-            mends.note("paraphrase names the bridge", f"left out {question!r}")
+            fixes.note("paraphrase names the bridge", f"left out {question!r}")
     return kept
 
 
@@ -200,10 +202,3 @@ def _texts(record: Any, name: str) -> list[str]:
     if not all(isinstance(value, str) for value in values):
         raise BadRow("unreadable record", f"{name!r} is {values!r:.80}; expected a list of texts")
     return values
-
-
-def _triple(value: Any) -> tuple[str, str, str]:
-    parts = tuple(value) if isinstance(value, (list, tuple)) else ()
-    if len(parts) != 3 or not all(isinstance(part, str) and part.strip() for part in parts):
-        raise BadRow("unreadable record", f"{value!r:.80} is not [subject, relation, object]")
-    return (parts[0].strip(), parts[1].strip(), parts[2].strip())

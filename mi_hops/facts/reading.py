@@ -13,12 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.wordings import WordedRelation
+from mi_hops.result.display import html_table
 
 Record = TypeVar("Record")
+
+#: What to do with a malformed record: raise an error, or drop it with a note.
+OnError = Literal["raise", "drop"]
 
 
 class FactsFileError(ValueError):
@@ -26,7 +30,7 @@ class FactsFileError(ValueError):
 
 
 class BadRow(ValueError):
-    """A record that is no fact because its file is at fault; `reason` is short, for counting."""
+    """A record that is not a fact because its file is at fault; `reason` is short, for counting."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -34,7 +38,7 @@ class BadRow(ValueError):
 
 
 class DropRow(BadRow):
-    """A readable record that is no usable two-hop question: dropped and reported, never raised."""
+    """A readable record that is not a usable two-hop question: dropped and reported, never raised."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class RowNote:
     """What a loader did to one row.
 
     Attributes:
-        row: number of the record in its file, from 0 (a header or a blank line is no record).
+        row: number of the record in its file, from 0 (a header or a blank line is not a record).
         reason: the kind of defect, the same words for every row that has it.
         done: what was found and what was done about it, for this row.
     """
@@ -52,7 +56,7 @@ class RowNote:
     done: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Facts(Sequence[TwoHopFact]):
     """The facts of one file, in its order, and what had to be done to get them.
 
@@ -60,16 +64,22 @@ class Facts(Sequence[TwoHopFact]):
         facts: the facts that can be used.
         source: the file, or a description of the table, they came from.
         read: number of records read, the dropped ones included.
-        dropped: one note a record that was left out.
-        mended: one note a change; a row with two defects has two.
+        dropped: one note per record that was left out.
+        repaired: one note per change; a row with two defects has two.
         relations: relation -> its wordings, where the file has several.
+
+    Examples:
+        >>> import mi_hops
+        >>> facts = mi_hops.load_facts("hopland")
+        >>> len(facts), facts.dropped
+        (1854, ())
     """
 
     facts: tuple[TwoHopFact, ...]
     source: str
     read: int
     dropped: tuple[RowNote, ...] = ()
-    mended: tuple[RowNote, ...] = ()
+    repaired: tuple[RowNote, ...] = ()
     relations: Mapping[str, WordedRelation] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -87,15 +97,23 @@ class Facts(Sequence[TwoHopFact]):
     def __getitem__(self, index: int | slice) -> TwoHopFact | tuple[TwoHopFact, ...]:
         return self.facts[index]
 
-    def describe(self) -> str:
-        """One line: "facts.csv: 106 read / 1 dropped (1 bridge equals answer) / 0 mended".
+    def __repr__(self) -> str:
+        return f"Facts({len(self)} from {self.describe()})"
 
-        Rows are counted, not notes: a row mended twice counts once in the total and once for
+    def _repr_html_(self) -> str:
+        rows = ((f.id, f.split, f.prompt(), f.bridge, f.answer) for f in self)
+        header = ("id", "split", "prompt", "bridge", "answer")
+        return html_table(self.describe(), header, rows, total=len(self))
+
+    def describe(self) -> str:
+        """One line: "facts.csv: 106 read / 1 dropped (1 bridge equals answer) / 0 repaired".
+
+        Rows are counted, not notes: a row repaired twice counts once in the total and once for
         each of its reasons.
         """
         return (
             f"{self.source}: {self.read} read / {_count(self.dropped, 'dropped')} / "
-            f"{_count(self.mended, 'mended')}"
+            f"{_count(self.repaired, 'repaired')}"
         )
 
 
@@ -108,7 +126,7 @@ def _count(notes: Sequence[RowNote], what: str) -> str:
     return f"{len(rows)} {what} ({', '.join(f'{n} {reason}' for reason, n in ordered)})"
 
 
-class Mends:
+class RowFixes:
     """The changes made to the row being built."""
 
     def __init__(self) -> None:
@@ -127,15 +145,15 @@ class Mends:
 
 def collect(
     records: Iterable[tuple[str, Record]],
-    build: Callable[[int, Record, Mends], TwoHopFact],
+    build: Callable[[int, Record, RowFixes], TwoHopFact],
     *,
     source: str,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
 ) -> Facts:
-    """Build a fact from every record and keep account of those that gave none.
+    """Build a fact from every record and record those that gave none.
 
     Args:
-        records: pairs of a place ("row 3", "line 4"; it stands in error messages) and a record.
+        records: pairs of a place ("row 3", "line 4"; for error messages) and a record.
         build: makes a fact of (row number from 0, record), noting its changes in the third.
         source: names the file in messages.
         on_error: "raise", or "drop" for malformed records too.
@@ -149,13 +167,13 @@ def collect(
         raise ValueError(f'on_error is {on_error!r}; give "raise" or "drop"')
     facts: list[TwoHopFact] = []
     dropped: list[RowNote] = []
-    mended: list[RowNote] = []
+    repaired: list[RowNote] = []
     places: dict[str, str] = {}
     row = -1
     for row, (place, record) in enumerate(records):
-        mends = Mends()
+        fixes = RowFixes()
         try:
-            fact = build(row, record, mends)
+            fact = build(row, record, fixes)
             if fact.id in places:
                 raise BadRow("id used twice", f"the id {fact.id!r} was used in {places[fact.id]}")
         except ValueError as error:
@@ -166,10 +184,10 @@ def collect(
             continue
         places[fact.id] = place
         facts.append(fact)
-        mended.extend(RowNote(row, *note) for note in mends.notes)
+        repaired.extend(RowNote(row, *note) for note in fixes.notes)
     if row < 0:
         raise FactsFileError(f"{source}: no records in it; at least one fact is needed")
-    return Facts(tuple(facts), source, row + 1, tuple(dropped), tuple(mended))
+    return Facts(tuple(facts), source, row + 1, tuple(dropped), tuple(repaired))
 
 
 def existing_file(path: str | Path) -> Path:
@@ -210,3 +228,16 @@ def refuse_same(bridge: str, answer: str) -> None:
     """Drop a question that its first hop alone answers."""
     if bridge.strip().casefold() == answer.strip().casefold():
         raise DropRow("bridge equals answer", f"bridge and answer are both {answer!r}")
+
+
+def triple(value: Any) -> tuple[str, str, str]:
+    """``[subject, relation, object]`` of a record, white space stripped.
+
+    Raises:
+        BadRow: anything but three texts.
+    """
+    parts = value if isinstance(value, (list, tuple)) else ()
+    if len(parts) != 3 or not all(isinstance(part, str) and part.strip() for part in parts):
+        raise BadRow("unreadable fact", f"{value!r:.80} is not a list [subject, relation, object]")
+    first, relation, last = (part.strip() for part in parts)
+    return first, relation, last

@@ -14,7 +14,8 @@ from mi_hops.facts.reading import (
     DropRow,
     Facts,
     FactsFileError,
-    Mends,
+    OnError,
+    RowFixes,
     collect,
     existing_file,
     not_utf8,
@@ -24,7 +25,7 @@ from mi_hops.facts.reading import (
 if TYPE_CHECKING:
     import pandas as pd
 
-#: What stands for the relations of a table that does not name them.
+#: The relations of a table that does not name them.
 UNNAMED_RELATIONS = ("first hop", "second hop")
 
 WHITE_SPACE = "stray white space"
@@ -34,23 +35,27 @@ _PROMPTS = ("prompts", "first_prompts", "second_prompts")
 _LISTS = ("paraphrases", "bridge_aliases", "answer_aliases")
 _MAX_SHOWN = 40
 
+#: Field (prompts with their form, "prompts.suffix") -> column; several columns for lists.
+Columns = Mapping[str, str | Sequence[str]]
+
 
 def load_table(
     table: str | Path | pd.DataFrame,
     *,
-    columns: Mapping[str, str | Mapping[str, str] | Sequence[str]],
+    columns: Columns | None = None,
     separator: str | None = None,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
 ) -> Facts:
     """Facts from any table: a CSV (or tab-separated ``.tsv``) file, or a frame already loaded.
 
     Args:
-        table: the file's path or the frame; one row a fact.
-        columns: `TwoHopFact` field -> where it stands. For ``bridge``, ``answer``, ``first_hop``
-            (all three needed), ``id``, ``subject``, ``relation1``, ``relation2`` and ``split``:
-            a column's name. For ``prompts`` (needed), ``first_prompts`` and ``second_prompts``:
-            form -> column, ``{"suffix": "query"}``. For ``paraphrases``, ``bridge_aliases``,
-            ``answer_aliases`` and ``meta``: a column or several.
+        table: the file's path or the frame; one row per fact.
+        columns: field of a `TwoHopFact` -> its column. For ``bridge``, ``answer``, ``first_hop``
+            (all three needed), ``id``, ``subject``, ``relation1``, ``relation2`` and ``split``: a
+            column's name. For the prompts, the table and the form, ``"prompts.suffix": "query"``
+            (one form of ``prompts`` is needed; ``first_prompts`` and ``second_prompts`` alike). For
+            ``paraphrases``, ``bridge_aliases``, ``answer_aliases`` and ``meta``: a column or
+            several. By default, the columns that are called like a field.
         separator: splits a cell of a list field into several texts, e.g. ``"|"``.
         on_error: what to do with a malformed row (an empty cell where a value is needed):
             "raise", or "drop" with a note.
@@ -67,15 +72,24 @@ def load_table(
         FactsFileError: a file that cannot be read as a table, a column that is not in it, a
             malformed row.
         ValueError: a field that `columns` must or cannot name.
+
+    Examples:
+        >>> import mi_hops, pandas as pd
+        >>> films = pd.DataFrame({
+        ...     "whose": ["the director of Ran"], "director": ["Akira Kurosawa"], "town": ["Tokyo"],
+        ...     "query": ["The director of Ran was born in"]})
+        >>> columns = {"first_hop": "whose", "bridge": "director", "answer": "town"}
+        >>> mi_hops.load_table(films, columns={**columns, "prompts.prefix": "query"})
+        Facts(1 from table: 1 read / 0 dropped / 0 repaired)
     """
-    wanted = _check_columns(columns)
     frame, name, stem = _open(table)
+    wanted = _wanted(_named_like_fields(frame, name) if columns is None else columns)
     require_columns(frame, [c for spec in wanted.values() for c in spec.values()], source=name)
 
-    def build(row: int, cells: Mapping[str, Any], mends: Mends) -> TwoHopFact:
+    def build(row: int, cells: Mapping[str, Any], fixes: RowFixes) -> TwoHopFact:
         def text(column: str) -> str:
             raw = _cell(cells[column])
-            return mends.changed(WHITE_SPACE, column, raw, raw.strip())
+            return fixes.changed(WHITE_SPACE, column, raw, raw.strip())
 
         values: dict[str, Any] = {"id": f"{stem}-{row}"}
         for field, spec in wanted.items():
@@ -109,24 +123,43 @@ def load_table(
     return collect(frame_rows(frame), build, source=name, on_error=on_error)
 
 
-def _check_columns(columns: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def _named_like_fields(frame: pd.DataFrame, source: str) -> dict[str, str]:
+    """The columns called like a field, each under its own name."""
+    names = [str(c) for c in frame.columns]
+    if not has_fields(names):
+        raise FactsFileError(
+            f"{source}: the columns are {names[:_MAX_SHOWN]}; expected {list(_REQUIRED)} and a "
+            "prompts.FORM, or columns={field: column} that says which column holds each"
+        )
+    fields = (*_NAMES, *_LISTS)
+    return {n: n for n in names if n in fields or n.partition(".")[0] in _PROMPTS}
+
+
+def has_fields(names: Iterable[str]) -> bool:
+    """Whether the columns that a fact needs are there under the names of its fields."""
+    found = set(names)
+    return found >= set(_REQUIRED) and any(n.startswith("prompts.") for n in found)
+
+
+def _wanted(columns: Columns) -> dict[str, dict[str, str]]:
     """Every field's specification as key -> column; the key is the form where forms matter."""
-    known = (*_NAMES, *_PROMPTS, *_LISTS, "meta")
-    if unknown := sorted(set(columns) - set(known)):
-        raise ValueError(f"columns names the field(s) {unknown}; a fact has {sorted(known)}")
-    if missing := [f for f in (*_REQUIRED, "prompts") if f not in columns]:
-        raise ValueError(f"columns lacks {missing}; say which column holds each")
     wanted: dict[str, dict[str, str]] = {}
-    for field, spec in columns.items():
-        if field in _NAMES and isinstance(spec, str):
-            wanted[field] = {"": spec}
-        elif field in _PROMPTS and isinstance(spec, Mapping) and spec:
-            wanted[field] = dict(spec)
-        elif field in (*_LISTS, "meta") and not isinstance(spec, Mapping):
-            wanted[field] = {c: c for c in ((spec,) if isinstance(spec, str) else tuple(spec))}
+    for name, spec in columns.items():
+        field, dot, form = name.partition(".")
+        if field not in (*_NAMES, *_PROMPTS, *_LISTS, "meta"):
+            known = sorted([*_NAMES, *(f"{table}.FORM" for table in _PROMPTS), *_LISTS, "meta"])
+            raise ValueError(f"columns names the field {name!r}; a fact has {known}")
+        if bool(dot) != (field in _PROMPTS) or bool(form) != bool(dot):
+            expected = f"{field}.suffix, say" if field in _PROMPTS else repr(field)
+            raise ValueError(f"columns names {name!r}; expected {expected}")
+        if field in (*_LISTS, "meta"):
+            wanted[field] = {c: c for c in ((spec,) if isinstance(spec, str) else spec)}
+        elif isinstance(spec, str):
+            wanted.setdefault(field, {})[form] = spec
         else:
-            shape = 'a mapping like {"suffix": "column"}' if field in _PROMPTS else "a column"
-            raise ValueError(f"columns[{field!r}] is {spec!r}; expected {shape}")
+            raise ValueError(f"columns[{name!r}] is {spec!r}; expected the name of one column")
+    if missing := [f for f in (*_REQUIRED, "prompts") if f not in wanted]:
+        raise ValueError(f"columns lacks {missing}; say which column holds each")
     return wanted
 
 
@@ -183,7 +216,7 @@ def frame_rows(frame: pd.DataFrame) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def find(
     phrase: str, text: str, *, fold_accents: bool = False, whole_words: bool = True
 ) -> tuple[int, int] | None:
-    """Where `phrase` stands in `text` without regard to case: (start, end), or None.
+    """Where `phrase` appears in `text` without regard to case: (start, end), or None.
 
     Args:
         phrase: the text looked for.
@@ -214,7 +247,7 @@ def _fold(text: str, accents: bool) -> str:
 def refuse_named(bridge: str, prompt: str) -> None:
     """Drop a question whose prompt names the bridge: it asks for one hop only."""
     if find(bridge, prompt) is not None:
-        raise DropRow("bridge named in its prompt", f"{bridge!r} stands in {prompt!r}")
+        raise DropRow("bridge named in its prompt", f"{bridge!r} appears in {prompt!r}")
 
 
 def _open(table: str | Path | pd.DataFrame) -> tuple[pd.DataFrame, str, str]:

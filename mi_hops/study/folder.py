@@ -110,12 +110,12 @@ def prepare(out: Path, settings: dict[str, Any], *, force: bool) -> Study:
         if not force:
             raise FileExistsError(
                 f"{out} holds a study with other settings ({', '.join(differs)} differ); choose "
-                "another folder, or overwrite it with --force (force=True)"
+                "another folder, or overwrite it with force=True"
             )
     elif present and not force:
         raise FileExistsError(
             f"{out} is not empty and holds no study ({', '.join(sorted(present)[:4])}, ...); "
-            "choose another folder, or write beside these files with --force (force=True)"
+            "choose another folder, or write beside these files with force=True"
         )
     out.mkdir(parents=True, exist_ok=True)
     for step in STEPS:

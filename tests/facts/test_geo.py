@@ -313,7 +313,7 @@ def test_a_bad_fact_can_be_dropped(tmp_path):
     content = broken(lambda c: c["facts"].append(["land", "Elsewhere", "reported", ["money"]]))
     facts = load_geo(write(tmp_path / "bad.json.gz", content), on_error="drop")
     assert len(facts) == 1
-    assert facts.describe().endswith("2 read / 1 dropped (1 single fact missing) / 0 mended")
+    assert facts.describe().endswith("2 read / 1 dropped (1 single fact missing) / 0 repaired")
 
 
 def test_a_bad_chain(tmp_path):

@@ -77,7 +77,7 @@ def templates(folder, clozes, questions=None):
 def test_a_record_becomes_a_fact_in_both_orders(tmp_path):
     facts = load(tmp_path, RECORD)
     fact = facts[0]
-    assert facts.describe().endswith("cf.json: 1 read / 0 dropped / 0 mended")
+    assert facts.describe().endswith("cf.json: 1 read / 0 dropped / 0 repaired")
     assert (fact.id, fact.subject, fact.bridge, fact.answer) == (
         "mquake-12",
         "The Salt Road",
@@ -174,14 +174,14 @@ def test_a_wording_given_by_hand_serves_a_relation_of_its_own(tmp_path):
 def test_a_paraphrase_that_names_the_bridge_is_left_out_and_reported(tmp_path):
     facts = load(tmp_path, record(questions=["Where is the author, Ada Moss, from?"]))
     assert facts[0].paraphrases == ()
-    assert [note.reason for note in facts.mended] == ["paraphrase names the bridge"]
+    assert [note.reason for note in facts.repaired] == ["paraphrase names the bridge"]
 
 
 def test_an_article_doubled_by_a_template_is_removed_and_reported(tmp_path):
     folder = templates(tmp_path / "t", {"P27": "The name of the [X] homeland is __"})
     facts = load(tmp_path, RECORD, templates=folder)
     assert facts[0].prompts["prefix"] == "The name of the author of The Salt Road homeland is"
-    assert [note.reason for note in facts.mended] == ["doubled article"]
+    assert [note.reason for note in facts.repaired] == ["doubled article"]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,10 @@ def test_an_article_doubled_by_a_template_is_removed_and_reported(tmp_path):
     [
         ({"answer": 3}, "'answer' is 3; expected str"),
         ({"questions": [1]}, "expected a list of texts"),
-        ({"orig": {"triples": [["Q1", "P50"], ["Q2", "P27", "Q3"]]}}, "is not .subject, relation"),
+        (
+            {"orig": {"triples": [["Q1", "P50"], ["Q2", "P27", "Q3"]]}},
+            "is not a list .subject, relation",
+        ),
         ({"orig": {"triples_labeled": []}}, "0 labelled triples"),
         ({"case_id": 12}, "the id 'mquake-12' was used in record 0"),
     ],
