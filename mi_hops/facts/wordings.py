@@ -121,10 +121,11 @@ def few_shot_lead(
 ) -> str:
     """Worked examples to put before all three prompts of a fact.
 
-    The examples are facts of the same two relations about other things: neither their subject nor
-    their bridge nor their answer is one of the fact's or of another example. They ask for a first
-    hop, a second hop and a two-hop question in turn. The order of `others` is shuffled once per
-    seed and pair of relations, so facts of a pair share their lead unless it names them.
+    The examples are facts of the same two relations about other things: none of their names is one
+    of the fact's, nor, as far as there are enough, of another example's; no two share a subject.
+    They ask for a first hop, a second hop and a two-hop question in turn. The order of `others` is
+    shuffled once per seed and pair of relations, so facts of a pair share their lead unless it
+    names them.
 
     Args:
         fact: the fact that is asked.
@@ -150,19 +151,21 @@ def few_shot_lead(
     ]
     pool.sort(key=lambda other: other.id)
     random.Random(f"{seed}/{pair}").shuffle(pool)
-    taken = [fact]
-    for other in pool:
-        if len(taken) > shots:
-            break
-        if other.id != fact.id and not any(_meet(other, one) for one in taken):
+    pool = [other for other in pool if other.id != fact.id and not _meet(other, fact)]
+    taken: list[TwoHopFact] = []
+    for other in pool:  # all names differ, first
+        if len(taken) < shots and not any(_meet(other, one) for one in taken):
             taken.append(other)
-    if len(taken) <= shots:
+    for other in pool:  # there are but six continents
+        if len(taken) < shots and other.subject not in {one.subject for one in taken}:
+            taken.append(other)
+    if len(taken) < shots:
         raise ValueError(
             f"fact {fact.id!r}: a lead of {shots} worked examples needs as many facts of "
-            f"{pair[0]!r} and {pair[1]!r} about other things; there are {len(taken) - 1}, so ask "
-            "for fewer shots or give more facts"
+            f"{pair[0]!r} and {pair[1]!r} about other things; there are {len(taken)}, so ask for "
+            "fewer shots or give more facts"
         )
-    lines = (_example(other, _HOPS[i % len(_HOPS)], form) for i, other in enumerate(taken[1:]))
+    lines = (_example(other, _HOPS[i % len(_HOPS)], form) for i, other in enumerate(taken))
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from mi_hops.facts import FactsFileError, load_chains, load_facts, load_geo
+from mi_hops.facts import FactsFileError, few_shot_lead, load_chains, load_facts, load_geo
 from mi_hops.facts.geo import BUNDLED
 from mi_hops.facts.templates import FORMS, capitalise
 from mi_hops.facts.wordings import default_wordings
@@ -200,6 +200,16 @@ def test_no_wording_gives_an_answer_away(facts):
         objects = {f.answer for f in facts if f.relation2 == relation.name}
         objects |= {f.bridge for f in facts if f.relation1 == relation.name}
         assert not any(times(texts, name) for name in objects), relation.name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_lead_of_four_for_every_pair_of_relations(facts, form):
+    choosing = [f for f in facts if f.split == "choosing"]
+    asked = {(f.relation1, f.relation2): f for f in facts if f.split == "reported"}
+    for fact in asked.values():
+        lead = few_shot_lead(fact, choosing, shots=4, form=form)
+        told = (fact.bridge, fact.answer) if len(fact.answer) > 3 else (fact.bridge,)
+        assert not any(times(lead, name) for name in told), fact.id
 
 
 # --- chains -----------------------------------------------------------------------------------------
