@@ -14,19 +14,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import table, write
-from mi_hops import Hopland, load_model
-from mi_hops.patching import (
-    Circuit,
-    all_edges,
+from mi_hops import (
+    Hopland,
+    Pairs,
+    Sites,
     attribute,
     attribute_edges,
     contrast,
-    extract,
     faithfulness,
-    head_scores,
+    load_model,
     patch,
 )
-from mi_hops.patching.contrast import Contrast
+from mi_hops.patching import Circuit, all_edges, extract, head_scores
 from mi_hops.result.statistics import bootstrap_ci
 
 KINDS = (
@@ -44,16 +43,16 @@ KINDS = (
 METHODS = ("gradient", "integrated", "atp*")
 
 
-def answered_pairs(model: Any, count: int, form: str) -> Contrast:
+def answered_pairs(model: Any, count: int, form: str) -> Pairs:
     """Pairs of held-out questions whose both sides the model answers (first token, logit difference)."""
     facts = Hopland().two_hop_facts("seen_parts")
     pairs = contrast(model, facts[: 40 * count], partners=facts, form=form)
-    swept = patch(model, **pairs.arguments, layers=[0], positions=-1, metric="logit_diff")
+    swept = patch(model, pairs, Sites("resid_pre", layers=0, positions=-1))
     good = np.flatnonzero((swept["clean"].values > 0) & (swept["corrupted"].values < 0))
     return pairs.select(good[:count].tolist())
 
 
-def roles(pairs: Contrast) -> dict[str, list[int]]:
+def roles(pairs: Pairs) -> dict[str, list[int]]:
     """The places of the pairs, each once: where the subject ends the phrase they are the same."""
     found = dict(pairs.roles)
     if found["subject"] == found["first hop"]:
@@ -61,13 +60,11 @@ def roles(pairs: Contrast) -> dict[str, list[int]]:
     return found
 
 
-def maps(model: Any, pairs: Contrast) -> list[list[Any]]:
+def maps(model: Any, pairs: Pairs) -> list[list[Any]]:
     """The largest mean effects of every kind, by exact patching."""
     rows = []
     for kind in ("resid_post", "attn_out", "mlp_out", "z"):
-        found = patch(
-            model, **pairs.arguments, kinds=kind, positions=roles(pairs), metric="logit_diff"
-        )
+        found = patch(model, pairs, Sites(kind, positions=roles(pairs)))
         mean = found["change"].mean("example") / float((found["clean"] - found["corrupted"]).mean())
         order = np.argsort(-np.abs(mean.values).ravel())[:3]
         for index in order:
@@ -78,16 +75,14 @@ def maps(model: Any, pairs: Contrast) -> list[list[Any]]:
     return rows
 
 
-def estimates(model: Any, pairs: Contrast) -> list[list[Any]]:
+def estimates(model: Any, pairs: Pairs) -> list[list[Any]]:
     """Every kind and method, all cells patched exactly."""
     rows = []
     for kind in KINDS:
         for method in METHODS:
             if method == "atp*" and kind not in ("q", "k", "z", "mlp_out"):
                 continue
-            found = attribute(
-                model, **pairs.arguments, kinds=kind, positions=roles(pairs), method=method, steps=8
-            )
+            found = attribute(model, pairs, Sites(kind, positions=roles(pairs)), method=method)
             check = found.verify(top=None)
             rows.append(
                 [kind, method, check.n_cells, f"{check.rank_correlation:.2f}",
@@ -97,7 +92,7 @@ def estimates(model: Any, pairs: Contrast) -> list[list[Any]]:
     return rows
 
 
-def circuit(model: Any, pairs: Contrast, sizes: Sequence[int]) -> list[list[Any]]:
+def circuit(model: Any, pairs: Pairs, sizes: Sequence[int]) -> list[list[Any]]:
     """Faithfulness by number of edges, with the ranking by EAP and by EAP-IG, and at random."""
     rng = np.random.default_rng(0)
     edges = all_edges(model)
@@ -107,7 +102,7 @@ def circuit(model: Any, pairs: Contrast, sizes: Sequence[int]) -> list[list[Any]
     for name, steps, select in (
         ("EAP, top", 1, "top"), ("EAP-IG, top", 5, "top"), ("EAP-IG, greedy", 5, "greedy"),
     ):  # fmt: skip
-        scores = attribute_edges(model, **chosen.arguments, steps=steps).result
+        scores = attribute_edges(model, chosen, steps=steps)
         found = [extract(model, scores, min(n, len(edges)), select=select) for n in sizes]
         rows += _faithful(model, held, name, sizes, found)
     lots = [
@@ -118,9 +113,9 @@ def circuit(model: Any, pairs: Contrast, sizes: Sequence[int]) -> list[list[Any]
 
 
 def _faithful(
-    model: Any, pairs: Contrast, name: str, sizes: Sequence[int], found: list[Circuit]
+    model: Any, pairs: Pairs, name: str, sizes: Sequence[int], found: list[Circuit]
 ) -> list[list[Any]]:
-    result = faithfulness(model, **pairs.arguments, circuits=found)
+    result = faithfulness(model, pairs, found)
     gap = (result["clean"] - result["corrupted"]).values
     rows = []
     for j, (n, c) in enumerate(zip(sizes, found, strict=True)):

@@ -16,10 +16,10 @@ import torch
 
 from benchmarks.harness import Peak, gpt2_small, keep, kept, llama_100m, paired, table, write
 from mi_hops.model import backend_of
-from mi_hops.patching import patch, plan_patch
-from mi_hops.patching.activation import PatchJob
+from mi_hops.patching import PatchJob, patch
+from mi_hops.sweep import Limits
 from mi_hops.sweep.fanout import plan_fan_out
-from mi_hops.sweep.runs import Limits, Sweep
+from mi_hops.sweep.runs import Sweep
 from mi_hops.text.tokens import Prompt
 
 SWEEPS = ("resid_pre", "attn_out", "mlp_out", "z")
@@ -45,9 +45,9 @@ def ours(model: Any, kind: str, clean: list[Prompt], corrupted: list[Prompt]) ->
     """Our sweep as a user calls it; activations of the clean run included."""
 
     def call() -> Any:
-        return patch(model, clean, corrupted, kinds=kind, metric=difference, batch_size=len(clean))[
-            "score"
-        ].values
+        limits = Limits(batch_size=len(clean))
+        found = patch(model, (clean, corrupted), kind, metric=difference, limits=limits)
+        return found["score"].values
 
     return call
 
@@ -112,16 +112,14 @@ def counted(
     model: Any, kind: str, clean: list[Prompt], corrupted: list[Prompt]
 ) -> tuple[float, float]:
     """Operations of our sweep and of one full forward pass per cell."""
-    job = PatchJob(
-        model, clean, corrupted, answer=None, wrong=None, kinds=kind, layers=None,
-        positions=None if kind != "z" else "all", heads=None, neurons=None, window=1,
-        metric=difference, direction="denoise", source=None, prepend_bos=False,
-        batch_size=len(clean), limits=Limits(),
-    )  # fmt: skip
-    core = job.core(None)
-    sweep = Sweep(model, core.bases)
-    group = list(range(len(clean)))
-    items = core.interventions(group, lambda *_: lambda x: x)
+    limits = Limits(batch_size=len(clean))
+    job = PatchJob(model, (clean, corrupted), kind, metric=difference, limits=limits)
+    sweep = Sweep(model, job.scored())
+    items = [
+        item
+        for i in range(len(clean))
+        for item in job.sweep.interventions(i, i, lambda *_: lambda x: x)
+    ]
     width = len(clean[0])
     total = 2 * len(clean) * of_a_row(model, "resid_pre", 0, width, width)  # sources and bases
     for step in plan_fan_out(model, sweep.batch, items, scored=sweep.scored):
@@ -305,9 +303,8 @@ def grown(size: dict[str, int]) -> list[str]:
     call()
     seconds = time.perf_counter() - start
     few, many = counted(model, "resid_pre", *sides)
-    planned = plan_patch(
-        model, *sides, kinds="resid_pre", metric=difference, batch_size=size["pairs"]
-    )
+    limits = Limits(batch_size=size["pairs"])
+    planned = PatchJob(model, tuple(sides), "resid_pre", metric=difference, limits=limits).plan()
     return [
         f"{planned.rows:,}", f"{few / 1e9:.0f}", f"{many / few:.1f}", f"{seconds:.2f}",
         f"{few / seconds / rate:.0%}", f"{peak.mib:.0f}", f"{planned.bytes / 2**20:.0f}",
@@ -321,7 +318,7 @@ LIBRARY_COLUMNS = [
 GROWTH_COLUMNS = [
     "what grows", "layers", "vocabulary", "positions", "pairs", "rows", "Gflop",
     "fewer operations, times", "seconds", "of the matrix-product rate", "peak MiB",
-    "MiB by `plan_patch`",
+    "MiB by `PatchJob.plan`",
 ]  # fmt: skip
 SMALL = {"layers": 12, "vocabulary": 50257, "positions": 16, "pairs": 1}
 GROWTH = {
@@ -381,7 +378,7 @@ def page(found: dict[str, list[list[Any]]]) -> str:
         parts.append(
             "## How cost grows\n\nThe residual sweep of a GPT-2 of width 768, one run each. *Peak* is "
             "the memory the process takes at the most during its first sweep, beyond what it held "
-            "before; `plan_patch` tells beforehand what its rows and its copies of weights will take.\n\n"
+            "before; `PatchJob.plan` tells beforehand what its rows and its copies of weights will take.\n\n"
             + table(GROWTH_COLUMNS, found["growth"])
         )
     return "\n\n".join(parts)

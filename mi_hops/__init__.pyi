@@ -72,7 +72,10 @@ from .report import write_report as write_report
 from .result.result import Result as Result
 from .study import Study as Study
 from .study import run_study as run_study
+from .sweep import FullLogits as FullLogits
 from .sweep import Intervention as Intervention
+from .sweep import Pairs as Pairs
+from .sweep import Sites as Sites
 from .sweep import answered as answered
 from .sweep import fan_out as fan_out
 from .sweep import generate as generate

@@ -2,10 +2,10 @@
 
 from mi_hops.patching.ablation import ablate
 from mi_hops.patching.acdc import AcdcRun, acdc
-from mi_hops.patching.activation import PatchPlan, patch, plan_patch
+from mi_hops.patching.activation import PatchJob, PatchPlan, patch
 from mi_hops.patching.attribution import attribute
 from mi_hops.patching.circuit import Circuit, all_edges, extract, faithfulness
-from mi_hops.patching.contrast import Contrast, contrast
+from mi_hops.patching.contrast import contrast
 from mi_hops.patching.convert import from_transformer_lens, to_transformer_lens
 from mi_hops.patching.edges import attribute_edges
 from mi_hops.patching.heads import attention_to, composition, head_scores, icl_score
@@ -17,7 +17,7 @@ __all__ = [
     "AcdcRun",
     "Attribution",
     "Circuit",
-    "Contrast",
+    "PatchJob",
     "PatchPlan",
     "Verification",
     "ablate",
@@ -35,7 +35,6 @@ __all__ = [
     "icl_score",
     "patch",
     "path_patch",
-    "plan_patch",
     "subject_roles",
     "to_transformer_lens",
     "trace",

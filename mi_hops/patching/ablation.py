@@ -15,42 +15,32 @@ where none are given, at a score of 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from einops import reduce
 
 from mi_hops.model import HookedModel, dtype_of, hook_name
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.core import (
-    Axes,
-    Core,
-    Values,
-    ValuesOf,
+    ChangeOf,
+    ChangesOf,
+    GridSweep,
+    Metrics,
     captured,
     put,
-    resolve_metrics,
-    scored_alone,
+    require_effect,
     taken,
-    units_of,
 )
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.sweep.interventions import ablate as zero
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import Metric, MetricLike, Target, normalised
-from mi_hops.sweep.pairs import (
-    PositionsLike,
-    Spans,
-    Text,
-    as_prompts,
-    as_targets,
-    one_each,
-    resolve_spans,
-)
+from mi_hops.sweep.metrics import MetricLike, normalised
+from mi_hops.sweep.pairs import Pairs, PairsLike, Texts, as_prompts
 from mi_hops.sweep.scoring import score
-from mi_hops.sweep.sites import Cell, Grid, HeadsLike, build_grid, default_positions
+from mi_hops.sweep.sites import Cell, Grid, Sites, SitesLike
 from mi_hops.text.tokens import Prompt, TokenError
 
 if TYPE_CHECKING:
@@ -65,39 +55,27 @@ How = Literal["zero", "mean", "position_mean", "resample"]
 
 def ablate(
     model: HookedModel,
-    prompts: Text | Sequence[Text],
+    pairs: PairsLike,
+    sites: SitesLike = "attn_out",
     *,
-    answer: str | Target | Sequence[str | Target] | None = None,
-    wrong: str | Sequence[str] | None = None,
     how: How = "mean",
-    reference: Text | Sequence[Text] | None = None,
-    corrupted: Text | Sequence[Text] | None = None,
+    reference: Texts | None = None,
     samples: int = 1,
     seed: int = 0,
-    kinds: str | Sequence[str] = "attn_out",
-    layers: Sequence[int] | None = None,
-    positions: PositionsLike | None = None,
-    heads: HeadsLike = None,
-    neurons: Sequence[int] | None = None,
-    window: int = 1,
     metric: MetricLike | Sequence[MetricLike] = "logit_diff",
-    examples: Sequence[str] | None = None,
-    prepend_bos: bool = True,
-    batch_size: int = 16,
-    max_rows: int | None = None,
-    memory: float | None = None,
-    progress: bool = False,
+    limits: Limits | None = None,
 ) -> Result:
-    """Ablation of every cell of a grid, in every prompt; other arguments as in `activation.patch`.
+    """Ablation of every cell of a grid, in every clean prompt; other arguments as in `patch`.
 
     Args:
+        pairs: clean prompts with their answers, ``Pairs(prompts, answer=...)``. Corrupted prompts
+            are those on which the answer counts as lost; they are only scored.
         how: ``"zero"``; ``"mean"``, over all tokens of the reference prompts but BOS, one vector
             for every position; ``"position_mean"``, over the reference prompts at the same span;
             ``"resample"``, the activation at the same span of `samples` other reference prompts,
             drawn without replacement, and the scores averaged.
-        reference: prompts that means and resamples come from; default `prompts` themselves. A
-            prompt is never its own resample.
-        corrupted: prompts, one or one each, on which the answer counts as lost; only scored.
+        reference: prompts that means and resamples come from; default the clean prompts themselves.
+            A prompt is never its own resample.
         seed: of the draws.
 
     Returns:
@@ -107,77 +85,80 @@ def ablate(
         ``corrupted``. ``effect`` is NaN where intact and corrupted score the same. Without
         corrupted prompts it is NaN where 0 does not mean that all is lost: for metrics in other
         units than probability, share and logits (0 nats or a rank are no loss), and in examples
-        whose intact score is not above 0.
+        whose intact score is not above 0; if it would be NaN everywhere, it is left out.
 
     Raises:
         ValueError: as in `patch`; a mean over tokens of attention patterns (their rows differ in
-            length) or over one prompt at its own span; fewer other prompts than samples; another
-            number of corrupted prompts than one, or one each.
+            length) or over one prompt at its own span; fewer other prompts than samples.
         TokenError: spans of unequal lengths in prompts and reference.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.Hopland().two_hop_facts("seen_parts")[:3]
+        >>> asked = mi_hops.Pairs([f.prompt() for f in facts], answer=[f.answer for f in facts])
+        >>> mi_hops.ablate(model, asked, "z", metric="first_prob")["change"].dims
+        ('example', 'layer', 'head')
     """
     if how not in ("zero", "mean", "position_mean", "resample"):
         raise ValueError(f"how is {how!r}; expected 'zero', 'mean', 'position_mean' or 'resample'")
     if samples < 1 or (samples > 1 and how != "resample"):
         raise ValueError(f"samples is {samples}; expected at least 1, and 1 unless resampling")
-    bases = as_prompts(model, prompts, prepend_bos=prepend_bos)
-    where = default_positions(kinds) if positions is None else positions
-    spans = resolve_spans(where, bases, bases)
-    grid = build_grid(
-        model, spans, kinds=kinds, layers=layers, heads=heads, neurons=neurons, window=window
-    )
-    metrics, names, single = resolve_metrics(metric)
-    prompts_scored = scored_alone(model, bases, answer, wrong, metrics)
-    spoiled = None
-    if corrupted is not None:
-        given = one_each("corrupted prompts", corrupted, len(bases))
-        worse = as_prompts(model, given, prepend_bos=prepend_bos)
-        targets = as_targets(model, worse, answer, wrong, metrics)
-        spoiled = [
-            replace(item, prompt=prompt, target=target)
-            for item, prompt, target in zip(prompts_scored, worse, targets, strict=True)
-        ]
-    others = bases if reference is None else as_prompts(model, reference, prepend_bos=prepend_bos)
-    values_of: ValuesOf
-    if how == "zero":
-        values_of = _zeros
-    elif how == "mean":
-        values_of = _means(model, others, grid, batch_size)
-    else:
-        other_spans = spans if reference is None else resolve_spans(where, others, others)
-        if how == "position_mean" and reference is None and len(bases) < 2:
+    pairs, sites, limits = Pairs.of(pairs), Sites.of(sites), limits or Limits()
+    bases = as_prompts(model, pairs.clean)
+    grid = sites.grid(model, bases)
+    metrics = Metrics.of(metric)
+    targets = pairs.targets(model, bases, metrics.reading_answers)
+    baselines = metrics.baselines(model, bases)
+    scored = metrics.scored(bases, targets, baselines)
+    corrupted = as_prompts(model, pairs.corrupted) if pairs.corrupted else []
+    worse = []
+    if corrupted:
+        pairs.require_different(bases, corrupted)
+        targets = pairs.targets(model, corrupted, metrics.reading_answers)
+        worse = metrics.scored(corrupted, targets, baselines)
+    own = reference is None
+    others = bases if reference is None else as_prompts(model, reference)
+    changes_of: ChangesOf = _zeros
+    if how == "mean":
+        changes_of = _means(model, others, grid, limits.batch_size)
+    elif how != "zero":
+        there = grid if own else sites.grid(model, others)
+        drawn = None
+        if how == "resample":
+            drawn = _draws(len(bases), len(others), samples, seed, own=own)
+        elif own and len(bases) < 2:
             raise ValueError(
                 "the mean over one prompt at its own span is its own activation, so ablating would "
                 "change nothing; pass more prompts or a reference, or take how='mean'"
             )
-        if how == "position_mean":
-            _check_lengths(grid, spans, bases, other_spans, others)
-            values_of = _position_means(model, others, other_spans, grid, batch_size)
+        _check_lengths(grid, bases, there, others, drawn)
+        if drawn is None:
+            changes_of = _position_means(model, others, there, limits.batch_size)
         else:
-            drawn = _draws(len(bases), len(others), samples, seed, own=reference is None)
-            _check_lengths(grid, spans, bases, other_spans, others, drawn)
-            values_of = _resamples(model, others, other_spans, grid, drawn)
-    core = Core(
-        model, prompts_scored, spans.base, grid, batch_size,
-        Limits(max_rows=max_rows, memory=memory, progress=progress),
-    )  # fmt: skip
-    scores, intact = core.run(values_of, samples)
-    baselines = {"intact": intact}
-    if spoiled is not None:
-        baselines["corrupted"] = score(model, spoiled, batch_size=batch_size)
-    lost = baselines.get("corrupted", _zero(intact, metrics))
+            changes_of = _resamples(model, others, there, drawn)
+    sweep = GridSweep(model, bases, grid, metrics, pairs.labels, limits)
+    scores, intact, _ = sweep.run(scored, changes_of, samples=samples)
+    lost = score(model, worse, batch_size=limits.batch_size) if worse else _zero(intact, metrics)
     effect = normalised(scores, lost[:, None], intact[:, None], undefined="nan")
-    axes = Axes(grid, spans, bases, metrics, names, single, examples)
-    return axes.result(
-        model,
-        {"change": scores - intact[:, None], "score": scores, "effect": effect},
-        baselines,
-        title=f"Ablation ({how.replace('_', ' ')}): {', '.join(grid.kinds)}; {', '.join(names)}",
+    values = {"change": scores - intact[:, None], "score": scores}
+    if worse:
+        require_effect(effect, "the clean and the corrupted prompts score the same in every pair")
+    if not effect.isnan().all():
+        values["effect"] = effect
+    return sweep.result(
+        values,
+        {"intact": intact, **({"corrupted": lost} if worse else {})},
+        title=f"Ablation ({how.replace('_', ' ')}): {', '.join(grid.kinds)}; {', '.join(metrics.names)}",
         units={"effect": "share lost"},
-        settings={
-            "method": "ablation", "how": how, "samples": samples, "seed": seed, "window": window,
-            "n_reference": len(others), "prepend_bos": prepend_bos,
-        },
-    )  # fmt: skip
+        skipped=pairs.skipped,
+        method="ablation",
+        how=how,
+        samples=samples,
+        seed=seed,
+        window=sites.window,
+        n_reference=len(others),
+    )
 
 
 # -- where all is lost ----------------------------------------------------------------------------
@@ -188,26 +169,26 @@ _NOTHING_LEFT_AT_0 = ("probability", "share", "logits")
 
 
 def _zero(
-    intact: Float[Tensor, "example metric"], metrics: Sequence[Metric | None]
+    intact: Float[Tensor, "example metric"], metrics: Metrics
 ) -> Float[Tensor, "example metric"]:
     """0 where an example has something to lose down to there, else NaN."""
-    meant = torch.tensor([unit in _NOTHING_LEFT_AT_0 for unit in units_of(metrics)])
+    meant = torch.tensor([unit in _NOTHING_LEFT_AT_0 for unit in metrics.units])
     return torch.zeros_like(intact).masked_fill_(~(meant & (intact > 0)), float("nan"))
 
 
 # -- what takes the place of an activation --------------------------------------------------------
 
 
-def _zeros(group: Sequence[int]) -> Values:
-    def values(example: int, cell: Cell, layer: int, sample: int) -> Change:
+def _zeros(example: int, row: int, shown: Mapping[str, Tensor]) -> ChangeOf:
+    def change_of(cell: Cell, layer: int, sample: int) -> Change:
         return zero() if cell.neuron is None else put(torch.zeros(()), cell)
 
-    return values
+    return change_of
 
 
-def _means(model: HookedModel, others: Sequence[Prompt], grid: Grid, batch_size: int) -> ValuesOf:
-    """One mean vector a hook point, over all tokens but BOS."""
-    if any(HEAD_AXIS[kind] == 1 for kind in grid.kinds):
+def _means(model: HookedModel, others: Sequence[Prompt], grid: Grid, batch_size: int) -> ChangesOf:
+    """One mean vector per hook point, over all tokens but BOS."""
+    if any(HEAD_AXIS[kind] == 1 for kind in grid.acting):
         raise ValueError(
             "the rows of an attention pattern differ in length from token to token, so they have no "
             "mean; use how='position_mean' with prompts of one length, 'zero' or 'resample'"
@@ -223,25 +204,27 @@ def _means(model: HookedModel, others: Sequence[Prompt], grid: Grid, batch_size:
             first = int(prompt.has_bos and len(prompt) > 1)
             count += len(prompt) - first
             for name, activation in found.items():
-                total = activation[row, first : len(prompt)].to(wide).sum(0)
+                total = reduce(
+                    activation[row, first : len(prompt)].to(wide), "pos ... -> ...", "sum"
+                )
                 sums[name] = sums[name] + total if name in sums else total
     means = {name: total / count for name, total in sums.items()}
 
-    def values(example: int, cell: Cell, layer: int, sample: int) -> Change:
+    def change_of(cell: Cell, layer: int, sample: int) -> Change:
         mean = means[hook_name(cell.kind, layer)]
         return put(mean if cell.unit is None else mean[cell.unit], cell)
 
-    return lambda group: values
+    return lambda example, row, shown: change_of
 
 
 def _position_means(
-    model: HookedModel, others: Sequence[Prompt], spans: Spans, grid: Grid, batch_size: int
-) -> ValuesOf:
+    model: HookedModel, others: Sequence[Prompt], grid: Grid, batch_size: int
+) -> ChangesOf:
     """A mean for each hook point and span, over the reference prompts."""
     wide = wide_dtype(dtype_of(model))
     sums: dict[tuple[str, int], Tensor] = {}
     whole = {(cell.kind, layer, cell.span) for cell in grid.cells for layer in cell.layers}
-    placed = list(zip(others, spans.base, strict=True))
+    placed = list(zip(others, grid.base, strict=True))
 
     def run(part: Sequence[tuple[Prompt, Any]]) -> dict[str, Tensor]:
         return captured(model, [prompt for prompt, _ in part], grid.hook_names())
@@ -256,36 +239,32 @@ def _position_means(
                 sums[key] = sums[key] + value if key in sums else value
     means = {key: total / len(others) for key, total in sums.items()}
 
-    def values(example: int, cell: Cell, layer: int, sample: int) -> Change:
+    def change_of(cell: Cell, layer: int, sample: int) -> Change:
         mean = means[hook_name(cell.kind, layer), cell.span]
         if cell.unit is not None:
             mean = mean[cell.unit] if HEAD_AXIS[cell.kind] == 1 else mean[:, cell.unit]
         return put(mean, cell)
 
-    return lambda group: values
+    return lambda example, row, shown: change_of
 
 
 def _resamples(
     model: HookedModel,
     others: Sequence[Prompt],
-    spans: Spans,
     grid: Grid,
     drawn: Sequence[Sequence[int]],
-) -> ValuesOf:
-    def values_of(group: Sequence[int]) -> Values:
-        needed = sorted({other for example in group for other in drawn[example]})
-        store = captured(model, [others[i] for i in needed], grid.hook_names())
-        row = {other: i for i, other in enumerate(needed)}
+) -> ChangesOf:
+    def changes_of(example: int, row: int, shown: Mapping[str, Tensor]) -> ChangeOf:
+        store = captured(model, [others[i] for i in drawn[example]], grid.hook_names())
 
-        def values(example: int, cell: Cell, layer: int, sample: int) -> Change:
-            other = drawn[example][sample]
-            activation = store[hook_name(cell.kind, layer)][row[other]]
-            where = spans.base[other][cell.span]
+        def change_of(cell: Cell, layer: int, sample: int) -> Change:
+            other, activation = drawn[example][sample], store[hook_name(cell.kind, layer)][sample]
+            where = grid.base[other][cell.span]
             return put(taken(activation, cell, where, len(others[other])), cell)
 
-        return values
+        return change_of
 
-    return values_of
+    return changes_of
 
 
 def _draws(n: int, n_others: int, samples: int, seed: int, *, own: bool) -> list[list[int]]:
@@ -306,29 +285,29 @@ def _draws(n: int, n_others: int, samples: int, seed: int, *, own: bool) -> list
 
 def _check_lengths(
     grid: Grid,
-    spans: Spans,
     bases: Sequence[Prompt],
-    other_spans: Spans,
+    there: Grid,
     others: Sequence[Prompt],
-    drawn: Sequence[Sequence[int]] | None = None,
+    drawn: Sequence[Sequence[int]] | None,
 ) -> None:
     """Every span must have as many tokens where it is taken from as where it is put."""
-    by_token = any(HEAD_AXIS[kind] == 1 for kind in grid.kinds)
-    if spans.labels != other_spans.labels:
+    if grid.labels != there.labels:
         raise TokenError(
             f"the prompts have {len(bases[0])} positions and the reference {len(others[0])}, which do "
             "not correspond; name positions that all have, e.g. positions={'last': -1}"
         )
     for example, base in enumerate(bases):
         for other in range(len(others)) if drawn is None else drawn[example]:
-            for s, label in enumerate(spans.labels):
-                here, there = len(spans.base[example][s]), len(other_spans.base[other][s])
-                if here != there:
+            for label, put_at, taken_at in zip(
+                grid.labels, grid.base[example], there.base[other], strict=True
+            ):
+                if len(put_at) != len(taken_at):
                     raise TokenError(
-                        f"position {label!r} covers {here} token(s) of {base.text!r} and {there} of "
-                        f"{others[other].text!r}; name a position with equally many in all"
+                        f"position {label!r} covers {len(put_at)} token(s) of {base.text!r} and "
+                        f"{len(taken_at)} of {others[other].text!r}; name a position with equally "
+                        "many in all"
                     )
-            if by_token and len(base) != len(others[other]):
+            if "pattern" in grid.acting and len(base) != len(others[other]):
                 raise TokenError(
                     f"attention patterns of {len(base)} and {len(others[other])} tokens do not "
                     "correspond; use prompts of one length"

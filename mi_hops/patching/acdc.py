@@ -7,25 +7,24 @@ edge costs a run of every pair.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from mi_hops.model import HookedModel
-from mi_hops.patching.activation import PatchJob
 from mi_hops.patching.circuit import Circuit, CircuitRunner
+from mi_hops.patching.nodes import job_of_nodes
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import MetricLike, Target, get_metric
-from mi_hops.sweep.pairs import Text
+from mi_hops.sweep.metrics import MetricLike, get_metric
+from mi_hops.sweep.pairs import PairsLike
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AcdcRun:
     """What ACDC found.
 
@@ -38,52 +37,49 @@ class AcdcRun:
     circuit: Circuit
     table: pd.DataFrame
 
+    def __repr__(self) -> str:
+        return f"AcdcRun: {len(self.table)} edges visited; {self.circuit!r}"
+
 
 def acdc(
     model: HookedModel,
-    clean: Text | Sequence[Text],
-    corrupted: Text | Sequence[Text],
+    pairs: PairsLike,
     *,
     threshold: float,
     start: Circuit | None = None,
-    answer: str | Target | Sequence[str | Target] | None = None,
-    wrong: str | Sequence[str] | None = None,
     metric: MetricLike = "kl",
     prune: bool = True,
-    prepend_bos: bool = True,
-    progress: bool = False,
+    limits: Limits | None = None,
 ) -> AcdcRun:
     """Cut every edge whose loss harms the metric by less than `threshold`.
 
     Args:
+        pairs: as in `patch`.
         threshold: in units of the metric (nats for ``"kl"``), mean over pairs.
         start: search among these edges only; default all.
         metric: what must stay; ``"kl"`` is the divergence from the clean run.
         prune: drop edges that lead nowhere in the end.
+        limits: its ``progress`` shows a bar; a pass holds one circuit.
 
     Raises:
         ValueError: several metrics, or a threshold that is not positive.
         TokenError: pairs that do not correspond token by token.
     """
-    import pandas as pd
-
     if not threshold > 0:
         raise ValueError(f"threshold is {threshold}; expected more than 0")
-    job = PatchJob.of_pairs(
-        model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction="noise",
-        prepend_bos=prepend_bos, limits=Limits(),
-    )  # fmt: skip
+    limits = limits or Limits()
+    job = job_of_nodes(model, pairs, metric=metric, limits=limits)
     better = metric != "kl" and get_metric(metric).higher_is_better
-    bases = job.core(job.baselines()).bases
     runner = CircuitRunner(model)
-    pairs = [
-        runner.prepare(base, corrupt) for base, corrupt in zip(bases, job.corrupted, strict=True)
+    ready = [
+        runner.prepare(base, corrupt)
+        for base, corrupt in zip(job.scored(), job.corrupted, strict=True)
     ]
     begin = Circuit(frozenset(runner.edges)) if start is None else start
     mask = runner.mask(begin)
 
     def badness() -> float:
-        mean = torch.stack([pair.scores(mask[None])[0] for pair in pairs]).mean()
+        mean = torch.stack([pair.scores(mask[None])[0] for pair in ready]).mean()
         return float(-mean if better else mean)
 
     edges = [
@@ -94,7 +90,7 @@ def acdc(
     ]
     now = badness()
     rows = []
-    for i, j in progress_bar(edges, label="edges", show=progress):
+    for i, j in progress_bar(edges, label="edges", show=limits.progress):
         mask[i, j] = False
         without = badness()
         keep = without - now >= threshold
@@ -103,6 +99,8 @@ def acdc(
             mask[i, j] = True
         else:
             now = without
+    import pandas as pd
+
     table = pd.DataFrame(rows, columns=["sender", "receiver", "harm", "kept"])
     circuit = Circuit(frozenset((r.sender, r.receiver) for r in table.itertuples() if r.kept))
     return AcdcRun(circuit.pruned(model) if prune else circuit, table)

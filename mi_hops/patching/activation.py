@@ -16,125 +16,97 @@ corrupted), as broken as the corrupted run when noising (base = clean).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 
-from mi_hops.model import HookedModel, dtype_of, hook_name
+from mi_hops.model import HookedModel, dtype_of, hook_name, read_out
 from mi_hops.model.layout import copied_bytes, pretransposed_weights
+from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.core import (
-    Axes,
-    Core,
-    Values,
-    captured,
+    ChangeOf,
+    GridSweep,
+    Metrics,
     next_token_logits,
     put,
-    resolve_metrics,
-    scored,
+    require_effect,
     taken,
 )
+from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import KL, MetricLike, Target, normalised
-from mi_hops.sweep.pairs import (
-    PositionsLike,
-    Text,
-    as_prompts,
-    as_targets,
-    resolve_spans,
-)
+from mi_hops.sweep.metrics import KL, MetricLike, Plan, normalised
+from mi_hops.sweep.pairs import Pairs, PairsLike, as_prompts
 from mi_hops.sweep.passes import row_bytes
 from mi_hops.sweep.runs import Scored, Sweep
 from mi_hops.sweep.scoring import score
-from mi_hops.sweep.sites import Cell, HeadsLike, activation_width, build_grid, default_positions
-from mi_hops.text.tokens import align
+from mi_hops.sweep.sites import Cell, Direction, Sites, SitesLike, activation_width
+from mi_hops.text.tokens import Prompt
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from mi_hops.result.result import Result
     from mi_hops.sweep.interventions import Change
 
-Direction = Literal["denoise", "noise"]
-
 
 def patch(
     model: HookedModel,
-    clean: Text | Sequence[Text],
-    corrupted: Text | Sequence[Text],
+    pairs: PairsLike,
+    sites: SitesLike = "resid_pre",
     *,
-    answer: str | Target | Sequence[str | Target] | None = None,
-    wrong: str | Sequence[str] | None = None,
-    kinds: str | Sequence[str] = "resid_pre",
-    layers: Sequence[int] | None = None,
-    positions: PositionsLike | None = None,
-    heads: HeadsLike = None,
-    neurons: Sequence[int] | None = None,
-    window: int = 1,
     metric: MetricLike | Sequence[MetricLike] = "logit_diff",
     direction: Direction = "denoise",
-    source: Text | Sequence[Text] | None = None,
-    examples: Sequence[str] | None = None,
-    prepend_bos: bool = True,
-    batch_size: int = 16,
-    max_rows: int | None = None,
-    memory: float | None = None,
-    progress: bool = False,
+    limits: Limits | None = None,
 ) -> Result:
     """Activation patching of every cell of a grid, in every pair of prompts.
 
     Args:
-        clean, corrupted: one prompt each, or equally many.
-        answer: the answer to the clean prompt, on which both runs are scored; one for all pairs or
-            one each. None if no metric reads it.
-        wrong: the competing answer, where the metric compares two (``logit_diff``).
-        kinds: one activation kind of `fanout.HEAD_AXIS`, or several that share their axes (then
-            the result has an axis ``kind``).
-        layers: blocks to visit; default all.
-        positions: where to patch (see `pairs.PositionsLike`); default every token by itself, for
-            kinds with heads all tokens at once. A pair ``(from, to)`` takes from one place of the
-            source prompt and puts at another of the base prompt. For ``pattern`` positions are
-            those of the query.
-        heads: for q, k, v, z and pattern: each head by itself (default), ``"all"`` at once, or
-            those listed. Key/value heads are counted as they are (axis ``kv_head`` where there are
-            fewer of them).
-        neurons: for mlp_pre and mlp_post: hidden units to patch one by one; default all at once.
-        window: blocks patched together, centred on the layer and cut off at the ends.
+        pairs: `Pairs`, or ``(clean, corrupted)``; each of texts, token ids or `Prompt`s. Clean
+            activations that are at hand (``cache`` of ``model.run_with_cache``) are taken in place
+            of clean prompts, or, beside them, as ``Pairs(..., source=cache)``.
+        sites: `Sites`, or kinds of activation, or hook names.
         metric: a metric, its name, a function ``[row, vocab] -> [row]`` of the last position's
-            logits, ``"kl"`` (from the clean run's distribution, pair by pair), or several of these
-            (then the result has an axis ``metric``).
+            logits, `FullLogits` of a function of all of them, ``"kl"`` (from the clean run's
+            distribution, pair by pair), or several of these (then the result has an axis
+            ``metric``).
         direction: ``"denoise"`` puts clean activations into the corrupted run, ``"noise"``
             corrupted ones into the clean run.
-        source: take the activations from this third prompt (one, or one a pair) instead.
-        examples: labels of the pairs; default their numbers.
-        batch_size: pairs in one fan-out at the most; bounds the activations held.
-        max_rows, memory: bounds of a pass, as in `fanout.fan_out`.
+        limits: ``batch_size`` bounds the pairs in one fan-out, and so the activations held.
 
     Returns:
-        `Result` on ``example``, then ``kind``, ``layer``, ``position``, ``head`` and ``metric`` as
-        far as they vary, with ``effect`` (see above; NaN in examples whose two runs score the
-        same, where it means nothing), ``score`` (the patched run's) and ``change`` (less the base
-        run's); and per example the baselines ``clean`` and ``corrupted``. Nothing is averaged.
+        `Result` on ``example`` (a pair), ``kind``, ``layer``, ``position``, ``head`` and ``metric``
+        as far as they vary, with ``effect`` (see above; NaN in examples whose two runs score the
+        same), ``score`` (the patched run's) and ``change`` (less the base run's); and per example
+        the baselines ``clean`` and ``corrupted``. Nothing is averaged. Where only a part of the
+        clean run's activations is given, ``clean`` and ``effect`` are unknown and left out.
 
     Raises:
-        ValueError: unequal numbers of prompts, an unknown kind or metric, a layer, head or neuron
-            that does not exist, a metric of the wrong shape, scores that are not finite.
+        ValueError: an unknown kind or metric, a layer, head or neuron that does not exist, a metric
+            of the wrong shape, scores that are not finite, prompts of a pair that are the same
+            tokens, or two runs that score the same in every pair.
         TokenError: prompts or spans of unequal lengths, an absent span, an empty answer.
-        MissingHookError: a hook point the model has not got.
+        MissingHookError: a hook point the model does not have.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.Hopland().two_hop_facts("seen_parts")[:40]
+        >>> pairs = mi_hops.contrast(model, facts, form="suffix")
+        >>> result = mi_hops.patch(model, pairs, mi_hops.Sites("attn_out", positions=pairs.roles))
+        >>> result["effect"].dims
+        ('example', 'layer', 'position')
     """
-    job = PatchJob(
-        model, clean, corrupted, answer=answer, wrong=wrong, kinds=kinds, layers=layers,
-        positions=positions, heads=heads, neurons=neurons, window=window, metric=metric,
-        direction=direction, source=source, prepend_bos=prepend_bos, batch_size=batch_size,
-        limits=Limits(max_rows=max_rows, memory=memory, progress=progress),
-    )  # fmt: skip
-    return job.run(examples)
+    return PatchJob(model, pairs, sites, metric=metric, direction=direction, limits=limits).run()
 
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """What a sweep will take, reckoned before anything runs.
+    """What a sweep will take, computed before anything runs.
 
     Attributes:
         cells: interventions in each pair.
@@ -159,140 +131,99 @@ class PatchPlan:
         """Estimated peak beside the weights."""
         return self.activation_bytes + self.pass_bytes + self.weight_bytes
 
-
-def plan_patch(
-    model: HookedModel,
-    clean: Text | Sequence[Text],
-    corrupted: Text | Sequence[Text],
-    *,
-    answer: str | Target | Sequence[str | Target] | None = None,
-    wrong: str | Sequence[str] | None = None,
-    kinds: str | Sequence[str] = "resid_pre",
-    layers: Sequence[int] | None = None,
-    positions: PositionsLike | None = None,
-    heads: HeadsLike = None,
-    neurons: Sequence[int] | None = None,
-    window: int = 1,
-    metric: MetricLike | Sequence[MetricLike] = "logit_diff",
-    direction: Direction = "denoise",
-    source: Text | Sequence[Text] | None = None,
-    examples: Sequence[str] | None = None,
-    prepend_bos: bool = True,
-    batch_size: int = 16,
-    max_rows: int | None = None,
-    memory: float | None = None,
-    progress: bool = False,
-) -> PatchPlan:
-    """Rows, forward passes and bytes of `patch` with the same arguments; nothing runs.
-
-    `examples` and `progress` are taken so that the arguments of `patch` fit as they are.
-
-    Raises:
-        ValueError: what `patch` would refuse before running.
-    """
-    job = PatchJob(
-        model, clean, corrupted, answer=answer, wrong=wrong, kinds=kinds, layers=layers,
-        positions=positions, heads=heads, neurons=neurons, window=window, metric=metric,
-        direction=direction, source=source, prepend_bos=prepend_bos, batch_size=batch_size,
-        limits=Limits(max_rows=max_rows, memory=memory),
-    )  # fmt: skip
-    return job.plan()
+    def _repr_html_(self) -> str:
+        told = {k.replace("_", " "): v for k, v in (asdict(self) | {"bytes": self.bytes}).items()}
+        rows = "".join(f"<tr><th>{k}</th><td>{v:,}</td></tr>" for k, v in told.items())
+        return f"<table>{rows}</table>"
 
 
 class PatchJob:
     """A patching sweep with everything resolved and checked, before anything runs.
 
+    The arguments are those of `patch`, which refuses what they do.
+
     Attributes:
-        bases, sources: the prompts that are run and those that activations come from.
-        spans, grid: where, and which cells.
+        pairs: the pairs.
+        bases: the prompts that are changed.
+        others: those of the other run, None where only its activations are given.
+        sources: those that activations come from; their places, where the activations are given.
+        grid: which cells, and where they lie.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> pairs = mi_hops.contrast(model, mi_hops.Hopland().two_hop_facts("seen_parts")[:40])
+        >>> PatchJob(model, pairs, "mlp_out").plan().forwards >= 1
+        True
     """
 
     def __init__(
         self,
         model: HookedModel,
-        clean: Text | Sequence[Text],
-        corrupted: Text | Sequence[Text],
+        pairs: PairsLike,
+        sites: SitesLike = "resid_pre",
         *,
-        answer: str | Target | Sequence[str | Target] | None,
-        wrong: str | Sequence[str] | None,
-        kinds: str | Sequence[str],
-        layers: Sequence[int] | None,
-        positions: PositionsLike | None,
-        heads: HeadsLike,
-        neurons: Sequence[int] | None,
-        window: int,
-        metric: MetricLike | Sequence[MetricLike],
-        direction: Direction,
-        source: Text | Sequence[Text] | None,
-        prepend_bos: bool,
-        batch_size: int,
-        limits: Limits,
+        metric: MetricLike | Sequence[MetricLike] = "logit_diff",
+        direction: Direction = "denoise",
+        limits: Limits | None = None,
     ) -> None:
         if direction not in ("denoise", "noise"):
             raise ValueError(f"direction is {direction!r}; expected 'denoise' or 'noise'")
-        self.model, self.direction, self.limits = model, direction, limits
-        self.batch_size, self.window, self.prepend_bos = batch_size, window, prepend_bos
-        self.third = source is not None
-        self.clean = as_prompts(model, clean, prepend_bos=prepend_bos)
-        self.corrupted = as_prompts(model, corrupted, prepend_bos=prepend_bos)
-        n = len(self.clean)
-        if len(self.corrupted) != n:
-            raise ValueError(f"got {n} clean and {len(self.corrupted)} corrupted prompts")
-        ends = (self.clean, self.corrupted)
-        other, self.bases = ends if direction == "denoise" else ends[::-1]
-        self.sources = other
-        if source is not None:
-            third = as_prompts(model, source, prepend_bos=prepend_bos)
-            self.sources = third * n if len(third) == 1 else third
-            if len(self.sources) != n:
-                raise ValueError(f"got {len(third)} source prompts for {n} pairs; give one, or {n}")
-        self.metrics, self.names, self.single = resolve_metrics(metric)
-        self.clean_targets = as_targets(model, self.clean, answer, wrong, self.metrics)
-        self.corrupted_targets = as_targets(model, self.corrupted, answer, wrong, self.metrics)
-        where = default_positions(kinds) if positions is None else positions
-        self.spans = resolve_spans(where, self.sources, self.bases)
-        self.grid = build_grid(
-            model, self.spans, kinds=kinds, layers=layers, heads=heads, neurons=neurons,
-            window=window,
-        )  # fmt: skip
-        if "pattern" in self.grid.kinds:  # their keys correspond token by token
-            for origin, base in zip(self.sources, self.bases, strict=True):
-                align(origin, base)
+        self.model, self.direction, self.limits = model, direction, limits or Limits()
+        self.pairs = pairs = Pairs.of(pairs)
+        if not pairs.corrupted:
+            raise ValueError(
+                "patching takes pairs of prompts, and there are no corrupted ones; pass Pairs(clean, "
+                "corrupted, answer=...) or the tuple (clean, corrupted)"
+            )
+        self.corrupted = as_prompts(model, pairs.corrupted)
+        self.clean = as_prompts(model, pairs.clean) if pairs.clean else None
+        self.others: list[Prompt] | None
+        if self.clean is not None:
+            pairs.require_different(self.clean, self.corrupted)
+        elif direction == "noise":
+            raise ValueError(
+                "of the clean run only activations are given, so nothing can be put into it; pass its "
+                "prompts, or take direction 'denoise'"
+            )
+        if direction == "denoise" or self.clean is None:
+            self.bases, self.others = self.corrupted, self.clean
+        else:
+            self.bases, self.others = self.clean, self.corrupted
+        self.sources = self.others or self.bases
+        if pairs.source:
+            self.sources = as_prompts(model, pairs.source)
+        self.metrics = Metrics.of(metric)
+        needed = self.metrics.reading_answers
+        self.base_targets = pairs.targets(model, self.bases, needed)
+        self.other_targets = pairs.targets(model, self.others, needed) if self.others else []
+        self.sites = Sites.of(sites)
+        self.grid = self.sites.grid(model, self.bases, self.sources)
+        self.sweep = GridSweep(
+            model, self.bases, self.grid, self.metrics, pairs.labels, self.limits
+        )
+        self.given = None
+        if pairs.activations is not None:
+            self.given = self._given((c.kind, i) for c in self.grid.cells for i in c.layers)
 
-    @classmethod
-    def of_pairs(
-        cls,
-        model: HookedModel,
-        clean: Text | Sequence[Text],
-        corrupted: Text | Sequence[Text],
-        *,
-        answer: str | Target | Sequence[str | Target] | None,
-        wrong: str | Sequence[str] | None,
-        metric: MetricLike,
-        direction: Direction,
-        prepend_bos: bool,
-        limits: Limits,
-    ) -> PatchJob:
-        """Pairs, answers and a metric for methods that have no cells, but nodes and edges.
+    def __repr__(self) -> str:
+        return (
+            f"PatchJob: {len(self.pairs)} pairs x {len(self.grid.cells)} cells, {self.direction}, "
+            f"{self.sites!r}, metrics {self.metrics.names}"
+        )
 
-        The grid is the embedding of all tokens, so the prompts must correspond token by token.
-        """
-        job = cls(
-            model, clean, corrupted, answer=answer, wrong=wrong, kinds="resid_pre", layers=[0],
-            positions="all", heads=None, neurons=None, window=1, metric=metric,
-            direction=direction, source=None, prepend_bos=prepend_bos, batch_size=1, limits=limits,
-        )  # fmt: skip
-        job.require_one_metric()
-        return job
-
-    def require_one_metric(self) -> None:
-        """Refuse a list of metrics.
+    @property
+    def one_metric(self) -> str:
+        """The name of the only metric.
 
         Raises:
-            ValueError: naming them.
+            ValueError: several are given.
         """
-        if not self.single:
-            raise ValueError(f"expected one metric, got the list {self.names}; run each by itself")
+        if not self.metrics.single:
+            raise ValueError(
+                f"expected one metric, got the list {self.metrics.names}; run each by itself"
+            )
+        return self.metrics.names[0]
 
     def require_gradient(self) -> None:
         """Refuse a metric whose gradient is 0 in a base run whatever the model does.
@@ -301,7 +232,7 @@ class PatchJob:
             ValueError: a divergence from the base run itself: ``"kl"`` where the base is the clean
                 run, or a `KL` whose baseline is that of a base prompt.
         """
-        metric, own = self.metrics[0], []
+        metric, own = self.metrics.items[0], []
         if metric is None and self.direction == "noise":
             own = list(range(len(self.bases)))
         elif isinstance(metric, KL):
@@ -317,32 +248,84 @@ class PatchJob:
                 "(method='integrated', of edges steps=5), or take the other direction or metric"
             )
 
+    # -- what is run -----------------------------------------------------------------------------
+
+    @cached_property
+    def baselines(self) -> list[Tensor] | None:
+        """The clean logits that ``"kl"`` compares with; None where it is not asked for.
+
+        Raises:
+            ValueError: only activations of the clean run are given, and not its last stream.
+        """
+        if None not in self.metrics.items:
+            return None
+        if self.clean is not None:
+            return next_token_logits(self.model, self.clean)
+        logits = self._given_logits()
+        if logits is None:
+            raise ValueError("metric 'kl' compares with the clean run; pass its prompts")
+        return list(logits)
+
+    def scored(self, baselines: Sequence[Tensor] | None = None) -> list[Scored]:
+        """The base prompts, to be scored; `baselines` default to the job's own."""
+        known = self.baselines if baselines is None else baselines
+        return self.metrics.scored(self.bases, self.base_targets, known)
+
+    def other_scored(self, baselines: Sequence[Tensor] | None = None) -> list[Scored]:
+        """The prompts of the other run, to be scored; none where they are not given."""
+        known = self.baselines if baselines is None else baselines
+        return self.metrics.scored(self.others or [], self.other_targets, known)
+
+    def source_scored(self, baselines: Sequence[Tensor] | None = None) -> list[Scored]:
+        """The prompts that activations come from, to be run beside the bases.
+
+        A third source is scored on the base run's answer, which only integrated gradients look at.
+        """
+        if self.given is not None:
+            return []
+        if not self.pairs.source:
+            return self.other_scored(baselines)
+        known = self.baselines if baselines is None else baselines
+        return self.metrics.scored(self.sources, self.base_targets, known)
+
+    def score_other(self) -> Float[Tensor, "example metric"] | None:
+        """Scores of the other run by itself; None where what is given does not tell them."""
+        others = self.other_scored()
+        return score(self.model, others) if others else self._given_score()
+
+    @property
+    def other_apart(self) -> bool:
+        """Whether the other run is not the one that activations come from."""
+        return bool(self.pairs.source) or self.given is not None
+
     def plan(self) -> PatchPlan:
         """Rows, passes and bytes; nothing runs."""
-        baselines = None
-        if None in self.metrics:  # any logits will do
-            baselines = [torch.zeros(int(self.model.cfg.d_vocab))] * len(self.bases)
-        core, others = self.core(baselines), self.other_scored(baselines)
-        widest, fullest, rows, forwards, held = 0, 0, 0, 0, 0
-        n_scored = 1
+        zeros = None
+        if None in self.metrics.items:  # any logits will do
+            zeros = [torch.zeros(int(self.model.cfg.d_vocab))] * len(self.bases)
+        bases, sources = self.scored(zeros), self.source_scored(zeros)
+        widest, fullest, rows, forwards, held, n_scored = 0, 0, 0, 0, 0, 1
         width = max(len(p) for p in self.bases)
-        for group in core.groups():
-            riding = [] if self.third else [others[i] for i in group]
-            sweep = Sweep(self.model, [*(core.bases[i] for i in group), *riding])
-            items = core.interventions(group, _nothing)
+        for group in self.sweep.groups():
+            beside = [sources[i] for i in group] if sources else []
+            sweep = Sweep(self.model, [*(bases[i] for i in group), *beside])
+            items = [
+                item
+                for base, i in enumerate(group)
+                for item in self.sweep.interventions(i, base, lambda *_: lambda x: x)
+            ]
             passes = sweep.plan(items, self.limits)
             most = max(len(p.members) for p in passes)
             widest, fullest = max(widest, most), max(fullest, most + len(sweep.runs))
             rows += sum(len(p.members) for p in passes)
-            forwards += len(passes) + self.third  # a third source's activations
+            forwards += len(passes)
             longest = max(len(self.sources[i]) for i in group)
             held = max(held, len(group) * self._activation_bytes(longest))
             n_scored = max(n_scored, len(sweep.scored[0]))
             width = max(width, sweep.batch.tokens.shape[1])
-        if self.third:
-            forwards += math.ceil(len(self.clean) / self.batch_size)  # the other run's score
-        if None in self.metrics:
-            forwards += (len(self.clean) + 63) // 64
+        apart = [self.others] if self.other_apart else []
+        apart += [self.clean] if None in self.metrics.items else []
+        forwards += sum(math.ceil(len(prompts) / 64) for prompts in apart if prompts)
         return PatchPlan(
             cells=len(self.grid.cells),
             rows=rows,
@@ -353,92 +336,136 @@ class PatchJob:
             weight_bytes=copied_bytes(self.model),
         )
 
-    def run(self, examples: Sequence[str] | None = None) -> Result:
+    def run(self) -> Result:
         """The sweep."""
-        baselines = self.baselines()
-        core = self.core(baselines)
-        others = self.other_scored(baselines)
         with pretransposed_weights(self.model):
-            if self.third:
-                scores, base = core.run(self.values_of)
-                other = score(self.model, others, batch_size=self.batch_size)
-            else:
-                scores, base, other = core.run_from(others, self._values)
-        denoise = self.direction == "denoise"
-        effect = normalised(scores, other[:, None], base[:, None], undefined="nan")
-        change = scores - base[:, None]
-        axes = Axes(
-            self.grid, self.spans, self.bases, self.metrics, self.names, self.single, examples
+            scores, base, other = self.sweep.run(
+                self.scored(), self.changes_of, sources=self.source_scored()
+            )
+        values = {"score": scores, "change": scores - base[:, None]}
+        known = self.score_other() if self.other_apart else other
+        if known is not None:
+            effect = normalised(scores, known[:, None], base[:, None], undefined="nan")
+            require_effect(effect, self.why_no_effect(base, known))
+            values = {"effect": effect, **values}
+        source = (
+            "given" if self.given is not None else "third" if self.pairs.source else "other run"
         )
-        taken_from = "a third prompt" if self.third else ("clean" if denoise else "corrupted")
-        put_into = "corrupted" if denoise else "clean"
-        return axes.result(
-            self.model,
-            {"effect": effect, "score": scores, "change": change},
-            self.by_run(base, other),
+        ends = ("clean", "corrupted") if self.direction == "denoise" else ("corrupted", "clean")
+        taken_from = {"third": "a third prompt", "other run": ends[0]}.get(source, "activations")
+        return self.sweep.result(
+            values,
+            self.by_run(base, known),
             title=(
-                f"Activation patching, {taken_from} into {put_into}: {', '.join(self.grid.kinds)}; "
-                f"{', '.join(self.names)}"
+                f"Activation patching, {taken_from} into {ends[1]}: {', '.join(self.grid.kinds)}; "
+                f"{', '.join(self.metrics.names)}"
             ),
             units={"effect": self.share},
-            settings={
-                "method": "activation patching", "direction": self.direction,
-                "third_source": self.third, "window": self.window,
-                "prepend_bos": self.prepend_bos,
-            },
-        )  # fmt: skip
+            skipped=self.pairs.skipped,
+            method="activation patching",
+            **self.settings,
+        )
 
-    def baselines(self) -> list[Tensor] | None:
-        """The clean logits that ``"kl"`` compares with; None where it is not asked for."""
-        return next_token_logits(self.model, self.clean) if None in self.metrics else None
+    @property
+    def settings(self) -> dict[str, object]:
+        """What a provenance remembers of the job."""
+        return {
+            "direction": self.direction,
+            "third_source": bool(self.pairs.source),
+            "given_activations": self.given is not None,
+            "window": self.sites.window,
+        }
 
-    def by_run(self, base: Tensor, other: Tensor) -> dict[str, Tensor]:
+    def by_run(self, base: Tensor, other: Tensor | None) -> dict[str, Tensor]:
         """Scores of the base prompts and of the other run, under ``clean`` and ``corrupted``."""
-        clean, corrupted = (other, base) if self.direction == "denoise" else (base, other)
-        return {"clean": clean, "corrupted": corrupted}
+        ends = ("clean", "corrupted") if self.direction == "denoise" else ("corrupted", "clean")
+        return {name: x for name, x in zip(ends, (other, base), strict=True) if x is not None}
+
+    def why_no_effect(self, base: Tensor, other: Tensor) -> str:
+        """The reason where no pair has an effect."""
+        return (
+            f"the clean and the corrupted run score the same in all {len(self.pairs)} pairs (of "
+            f"{self.metrics.names}, first pair: {base.reshape(-1)[0]:.6g} and "
+            f"{other.reshape(-1)[0]:.6g}); take another metric, or pairs that differ in it"
+        )
+
+    def _activation_bytes(self, length: int) -> int:
+        """Of one source prompt, at all hook points that are read."""
+        places = {(cell.kind, layer) for cell in self.grid.cells for layer in cell.layers}
+        size = dtype_of(self.model).itemsize
+        return sum(activation_width(self.model, k, length) * length * size for k, _ in places)
 
     @property
     def share(self) -> str:
         """The unit of an effect."""
         return "share restored" if self.direction == "denoise" else "share lost"
 
-    def other_scored(self, baselines: Sequence[Tensor] | None) -> list[Scored]:
-        """The prompts of the run that the base is not, to be scored."""
-        if self.direction == "denoise":
-            return scored(self.clean, self.clean_targets, self.metrics, baselines)
-        return scored(self.corrupted, self.corrupted_targets, self.metrics, baselines)
+    # -- where activations come from -------------------------------------------------------------
 
-    def values_of(self, group: Sequence[int]) -> Values:
-        """The source activations of some pairs, as the changes that cells make."""
-        sources = [self.sources[i] for i in group]
-        return self._values(group, captured(self.model, sources, self.grid.hook_names()))
+    def changes_of(self, example: int, row: int, shown: Mapping[str, Tensor]) -> ChangeOf:
+        """The source activations of a pair, as the changes that cells make."""
+        store, where, length = shown, self.grid.source[example], len(self.sources[example])
+        if self.given is not None:
+            store, row = self.given, example
 
-    def _values(self, group: Sequence[int], store: Mapping[str, Tensor]) -> Values:
-        order = {example: row for row, example in enumerate(group)}
-
-        def values(example: int, cell: Cell, layer: int, sample: int) -> Change:
-            where = self.spans.source[example][cell.span]
-
+        def change_of(cell: Cell, layer: int, sample: int) -> Change:
             def change(x: Tensor) -> Tensor:
-                activation = store[hook_name(cell.kind, layer)][order[example]]
-                return put(taken(activation, cell, where, len(self.sources[example])), cell)(x)
+                activation = store[hook_name(cell.kind, layer)][row]
+                return put(taken(activation, cell, where[cell.span], length), cell)(x)
 
             return change
 
-        return values
+        return change_of
 
-    def core(self, baselines: Sequence[Tensor] | None) -> Core:
-        """The grid on the base prompts; `baselines` are the clean logits for ``"kl"``."""
-        targets = self.corrupted_targets if self.direction == "denoise" else self.clean_targets
-        bases = scored(self.bases, targets, self.metrics, baselines)
-        return Core(self.model, bases, self.spans.base, self.grid, self.batch_size, self.limits)
+    def _given(self, places: Iterable[tuple[str, int]]) -> dict[str, Tensor]:
+        """The given activations of kinds and layers, ``[pair pos ...]``."""
+        store, n = self.pairs.activations, len(self.pairs)
+        assert store is not None
+        found = {}
+        for kind, layer in places:
+            name = hook_name(kind, layer)
+            try:
+                x = store[name]
+            except KeyError:
+                raise ValueError(
+                    f"the activations given lack {name!r}; they have {list(store.keys())[:3]}, ...: "
+                    "let run_with_cache keep it"
+                ) from None
+            axis = HEAD_AXIS[kind]
+            x = x[None] if x.ndim == (3 if axis is None else 4) - 1 else x
+            width = x.shape[2 if axis == 1 else 1]
+            lengths = sorted({len(p) for p in self.sources})
+            if len(x) not in (1, n) or lengths != [width]:
+                raise ValueError(
+                    f"the activation given at {name!r} has shape {tuple(x.shape)}: expected 1 or {n} "
+                    f"rows of as many positions as the prompts have tokens, {lengths}"
+                )
+            found[name] = x.detach().expand(n, *x.shape[1:])
+        return found
 
-    def _activation_bytes(self, length: int) -> int:
-        """Of one source prompt, at all hook points that are read."""
-        layers = {(cell.kind, layer) for cell in self.grid.cells for layer in cell.layers}
-        size = dtype_of(self.model).itemsize
-        return sum(activation_width(self.model, k, length) * length * size for k, _ in layers)
+    def _given_logits(self) -> Float[Tensor, "example vocab"] | None:
+        """Of the given activations' run, read out of the last block's stream if that is among them."""
+        kind, layer = "resid_post", int(self.model.cfg.n_layers) - 1
+        store = self.pairs.activations
+        capped = getattr(self.model.cfg, "output_logits_soft_cap", 0) > 0
+        if store is None or capped or hook_name(kind, layer) not in store.keys():  # noqa: SIM118
+            return None
+        (stream,) = self._given([(kind, layer)]).values()
+        with torch.no_grad():
+            logits = read_out(self.model, stream[:, -1]).to("cpu", wide_dtype(stream.dtype))
+        return logits
 
-
-def _nothing(example: int, cell: Cell, layer: int, sample: int) -> Change:
-    return lambda x: x
+    def _given_score(self) -> Float[Tensor, "example metric"] | None:
+        """Scores of the given activations' run; None where they do not tell them."""
+        logits = self._given_logits()
+        items = self.scored()
+        plain = all(m.plan(i.target) == Plan() for i in items for m in i.metrics)
+        if logits is None or not plain:
+            return None
+        rows = rearrange(logits, "example vocab -> example 1 1 vocab")
+        return torch.stack(
+            [
+                torch.cat([m.score(row, item.target) for m in item.metrics])
+                for row, item in zip(rows, items, strict=True)
+            ]
+        )

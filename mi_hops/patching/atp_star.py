@@ -1,4 +1,4 @@
-"""AtP*: attribution patching with its two known failures mended (Kramár et al. 2024, 2403.00745).
+"""AtP*: attribution patching with its two known failure modes fixed (Kramár et al. 2024, 2403.00745).
 
 *Attention.* A changed query or key acts through a softmax, which is flat where it is saturated, so
 its gradient misleads. Here the attention row that the patched query (or key) gives is computed
@@ -23,6 +23,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from einops import reduce
+from fancy_einsum import einsum
 
 from mi_hops.model import Hook, HookedModel, capture, hook_name, n_kv_heads
 from mi_hops.model.numeric import wide_dtype
@@ -42,7 +44,7 @@ def atp_star(
     model: HookedModel,
     bases: Sequence[Scored],
     ends: Sequence[Scored],
-    spans: Sequence[Sequence[tuple[int, ...]]],
+    places: Places,
     cells: Sequence[Cell],
     *,
     dropout: bool = True,
@@ -52,8 +54,8 @@ def atp_star(
     Args:
         bases, ends: the runs that are changed and those that activations come from, aligned token
             by token.
-        spans: positions of each span in each row, ``[row][span]``.
-        dropout: gradient dropout; costs a forward and a backward pass a block.
+        places: where the spans lie in each row.
+        dropout: gradient dropout; costs a forward and a backward pass per block.
 
     Raises:
         ValueError: queries or keys of a model whose pattern is not the softmax of its scores.
@@ -67,7 +69,7 @@ def atp_star(
     end, there = score_and_capture(
         model, ends, [hook_name(kind, layer) for kind, layer in by_place(cells)]
     )
-    parts = _Parts(model, bases, Places.of(spans), cells, run.activations, there)
+    parts = _Parts(model, bases, places, cells, run.activations, there)
     plain = parts.estimate(run.gradients).to(run.scores.dtype)
     if not dropout:
         return plain, run.scores, end[:, 0]
@@ -91,7 +93,7 @@ def atp_star(
 
 @dataclass
 class _Parts:
-    """The linear forms that gradients are put into, one tensor of differences a kind and block.
+    """The linear forms that gradients are put into, one tensor of differences per kind and block.
 
     Attributes:
         here, there: activations of the bases and the ends, ``[row, ...]`` by hook name.
@@ -152,10 +154,13 @@ class _Parts:
 
     def _over_keys(self, moved: Tensor, slope: Tensor, cell: Cell) -> Tensor:
         """``[row, span, key/value head]``, or ``[row, span]`` where all heads are patched at once."""
-        table = torch.einsum("rshqk,rhqk->rsh", moved, slope.to(moved))
+        table = einsum(
+            "row span head query key, row head query key -> row span head", moved, slope.to(moved)
+        )
         # A key head has a part in the patterns of all query heads that share it.
-        shared = table.unflatten(-1, (n_kv_heads(self.model), -1)).sum(-1)
-        return shared.sum(-1) if cell.head is None else shared
+        n_keys = 1 if cell.head is None else n_kv_heads(self.model)
+        shared = reduce(table, "row span (kv group) -> row span kv", "sum", kv=n_keys)
+        return shared[..., 0] if cell.head is None else shared
 
     def _recompute(self, kind: str, layers: list[int]) -> None:
         """Scores of the base run, and with all queries (or keys) of a block from the source."""

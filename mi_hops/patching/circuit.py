@@ -11,10 +11,14 @@ al. 2022; Hanna et al. 2024)::
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from einops import rearrange, repeat
+from fancy_einsum import einsum
 
 from mi_hops.model import (
     Hook,
@@ -28,19 +32,17 @@ from mi_hops.model import (
     w_o,
 )
 from mi_hops.model.numeric import wide_dtype
-from mi_hops.patching.activation import PatchJob
-from mi_hops.patching.core import captured, units_of
-from mi_hops.patching.nodes import Node, Writes, readers, writers
-from mi_hops.patching.verify import Attribution
+from mi_hops.patching.core import captured, require_effect
+from mi_hops.patching.nodes import Node, Writes, job_of_nodes, readers, writers
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import MetricLike, Target, normalised, require_finite
-from mi_hops.sweep.pairs import Text, example_labels
+from mi_hops.sweep.metrics import MetricLike, normalised, require_finite
+from mi_hops.sweep.pairs import PairsLike
 from mi_hops.sweep.runs import Scored, Sweep
 from mi_hops.sweep.scoring import score
-from mi_hops.text.tokens import Prompt, align
+from mi_hops.text.tokens import Prompt
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -49,11 +51,15 @@ if TYPE_CHECKING:
 Edge = tuple[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Circuit:
     """A set of edges, each (writer, reader) by name (see `nodes`)."""
 
     edges: frozenset[Edge]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{u} -> {v}" for u, v in sorted(self.edges)[:5])
+        return f"Circuit: {len(self)} edges{': ' * bool(self.edges)}{shown}"
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -100,7 +106,7 @@ def all_edges(model: HookedModel) -> list[Edge]:
 
 def extract(
     model: HookedModel,
-    scores: Result | Attribution,
+    scores: Result,
     n_edges: int,
     *,
     by: Literal["size", "serving"] = "size",
@@ -121,21 +127,15 @@ def extract(
     Raises:
         ValueError: scores of no edges; fewer than one edge, or more than there are.
     """
-    import numpy as np
-
-    scores = scores.result if isinstance(scores, Attribution) else scores
     if not {"sender", "receiver"} <= set(scores.data.dims):
         raise ValueError(
             f"edges have a sender and a receiver, and these scores are on {list(scores.data.dims)}; "
             "pass those of attribute_edges or path_patch"
         )
     mean = scores["change"].mean("example")
-    pairs = [
-        (str(u), str(v), float(mean.sel(sender=u, receiver=v)))
-        for u in mean["sender"].values
-        for v in mean["receiver"].values
-    ]
-    edges = [(u, v, x) for u, v, x in pairs if np.isfinite(x)]
+    names = product(mean["sender"].values.tolist(), mean["receiver"].values.tolist())
+    values = mean.transpose("sender", "receiver").values.ravel().tolist()
+    edges = [(u, v, x) for (u, v), x in zip(names, values, strict=True) if isfinite(x)]
     if not 1 <= n_edges <= len(edges):
         raise ValueError(f"n_edges is {n_edges}; expected 1 to {len(edges)}, the edges scored")
     if by == "serving":
@@ -177,23 +177,19 @@ def _grown(model: HookedModel, ranked: Sequence[Edge], n_edges: int) -> list[Edg
 
 def faithfulness(
     model: HookedModel,
-    clean: Text | Sequence[Text],
-    corrupted: Text | Sequence[Text],
+    pairs: PairsLike,
     circuits: Sequence[Circuit],
     *,
-    answer: str | Target | Sequence[str | Target] | None = None,
-    wrong: str | Sequence[str] | None = None,
     metric: MetricLike = "logit_diff",
-    examples: Sequence[str] | None = None,
-    prepend_bos: bool = True,
-    batch_size: int = 8,
-    progress: bool = False,
+    limits: Limits | None = None,
 ) -> Result:
     """What circuits keep of the metric, every edge outside them cut to its corrupted value.
 
     Args:
+        pairs: as in `patch`.
         circuits: their edges must be edges of the model.
-        batch_size: circuits in one pass; fewer where memory runs out.
+        limits: ``batch_size`` (here 8 by default) bounds the circuits in one pass; fewer run
+            together where memory runs out.
 
     Returns:
         `Result` on ``example`` and ``circuit`` (its number), with ``faithfulness`` (1 = as the
@@ -201,43 +197,46 @@ def faithfulness(
         ``edges`` along ``circuit`` gives their sizes; baselines ``clean`` and ``corrupted``.
 
     Raises:
-        ValueError: no circuits, an edge the model has not got, several metrics.
+        ValueError: no circuits, an edge the model does not have, several metrics.
         TokenError: pairs that do not correspond token by token.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> pairs = mi_hops.contrast(model, mi_hops.Hopland().two_hop_facts("seen_parts")[:40])
+        >>> whole = Circuit(frozenset(all_edges(model)))
+        >>> kept = mi_hops.faithfulness(model, pairs.select([0]), [whole])
+        >>> round(float(kept["faithfulness"][0, 0]), 2)
+        1.0
     """
-    job = PatchJob.of_pairs(
-        model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction="noise",
-        prepend_bos=prepend_bos, limits=Limits(),
-    )  # fmt: skip
-    if not circuits or batch_size < 1:
-        raise ValueError(
-            f"got {len(circuits)} circuits and batch_size {batch_size}; need 1 or more"
-        )
-    baselines = job.baselines()
-    bases = job.core(baselines).bases
+    limits = limits or Limits(batch_size=8)
+    job = job_of_nodes(model, pairs, metric=metric, limits=limits)
+    if not circuits:
+        raise ValueError("got 0 circuits; need 1 or more")
+    bases = job.scored()
     runner = CircuitRunner(model)
     masks = torch.stack([runner.mask(c) for c in circuits])
-    wide = wide_dtype(dtype_of(model))
-    scores = torch.empty(len(bases), len(circuits), dtype=wide)
-    for i in progress_bar(range(len(bases)), label="pairs", show=progress):
+    scores = torch.empty(len(bases), len(circuits), dtype=wide_dtype(dtype_of(model)))
+    for i in progress_bar(range(len(bases)), label="pairs", show=limits.progress):
         ready = runner.prepare(bases[i], job.corrupted[i])
 
         def run(part: Sequence[int], ready: _Ready = ready) -> Tensor:
             return ready.scores(masks[list(part)])
 
-        parts = batched_with_oom_backoff(range(len(circuits)), batch_size, run)
+        parts = batched_with_oom_backoff(range(len(circuits)), limits.batch_size, run)
         scores[i] = torch.cat([found for _, found in parts])
-    clean_scores = score(model, bases)[:, 0]
-    corrupted_scores = score(model, job.other_scored(baselines))[:, 0]
-    share = normalised(scores, clean_scores[:, None], corrupted_scores[:, None], undefined="nan")
-    dims, unit = ("example", "circuit"), units_of(job.metrics)[0]
+    clean, corrupted = (score(model, run)[:, 0] for run in (bases, job.other_scored()))
+    share = normalised(scores, clean[:, None], corrupted[:, None], undefined="nan")
+    require_effect(share, job.why_no_effect(clean, corrupted))
+    unit = job.metrics.units[0]
     return Result.from_arrays(
-        {"faithfulness": (dims, share), "score": (dims, scores)},
-        baselines={
-            "clean": (("example",), clean_scores),
-            "corrupted": (("example",), corrupted_scores),
+        {
+            "faithfulness": (("example", "circuit"), share),
+            "score": (("example", "circuit"), scores),
         },
+        baselines={"clean": ("example", clean), "corrupted": ("example", corrupted)},
         coords={
-            "example": example_labels(examples, len(bases)),
+            "example": job.pairs.labels,
             "circuit": range(len(circuits)),
             "edges": (("circuit",), [len(c) for c in circuits]),
         },
@@ -246,12 +245,15 @@ def faithfulness(
             **dict.fromkeys(("score", "clean", "corrupted"), unit),
         },
         provenance=provenance(
-            model, method="circuit faithfulness", metrics=job.names, prepend_bos=prepend_bos,
+            model,
+            method="circuit faithfulness",
+            metrics=job.metrics.names,
             edges_of_model=len(runner.edges),
         ),
-        title=f"Faithfulness of circuits; {job.names[0]}",
+        title=f"Faithfulness of circuits; {job.one_metric}",
+        skipped=job.pairs.skipped,
         allow_nonfinite=True,  # no scale
-    )  # fmt: skip
+    )
 
 
 # -- running a circuit ----------------------------------------------------------------------------
@@ -271,7 +273,7 @@ class CircuitRunner:
         """True at the circuit's edges.
 
         Raises:
-            ValueError: an edge the model has not got.
+            ValueError: an edge the model does not have.
         """
         unknown = sorted(circuit.edges - self.edges)
         if unknown:
@@ -283,7 +285,6 @@ class CircuitRunner:
 
     def prepare(self, clean: Scored, corrupted: Prompt) -> _Ready:
         """One pair, with its corrupted run cached."""
-        align(clean.prompt, corrupted)
         return _Ready(self, clean, corrupted)
 
 
@@ -324,13 +325,13 @@ class _Ready:
 
 def _longer(prompt: Prompt, extra: Sequence[int]) -> Prompt:
     """The prompt with an answer's tokens behind it."""
-    from dataclasses import replace
-
-    more = tuple("" for _ in extra)
+    n = len(extra)
     return replace(
-        prompt, ids=(*prompt.ids, *extra), labels=(*prompt.labels, *more),
-        offsets=(*prompt.offsets, *((0, 0) for _ in extra)),
-    )  # fmt: skip
+        prompt,
+        ids=(*prompt.ids, *extra),
+        labels=(*prompt.labels, *[""] * n),
+        offsets=(*prompt.offsets, *[(0, 0)] * n),
+    )
 
 
 class _CircuitPass:
@@ -384,14 +385,20 @@ class _CircuitPass:
         """The stream that readers of one place see, ``[circuit, reader, pos, d_model]``."""
         columns = [self.columns[reader] for reader in found]
         weights = self.masks[:, : self.written, columns]
-        moved = torch.einsum("kuv,kupd->kvpd", weights, self.changes[:, : self.written])
+        moved = einsum(
+            "circuit writer reader, circuit writer pos d -> circuit reader pos d",
+            weights,
+            self.changes[:, : self.written],
+        )
         return moved.add_(stream.to(moved))
 
     def _enter(self, layer: int, inputs: list[Node]) -> Any:
         def fn(x: Tensor) -> Tensor:
             stream = self.ready.stream[hook_name("resid_pre", layer)]
-            rows = self._inputs(inputs, stream).flatten(0, 1)
-            main = stream.expand(self.n, -1, -1)
+            rows = rearrange(
+                self._inputs(inputs, stream), "circuit reader ... -> (circuit reader) ..."
+            )
+            main = repeat(stream, "1 pos d -> circuit pos d", circuit=self.n)
             return torch.cat([main.to(x), rows.to(x)])
 
         return fn

@@ -8,53 +8,14 @@ carries the first hop's difference, and a logit difference of the two answers me
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from mi_hops.cases import Case, usable
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import HookedModel
-from mi_hops.text.tokens import Prompt, answer_ids, encode, last_position, positions
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Prompt pairs with their answers and the places they share.
-
-    Attributes:
-        clean, corrupted: prompts, pair by pair of one length in tokens.
-        answer: of the clean prompt; ``wrong``: of the corrupted one.
-        examples: identifiers of the clean facts.
-        roles: ``subject`` and ``first hop`` (their last tokens; one place where the subject ends
-            the phrase) and ``last``, a position a pair.
-        skipped: (identifier, reason) of facts without a partner.
-    """
-
-    clean: list[str]
-    corrupted: list[str]
-    answer: list[str]
-    wrong: list[str]
-    examples: list[str]
-    roles: dict[str, list[int]]
-    skipped: list[tuple[str, str]]
-
-    def __len__(self) -> int:
-        return len(self.clean)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """For `patch` and its kin: ``patch(model, **pairs.arguments, kinds="z")``."""
-        names = ("clean", "corrupted", "answer", "wrong", "examples")
-        return {name: getattr(self, name) for name in names}
-
-    def select(self, keep: Sequence[int]) -> Contrast:
-        """The pairs of these numbers; nothing is skipped anew."""
-        fields: dict[str, Any] = {
-            name: [values[i] for i in keep] for name, values in self.arguments.items()
-        }
-        roles = {name: [at[i] for i in keep] for name, at in self.roles.items()}
-        return Contrast(**fields, roles=roles, skipped=self.skipped)
+from mi_hops.sweep.pairs import Pairs
 
 
 def contrast(
@@ -63,9 +24,8 @@ def contrast(
     *,
     partners: Sequence[TwoHopFact] | None = None,
     form: str | None = None,
-    prepend_bos: bool = True,
     seed: int = 0,
-) -> Contrast:
+) -> Pairs:
     """Pair each fact with a partner, drawn among all that fit.
 
     Args:
@@ -75,63 +35,63 @@ def contrast(
         seed: of the draw.
 
     Returns:
-        `Contrast`; facts without a partner are listed in ``skipped``.
+        `Pairs` labelled by the clean facts, with the roles ``subject`` and ``first hop`` (their last
+        tokens; one place where the subject ends the phrase) and ``last``. Facts without a partner,
+        or that cannot be used, are listed in ``skipped``.
 
     Raises:
-        ValueError: no fact has a partner.
-        TokenError: a prompt whose first-hop phrase is not in it, or an empty answer.
+        ValueError: no fact has a partner, or none can be used.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.Hopland().two_hop_facts("seen_parts")[:40]
+        >>> list(contrast(model, facts, form="suffix").roles)
+        ['subject', 'first hop', 'last']
     """
-    generator = torch.Generator().manual_seed(seed)
-    sides = [_Side.of(model, f, form, prepend_bos) for f in facts]
-    pool = sides if partners is None else [_Side.of(model, f, form, prepend_bos) for f in partners]
+    sides, skipped = usable(model, facts, _side, purpose="pairing", form=form)
+    pool = sides
+    if partners is not None:
+        pool, _ = usable(model, partners, _side, purpose="pairing", form=form)
     by_shape: dict[tuple[Any, ...], list[_Side]] = {}
     for side in pool:
-        by_shape.setdefault(side.shape, []).append(side)
-    pairs, skipped = [], []
-    for side in sides:
+        by_shape.setdefault(side[1], []).append(side)
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for case, shape, places in sides:
         fitting = [
             other
-            for other in by_shape.get(side.shape, [])
-            if other.fact.bridge != side.fact.bridge and other.first_token != side.first_token
+            for other, _, _ in by_shape.get(shape, [])
+            if other.fact.bridge != case.fact.bridge
+            and other.target.answer[0] != case.target.answer[0]
         ]
         if not fitting:
-            skipped.append((side.fact.id, "no fact of the same relations and lengths"))
+            skipped.append((case.fact.id, "no fact of the same relations and lengths"))
             continue
         drawn = int(torch.randint(len(fitting), (1,), generator=generator))
-        pairs.append((side, fitting[drawn]))
+        pairs.append((case, fitting[drawn], places))
     if not pairs:
         raise ValueError(
             f"none of {len(sides)} facts has a partner with the same relations, equally many tokens "
             "and another bridge and answer; pass more facts, or `partners`"
         )
-    return Contrast(
-        clean=[a.prompt.text for a, _ in pairs],
-        corrupted=[b.prompt.text for _, b in pairs],
-        answer=[a.fact.answer for a, _ in pairs],
-        wrong=[b.fact.answer for _, b in pairs],
-        examples=[a.fact.id for a, _ in pairs],
-        roles={
-            "subject": [a.places[0] for a, _ in pairs],
-            "first hop": [a.places[1] for a, _ in pairs],
-            "last": [a.places[2] for a, _ in pairs],
-        },
+    return Pairs(
+        [case.prompt.text for case, _, _ in pairs],
+        [other.prompt.text for _, other, _ in pairs],
+        answer=[case.fact.answer for case, _, _ in pairs],
+        wrong=[other.fact.answer for _, other, _ in pairs],
+        labels=[case.fact.id for case, _, _ in pairs],
+        roles={name: [at[name] for _, _, at in pairs] for name in ("subject", "first hop", "last")},
         skipped=skipped,
     )
 
 
-@dataclass(frozen=True)
-class _Side:
-    fact: TwoHopFact
-    prompt: Prompt
-    places: tuple[int, int, int]
-    shape: tuple[Any, ...]
-    first_token: int
+#: A fact, what a partner must share with it, and the places of its roles.
+_Side = tuple[Case, tuple[Any, ...], dict[str, int]]
 
-    @classmethod
-    def of(cls, model: HookedModel, fact: TwoHopFact, form: str | None, prepend_bos: bool) -> _Side:
-        prompt = encode(model, fact.prompt(form), prepend_bos=prepend_bos)
-        subject = positions(prompt, fact.subject)
-        hop = last_position(prompt, fact.first_hop)
-        shape = (fact.relation1, fact.relation2, len(prompt), subject, hop)
-        first = answer_ids(model, prompt, fact.answer)[0]
-        return cls(fact, prompt, (subject[-1], hop, prompt.last), shape, first)
+
+def _side(case: Case) -> _Side:
+    subject = case.positions(case.fact.subject)
+    (hop,) = case.positions("first hop")
+    shape = (case.fact.relation1, case.fact.relation2, len(case.prompt), subject, hop)
+    return case, shape, {"subject": subject[-1], "first hop": hop, "last": case.prompt.last}

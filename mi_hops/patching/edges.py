@@ -7,7 +7,7 @@ What `path.path_patch` measures exactly for a writer u and a reader v is estimat
 
 where only v's own use of its input counts: through its norm and projection, not along the stream.
 With several steps the gradient is averaged over the straight path between the inputs of the two runs
-(EAP-IG: Hanna et al. 2024, arXiv 2403.17806). One forward and one backward pass a step give the
+(EAP-IG: Hanna et al. 2024, arXiv 2403.17806). One forward and one backward pass per step give the
 gradients at queries, keys, values and MLP outputs; they are pulled back through each block's own norm
 and projections, so key/value heads shared by several query heads need no special case.
 """
@@ -19,16 +19,19 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from einops import repeat
+from fancy_einsum import einsum
 
 from mi_hops.model import Hook, HookedModel, device_of, dtype_of, hook_name
 from mi_hops.model.numeric import wide_dtype
-from mi_hops.patching.activation import Direction, PatchJob
-from mi_hops.patching.core import captured
+from mi_hops.patching.activation import PatchJob
+from mi_hops.patching.core import captured, require_effect
 from mi_hops.patching.gradients import overlaid, run_with_gradients
 from mi_hops.patching.nodes import (
     Node,
     Writes,
     edge_result,
+    job_of_nodes,
     probe,
     read_hooks,
     readers,
@@ -41,10 +44,11 @@ from mi_hops.patching.verify import Attribution
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import MetricLike, Target, score_gap
-from mi_hops.sweep.pairs import Text
+from mi_hops.sweep.metrics import MetricLike, score_gap
+from mi_hops.sweep.pairs import PairsLike
 from mi_hops.sweep.runs import Scored, Sweep
 from mi_hops.sweep.scoring import score
+from mi_hops.sweep.sites import Direction
 from mi_hops.text.tokens import Prompt
 
 if TYPE_CHECKING:
@@ -54,20 +58,15 @@ if TYPE_CHECKING:
 
 def attribute_edges(
     model: HookedModel,
-    clean: Text | Sequence[Text],
-    corrupted: Text | Sequence[Text],
-    *,
+    pairs: PairsLike,
     senders: str | Sequence[str] = "all",
     receivers: str | Sequence[str] = "all",
-    answer: str | Target | Sequence[str | Target] | None = None,
-    wrong: str | Sequence[str] | None = None,
+    *,
     metric: MetricLike = "logit_diff",
     direction: Direction = "noise",
     steps: int = 1,
     rule: Rule = "gauss",
-    examples: Sequence[str] | None = None,
-    prepend_bos: bool = True,
-    progress: bool = False,
+    limits: Limits | None = None,
 ) -> Attribution:
     """Estimated change of the metric for every edge, in every pair; summed over positions.
 
@@ -81,7 +80,7 @@ def attribute_edges(
         rule: quadrature of the path, as in `attribution.attribute`.
 
     Returns:
-        `Attribution`, whose ``result`` has ``change`` (unit of the metric) and ``effect`` (over the
+        `Attribution`, a result with ``change`` (unit of the metric) and ``effect`` (over the
         difference of the two runs; NaN where that is 0) on ``example``, ``sender`` and
         ``receiver``, NaN where there is no edge, and the baselines ``clean`` and ``corrupted``; in
         float32 or wider whatever the model's dtype. Its ``verify`` patches the top edges exactly,
@@ -91,41 +90,52 @@ def attribute_edges(
         ValueError: an unknown component, no edge between those named, a metric without a gradient
             or with one that is not finite, several metrics, no steps.
         TokenError: pairs that do not correspond token by token.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> pairs = mi_hops.contrast(model, mi_hops.Hopland().two_hop_facts("seen_parts")[:40])
+        >>> mi_hops.attribute_edges(model, pairs.select([0]), "heads", "logits")["change"].dims
+        ('example', 'sender', 'receiver')
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected at least 1")
     points = [(0.0, 1.0)] if steps == 1 else path_points(steps, rule)
-    job = PatchJob.of_pairs(
-        model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction=direction,
-        prepend_bos=prepend_bos, limits=Limits(),
-    )  # fmt: skip
+    job = job_of_nodes(model, pairs, metric=metric, direction=direction, limits=limits)
     if steps == 1:
         job.require_gradient()
-    sources, targets = writers(model, senders), readers(model, receivers)
-    edge = reached(sources, targets)
+    sources, targets = nodes = writers(model, senders), readers(model, receivers)
+    edge = reached(*nodes)
     if not edge.any():
         raise ValueError("no edge leads from any of the senders to any of the receivers")
-    baselines = job.baselines()
-    bases = job.core(baselines).bases
-    n = len(bases)
-    wide = wide_dtype(dtype_of(model))
-    change = torch.empty(n, len(sources), len(targets), dtype=wide)
-    for i in progress_bar(range(n), label="pairs", show=progress):
+    bases = job.scored()
+    shape = (len(bases), len(sources), len(targets))
+    change = torch.empty(shape, dtype=wide_dtype(dtype_of(model)))
+    for i in progress_bar(range(len(bases)), label="pairs", show=job.limits.progress):
         writes = Writes(model, (job.sources[i], job.bases[i]), sources)
         slopes = input_gradients(model, bases[i], job.sources[i], targets, points)
         moved = torch.stack([(writes(u, 0) - writes(u, 1)).to(slopes) for u in sources])
-        change[i] = torch.einsum("upd,vpd->uv", moved, slopes[:, : moved.shape[1]]).cpu()
+        change[i] = einsum(
+            "sender pos d_model, receiver pos d_model -> sender receiver",
+            moved,
+            slopes[:, : moved.shape[1]],
+        ).cpu()
     require_finite_estimates(change[:, edge])
     change.masked_fill_(~edge, float("nan"))
-    base = score(model, bases)[:, 0]
-    other = score(model, job.other_scored(baselines))[:, 0]
+    base, other = (score(model, run)[:, 0] for run in (bases, job.other_scored()))
     effect = change / score_gap(other, base)[:, None, None]
+    require_effect(effect, job.why_no_effect(base, other))
     method = "EAP" if steps == 1 else "EAP-IG"
     result = edge_result(
-        job, {"change": change, "effect": effect}, job.by_run(base, other), sources, targets,
-        examples=examples, title=f"Edge attribution ({method}); {job.names[0]}",
-        method=method, settings={"steps": steps, "rule": rule},
-    )  # fmt: skip
+        job,
+        {"change": change, "effect": effect},
+        job.by_run(base, other),
+        nodes,
+        title=f"Edge attribution ({method})",
+        method=method,
+        steps=steps,
+        rule=rule,
+    )
     return Attribution(result, partial(_exact, job, sources, targets))
 
 
@@ -137,9 +147,7 @@ def _exact(
     wanted = torch.zeros(len(sources) * len(targets), dtype=torch.bool)
     wanted[chosen] = True
     spans = [range(len(prompt)) for prompt in job.bases]
-    scores, base = exact_paths(
-        job, job.baselines(), sources, targets, wanted.view(len(sources), -1), spans
-    )
+    scores, base = exact_paths(job, sources, targets, wanted.view(len(sources), -1), spans)
     return scores.flatten(1)[:, chosen] - base[:, None]
 
 
@@ -173,10 +181,17 @@ def input_gradients(
         run = run_with_gradients(model, [base], names, start=start)
         before: list[Hook] = [] if start is None else [(inputs, partial(overlaid, value=start))]
         for layer, entry, members in _places(targets):
-            pull = partial(
-                _pull_back, model, tokens, layer, entry, targets,
-                gradients=run.gradients, before=before,
-            )  # fmt: skip
+
+            def pull(
+                part: Sequence[int],
+                layer: int = layer,
+                entry: str | None = entry,
+                gradients: dict[str, Tensor] = run.gradients,
+                before: Sequence[Hook] = before,
+            ) -> Tensor:
+                chosen = [targets[j] for j in part]
+                return _pull_back(model, tokens, layer, entry, chosen, gradients, before)
+
             for part, slope in batched_with_oom_backoff(members, len(members), pull):
                 out[list(part)] += weight * slope.to(out)
     return out
@@ -203,9 +218,7 @@ def _pull_back(
     tokens: Tensor,
     layer: int,
     entry: str | None,
-    targets: Sequence[Node],
-    members: Sequence[int],
-    *,
+    chosen: Sequence[Node],
     gradients: dict[str, Tensor],
     before: Sequence[Hook],
 ) -> Float[Tensor, "reader pos d_model"]:
@@ -214,13 +227,16 @@ def _pull_back(
     Every reader has a copy of the stream to itself, and only its own result counts in that copy. The
     logits' input is the stream itself.
     """
-    chosen = [targets[j] for j in members]
     if entry is None:
         return gradients[_result_hook(chosen[0])]
     copies: list[Tensor] = []
 
     def copy(x: Tensor) -> Tensor:
-        copies[:] = [x.detach().expand(len(chosen), -1, -1).clone().requires_grad_(True)]
+        copies[:] = [
+            repeat(x.detach(), "1 pos d -> reader pos d", reader=len(chosen))
+            .clone()
+            .requires_grad_()
+        ]
         return copies[0]
 
     names = list(dict.fromkeys(_result_hook(v) for v in chosen))

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from einops import rearrange, reduce
+from fancy_einsum import einsum
 
 from mi_hops.model import HookedModel, capture, hook_name, provenance
 from mi_hops.model.numeric import widen
 from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
-from mi_hops.sweep.pairs import Text, as_prompts, example_labels, one_each
+from mi_hops.sweep.limits import Limits
+from mi_hops.sweep.pairs import Pairs, PairsLike, as_prompts, one_each
 from mi_hops.sweep.scoring import logits_at
-from mi_hops.text.tokens import Prompt, TokenError, Where, last_position, pad, positions
+from mi_hops.text.tokens import Prompt, TokenError, Where, last_position, positions
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -68,8 +71,7 @@ def head_scores(
     layers, heads = range(int(model.cfg.n_layers)), range(int(model.cfg.n_heads))
     found = {k: torch.zeros(len(rows), len(layers), len(heads)) for k in detectors}
     for i, row in enumerate(rows):
-        with torch.no_grad():
-            patterns = capture(model, row[None], [hook_name("pattern", layer) for layer in layers])
+        patterns = _patterns(model, row)
         for kind, detector in detectors.items():
             expected = detector(row[None].cpu())
             queries = int((expected.sum(-1) > 0).sum())
@@ -77,15 +79,10 @@ def head_scores(
                 raise ValueError(
                     f"no query of sequence {i} has a place for a {kind} head to look at"
                 )
-            for layer in layers:
-                weights = patterns[0][hook_name("pattern", layer)][0].float().cpu()
-                for head in heads:
-                    share = head_detector.compute_head_attention_similarity_score(
-                        weights[head], expected, exclude_bos=False, exclude_current_token=False,
-                        error_measure="mul",
-                    )  # fmt: skip
-                    # A share of all attention, of which every query has 1.
-                    found[kind][i, layer, head] = share * n / queries
+            looked = einsum(
+                "layer head query key, query key -> layer head", patterns, expected.float()
+            )
+            found[kind][i] = looked / queries
     dims = ("example", "layer", "head")
     return Result.from_arrays(
         {kind: (dims, scores) for kind, scores in found.items()},
@@ -115,17 +112,12 @@ def _repeated(model: HookedModel, length: int, samples: int, seed: int) -> Int[T
 
 
 def attention_to(
-    model: HookedModel,
-    prompts: Text | Sequence[Text],
-    span: Where | Sequence[Where],
-    *,
-    query: Where = -1,
-    examples: Sequence[str] | None = None,
-    prepend_bos: bool = True,
+    model: HookedModel, prompts: PairsLike, span: Where | Sequence[Where], *, query: Where = -1
 ) -> Result:
     """How much of its attention each head of the answer position pays to a span.
 
     Args:
+        prompts: of pairs the clean ones.
         span: an index, slice or substring; one for all prompts, or a list of one each.
         query: the position that attends; of a span its last token.
 
@@ -136,11 +128,11 @@ def attention_to(
     Raises:
         TokenError: a span that is absent, or that no token of it comes before the query.
     """
-    found = as_prompts(model, prompts, prepend_bos=prepend_bos)
+    asked = Pairs.of(prompts)
+    found = as_prompts(model, asked.clean)
     spans = one_each("span", span, len(found))
-    layers = range(int(model.cfg.n_layers))
-    names = [hook_name("pattern", layer) for layer in layers]
-    values = torch.zeros(len(found), len(layers), int(model.cfg.n_heads))
+    layers, heads = range(int(model.cfg.n_layers)), range(int(model.cfg.n_heads))
+    values = torch.zeros(len(found), len(layers), len(heads))
     for i, (prompt, where) in enumerate(zip(found, spans, strict=True)):
         at = last_position(prompt, query)
         keys = [p for p in positions(prompt, where) if p <= at]
@@ -149,21 +141,23 @@ def attention_to(
                 f"no token of {where!r} comes before position {at} of {prompt.text!r}, so it cannot "
                 "be attended to from there"
             )
-        with torch.no_grad():
-            patterns, _ = capture(model, pad([prompt.ids]).tokens, names)
-        for layer, name in zip(layers, names, strict=True):
-            values[i, layer] = patterns[name][0, :, at, keys].float().sum(-1).cpu()
+        patterns = _patterns(model, torch.tensor(prompt.ids))[:, :, at, keys]
+        values[i] = reduce(patterns, "layer head key -> layer head", "sum")
     return Result.from_arrays(
         {"attention": (("example", "layer", "head"), values)},
-        coords={
-            "example": example_labels(examples, len(found)),
-            "layer": layers,
-            "head": range(int(model.cfg.n_heads)),
-        },
+        coords={"example": asked.labels, "layer": layers, "head": heads},
         units={"attention": "share"},
-        provenance=provenance(model, method="attention to a span", prepend_bos=prepend_bos),
+        provenance=provenance(model, method="attention to a span"),
         title="Attention to the span",
     )
+
+
+def _patterns(model: HookedModel, row: Int[Tensor, "pos"]) -> Float[Tensor, "layer head query key"]:
+    """All attention patterns of one row, in float32, on the CPU."""
+    names = [hook_name("pattern", layer) for layer in range(int(model.cfg.n_layers))]
+    with torch.no_grad():
+        found, _ = capture(model, row[None], names)
+    return torch.stack([found[name][0].float().cpu() for name in names])
 
 
 def composition(model: HookedModel, mode: Composition) -> Result:
@@ -185,8 +179,9 @@ def composition(model: HookedModel, mode: Composition) -> Result:
     scores = getattr(found, "scores", found).detach().float().cpu()
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
     order = torch.arange(n_layers)
-    later = (order[:, None] < order)[:, None, :, None].expand_as(scores)
-    scores = scores.masked_fill(~later, float("nan")).reshape(n_layers * n_heads, -1)
+    later = rearrange(order[:, None] < order, "sender receiver -> sender 1 receiver 1")
+    scores = scores.masked_fill(~later, float("nan"))
+    scores = rearrange(scores, "layer head later other -> (layer head) (later other)")
     names = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
     return Result.from_arrays(
         {"composition": (("sender", "receiver"), scores)},
@@ -200,13 +195,12 @@ def composition(model: HookedModel, mode: Composition) -> Result:
 
 def icl_score(
     model: HookedModel,
-    prompts: Text | Sequence[Text],
+    prompts: PairsLike,
     *,
     early: int = 50,
     late: int = 500,
     width: int = 1,
-    prepend_bos: bool = True,
-    batch_size: int = 8,
+    limits: Limits | None = None,
 ) -> Result:
     """In-context-learning score: loss at a late token less loss at an early one (Olsson et al. 2022).
 
@@ -215,7 +209,7 @@ def icl_score(
     Args:
         early, late: token positions, from 0.
         width: positions averaged, ending at each.
-        batch_size: prompts in one pass; fewer where memory runs out.
+        limits: ``batch_size`` (here 8 by default) bounds the prompts in one pass.
 
     Returns:
         `Result` on ``example`` with ``icl`` (nats), ``early_loss`` and ``late_loss``.
@@ -227,7 +221,8 @@ def icl_score(
         raise ValueError(
             f"early {early}, late {late}, width {width}; expected 1 <= width <= early < late"
         )
-    found = as_prompts(model, prompts, prepend_bos=prepend_bos)
+    asked = Pairs.of(prompts)
+    found = as_prompts(model, asked.clean)
     short = [p.text[:40] for p in found if len(p) <= late]
     if short:
         raise ValueError(f"{len(short)} prompt(s) have no token {late}: {short[:3]}")
@@ -240,17 +235,17 @@ def icl_score(
         said = widen(logits).log_softmax(-1)
         target = tokens[:, at].to(said.device)
         lost = -said.gather(-1, target[..., None])[..., 0].cpu()
-        return lost.unflatten(-1, (2, width)).mean(-1)
+        return reduce(lost, "row (end width) -> row end", "mean", end=2)
 
-    loss = torch.cat([lost for _, lost in batched_with_oom_backoff(found, batch_size, run)])
+    size = (limits or Limits(batch_size=8)).batch_size
+    loss = torch.cat([lost for _, lost in batched_with_oom_backoff(found, size, run)])
     values = {"icl": loss[:, 1] - loss[:, 0], "early_loss": loss[:, 0], "late_loss": loss[:, 1]}
     return Result.from_arrays(
         {name: (("example",), value) for name, value in values.items()},
-        coords={"example": range(len(found))},
+        coords={"example": asked.labels},
         units=dict.fromkeys(values, "nats"),
         provenance=provenance(
-            model, method="in-context-learning score", early=early, late=late, width=width,
-            prepend_bos=prepend_bos,
+            model, method="in-context-learning score", early=early, late=late, width=width
         ),
         title=f"Loss at token {late} less loss at token {early}",
-    )  # fmt: skip
+    )

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from einops import repeat
+from fancy_einsum import einsum
 
 from mi_hops.model import (
     Hook,
@@ -26,10 +28,14 @@ from mi_hops.model import (
     w_o,
 )
 from mi_hops.model.numeric import wide_dtype
-from mi_hops.patching.core import captured, units_of
+from mi_hops.patching.activation import PatchJob
+from mi_hops.patching.core import captured
 from mi_hops.result.result import Result
-from mi_hops.sweep.interventions import Intervention, Site
-from mi_hops.sweep.pairs import example_labels
+from mi_hops.sweep.interventions import Intervention, Site, replace
+from mi_hops.sweep.limits import Limits
+from mi_hops.sweep.metrics import MetricLike
+from mi_hops.sweep.pairs import Pairs, PairsLike
+from mi_hops.sweep.sites import Direction, Sites
 from mi_hops.text.tokens import Prompt
 
 if TYPE_CHECKING:
@@ -37,8 +43,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
     from torch import Tensor
-
-    from mi_hops.patching.activation import PatchJob
 
 Role = Literal["embed", "head", "attn", "mlp", "q", "k", "v", "logits"]
 
@@ -184,7 +188,8 @@ class Writes:
         out = self._store[hook_name("attn_out", layer)][0, : len(self._prompts[0])]
         wide = wide_dtype(z.dtype)
         weight = w_o(self._model, layer).detach().to(z.device, wide)
-        rest = out.to(wide) - torch.einsum("phd,hdm->pm", z.to(wide), weight)
+        written = einsum("pos head d_head, head d_head d_model -> pos d_model", z.to(wide), weight)
+        rest = out.to(wide) - written
         narrow = torch.finfo(z.dtype).bits < 32
         scale = float(out.abs().max()) or 1.0
         if float((rest - rest[:1]).abs().max()) > (5e-2 if narrow else 1e-4) * scale:
@@ -234,7 +239,7 @@ def probe(
         if entry == "resid_pre":
             return torch.cat([x, change(x).to(x.dtype)])
         rows = change(x.new_zeros(x.shape)).shape[0]
-        return torch.cat([x, x.expand(rows, -1, -1)])
+        return torch.cat([x, repeat(x, "1 pos d -> row pos d", row=rows)])
 
     def alter(x: Tensor) -> Tensor:
         return torch.cat([x[:1], change(x[:1]).to(x.dtype)])
@@ -261,8 +266,6 @@ def probe(
 
 def arrival(reader: Node, value: Tensor, positions: tuple[int, ...]) -> Intervention:
     """An intervention that gives a reader's own result the value it has from another input."""
-    from mi_hops.sweep.interventions import replace
-
     if reader.head is not None:
         value = value[:, reader.head]
     role = "mlp_out" if reader.role == "mlp" else reader.role
@@ -270,44 +273,63 @@ def arrival(reader: Node, value: Tensor, positions: tuple[int, ...]) -> Interven
     return Intervention((site,), replace(value[list(positions)]))
 
 
-# -- results --------------------------------------------------------------------------------------
+# -- pairs, and results -----------------------------------------------------------------------------
+
+
+def job_of_nodes(
+    model: HookedModel,
+    pairs: PairsLike,
+    *,
+    metric: MetricLike,
+    direction: Direction = "noise",
+    limits: Limits | None = None,
+) -> PatchJob:
+    """Pairs, answers and one metric for methods that have no cells, but nodes and edges.
+
+    Raises:
+        ValueError: several metrics, or activations in place of prompts.
+        TokenError: prompts that do not correspond token by token.
+    """
+    pairs = Pairs.of(pairs)
+    if pairs.activations is not None or pairs.source:
+        raise ValueError(
+            "edges need both runs of each pair, and this takes no other source of activations; pass "
+            "the clean and corrupted prompts alone"
+        )
+    every = Sites("resid_pre", layers=0, positions="all")
+    job = PatchJob(model, pairs, every, metric=metric, direction=direction, limits=limits)
+    assert job.one_metric
+    return job
 
 
 def edge_result(
     job: PatchJob,
     values: Mapping[str, Float[Tensor, "example sender receiver"]],
     baselines: Mapping[str, Float[Tensor, "example"]],
-    senders: Sequence[Node],
-    receivers: Sequence[Node],
+    nodes: tuple[Sequence[Node], Sequence[Node]],
     *,
-    examples: Sequence[str] | None,
     title: str,
-    method: str,
-    settings: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Result:
-    """A `Result` of numbers a pair and edge, NaN where there is no edge.
+    """A `Result` of one value per pair and edge, NaN where there is no edge.
 
     Args:
         values: ``effect``, in the job's share, and others in the unit of its metric.
         baselines: in the unit of the metric.
-        examples: labels of the pairs; default their numbers.
+        nodes: senders and receivers.
         settings: what else the provenance remembers.
     """
-    dims = ("example", "sender", "receiver")
-    unit = units_of(job.metrics)[0]
+    senders, receivers = ([node.name for node in side] for side in nodes)
+    unit = dict.fromkeys((*values, *baselines), job.metrics.units[0])
     return Result.from_arrays(
-        {name: (dims, value) for name, value in values.items()},
+        {name: (("example", "sender", "receiver"), value) for name, value in values.items()},
         baselines={name: (("example",), value) for name, value in baselines.items()},
-        coords={
-            "example": example_labels(examples, len(job.bases)),
-            "sender": [u.name for u in senders],
-            "receiver": [v.name for v in receivers],
-        },
-        units={**dict.fromkeys((*values, *baselines), unit), "effect": job.share},
+        coords={"example": job.pairs.labels, "sender": senders, "receiver": receivers},
+        units=unit | {"effect": job.share},
         provenance=provenance(
-            job.model, method=method, direction=job.direction, metrics=job.names,
-            **(settings or {}), prepend_bos=job.prepend_bos,
+            job.model, direction=job.direction, metrics=job.metrics.names, **settings
         ),
-        title=title,
+        title=f"{title}; {job.one_metric}",
+        skipped=job.pairs.skipped,
         allow_nonfinite=True,  # no edge, or no scale
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""Direct path patching: what one component tells another one, and nobody else (Wang et al. 2022).
+"""Direct path patching: what one component tells another one, and no other (Wang et al. 2022).
 
 For a path from a writer u to a reader v (arXiv 2211.00593), v's input, and only v's, becomes::
 
@@ -11,19 +11,21 @@ so the result is the exact edge intervention, whatever the norm, on grouped-quer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mi_hops.model import HookedModel, dtype_of
 from mi_hops.model.numeric import wide_dtype
-from mi_hops.patching.activation import Direction, PatchJob
+from mi_hops.patching.activation import PatchJob
+from mi_hops.patching.core import require_effect
 from mi_hops.patching.nodes import (
     Node,
     Writes,
     arrival,
     edge_result,
+    job_of_nodes,
     probe,
     read_hooks,
     readers,
@@ -33,12 +35,13 @@ from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.interventions import Change, Intervention, Site, add
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import MetricLike, Target, normalised
-from mi_hops.sweep.pairs import Text
+from mi_hops.sweep.metrics import MetricLike, normalised
+from mi_hops.sweep.pairs import PairsLike
 from mi_hops.sweep.passes import rows_within
 from mi_hops.sweep.runs import Scored, Scores, Sweep
 from mi_hops.sweep.scoring import score
-from mi_hops.text.tokens import Where, align, pad
+from mi_hops.sweep.sites import Direction
+from mi_hops.text.tokens import Where, pad
 from mi_hops.text.tokens import positions as positions_of
 
 if TYPE_CHECKING:
@@ -50,21 +53,14 @@ if TYPE_CHECKING:
 
 def path_patch(
     model: HookedModel,
-    clean: Text | Sequence[Text],
-    corrupted: Text | Sequence[Text],
-    *,
+    pairs: PairsLike,
     senders: str | Sequence[str] = "heads",
     receivers: str | Sequence[str] = "logits",
-    answer: str | Target | Sequence[str | Target] | None = None,
-    wrong: str | Sequence[str] | None = None,
+    *,
     positions: Where = slice(None),
     metric: MetricLike = "logit_diff",
     direction: Direction = "denoise",
-    examples: Sequence[str] | None = None,
-    prepend_bos: bool = True,
-    max_rows: int | None = None,
-    memory: float | None = None,
-    progress: bool = False,
+    limits: Limits | None = None,
 ) -> Result:
     """Every direct path from senders to receivers, in every pair; other arguments as in `patch`.
 
@@ -80,32 +76,38 @@ def path_patch(
         ``clean`` and ``corrupted`` per example.
 
     Raises:
-        ValueError: an unknown component; no path at all; a model whose heads have no write of
-            their own (a norm after attention).
+        ValueError: as in `patch`; an unknown component; no path at all; a model whose heads have no
+            write of their own (a norm after attention).
         TokenError: pairs that do not correspond token by token.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> pairs = mi_hops.contrast(model, mi_hops.Hopland().two_hop_facts("seen_parts")[:40])
+        >>> mi_hops.path_patch(model, pairs.select([0]), "heads", "logits")["change"].dims
+        ('example', 'sender', 'receiver')
     """
-    job = PatchJob.of_pairs(
-        model, clean, corrupted, answer=answer, wrong=wrong, metric=metric, direction=direction,
-        prepend_bos=prepend_bos, limits=Limits(max_rows=max_rows, memory=memory),
-    )  # fmt: skip
-    sources, targets = writers(model, senders), readers(model, receivers)
-    wanted = reached(sources, targets)
+    job = job_of_nodes(model, pairs, metric=metric, direction=direction, limits=limits)
+    nodes = writers(model, senders), readers(model, receivers)
+    wanted = reached(*nodes)
     if not wanted.any():
         raise ValueError(
-            f"no path leads from {[u.name for u in sources][:5]} to {[v.name for v in targets][:5]}: "
-            "readers see what earlier blocks wrote (an MLP also its own block's attention)"
+            f"no path leads from {[u.name for u in nodes[0]][:5]} to {[v.name for v in nodes[1]][:5]}"
+            ": readers see what earlier blocks wrote (an MLP also its own block's attention)"
         )
-    baselines = job.baselines()
     spans = [positions_of(prompt, positions) for prompt in job.bases]
-    scores, base = exact_paths(job, baselines, sources, targets, wanted, spans, progress=progress)
-    other = score(model, job.other_scored(baselines))[:, 0]
+    scores, base = exact_paths(job, *nodes, wanted, spans)
+    other = score(model, job.other_scored())[:, 0]
     effect = normalised(scores, other[:, None, None], base[:, None, None], undefined="nan")
-    change = scores - base[:, None, None]
+    require_effect(effect, job.why_no_effect(base, other))
     return edge_result(
-        job, {"effect": effect, "score": scores, "change": change}, job.by_run(base, other),
-        sources, targets, examples=examples, title=f"Direct paths; {job.names[0]}",
+        job,
+        {"effect": effect, "score": scores, "change": scores - base[:, None, None]},
+        job.by_run(base, other),
+        nodes,
+        title="Direct paths",
         method="direct path patching",
-    )  # fmt: skip
+    )
 
 
 def reached(sources: Sequence[Node], targets: Sequence[Node]) -> Bool[Tensor, "sender receiver"]:
@@ -115,30 +117,26 @@ def reached(sources: Sequence[Node], targets: Sequence[Node]) -> Bool[Tensor, "s
 
 def exact_paths(
     job: PatchJob,
-    baselines: Sequence[Tensor] | None,
     sources: Sequence[Node],
     targets: Sequence[Node],
     wanted: Bool[Tensor, "sender receiver"],
     spans: Sequence[Sequence[int]],
-    *,
-    progress: bool = False,
 ) -> tuple[Float[Tensor, "example sender receiver"], Float[Tensor, "example"]]:
     """Scores of the wanted paths in every pair, NaN of the others, and the base scores.
 
     Args:
-        baselines: what ``job.baselines()`` gave.
         wanted: paths that there are, at least one of them.
         spans: where the senders' writes are replaced, pair by pair.
     """
-    bases = job.core(baselines).bases
+    bases = job.scored()
+    limits = replace(job.limits, progress=False)
     wide = wide_dtype(dtype_of(job.model))
     scores = torch.full((len(bases), *wanted.shape), float("nan"), dtype=wide)
     base = torch.empty(len(bases), dtype=wide)
-    for i in progress_bar(range(len(bases)), label="pairs", show=progress):
-        align(job.sources[i], job.bases[i])
+    for i in progress_bar(range(len(bases)), label="pairs", show=job.limits.progress):
         writes = Writes(job.model, (job.sources[i], job.bases[i]), sources)
         changes = torch.stack([_change(writes, u, spans[i]) for u in sources])
-        pair = _Pair(job.model, bases[i], changes, min(spans[i]), job.limits)
+        pair = _Pair(job.model, bases[i], changes, min(spans[i]), limits)
         base[i] = pair.run(targets, wanted, scores[i])
     return scores, base
 

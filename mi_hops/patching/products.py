@@ -1,7 +1,7 @@
 """Linear estimates of all cells of a block at once: differences of activations times gradients.
 
 The spans of a group of examples make one table of positions. Activations are gathered through it,
-``[row, span, token, ...]``, and what is left of the product is one number a row, span and unit (head
+``[row, span, token, ...]``, and what is left of the product is one value per row, span and unit (head
 or neuron), from which the cells take theirs.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange, reduce
 
 from mi_hops.model import hook_name
 from mi_hops.model.numeric import wide_dtype
@@ -45,7 +46,9 @@ class Places:
 
     def gather(self, activation: Tensor, kind: str) -> Float[Tensor, "row span token *rest"]:
         """An activation of all rows at the spans; of a pattern, ``[..., head, key]`` of the queries."""
-        by_token = activation.transpose(1, 2) if HEAD_AXIS[kind] == 1 else activation
+        by_token = activation
+        if HEAD_AXIS[kind] == 1:
+            by_token = rearrange(activation, "row head query key -> row query head key")
         rows = torch.arange(len(self.index), device=activation.device)[:, None, None]
         return by_token[rows, self.index.to(activation.device)]
 
@@ -74,8 +77,8 @@ def difference(
         origin, goal = origin[..., :width], goal[..., :width]
     wide = wide_dtype(goal.dtype)
     moved = origin.to(goal.device, wide) - goal.to(wide)
-    nobody = ~base.real.to(moved.device)
-    return moved.masked_fill_(nobody.view(*nobody.shape, *[1] * (moved.ndim - 3)), 0)
+    moved[~base.real.to(moved.device)] = 0  # padding of shorter spans
+    return moved
 
 
 def contract(
@@ -87,10 +90,8 @@ def contract(
 ) -> Float[Tensor, "row span *unit"]:
     """The product with a gradient, summed over all but row, span and what `cell` names one of."""
     slope = base.gather(gradient, kind)[..., : moved.shape[-1]]
-    product = moved * slope.to(moved)
-    if cell.neuron is not None:
-        return product.sum(2)
-    return product.flatten(2).sum(-1) if cell.head is None else product.sum((2, -1))
+    unit = "" if cell.unit is None else "unit"
+    return reduce(moved * slope.to(moved), f"row span token {unit} ... -> row span {unit}", "sum")
 
 
 def add_cells(
@@ -120,8 +121,8 @@ def products(
         there, here, gradients: by hook name, ``[row, ...]``.
     """
     slope = next(iter(gradients.values()))
-    wide = wide_dtype(slope.dtype)
-    out = torch.zeros(len(base.index), len(cells), dtype=wide, device=slope.device)
+    wide, shape = wide_dtype(slope.dtype), (len(base.index), len(cells))
+    out = torch.zeros(shape, dtype=wide, device=slope.device)
     for (kind, layer), members in by_place(cells).items():
         name = hook_name(kind, layer)
         moved = difference(there[name], here[name], kind, source, base)

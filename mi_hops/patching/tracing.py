@@ -13,33 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 
 from mi_hops.model import HookedModel, embedding, hook_name, hooked, require_hooks
-from mi_hops.patching.core import (
-    Axes,
-    captured,
-    put,
-    resolve_metrics,
-    scored_alone,
-    taken,
-)
+from mi_hops.patching.core import GridSweep, Metrics, captured, put, require_effect, taken
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.interventions import Intervention, Site
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import MetricLike, Target, require_finite, score_gap
-from mi_hops.sweep.pairs import (
-    PositionsLike,
-    Text,
-    as_prompts,
-    one_each,
-    resolve_spans,
-)
+from mi_hops.sweep.metrics import MetricLike, require_finite, score_gap
+from mi_hops.sweep.pairs import Pairs, PairsLike, Texts, as_prompts, one_each
 from mi_hops.sweep.runs import Sweep
 from mi_hops.sweep.scoring import score
-from mi_hops.sweep.sites import Cell, Grid, HeadsLike, build_grid, default_positions
+from mi_hops.sweep.sites import Cell, Grid, Sites, SitesLike
 from mi_hops.text.tokens import Prompt, TokenError, Where
 from mi_hops.text.tokens import positions as positions_of
 
@@ -62,39 +51,30 @@ _BEFORE = {
 
 def trace(
     model: HookedModel,
-    prompts: Text | Sequence[Text],
+    pairs: PairsLike,
     subject: Where | Sequence[Where],
+    sites: SitesLike = "resid_post",
     *,
-    answer: str | Target | Sequence[str | Target] | None = None,
-    wrong: str | Sequence[str] | None = None,
-    kinds: str | Sequence[str] = "resid_post",
-    layers: Sequence[int] | None = None,
-    positions: PositionsLike | None = None,
-    heads: HeadsLike = None,
-    window: int = 1,
     severed: Severed | Sequence[Severed] = "none",
     noise: float = 3.0,
     samples: int = 10,
     seed: int = 0,
     metric: MetricLike | Sequence[MetricLike] = "first_prob",
-    examples: Sequence[str] | None = None,
-    prepend_bos: bool = True,
-    max_rows: int | None = None,
-    memory: float | None = None,
-    progress: bool = False,
+    limits: Limits | None = None,
 ) -> Result:
-    """Causal tracing of every cell of a grid, in every prompt; other arguments as in `patch`.
+    """Causal tracing of every cell of a grid, in every clean prompt; other arguments as in `patch`.
 
     Args:
+        pairs: clean prompts with their answers, ``Pairs(prompts, answer=...)``; corrupted ones have
+            no part in it.
         subject: the span whose embeddings get noise: one for all prompts, or a list of one each.
-        positions: where clean states are restored; default every token by itself (`subject_roles`
-            names tokens for prompts of unequal lengths).
-        window: blocks restored together (the paper takes 1 for the residual stream and 10 for
-            attention and MLP outputs of a model of 48 blocks).
+        sites: where clean states are restored (`subject_roles` names positions for prompts of
+            unequal lengths). The paper takes a window of 1 for the residual stream and of 10 for
+            attention and MLP outputs of a model of 48 blocks.
         severed: ``"none"``, ``"mlp"``, ``"attn"``, or several (then the result has an axis
             ``severed``).
         noise: standard deviation, in units of that of the token embedding's entries.
-        samples: noisy runs a prompt.
+        samples: noisy runs per prompt.
         seed: of the noise; each prompt draws its own, whatever else is traced.
 
     Returns:
@@ -107,65 +87,87 @@ def trace(
         in each prompt (``noised``).
 
     Raises:
-        ValueError: as in `patch`; noise or samples that are not positive.
+        ValueError: as in `patch`; noise or samples that are not positive, or noise that changes no
+            prompt's score.
         TokenError: a subject that is not in its prompt.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> fact = mi_hops.Hopland().two_hop_facts("seen_parts")[0]
+        >>> asked = mi_hops.Pairs(fact.prompt(), answer=fact.answer)
+        >>> mi_hops.trace(model, asked, fact.subject, samples=2)["indirect"].dims
+        ('example', 'layer', 'position')
     """
     if not noise > 0 or samples < 1:
         raise ValueError(f"noise is {noise} and samples {samples}; expected more than 0 of both")
-    variants, several = _variants(severed)
-    bases = as_prompts(model, prompts, prepend_bos=prepend_bos)
-    spoiled = [
-        positions_of(p, s)
-        for p, s in zip(bases, one_each("subject", subject, len(bases)), strict=True)
-    ]
-    where = default_positions(kinds) if positions is None else positions
-    spans = resolve_spans(where, bases, bases)
-    grid = build_grid(model, spans, kinds=kinds, layers=layers, heads=heads, window=window)
+    variants = (severed,) if isinstance(severed, str) else tuple(severed)
+    known = ("none", *_SEVERED_KIND)
+    if not variants or len(set(variants)) < len(variants) or not set(variants) <= set(known):
+        raise ValueError(f"severed is {severed!r}; expected one or more of {known}, each once")
+    pairs, sites, limits = Pairs.of(pairs), Sites.of(sites), limits or Limits()
+    if sites.neurons is not None:
+        raise ValueError("single neurons are not traced; restore all of them, or patch them")
+    bases, noised = _subjects(model, pairs.clean, subject)
+    grid = sites.grid(model, bases)
     held = [kind for name, kind in _SEVERED_KIND.items() if name in variants]
     require_hooks(model, [hook_name(kind, i) for kind in held for i in range(model.cfg.n_layers)])
-    metrics, names, single = resolve_metrics(metric)
-    prompts_scored = scored_alone(model, bases, answer, wrong, metrics)
-    clean = score(model, prompts_scored)
-    limits = Limits(max_rows=max_rows, memory=memory)
+    metrics = Metrics.of(metric)
+    targets = pairs.targets(model, bases, metrics.reading_answers)
+    scored = metrics.scored(bases, targets, metrics.baselines(model, bases))
+    clean = score(model, scored)
     std = noise * float(embedding(model).float().std())
 
-    n_rows = len(variants) * len(grid.cells)
-    restored = torch.empty(len(bases), samples, n_rows, len(names), dtype=clean.dtype)
-    noisy = torch.empty(len(bases), samples, len(names), dtype=clean.dtype)
-    for i in progress_bar(range(len(bases)), label="prompts", show=progress):
-        tracer = _Tracer(model, bases[i], spoiled[i], spans.base[i], grid, variants)
-        sweep = Sweep(model, [prompts_scored[i]])
-        for s, draw in enumerate(_draws(model, len(spoiled[i]), std, samples, (seed, i))):
-            with spoil(model, sweep.batch.tokens.shape[1], spoiled[i], draw):
-                found = sweep.run(tracer.interventions(), limits)
+    n_rows, n_metrics = len(variants) * len(grid.cells), len(metrics.items)
+    restored = torch.empty(len(bases), samples, n_rows, n_metrics, dtype=clean.dtype)
+    noisy = torch.empty(len(bases), samples, n_metrics, dtype=clean.dtype)
+    quiet = replace(limits, progress=False)
+    for i in progress_bar(range(len(bases)), label="prompts", show=limits.progress):
+        states = captured(model, [bases[i]], grid.hook_names())
+        tracer = _Tracer(model, bases[i], grid.base[i], grid, variants, states)
+        sweep = Sweep(model, [scored[i]])
+        for s, draw in enumerate(noise_draws(model, len(noised[i]), std, samples, (seed, i))):
+            with add_noise(model, sweep.batch.tokens.shape[1], noised[i], draw):
+                found = sweep.run(tracer.interventions(), quiet)
             restored[i, s], noisy[i, s] = found.rows, found.base[0]
+    for m, name in enumerate(metrics.names):
+        require_finite(name, restored[..., m].flatten())
     indirect = restored - noisy[:, :, None]
     mean = indirect.mean(1)
     total = clean - noisy.mean(1)
     effect = mean / score_gap(clean, noisy.mean(1))[:, None]
-    for m, name in enumerate(names):
-        require_finite(name, restored[..., m].flatten())
-    if several:
-        grid = _with_axis(grid, "severed", variants)
-    axes = Axes(grid, spans, bases, metrics, names, single, examples)
-    return axes.result(
-        model,
+    require_effect(effect, "the noise changes no prompt's score; raise `noise`")
+    if not isinstance(severed, str):
+        grid = replace(
+            grid,
+            coords={"severed": np.asarray(variants), **grid.coords},
+            cells=grid.cells * len(variants),
+        )
+    return GridSweep(model, bases, grid, metrics, pairs.labels, limits).result(
         {
-            "indirect": mean, "effect": effect, "score": restored.mean(1),
+            "indirect": mean,
+            "effect": effect,
+            "score": restored.mean(1),
             "spread": _standard_error(indirect),
         },
         {
-            "clean": clean, "noisy": noisy.mean(1), "total": total,
+            "clean": clean,
+            "noisy": noisy.mean(1),
+            "total": total,
             "total_spread": _standard_error(noisy),
         },
-        title=f"Causal tracing: {', '.join(grid.kinds)}; {', '.join(names)}",
+        title=f"Causal tracing: {', '.join(grid.kinds)}; {', '.join(metrics.names)}",
         units={"effect": "share of the total effect"},
-        settings={
-            "method": "causal tracing", "noise": noise, "noise_std": std, "samples": samples,
-            "seed": seed, "noised": [list(span) for span in spoiled], "window": window,
-            "severed": list(variants), "prepend_bos": prepend_bos,
-        },
-    )  # fmt: skip
+        skipped=pairs.skipped,
+        method="causal tracing",
+        noise=noise,
+        noise_std=std,
+        samples=samples,
+        seed=seed,
+        noised=[list(span) for span in noised],
+        window=sites.window,
+        severed=list(variants),
+    )
 
 
 def _standard_error(
@@ -176,27 +178,28 @@ def _standard_error(
     return values.std(1) / n**0.5 if n > 1 else values[:, 0] * float("nan")
 
 
+def _subjects(
+    model: HookedModel, given: Texts, subject: Where | Sequence[Where]
+) -> tuple[list[Prompt], list[tuple[int, ...]]]:
+    """Prompts, and the positions of the subject in each."""
+    found = as_prompts(model, given)
+    spans = one_each("subject", subject, len(found))
+    return found, [positions_of(p, s) for p, s in zip(found, spans, strict=True)]
+
+
 def subject_roles(
-    model: HookedModel,
-    prompts: Text | Sequence[Text],
-    subject: Where | Sequence[Where],
-    *,
-    prepend_bos: bool = True,
+    model: HookedModel, prompts: Texts, subject: Where | Sequence[Where]
 ) -> dict[str, list[int]]:
     """Positions that prompts of unequal lengths share, for `trace` and `patch`.
 
     Returns:
         ``first subject token``, ``last subject token``, ``next token`` (the one after the subject)
-        and ``last token``, each with one position a prompt.
+        and ``last token``, each with one position per prompt.
 
     Raises:
         TokenError: a subject that is absent, or that ends its prompt.
     """
-    found = as_prompts(model, prompts, prepend_bos=prepend_bos)
-    spans = [
-        positions_of(p, s)
-        for p, s in zip(found, one_each("subject", subject, len(found)), strict=True)
-    ]
+    found, spans = _subjects(model, prompts, subject)
     for prompt, span in zip(found, spans, strict=True):
         if span[-1] == prompt.last:
             raise TokenError(
@@ -210,16 +213,7 @@ def subject_roles(
     }
 
 
-def _variants(severed: Severed | Sequence[Severed]) -> tuple[tuple[Severed, ...], bool]:
-    several = not isinstance(severed, str)
-    variants = (severed,) if isinstance(severed, str) else tuple(severed)
-    known = ("none", *_SEVERED_KIND)
-    if not variants or len(set(variants)) < len(variants) or not set(variants) <= set(known):
-        raise ValueError(f"severed is {severed!r}; expected one or more of {known}, each once")
-    return variants, several
-
-
-def _draws(
+def noise_draws(
     model: HookedModel, width: int, std: float, samples: int, seed: tuple[int, int]
 ) -> Iterator[Float[Tensor, "pos d_model"]]:
     """Noise for the span of one prompt, in float32 on the CPU, so that devices agree."""
@@ -229,7 +223,7 @@ def _draws(
 
 
 @contextmanager
-def spoil(
+def add_noise(
     model: HookedModel, width: int, span: Sequence[int], noise: Float[Tensor, "pos d_model"]
 ) -> Iterator[None]:
     """Add noise to what enters block 0 at a span, in every pass made inside the ``with`` block.
@@ -252,76 +246,44 @@ def spoil(
         yield
 
 
+@dataclass(frozen=True)
 class _Tracer:
     """The interventions of one prompt under one noise sample (made while the noise is on)."""
 
-    def __init__(
-        self,
-        model: HookedModel,
-        prompt: Prompt,
-        spoiled: Sequence[int],
-        spans: Sequence[tuple[int, ...]],
-        grid: Grid,
-        variants: Sequence[Severed],
-    ) -> None:
-        self.model, self.prompt, self.spoiled = model, prompt, spoiled
-        self.spans, self.grid, self.variants = spans, grid, variants
-        self.clean = captured(model, [prompt], grid.hook_names())
+    model: HookedModel
+    prompt: Prompt
+    spans: Sequence[tuple[int, ...]]
+    grid: Grid
+    variants: Sequence[Severed]
+    clean: dict[str, Tensor]
 
     def interventions(self) -> list[Intervention]:
         items = []
         for variant in self.variants:
-            kind = _SEVERED_KIND.get(variant)
-            held = self._noisy(kind) if kind else {}
+            kind = _SEVERED_KIND.get(variant, "")
+            layers = range(int(self.model.cfg.n_layers))
+            names = [hook_name(kind, layer) for layer in layers] if kind else []
+            noisy = captured(self.model, [self.prompt], names) if kind else {}
             for cell in self.grid.cells:
-                sites, changes = self._restore(cell)
-                if kind is not None:
-                    severed = self._hold(cell, kind, held)
-                    sites, changes = [*sites, *severed[0]], [*changes, *severed[1]]
-                items.append(Intervention(tuple(sites), tuple(changes)))
+                pairs = self._put(self.clean, cell)
+                if kind:  # held at its noisy values wherever it comes after what is restored
+                    after = [
+                        layer
+                        for layer in layers[min(cell.layers) :]
+                        if layer not in cell.layers or cell.kind in _BEFORE[kind]
+                    ]
+                    pairs += self._put(noisy, Cell(kind, tuple(after), cell.span))
+                sites, changes = zip(*pairs, strict=True)
+                items.append(Intervention(sites, changes))
         return items
 
-    def _noisy(self, kind: str) -> dict[str, Tensor]:
-        names = [hook_name(kind, layer) for layer in range(self.model.cfg.n_layers)]
-        return captured(self.model, [self.prompt], names)
-
-    def _restore(self, cell: Cell) -> tuple[list[Site], list[Change]]:
-        where = self.spans[cell.span]
-        sites = [Site(cell.kind, layer, where, cell.head) for layer in cell.layers]
-        values = [
-            taken(self.clean[hook_name(cell.kind, layer)][0], cell, where, len(self.prompt))
+    def _put(self, store: dict[str, Tensor], cell: Cell) -> list[tuple[Site, Change]]:
+        """A cell's sites, with what each one gets from `store`."""
+        where, n = self.spans[cell.span], len(self.prompt)
+        return [
+            (
+                Site(cell.kind, layer, where, cell.head),
+                put(taken(store[hook_name(cell.kind, layer)][0], cell, where, n), cell),
+            )
             for layer in cell.layers
         ]
-        return sites, [put(value, cell) for value in values]
-
-    def _hold(
-        self, cell: Cell, kind: str, noisy: dict[str, Tensor]
-    ) -> tuple[list[Site], list[Change]]:
-        """Hold `kind` at its noisy values wherever it comes after what is restored."""
-        where = self.spans[cell.span]
-        layers = [
-            layer
-            for layer in range(min(cell.layers), int(self.model.cfg.n_layers))
-            if layer not in cell.layers or cell.kind in _BEFORE[kind]
-        ]
-        whole = Cell(kind, tuple(layers), cell.span)
-        values = [
-            taken(noisy[hook_name(kind, layer)][0], whole, where, len(self.prompt))
-            for layer in layers
-        ]
-        sites = [Site(kind, layer, where) for layer in layers]
-        return sites, [put(value, whole) for value in values]
-
-
-def _with_axis(grid: Grid, name: str, labels: Sequence[str]) -> Grid:
-    from dataclasses import replace
-
-    import numpy as np
-
-    return replace(
-        grid,
-        dims=(name, *grid.dims),
-        shape=(len(labels), *grid.shape),
-        coords={name: np.asarray(labels), **grid.coords},
-        cells=grid.cells * len(labels),
-    )

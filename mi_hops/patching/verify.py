@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from einops import rearrange
 
 from mi_hops.result.result import Result
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """Estimates beside exact values.
 
@@ -42,6 +43,9 @@ class Verification:
     table: pd.DataFrame
     result: Result
 
+    def __repr__(self) -> str:
+        return f"Verification: {self.describe()}"
+
     def describe(self) -> str:
         """One line for a figure or a report."""
         return (
@@ -51,18 +55,27 @@ class Verification:
         )
 
 
-@dataclass(frozen=True)
-class Attribution:
-    """Estimated effects, and the means to check them.
+class Attribution(Result):
+    """Estimated effects: a `Result` that can check itself against exact patches.
 
-    Attributes:
-        result: the estimates, labelled; ``change`` is NaN where there is no cell (no edge).
+    It plots, saves and indexes like any `Result`; ``change`` is NaN where there is no cell (no
+    edge). A copy that was pickled, or selected or averaged, no longer holds the model, so `verify`
+    first.
+
+    Args:
+        result: the estimates.
         exact: patches cells exactly, in every example: from their numbers, in C order of the axes
             after ``example``, to the changes ``[example, cell]``.
     """
 
-    result: Result
-    exact: Callable[[Sequence[int]], Tensor]
+    def __init__(self, result: Result, exact: Callable[[Sequence[int]], Tensor] | None) -> None:
+        self.__dict__.update(result.__dict__)
+        self._exact = exact
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        plain = Result.__new__(Result)
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_exact"})
+        return Attribution, (plain, None)
 
     def verify(self, *, top: int | None = 20) -> Verification:
         """Patch the `top` cells (by size of the mean estimate) exactly, in every pair.
@@ -70,22 +83,21 @@ class Attribution:
         Args:
             top: how many; None for all cells.
 
-        Returns:
-            `Verification`: rank correlation, sign agreement and largest error, and a table.
-
         Raises:
-            ValueError: `top` below 1.
+            ValueError: `top` below 1, or estimates that were pickled, which have no model.
         """
         import pandas as pd
 
         if top is not None and top < 1:
             raise ValueError(f"top is {top}; expected at least 1 cell, or None for all")
-        change = self.result["change"]
-        estimated = change.values.reshape(len(change), -1).astype(float)
+        if self._exact is None:
+            raise ValueError("these estimates were pickled without their model; attribute again")
+        change = self["change"]
+        estimated = rearrange(change.values.astype(float), "example ... -> example (...)")
         size = np.abs(estimated.mean(0))
         order = np.argsort(-size, kind="stable")
         order = order[np.isfinite(size[order])][:top]
-        exact = self.exact(order.tolist()).numpy().astype(float)
+        exact = self._exact(order.tolist()).numpy().astype(float)
         guess = estimated[:, order]
         numbers = _compare(guess, exact)
         where = np.unravel_index(order, change.shape[1:])
@@ -93,25 +105,19 @@ class Attribution:
             dim: change[dim].values[index]
             for dim, index in zip(change.dims[1:], where, strict=True)
         }
-        table = pd.DataFrame(
-            {
-                **labels, "estimated": guess.mean(0), "exact": exact.mean(0),
-                "largest_error": np.abs(guess - exact).max(0),
-            }
-        )  # fmt: skip
+        found = {"estimated": guess.mean(0), "exact": exact.mean(0)}
+        table = pd.DataFrame(labels | found | {"largest_error": np.abs(guess - exact).max(0)})
         patched = np.full(estimated.shape, np.nan)
         patched[:, order] = exact
         beside = change.copy(data=patched.reshape(change.shape).astype(change.dtype))
+        told = {k: None if np.isnan(v) else v for k, v in numbers.items()}
+        told |= {"n_cells": len(order), "n_examples": len(change)}
         result = Result(
-            self.result.data.assign(exact=beside),
-            provenance={
-                **self.result.provenance,
-                "verification": {k: None if np.isnan(v) else v for k, v in numbers.items()}
-                | {"n_cells": len(order), "n_examples": len(change)},
-            },
-            title=self.result.title,
-            main=self.result.main,
-            skipped=self.result.skipped,
+            self.data.assign(exact=beside),
+            provenance={**self.provenance, "verification": told},
+            title=self.title,
+            main=self.main,
+            skipped=self.skipped,
             allow_nonfinite=True,
         )
         return Verification(

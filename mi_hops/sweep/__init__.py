@@ -16,6 +16,7 @@ from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import (
     KL,
     METRICS,
+    FullLogits,
     Greedy,
     Metric,
     Normalised,
@@ -23,24 +24,31 @@ from mi_hops.sweep.metrics import (
     get_metric,
     target_of,
 )
+from mi_hops.sweep.pairs import Pairs
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.scoring import score_prompts
+from mi_hops.sweep.sites import Direction, Kind, Sites
 
 __all__ = [
     "KL",
     "METRICS",
     "Answered",
     "Change",
+    "Direction",
     "FanOut",
+    "FullLogits",
     "Generation",
     "Greedy",
     "Intervention",
+    "Kind",
     "Limits",
     "Metric",
     "Normalised",
+    "Pairs",
     "Repair",
     "Rows",
     "Site",
+    "Sites",
     "Target",
     "ablate",
     "add",

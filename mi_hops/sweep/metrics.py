@@ -9,8 +9,8 @@ metrics are computed in float32, or in the logits' dtype where that is wider.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -309,15 +309,86 @@ class Custom(_AtPrompt):
             ValueError: NaN logits, no tensor of shape ``[row]``, or values that are not finite.
         """
         rows = _wide(logits[:, 0])
-        found = self.function(rows)
+        try:
+            found = self.function(rows)
+        except IndexError as error:
+            raise ValueError(
+                f"metric {self.name!r} got logits [row, vocab] = {tuple(rows.shape)} and failed: "
+                f"{error}; if it reads logits [batch, pos, vocab], pass FullLogits({self.name})"
+            ) from error
         if not isinstance(found, torch.Tensor) or tuple(found.shape) != (len(rows),):
             got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
             raise ValueError(
                 f"metric {self.name!r} got logits [row, vocab] = {tuple(rows.shape)} and must "
-                f"return a tensor of shape ({len(rows)},), one value per row; it returned {got}"
+                f"return a tensor of shape ({len(rows)},), one value per row; it returned {got}; "
+                f"if it reads logits [batch, pos, vocab], pass FullLogits({self.name})"
             )
         require_finite(self.name, found)
         return found
+
+
+@dataclass(frozen=True)
+class FullLogits:
+    """A function of a prompt's logits ``[1, pos, vocab] -> value``, as a metric.
+
+    It sees one prompt under one intervention at a time, at the prompt's own positions, in float32
+    or wider. So what TransformerLens's patching calls a metric fits, such as ``lambda logits:
+    logits[0, -1, right] - logits[0, -1, wrong]``. All positions are unembedded: a function of the
+    last one's logits ``[row, vocab] -> [row]``, passed as it is, takes less memory.
+
+    Args:
+        length: tokens of the prompt; whoever runs the metric gives it.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    unit: str = ""
+    higher_is_better: bool = True
+    length: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The function's own name."""
+        return _name_of(self.function)
+
+    def of(self, prompt: Prompt) -> FullLogits:
+        """The metric on a prompt."""
+        return replace(self, length=len(prompt))
+
+    def plan(self, target: Target) -> Plan:
+        """The prompt alone, read at every token."""
+        if self.length is None:
+            raise ValueError(
+                f"metric {self.name!r} of full logits needs each prompt's length, which only patching "
+                "(patch, ablate, attribute, trace, ...) gives it; pass a function of [row, vocab]"
+            )
+        return Plan(scored=tuple(range(1 - self.length, 1)))
+
+    def score(
+        self, logits: Float[Tensor, "row scored vocab"], target: Target
+    ) -> Float[Tensor, "row"]:
+        """What the function returns for each row, checked.
+
+        Raises:
+            ValueError: NaN logits, more than one value, or one that is not finite.
+        """
+        return torch.stack([self._value(row[None]) for row in _wide(logits)])
+
+    def _value(self, logits: Float[Tensor, "1 pos vocab"]) -> Float[Tensor, ""]:
+        try:
+            found = self.function(logits)
+        except IndexError as error:
+            raise ValueError(
+                f"metric {self.name!r} got logits [1, pos, vocab] = {tuple(logits.shape)} and "
+                f"failed: {error}; it sees one prompt at a time"
+            ) from error
+        if not isinstance(found, torch.Tensor) or found.numel() != 1:
+            got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise ValueError(
+                f"metric {self.name!r} got logits [1, pos, vocab] = {tuple(logits.shape)} and must "
+                f"return one value; it returned {got}"
+            )
+        require_finite(self.name, found.reshape(1))
+        return found.reshape(())
 
 
 @dataclass(frozen=True)
@@ -456,8 +527,12 @@ def get_metric(metric: MetricLike) -> Metric:
         )
     if isinstance(metric, Metric):
         return metric
-    name = getattr(metric, "__name__", "custom")
-    return Custom(metric, "custom" if name == "<lambda>" else name)
+    return Custom(metric, _name_of(metric))
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    name = getattr(function, "__name__", "custom")
+    return "custom" if name == "<lambda>" else str(name)
 
 
 def get_metrics(metrics: MetricLike | Sequence[MetricLike]) -> list[Metric]:

@@ -1,196 +1,286 @@
-"""What a sweep runs on: tokenised prompts, their answers, and spans named in both prompts of a pair."""
+"""What a sweep runs on: pairs of prompts with their answers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
+
+import torch
 
 from mi_hops.model import HookedModel
-from mi_hops.sweep.metrics import KL, Custom, Metric, Target, target_of
-from mi_hops.text.tokens import Prompt, TokenError, Where, align, encode, positions
+from mi_hops.sweep.metrics import Target
+from mi_hops.text.tokens import Prompt, TokenError, answer_ids, encode
 
-Text = str | Prompt
+if TYPE_CHECKING:
+    pass
 
-#: A span in the two prompts of a pair: one position for both, or (taken from, put at).
-SpanLike = Where | tuple[Where, Where]
+#: One prompt: text (BOS is put first), a `Prompt`, or token ids ``[pos]`` (which run as they are).
+Text = str | Prompt | torch.Tensor
 
-#: Which positions a sweep visits. ``"each"`` token by itself; ``"all"`` of the prompt at once; one
-#: position (index, slice or substring); several; or roles by name, each a span for all pairs or a
-#: list with one span a pair.
-PositionsLike = Where | Sequence[Where] | Mapping[str, SpanLike | Sequence[SpanLike]]
+#: One or several prompts; token ids of several of one length may be one tensor ``[batch pos]``.
+Texts = Text | Sequence[Text]
+
+#: An answer: text, a `Target`, a token id, or token ids ``[token]``.
+Answer = str | Target | int | torch.Tensor
+
+#: One answer for all prompts, or one each; token ids ``[batch]`` or ``[batch token]`` are one each.
+Answers = Answer | Sequence[Answer]
+
+Item = TypeVar("Item")
 
 
-def as_prompts(
-    model: HookedModel, given: Text | Sequence[Text], *, prepend_bos: bool = True
-) -> list[Prompt]:
-    """One or several prompts, tokenised.
+class Activations(Protocol):
+    """Activations by hook name: TransformerLens's `ActivationCache`, or a mapping of tensors.
+
+    They are ``[batch pos ...]``, or ``[pos ...]`` of a single prompt.
+    """
+
+    def __getitem__(self, name: Any, /) -> Any: ...
+
+    def keys(self) -> Any: ...  # noqa: D102
+
+
+class Pairs:
+    """Clean and corrupted prompts, pair by pair, with what they are scored on.
+
+    Wherever pairs are expected, a tuple ``(clean, corrupted)`` is accepted too, and prompts alone
+    where nothing is compared with (ablation, tracing). `mi_hops.patching.contrast` makes pairs of
+    two-hop facts.
+
+    Args:
+        clean: one prompt, or several (see `Texts`). Or activations of the clean run that are at hand
+            (an `ActivationCache`), one prompt or one per pair: then the clean prompts never run.
+        corrupted: one prompt for all, or one each.
+        answer: the answer to the clean prompt, on which both runs are scored; one for all pairs or
+            one each. None if no metric reads it.
+        wrong: the competing answer, where the metric compares two (``logit_diff``).
+        labels: of the pairs; default their numbers.
+        source: take activations from these prompts instead (one, or one per pair), or from these
+            activations of the run they would be taken from.
+        roles: places that the pairs share, by name: token positions, one per pair.
+        skipped: (label, reason) of pairs that could not be made.
 
     Raises:
-        TokenError: no prompt at all, something that is no text (token ids, say), or one that cannot
-            be encoded.
+        ValueError: unequal numbers of prompts, answers or labels; or not a single prompt.
+
+    Examples:
+        >>> pairs = Pairs("w1 w2 w3", "w1 w4 w3", answer="w5", wrong="w6")
+        >>> len(pairs)
+        1
     """
-    texts = [given] if isinstance(given, str | Prompt) else list(given)
+
+    def __init__(
+        self,
+        clean: Texts | Activations,
+        corrupted: Texts | None = None,
+        *,
+        answer: Answers | None = None,
+        wrong: Answers | None = None,
+        labels: Sequence[str] | None = None,
+        source: Texts | Activations | None = None,
+        roles: Mapping[str, Sequence[int]] | None = None,
+        skipped: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self.activations = None
+        if _is_activations(clean):
+            if corrupted is None or source is not None:
+                raise ValueError(
+                    "activations of the clean run come with the corrupted prompts that they are put "
+                    "into, and without a source"
+                )
+            self.activations = clean
+        elif _is_activations(source):
+            self.activations = source
+        self.clean = [] if self.activations is clean else texts_of(clean)  # type: ignore[arg-type]
+        worse = [] if corrupted is None else texts_of(corrupted)
+        n = len(worse if self.activations is clean else self.clean)
+        if not n:
+            raise TokenError("no prompts were given; pass a string or a sequence of strings")
+        self.corrupted = worse * n if len(worse) == 1 else worse
+        if self.corrupted and len(self.corrupted) != n:
+            raise ValueError(f"got {n} clean and {len(worse)} corrupted prompts; give one, or {n}")
+        self.answer = None if answer is None else one_each("answer", answer, n)
+        self.wrong = None if wrong is None else one_each("wrong", wrong, n)
+        self.labels: list[Any] = list(range(n)) if labels is None else list(labels)
+        if len(self.labels) != n:
+            raise ValueError(f"got {len(self.labels)} labels for {n} pairs; give one each")
+        third = [] if source is None or source is self.activations else texts_of(source)  # type: ignore[arg-type]
+        self.source = third * n if len(third) == 1 else third
+        if self.source and len(self.source) != n:
+            raise ValueError(f"got {len(third)} source prompts for {n} pairs; give one, or {n}")
+        self.roles = {name: list(at) for name, at in (roles or {}).items()}
+        self.skipped = list(skipped)
+
+    @classmethod
+    def of(cls, given: PairsLike) -> Pairs:
+        """Pairs as they are, or of ``(clean, corrupted)`` or of prompts alone."""
+        if isinstance(given, Pairs):
+            return given
+        if isinstance(given, tuple) and len(given) == 2:
+            return cls(*given)
+        return cls(given)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        n, one = len(self), (self.clean or ["(activations)"])[0]
+        more = f" / {_shown(self.corrupted[0])}" if self.corrupted else ""
+        said = f" -> {_shown(self.answer[0])}" if self.answer else ""
+        return f"Pairs: {n}, {len(self.skipped)} skipped; first: {_shown(one)}{more}{said}"
+
+    def select(self, keep: Sequence[int]) -> Pairs:
+        """The pairs of these numbers.
+
+        Raises:
+            ValueError: pairs whose activations are given.
+        """
+        if self.activations is not None:
+            raise ValueError("pairs whose activations are given cannot be selected; index both")
+
+        def part(items: Sequence[Item] | None) -> list[Item] | None:
+            return [items[i] for i in keep] if items else None
+
+        return Pairs(
+            part(self.clean) or [],
+            part(self.corrupted),
+            answer=part(self.answer),
+            wrong=part(self.wrong),
+            labels=part(self.labels),
+            source=part(self.source),
+            roles={name: [at[i] for i in keep] for name, at in self.roles.items()},
+            skipped=self.skipped,
+        )
+
+    def targets(
+        self, model: HookedModel, prompts: Sequence[Prompt], needed_by: Sequence[str] = ()
+    ) -> list[Target]:
+        """What each of `prompts` (the clean ones, or the corrupted) is scored on.
+
+        Args:
+            needed_by: names of the metrics that read an answer.
+
+        Raises:
+            ValueError: no answer where a metric needs one, or one that is neither text nor tokens.
+            TokenError: an answer that has no tokens of its own after its prompt.
+        """
+        if self.answer is None:
+            if needed_by:
+                raise ValueError(f"metric(s) {list(needed_by)} score an answer; none was given")
+            return [Target(prompt.ids[-1:]) for prompt in prompts]  # read by no metric
+        wrongs = [None] * len(self) if self.wrong is None else self.wrong
+        return [
+            a
+            if isinstance(a, Target)
+            else Target(_ids(model, p, a), () if w is None else _ids(model, p, w))
+            for p, a, w in zip(prompts, self.answer, wrongs, strict=True)
+        ]
+
+    def require_different(self, clean: Sequence[Prompt], corrupted: Sequence[Prompt]) -> None:
+        """Refuse pairs whose two prompts are the same tokens.
+
+        Raises:
+            ValueError: naming the first of them.
+        """
+        same = [i for i in range(len(self)) if clean[i].ids == corrupted[i].ids]
+        if same:
+            one, two = clean[same[0]], corrupted[same[0]]
+            why = (
+                ""
+                if one.text == two.text
+                else (
+                    f" though their texts differ ({one.text!r}, {two.text!r}): words that the tokenizer "
+                    "does not know became one unknown token"
+                )
+            )
+            raise ValueError(
+                f"the clean and the corrupted prompt of {len(same)} of {len(self)} pairs are the "
+                f"same tokens, first in pair {self.labels[same[0]]!r}: {list(one.labels)}{why}"
+            )
+
+
+#: Pairs, ``(clean, corrupted)``, or, where nothing is compared with, prompts alone.
+PairsLike = Pairs | tuple[Texts | Activations, Texts] | Texts
+
+
+def texts_of(given: Texts) -> list[Text]:
+    """One or several prompts as a list.
+
+    Raises:
+        TokenError: something that is neither text nor token ids ``[pos]`` or ``[batch pos]``.
+    """
+    if isinstance(given, torch.Tensor):
+        if given.ndim not in (1, 2) or given.is_floating_point():
+            raise TokenError(
+                f"token ids are integers [pos] or [batch pos]; got {given.dtype} of shape "
+                f"{tuple(given.shape)}"
+            )
+        return [given] if given.ndim == 1 else list(given)
+    single = isinstance(given, str | Prompt) or not isinstance(given, Iterable)
+    texts: list[Any] = [given] if single else list(given)  # type: ignore[arg-type]
+    for text in texts:
+        if not isinstance(text, str | Prompt | torch.Tensor) or getattr(text, "ndim", 1) != 1:
+            raise TokenError(
+                "a prompt is text, a Prompt, or a tensor of token ids [pos] (several: [batch pos]); "
+                f"got {_shown(text)}"
+            )
+    return texts
+
+
+def as_prompts(model: HookedModel, given: Texts) -> list[Prompt]:
+    """One or several prompts, tokenised; text gets a BOS where the tokenizer has one.
+
+    Raises:
+        TokenError: no prompt at all, something that is none, or one that cannot be encoded.
+    """
+    texts = texts_of(given)
     if not texts:
         raise TokenError("no prompts were given; pass a string or a sequence of strings")
-    others = [type(t).__name__ for t in texts if not isinstance(t, str | Prompt)]
-    if others:
-        raise TokenError(f"prompts are text, or a Prompt that mi_hops.encode made; got {others[0]}")
     return [
-        t if isinstance(t, Prompt) else encode(model, t, prepend_bos=prepend_bos) for t in texts
+        t
+        if isinstance(t, Prompt)
+        else encode(model, t)
+        if isinstance(t, str)
+        else Prompt.from_tokens(model, t)
+        for t in texts
     ]
 
 
 def one_each(what: str, given: Any, n: int) -> list[Any]:
-    """`given` for each of `n` examples: a single string for all of them, or one each.
+    """`given` for each of `n` examples: a single one for all of them, or one each.
 
     Raises:
         ValueError: another number of them.
     """
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        return [given] * n
-    if len(given) != n:
-        raise ValueError(f"got {len(given)} of {what} for {n} examples; give one, or one each")
-    return list(given)
+    if isinstance(given, torch.Tensor) and given.ndim:
+        given = [given] if given.ndim == 1 and len(given) != n else list(given)
+        if len(given) == 1:
+            given = given * n
+    single = isinstance(given, str | torch.Tensor) or not isinstance(given, Iterable)
+    found = [given] * n if single else list(given)
+    if len(found) != n:
+        raise ValueError(f"got {len(found)} of {what} for {n} examples; give one, or one each")
+    return found
 
 
-def example_labels(given: Sequence[str] | None, n: int) -> list[Any]:
-    """Labels of `n` examples: those given, or their numbers.
-
-    Raises:
-        ValueError: another number of labels.
-    """
-    labels = list(range(n)) if given is None else list(given)
-    if len(labels) != n:
-        raise ValueError(f"got {len(labels)} example labels for {n} examples; give one each")
-    return labels
+def _is_activations(given: Any) -> TypeGuard[Activations]:
+    return isinstance(given, Mapping) or hasattr(given, "cache_dict")
 
 
-def as_targets(
-    model: HookedModel,
-    prompts: Sequence[Prompt],
-    answer: str | Target | Sequence[str | Target] | None,
-    wrong: str | Sequence[str] | None,
-    metrics: Sequence[Metric | None],
-) -> list[Target]:
-    """What each prompt is scored on.
-
-    Without an answer only metrics that read none may be asked for: a divergence (None stands for
-    ``"kl"``) or a function.
-
-    Raises:
-        ValueError: no answer where a metric needs one, or one that is neither text nor a `Target`.
-        TokenError: an answer that has no tokens of its own after its prompt.
-    """
-    if answer is None:
-        needing = [m.name for m in metrics if m is not None and not isinstance(m, KL | Custom)]
-        if needing:
-            raise ValueError(f"metric(s) {needing} score an answer, and none was given")
-        return [Target(prompt.ids[-1:]) for prompt in prompts]  # read by no metric
-    answers = one_each("answer", answer, len(prompts))
-    wrongs = one_each("wrong", wrong, len(prompts))
-    others = [a for a in answers if not isinstance(a, str | Target)]
-    if others:
-        raise ValueError(f"answers are text, or a metrics.Target of token ids; got {others[0]!r}")
-    return [
-        a if isinstance(a, Target) else target_of(model, prompt, a, w)
-        for prompt, a, w in zip(prompts, answers, wrongs, strict=True)
-    ]
+def _ids(model: HookedModel, prompt: Prompt, answer: Any) -> tuple[int, ...]:
+    if isinstance(answer, str):
+        return answer_ids(model, prompt, answer)
+    found = torch.as_tensor(answer) if isinstance(answer, int | torch.Tensor) else None
+    if found is None or found.ndim > 1 or found.is_floating_point() or not found.numel():
+        raise ValueError(
+            f"an answer is text, a Target, a token id or a tensor of them; got {_shown(answer)}"
+        )
+    return tuple(found.reshape(-1).tolist())
 
 
-@dataclass(frozen=True)
-class Spans:
-    """The spans a sweep visits, resolved in every pair.
-
-    Attributes:
-        labels: one a span: token index, role, or the text that named it.
-        axis: whether the spans make an axis of the result; a single span makes none.
-        source: positions to take from, ``[pair][span]``.
-        base: positions to put at, ``[pair][span]``, of the same lengths.
-    """
-
-    labels: tuple[int | str, ...]
-    axis: bool
-    source: tuple[tuple[tuple[int, ...], ...], ...]
-    base: tuple[tuple[tuple[int, ...], ...], ...]
-
-    def tokens(self, prompts: Sequence[Prompt]) -> list[list[str]] | None:
-        """The base prompts' token at each span ``[pair][span]``; None where a span has several."""
-        if any(len(span) != 1 for pair in self.base for span in pair):
-            return None
-        return [
-            [prompt.labels[span[0]] for span in pair]
-            for prompt, pair in zip(prompts, self.base, strict=True)
-        ]
-
-
-def resolve_spans(
-    given: PositionsLike, sources: Sequence[Prompt], bases: Sequence[Prompt]
-) -> Spans:
-    """Positions in every pair of prompts (see `PositionsLike`).
-
-    Raises:
-        TokenError: prompts that have to correspond token by token and have unequal lengths, a span
-            that is absent, or one that covers unequal numbers of tokens in the two prompts.
-        ValueError: no positions, or a list of another length than the pairs.
-    """
-    if isinstance(given, str) and given in ("each", "all"):
-        for source, base in zip(sources, bases, strict=True):
-            align(source, base)
-        if given == "all":
-            whole = tuple((tuple(range(len(p))),) for p in bases)
-            return Spans(("all",), False, whole, whole)
-        lengths = sorted({len(p) for p in bases})
-        if len(lengths) > 1:
-            raise TokenError(
-                f"the prompts have {lengths} tokens, so their positions make no common axis; name "
-                "positions by role, e.g. positions={'last': -1, 'subject': [...one a pair...]}"
-            )
-        tokens = tuple((i,) for i in range(lengths[0]))
-        each = (tokens,) * len(bases)
-        return Spans(tuple(range(lengths[0])), True, each, each)
-    if isinstance(given, int | str | slice):
-        return _resolved({_label(given): given}, sources, bases, axis=False)
-    if isinstance(given, Mapping):
-        return _resolved(given, sources, bases, axis=True)
-    items = list(given)
-    named: dict[Any, Any] = {_label(where): where for where in items}
-    if len(named) < len(items):
-        raise ValueError(f"positions {items} name one place twice")
-    return _resolved(named, sources, bases, axis=True)
-
-
-def _label(where: Where) -> int | str:
-    if isinstance(where, slice):
-        bounds = (where.start, where.stop, where.step)
-        return ":".join("" if b is None else str(b) for b in bounds).removesuffix(":")
-    return where
-
-
-def _resolved(
-    named: Mapping[Any, Any], sources: Sequence[Prompt], bases: Sequence[Prompt], *, axis: bool
-) -> Spans:
-    if not named:
-        raise ValueError("no positions were given; pass 'each', 'all', or at least one position")
-    taken: list[list[tuple[int, ...]]] = [[] for _ in bases]
-    put: list[list[tuple[int, ...]]] = [[] for _ in bases]
-    for name, spec in named.items():
-        if isinstance(spec, list) and len(spec) != len(bases):
-            raise ValueError(
-                f"position {name!r} lists {len(spec)} spans for {len(bases)} pairs; give one each"
-            )
-        for i, (source, base) in enumerate(zip(sources, bases, strict=True)):
-            where = spec[i] if isinstance(spec, list) else spec
-            origin, goal = where if isinstance(where, tuple) else (where, where)
-            taken[i].append(positions(source, origin))
-            put[i].append(positions(base, goal))
-            if len(taken[i][-1]) != len(put[i][-1]):
-                raise TokenError(
-                    f"position {name!r} covers {len(taken[i][-1])} token(s) of {source.text!r} and "
-                    f"{len(put[i][-1])} of {base.text!r}; patch the same number of tokens, e.g. the "
-                    "last one of each span"
-                )
-    labels = list(named)
-    if not all(isinstance(label, int) and label >= 0 for label in labels):
-        labels = [str(label) for label in labels]
-    return Spans(tuple(labels), axis, tuple(map(tuple, taken)), tuple(map(tuple, put)))
+def _shown(given: Any) -> str:
+    """A prompt or an answer, in a message."""
+    if isinstance(given, torch.Tensor):
+        return f"tokens {tuple(given.shape)}"
+    text = repr(given.text if isinstance(given, Prompt) else given)
+    return text if len(text) <= 200 else f"{text[:200]}..."

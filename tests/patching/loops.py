@@ -7,6 +7,7 @@ import torch
 from mi_hops.model import capture, forward, hook_name
 from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.sweep.metrics import get_metric, target_of
+from mi_hops.sweep.pairs import Pairs
 from mi_hops.text.tokens import encode
 
 PAIRS = [
@@ -57,3 +58,20 @@ def put(kind, layer, value, positions, head=None, neuron=None, take=None):
         return x
 
     return (hook_name(kind, layer), fn)
+
+
+CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]
+
+#: All pairs, and the first by itself (with an answer of one token).
+ALL = Pairs(CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS)
+ONE = Pairs(*PAIRS[0], answer="w11", wrong="w21")
+
+#: What `run` scores the first pair on.
+SCORE = {"answer": "w11", "wrong": "w21"}
+
+
+def changed(pairs, **fields):
+    """The same pairs with other fields."""
+    names = ("clean", "corrupted", "answer", "wrong", "labels", "source")
+    kept = {name: getattr(pairs, name) or None for name in names}
+    return Pairs(**{**kept, **fields})

@@ -7,24 +7,35 @@ import pytest
 import torch
 
 from mi_hops.model import forward, hook_name, n_heads_of
-from mi_hops.patching import ablate, patch, plan_patch
+from mi_hops.patching import PatchJob, ablate, patch
 from mi_hops.patching.core import taken
+from mi_hops.sweep import FullLogits, Limits, Pairs, Sites
 from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.sweep.passes import row_bytes
 from mi_hops.sweep.sites import Cell
 from mi_hops.text.tokens import TokenError, encode
-from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
+from tests.patching.loops import (
+    ALL,
+    ANSWERS,
+    CLEAN,
+    CORRUPTED,
+    ONE,
+    PAIRS,
+    WRONGS,
+    changed,
+    put,
+    run,
+    source,
+)
 
-CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]
 N = 7  # tokens, BOS included
+ALONE = changed(ONE, corrupted=None)
 
 
 @pytest.mark.parametrize("kind", [k for k, axis in HEAD_AXIS.items() if axis is None])
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_layer_by_position_equals_the_loop(tiny, kind, direction):
-    result = patch(
-        tiny, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS, kinds=kind, direction=direction
-    )
+    result = patch(tiny, ALL, kind, direction=direction)
     assert result["effect"].dims == ("example", "layer", "position")
     origins, bases = (CLEAN, CORRUPTED) if direction == "denoise" else (CORRUPTED, CLEAN)
     for i in range(len(PAIRS)):
@@ -47,9 +58,8 @@ def test_layer_by_position_equals_the_loop(tiny, kind, direction):
 @pytest.mark.parametrize("kind", [k for k, axis in HEAD_AXIS.items() if axis is not None])
 def test_heads_equal_the_loop(tiny, kind):
     """Each head at all positions, and head by position, with a metric of the whole answer."""
-    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": kind, "metric": "answer_logprob"}
-    whole = patch(tiny, CLEAN, CORRUPTED, **options)
-    spots = patch(tiny, CLEAN, CORRUPTED, positions="each", layers=[1], **options)
+    whole = patch(tiny, ALL, kind, metric="answer_logprob")
+    spots = patch(tiny, ALL, Sites(kind, layers=1, positions="each"), metric="answer_logprob")
     n_heads = n_heads_of(tiny, kind)
     dim = "kv_head" if n_heads == 2 else "head"
     assert whole["score"].dims == ("example", "layer", dim)
@@ -72,9 +82,7 @@ def test_heads_equal_the_loop(tiny, kind):
 
 
 def test_all_heads_at_once_and_several_kinds(tiny):
-    options = {"answer": ANSWERS, "wrong": WRONGS, "positions": "each"}
-    kinds = ["q", "k", "v", "z"]
-    result = patch(tiny, CLEAN, CORRUPTED, kinds=kinds, heads="all", **options)
+    result = patch(tiny, ALL, Sites(["q", "k", "v", "z"], positions="each", heads="all"))
     assert result["effect"].dims == ("example", "kind", "layer", "position")
     value = source(tiny, CLEAN[1], "v", 2)
     found = run(tiny, CORRUPTED[1], [put("v", 2, value, [4])], answer=ANSWERS[1], wrong=WRONGS[1])
@@ -83,9 +91,7 @@ def test_all_heads_at_once_and_several_kinds(tiny):
 
 
 def test_window_patches_blocks_together(tiny):
-    result = patch(
-        tiny, CLEAN[0], CORRUPTED[0], answer="w11", wrong="w21", kinds="mlp_out", window=2
-    )
+    result = patch(tiny, ONE, Sites("mlp_out", window=2))
     values = [source(tiny, CLEAN[0], "mlp_out", layer) for layer in range(3)]
     for layer, blocks in enumerate([(0,), (0, 1), (1, 2)]):
         hooks = [put("mlp_out", b, values[b], [4]) for b in blocks]
@@ -95,10 +101,7 @@ def test_window_patches_blocks_together(tiny):
 
 def test_single_neurons(tiny):
     neurons = [0, 5, 31]
-    result = patch(
-        tiny, CLEAN[0], CORRUPTED[0], answer="w11", wrong="w21", kinds="mlp_post", layers=[1],
-        positions=3, neurons=neurons,
-    )  # fmt: skip
+    result = patch(tiny, ONE, Sites("mlp_post", layers=[1], positions=3, neurons=neurons))
     assert result["score"].dims == ("example", "layer", "neuron")
     value = source(tiny, CLEAN[0], "mlp_post", 1)
     for j, neuron in enumerate(neurons):
@@ -128,9 +131,11 @@ def test_unequal_prompts_by_role(tiny):
     corrupted = ["w9 w8 w5 w2 w1 w6", "w1 w40 w8 w12"]
     roles = {"subject": [("w6", "w5"), ("w8 w9", "w8 w12")], "last": -1, "from the end": (-2, -3)}
     result = patch(
-        tiny, clean, corrupted, answer=["w11 w12", "w13"], metric="answer_logprob",
-        kinds=["attn_out", "resid_post"], positions=roles,
-    )  # fmt: skip
+        tiny,
+        Pairs(clean, corrupted, answer=["w11 w12", "w13"]),
+        Sites(["attn_out", "resid_post"], positions=roles),
+        metric="answer_logprob",
+    )
     assert list(result["position"].values) == ["subject", "last", "from the end"]
     takes = {0: {"subject": [2], "last": [3], "from the end": [2]},
              1: {"subject": [3, 4], "last": [6], "from the end": [5]}}  # fmt: skip
@@ -149,9 +154,7 @@ def test_unequal_prompts_by_role(tiny):
 
 def test_third_source(tiny):
     third = "w70 w71 w72 w73 w74 w75"
-    result = patch(
-        tiny, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS, kinds="resid_mid", source=third
-    )
+    result = patch(tiny, changed(ALL, source=third), "resid_mid")
     value = source(tiny, third, "resid_mid", 1)
     for i in range(len(PAIRS)):
         hook = put("resid_mid", 1, value, [2])
@@ -164,15 +167,13 @@ def test_several_metrics_in_one_sweep(tiny):
         return logits.max(-1).values - logits.mean(-1)
 
     names = ["logit_diff", "answer_logprob", "greedy", "rank", "kl", "margin"]
-    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": "attn_out"}
-    result = patch(
-        tiny, CLEAN, CORRUPTED, metric=[margin if n == "margin" else n for n in names], **options
-    )
+    result = patch(tiny, ALL, "attn_out", metric=[margin if n == "margin" else n for n in names])
     assert result["score"].dims == ("example", "layer", "position", "metric")
-    for name in names:
-        alone = patch(
-            tiny, CLEAN, CORRUPTED, metric=margin if name == "margin" else name, **options
-        )
+    assert np.isnan(result["effect"].sel(metric="greedy")).all()  # no model gives any answer
+    with pytest.raises(ValueError, match="score the same in all 3 pairs"):
+        patch(tiny, ALL, "attn_out", metric="greedy")
+    for name in set(names) - {"greedy"}:
+        alone = patch(tiny, ALL, "attn_out", metric=margin if name == "margin" else name)
         together = result.sel(metric=name)
         assert np.allclose(together["score"], alone["score"], atol=1e-5), name
         # Not the effect: over a small difference of the runs it magnifies rounding.
@@ -187,26 +188,20 @@ def test_several_metrics_in_one_sweep(tiny):
 
 def test_patching_everything_restores_everything(tiny):
     """The stream at block 0 decides all; patching it at all positions is the other run."""
-    result = patch(
-        tiny, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS, kinds="resid_pre", positions="all"
-    )
+    result = patch(tiny, ALL, Sites("resid_pre", positions="all"))
     assert np.allclose(result["effect"][:, 0], 1, atol=1e-4)
-    same = patch(tiny, CLEAN, CLEAN, answer=ANSWERS, wrong=WRONGS)
-    assert np.isnan(same["effect"]).all()
-    assert np.allclose(same["change"], 0, atol=1e-5)
 
 
 def test_any_batching_gives_the_same(tiny):
-    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": ["attn_out", "mlp_out"]}
-    full = patch(tiny, CLEAN, CORRUPTED, **options)
+    kinds = ["attn_out", "mlp_out"]
+    full = patch(tiny, ALL, kinds)
     for chunks in ({"batch_size": 1}, {"batch_size": 2, "max_rows": 5}, {"memory": 1e5}):
-        part = patch(tiny, CLEAN, CORRUPTED, **options, **chunks)
+        part = patch(tiny, ALL, kinds, limits=Limits(**chunks))
         assert np.allclose(full["score"], part["score"], atol=1e-5), chunks
 
 
 def test_out_of_memory_halves_the_pass_and_goes_on(tiny):
-    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": "mlp_out"}
-    expected = patch(tiny, CLEAN, CORRUPTED, **options)["score"]
+    expected = patch(tiny, ALL, "mlp_out")["score"]
     widths = []
 
     def scarce(module, arguments):
@@ -217,7 +212,7 @@ def test_out_of_memory_halves_the_pass_and_goes_on(tiny):
 
     handle = tiny.blocks[2].register_forward_pre_hook(scarce)
     try:
-        found = patch(tiny, CLEAN, CORRUPTED, **options)["score"]
+        found = patch(tiny, ALL, "mlp_out")["score"]
     finally:
         handle.remove()
     assert max(widths) > 12
@@ -236,18 +231,17 @@ def test_equals_transformer_lens(load_tiny):
     def metric(logits):
         return logits[0, -1, right] - logits[0, -1, wrong]
 
-    options = {"answer": "w11", "wrong": "w21"}
     for kind, theirs in (
         ("mlp_out", get_act_patch_mlp_out),
         ("z", get_act_patch_attn_head_out_all_pos),
     ):
         grid = theirs(model, tokens[1], cache, metric)
-        ours = patch(model, *PAIRS[0], kinds=kind, **options)
+        ours = patch(model, ONE, kind)
         assert np.allclose(ours["score"][0], grid.cpu(), atol=1e-5), kind
 
 
 def test_labels_and_plot(tiny):
-    result = patch(tiny, *PAIRS[0], answer="w11", wrong="w21", examples=["first"])
+    result = patch(tiny, changed(ONE, labels=["first"]))
     assert list(result["token"].values[0]) == list(encode(tiny, PAIRS[0][1]).labels)
     assert list(result["example"].values) == ["first"]
     assert result.provenance["method"] == "activation patching"
@@ -259,11 +253,19 @@ def test_labels_and_plot(tiny):
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"source": CLEAN[0]}, {"metric": ["kl", "answer_logprob"], "direction": "noise"}]
+    ("pairs", "more"),
+    [
+        (ALL, {}),
+        (changed(ALL, source=CLEAN[0]), {}),
+        (ALL, {"metric": ["kl", "answer_logprob"], "direction": "noise"}),
+    ],
 )
-def test_plan_tells_what_runs(tiny, more):
-    options = {"answer": ANSWERS, "wrong": WRONGS, "kinds": "z", "positions": "each", **more}
-    plan = plan_patch(tiny, CLEAN, CORRUPTED, batch_size=2, max_rows=50, **options)
+def test_plan_tells_what_runs(tiny, pairs, more):
+    sites, limits = Sites("z", positions="each"), Limits(batch_size=2, max_rows=50)
+    job = PatchJob(tiny, pairs, sites, limits=limits, **more)
+    plan = job.plan()
+    assert "forwards" in plan._repr_html_()
+    assert len(repr(job)) < 2000
     assert plan.cells == 3 * N * 4
     assert plan.rows == plan.cells * 3
     assert plan.widest <= 50
@@ -280,7 +282,7 @@ def test_plan_tells_what_runs(tiny, more):
         tiny.blocks[2].register_forward_hook(count),
     ]
     try:
-        patch(tiny, CLEAN, CORRUPTED, batch_size=2, max_rows=50, **options)
+        job.run()
     finally:
         for handle in handles:
             handle.remove()
@@ -288,60 +290,56 @@ def test_plan_tells_what_runs(tiny, more):
     assert plan.pass_bytes >= max(widths) * row_bytes(tiny, N, 1)
 
 
-ONE = {"answer": "w11", "wrong": "w21"}
-
-
 def test_ablation_beside_the_intact_run(tiny):
     """Change and effect, against corrupted prompts and against a score of 0."""
-    options = {"answer": ANSWERS, "wrong": WRONGS, "metric": ["logit_diff", "answer_logprob", "kl"]}
-    for answer, wrong in (
-        (WRONGS, ANSWERS),
-        (ANSWERS, WRONGS),
-    ):  # what one has to lose, the other lacks
-        result = ablate(tiny, CLEAN, **{**options, "answer": answer, "wrong": wrong})
-        intact, score, effect = (
-            result[name].sel(metric="logit_diff") for name in ("intact", "score", "effect")
-        )
-        share = (1 - score / intact).where(intact > 0)
-        assert np.allclose(effect, share, rtol=1e-4, atol=1e-5, equal_nan=True)
+    metric = ["logit_diff", "answer_logprob", "kl"]
+    intact = changed(ALL, corrupted=None)
+    # What one has to lose, the other lacks.
+    for asked in (changed(intact, answer=WRONGS, wrong=ANSWERS), intact):
+        result = ablate(tiny, asked, metric=metric)
+        before, score = (result[name].sel(metric="logit_diff") for name in ("intact", "score"))
+        share = (1 - score / before).where(before > 0)
+        if (before <= 0).all():
+            assert "effect" not in result.data
+        else:
+            effect = result["effect"].sel(metric="logit_diff")
+            assert np.allclose(effect, share, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert np.allclose(result["change"], result["score"] - result["intact"], atol=1e-6)
-    assert np.isnan(result["effect"].sel(metric=["answer_logprob", "kl"])).all()
+    if "effect" in result.data:
+        assert np.isnan(result["effect"].sel(metric=["answer_logprob", "kl"])).all()
     assert "corrupted" not in result.data
-    beside = ablate(tiny, CLEAN, corrupted=CORRUPTED, **options)
-    noised = patch(tiny, CLEAN, CORRUPTED, kinds="attn_out", direction="noise", **options)
+    assert "effect" not in ablate(tiny, intact, metric="answer_logprob").data
+    beside = ablate(tiny, ALL, metric=metric)
+    noised = patch(tiny, ALL, "attn_out", direction="noise", metric=metric)
     assert np.allclose(beside["intact"], noised["clean"], atol=1e-5)
     assert np.allclose(beside["corrupted"], noised["corrupted"], atol=1e-5)
     gap = beside["intact"] - beside["corrupted"]
     assert np.allclose(beside["effect"] * gap, -beside["change"], atol=1e-5)
     assert beside["effect"].attrs["units"] == "share lost"
     assert np.array_equal(beside["change"], result["change"])
-    alone = ablate(tiny, CLEAN, corrupted=CORRUPTED[0], **options)
-    assert np.isnan(ablate(tiny, CLEAN[0], corrupted=CLEAN[0], **ONE)["effect"]).all()
+    alone = ablate(tiny, changed(ALL, corrupted=CORRUPTED[0]), metric=metric)
     assert len(np.unique(alone["corrupted"].sel(metric="logit_diff"))) == 3  # by their own answers
-    with pytest.raises(ValueError, match="2 of corrupted prompts for 3"):
-        ablate(tiny, CLEAN, corrupted=CORRUPTED[:2], **options)
 
 
 def test_resampling_is_seeded_and_takes_from_a_reference(tiny):
     reference = [" ".join(f"w{7 * i + j}" for j in range(6)) for i in range(5)]
-    options = {"answer": ANSWERS, "wrong": WRONGS, "how": "resample", "reference": reference}
+    options = {"how": "resample", "reference": reference}
+    asked = changed(ALL, corrupted=None)
     state = torch.get_rng_state()
-    one, two = (ablate(tiny, CLEAN, seed=3, **options)["score"] for _ in range(2))
-    other = ablate(tiny, CLEAN, seed=4, **options)["score"]
+    one, two = (ablate(tiny, asked, seed=3, **options)["score"] for _ in range(2))
+    other = ablate(tiny, asked, seed=4, **options)["score"]
     assert np.array_equal(one, two)
     assert not np.allclose(one, other)
     assert torch.equal(state, torch.get_rng_state())
     with pytest.raises(ValueError, match="as many other prompts"):
-        ablate(tiny, CLEAN[0], answer="w11", wrong="w21", how="resample")
+        ablate(tiny, ALONE, how="resample")
 
 
 @pytest.mark.parametrize("how", ["zero", "mean", "position_mean", "resample"])
 def test_ablated_neurons(tiny, how):
     reference = {} if how == "zero" else {"reference": CLEAN[1:2]}
-    result = ablate(
-        tiny, CLEAN[0], answer="w11", wrong="w21", how=how, kinds="mlp_post", layers=[2],
-        neurons=[3, 30], positions=-1, **reference,
-    )  # fmt: skip
+    sites = Sites("mlp_post", layers=[2], neurons=[3, 30], positions=-1)
+    result = ablate(tiny, ALONE, sites, how=how, **reference)
     values = source(tiny, CLEAN[1], "mlp_post", 2)
     value = {"zero": 0 * values, "mean": values[1:].mean(0).expand_as(values)}.get(how, values)
     for j, neuron in enumerate((3, 30)):
@@ -351,26 +349,26 @@ def test_ablated_neurons(tiny, how):
 
 
 def test_mean_of_a_prompt_alone_at_its_own_place_is_refused(tiny):
-    options = {"answer": "w11", "wrong": "w21", "how": "position_mean"}
     with pytest.raises(ValueError, match="would change nothing"):
-        ablate(tiny, CLEAN[0], **options)
-    changed = ablate(tiny, CLEAN[0], reference=CLEAN[1], **options)["change"]
-    assert np.abs(changed).max() > 1e-3
+        ablate(tiny, ALONE, how="position_mean")
+    moved = ablate(tiny, ALONE, how="position_mean", reference=CLEAN[1])["change"]
+    assert np.abs(moved).max() > 1e-3
 
 
 @pytest.mark.parametrize("how", ["position_mean", "resample"])
 def test_reference_of_other_lengths_by_token_is_refused(tiny, how):
-    options = {"answer": "w11", "wrong": "w21", "how": how, "reference": ["w1 w2", "w3 w4"]}
+    asked = Pairs(CLEAN, answer="w11", wrong="w21")
+    options = {"how": how, "reference": ["w1 w2", "w3 w4"]}
     with pytest.raises(TokenError, match="7 positions and the reference 3"):
-        ablate(tiny, CLEAN, **options)
-    ablate(tiny, CLEAN, positions={"last": -1}, **options)
+        ablate(tiny, asked, **options)
+    ablate(tiny, asked, Sites("attn_out", positions={"last": -1}), **options)
 
 
 @pytest.mark.parametrize("call", [patch, ablate])
 def test_nothing_stays_behind(tiny, call):
     tokens = torch.tensor([encode(tiny, CLEAN[0]).ids])
     before = forward(tiny, tokens)
-    prompts = PAIRS[0] if call is patch else PAIRS[0][:1]
+    prompts = PAIRS[0] if call is patch else CLEAN[0]
 
     def interrupted(logits):
         raise KeyboardInterrupt
@@ -380,59 +378,96 @@ def test_nothing_stays_behind(tiny, call):
 
     for metric, error in ((interrupted, KeyboardInterrupt), (exhausted, torch.OutOfMemoryError)):
         with pytest.raises(error):
-            call(tiny, *prompts, metric=metric)
+            call(tiny, prompts, metric=metric)
         assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
         assert torch.equal(forward(tiny, tokens), before)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "message"),
+    ("pairs", "sites", "message"),
     [
-        ((CLEAN, CORRUPTED[:2]), ONE, "3 clean and 2 corrupted"),
-        ((PAIRS[0][0], "w1 w2"), ONE, "7 and 3 tokens"),
-        (PAIRS[0], {**ONE, "positions": "w99"}, "does not occur"),
-        ((PAIRS[0][0], "w1 w2"), {**ONE, "positions": {"a": ("w7 w8", "w1")}}, "covers 2"),
-        (PAIRS[0], {**ONE, "kinds": "resid"}, "expected one or more of"),
-        (PAIRS[0], {**ONE, "kinds": ["z", "resid_pre"]}, "do not share one axis"),
-        (PAIRS[0], {**ONE, "kinds": "z", "heads": [4]}, r"heads \[4\]"),
-        (PAIRS[0], {**ONE, "heads": [0]}, "no head axis"),
-        (PAIRS[0], {**ONE, "layers": [3]}, r"layers \[3\]"),
-        (PAIRS[0], {**ONE, "layers": 2}, "layers 2: expected a list"),
-        (PAIRS[0], {**ONE, "kinds": "z", "heads": "each"}, "heads 'each': expected a list"),
-        (PAIRS[0], {**ONE, "neurons": [1]}, "mlp_pre and mlp_post"),
-        (PAIRS[0], {**ONE, "kinds": "mlp_pre", "neurons": [4096]}, "neurons"),
-        (PAIRS[0], {**ONE, "window": 0}, "at least 1"),
-        (PAIRS[0], {**ONE, "direction": "back"}, "'denoise' or 'noise'"),
-        (PAIRS[0], {**ONE, "batch_size": 0}, "batch_size"),
-        (PAIRS[0], {**ONE, "max_rows": 0}, "max_rows is 0"),
-        (PAIRS[0], {**ONE, "memory": -1.0}, "memory is -1"),
-        (PAIRS[0], {"answer": "w11"}, "give `wrong`"),
-        (PAIRS[0], {}, "none was given"),
-        (PAIRS[0], {"answer": " ", "metric": "rank"}, "empty answer"),
-        (PAIRS[0], {"answer": 11, "metric": "rank"}, "Target of token ids; got 11"),
-        ((torch.tensor([[1, 5]]), torch.tensor([[1, 6]])), ONE, "text, or a Prompt .* got Tensor"),
-        (PAIRS[0], {"metric": lambda logits: logits}, "one number a row"),
-        (PAIRS[0], {"metric": lambda logits: logits[:, 0] / 0}, "not finite"),
-        (PAIRS[0], {**ONE, "metric": ["rank", "rank"]}, "under its own name"),
-        (PAIRS[0], {**ONE, "examples": ["a", "b"]}, "2 example labels"),
-        ((CLEAN, CORRUPTED), {**ONE, "answer": ["w11"]}, "1 of answer for 3"),
-        ((["w1", "w1 w2"], ["w3", "w3 w4"]), ONE, "no common axis"),
-        ((["w1", "w1 w2"], ["w3", "w3 w4"]), {**ONE, "positions": {"a": [0]}}, "1 spans for 2"),
+        ((CLEAN, CORRUPTED[:2]), {}, "3 clean and 2 corrupted"),
+        (CLEAN[0], {}, "there are no corrupted ones"),
+        ((PAIRS[0][0], "w1 w2"), {}, "7 and 3 tokens"),
+        (ONE, {"positions": "w99"}, "does not occur"),
+        ((PAIRS[0][0], "w1 w2"), {"positions": {"a": ("w7 w8", "w1")}}, "covers 2"),
+        (ONE, {"kinds": "resid"}, "expected one or more of"),
+        (ONE, {"kinds": ["z", "resid_pre"]}, "do not share one axis"),
+        (ONE, {"kinds": "z", "heads": [4]}, r"heads \[4\]"),
+        (ONE, {"heads": [0]}, "no head axis"),
+        (ONE, {"layers": [3]}, r"layers \[3\]"),
+        (ONE, {"layers": 3}, r"layers \(3,\): expected a list"),
+        (ONE, {"kinds": "z", "heads": "each"}, "heads 'each': expected a list"),
+        (ONE, {"neurons": [1]}, "mlp_pre and mlp_post"),
+        (ONE, {"kinds": "mlp_pre", "neurons": [4096]}, "neurons"),
+        (ONE, {"window": 0}, "at least 1"),
+        ((["w1", "w1 w2"], ["w3", "w3 w4"]), {}, "no common axis"),
+        ((["w1", "w1 w2"], ["w3", "w3 w4"]), {"positions": {"a": [0]}}, "1 spans for 2"),
     ],
 )
-def test_refuses(tiny, arguments, options, message):
+def test_refuses_places(tiny, pairs, sites, message):
     with pytest.raises(ValueError, match=message):
-        patch(tiny, *arguments, **options)
+        patch(tiny, pairs, Sites(**sites), metric="rank" if isinstance(pairs, Pairs) else top_logit)
+
+
+def top_logit(logits):
+    return logits.max(-1).values
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ({}, {"direction": "back"}, "'denoise' or 'noise'"),
+        ({"wrong": None}, {}, "give `wrong`"),
+        ({"answer": None}, {}, "none was given"),
+        ({"answer": " "}, {"metric": "rank"}, "empty answer"),
+        ({"answer": 1.5}, {"metric": "rank"}, "a token id or a tensor of them; got 1.5"),
+        ({}, {"metric": lambda logits: logits}, "one value per row"),
+        ({}, {"metric": lambda logits: logits[:, -1, 5]}, r"FullLogits\(custom\)"),
+        ({}, {"metric": lambda logits: logits[:, 0] / 0}, "not finite"),
+        ({}, {"metric": FullLogits(lambda logits: logits[0])}, "must return one value"),
+        ({}, {"metric": FullLogits(lambda logits: logits[1, 0])}, "one prompt at a time"),
+        ({}, {"metric": ["rank", "rank"]}, "under its own name"),
+        ({}, {"metric": lambda logits: 0 * logits[:, 0]}, "score the same in all 1 pairs"),
+        ({"corrupted": CLEAN[0]}, {}, "same tokens, first in pair 0"),
+        ({"corrupted": "w1 oops w8 w9 w30 w31", "clean": "w1 aha w8 w9 w30 w31"}, {}, "not know"),
+    ],
+)
+def test_refuses_scores(tiny, fields, options, message):
+    with pytest.raises(ValueError, match=message):
+        patch(tiny, changed(ONE, **fields), **options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"labels": ["a", "b"]}, "2 labels for 1"),
+        ({"clean": CLEAN, "corrupted": CORRUPTED, "answer": ["w11"]}, "1 of answer for 3"),
+        ({"source": CLEAN}, "3 source prompts for 1"),
+        ({"clean": torch.zeros(1, 2, 3)}, "of shape"),
+        ({"clean": 3.5}, "a prompt is text"),
+        ({"clean": []}, "no prompts were given"),
+    ],
+)
+def test_pairs_refuse(fields, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        changed(ONE, **fields)
+
+
+def test_limits_are_checked():
+    for name in ("batch_size", "max_rows", "memory"):
+        with pytest.raises(ValueError, match=f"{name} is 0"):
+            Limits(**{name: 0})
 
 
 def test_refuses_patterns_of_unequal_prompts(tiny):
     with pytest.raises(TokenError, match="7 and 3 tokens"):
-        patch(tiny, PAIRS[0][0], "w1 w2", kinds="pattern", positions=-1, **ONE)
+        patch(tiny, (PAIRS[0][0], "w1 w2"), Sites("pattern", positions=-1), metric=top_logit)
 
 
 def test_wrong_key_value_head(load_tiny):
     with pytest.raises(ValueError, match=r"0\.\.1"):
-        patch(load_tiny("llama"), *PAIRS[0], kinds="k", heads=[2], **ONE)
+        patch(load_tiny("llama"), ONE, Sites("k", heads=[2]))
 
 
 def test_missing_hook_is_named(tiny, monkeypatch):
@@ -444,4 +479,4 @@ def test_missing_hook_is_named(tiny, monkeypatch):
     if tiny.hook_dict is not hooks:
         monkeypatch.setitem(tiny.__dict__, "hook_dict", hooks)
     with pytest.raises(MissingHookError, match=name):
-        patch(tiny, *PAIRS[0], kinds="attn_out", **ONE)
+        patch(tiny, ONE, "attn_out")

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
 from mi_hops.model import capture, forward, hook_name, n_heads_of
-from mi_hops.patching import attribute, attribute_edges, patch
+from mi_hops.patching import Attribution, attribute, attribute_edges, patch
 from mi_hops.patching.quadrature import path_points
 from mi_hops.result.result import Result
+from mi_hops.sweep import KL, FullLogits, Limits, Pairs, Sites
 from mi_hops.sweep.interventions import HEAD_AXIS
-from mi_hops.sweep.metrics import KL
 from mi_hops.text.tokens import TokenError, encode
-from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
+from tests.patching.loops import (
+    ALL,
+    ANSWERS,
+    CLEAN,
+    CORRUPTED,
+    ONE,
+    PAIRS,
+    WRONGS,
+    changed,
+    put,
+    run,
+    source,
+)
 
-CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]
-OPTIONS = {"answer": ANSWERS, "wrong": WRONGS}
 N = 7
 
 
@@ -37,9 +49,7 @@ def test_every_kind_is_the_directional_derivative(load_tiny, kind, shape, backen
     model = load_tiny(shape, backend, "float64")
     # The Bridge reckons parts in float32 whatever the dtype, so differences need a longer step.
     eps, tolerance = (1e-4, 1e-6) if backend == "hooked" else (3e-3, 2e-3)
-    found = attribute(
-        model, CLEAN, CORRUPTED, kinds=kind, positions="each", metric="answer_logprob", **OPTIONS
-    ).result
+    found = attribute(model, ALL, Sites(kind, positions="each"), metric="answer_logprob")
     for i in (0, 2):
         score = {"answer": ANSWERS[i], "wrong": WRONGS[i], "metric": "answer_logprob"}
         for layer, pos in ((0, 2), (2, 6), (1, 4)):
@@ -64,34 +74,33 @@ def test_both_classes_agree(load_tiny):
         hooked = load_tiny(shape, "hooked", "float64")
         for kind in HEAD_AXIS:
             for method in ("gradient", "atp*"):
-                options = {**OPTIONS, "kinds": kind, "method": method}
-                ours = attribute(bridge, CLEAN, CORRUPTED, **options).result["change"]
-                true = attribute(hooked, CLEAN, CORRUPTED, **options).result["change"]
+                ours = attribute(bridge, ALL, kind, method=method)["change"]
+                true = attribute(hooked, ALL, kind, method=method)["change"]
                 assert np.allclose(ours, true, atol=2e-4), (shape, kind, method)
 
 
 def test_windows_neurons_noising_roles_and_batches(load_tiny):
     model = load_tiny("llama", "hooked", "float64")
-    single = attribute(model, CLEAN, CORRUPTED, kinds="mlp_out", **OPTIONS).result["change"]
-    window = attribute(model, CLEAN, CORRUPTED, kinds="mlp_out", window=3, **OPTIONS)
-    assert np.allclose(window.result["change"][:, 1], single.sum("layer"))
-    parts = attribute(
-        model, CLEAN, CORRUPTED, kinds="mlp_post", neurons=list(range(48)), positions=-1, **OPTIONS
-    ).result["change"]
-    whole = attribute(model, CLEAN, CORRUPTED, kinds="mlp_post", positions=-1, **OPTIONS)
-    assert np.allclose(parts.sum("neuron"), whole.result["change"])
-    back = attribute(model, CLEAN, CORRUPTED, kinds="mlp_out", direction="noise", **OPTIONS)
-    swapped = attribute(model, CORRUPTED, CLEAN, kinds="mlp_out", **OPTIONS)
-    assert np.allclose(back.result["change"], swapped.result["change"])
-    for change in ({"batch_size": 1}, {"by_family": True}):
-        again = attribute(
-            model, CLEAN, CORRUPTED, kinds=["mlp_out", "attn_out"], **OPTIONS, **change
-        )
-        assert np.allclose(again.result["change"].sel(kind="mlp_out"), single)
-    uneven = attribute(
-        model, ["w5 w6 w7", CLEAN[0]], ["w9 w8 w5 w2 w1 w6", CORRUPTED[0]], kinds="mlp_out",
-        positions={"last": -1}, answer=["w3", ANSWERS[0]], wrong=["w4", WRONGS[0]],
-    ).result["change"]  # fmt: skip
+    single = attribute(model, ALL, "mlp_out")["change"]
+    window = attribute(model, ALL, Sites("mlp_out", window=3))
+    assert np.allclose(window["change"][:, 1], single.sum("layer"))
+    neurons = Sites("mlp_post", neurons=list(range(48)), positions=-1)
+    parts = attribute(model, ALL, neurons)["change"]
+    whole = attribute(model, ALL, Sites("mlp_post", positions=-1))
+    assert np.allclose(parts.sum("neuron"), whole["change"])
+    back = attribute(model, ALL, "mlp_out", direction="noise")
+    swapped = attribute(model, changed(ALL, clean=CORRUPTED, corrupted=CLEAN), "mlp_out")
+    assert np.allclose(back["change"], swapped["change"])
+    for change in ({"limits": Limits(batch_size=1)}, {"by_kind": True}):
+        again = attribute(model, ALL, ["mlp_out", "attn_out"], **change)
+        assert np.allclose(again["change"].sel(kind="mlp_out"), single)
+    both = Pairs(
+        ["w5 w6 w7", CLEAN[0]],
+        ["w9 w8 w5 w2 w1 w6", CORRUPTED[0]],
+        answer=["w3", ANSWERS[0]],
+        wrong=["w4", WRONGS[0]],
+    )
+    uneven = attribute(model, both, Sites("mlp_out", positions={"last": -1}))["change"]
     assert np.allclose(uneven[1, :, 0], single[0, :, -1])
     there, here = (source(model, t, "mlp_out", 1) for t in ("w5 w6 w7", "w9 w8 w5 w2 w1 w6"))
     moved = here.clone()
@@ -102,7 +111,7 @@ def test_windows_neurons_noising_roles_and_batches(load_tiny):
     assert float(uneven[0, 1, 0]) == pytest.approx(expected, abs=1e-6)
 
 
-def test_one_family_at_a_time_holds_one_kind(load_tiny, monkeypatch):
+def test_one_kind_at_a_time_holds_one_kind(load_tiny, monkeypatch):
     from mi_hops.patching import attribution
 
     model, held = load_tiny("llama"), []
@@ -114,23 +123,23 @@ def test_one_family_at_a_time_holds_one_kind(load_tiny, monkeypatch):
 
     monkeypatch.setattr(attribution, "run_with_gradients", watched)
     kinds = ["mlp_out", "attn_out"]
-    for by_family, expected in ((False, [kinds]), (True, [kinds[:1], kinds[1:]])):
+    for by_kind, expected in ((False, [kinds]), (True, [kinds[:1], kinds[1:]])):
         held.clear()
-        attribute(model, CLEAN, CORRUPTED, kinds=kinds, by_family=by_family, **OPTIONS)
+        attribute(model, ALL, kinds, by_kind=by_kind)
         assert held == [{hook_name(k, i) for k in part for i in range(3)} for part in expected]
 
 
 @pytest.mark.parametrize("method", ["gradient", "integrated", "atp*"])
 def test_divergence_from_the_base_itself_has_no_slope(load_tiny, method):
     model = load_tiny("gpt2", "hooked", "float64")
-    options = {"metric": "kl", "direction": "noise", "layers": [0], "method": method}
+    options = {"sites": Sites(layers=0), "metric": "kl", "direction": "noise", "method": method}
     if method == "integrated":  # off the base there is a slope
-        found = attribute(model, *PAIRS[0], steps=32, **options).result
+        found = attribute(model, PAIRS[0], steps=32, **options)
         assert float(found["completeness_error"][0]) < 1e-2
         return
     with pytest.raises(ValueError, match="its gradient is 0"):
-        attribute(model, *PAIRS[0], **options)
-    attribute(model, *PAIRS[0], **{**options, "direction": "denoise"})
+        attribute(model, PAIRS[0], **options)
+    attribute(model, PAIRS[0], **{**options, "direction": "denoise"})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -143,18 +152,24 @@ def test_a_divergence_given_as_an_object_is_refused_at_its_own_base(load_tiny, d
         for call in (attribute, attribute_edges):
             options = {"direction": "denoise", "metric": own}
             with pytest.raises(ValueError, match=r"1 of 3 pairs \(first: \[1\]"):
-                call(model, CLEAN, CORRUPTED, **options)
-            call(model, CLEAN[:1], CORRUPTED[:1], **options)  # the base is another run
-            call(model, CLEAN, CORRUPTED, **{**options, "direction": "noise"})
+                call(model, (CLEAN, CORRUPTED), **options)
+            call(model, (CLEAN[:1], CORRUPTED[:1]), **options)  # the base is another run
+            call(model, (CLEAN, CORRUPTED), **{**options, "direction": "noise"})
 
 
 def test_runs_that_score_the_same_have_no_share(tiny):
-    """Not even where they differ by rounding alone."""
+    """Not even where they differ by rounding alone; if none has one, that is an error."""
     for metric in (lambda x: 3 + 1e-6 * x[:, 0].tanh(), lambda x: x[:, 0] * 0 + 1):
-        found = attribute(tiny, *PAIRS[0], metric=metric, method="integrated", steps=2).result
-        assert np.isnan(found["effect"]).all()
-        assert np.isnan(found["completeness_error"]).all()
-        assert np.isfinite(found["change"]).all()
+        for options in ({}, {"method": "integrated", "steps": 2}):
+            with pytest.raises(ValueError, match="score the same in all 1 pairs"):
+                attribute(tiny, PAIRS[0], metric=metric, **options)
+    same = Pairs(CLEAN[:2], [CORRUPTED[0], CLEAN[1] + " w3"], answer="w11", wrong="w21")
+    first = lambda x: x[0, 3, 11] - x[0, 3, 21]  # noqa: E731  (before the second pair differs)
+    sites = Sites(layers=1, positions={"last": -1})
+    found = attribute(tiny, same, sites, metric=FullLogits(first))
+    assert np.isnan(found["effect"][1]).all()
+    assert np.isfinite(found["effect"][0]).all()
+    assert np.isfinite(found["change"]).all()
 
 
 def test_gradients_that_are_not_finite_are_refused(tiny):
@@ -163,14 +178,14 @@ def test_gradients_that_are_not_finite_are_refused(tiny):
 
     for method in ("gradient", "integrated", "atp*"):
         with pytest.raises(ValueError, match="gradient of metric 'rough' is not finite"):
-            attribute(tiny, *PAIRS[0], metric=rough, method=method)
+            attribute(tiny, PAIRS[0], metric=rough, method=method)
 
 
 @pytest.mark.parametrize("kind", ["resid_pre", "resid_mid", "resid_post"])
 def test_windows_of_the_stream_are_refused(tiny, kind):
     """Their blocks hand on one change, which the sum would count once for each of them."""
     with pytest.raises(ValueError, match="counted several times"):
-        attribute(tiny, *PAIRS[0], kinds=["mlp_out", kind], window=2, answer="w11", wrong="w21")
+        attribute(tiny, ONE, Sites(["mlp_out", kind], window=2))
 
 
 def test_passes(tiny):
@@ -179,57 +194,57 @@ def test_passes(tiny):
     handle = tiny.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
     counts = {}
     try:
-        for method in ("gradient", "integrated", "atp*"):
+        for method in ("gradient", "integrated", "atp+qkfix"):
             for kind in ("z", "q"):
                 runs.clear()
-                attribute(
-                    tiny, CLEAN, CORRUPTED, kinds=kind, positions="each", method=method, steps=5,
-                    dropout=False, **OPTIONS,
-                )  # fmt: skip
+                attribute(tiny, ALL, Sites(kind, positions="each"), method=method, steps=5)
                 counts[method, kind] = len(runs)
     finally:
         handle.remove()
     assert counts == {
-        ("gradient", "z"): 2, ("gradient", "q"): 2, ("integrated", "z"): 7, ("integrated", "q"): 7,
-        ("atp*", "z"): 2, ("atp*", "q"): 4,
-    }  # fmt: skip
+        ("gradient", "z"): 2,
+        ("gradient", "q"): 2,
+        ("integrated", "z"): 7,
+        ("integrated", "q"): 7,
+        ("atp+qkfix", "z"): 2,
+        ("atp+qkfix", "q"): 4,
+    }
 
 
-@pytest.mark.parametrize("method", ["gradient", "integrated", "atp*"])
+@pytest.mark.parametrize("method", ["gradient", "integrated", "atp+qkfix"])
 @pytest.mark.parametrize("kind", list(HEAD_AXIS))
 def test_cells_are_products_summed_over_their_part(load_tiny, method, kind):
     """Spans, heads and neurons of every size add up: one token at a time is the finest sum."""
     model = load_tiny("llama", "hooked", "float64")
-    options = {**OPTIONS, "kinds": kind, "method": method, "dropout": False}
-    fine = attribute(model, CLEAN, CORRUPTED, positions="each", **options).result["change"]
-    roles = {"long": slice(1, 4), "short": [2, 5, 6]}
-    spans = attribute(model, CLEAN, CORRUPTED, positions=roles, **options).result["change"]
-    if not (method == "atp*" and kind == "k"):  # keys patched together share their softmax
+
+    def change(**where):
+        return attribute(model, ALL, Sites(kind, **where), method=method)["change"]
+
+    fine = change(positions="each")
+    spans = change(positions={"long": slice(1, 4), "short": [2, 5, 6]})
+    if not (method == "atp+qkfix" and kind == "k"):  # keys patched together share their softmax
         assert np.allclose(spans.sel(position="long"), fine[:, :, 1:4].sum("position"))
         for i, pos in enumerate((2, 5, 6)):
             assert np.allclose(spans.sel(position="short")[i], fine[i, :, pos])
     if HEAD_AXIS[kind] is not None:
-        whole = attribute(model, CLEAN, CORRUPTED, positions="each", heads="all", **options)
-        some = attribute(model, CLEAN, CORRUPTED, positions="each", heads=[1], **options)
-        assert np.allclose(whole.result["change"], fine.sum(fine.dims[-1]))
-        assert np.allclose(some.result["change"][..., 0], fine[..., 1])
+        whole = change(positions="each", heads="all")
+        assert np.allclose(whole, fine.sum(fine.dims[-1]))
+        assert np.allclose(change(positions="each", heads=1)[..., 0], fine[..., 1])
 
 
 def test_third_source(load_tiny):
     model = load_tiny("gpt2", "hooked", "float64")
     third = "w70 w71 w72 w73 w74 w75"
     score = {"answer": ANSWERS[1], "wrong": WRONGS[1]}
-    found = attribute(
-        model, CLEAN, CORRUPTED, kinds="z", positions="each", source=third, **OPTIONS
-    ).result
+    found = attribute(model, changed(ALL, source=third), Sites("z", positions="each"))
     there, here = (source(model, text, "z", 1) for text in (third, CORRUPTED[1]))
     expected = slope(model, CORRUPTED[1], "z", 1, there, here, [4], 2, **score)
     assert float(found["change"][1, 1, 4, 2]) == pytest.approx(expected, abs=1e-6)
     for name, text in (("clean", CLEAN[1]), ("corrupted", CORRUPTED[1])):
         assert float(found[name][1]) == pytest.approx(run(model, text, **score), abs=1e-9)
     path = attribute(
-        model, CLEAN, CORRUPTED, layers=[0], source=third, method="integrated", steps=64, **OPTIONS
-    ).result
+        model, changed(ALL, source=third), Sites(layers=0), method="integrated", steps=64
+    )
     gap = run(model, third, **score) - run(model, CORRUPTED[1], **score)
     assert float(path["change"][1].sum()) == pytest.approx(gap, rel=1e-2)
     assert float(path["completeness_error"][1]) < 1e-2
@@ -239,10 +254,8 @@ def test_integrated_gradients_are_complete(load_tiny):
     model = load_tiny("gpt2", "hooked", "float64")
     errors = {}
     for rule, steps in (("gauss", 2), ("gauss", 64), ("trapezoid", 200), ("trapezoid", 3)):
-        result = attribute(
-            model, CLEAN, CORRUPTED, method="integrated", rule=rule, steps=steps, layers=[0],
-            **OPTIONS,
-        ).result  # fmt: skip
+        sites = Sites(layers=0)
+        result = attribute(model, ALL, sites, method="integrated", rule=rule, steps=steps)
         gap = result["clean"] - result["corrupted"]
         total = result["change"].sum(("layer", "position"))
         error = np.abs(total - gap) / np.abs(gap)
@@ -258,10 +271,9 @@ def test_integrated_gradient_is_the_mean_of_gradients_along_the_path(load_tiny):
     """By hand: the gradient at each interpolated input, through finite differences."""
     model = load_tiny("gpt2", "hooked", "float64")
     steps = 3
-    found = attribute(
-        model, *PAIRS[0], answer="w11", wrong="w21", kinds="mlp_out", method="integrated",
-        steps=steps, rule="trapezoid",
-    ).result["change"]  # fmt: skip
+    found = attribute(model, ONE, "mlp_out", method="integrated", steps=steps, rule="trapezoid")[
+        "change"
+    ]
     inputs = [source(model, text, "resid_pre", 0) for text in PAIRS[0]]
     outs = [source(model, text, "mlp_out", 1) for text in PAIRS[0]]
     total = 0.0
@@ -297,10 +309,7 @@ def test_quadrature():
 def test_attention_fix_recomputes_the_softmax(load_tiny, shape, kind):
     """The pattern of a truly patched query or key, and its slope by finite differences."""
     model = load_tiny(shape, "hooked", "float64")
-    found = attribute(
-        model, *PAIRS[0], answer="w11", wrong="w21", kinds=kind, positions="each", method="atp*",
-        dropout=False,
-    ).result["change"]  # fmt: skip
+    found = attribute(model, ONE, Sites(kind, positions="each"), method="atp+qkfix")["change"]
     text = PAIRS[0][1]
     tokens = torch.tensor([encode(model, text).ids])
     for layer, pos, head in ((0, 1, 0), (1, 3, 1), (2, 6, 1), (1, 2, 0)):
@@ -319,19 +328,15 @@ def test_other_kinds_need_no_attention_fix(load_tiny):
     for kind in HEAD_AXIS:
         if kind in ("q", "k"):
             continue
-        plain = attribute(model, CLEAN, CORRUPTED, kinds=kind, **OPTIONS).result["change"]
-        fixed = attribute(
-            model, CLEAN, CORRUPTED, kinds=kind, method="atp*", dropout=False, **OPTIONS
-        ).result["change"]
+        plain = attribute(model, ALL, kind)["change"]
+        fixed = attribute(model, ALL, kind, method="atp+qkfix")["change"]
         assert np.allclose(plain, fixed, atol=1e-10), kind
 
 
 def test_gradient_dropout_freezes_what_a_block_writes(load_tiny):
     """By hand: the derivative while attention and MLP of one block are held at base values."""
     model = load_tiny("gpt2", "hooked", "float64")
-    found = attribute(
-        model, *PAIRS[0], answer="w11", wrong="w21", kinds="z", positions=3, method="atp*"
-    ).result["change"]
+    found = attribute(model, ONE, Sites("z", positions=3), method="atp*")["change"]
     clean, corrupted = PAIRS[0]
     score = {"answer": "w11", "wrong": "w21"}
     for layer, head in ((0, 1), (1, 3), (2, 0)):
@@ -344,9 +349,8 @@ def test_gradient_dropout_freezes_what_a_block_writes(load_tiny):
                 put(kind, block, source(model, corrupted, kind, block), range(N))
                 for kind in ("attn_out", "mlp_out")
             ]
-            sizes.append(abs(slope(
-                model, corrupted, "z", layer, there, here, [3], head, extra=held, **score
-            )))  # fmt: skip
+            at = ("z", layer, there, here, [3], head)
+            sizes.append(abs(slope(model, corrupted, *at, extra=held, **score)))
         plain = slope(model, corrupted, "z", layer, there, here, [3], head, **score)
         expected = np.sign(plain) * np.mean(sizes)
         assert float(found[0, layer, head]) == pytest.approx(expected, abs=1e-6)
@@ -354,9 +358,9 @@ def test_gradient_dropout_freezes_what_a_block_writes(load_tiny):
 
 def test_verification_equals_patching(tiny, tmp_path):
     """The exact side is what `patch` gives; the summary numbers follow from the two."""
-    estimate = attribute(tiny, CLEAN, CORRUPTED, kinds="z", positions="each", **OPTIONS)
-    exact = patch(tiny, CLEAN, CORRUPTED, kinds="z", positions="each", **OPTIONS)["change"]
-    guess = estimate.result["change"]
+    sites = Sites("z", positions="each")
+    estimate, exact = attribute(tiny, ALL, sites), patch(tiny, ALL, sites)["change"]
+    guess = estimate["change"]
     found = estimate.verify(top=None)
     assert found.n_cells == exact[0].size
     assert found.largest_error == pytest.approx(float(np.abs(guess - exact).max()), abs=1e-5)
@@ -378,10 +382,13 @@ def test_verification_equals_patching(tiny, tmp_path):
     assert np.array_equal(top.result["change"], guess)
     assert np.allclose(found.result["exact"], exact, atol=1e-5)
     assert top.result.provenance["verification"] == {
-        "rank_correlation": top.rank_correlation, "sign_agreement": top.sign_agreement,
-        "largest_error": top.largest_error, "largest_exact": top.largest_exact, "n_cells": 5,
+        "rank_correlation": top.rank_correlation,
+        "sign_agreement": top.sign_agreement,
+        "largest_error": top.largest_error,
+        "largest_exact": top.largest_exact,
+        "n_cells": 5,
         "n_examples": 3,
-    }  # fmt: skip
+    }
     top.result.save(tmp_path / "checked.nc")
     assert Result.load(tmp_path / "checked.nc").provenance == top.result.provenance
     assert estimate.verify(top=1).result.provenance["verification"]["rank_correlation"] is None
@@ -389,11 +396,8 @@ def test_verification_equals_patching(tiny, tmp_path):
 
 def test_estimate_is_exact_where_the_model_is_linear(tiny):
     """A metric linear in the last block's MLP output, had it no final norm: near-perfect ranks."""
-    estimate = attribute(
-        tiny, CLEAN, CORRUPTED, kinds="mlp_post", layers=[2], positions=-1,
-        neurons=list(range(32)), **OPTIONS,
-    )  # fmt: skip
-    found = estimate.verify(top=None)
+    sites = Sites("mlp_post", layers=[2], positions=-1, neurons=list(range(32)))
+    found = attribute(tiny, ALL, sites).verify(top=None)
     assert found.rank_correlation > 0.95
     assert found.sign_agreement > 0.9
     assert found.largest_error < 0.3 * found.largest_exact
@@ -404,9 +408,8 @@ def test_half_precision_models_score_in_float32(load_tiny, method):
     for backend in ("hooked", "bridge"):
         narrow = load_tiny("llama", backend, "bfloat16")
         wide = load_tiny("llama", backend)
-        options = {**OPTIONS, "kinds": "z", "method": method}
-        found = attribute(narrow, CLEAN, CORRUPTED, **options).result["change"]
-        true = attribute(wide, CLEAN, CORRUPTED, **options).result["change"]
+        found = attribute(narrow, ALL, "z", method=method)["change"]
+        true = attribute(wide, ALL, "z", method=method)["change"]
         assert found.dtype == np.float32
         assert np.corrcoef(found.values.ravel(), true.values.ravel())[0, 1] > 0.9
 
@@ -420,26 +423,45 @@ def test_model_is_left_as_it_was(tiny, method):
     def broken(logits):
         raise KeyboardInterrupt
 
-    attribute(tiny, CLEAN, CORRUPTED, kinds=["q"], method=method, **OPTIONS)
+    attribute(tiny, ALL, ["q"], method=method)
     with pytest.raises(KeyboardInterrupt):
-        attribute(tiny, CLEAN, CORRUPTED, kinds="q", method=method, metric=broken)
+        attribute(tiny, ALL, "q", method=method, metric=broken)
     assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
     assert [p.requires_grad for p in tiny.parameters()] == flags
     assert all(p.grad is None for p in tiny.parameters())
     assert torch.equal(forward(tiny, tokens), before)
 
 
+def test_estimates_are_a_result(tiny, tmp_path):
+    """They plot, save and index like one, and leave the model behind when pickled."""
+    found = attribute(tiny, changed(ONE, labels=["first"]), Sites("z", positions="each"))
+    assert isinstance(found, Result)
+    assert found["effect"].dims == ("example", "layer", "position", "head")
+    assert found.plot("change", facet="layer", x="position", y="head").data
+    found.save(tmp_path / "found.nc")
+    assert np.array_equal(Result.load(tmp_path / "found.nc")["change"], found["change"])
+    assert type(found.mean()) is Result
+    stored = pickle.dumps(found)
+    assert len(stored) < 100_000  # a model's weights would take more
+    back = pickle.loads(stored)
+    assert isinstance(back, Attribution)
+    assert np.array_equal(back["change"], found["change"])
+    with pytest.raises(ValueError, match="pickled without their model"):
+        back.verify()
+    assert len(repr(found.verify())) < 500
+
+
 def test_refuses(tiny):
-    one = {"answer": "w11", "wrong": "w21"}
     with pytest.raises(ValueError, match="has no gradient"):
-        attribute(tiny, *PAIRS[0], metric="rank", **one)
+        attribute(tiny, ONE, metric="rank")
     with pytest.raises(ValueError, match="expected one metric"):
-        attribute(tiny, *PAIRS[0], metric=["rank", "logit_diff"], **one)
-    with pytest.raises(ValueError, match="expected 'gradient'"):
-        attribute(tiny, *PAIRS[0], method="grad", **one)
+        attribute(tiny, ONE, metric=["rank", "logit_diff"])
+    with pytest.raises(ValueError, match="expected one of"):
+        attribute(tiny, ONE, method="grad")
+    uneven = changed(ONE, corrupted="w1 w2")
     with pytest.raises(TokenError, match="7 and 3 tokens"):
-        attribute(tiny, PAIRS[0][0], "w1 w2", positions=-1, method="integrated", **one)
+        attribute(tiny, uneven, Sites(positions=-1), method="integrated")
     with pytest.raises(ValueError, match="same positions"):
-        attribute(tiny, *PAIRS[0], positions={"a": (1, 2)}, method="atp*", **one)
+        attribute(tiny, ONE, Sites(positions={"a": (1, 2)}), method="atp*")
     with pytest.raises(ValueError, match="top is 0"):
-        attribute(tiny, *PAIRS[0], **one).verify(top=0)
+        attribute(tiny, ONE).verify(top=0)

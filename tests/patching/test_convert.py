@@ -8,10 +8,9 @@ import torch
 
 from mi_hops.patching import ablate, attribute, patch, path_patch
 from mi_hops.patching.convert import from_transformer_lens, to_transformer_lens
+from mi_hops.sweep import Sites
 from mi_hops.text.tokens import encode
-from tests.patching.loops import ANSWERS, PAIRS, WRONGS
-
-CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]
+from tests.patching.loops import ALL, CLEAN, CORRUPTED, ONE
 
 
 @pytest.fixture
@@ -25,14 +24,14 @@ def theirs():
 @pytest.mark.parametrize(
     "options",
     [
-        {"kinds": "z"},
-        {"kinds": ["attn_out", "mlp_out"], "metric": ["logit_diff", "rank"]},
-        {"kinds": "k", "direction": "noise", "positions": "each"},
+        {"sites": "z"},
+        {"sites": ["attn_out", "mlp_out"], "metric": ["logit_diff", "rank"]},
+        {"sites": Sites("k", positions="each"), "direction": "noise"},
     ],
 )
 def test_there_and_back(load_tiny, theirs, options):
     model = load_tiny("llama")
-    result = patch(model, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS, **options)
+    result = patch(model, ALL, **options)
     converted = to_transformer_lens(result)
     assert isinstance(converted, theirs.PatchingResult)
     assert len(converted.to_dataframe()) == result["score"].size
@@ -71,7 +70,7 @@ def test_their_sweep_is_ours(load_tiny, theirs):
     with torch.no_grad():
         clean = metric(model(tokens[0]))
     converted = from_transformer_lens(found, other=clean)
-    ours = patch(model, CLEAN, CORRUPTED, metric=lambda x: x[:, 7] - x[:, 9])
+    ours = patch(model, (CLEAN, CORRUPTED), metric=lambda x: x[:, 7] - x[:, 9])
     for name in ("score", "change", "clean", "corrupted"):
         assert np.allclose(converted[name], ours[name], atol=1e-5), name
     assert converted["score"].dims == ("example", "layer", "position")
@@ -79,16 +78,16 @@ def test_their_sweep_is_ours(load_tiny, theirs):
 
 def test_refuses(load_tiny, theirs):
     model = load_tiny("gpt2")
-    estimate = attribute(model, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS).result
+    estimate = attribute(model, ALL)
     others = (
         estimate,
-        path_patch(model, *PAIRS[0], answer="w11", wrong="w21"),
-        ablate(model, CLEAN, corrupted=CORRUPTED, answer=ANSWERS, wrong=WRONGS),
+        path_patch(model, ONE),
+        ablate(model, ALL),
     )
     for result in others:
         with pytest.raises(ValueError, match="only results of activation patching"):
             to_transformer_lens(result)
-    result = to_transformer_lens(patch(model, CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS))
+    result = to_transformer_lens(patch(model, ALL))
     with pytest.raises(ValueError, match="'denoise' or 'noise'"):
         from_transformer_lens(result, direction="back")
     with pytest.raises(ValueError, match="pass direction='noise'"):
@@ -99,9 +98,7 @@ def test_refuses(load_tiny, theirs):
 
 
 def test_runs_that_score_the_same_within_rounding_have_no_effect(load_tiny, theirs):
-    result = to_transformer_lens(
-        patch(load_tiny("gpt2"), CLEAN, CORRUPTED, answer=ANSWERS, wrong=WRONGS)
-    )
+    result = to_transformer_lens(patch(load_tiny("gpt2"), ALL))
     nearly = result.baseline * (1 + 1e-6)
     assert np.isnan(from_transformer_lens(result, other=nearly)["effect"]).all()
 
@@ -110,6 +107,6 @@ def test_says_so_where_there_is_none(load_tiny):
     patching = pytest.importorskip("transformer_lens.patching")
     if hasattr(patching, "PatchingResult"):
         pytest.skip("this TransformerLens has PatchingResult")
-    result = patch(load_tiny("gpt2"), *PAIRS[0], answer="w11", wrong="w21")
+    result = patch(load_tiny("gpt2"), ONE)
     with pytest.raises(ValueError, match="has no PatchingResult"):
         to_transformer_lens(result)

@@ -20,14 +20,14 @@ from mi_hops.patching import (
 )
 from mi_hops.patching.nodes import readers, writers
 from mi_hops.patching.quadrature import path_points
+from mi_hops.sweep import Limits, Sites
 from mi_hops.sweep.metrics import NextToken
 from mi_hops.text.tokens import encode
-from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
+from tests.patching.loops import ALL, ANSWERS, CORRUPTED, PAIRS, WRONGS, changed, put, run, source
 from tests.patching.test_path import write
 
-CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]
-OPTIONS = {"answer": ANSWERS, "wrong": WRONGS}
-ONE = {"answer": ANSWERS[0], "wrong": WRONGS[0]}
+FIRST = ALL.select([0])
+SCORE = {"answer": ANSWERS[0], "wrong": WRONGS[0]}
 N = 7
 
 
@@ -71,7 +71,7 @@ def path_slope(model, pair, sender, receiver, score, before=(), eps=1e-4):
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_every_edge_is_the_derivative_of_its_path(load_tiny, shape):
     model = load_tiny(shape, "hooked", "float64")
-    found = attribute_edges(model, CLEAN, CORRUPTED, metric="answer_logprob", **OPTIONS).result
+    found = attribute_edges(model, ALL, metric="answer_logprob")
     score = {"answer": ANSWERS[2], "wrong": WRONGS[2], "metric": "answer_logprob"}
     checked = 0
     for u in writers(model, "all")[::3]:
@@ -88,7 +88,7 @@ def test_every_edge_is_the_derivative_of_its_path(load_tiny, shape):
 
 def test_integrated_edges_are_means_along_the_path(load_tiny):
     model = load_tiny("llama", "hooked", "float64")
-    found = attribute_edges(model, *PAIRS[0], steps=3, rule="trapezoid", **ONE).result
+    found = attribute_edges(model, FIRST, steps=3, rule="trapezoid")
     assert found.provenance["method"] == "EAP-IG"
     ends = [source(model, text, "resid_pre", 0) for text in PAIRS[0]]
     for sender, receiver in (("L0H1", "L2H1.k"), ("MLP0", "MLP2"), ("embed", "L1H3.q"),
@@ -98,7 +98,7 @@ def test_integrated_edges_are_means_along_the_path(load_tiny):
         for point, weight in path_points(3, "trapezoid"):
             start = ends[0] + point * (ends[1] - ends[0])
             begin = (hook_name("resid_pre", 0), lambda x, start=start: start[None].expand_as(x))
-            total += weight * path_slope(model, PAIRS[0], u, v, ONE, before=[begin])
+            total += weight * path_slope(model, PAIRS[0], u, v, SCORE, before=[begin])
         got = float(found["change"].sel(sender=sender, receiver=receiver)[0])
         assert got == pytest.approx(total, abs=1e-6), (sender, receiver)
 
@@ -107,10 +107,7 @@ def test_both_classes_agree(load_tiny):
     for shape in ("gpt2", "llama"):
         models = [load_tiny(shape, "bridge"), load_tiny(shape, "hooked", "float64")]
         for options in ({}, {"direction": "denoise", "steps": 3}):
-            found = [
-                attribute_edges(model, CLEAN, CORRUPTED, **OPTIONS, **options).result["change"]
-                for model in models
-            ]
+            found = [attribute_edges(model, ALL, **options)["change"] for model in models]
             assert np.allclose(*found, atol=3e-4, equal_nan=True), shape
 
 
@@ -119,10 +116,10 @@ def test_estimates_rank_like_exact_paths(tiny):
     from scipy.stats import spearmanr
 
     paths = {"senders": "heads", "receivers": ["logits", "v"]}
-    estimate = attribute_edges(tiny, CLEAN, CORRUPTED, **paths, **OPTIONS)
-    each = estimate.result["change"]
+    estimate = attribute_edges(tiny, ALL, **paths)
+    each = estimate["change"]
     guess = each.mean("example")
-    exact = path_patch(tiny, CLEAN, CORRUPTED, direction="noise", **paths, **OPTIONS)
+    exact = path_patch(tiny, ALL, direction="noise", **paths)
     true = exact["change"].mean("example")
     known = np.isfinite(true.values)
     assert np.array_equal(known, np.isfinite(guess.values))
@@ -153,9 +150,9 @@ def test_divergence_from_the_base_itself_has_no_slope(load_tiny):
     """Its gradient there is 0, whatever the model; averaged over the path it is complete."""
     model = load_tiny("gpt2", "hooked", "float64")
     with pytest.raises(ValueError, match="its gradient is 0"):
-        attribute_edges(model, *PAIRS[0], metric="kl")
-    attribute_edges(model, *PAIRS[0], metric="kl", direction="denoise")
-    path = attribute_edges(model, *PAIRS[0], metric="kl", steps=3).verify(top=20)
+        attribute_edges(model, PAIRS[0], metric="kl")
+    attribute_edges(model, PAIRS[0], metric="kl", direction="denoise")
+    path = attribute_edges(model, PAIRS[0], metric="kl", steps=3).verify(top=20)
     assert path.rank_correlation > 0.5
 
 
@@ -165,12 +162,12 @@ def test_half_precision_models_score_in_float32(load_tiny, backend):
     full = {"circuits": [Circuit(frozenset(all_edges(wide)))]}
     paths = {"senders": "all", "receivers": ["v", "mlps", "logits"]}
     for call, options in (
-        (lambda *a, **o: attribute_edges(*a, **o).result["change"], {}),
-        (lambda *a, **o: attribute_edges(*a, **o).result["change"], {"steps": 3}),
+        (lambda *a, **o: attribute_edges(*a, **o)["change"], {}),
+        (lambda *a, **o: attribute_edges(*a, **o)["change"], {"steps": 3}),
         (lambda *a, **o: path_patch(*a, **o)["change"], paths),
         (lambda *a, **o: faithfulness(*a, **o)["score"], full),
     ):
-        found, true = (call(m, CLEAN, CORRUPTED, **OPTIONS, **options) for m in (narrow, wide))
+        found, true = (call(m, ALL, **options) for m in (narrow, wide))
         assert found.dtype == np.float32
         known = np.isfinite(true.values)
         assert np.array_equal(np.isfinite(found.values), known)
@@ -181,14 +178,14 @@ def test_scores_that_are_not_finite_cut_no_edges(tiny):
     """NaN is never above a threshold: without the check every edge would go."""
     broken = NextToken("broken", "", True, lambda logits, target: logits[:, 0] * float("nan"))
     for call in (
-        lambda: acdc(tiny, *PAIRS[0], threshold=0.1, metric=broken, **ONE),
-        lambda: faithfulness(tiny, *PAIRS[0], [Circuit(frozenset())], metric=broken, **ONE),
+        lambda: acdc(tiny, FIRST, threshold=0.1, metric=broken),
+        lambda: faithfulness(tiny, FIRST, [Circuit(frozenset())], metric=broken),
     ):
         with pytest.raises(ValueError, match="'broken' is not finite"):
             call()
     rough = lambda x: (x[:, 0] - x[:, 0]).sqrt()  # noqa: E731
     with pytest.raises(ValueError, match="gradient of metric 'custom' is not finite"):
-        attribute_edges(tiny, *PAIRS[0], metric=rough)
+        attribute_edges(tiny, PAIRS[0], metric=rough)
 
 
 def circuits(model):
@@ -206,16 +203,15 @@ def circuits(model):
 
 def test_circuits_by_identities(tiny):
     cut = circuits(tiny)
-    found = faithfulness(tiny, CLEAN, CORRUPTED, list(cut.values()), **OPTIONS)
+    found = faithfulness(tiny, ALL, list(cut.values()))
     score = {name: found["score"][:, j].values for j, name in enumerate(cut)}
     assert np.allclose(score["all"], found["clean"], atol=1e-4)
     assert np.allclose(score["none"], found["corrupted"], atol=1e-4)
     assert np.allclose(found["faithfulness"][:, 0], 1, atol=1e-3)
-    options = {"direction": "noise", **OPTIONS}
     for name, (sender, receiver) in (("one", ("L0H1", "L2H0.q")), ("mlp", ("L1H2", "MLP1"))):
-        path = path_patch(tiny, CLEAN, CORRUPTED, senders=sender, receivers=receiver, **options)
+        path = path_patch(tiny, ALL, sender, receiver, direction="noise")
         assert np.allclose(score[name], path["score"][:, 0, 0], atol=1e-4), name
-    noised = patch(tiny, CLEAN, CORRUPTED, kinds="z", layers=[1], heads=[0], **options)
+    noised = patch(tiny, ALL, Sites("z", layers=1, heads=0), direction="noise")
     assert np.allclose(score["written"], noised["score"][:, 0, 0], atol=1e-4)
     assert list(found["edges"].values) == [len(c) for c in cut.values()]
 
@@ -229,18 +225,21 @@ def test_cutting_what_a_head_reads_noises_it(load_tiny):
             inputs = {f"L1H{h}.q" for h in heads}
             inputs |= {f"L1H{1 if shape == 'llama' else 2}.{kind}" for kind in "kv"}
             circuit = Circuit(frozenset((u, v) for u, v in edges if v not in inputs))
-            found = faithfulness(model, CLEAN[:1], CORRUPTED[:1], [circuit], **ONE)
+            found = faithfulness(model, FIRST, [circuit])
             hooks = [put("z", 1, source(model, CORRUPTED[0], "z", 1), range(N), h) for h in heads]
-            expected = run(model, CLEAN[0], hooks, **ONE)
+            expected = run(model, PAIRS[0][0], hooks, **SCORE)
             assert float(found["score"][0, 0]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_circuits_of_answers_of_several_tokens(tiny):
     full = Circuit(frozenset(all_edges(tiny)))
     found = faithfulness(
-        tiny, CLEAN, CORRUPTED, [full, Circuit(frozenset())], metric="answer_logprob",
-        batch_size=1, **OPTIONS,
-    )  # fmt: skip
+        tiny,
+        ALL,
+        [full, Circuit(frozenset())],
+        metric="answer_logprob",
+        limits=Limits(batch_size=1),
+    )
     assert np.allclose(found["score"][:, 0], found["clean"], atol=1e-4)
     assert np.allclose(found["score"][:, 1], found["corrupted"], atol=1e-4)
 
@@ -260,11 +259,9 @@ def test_pruning(load_tiny):
 
 
 def test_extraction_and_faithfulness_curve(tiny):
-    estimate = attribute_edges(tiny, CLEAN, CORRUPTED, **OPTIONS)
-    scores = estimate.result
-    assert extract(tiny, estimate, 7).edges == extract(tiny, scores, 7).edges
+    scores = attribute_edges(tiny, ALL)
     with pytest.raises(ValueError, match="pass those of attribute_edges"):
-        extract(tiny, attribute(tiny, *PAIRS[0], **ONE), 7)
+        extract(tiny, attribute(tiny, FIRST), 7)
     n = len(all_edges(tiny))
     assert int(np.isfinite(scores["change"][0]).sum()) == n
     whole = extract(tiny, scores, n)
@@ -300,7 +297,7 @@ def test_acdc_keeps_what_matters(load_tiny):
     start = Circuit(frozenset((u, v) for u, v in all_edges(model) if v in ("logits", "MLP2")))
     rest = frozenset(all_edges(model)) - start.edges
     begin = Circuit(start.edges | {e for e in rest if e[0] == "embed"})
-    found = acdc(model, CLEAN, CORRUPTED, threshold=0.02, start=begin, prune=False)
+    found = acdc(model, ALL, threshold=0.02, start=begin, prune=False)
     assert set(zip(found.table["sender"], found.table["receiver"], strict=True)) == begin.edges
     assert found.circuit.edges == {
         (r.sender, r.receiver) for r in found.table.itertuples() if r.kept
@@ -310,25 +307,25 @@ def test_acdc_keeps_what_matters(load_tiny):
     # Replay: the first edge's harm is the divergence of two circuits.
     first = (found.table["sender"][0], found.table["receiver"][0])
     assert first[1] == "logits"
-    two = faithfulness(
-        model, CLEAN, CORRUPTED, [begin, Circuit(begin.edges - {first})], metric="kl"
-    )["score"].mean("example")
+    two = faithfulness(model, ALL, [begin, Circuit(begin.edges - {first})], metric="kl")[
+        "score"
+    ].mean("example")
     assert found.table["harm"][0] == pytest.approx(float(two[1] - two[0]), abs=1e-5)
-    everything = acdc(model, CLEAN, CORRUPTED, threshold=1e9, start=start)
+    everything = acdc(model, ALL, threshold=1e9, start=start)
     assert len(everything.circuit) == 0
 
 
 def test_nothing_stays_behind(tiny):
-    tokens = torch.tensor([encode(tiny, CLEAN[0]).ids])
+    tokens = torch.tensor([encode(tiny, PAIRS[0][0]).ids])
     before = forward(tiny, tokens)
 
     def broken(logits):
         raise KeyboardInterrupt
 
     for call in (
-        lambda: attribute_edges(tiny, *PAIRS[0], metric=broken),
-        lambda: faithfulness(tiny, *PAIRS[0], [Circuit(frozenset())], metric=broken),
-        lambda: acdc(tiny, *PAIRS[0], threshold=1.0, metric=broken),
+        lambda: attribute_edges(tiny, PAIRS[0], metric=broken),
+        lambda: faithfulness(tiny, PAIRS[0], [Circuit(frozenset())], metric=broken),
+        lambda: acdc(tiny, PAIRS[0], threshold=1.0, metric=broken),
     ):
         with pytest.raises(KeyboardInterrupt):
             call()
@@ -338,28 +335,25 @@ def test_nothing_stays_behind(tiny):
 
 def test_refuses(tiny):
     with pytest.raises(ValueError, match="steps is 0"):
-        attribute_edges(tiny, *PAIRS[0], steps=0, **ONE)
+        attribute_edges(tiny, FIRST, steps=0)
     with pytest.raises(ValueError, match="no edge leads"):
-        attribute_edges(tiny, *PAIRS[0], senders="L2H0", receivers="L1H0.q", **ONE)
+        attribute_edges(tiny, FIRST, "L2H0", "L1H0.q")
     with pytest.raises(ValueError, match="top is 0"):
-        attribute_edges(tiny, *PAIRS[0], senders="L0H0", **ONE).verify(top=0)
-    several = {"metric": ["rank", "logit_diff"], **ONE}
+        attribute_edges(tiny, FIRST, "L0H0").verify(top=0)
+    several = {"metric": ["rank", "logit_diff"]}
     for call in (
-        lambda: attribute_edges(tiny, *PAIRS[0], **several),
-        lambda: faithfulness(tiny, *PAIRS[0], [Circuit(frozenset())], **several),
-        lambda: acdc(tiny, *PAIRS[0], threshold=1.0, **several),
+        lambda: attribute_edges(tiny, FIRST, **several),
+        lambda: faithfulness(tiny, FIRST, [Circuit(frozenset())], **several),
+        lambda: acdc(tiny, FIRST, threshold=1.0, **several),
     ):
         with pytest.raises(ValueError, match="expected one metric"):
             call()
     with pytest.raises(ValueError, match="not the model's"):
-        faithfulness(tiny, *PAIRS[0], [Circuit(frozenset({("MLP2", "MLP1")}))], **ONE)
-    for call in (
-        lambda: attribute_edges(tiny, *PAIRS[0], examples=["a", "b"], **ONE),
-        lambda: faithfulness(tiny, *PAIRS[0], [Circuit(frozenset())], examples=["a", "b"], **ONE),
-    ):
-        with pytest.raises(ValueError, match="2 example labels for 1"):
-            call()
+        faithfulness(tiny, FIRST, [Circuit(frozenset({("MLP2", "MLP1")}))])
+    third = changed(FIRST, source=CORRUPTED[1])
+    with pytest.raises(ValueError, match="no other source of activations"):
+        attribute_edges(tiny, third)
     with pytest.raises(ValueError, match="0 circuits"):
-        faithfulness(tiny, *PAIRS[0], [], **ONE)
+        faithfulness(tiny, FIRST, [])
     with pytest.raises(ValueError, match="threshold is 0"):
-        acdc(tiny, *PAIRS[0], threshold=0)
+        acdc(tiny, PAIRS[0], threshold=0)

@@ -5,6 +5,8 @@ What the documentation states of exactness is what these tests assert.
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -12,14 +14,15 @@ import torch
 from mi_hops.model import capture, embedding, hook_name, n_heads_of, w_o
 from mi_hops.patching import ablate, patch, path_patch, trace
 from mi_hops.patching.nodes import read_hooks, readers, writers
-from mi_hops.patching.tracing import _draws
+from mi_hops.patching.tracing import noise_draws
+from mi_hops.sweep import Pairs, Sites
 from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.text.tokens import encode
-from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
+from tests.patching.loops import ALL, ANSWERS, PAIRS, WRONGS, changed, put, run, source
 from tests.patching.test_tracing import noise_hook
 
 #: Class, dtype, and how far a sweep may be from the loop, in the unit of the metric. The Bridge
-#: reckons parts in float32 whatever the model's dtype: as a rule rows round alike there, but they need
+#: computes parts in float32 whatever the model's dtype: as a rule rows round alike there, but they need
 #: not.
 PRECISIONS = [
     ("hooked", "float32", 1e-5),
@@ -41,15 +44,36 @@ BATCHES = {
 NEURONS = [1, 30]
 
 
-@pytest.fixture(
-    params=[(s, *p) for s in ("gpt2", "llama") for p in PRECISIONS],
-    ids=lambda p: "-".join(map(str, p[:3])),
-)
+MODELS = [(shape, *p) for shape in ("gpt2", "llama") for p in PRECISIONS]
+
+
+def on_models(*axes):
+    """Every case on every model. A covering part is quick: each case on two models whose shape, class
+    or precision differ, each model with its share of the cases; the other combinations are slow.
+    """
+    cases = list(product(*axes))
+    params = []
+    for c, case in enumerate(cases):
+        for m, model in enumerate(MODELS):
+            quick = m in (c % len(MODELS), (c + 5) % len(MODELS))
+            name = "-".join(map(str, (*model[:3], *case)))
+            params.append(
+                pytest.param(model, *case, id=name, marks=() if quick else pytest.mark.slow)
+            )
+    return params
+
+
+@pytest.fixture
 def precise(request, load_tiny):
     """A model, and how to compare a sweep on it with the loop."""
     shape, backend, dtype, tolerance = request.param
     model = load_tiny(shape, backend, dtype)
     return model, lambda expected: pytest.approx(expected, rel=0, abs=tolerance)
+
+
+def precisely(names, *axes):
+    """Run a test on every case and model, with the fixture `precise`."""
+    return pytest.mark.parametrize(f"precise,{names}", on_models(*axes), indirect=["precise"])
 
 
 def units_of(model, kind, of="each"):
@@ -60,6 +84,7 @@ def units_of(model, kind, of="each"):
     return [{"head": h} for h in ([None] if whole else range(n_heads_of(model, kind)))]
 
 
+#: Kinds of activation, and what of them is swept.
 SWEEPS = [
     *((kind, "each") for kind in HEAD_AXIS),
     *((kind, "all") for kind, axis in HEAD_AXIS.items() if axis is not None),
@@ -67,16 +92,19 @@ SWEEPS = [
 ]
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize(("kind", "of"), SWEEPS)
-def test_patching(precise, kind, of, batch):
+@precisely("sweep,batch", SWEEPS, BATCHES)
+def test_patching(precise, sweep, batch):
     model, near = precise
+    kind, of = sweep
     pairs, metric = BATCHES[batch]
-    found = patch(
-        model, [c for c, _ in pairs], [c for _, c in pairs], answer=ANSWERS, wrong=WRONGS,
-        kinds=kind, positions={"late": -2, "all but BOS": slice(1, None)}, metric=metric,
-        heads="all" if of == "all" else None, neurons=NEURONS if of == "neurons" else None,
-    )["score"]  # fmt: skip
+    sites = Sites(
+        kind,
+        positions={"late": -2, "all but BOS": slice(1, None)},
+        heads="all" if of == "all" else None,
+        neurons=NEURONS if of == "neurons" else None,
+    )
+    sides = {"clean": [c for c, _ in pairs], "corrupted": [c for _, c in pairs]}
+    found = patch(model, changed(ALL, **sides), sites, metric=metric)["score"]
     units = units_of(model, kind, of)
     assert found.size == 3 * 3 * 2 * len(units)
     for i, (clean, corrupted) in enumerate(pairs):
@@ -104,8 +132,7 @@ def replacements(how, values, i, kind):
     return [(torch.stack([v[-2] for v in values]).mean(0).expand_as(own), -2)]
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("kind", HEAD_AXIS)
+@precisely("kind,batch", HEAD_AXIS, BATCHES)
 def test_ablation(precise, kind, batch):
     model, near = precise
     pairs, metric = BATCHES[batch]
@@ -117,9 +144,13 @@ def test_ablation(precise, kind, batch):
     units = units_of(model, kind)
     for how in hows:
         result = ablate(
-            model, texts, answer=ANSWERS, wrong=WRONGS, how=how, kinds=kind, layers=[layer],
-            positions=-2, samples=2 if how == "resample" else 1, metric=metric,
-        )  # fmt: skip
+            model,
+            Pairs(texts, answer=ANSWERS, wrong=WRONGS),
+            Sites(kind, layers=layer, positions=-2),
+            how=how,
+            samples=2 if how == "resample" else 1,
+            metric=metric,
+        )
         for i, text in enumerate(texts):
             score = {"answer": ANSWERS[i], "wrong": WRONGS[i], "metric": metric}
             here = len(encode(model, text)) - 2
@@ -132,22 +163,21 @@ def test_ablation(precise, kind, batch):
             assert float(result["intact"][i]) == near(run(model, text, **score))
 
 
-@pytest.mark.parametrize("kind", HEAD_AXIS)
+@precisely("kind", HEAD_AXIS)
 def test_tracing(precise, kind):
     """One prompt at a time, so that only its answer is appended."""
     model, near = precise
     text, subject, seed = PAIRS[0][0], "w7 w8", 4
     score = {"answer": "w11 w12", "metric": "answer_logprob"}
-    found = trace(
-        model, text, subject, kinds=kind, positions=[2, 6], samples=1, seed=seed, **score
-    )["score"]  # fmt: skip
+    asked, sites = Pairs(text, answer="w11 w12"), Sites(kind, positions=[2, 6])
+    found = trace(model, asked, subject, sites, samples=1, seed=seed, metric="answer_logprob")
     std = 3.0 * float(embedding(model).float().std())
-    noise = noise_hook(model, text, subject, next(_draws(model, 2, std, 1, (seed, 0))))
+    noise = noise_hook(model, text, subject, next(noise_draws(model, 2, std, 1, (seed, 0))))
     for layer in range(3):
         value = source(model, text, kind, layer)
         for p, pos in enumerate((2, 6)):
             for got, unit in zip(
-                found[0, layer, p].values.flat, units_of(model, kind), strict=True
+                found["score"][0, layer, p].values.flat, units_of(model, kind), strict=True
             ):
                 hooks = [noise, put(kind, layer, value, [pos], **unit)]
                 assert float(got) == near(run(model, text, hooks, **score)), unit
@@ -181,12 +211,14 @@ def path(model, pair, sender, receiver, score):
     return run(model, corrupted, [hook], **score)
 
 
+@pytest.mark.parametrize("precise", MODELS, ids=lambda p: "-".join(p[:3]), indirect=True)
 def test_paths(precise):
     model, near = precise
     score = {"answer": ANSWERS[2], "metric": "answer_logprob"}
     senders = ["embed", "L0H1", "ATTN0", "MLP0", "L1H3", "MLP2"]
     receivers = ["L1H2.q", "L1H1.k", "L2H0.v", "MLP1", "MLP2", "logits"]
-    found = path_patch(model, *PAIRS[2], senders=senders, receivers=receivers, **score)["score"]
+    pair = changed(ALL, wrong=None).select([2])
+    found = path_patch(model, pair, senders, receivers, metric="answer_logprob")["score"]
     checked = 0
     for u in writers(model, senders):
         for v in readers(model, receivers):

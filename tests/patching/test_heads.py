@@ -8,6 +8,7 @@ import torch
 
 from mi_hops.model import forward
 from mi_hops.patching.heads import attention_to, composition, head_scores, icl_score
+from mi_hops.sweep import Limits, Pairs
 from mi_hops.text.tokens import encode
 from tests.patching.loops import source
 
@@ -63,8 +64,8 @@ def test_attention_to_a_span(tiny):
             assert np.allclose(found["attention"][i, layer], expected, atol=1e-6)
     early = attention_to(tiny, texts[0], slice(0, None), query="w6")
     assert np.allclose(early.values, 1, atol=1e-5)
-    with pytest.raises(ValueError, match="1 example labels for 2"):
-        attention_to(tiny, texts, ["w6", "w10"], examples=["a"])
+    named = attention_to(tiny, Pairs(texts, labels=["a", "b"]), ["w6", "w10"])
+    assert list(named["example"].values) == ["a", "b"]
     with pytest.raises(ValueError, match="cannot be attended"):
         attention_to(tiny, texts[0], "w8", query="w6")
 
@@ -98,7 +99,7 @@ def test_composition_is_the_norm_of_the_product(load_tiny, mode):
 
 def test_icl_score_is_a_difference_of_losses(tiny):
     texts = [" ".join(f"w{(7 * i + j) % 60}" for i in range(20)) for j in range(3)]
-    found = icl_score(tiny, texts, early=5, late=15, width=2, batch_size=2)
+    found = icl_score(tiny, texts, early=5, late=15, width=2, limits=Limits(batch_size=2))
     for i, text in enumerate(texts):
         ids = torch.tensor([encode(tiny, text).ids])
         losses = -forward(tiny, ids).log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
@@ -110,8 +111,6 @@ def test_icl_score_is_a_difference_of_losses(tiny):
         assert float(found["icl"][i]) == pytest.approx(late - early, abs=1e-5)
     with pytest.raises(ValueError, match="no token 50"):
         icl_score(tiny, texts, early=5, late=50)
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        icl_score(tiny, texts, early=5, late=15, batch_size=0)
     with pytest.raises(ValueError, match="width <= early"):
         icl_score(tiny, texts, early=5, late=5)
 

@@ -9,13 +9,13 @@ import torch
 from mi_hops.model import forward, hook_name
 from mi_hops.patching import patch, path_patch
 from mi_hops.patching.nodes import Node, readers, writers
+from mi_hops.sweep import Limits, Sites
 from mi_hops.sweep.passes import row_bytes
 from mi_hops.text.tokens import TokenError, encode
-from tests.patching.loops import ANSWERS, PAIRS, WRONGS, put, run, source
+from tests.patching.loops import ALL, ANSWERS, ONE, PAIRS, WRONGS, changed, put, run, source
 
-CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]
-OPTIONS = {"answer": ANSWERS, "wrong": WRONGS}
-ONE = {"answer": ANSWERS[0], "wrong": WRONGS[0]}
+FIRST = ALL.select([0])
+SCORE = {"answer": ANSWERS[0], "wrong": WRONGS[0]}
 N = 7
 
 
@@ -57,9 +57,7 @@ def by_hand(model, pair, sender, receiver, score):
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_equals_the_weights_applied_by_hand(load_tiny, shape):
     model = load_tiny(shape, "hooked", "float64")
-    result = path_patch(
-        model, CLEAN, CORRUPTED, senders=["all", "attns"], receivers="all", **OPTIONS
-    )
+    result = path_patch(model, ALL, ["all", "attns"], "all")
     sources, targets = writers(model, ["all", "attns"]), readers(model, "all")
     assert result["score"].shape == (3, len(sources), len(targets))
     reached = 0
@@ -80,12 +78,14 @@ def test_both_classes_agree(load_tiny):
     for shape in ("gpt2", "llama", "llama32"):
         found = [
             path_patch(
-                load_tiny(shape, backend), CLEAN, CORRUPTED, senders="all",
-                receivers=["q", "k", "v", "mlps", "logits"], answer=ANSWERS,
+                load_tiny(shape, backend),
+                changed(ALL, wrong=None),
+                "all",
+                ["q", "k", "v", "mlps", "logits"],
                 metric="answer_logprob",
             )["score"]
             for backend in ("hooked", "bridge")
-        ]  # fmt: skip
+        ]
         assert np.allclose(*found, atol=2e-4, equal_nan=True), shape
 
 
@@ -104,10 +104,7 @@ def test_equals_transformer_lens(load_tiny):
             return logits[0, -1, right] - logits[0, -1, wrong]
 
         for component in components:
-            ours = path_patch(
-                model, *PAIRS[0], senders=["L0H1", "L1H2"], receivers=component, answer="w11",
-                wrong="w21",
-            )["score"]  # fmt: skip
+            ours = path_patch(model, ONE, ["L0H1", "L1H2"], component)["score"]
             for layer, head in ((0, 1), (1, 2)):
                 theirs = patching.get_act_patch_direct_path(
                     model, tokens[1], caches[0], caches[1], metric, layer, head, component,
@@ -121,9 +118,9 @@ def test_all_writes_together_are_the_whole_change(load_tiny):
     """The embedding alone reaches block 0, so its path to a query is the patched query itself."""
     for backend in ("hooked", "bridge"):
         model = load_tiny("llama", backend)
-        path = path_patch(model, *PAIRS[0], senders="embed", receivers=["L0H1.q", "L0H0.k"], **ONE)
+        path = path_patch(model, FIRST, "embed", ["L0H1.q", "L0H0.k"])
         for kind, name, dim in (("q", "L0H1.q", "head"), ("k", "L0H0.k", "kv_head")):
-            exact = patch(model, *PAIRS[0], kinds=kind, layers=[0], **ONE)
+            exact = patch(model, FIRST, Sites(kind, layers=0))
             head = 1 if kind == "q" else 0
             whole = float(exact["score"].sel({dim: head, "layer": 0})[0])
             assert float(path["score"].sel(receiver=name)[0, 0]) == pytest.approx(whole, abs=1e-5)
@@ -132,10 +129,7 @@ def test_all_writes_together_are_the_whole_change(load_tiny):
 def test_positions_and_noising(load_tiny):
     model = load_tiny("gpt2", "hooked", "float64")
     node, reader = Node("head", 0, 1), Node("q", 2, 3)
-    result = path_patch(
-        model, *PAIRS[0], senders=["L0H1"], receivers=["L2H3.q"], positions=slice(3, 5),
-        direction="noise", **ONE,
-    )  # fmt: skip
+    result = path_patch(model, FIRST, "L0H1", "L2H3.q", positions=slice(3, 5), direction="noise")
     clean, corrupted = PAIRS[0]
     change = write(model, corrupted, node) - write(model, clean, node)
     block = model.blocks[2]
@@ -143,18 +137,18 @@ def test_positions_and_noising(load_tiny):
     stream[3:5] += change[3:5]
     value = source(model, clean, "q", 2).clone()
     value[:, 3] = block.ln1(stream[None])[0] @ block.attn.W_Q[3] + block.attn.b_Q[3]
-    expected = run(model, clean, [put("q", 2, value, range(N), 3)], **ONE)
+    expected = run(model, clean, [put("q", 2, value, range(N), 3)], **SCORE)
     assert float(result["score"][0, 0, 0]) == pytest.approx(expected, abs=1e-9)
-    gap = run(model, corrupted, **ONE) - run(model, clean, **ONE)
-    share = (expected - run(model, clean, **ONE)) / gap
+    gap = run(model, corrupted, **SCORE) - run(model, clean, **SCORE)
+    share = (expected - run(model, clean, **SCORE)) / gap
     assert float(result["effect"][0, 0, 0]) == pytest.approx(share, abs=1e-9)
     assert node.reaches(reader)
 
 
 def test_no_pass_is_wider_than_allowed(tiny):
     """The probes of readers' inputs keep to the bounds as the sweeps do."""
-    options = {"senders": "heads", "receivers": ["k", "MLP2", "logits"], **OPTIONS}
-    expected = path_patch(tiny, CLEAN, CORRUPTED, **options)["score"]
+    nodes = "heads", ["k", "MLP2", "logits"]
+    expected = path_patch(tiny, ALL, *nodes)["score"]
     rows = []
 
     def count(module, arguments, output):  # rows join within the block
@@ -164,7 +158,7 @@ def test_no_pass_is_wider_than_allowed(tiny):
         rows.clear()
         handle = tiny.blocks[1].register_forward_hook(count)
         try:
-            found = path_patch(tiny, CLEAN, CORRUPTED, **options, **limits)["score"]
+            found = path_patch(tiny, ALL, *nodes, limits=Limits(**limits))["score"]
         finally:
             handle.remove()
         assert max(rows) == 4  # and the base
@@ -183,7 +177,7 @@ def test_order_of_nodes():
 
 
 def test_nothing_stays_behind(tiny):
-    tokens = torch.tensor([encode(tiny, CLEAN[0]).ids])
+    tokens = torch.tensor([encode(tiny, PAIRS[0][0]).ids])
     before = forward(tiny, tokens)
     calls = []
 
@@ -194,22 +188,22 @@ def test_nothing_stays_behind(tiny):
         return logits[:, 0]
 
     with pytest.raises(KeyboardInterrupt):
-        path_patch(tiny, *PAIRS[0], receivers=["q", "mlps"], metric=broken)
+        path_patch(tiny, PAIRS[0], receivers=["q", "mlps"], metric=broken)
     assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
     assert torch.equal(forward(tiny, tokens), before)
 
 
 def test_refuses(tiny, monkeypatch):
     with pytest.raises(ValueError, match="unknown writer 'L9H0'"):
-        path_patch(tiny, *PAIRS[0], senders="L9H0", **ONE)
+        path_patch(tiny, ONE, senders="L9H0")
     with pytest.raises(ValueError, match="unknown reader 'L1H9.q'"):
-        path_patch(tiny, *PAIRS[0], receivers="L1H9.q", **ONE)
+        path_patch(tiny, ONE, receivers="L1H9.q")
     with pytest.raises(ValueError, match="no path leads"):
-        path_patch(tiny, *PAIRS[0], senders="L2H0", receivers="L1H0.q", **ONE)
+        path_patch(tiny, ONE, "L2H0", "L1H0.q")
     with pytest.raises(TokenError, match="7 and 3 tokens"):
-        path_patch(tiny, PAIRS[0][0], "w1 w2", **ONE)
+        path_patch(tiny, changed(ONE, corrupted="w1 w2"))
     with pytest.raises(ValueError, match="expected one metric"):
-        path_patch(tiny, *PAIRS[0], metric=["rank", "logit_diff"], **ONE)
+        path_patch(tiny, ONE, metric=["rank", "logit_diff"])
 
 
 def test_refuses_heads_without_a_write_of_their_own(tiny, monkeypatch):
@@ -217,4 +211,4 @@ def test_refuses_heads_without_a_write_of_their_own(tiny, monkeypatch):
 
     monkeypatch.setattr(nodes, "w_o", lambda model, layer: model.blocks[layer].attn.W_O * 2)
     with pytest.raises(ValueError, match="'ATTN0'"):
-        path_patch(tiny, *PAIRS[0], senders="L0H0", **ONE)
+        path_patch(tiny, ONE, "L0H0")

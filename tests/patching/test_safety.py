@@ -11,36 +11,37 @@ import torch
 from mi_hops import patching
 from mi_hops.model import forward
 from mi_hops.patching import Circuit, all_edges
+from mi_hops.sweep import Pairs, Sites
 from mi_hops.text.tokens import encode
-from tests.patching.loops import PAIRS
+from tests.patching.loops import ALL as EVERY
+from tests.patching.loops import CLEAN as TEXTS
+from tests.patching.loops import ONE, PAIRS, changed
 
-ONE = {"answer": "w11", "wrong": "w21"}
 CLEAN, CORRUPTED = PAIRS[0]
+CUT = Sites("z", layers=[1, 2])
 
 CALLS = {
-    "patch": lambda m: patching.patch(m, CLEAN, CORRUPTED, kinds="z", layers=[1, 2], **ONE),
-    "plan_patch": lambda m: patching.plan_patch(m, CLEAN, CORRUPTED, **ONE),
-    "ablate": lambda m: patching.ablate(m, CLEAN, how="mean", layers=[1], positions=-1, **ONE),
+    "patch": lambda m: patching.patch(m, ONE, CUT),
+    "plan": lambda m: patching.PatchJob(m, ONE).plan(),
+    "ablate": lambda m: patching.ablate(
+        m, changed(ONE, corrupted=None), Sites("attn_out", layers=1, positions=-1)
+    ),
     "trace": lambda m: patching.trace(
-        m, CLEAN, "w7", answer="w11", samples=2, severed=["none", "mlp"], positions=[2, 6]
+        m, ONE, "w7", Sites(positions=[2, 6]), samples=2, severed=["none", "mlp"]
     ),
-    "attribute": lambda m: patching.attribute(
-        m, CLEAN, CORRUPTED, kinds="q", method="atp*", layers=[1], **ONE
-    ).verify(top=2),
+    "attribute": lambda m: patching.attribute(m, ONE, Sites("q", layers=1), method="atp*").verify(
+        top=2
+    ),
     "integrated": lambda m: patching.attribute(
-        m, CLEAN, CORRUPTED, method="integrated", steps=2, layers=[2], **ONE
+        m, ONE, Sites(layers=2), method="integrated", steps=2
     ),
-    "path_patch": lambda m: patching.path_patch(
-        m, CLEAN, CORRUPTED, senders="L0H1", receivers=["L1H1.v", "MLP2"], **ONE
-    ),
+    "path_patch": lambda m: patching.path_patch(m, ONE, "L0H1", ["L1H1.v", "MLP2"]),
     "attribute_edges": lambda m: patching.attribute_edges(
-        m, CLEAN, CORRUPTED, senders="L0H1", receivers=["L1H1.v", "MLP2"], **ONE
+        m, ONE, "L0H1", ["L1H1.v", "MLP2"]
     ).verify(),
-    "faithfulness": lambda m: patching.faithfulness(
-        m, CLEAN, CORRUPTED, [Circuit(frozenset(all_edges(m)[:9]))], **ONE
-    ),
+    "faithfulness": lambda m: patching.faithfulness(m, ONE, [Circuit(frozenset(all_edges(m)[:9]))]),
     "acdc": lambda m: patching.acdc(
-        m, CLEAN, CORRUPTED, threshold=0.1, start=Circuit(frozenset(all_edges(m)[:1]))
+        m, (CLEAN, CORRUPTED), threshold=0.1, start=Circuit(frozenset(all_edges(m)[:1]))
     ),
     "head_scores": lambda m: patching.head_scores(m, length=5, samples=1),
     "attention_to": lambda m: patching.attention_to(m, CLEAN, "w7"),
@@ -67,45 +68,42 @@ def test_fifty_repeats_leave_memory_flat(load_tiny, name):
     assert tensors() <= before
 
 
-ALL = ([c for c, _ in PAIRS], [c for _, c in PAIRS])
-CIRCUITS = {"circuits": [Circuit(frozenset()), Circuit(frozenset({("embed", "logits")}))] * 2}
+ALL = changed(EVERY, answer="w11", wrong="w21")
+ALONE = Pairs(TEXTS, answer="w11", wrong="w21")
+CIRCUITS = [Circuit(frozenset()), Circuit(frozenset({("embed", "logits")}))] * 2
+AT_2 = Sites("attn_out", positions=2)
+PATHS = "all", ["v", "mlps", "logits"]
+
+
+def attributed(method):
+    return lambda m: patching.attribute(m, ALL, "q", method=method, by_kind=True)["change"]
+
 
 #: Calls, and how many rows a block may have: fewer than they try at first, so that pairs, readers,
 #: circuits or senders go in smaller parts.
 SCARCE = {
-    "patch": (4, lambda m: patching.patch(m, *ALL, kinds="z", layers=[1], **ONE)["score"]),
+    "patch": (4, lambda m: patching.patch(m, ALL, Sites("z", layers=1))["score"]),
     "third source": (
-        2, lambda m: patching.patch(m, *ALL, layers=[1], source=ALL[0][0], **ONE)["score"]
+        2,
+        lambda m: patching.patch(m, changed(ALL, source=CLEAN), Sites(layers=1))["score"],
     ),
-    "ablate": (2, lambda m: patching.ablate(m, ALL[0], layers=[1], positions=2, **ONE)["score"]),
+    "ablate": (
+        2,
+        lambda m: patching.ablate(m, ALONE, Sites("attn_out", layers=1, positions=2))["score"],
+    ),
     "position_mean": (
         2,
-        lambda m: patching.ablate(m, ALL[0], how="position_mean", positions=2, **ONE)["score"],
+        lambda m: patching.ablate(m, ALONE, AT_2, how="position_mean")["score"],
     ),
-    "resample": (
-        2, lambda m: patching.ablate(m, ALL[0], how="resample", positions=2, **ONE)["score"]
-    ),
-    "trace": (
-        3, lambda m: patching.trace(m, CLEAN, "w7", answer="w11", kinds="z", samples=1)["score"]
-    ),
-    **{
-        method: (
-            1,
-            lambda m, method=method: patching.attribute(
-                m, *ALL, kinds="q", method=method, by_family=True, **ONE
-            ).result["change"],
-        )
-        for method in ("gradient", "integrated", "atp*")
-    },
-    "path_patch": (
-        4,
-        lambda m: patching.path_patch(
-            m, *ALL, senders="all", receivers=["v", "mlps", "logits"], **ONE
-        )["score"],
-    ),
-    "attribute_edges": (4, lambda m: patching.attribute_edges(m, *ALL, **ONE).result["change"]),
-    "faithfulness": (14, lambda m: patching.faithfulness(m, *ALL, **CIRCUITS, **ONE)["score"]),
-}  # fmt: skip
+    "resample": (2, lambda m: patching.ablate(m, ALONE, AT_2, how="resample")["score"]),
+    "trace": (3, lambda m: patching.trace(m, ONE, "w7", "z", samples=1)["score"]),
+    "gradient": (1, attributed("gradient")),
+    "integrated": (1, attributed("integrated")),
+    "atp*": (1, attributed("atp*")),
+    "path_patch": (4, lambda m: patching.path_patch(m, ALL, *PATHS)["score"]),
+    "attribute_edges": (4, lambda m: patching.attribute_edges(m, ALL)["change"]),
+    "faithfulness": (14, lambda m: patching.faithfulness(m, ALL, CIRCUITS)["score"]),
+}
 
 
 @pytest.mark.parametrize("name", SCARCE)
@@ -130,7 +128,7 @@ def test_out_of_memory_halves_what_was_tried(tiny, name):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError])
-@pytest.mark.parametrize("name", [n for n in CALLS if n not in ("plan_patch", "composition")])
+@pytest.mark.parametrize("name", [n for n in CALLS if n not in ("plan", "composition")])
 def test_model_is_as_before_after_a_failure_in_mid_pass(tiny, name, error):
     """A block fails from its second run on; whatever the function was doing, nothing is left."""
     tokens = torch.tensor([encode(tiny, CLEAN).ids])

@@ -8,13 +8,16 @@ import torch
 
 from mi_hops.model import embedding, forward, hook_name
 from mi_hops.patching import subject_roles, trace
-from mi_hops.patching.tracing import _draws
+from mi_hops.patching.tracing import noise_draws
+from mi_hops.sweep import Pairs, Sites
 from mi_hops.text.tokens import TokenError, encode, positions
 from tests.patching.loops import run, source
 
 TEXTS = ["w1 w7 w8 w9 w30 w31", "w2 w22 w5 w9 w17 w18"]
 SUBJECTS = ["w7 w8", "w22 w5 w9"]
 ANSWERS = ["w11", "w13 w12"]
+ASKED = Pairs(TEXTS, answer=ANSWERS)
+ONE = Pairs(TEXTS[0], answer="w11")
 N, SAMPLES, NOISE, SEED = 7, 3, 2.0, 5
 
 
@@ -55,15 +58,14 @@ def noisy_value(model, text, kind, layer, noise):
 @pytest.mark.parametrize("kind", ["resid_post", "mlp_out", "attn_out"])
 def test_equals_the_loop(tiny, kind):
     score = {"metric": "answer_logprob"}
-    result = trace(
-        tiny, TEXTS, SUBJECTS, answer=ANSWERS, kinds=kind, window=1 if kind == "resid_post" else 2,
-        noise=NOISE, samples=SAMPLES, seed=SEED, metric="answer_logprob",
-    )  # fmt: skip
+    sites = Sites(kind, window=1 if kind == "resid_post" else 2)
+    draw = {"noise": NOISE, "samples": SAMPLES, "seed": SEED}
+    result = trace(tiny, ASKED, SUBJECTS, sites, **draw, **score)
     std = NOISE * float(embedding(tiny).float().std())
     assert result.provenance["noise_std"] == pytest.approx(std)
     for i, text in enumerate(TEXTS):
         width = len(positions(encode(tiny, text), SUBJECTS[i]))
-        draws = list(_draws(tiny, width, std, SAMPLES, (SEED, i)))
+        draws = list(noise_draws(tiny, width, std, SAMPLES, (SEED, i)))
         noises = [noise_hook(tiny, text, SUBJECTS[i], d) for d in draws]
         clean = run(tiny, text, answer=ANSWERS[i], **score)
         each_noisy = [run(tiny, text, [n], answer=ANSWERS[i], **score) for n in noises]
@@ -91,12 +93,10 @@ def test_equals_the_loop(tiny, kind):
 @pytest.mark.parametrize("kind", ["resid_post", "resid_pre", "attn_out", "mlp_out"])
 def test_severed_equals_the_loop(tiny, cut, kind):
     text, subject, pos = TEXTS[0], SUBJECTS[0], 3
-    result = trace(
-        tiny, text, subject, answer="w11", kinds=kind, severed=["none", cut], samples=1, seed=SEED
-    )
+    result = trace(tiny, ONE, subject, kind, severed=["none", cut], samples=1, seed=SEED)
     assert result["indirect"].dims == ("example", "severed", "layer", "position")
     std = 3.0 * float(embedding(tiny).float().std())
-    noise = noise_hook(tiny, text, subject, next(_draws(tiny, 2, std, 1, (SEED, 0))))
+    noise = noise_hook(tiny, text, subject, next(noise_draws(tiny, 2, std, 1, (SEED, 0))))
     held = {"mlp": "mlp_out", "attn": "attn_out"}[cut]
     # By the order of things in a block: attention reads resid_pre, the MLP what attention wrote.
     same_block = {"mlp": ("resid_pre", "attn_out"), "attn": ("resid_pre",)}[cut]
@@ -115,11 +115,9 @@ def test_severed_equals_the_loop(tiny, cut, kind):
 
 def test_identities(tiny):
     """All states restored is the clean run; nothing but the subject is noisy before block 0."""
-    result = trace(
-        tiny, TEXTS, SUBJECTS, answer=ANSWERS, kinds="resid_pre", positions="all", samples=2
-    )
+    result = trace(tiny, ASKED, SUBJECTS, Sites(positions="all"), samples=2)
     assert np.allclose(result["effect"][:, 0], 1, atol=1e-3)
-    each = trace(tiny, TEXTS, SUBJECTS, answer=ANSWERS, kinds="resid_pre", layers=[0], samples=2)
+    each = trace(tiny, ASKED, SUBJECTS, Sites(layers=0), samples=2)
     for i, text in enumerate(TEXTS):
         span = positions(encode(tiny, text), SUBJECTS[i])
         others = [p for p in range(N) if p not in span]
@@ -128,25 +126,23 @@ def test_identities(tiny):
 
 
 def test_seeded_and_free_of_other_prompts(tiny):
-    options = {"samples": 2, "layers": [1], "metric": "first_logprob"}
+    options = {"sites": Sites("resid_post", layers=1), "samples": 2, "metric": "first_logprob"}
     state = torch.get_rng_state()
-    one = trace(tiny, TEXTS, SUBJECTS, answer=ANSWERS, seed=1, **options)["score"]
-    two = trace(tiny, TEXTS[:1], SUBJECTS[:1], answer=ANSWERS[:1], seed=1, **options)["score"]
-    three = trace(tiny, TEXTS[:1], SUBJECTS[:1], answer=ANSWERS[:1], seed=2, **options)["score"]
+    one = trace(tiny, ASKED, SUBJECTS, seed=1, **options)["score"]
+    two = trace(tiny, ONE, SUBJECTS[0], seed=1, **options)["score"]
+    three = trace(tiny, ONE, SUBJECTS[0], seed=2, **options)["score"]
     assert np.allclose(one[0], two[0], atol=1e-6)
     assert not np.allclose(two, three)
     assert torch.equal(state, torch.get_rng_state())
-    alone = trace(tiny, TEXTS[0], SUBJECTS[0], answer="w11", samples=1)
+    alone = trace(tiny, ONE, SUBJECTS[0], samples=1)
     assert np.isnan(alone["spread"]).all()
     assert np.isnan(alone["total_spread"]).all()
 
 
 def test_noise_that_moves_nothing_but_rounding_has_no_share(tiny):
     """A metric that never changes: the total effect is 0 within rounding."""
-    result = trace(
-        tiny, TEXTS[0], SUBJECTS[0], metric=lambda x: 3 + 1e-6 * x[:, 0].tanh(), samples=2
-    )
-    assert np.isnan(result["effect"]).all()
+    with pytest.raises(ValueError, match="raise `noise`"):
+        trace(tiny, TEXTS[0], SUBJECTS[0], metric=lambda x: 3 + 1e-6 * x[:, 0].tanh(), samples=2)
 
 
 def test_roles_for_unequal_prompts(tiny):
@@ -159,14 +155,13 @@ def test_roles_for_unequal_prompts(tiny):
         "next token": [3, 4],
         "last token": [4, 6],
     }
-    result = trace(
-        tiny, texts, subjects, answer=["w11", "w13"], kinds=["mlp_out", "attn_out"],
-        positions=roles, samples=2,
-    )  # fmt: skip
-    alone = trace(tiny, texts[0], "w7", answer="w11", kinds=["mlp_out", "attn_out"], samples=2)
+    kinds = ["mlp_out", "attn_out"]
+    asked = Pairs(texts, answer=["w11", "w13"])
+    result = trace(tiny, asked, subjects, Sites(kinds, positions=roles), samples=2)
+    alone = trace(tiny, asked.select([0]), "w7", kinds, samples=2)
     same = alone["indirect"].sel(position=4)[0]
     assert np.allclose(result["indirect"].sel(position="last token")[0], same, atol=1e-5)
-    assert result.plot().data  # a panel a kind
+    assert result.plot().data  # a panel per kind
     with pytest.raises(TokenError, match="no token comes after"):
         subject_roles(tiny, "w1 w2", "w2")
 
@@ -194,8 +189,9 @@ def test_refuses(tiny):
         ({"samples": 0}, "more than 0"),
         ({"severed": "norm"}, "severed is 'norm'"),
         ({"subject": "w77"}, "does not occur"),
+        ({"sites": Sites("mlp_post", neurons=1)}, "not traced"),
         ({"subject": ["w7", "w8"]}, "2 of subject for 1"),
     ):
-        arguments = {"subject": "w7", "answer": "w11", **options}
+        arguments = {"subject": "w7", **options}
         with pytest.raises(ValueError, match=message):
-            trace(tiny, TEXTS[0], **arguments)
+            trace(tiny, ONE, **arguments)
