@@ -3,57 +3,50 @@
 The two-hop prompt ("The country of citizenship of the author of Misery is") and its guide, the
 second hop with the bridge spelled out ("The country of citizenship of Stephen King is"), end alike.
 One module's output at one position of the first is replaced by the guide's at the corresponding
-position, counted from the end. Source: arXiv 2402.14328.
+position, counted from the end: activation patching with named positions. Source: arXiv 2402.14328.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
-import torch
+import xarray as xr
 
+from mi_hops.cases import Case, usable
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.facts.unusable import NoUsableFactError
-from mi_hops.model import HookedModel, capture, hook_name, provenance
-from mi_hops.result.progress import progress_bar
+from mi_hops.model import HookedModel, provenance
+from mi_hops.patching.activation import patch
 from mi_hops.result.result import Result
-from mi_hops.sweep.fanout import fan_out
-from mi_hops.sweep.interventions import Intervention, Site, replace
-from mi_hops.text.tokens import Prompt, TokenError, answer_ids, encode, last_position, pad
+from mi_hops.sweep.limits import Limits
+from mi_hops.sweep.metrics import Target
+from mi_hops.sweep.pairs import Pairs
+from mi_hops.sweep.sites import Sites, SpanLike
+from mi_hops.text.tokens import Prompt, encode, last_position
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-KINDS = ("attn_out", "mlp_out", "resid_post")
-#: Positions: the last token of the phrase that stands for the bridge, all tokens between, the last.
+LocatedKind = Literal["attn_out", "mlp_out", "resid_post"]
+KINDS: tuple[LocatedKind, ...] = ("attn_out", "mlp_out", "resid_post")
+#: Positions: the last token of the phrase that describes the bridge, all tokens between, the last.
 ROLES = ("first hop", "between", "last")
 
 
 @dataclass(frozen=True)
-class _Pair:
+class _GuidedCase:
+    """A two-hop prompt and its guide, which end in the same `tail` tokens after the bridge."""
+
     fact: TwoHopFact
     prompt: Prompt
     guide: Prompt
+    target: Target
     tail: int
-    answer: tuple[int, ...]
 
-    def roles(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Role -> (positions in the prompt, corresponding positions in the guide)."""
-        ends = {
-            "first hop": range(self.tail, self.tail + 1),
-            "between": range(self.tail - 1, 0, -1),
-            "last": range(1),
-        }
-        return {
-            role: (
-                tuple(self.prompt.last - e for e in end),
-                tuple(self.guide.last - e for e in end),
-            )
-            for role, end in ends.items()
-            if len(end)
-        }
+    def spans(self) -> dict[str, SpanLike]:
+        """Role -> (positions in the guide, corresponding positions in the prompt)."""
+        found: dict[str, SpanLike] = {"first hop": (-1 - self.tail, -1 - self.tail), "last": -1}
+        if self.tail > 1:
+            found["between"] = slice(-self.tail, -1)
+        return found
 
 
 def locate(
@@ -61,93 +54,92 @@ def locate(
     facts: Sequence[TwoHopFact],
     *,
     form: str | None = None,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[LocatedKind] = KINDS,
     window: int = 1,
-    batch_size: int = 8,
-    prepend_bos: bool = True,
-    progress: bool = False,
+    limits: Limits = Limits(batch_size=8),
 ) -> Result:
     """Indirect effect on P(answer) of replacing module outputs by the second hop's.
 
     Args:
         form: template order of both prompts.
-        kinds: ``attn_out``, ``mlp_out`` and ``resid_post`` (block output).
         window: layers replaced together for attention and MLP, centred as in the published code:
             for centre l the layers ``l - window // 2 .. l + (window - window // 2) - 1``. Block
             outputs are always replaced one layer at a time.
-        batch_size: facts in one fan-out.
+        limits: facts and rows in one pass.
 
     Returns:
         `Result` ``effect`` (example, kind, position, layer): P(first answer token | replaced) minus
-        P(first answer token | as it is); NaN where a prompt has no token of the role ``between``.
-        Baselines ``clean`` and ``guide`` (example): P(answer) of the two prompts.
+        P(first answer token | as it is), what `patch` calls ``change``; NaN where a prompt has no
+        token of the role ``between``. Baselines ``clean`` and ``guide`` (example): P(answer) of the
+        two prompts. Nothing is averaged.
 
     Raises:
         NoUsableFactError: no fact can be used.
         ValueError: a window below 1.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.Hopland().two_hop_facts("seen_parts")[:4]
+        >>> located = mi_hops.locate(model, facts, form="suffix")
+        >>> located["effect"].dims
+        ('example', 'kind', 'position', 'layer')
     """
-    import numpy as np
-
-    if window < 1:
-        raise ValueError(f"window is {window}; expected at least 1 layer")
-    n_layers = int(model.cfg.n_layers)
-    pairs, skipped = _pairs(model, facts, form, prepend_bos)
-    effect = np.full((len(pairs), len(kinds), len(ROLES), n_layers), np.nan)
-    clean, guided = np.zeros(len(pairs)), np.zeros(len(pairs))
-    names = {(kind, i): hook_name(kind, i) for kind in kinds for i in range(n_layers)}
-    for start in progress_bar(range(0, len(pairs), batch_size), label="locate", show=progress):
-        part = pairs[start : start + batch_size]
-        firsts = torch.tensor([pair.answer[0] for pair in part])
-        guides = pad([pair.guide.ids for pair in part])
-        with torch.no_grad():
-            acts, logits = capture(model, guides.tokens, names.values(), logits=True)
-        assert logits is not None
-        ends = logits[torch.arange(len(part)), guides.last].float().softmax(-1).cpu()
-        guided[start : start + len(part)] = ends[torch.arange(len(part)), firsts].numpy()
-        items, cells = [], []
-        for base, pair in enumerate(part):
-            for role, (here, there) in pair.roles().items():
-                for k, kind in enumerate(kinds):
-                    for layer in range(n_layers):
-                        low = layer - window // 2
-                        span = range(max(0, low), min(n_layers, low + window))
-                        chosen = [layer] if kind == "resid_post" else list(span)
-                        items.append(
-                            Intervention(
-                                tuple(Site(kind, i, here) for i in chosen),
-                                tuple(
-                                    replace(acts[names[kind, i]][base, list(there)]) for i in chosen
-                                ),
-                                base,
-                            )
-                        )
-                        cells.append((start + base, k, ROLES.index(role), layer))
-
-        def first_prob(logits: Tensor, bases: list[int], firsts: Tensor = firsts) -> Tensor:
-            probs = logits[:, 0].float().softmax(-1)
-            return probs[range(len(bases)), firsts[bases].to(probs.device)].cpu()
-
-        out = fan_out(model, pad([pair.prompt.ids for pair in part]), items, reduce=first_prob)
-        clean[start : start + len(part)] = out.base.numpy()
-        for cell, value in zip(cells, out.rows.tolist(), strict=True):
-            effect[cell] = value - clean[cell[0]]
+    cases, skipped = usable(model, facts, _guided, purpose="locating", form=form)
+    parts = []
+    # Only some prompts have tokens between the first hop and the last; of the kinds, only attention
+    # and MLP are replaced by windows.
+    for group in ([c for c in cases if c.tail > 1], [c for c in cases if c.tail == 1]):
+        for chosen, width in (
+            ([kind for kind in kinds if kind != "resid_post"], window),
+            ([kind for kind in kinds if kind == "resid_post"], 1),
+        ):
+            if group and chosen:
+                sites = Sites(chosen, positions=_positions(group), window=width)
+                found = patch(model, _pairs(group), sites, metric="first_prob", limits=limits)
+                parts.append(found.data[["change", "clean", "corrupted"]])
+    data = xr.merge(parts, compat="no_conflicts", join="outer").reindex(
+        example=[case.fact.id for case in cases], kind=list(kinds), position=list(ROLES)
+    )
+    dims = ("example", "kind", "position", "layer")
     return Result.from_arrays(
-        {"effect": (("example", "kind", "position", "layer"), effect)},
-        coords={
-            "example": [pair.fact.id for pair in pairs],
-            "kind": list(kinds),
-            "position": list(ROLES),
-            "layer": list(range(n_layers)),
+        {"effect": (dims, data["change"].transpose(*dims).values)},
+        coords={dim: data[dim].values for dim in dims},
+        baselines={
+            "clean": ("example", data["corrupted"].values),
+            "guide": ("example", data["clean"].values),
         },
-        baselines={"clean": ("example", clean), "guide": ("example", guided)},
         units={"effect": "change in probability", "clean": "probability", "guide": "probability"},
-        provenance=provenance(
-            model, what="locate", form=form, window=window, prepend_bos=prepend_bos
-        ),
+        provenance=provenance(model, method="locate", form=form, window=window),
         title="Replacing a module's output by the second hop's",
         skipped=skipped,
         allow_nonfinite=True,
     )
+
+
+def _guided(case: Case) -> _GuidedCase:
+    guide = encode(case.model, case.fact.second_prompt(case.form))
+    prompt, fact = case.prompt, case.fact
+    tail = prompt.last - last_position(prompt, fact.first_hop)
+    other = guide.last - last_position(guide, fact.bridge)
+    ends = [p.ids[len(p) - n :] for p, n in ((prompt, tail), (guide, other))]
+    if tail < 1 or ends[0] != ends[1]:
+        raise ValueError(f"the prompts do not end alike after the bridge: {ends[0]} and {ends[1]}")
+    return _GuidedCase(fact, prompt, guide, case.target, tail)
+
+
+def _pairs(group: Sequence[_GuidedCase]) -> Pairs:
+    return Pairs(
+        [case.guide for case in group],
+        [case.prompt for case in group],
+        answer=[case.target for case in group],
+        labels=[case.fact.id for case in group],
+    )
+
+
+def _positions(group: Sequence[_GuidedCase]) -> dict[str, list[SpanLike]]:
+    spans = [case.spans() for case in group]
+    return {role: [each[role] for each in spans] for role in spans[0]}
 
 
 def located_layers(
@@ -162,29 +154,3 @@ def located_layers(
     if not largest > 0:
         return []
     return [int(i) for i in effect["layer"].values[effect.values >= share * largest]]
-
-
-def _pairs(
-    model: HookedModel, facts: Sequence[TwoHopFact], form: str | None, prepend_bos: bool
-) -> tuple[list[_Pair], list[tuple[str, str]]]:
-    pairs, skipped = [], []
-    for fact in facts:
-        try:
-            prompt = encode(model, fact.prompt(form), prepend_bos=prepend_bos)
-            name = form if form is not None else next(iter(fact.prompts))
-            guide = encode(model, fact.second_prompt(name), prepend_bos=prepend_bos)
-            tail = prompt.last - last_position(prompt, fact.first_hop)
-            other = guide.last - last_position(guide, fact.bridge)
-            answer = answer_ids(model, prompt, fact.answer)
-        except (TokenError, ValueError) as error:
-            skipped.append((fact.id, str(error)))
-            continue
-        ends = [p.ids[len(p) - n :] for p, n in ((prompt, tail), (guide, other))]
-        if tail < 1 or ends[0] != ends[1]:
-            reason = f"the prompts do not end alike after the bridge: {ends[0]} and {ends[1]}"
-            skipped.append((fact.id, reason))
-            continue
-        pairs.append(_Pair(fact, prompt, guide, tail, answer))
-    if not pairs:
-        raise NoUsableFactError("locating", skipped)
-    return pairs, skipped

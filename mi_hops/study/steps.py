@@ -257,7 +257,9 @@ class Run:
         from mi_hops.reasoning.locate import locate
 
         facts = self._draw(self.halves[0], self.sizes.locate, "locate")
-        return locate(self.model, facts, form=self.form, progress=self.progress)
+        return locate(
+            self.model, facts, form=self.form, limits=Limits(batch_size=8, progress=self.progress)
+        )
 
     def _injection(self) -> Result:
         from mi_hops.injection.grid import injection_grid

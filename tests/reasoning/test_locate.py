@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from mi_hops.model import capture, forward, hook_name
+from mi_hops.patching import patch
 from mi_hops.reasoning.locate import locate, located_layers
 from mi_hops.result.result import Result
+from mi_hops.sweep import Pairs, Sites
 from mi_hops.text.tokens import answer_ids, encode
 from tests.reasoning.tiny_facts import tiny_facts
 
@@ -71,6 +73,23 @@ def test_prompts_that_end_differently_are_skipped(tiny):
         locate(tiny, [odd])
     with pytest.raises(ValueError, match="window is 0"):
         locate(tiny, facts, window=0)
+
+
+def test_effects_are_the_changes_that_patch_finds(tiny):
+    """One cell of locating is activation patching of the guide into the two-hop prompt."""
+    facts = tiny_facts(tiny, 3)
+    located = locate(tiny, facts)
+    pairs = Pairs(
+        [fact.second_prompt() for fact in facts],
+        [fact.prompt() for fact in facts],
+        answer=[fact.answer for fact in facts],
+        labels=[fact.id for fact in facts],
+    )
+    sites = Sites(["attn_out", "mlp_out", "resid_post"], positions={"last": -1})
+    patched = patch(tiny, pairs, sites, metric="first_prob")
+    assert np.allclose(
+        located["effect"].sel(position="last"), patched["change"].sel(position="last"), atol=1e-6
+    )
 
 
 def test_located_layers_by_hand():
