@@ -13,7 +13,7 @@ from mi_hops import Hopland, TwoHopFact, load_model
 from mi_hops.editing import Moments, second_moments
 from mi_hops.reasoning.evaluate import evaluate
 from mi_hops.reasoning.gap import find_gap
-from mi_hops.reasoning.sets import QuerySets, build_sets
+from mi_hops.reasoning.sets import Known, QuerySets, build_sets
 
 FORM = "suffix"
 #: Only these come into C and into what repairs practise on; never a fact that is scored.
@@ -73,14 +73,11 @@ def set_up(name: str, *, cases: int, seed: int = 0, world: Hopland | None = None
         failed = [f for f in gap.failed if f.split in HELD_OUT]
         failed = rng.sample(failed, min(len(failed), cases))
         frame = gap.frame
-        sets = build_sets(
-            failed,
-            gap.facts,
-            answered_ids=set(frame["id"][frame["two_hop"]]),
-            known_ids=set(frame["id"][frame["second"]]),
-            form=FORM,
-            seed=seed,
+        known = Known(
+            answered=set(frame["id"][frame["two_hop"]]),
+            second_hop=set(frame["id"][frame["second"]]),
         )
+        sets = build_sets(model, failed, known=known, pool=gap.facts, form=FORM, seed=seed)
         return failed, sets
 
     report, queries = scored("report")

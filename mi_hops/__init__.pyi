@@ -7,7 +7,6 @@ from . import lens as lens
 from . import model as model
 from . import patching as patching
 from . import reasoning as reasoning
-from . import report as report
 from . import result as result
 from . import study as study
 from . import sweep as sweep
@@ -68,10 +67,11 @@ from .reasoning.locate import locate as locate
 from .reasoning.locate import located_layers as located_layers
 from .reasoning.sequential import evaluate_sequential as evaluate_sequential
 from .reasoning.sets import build_sets as build_sets
-from .report import write_report as write_report
 from .result.result import Result as Result
 from .study import Study as Study
+from .study import StudySettings as StudySettings
 from .study import run_study as run_study
+from .study import write_report as write_report
 from .sweep import FullLogits as FullLogits
 from .sweep import Intervention as Intervention
 from .sweep import Pairs as Pairs

@@ -117,23 +117,20 @@ def study(
         given = _facts(
             facts, format=format, columns=columns, templates=templates, on_error=on_error
         )
-        from mi_hops.study import run_study
+        from mi_hops.study import StudySettings, run_study, write_report
 
         done = run_study(
             model,
             given,
             out=out,
+            settings=StudySettings(seed=seed, limit=limit),
             device=device,
             dtype=dtype,
             backend=backend,
-            seed=seed,
-            limit=limit,
             force=force,
             progress=not quiet,
         )
-        from mi_hops.report import write_report
-
-        report = write_report(done, out / "report.html")
+        report = write_report(done, out / "report.html", overwrite=True)
         if not quiet:
             _print(_two_columns("Study", done.headlines()))
             typer.echo(f"Report: {report}")

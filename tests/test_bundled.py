@@ -61,7 +61,7 @@ def test_erasing_the_bridge_lowers_the_answer(bundled):
     assert (ends["upper"] < 0).any()
 
 
-def test_creme_puts_failures_right(bundled):
+def test_creme_corrects_failures(bundled):
     """First answer token, all layers, C estimated on trained facts; unrelated questions kept."""
     from mi_hops.editing import CremeRepair, second_moments
     from mi_hops.reasoning.evaluate import evaluate
@@ -71,10 +71,7 @@ def test_creme_puts_failures_right(bundled):
     _, model, facts, gap = bundled
     cases = [f for f in gap.failed if f.split != "train"][:60]
     moments = second_moments(model, list(fact_texts([f for f in facts if f.split == "train"])))
-    queries = build_sets(
-        cases, facts, answered_ids={f.id for f in gap.passed}, known_ids={f.id for f in facts},
-        form="suffix", per_case=2,
-    ).of("correction", "specificity")  # fmt: skip
+    queries = build_sets(model, cases, gap=gap, per_case=2).of("correction", "specificity")
     layers = list(range(model.cfg.n_layers))
     repair = CremeRepair(layers=layers, covariance=moments, form="suffix")
     frame = evaluate(model, [repair], queries, cases, generate=False).frame

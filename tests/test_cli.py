@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from mi_hops import __version__
 from mi_hops.cli import app
+from mi_hops.study import StudySettings
 
 runner = CliRunner()
 
@@ -31,8 +32,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         seen.append({"model": model, "facts": facts, **settings})
         return FakeStudy()
 
-    def write_report(study, path):
+    def write_report(study, path, *, overwrite):
         assert isinstance(study, FakeStudy)
+        assert overwrite
         seen.append({"report": path})
         return path
 
@@ -41,13 +43,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, run_study, write_report=None) -> None:
-    for name, attributes in (
-        ("mi_hops.study", {"run_study": run_study}),
-        ("mi_hops.report", {"write_report": write_report}),
-    ):
-        module = types.ModuleType(name)
-        vars(module).update(attributes)
-        monkeypatch.setitem(sys.modules, name, module)
+    module = types.ModuleType("mi_hops.study")
+    vars(module).update(run_study=run_study, write_report=write_report, StudySettings=StudySettings)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
 def test_study_defaults(calls):
@@ -60,8 +58,7 @@ def test_study_defaults(calls):
         "device": None,
         "dtype": None,
         "backend": None,
-        "seed": 0,
-        "limit": None,
+        "settings": StudySettings(seed=0, limit=None),
         "force": False,
         "progress": True,
     }
@@ -83,8 +80,7 @@ def test_study_hands_every_option_on(calls, tmp_path):
         "device": "cuda:1",
         "dtype": "bfloat16",
         "backend": "bridge",
-        "seed": 7,
-        "limit": 12,
+        "settings": StudySettings(seed=7, limit=12),
         "force": True,
         "progress": False,
     }
@@ -177,6 +173,7 @@ def test_study_reads_mquake_with_templates(calls, tmp_path):
         (["--facts", "FILE", "--columns", "bridge"], "--columns 'bridge' is not a pair"),
         (["--facts", "FILE", "--columns", "prompts.=question"], "columns names 'prompts.'"),
         (["--facts", "FILE", "--columns", "bridge=gone"], "columns lacks"),
+        (["--on-error", "drop"], "name it with --facts"),
         (
             ["--facts", "FILE", "--format", "jsonl", "--templates", "."],
             "has no option ['templates']",

@@ -13,16 +13,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from mi_hops.report import write_report
-from mi_hops.report.findings import findings
-from mi_hops.report.parts import figures, layers, number, percent
-from mi_hops.study import Sizes, Study, run_study
-from tests.reasoning.tiny_facts import tiny_facts
+from mi_hops.study import Study, StudySettings, run_study, write_report
+from mi_hops.study.numbers import figures, layers, number, percent
+from mi_hops.study.summary import headlines
+from tests.reasoning.tiny_facts import dictated, tiny_facts
 
-SMALL = Sizes(
-    lens=4, erasure=3, locate=3, injection=4, choose=3, edits=4, controls=1, strengths=(1.0, 4.0),
-    per_case=1,
-)  # fmt: skip
+COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "choose": 3, "edits": 4}
+SMALL = StudySettings(**COUNTS, controls=1, strengths=(1.0, 4.0), per_case=1)
 SECTIONS = ("gap", "lens", "erasure", "locate", "injection", "editing")
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
@@ -87,24 +84,13 @@ def array(value):
 @pytest.fixture(scope="module")
 def study(load_tiny, tmp_path_factory):
     """A tiny model's study, with a gap dictated so that every step has something to work on."""
-    from mi_hops.reasoning import gap
-
     model = load_tiny("llama", "bridge")
     splits = ("seen_parts", "first_unseen")
     facts = [replace(f, split=splits[i % 4 > 1]) for i, f in enumerate(tiny_facts(model, 16))]
-    real = gap.find_gap
-
-    def dictated(model, asked, **options):
-        found = real(model, asked, **options)
-        found.frame[["first", "second"]] = True
-        found.frame["two_hop"] = [i % 2 == 0 for i in range(len(found.frame))]
-        return found
-
+    folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gap, "find_gap", dictated)
-        return run_study(
-            model, facts, out=tmp_path_factory.mktemp("study"), sizes=SMALL, progress=False
-        )
+        dictated(patch)
+        return run_study(model, facts, out=folder, settings=SMALL, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +108,8 @@ def ignorant(load_tiny, tmp_path_factory):
     """The study of a model that knows both hops of no fact."""
     model = load_tiny("gpt2", "bridge")
     facts = [replace(f, answer=f"w{60 + i} w70") for i, f in enumerate(tiny_facts(model))]
-    return run_study(
-        model, facts, out=tmp_path_factory.mktemp("ignorant"), sizes=SMALL, progress=False
-    )
+    folder = tmp_path_factory.mktemp("ignorant")
+    return run_study(model, facts, out=folder, settings=SMALL, progress=False)
 
 
 def copied(study: Study, folder) -> Study:
@@ -169,8 +154,8 @@ def test_the_numbers_are_those_of_the_summary(study, page):
     text = page.text.replace("\N{NO-BREAK SPACE}", " ")
     forms = study.summary["gap"]["forms"]
     assert percent(next(iter(forms.values()))["gap"], n=False) in text
-    assert number(study.summary["erasure"]["exact, last"]["bridge_minus_control"], n=False) in text
-    assert number(study.summary["locate"]["resid_post"]["effect"], n=False) in text
+    assert number(study.summary["erasure"]["cells"][-1]["bridge_minus_control"], n=False) in text
+    assert number(study.summary["locate"]["cells"]["resid_post"]["effect"], n=False) in text
     assert study.summary["editing"]["choices"]["rule"] in text
     for sets in study.summary["editing"]["scores"].values():
         first = sets["correction"]["first_correct_after"]
@@ -178,7 +163,7 @@ def test_the_numbers_are_those_of_the_summary(study, page):
     for record in study.summary["gap"]["table"]:
         assert percent(record["share"], n=False) in text
     assert re.search(r"% \[[\d.]+, [\d.]+\] without injection", text)
-    for name in ("median", "trimmed mean", "share raised"):  # beside the heavy-tailed mean
+    for name in ("median", "mean within 2 SD", "share raised"):  # beside the heavy-tailed mean
         assert name in text
 
 
@@ -205,10 +190,10 @@ def test_the_plots_show_what_the_files_hold(study, page):
 
 
 def test_cases_show_what_was_said_before_and_after(study, page):
-    frame = study.evaluation().frame
+    frame = study.result("editing").frame
     first = frame[frame["set"] == "correction"].iloc[0]
     assert first["prompt"] in page.text
-    assert f"of {len(study.evaluation().case_ids)}" in page.text
+    assert f"of {len(study.result('editing').case_ids)}" in page.text
 
 
 def test_a_model_that_knows_nothing_gets_a_report_that_says_so(ignorant, tmp_path):
@@ -238,7 +223,7 @@ def test_a_step_that_was_left_out_shows_its_reason(study, tmp_path):
 
 def test_text_of_models_and_facts_is_escaped(study, tmp_path):
     changed = copied(study, tmp_path / "study")
-    evaluation = changed.evaluation()
+    evaluation = changed.result("editing")
     for column in ("prompt", "answer", "said_before", "said_after"):
         evaluation.frame[column] = EVIL
     evaluation.save(changed.path("editing"), overwrite=True)
@@ -277,11 +262,15 @@ def test_nothing_half_written(study, tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("the old one")
     with pytest.raises(ValueError, match="not finished.*resume"):
-        write_report(replace(study, summary={}), path)
+        write_report(replace(study, summary={}), path, overwrite=True)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        write_report(study, path)
+    with pytest.raises(ValueError, match="does not end in '.html'"):
+        write_report(study, tmp_path / "report.pdf")
     broken = copied(study, tmp_path / "study")
     broken.path("locate").write_bytes(b"no NetCDF")
     with pytest.raises((ValueError, OSError)):
-        write_report(broken, path)
+        write_report(broken, path, overwrite=True)
     assert path.read_text() == "the old one"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "study"]
     with pytest.raises(FileNotFoundError, match="no folder"):
@@ -318,10 +307,9 @@ def test_numbers_in_words():
 )
 def test_findings_claim_only_what_the_interval_allows(study, low, high, says):
     summary = json.loads(json.dumps(study.summary))
-    for name, entry in summary["erasure"].items():
-        if name != "clean":
-            entry["bridge_minus_control"] |= {"value": -0.1, "low": low, "high": high}
-    (found,) = [f for f in findings(summary) if f.section == "erasure"]
+    for entry in summary["erasure"]["cells"]:
+        entry["bridge_minus_control"] |= {"value": -0.1, "low": low, "high": high}
+    (found,) = [line for step, line in headlines(summary) if step == "erasure"]
     assert says in found.text
     assert found.value == "−0.100"
 

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 
-from mi_hops.study import STEPS, Sizes, Study, run_study
+from mi_hops.study import STEPS as ALL_STEPS
+from mi_hops.study import Study, StudySettings, run_study, write_report
 from mi_hops.study.choose import choose_edit, layer_spans
 from mi_hops.study.run import load_study_facts
-from tests.reasoning.tiny_facts import tiny_facts
+from tests.reasoning.tiny_facts import dictated, tiny_facts
 
-SMALL = Sizes(
-    lens=4, erasure=3, locate=3, injection=4, choose=3, edits=4, controls=1, strengths=(1.0, 4.0),
-    per_case=1,
-)  # fmt: skip
+STEPS = [step.name for step in ALL_STEPS]
+COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "choose": 3, "edits": 4}
+SMALL = StudySettings(**COUNTS, controls=1, strengths=(1.0, 4.0), per_case=1)
 
 
 @pytest.fixture(params=[("gpt2", "hooked"), ("llama", "bridge")], ids="-".join)
@@ -28,17 +28,7 @@ def tiny(request, load_tiny):
 @pytest.fixture
 def dictate(monkeypatch):
     """Both hops of every fact are known, and every other question is answered."""
-    from mi_hops.reasoning import gap as gap_module
-
-    real = gap_module.find_gap
-
-    def dictated(model, asked, **options):
-        found = real(model, asked, **options)
-        found.frame[["first", "second"]] = True
-        found.frame["two_hop"] = [i % 2 == 0 for i in range(len(found.frame))]
-        return found
-
-    monkeypatch.setattr(gap_module, "find_gap", dictated)
+    return dictated(monkeypatch)
 
 
 @pytest.fixture
@@ -48,7 +38,8 @@ def knowing(tiny, dictate):
 
 
 def run(model, facts, out, **options):
-    return run_study(model, facts, out=out, sizes=SMALL, progress=False, **options)
+    settings = replace(SMALL, **options.pop("settings", {}))
+    return run_study(model, facts, out=out, settings=settings, progress=False, **options)
 
 
 def test_every_step_is_written_and_read_back(knowing, tmp_path):
@@ -57,7 +48,7 @@ def test_every_step_is_written_and_read_back(knowing, tmp_path):
     assert [study.skipped(step) for step in STEPS] == [None] * len(STEPS)
     for step in STEPS[:-1]:
         assert study.result(step).provenance["fingerprint"] == study.settings["fingerprint"]
-    assert study.evaluation().case_ids
+    assert study.result("editing").case_ids
     gap = study.summary["gap"]
     assert gap["failed"] == gap["passed"] == 8
     assert gap["forms"]["suffix"]["gap"]["value"] == 0.5
@@ -71,8 +62,6 @@ def test_every_step_is_written_and_read_back(knowing, tmp_path):
 )
 def test_a_model_with_folded_weights(load_tiny, dictate, tmp_path, shape, backend):
     """As HookedTransformer.from_pretrained loads it by default: nothing is left out."""
-    from mi_hops.report import write_report
-
     model = load_tiny(shape, backend, processing="fold")
     facts = [replace(f, split="held") for f in tiny_facts(model, 12)]
     study = run(model, facts, tmp_path / "study")
@@ -85,16 +74,14 @@ def test_a_model_with_folded_weights(load_tiny, dictate, tmp_path, shape, backen
 
 
 def test_facts_that_a_step_cannot_use_are_left_out_of_it(knowing, tmp_path):
-    from mi_hops.report import write_report
-
     model, facts = knowing
     absent, ambiguous = {"first_hop": "w80 w81"}, {"first_hop": "w1"}
     changes = {0: absent, 1: absent, 2: ambiguous, 3: ambiguous, 5: absent}
     facts = [replace(f, **changes.get(i, {})) for i, f in enumerate(facts)]
     facts[7] = replace(facts[7], second_prompts={"prefix": facts[7].second_prompts["prefix"]})
     facts[8] = replace(facts[8], first_prompts={})
-    sizes = replace(SMALL, lens=16, erasure=16, locate=16, injection=16, choose=8, edits=8)
-    study = run_study(model, facts, out=tmp_path / "study", sizes=sizes, progress=False)
+    counts = {"lens": 16, "erasure": 16, "locate": 16, "injection": 16, "choose": 8, "edits": 8}
+    study = run(model, facts, tmp_path / "study", settings=counts)
     assert [study.skipped(step) for step in STEPS] == [None] * len(STEPS)
     left = {step: [i for i, _ in study.result(step).skipped] for step in STEPS[:-1]}
     assert left["gap"] == ["8"]
@@ -111,7 +98,7 @@ def test_facts_that_a_step_cannot_use_are_left_out_of_it(knowing, tmp_path):
     }
     assert counts["editing"]["fact … has no second-hop prompt of form …; it has …"] == 1
     assert sum(counts["editing"].values()) == 4
-    assert not {"1", "3", "5", "7"} & set(study.evaluation().case_ids)
+    assert not {"1", "3", "5", "7"} & set(study.result("editing").case_ids)
     assert ("facts that cannot be asked", "1: no first-hop prompt") in study.headlines()
     text = write_report(study, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "left out (1: no first-hop prompt)" in text.replace("\N{NO-BREAK SPACE}", " ")
@@ -129,8 +116,6 @@ def test_a_step_that_can_use_no_fact_is_left_out(knowing, tmp_path):
 
 def test_facts_that_cannot_be_asked(tiny, tmp_path):
     """The reason is given, and not that the model knows nothing."""
-    from mi_hops.report import write_report
-
     facts = [replace(f, first_prompts={}) for f in tiny_facts(tiny, 5)]
     study = run(tiny, facts, tmp_path / "study")
     for step in STEPS[1:]:
@@ -148,7 +133,7 @@ def test_choosing_and_reporting_never_share_a_fact(knowing, tmp_path):
     model, facts = knowing
     study = run(model, facts, tmp_path / "study")
     located = set(study.result("locate")["example"].values)
-    scored = set(study.evaluation().case_ids)
+    scored = set(study.result("editing").case_ids)
     injection = study.result("injection")
     halves = {
         name: set(injection["example"].values[injection["half"].values == name])
@@ -170,7 +155,7 @@ def test_the_model_is_left_as_it_was(knowing, tmp_path):
 
 
 def test_a_stopped_study_resumes(knowing, tmp_path, monkeypatch):
-    from mi_hops.reasoning import locate as locate_module
+    from mi_hops.study.steps import locate as locate_module
 
     model, facts = knowing
     out = tmp_path / "study"
@@ -192,16 +177,10 @@ def test_a_stopped_study_resumes(knowing, tmp_path, monkeypatch):
 
 
 def test_a_study_resumed_with_other_versions_says_so(knowing, tmp_path, monkeypatch):
-    from mi_hops.report import write_report
-    from mi_hops.study.steps import Run
-
     model, facts = knowing
     out = tmp_path / "study"
     with monkeypatch.context() as patch:
-        real = Run.step
-        patch.setattr(
-            Run, "step", lambda self, name: real(self, name) if name in STEPS[:2] else 1 / 0
-        )
+        patch.setattr(type(ALL_STEPS[2]), "run", lambda self, run: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(model, facts, out)
     with warnings.catch_warnings():
@@ -223,11 +202,11 @@ def test_a_study_resumed_with_other_versions_says_so(knowing, tmp_path, monkeypa
 
 
 def test_a_finished_study_is_reopened(knowing, tmp_path, monkeypatch):
-    from mi_hops.study.steps import Run
-
     model, facts = knowing
     first = run(model, facts, tmp_path / "study")
-    monkeypatch.setattr(Run, "step", lambda self, name: pytest.fail("a step ran again"))
+    for step in ALL_STEPS:
+        stopped = lambda self, run: pytest.fail("a step ran again")  # noqa: E731
+        monkeypatch.setattr(type(step), "run", stopped)
     assert run(model, facts, tmp_path / "study").summary == first.summary
 
 
@@ -236,10 +215,10 @@ def test_other_settings_are_not_overwritten(tiny, tmp_path):
     out = tmp_path / "study"
     run(tiny, facts, out)
     with pytest.raises(FileExistsError, match=r"other settings \(seed differ\)"):
-        run(tiny, facts, out, seed=1)
+        run(tiny, facts, out, settings={"seed": 1})
     with pytest.raises(FileExistsError, match="facts_digest"):
         run(tiny, facts[:3], out)
-    assert run(tiny, facts, out, seed=1, force=True).settings["seed"] == 1
+    assert run(tiny, facts, out, settings={"seed": 1}, force=True).settings["seed"] == 1
 
 
 def test_other_files_are_not_overwritten(tiny, tmp_path):
@@ -286,13 +265,13 @@ def test_a_folder_without_a_study(tmp_path):
 
 
 def test_bundled_facts_and_their_limit():
-    everything, source = load_study_facts(None, None, 0)
-    some, _ = load_study_facts(None, 100, 0)
+    everything, source = load_study_facts(None, StudySettings())
+    some, _ = load_study_facts(None, StudySettings(limit=100))
     assert source["file"] == "hopland.jsonl"
     assert len(some) <= 100
     assert {f.split for f in some} == {f.split for f in everything}
-    assert some == load_study_facts(None, 100, 0)[0]
-    assert some != load_study_facts(None, 100, 1)[0]
+    assert some == load_study_facts(None, StudySettings(limit=100))[0]
+    assert some != load_study_facts(None, StudySettings(limit=100, seed=1))[0]
     for split in ("seen_parts", "first_unseen", "second_unseen"):
         assert sum(f.split == split for f in everything) >= 300
 
@@ -301,12 +280,12 @@ def test_facts_bring_their_account_along(tmp_path):
     from mi_hops.facts import load_facts
 
     some = load_facts("hopland")
-    chosen, source = load_study_facts(some, None, 0)
+    chosen, source = load_study_facts(some, StudySettings())
     assert chosen == list(some)
-    assert source == {"file": "hopland.jsonl", "report": some.describe()}
-    assert load_study_facts(list(some)[:3], None, 0)[1] == {
-        "file": None, "report": "3 facts given",
-    }  # fmt: skip
+    report = some.describe()
+    assert source == {"file": "hopland.jsonl", "report": report[report.index("hopland.jsonl") :]}
+    _, source = load_study_facts(list(some)[:3], StudySettings())
+    assert source == {"file": None, "report": "3 facts given"}
 
 
 def test_layer_spans():

@@ -168,7 +168,7 @@ def cell_report(
         ``difference_upper``); mean probability ``prob_before`` and ``prob``; where the grid has
         them, the median ``rank`` of the first token (1 = top) and the mean probability of the whole
         answer, ``answer_prob`` (from ``answer_logprob``), each with ``_before``; and all change
-        statistics of `results.summarise_change` (the thesis's trimmed mean among them).
+        statistics of `results.summarise_change` (the thesis's mean within 2 SD among them).
 
     Raises:
         ValueError: as `select_cell`.

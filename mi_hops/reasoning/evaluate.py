@@ -1,25 +1,27 @@
 """Did a repair hold, spread, and do no harm? One score for everything that meets the `Repair` protocol.
 
 All queries are asked of the unrepaired model once, and then with each repair on, every row of a batch
-under the repair of its own case. The result is a table with one row for each repair and query; its
+under the repair of its own case. The result is a table with one row per repair and query; its
 averages are made by `aggregate`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 
-from mi_hops.model import HookedModel, dtype_of, provenance
+from mi_hops.editing import Edit, EditRepair
+from mi_hops.model import Hook, HookedModel, dtype_of, provenance
 from mi_hops.model.numeric import kl_divergence, wide_dtype
 from mi_hops.reasoning.aggregate import aggregate
 from mi_hops.reasoning.evaluation import Evaluation
-from mi_hops.reasoning.queries import SETS, Query, QuerySets
+from mi_hops.reasoning.queries import SETS, Query, QuerySets, require_unique
+from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.generate import answered, end_ids
 from mi_hops.sweep.metrics import (
     AnswerLogprob,
@@ -36,10 +38,9 @@ from mi_hops.sweep.metrics import (
 )
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.scoring import logits_at, score_prompts
-from mi_hops.text.tokens import Prompt, batches, encode
+from mi_hops.text.tokens import Batch, batches, encode
 
 if TYPE_CHECKING:
-    import pandas as pd
     from jaxtyping import Float
     from torch import Tensor
 
@@ -93,14 +94,14 @@ class _StatementLoss:
 
 def evaluate(
     model: HookedModel,
-    repairs: Sequence[Repair],
+    repairs: Repair | Edit | Sequence[Repair | Edit],
     queries: QuerySets | Iterable[Query],
     facts: Sequence[TwoHopFact],
     *,
-    batch_size: int = 128,
     metrics: Sequence[MetricLike] = (),
     generate: bool = True,
     max_new_tokens: int = 8,
+    batch_size: int = 128,
     seed: int = 0,
     progress: bool = False,
 ) -> Evaluation:
@@ -109,97 +110,120 @@ def evaluate(
     Each repair is fitted to all `facts` at once; each query is run under the state of its case.
 
     Args:
-        repairs: each with its own name.
+        repairs: one or several, each with its own name; an `Edit` stands for itself on every row.
         queries: from `build_sets`, or one's own.
         facts: the cases; every query's ``case`` is the id of one of them.
         metrics: further metrics to record; their mean before, after and change is in the table.
-        generate: also generate texts, for ``said`` and ``generation_correct`` (aliases count there). All
-            other columns need no generation.
+        generate: also generate texts, for ``said`` and ``generation_correct`` (aliases count there).
+            All other columns need no generation.
         max_new_tokens: of the generated texts; raised where an answer needs more.
+        batch_size: prompts in one pass.
         seed: of the bootstrap intervals of the table.
         progress: show a progress bar.
+
+    Returns:
+        `Evaluation`: one row per repair and query, with tables, a summary and a figure.
 
     Raises:
         ValueError: no queries, no repairs or two of one name, a query of an unknown case, facts
             with one id, a repair that gives another number of states than there are facts, or a
             score that is not finite.
         TokenError: an answer that cannot be tokenised after its prompt, or too long a prompt.
-    """
-    import pandas as pd
-    from tqdm import tqdm
 
-    asked, skipped = _checked(repairs, queries, facts)
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> gap = mi_hops.find_gap(model, mi_hops.Hopland().sample(train=0, held_out=20))
+        >>> queries = mi_hops.build_sets(model, gap.failed, gap=gap, per_case=1)
+        >>> repair = mi_hops.MemoryInjection(1, 4.0, positions="first hop", absent="leave")
+        >>> scores = mi_hops.evaluate(model, repair, queries, gap.failed, generate=False)
+        >>> scores.summary().index.tolist() == ["unrepaired", repair.name]
+        True
+    """
+    named = _named(repairs)
+    asked, skipped = _checked(named, queries, facts)
     extra = get_metrics(metrics) if len(metrics) else []
     job = _Job(model, asked, extra, batch_size, max_new_tokens if generate else 0)
-    bar = tqdm(
-        total=(1 + len(repairs)) * len(asked), unit="query", desc="evaluate", disable=not progress
-    )
     index = {fact.id: i for i, fact in enumerate(facts)}
-    frames = []
-    with bar:
+    total = (1 + len(named)) * len(asked)
+    with progress_bar(label="evaluate", show=progress, total=total, unit="query") as bar:
         before = job.scores(None, None)
         bar.update(len(asked))
-        for repair in repairs:
+        states, after = [], []
+        for repair in named:
             fitted = list(repair.fit(model, facts))
             if len(fitted) != len(facts):
                 raise ValueError(
                     f"repair {repair.name!r} gave {len(fitted)} states for {len(facts)} facts; a "
-                    "Repair's fit must return one a fact"
+                    "Repair's fit must return one per fact"
                 )
-            states = [fitted[index[q.case]] for q in asked]
-            after = job.scores(repair, states)
-            frames.append(job.frame(repair, states, before, after))
+            states.append([fitted[index[q.case]] for q in asked])
+            after.append(job.scores(repair, states[-1]))
             bar.update(len(asked))
+    kl = job.divergences(named, states)
+    frames = [job.frame(*columns, before) for columns in zip(named, states, after, kl, strict=True)]
     settings: dict[str, Any] = {
+        "method": "evaluate",
         "seed": seed,
-        "repairs": [repair.name for repair in repairs],
+        "repairs": [repair.name for repair in named],
         "metrics": {m.name: m.unit for m in extra},
         "generated": generate,
         "max_new_tokens": max_new_tokens,
     }
     if isinstance(queries, QuerySets):
         settings["sets"] = dict(queries.settings)
-    return Evaluation(
-        pd.concat(frames, ignore_index=True),
-        tuple(fact.id for fact in facts),
-        skipped,
-        provenance(model, **settings),
-    )
+    ids = tuple(fact.id for fact in facts)
+    frame = pd.concat(frames, ignore_index=True)
+    return Evaluation(frame, ids, skipped, provenance(model, **settings))
+
+
+def _named(repairs: Repair | Edit | Sequence[Repair | Edit]) -> list[Repair]:
+    """Repairs as a list; edits among them as repairs, numbered where there are several."""
+    given: list[Any] = [repairs]
+    if isinstance(repairs, Sequence) and not isinstance(repairs, str):
+        given = list(repairs)
+    edits = [item for item in given if isinstance(item, Edit)]
+    names = {id(e): "edit" if len(edits) == 1 else f"edit {i}" for i, e in enumerate(edits, 1)}
+    named: list[Repair] = []
+    for item in given:
+        if isinstance(item, Edit):
+            item = EditRepair(item, name=names[id(item)])
+        if not isinstance(item, Repair):
+            raise ValueError(
+                f"{item!r:.80} is no repair; expected an Edit, or an object with name, fit and hooks"
+            )
+        named.append(item)
+    return named
 
 
 def _checked(
     repairs: Sequence[Repair], queries: QuerySets | Iterable[Query], facts: Sequence[TwoHopFact]
-) -> tuple[list[Query], tuple[tuple[str, str], ...]]:
-    """The queries in the order of their sets, and what was skipped."""
+) -> tuple[list[Query], tuple[tuple[str, str, str], ...]]:
+    """The queries in the order of their sets, and (set, case, reason) of what was skipped."""
     names = [r.name for r in repairs]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"expected one or more repairs, each with its own name; got {names}")
     ids = [fact.id for fact in facts]
-    if len(set(ids)) < len(ids):
-        twice = [i for i, n in Counter(ids).items() if n > 1]
-        raise ValueError(f"fact ids must be unique; these are not: {twice[:5]}")
+    require_unique("fact ids", ids)
     asked = list(queries)
     if not asked:
         raise ValueError(
             "there are no queries to score; build_sets(...).describe() tells why sets are empty"
         )
-    strangers = sorted({q.case for q in asked} - set(ids))
-    if strangers:
+    unknown_cases = sorted({q.case for q in asked} - set(ids))
+    if unknown_cases:
         raise ValueError(
-            f"queries of unknown case(s) {strangers[:5]}; each query's case must be the id of one of "
-            f"the {len(ids)} facts given, which begin with {ids[:5]}"
+            f"queries of unknown case(s) {unknown_cases[:5]}; each query's case must be the id of one "
+            f"of the {len(ids)} facts given, which begin with {ids[:5]}"
         )
-    repeated = [i for i, n in Counter(q.query_id for q in asked).items() if n > 1]
-    if repeated:
-        raise ValueError(f"query ids must be unique; these are not: {repeated[:5]}")
+    require_unique("query ids", (q.query_id for q in asked))
     place = {name: i for i, name in enumerate(SETS)}
     asked.sort(key=lambda q: place.get(q.set, len(SETS)))  # stable
     if isinstance(queries, QuerySets):
-        known = [(f"{s}: {case}", why) for s, case, why in queries.skipped if case in set(ids)]
-        return asked, tuple(known)
+        return asked, tuple(entry for entry in queries.skipped if entry[1] in set(ids))
     has = {(q.set, q.case) for q in asked}
     sets = dict.fromkeys(q.set for q in asked)
-    return asked, tuple((f"{s}: {i}", "no query") for s in sets for i in ids if (s, i) not in has)
+    return asked, tuple((s, i, "no query") for s in sets for i in ids if (s, i) not in has)
 
 
 class _Job:
@@ -233,44 +257,42 @@ class _Job:
 
     def scores(self, repair: Repair | None, states: Sequence[Any] | None) -> dict[str, Any]:
         """Column -> values ``[query]`` of the model under a repair (None: as it is)."""
-        keywords: dict[str, Any] = {"batch_size": self.batch_size, "repair": repair}
+        options: dict[str, Any] = {"batch_size": self.batch_size, "repair": repair}
         tensors = score_prompts(
-            self.model, self.prompts, self.targets, self.metrics, states=states, **keywords
+            self.model, self.prompts, self.targets, self.metrics, states=states, **options
         )
         found: dict[str, Any] = {name: score.double().numpy() for name, score in tensors.items()}
         none = np.array([q.wrong is None for q in self.queries])
         found["wrong_mean_token_prob"] = np.where(none, np.nan, found["wrong_mean_token_prob"])
         ahead = found["mean_token_prob"] > found["wrong_mean_token_prob"]
         found["target_over_wrong"] = np.where(none, np.nan, ahead)
-        found["statement_loss"] = self._statement_loss(repair, states)
-        found["kl"] = self._kl(repair, states)
+        found["statement_loss"] = self._statement_loss(states, options)
         if self.max_new_tokens:
-            found["said"], found["generation_correct"] = self._said(repair, states)
+            found["said"], found["generation_correct"] = self._said(states, options)
         return found
 
     def frame(
         self,
         repair: Repair,
         states: Sequence[Any],
-        before: dict[str, Any],
         after: dict[str, Any],
+        kl: np.ndarray,
+        before: dict[str, Any],
     ) -> pd.DataFrame:
-        """One row a query."""
-        import pandas as pd
-
+        """One row per query."""
         names = ("case", "set", "query_id", "prompt", "answer", "wrong")
         frame = pd.DataFrame({n: [getattr(q, n) for q in self.queries] for n in names})
         # Text and None, not NaN, whatever the version of pandas makes of None.
         frame["wrong"] = pd.Series([q.wrong for q in self.queries], dtype=object)
         frame.insert(0, "repair", repair.name)
         frame["repaired"] = [state is not None for state in states]
-        for name in (n for n in after if n != "kl"):
+        for name in after:
             frame[f"{name}_before"] = before[name]
             frame[f"{name}_after"] = after[name]
-        frame["kl"] = after["kl"]
+        frame["kl"] = kl
         return frame
 
-    def _statement_loss(self, repair: Repair | None, states: Sequence[Any] | None) -> np.ndarray:
+    def _statement_loss(self, states: Sequence[Any] | None, options: dict[str, Any]) -> np.ndarray:
         found = np.full(len(self.queries), np.nan)
         rows = self.text_rows
         if rows:
@@ -279,24 +301,45 @@ class _Job:
                 _Statement(self.targets[i].answer, prompt=p.ids)
                 for i, p in zip(rows, prompts, strict=True)
             ]
-            score = score_prompts(
-                self.model, prompts, targets, [_StatementLoss()], batch_size=self.batch_size,
-                repair=repair, states=None if states is None else [states[i] for i in rows],
-            )  # fmt: skip
+            given = None if states is None else [states[i] for i in rows]
+            loss = [_StatementLoss()]
+            score = score_prompts(self.model, prompts, targets, loss, states=given, **options)
             found[rows] = score["statement_loss"].double().numpy()
         return found
 
-    def _kl(self, repair: Repair | None, states: Sequence[Any] | None) -> np.ndarray:
-        found = np.full(len(self.queries), np.nan)
-        if repair is not None and states is not None and self.kl_rows:
-            found[self.kl_rows] = _divergence(
-                self.model, [self.prompts[i] for i in self.kl_rows], repair,
-                [states[i] for i in self.kl_rows], self.batch_size,
-            )  # fmt: skip
-        return found
+    def divergences(
+        self, repairs: Sequence[Repair], states: Sequence[Sequence[Any]]
+    ) -> Float[np.ndarray, "repair query"]:
+        """KL(unrepaired || repaired) of each prompt's next token, in nats; NaN off `KL_SETS`.
+
+        The unrepaired distributions are made batch by batch, once for all repairs, so that memory
+        does not grow with the queries.
+        """
+        prompts = [self.prompts[i] for i in self.kl_rows]
+        wide = wide_dtype(dtype_of(self.model))
+        found = torch.empty(len(repairs), len(prompts), dtype=wide)
+        with torch.no_grad():
+            for chosen, batch in batches([p.ids for p in prompts], self.batch_size):
+                rows = Rows(tuple(prompts[i] for i in chosen), batch.tokens.shape[1])
+
+                def logprobs(
+                    hooks: Sequence[Hook], batch: Batch = batch
+                ) -> Float[Tensor, "row vocab"]:
+                    logits = logits_at(self.model, batch.tokens, batch.last[:, None], hooks=hooks)
+                    return logits[:, 0].to(wide).log_softmax(-1)
+
+                before = logprobs(())
+                for r, repair in enumerate(repairs):
+                    given = [states[r][self.kl_rows[i]] for i in chosen]
+                    after = logprobs(repair.hooks(self.model, given, rows))
+                    found[r, chosen] = kl_divergence(before, after).cpu()
+        require_finite("kl", found.flatten())
+        whole = np.full((len(repairs), len(self.queries)), np.nan)
+        whole[:, self.kl_rows] = found.double().numpy()
+        return whole
 
     def _said(
-        self, repair: Repair | None, states: Sequence[Any] | None
+        self, states: Sequence[Any] | None, options: dict[str, Any]
     ) -> tuple[list[str], np.ndarray]:
         # The same prompt in two sets, or unrepaired in many cases, is generated once.
         given = [None] * len(self.queries) if states is None else states
@@ -307,37 +350,14 @@ class _Job:
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         rows = sorted(first.values())
         replies = answered(
-            self.model, [self.prompts[i] for i in rows], [self.queries[i].answer for i in rows],
-            [self.queries[i].aliases for i in rows], max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size, repair=repair,
+            self.model,
+            [self.prompts[i] for i in rows],
+            [self.queries[i].answer for i in rows],
+            [self.queries[i].aliases for i in rows],
+            max_new_tokens=self.max_new_tokens,
             states=None if states is None else [states[i] for i in rows],
-        )  # fmt: skip
+            **options,
+        )
         by_row = dict(zip(rows, replies, strict=True))
         said = [by_row[first[key]] for key in keys]
         return [reply.text for reply in said], np.array([float(reply.right) for reply in said])
-
-
-def _divergence(
-    model: HookedModel,
-    prompts: Sequence[Prompt],
-    repair: Repair,
-    states: Sequence[Any],
-    batch_size: int,
-) -> np.ndarray:
-    """KL(unrepaired || repaired) of each prompt's next token, in nats."""
-    wide = wide_dtype(dtype_of(model))
-    found = torch.empty(len(prompts), dtype=wide)
-    with torch.no_grad():
-        # Both distributions of a batch are made anew, so that memory does not grow with the queries.
-        for chosen, batch in batches([p.ids for p in prompts], batch_size):
-            rows = Rows(tuple(prompts[i] for i in chosen), batch.tokens.shape[1])
-            hooks = repair.hooks(model, [states[i] for i in chosen], rows)
-            before, after = (
-                logits_at(model, batch.tokens, batch.last[:, None], hooks=h)[:, 0]
-                .to(wide)
-                .log_softmax(-1)
-                for h in ((), hooks)
-            )
-            found[chosen] = kl_divergence(before, after).cpu()
-    require_finite("kl", found)
-    return found.double().numpy()

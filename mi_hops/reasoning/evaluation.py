@@ -1,63 +1,89 @@
-"""The scores of repairs: one row a repair and query, their averages, a figure and a file."""
+"""The scores of repairs: one row per repair and query, their averages, a figure and a file."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from mi_hops.reasoning.aggregate import Scores, by_group, case_table, change_scores
-from mi_hops.reasoning.queries import SETS
+from mi_hops.reasoning.queries import SetCount, count_sets, in_order
+from mi_hops.result import plots
+from mi_hops.result.display import html_table, shorten
 from mi_hops.result.result import Result
 
 if TYPE_CHECKING:
-    import pandas as pd
     import plotly.graph_objects as go
 
-#: Ways to be right; the last needs generation.
+#: What counts as a correct answer; the last needs generation.
 ACCURACIES = ("first_correct", "exact_match", "generation_correct")
 
+_UNREPAIRED = "unrepaired"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
     """Scores of every repair on every query.
 
     Attributes:
-        frame: one row a (repair, query). Columns ``repair, case, set, query_id, prompt, answer,
+        frame: one row per (repair, query). Columns ``repair, case, set, query_id, prompt, answer,
             wrong`` (None: no competitor), ``repaired`` (whether the repair has a state for the
             case), and with ``_before`` (unrepaired) and ``_after`` (repaired) each:
 
             - ``first_prob``: probability of the answer's first token;
             - ``answer_logprob``: of the whole answer, nats, teacher-forced;
-            - ``mean_token_prob``, ``wrong_mean_token_prob``: the CREME paper's score (`metrics.METRICS`) of the
-              right and of the competing answer (NaN: none);
+            - ``mean_token_prob``, ``wrong_mean_token_prob``: the CREME paper's score
+              (`metrics.METRICS`) of the correct and of the competing answer (NaN: none);
             - ``target_over_wrong``: whether the first exceeds the second (NaN: no competitor);
             - ``rank`` of the answer's first token, 1 = top;
             - ``first_correct``: the first token is the most probable one (1 or 0);
             - ``exact_match``: greedy decoding gives the whole answer and its end, token for token;
-            - ``said`` and ``generation_correct``, where texts were generated: the text, and whether it is
-              the answer or an alias of it (`generate.matches`);
-            - ``statement_loss``: nats a token of prompt and answer, on neutral statements;
+            - ``said`` and ``generation_correct``, where texts were generated: the text, and whether
+              it is the answer or an alias of it (`matching.matches`);
+            - ``statement_loss``: nats per token of prompt and answer, on neutral statements;
             - what other metrics were asked for.
 
             and ``kl``: KL(before || after) of the next token in nats, on specificity and neutral
             sets.
         case_ids: the cases that were asked for.
         case_ids_of: repair -> its cases, for a repair that was asked for some of them only.
-        skipped: (set and case, reason) where a set has no query for a case.
+        skipped: (set, case, reason) where a set has no query for a case.
         provenance: model, settings, versions.
     """
 
     frame: pd.DataFrame
     case_ids: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...] = ()
+    skipped: tuple[tuple[str, str, str], ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
     case_ids_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __getitem__(self, column: str) -> pd.Series:
+        """A column of the frame.
+
+        Raises:
+            KeyError: no such column.
+        """
+        if column not in self.frame:
+            raise KeyError(f"no {column!r} in the evaluation; there are {list(self.frame.columns)}")
+        return self.frame[column]
+
+    def __repr__(self) -> str:
+        return shorten(f"Evaluation: {self.describe()}", 1900)
+
+    def _repr_html_(self) -> str:
+        rows = self._before_and_after("first_correct", None, n_resamples=500)
+        cells: dict[str, list[str]] = {}
+        for row in rows.itertuples():
+            ends = f" [{row.lower:.0%}, {row.upper:.0%}]" if row.lower == row.lower else ""
+            cells.setdefault(row.model, [row.model]).append(f"{row.value:.1%}{ends}")
+        title = f"{len(self.case_ids)} cases; share whose first answer token is correct"
+        header = ["repair", *dict.fromkeys(rows["set"])]
+        return html_table(title, header, cells.values(), total=len(cells))
 
     def _n_cases(self, repair: str) -> int:
         return len(self.case_ids_of.get(repair, self.case_ids))
@@ -73,16 +99,14 @@ class Evaluation:
 
         Returns:
             Frame indexed by repair, set, statistic; columns as in `aggregate`. Statistics: those of
-            `aggregate` for ``mean_token_prob``; for each way to be right (``first_correct``,
+            `aggregate` for ``mean_token_prob``; for each accuracy (``first_correct``,
             ``exact_match``, ``generation_correct``) ``..._before``, ``..._after``, ``..._change``,
-            ``..._retained`` (share right after among queries right before) and ``..._ratio``
+            ``..._retained`` (share correct after among queries correct before) and ``..._ratio``
             (accuracy after / before); ``first_prob``, ``answer_logprob`` and further metrics
             before, after and change; median ``rank``; ``kl``; ``perplexity_before`` and
             ``..._after`` (exp of the mean ``statement_loss``); and ``cases_used``,
             ``cases_skipped`` (cases without a query in the set).
         """
-        import pandas as pd
-
         settings: dict[str, Any] = {"level": level, "n_resamples": n_resamples}
         settings["seed"] = self.provenance.get("seed", 0) if seed is None else seed
         table = by_group(self.frame, self._scores, **settings)
@@ -104,9 +128,59 @@ class Evaluation:
 
     def _sets(self) -> list[str]:
         """All sets, also those without any query."""
-        named = [*self.frame["set"], *(who.split(": ")[0] for who, _ in self.skipped)]
-        place = {name: i for i, name in enumerate(SETS)}
-        return sorted(dict.fromkeys(named), key=lambda name: place.get(name, len(SETS)))
+        return in_order({*self.frame["set"], *(name for name, _, _ in self.skipped)})
+
+    def summary(
+        self,
+        score: str = "first_correct",
+        *,
+        sets: Sequence[str] | None = None,
+        level: float = 0.95,
+        n_resamples: int = 2000,
+        seed: int | None = None,
+    ) -> pd.DataFrame:
+        """One row per repair: a score on each set, with its interval, and how many cases.
+
+        Args:
+            score: a statistic of `table` without its ``_before`` / ``_after``.
+            sets: which, in order; all by default.
+            level, n_resamples, seed: as in `table`.
+
+        Returns:
+            Frame indexed by repair, the first row ``"unrepaired"``. For each set the columns ``SET``
+            (mean over its cases), ``SET_lower``, ``SET_upper`` and ``SET_n`` (cases).
+
+        Raises:
+            ValueError: a score or set that the table does not have.
+        """
+        rows = self._before_and_after(score, sets, level=level, n_resamples=n_resamples, seed=seed)
+        summary: dict[str, dict[str, Any]] = {}
+        for row in rows.itertuples():
+            found = summary.setdefault(row.model, {})
+            found[row.set], found[f"{row.set}_lower"] = row.value, row.lower
+            found[f"{row.set}_upper"], found[f"{row.set}_n"] = row.upper, int(row.n)
+        return pd.DataFrame.from_dict(summary, orient="index").rename_axis("repair")
+
+    def _before_and_after(
+        self, score: str, sets: Sequence[str] | None, **options: Any
+    ) -> pd.DataFrame:
+        """Rows of the table for one score: ``model`` is ``"unrepaired"``, then each repair."""
+        table = self.table(**options).reset_index()
+        known = list(dict.fromkeys(table["set"]))
+        chosen = known if sets is None else list(sets)
+        if set(chosen) - set(known):
+            raise ValueError(f"no set(s) {sorted(set(chosen) - set(known))}; there are {known}")
+        rows = table[table["set"].isin(chosen)]
+        after = rows[rows["statistic"] == f"{score}_after"].assign(model=lambda t: t["repair"])
+        before = rows[rows["statistic"] == f"{score}_before"].assign(model=_UNREPAIRED)
+        if after.empty or before.empty:
+            names = [s.removesuffix("_after") for s in table["statistic"] if s.endswith("_after")]
+            raise ValueError(f"no score {score!r}; expected one of {list(dict.fromkeys(names))}")
+        # The same for every repair, but for those that were asked for some of the cases only.
+        before = before[before["repair"] == max(self._repairs(), key=self._n_cases)]
+        data = pd.concat([before, after]).rename(columns={"n_cases": "n"})
+        data = data.sort_values("set", key=lambda s: s.map(chosen.index), kind="stable")
+        return data.sort_values("model", key=lambda s: s != _UNREPAIRED, kind="stable")
 
     def cases(self) -> pd.DataFrame:
         """Means over the queries of each repair, set and case; index (repair, set, case)."""
@@ -132,48 +206,36 @@ class Evaluation:
             options: for `table` (``level``, ``n_resamples``, ``seed``).
 
         Raises:
-            ValueError: a score or set the table has not got.
+            ValueError: a score or set that the table does not have.
         """
-        import pandas as pd
-
-        from mi_hops.result import plots
-
-        table = self.table(**options).reset_index()
-        known = list(dict.fromkeys(table["set"]))
-        chosen = known if sets is None else list(sets)
-        if set(chosen) - set(known):
-            raise ValueError(f"no set(s) {sorted(set(chosen) - set(known))}; there are {known}")
-        rows = table[table["set"].isin(chosen)]
-        after = rows[rows["statistic"] == f"{score}_after"].assign(model=lambda t: t["repair"])
-        before = rows[rows["statistic"] == f"{score}_before"].assign(model="unrepaired")
-        if after.empty or before.empty:
-            names = [s.removesuffix("_after") for s in table["statistic"] if s.endswith("_after")]
-            raise ValueError(f"no score {score!r}; expected one of {list(dict.fromkeys(names))}")
-        before = before.drop_duplicates("set")  # the same for every repair
-        data = pd.concat([before, after]).rename(columns={"n_cases": "n"})
-        data = data.sort_values("set", key=lambda s: s.map(chosen.index), kind="stable")
-        data = data.sort_values("model", key=lambda s: s != "unrepaired", kind="stable")
+        label = f"{score} on each set of queries (mean over cases, 95 % intervals)"
         return plots.bars(
-            data, x="set", y="value", group="model", lower="lower", upper="upper",
-            title=title or f"{score} on each set of queries (mean over cases, 95 % intervals)",
-            x_label="set of queries", y_label=score,
-        )  # fmt: skip
+            self._before_and_after(score, sets, **options),
+            x="set",
+            y="value",
+            group="model",
+            lower="lower",
+            upper="upper",
+            title=title or label,
+            x_label="set of queries",
+            y_label=score,
+        )
+
+    def counts(self) -> dict[str, SetCount]:
+        """Set -> how many queries and cases it has, and why cases have none."""
+        first = self.frame[self.frame["repair"] == max(self._repairs(), key=self._n_cases)]
+        asked = list(zip(first["set"], first["case"], strict=True))
+        return count_sets(asked, self.skipped)
+
+    def _repairs(self) -> list[str]:
+        return list(dict.fromkeys(self.frame["repair"]))
 
     def describe(self) -> str:
-        """What was scored on how much: one line a set, skipped cases and why."""
-        names = list(dict.fromkeys(self.frame["repair"]))
-        first = self.frame[self.frame["repair"] == max(names, key=self._n_cases)]
-        repairs = ", ".join(names)
-        lines = [f"{len(self.case_ids)} cases, {len(first)} queries; repairs: {repairs}"]
-        for name in self._sets():
-            part = first[first["set"] == name]
-            mine = [why for who, why in self.skipped if who.split(": ")[0] == name]
-            reasons = ", ".join(f"{n} {why}" for why, n in Counter(mine).most_common())
-            n = part["case"].nunique()
-            lines.append(
-                f"{name}: n used {n} cases ({len(part)} queries), n skipped {len(self.case_ids) - n}"
-                + (f" ({reasons})" if reasons else "")
-            )
+        """What was scored on how much: one line per set, skipped cases and why."""
+        repairs, counts = ", ".join(self._repairs()), self.counts()
+        n_queries = sum(count.queries for count in counts.values())
+        lines = [f"{len(self.case_ids)} cases, {n_queries} queries; repairs: {repairs}"]
+        lines += [f"{name}: {count.describe()}" for name, count in counts.items()]
         for repair in self.case_ids_of:
             lines.append(f"{repair}: asked for {self._n_cases(repair)} of the cases only")
         for repair, part in self.frame.groupby("repair", sort=False):
@@ -184,18 +246,19 @@ class Evaluation:
 
     def to_result(self) -> Result:
         """The table as a `Result` with one dimension ``row``."""
-        cases: dict[str, Any] = {"cases": list(self.case_ids)}
-        if self.case_ids_of:
-            cases["cases_of"] = {name: list(ids) for name, ids in self.case_ids_of.items()}
+        asked = {"cases": self.case_ids, "cases_of": self.case_ids_of, "without": self.skipped}
         columns = {
             str(name): ("row", self.frame[name].to_numpy(_dtype(self.frame[name])))
             for name in self.frame.columns
         }
         return Result(
-            columns, provenance=self.provenance | cases, title="evaluation of repairs",
-            main="mean_token_prob_after", used=len(self.case_ids), skipped=self.skipped,
+            columns,
+            provenance={**self.provenance, "asked": asked},
+            title="evaluation of repairs",
+            main="mean_token_prob_after",
+            used=len(self.case_ids),
             allow_nonfinite=True,
-        )  # fmt: skip
+        )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write one NetCDF file, whole or not at all (see `Result.save`)."""
@@ -209,17 +272,19 @@ class Evaluation:
             FileNotFoundError: there is no such file.
             ValueError: the file holds something else.
         """
-        import pandas as pd
-
         result = Result.load(path)
-        if result.main != "mean_token_prob_after" or "cases" not in result.provenance:
+        if "asked" not in result.provenance:
             raise ValueError(f"{path} holds the result {result.title!r}, not an evaluation")
         data = {str(name): array.values for name, array in result.data.data_vars.items()}
         frame = pd.DataFrame({k: _series(v) for k, v in data.items()})
-        source = dict(result.provenance)
-        case_ids = tuple(source.pop("cases"))
-        case_ids_of = {name: tuple(ids) for name, ids in source.pop("cases_of", {}).items()}
-        return cls(frame, case_ids, tuple(result.skipped), source, case_ids_of)
+        asked = result.provenance.pop("asked")
+        return cls(
+            frame,
+            tuple(asked["cases"]),
+            tuple((name, case, why) for name, case, why in asked["without"]),
+            result.provenance,
+            {name: tuple(ids) for name, ids in asked["cases_of"].items()},
+        )
 
     def _scores(self, part: pd.DataFrame) -> Scores:
         def column(name: str) -> np.ndarray:

@@ -1,14 +1,14 @@
-"""How a two-hop question failed: the CREME paper's failure types, told by a stated rule.
+"""How a two-hop question failed: the CREME paper's failure types, assigned by explicit rules.
 
 The paper (arXiv 2402.14328) names short-cut, incomplete, distorted and hasty reasoning and assigned
 them by hand. Here the first of these rules that holds decides:
 
 1. ``incomplete``: the answer given is the bridge; the model stopped at the first hop.
-2. ``short-cut``: the same answer comes when the subject itself stands in for the first hop ("The
+2. ``short-cut``: the same answer comes when the subject itself takes the place of the first hop ("The
    nationality of *Misery* is"); a surface link between subject and second relation answered.
 3. ``distorted``: the bridge never rises in the lens: its probability, largest over blocks, at the
    first hop's last token and at the last token, stays below `faint` of its median peak over the
-   questions answered rightly. It is the mean probability of all the bridge's tokens, the papers'
+   questions answered correctly. It is the mean probability of all the bridge's tokens, the papers'
    score: names share first tokens, and one may show by any of its words.
 4. ``hasty``: the answer given (its first token, which is what the last position is to say) reads at
    half of its final probability at the last token no later than the layer at which the bridge
@@ -18,23 +18,79 @@ them by hand. Here the first of these rules that holds decides:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from mi_hops.facts.fact import TwoHopFact
+import numpy as np
+
+from mi_hops.cases import Case, usable
+from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.lens import Readout, logit_lens
-from mi_hops.model import HookedModel
+from mi_hops.model import HookedModel, provenance
 from mi_hops.reasoning.gap import Gap
+from mi_hops.result import plots
+from mi_hops.result.display import html_table
+from mi_hops.result.result import Result
+from mi_hops.result.statistics import proportion_ci
 from mi_hops.sweep.generate import generate
 from mi_hops.text.matching import matches, normalise
-from mi_hops.text.tokens import Prompt, TokenError, answer_ids, encode, find_text, last_position
+from mi_hops.text.tokens import answer_ids, encode, find_text
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
+    import plotly.graph_objects as go
 
-TYPES = ("incomplete", "short-cut", "distorted", "hasty", "other")
+#: Type -> its rule, in the order in which they are tried.
+RULES = {
+    "incomplete": "the answer given is the bridge: the model stopped at the first hop",
+    "short-cut": "the same answer comes when the subject itself takes the place of the first hop",
+    "distorted": "the bridge never rises in the lens: its peak over layers (mean probability of all "
+    "its tokens), at the first hop's last token and at the last token, stays below a quarter of the "
+    "median peak of the questions answered correctly",
+    "hasty": "at the last token the answer given (its first token) has half of its final "
+    "probability no later than the layer at which the bridge peaks",
+    "other": "none of these",
+}
+TYPES = tuple(RULES)
+
+
+class FailureTypes(Result):
+    """The type of each failure, with what decided it (from `failure_types`).
+
+    Variables on ``example``: ``type``; ``said``, the answer given; ``bridge_peak`` (probability),
+    ``bridge_layer`` and ``said_layer`` (blocks passed); ``said_for_subject``, the answer when the
+    subject takes the place of the first hop.
+    """
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per failure: ``id`` and the variables."""
+        return self.data.to_dataframe().reset_index().rename(columns={"example": "id"})
+
+    def shares(self) -> pd.DataFrame:
+        """Per type: ``share`` of the failures with its exact 95% interval, ``lower``, ``upper``, ``n``."""
+        import pandas as pd
+
+        types, rows = self["type"].values, {}
+        for name in TYPES:
+            k, n = int((types == name).sum()), len(types)
+            rows[name] = (k / n, *proportion_ci(k, n), n)
+        columns = ["share", "lower", "upper", "n"]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("type")
+
+    def plot(
+        self, variable: str | None = None, *, kind: str | None = None, **keywords: Any
+    ) -> go.Figure:
+        """Bars of the share of each type, with exact 95% intervals; or as in `Result.plot`."""
+        if variable is not None or kind is not None:
+            return super().plot(variable, kind=kind, **keywords)
+        options = {"x": "type", "y": "share", "lower": "lower", "upper": "upper"}
+        labels = {"title": self.title, "x_label": "", "y_label": "share of failures"}
+        return plots.bars(self.shares().reset_index(), **{**options, **labels, **keywords})
+
+    def _repr_html_(self) -> str:
+        table = self.shares().reset_index().round(3)
+        return html_table(self.title, list(table), table.values.tolist(), total=len(table))
 
 
 def failure_types(
@@ -45,96 +101,93 @@ def failure_types(
     faint: float = 0.25,
     limit: int | None = None,
     batch_size: int = 64,
-) -> pd.DataFrame:
+) -> FailureTypes:
     """The type of each failure of a gap.
 
+    Failures that the lens cannot read (a first hop or a name that is not to be found or tokenised in
+    the prompt) are skipped, with the reason. A failure with an empty answer is never ``hasty``.
+
     Args:
-        form: template order, the one `gap` was found with.
+        form: template order, the one `gap` was found with; default the gap's own.
         faint: share of the passed questions' median bridge peak under which a bridge counts as
             absent. Without a passed question rule 3 cannot be applied and is left out.
         limit: look at the first so many failures (and as many passed questions) only.
 
-    Returns:
-        One row a failure: ``id``, ``said``, ``type``, ``bridge_peak`` (probability),
-        ``bridge_layer`` and ``said_layer`` (blocks passed), ``said_for_subject`` (the answer when
-        the subject stands in for the first hop). A failure whose answer cannot be tracked (empty
-        text) is ``other``. Failures that the lens cannot read (a first hop or a name that is not to
-        be found or tokenised in the prompt) have no row; ``frame.attrs["skipped"]`` lists their ids
-        and the reasons.
-    """
-    import numpy as np
-    import pandas as pd
+    Raises:
+        NoUsableFactError: there is no failure, or none that the lens can read.
 
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> gap = mi_hops.find_gap(model, mi_hops.Hopland().sample(train=0, held_out=20))
+        >>> kinds = mi_hops.failure_types(model, gap)
+        >>> list(kinds.shares().columns)
+        ['share', 'lower', 'upper', 'n']
+    """
+    form = gap.form if form is None else form
     said = dict(zip(gap.frame["id"], gap.frame["said"], strict=True))
-    failed, skipped = _cases(
-        model, gap.failed[:limit], lambda f: said[f.id].strip() or f.answer, form
-    )
-    passed, _ = _cases(model, gap.passed[:limit], lambda f: f.answer, form)
-    columns = ["id", "said", "type", "bridge_peak", "bridge_layer", "said_layer"]
-    if not failed:
-        empty = pd.DataFrame(columns=[*columns, "said_for_subject"])
-        empty.attrs["skipped"] = skipped
-        return empty
-    threshold = 0.0
-    if passed:
-        peaks, _, _ = _read(model, passed, batch_size)
-        threshold = faint * float(np.median(peaks))
+
+    def failed_case(case: Case) -> _Read:
+        return _Read(case, said[case.fact.id].strip() or case.fact.answer)
+
+    def passed_case(case: Case) -> _Read:
+        return _Read(case, case.fact.answer)
+
+    purpose = "assigning failure types"
+    failed, skipped = usable(model, gap.failed[:limit], failed_case, purpose=purpose, form=form)
+    try:
+        passed, _ = usable(model, gap.passed[:limit], passed_case, purpose=purpose, form=form)
+        threshold = faint * float(np.median(_read(model, passed, batch_size)[0]))
+    except NoUsableFactError:
+        threshold = 0.0
     peak, bridge_layer, said_layer = _read(model, failed, batch_size)
     shortcut = _without_first_hop(model, failed, batch_size)
-    rows = []
-    for i, fact in enumerate(case.fact for case in failed):
+    kinds = []
+    for i, fact in enumerate(read.case.fact for read in failed):
         answer = said[fact.id]
         if matches(answer, fact.bridge, fact.bridge_aliases):
-            kind = "incomplete"
+            kinds.append("incomplete")
         elif answer.strip() and normalise(answer) == normalise(shortcut[i]):
-            kind = "short-cut"
+            kinds.append("short-cut")
         elif peak[i] < threshold:
-            kind = "distorted"
+            kinds.append("distorted")
         elif answer.strip() and said_layer[i] <= bridge_layer[i]:
-            kind = "hasty"
+            kinds.append("hasty")
         else:
-            kind = "other"
-        rows.append((fact.id, answer, kind, peak[i], bridge_layer[i], said_layer[i], shortcut[i]))
-    frame = pd.DataFrame(rows, columns=[*columns, "said_for_subject"])
-    frame.attrs["skipped"] = skipped
-    return frame
+            kinds.append("other")
+    ids = [read.case.fact.id for read in failed]
+    columns = {
+        "said": [said[i] for i in ids],
+        "type": kinds,
+        "bridge_peak": peak,
+        "bridge_layer": bridge_layer,
+        "said_layer": said_layer,
+        "said_for_subject": shortcut,
+    }
+    result = FailureTypes.from_arrays(
+        {name: ("example", values) for name, values in columns.items()},
+        coords={"example": ids},
+        units={"bridge_peak": "probability", "bridge_layer": "layer", "said_layer": "layer"},
+        provenance=provenance(model, method="failure_types", form=form, faint=faint),
+        title="Failure types",
+        main="type",
+        skipped=skipped,
+    )
+    assert isinstance(result, FailureTypes)
+    return result
 
 
-@dataclass(frozen=True)
-class _Case:
+class _Read:
     """A question as the lens reads it, with the tokens to follow."""
 
-    fact: TwoHopFact
-    prompt: Prompt
-    first_hop: int
-    bridge: tuple[int, ...]
-    answer: tuple[int, ...]
-
-
-def _cases(
-    model: HookedModel,
-    facts: Sequence[TwoHopFact],
-    answer_of: Callable[[TwoHopFact], str],
-    form: str | None,
-) -> tuple[list[_Case], list[tuple[str, str]]]:
-    """Facts that the lens can read, and (id, reason) of the others."""
-    cases, skipped = [], []
-    for fact in facts:
-        try:
-            prompt = encode(model, fact.prompt(form))
-            place = last_position(prompt, fact.first_hop)
-            bridge, answer = (
-                answer_ids(model, prompt, name) for name in (fact.bridge, answer_of(fact))
-            )
-        except TokenError as error:
-            skipped.append((fact.id, str(error)))
-            continue
-        cases.append(_Case(fact, prompt, place, bridge, answer))
-    return cases, skipped
+    def __init__(self, case: Case, answer: str) -> None:
+        self.case, self.bridge = case, case.bridge
+        (self.first_hop,) = case.positions("first hop")
+        self.answer = answer_ids(case.model, case.prompt, answer)
 
 
 def _read(
-    model: HookedModel, cases: Sequence[_Case], batch_size: int
+    model: HookedModel, cases: Sequence[_Read], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(bridge's peak, its layer, layer at which the answer has half of its final probability).
 
@@ -142,30 +195,31 @@ def _read(
     """
     result = logit_lens(
         model,
-        [case.prompt for case in cases],
+        [read.case.prompt for read in cases],
         track={"bridge": [c.bridge for c in cases], "answer": [c.answer for c in cases]},
-        positions={"first hop": [case.first_hop for case in cases], "last": -1},
+        positions={"first hop": [c.first_hop for c in cases], "last": -1},
         readout=Readout(kl=False),
         batch_size=batch_size,
     )
     # Layer 0 is the embedding: the prompt's own token, not yet anything recalled.
     recalled = result["mean_token_prob"].sel(tracked="bridge").isel(layer=slice(1, None))
     bridge = recalled.max("position").transpose("example", "layer").values
-    told = result["prob"].sel(tracked="answer", position="last")
-    answer = told.transpose("example", "layer").values
-    layers = told["layer"].values
+    given = result["prob"].sel(tracked="answer", position="last")
+    answer = given.transpose("example", "layer").values
+    layers = given["layer"].values
     reached = answer >= 0.5 * answer[:, -1:]
     return bridge.max(1), layers[1 + bridge.argmax(1)], layers[reached.argmax(1)]
 
 
-def _without_first_hop(model: HookedModel, cases: Sequence[_Case], batch_size: int) -> list[str]:
+def _without_first_hop(model: HookedModel, cases: Sequence[_Read], batch_size: int) -> list[str]:
     """What the model says when the subject takes the place of the first hop; "" if it cannot."""
-    texts: list[str] = []
-    for case in cases:
-        text, fact = case.prompt.text, case.fact
-        start, end = find_text(text, fact.first_hop)
-        texts.append(text[:start] + fact.subject + text[end:] if fact.subject else "")
-    asked = [i for i, t in enumerate(texts) if t and t != cases[i].prompt.text]
-    said = generate(model, [encode(model, texts[i]) for i in asked], batch_size=batch_size)
-    found = dict(zip(asked, (g.text for g in said), strict=True))
+    texts: dict[int, str] = {}
+    for i, case in enumerate(read.case for read in cases):
+        text, subject = case.prompt.text, case.fact.subject
+        start, end = find_text(text, case.fact.first_hop)
+        changed = text[:start] + subject + text[end:]
+        if subject and changed != text:
+            texts[i] = changed
+    said = generate(model, [encode(model, t) for t in texts.values()], batch_size=batch_size)
+    found = dict(zip(texts, (g.text for g in said), strict=True))
     return [found.get(i, "") for i in range(len(cases))]

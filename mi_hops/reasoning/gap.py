@@ -6,53 +6,105 @@ greedy, so the classification is reproducible.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model import HookedModel
+from mi_hops.facts.forms import require_form
+from mi_hops.model import HookedModel, provenance
+from mi_hops.result import plots
+from mi_hops.result.display import html_table
+from mi_hops.result.result import Result
 from mi_hops.result.statistics import proportion_ci
 from mi_hops.sweep.generate import Answered, answered
 from mi_hops.text.matching import STOP, matches
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
+    import xarray as xr
 
 HOPS = ("first", "second", "two_hop")
+#: Label of the form where each fact is asked in its own first.
+AS_GIVEN = "as given"
 
 
-@dataclass(frozen=True)
-class Gap:
-    """Who was answered.
+class Gap(Result):
+    """Per-fact outcome of the three questions, in one form or several (from `find_gap`).
 
-    Attributes:
-        facts: the facts asked, in order.
-        frame: one row a fact: ``id``, ``split``, ``first``, ``second``, ``two_hop`` (answered
-            rightly: greedily, the whole answer and its end, aliases allowed),
-            ``first_token`` (the two-hop answer's first token is right), ``said`` (the two-hop
-            answer given) and ``says_bridge`` (it is the bridge).
-        skipped: (id, reason) of facts that could not be asked.
+    Variables on (example, form), shares of 0 or 1: ``first``, ``second`` and ``two_hop`` (answered
+    correctly: greedily, the whole answer and its end, aliases allowed), ``first_token`` (the two-hop
+    answer's first token is correct) and ``says_bridge`` (the two-hop answer given is the bridge); and
+    the text ``said``, the two-hop answer given. The facts are saved along with them.
+
+    Everything below is of the first form; `in_form` gives the gap of another.
     """
 
-    facts: tuple[TwoHopFact, ...]
-    frame: pd.DataFrame
-    skipped: tuple[tuple[str, str], ...] = ()
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Gap:
+        """Read a file that `save` wrote.
 
-    def _where(self, two_hop: bool) -> list[TwoHopFact]:
-        f = self.frame
-        chosen = f["first"] & f["second"] & (f["two_hop"] == two_hop)
-        return [fact for fact, keep in zip(self.facts, chosen, strict=True) if keep]
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file holds something else.
+        """
+        found = super().load(path)
+        if not isinstance(found, Gap) or "fact" not in found.data.coords:
+            raise ValueError(f"{path} holds the result {found.title!r}, not a gap")
+        return found
+
+    @cached_property
+    def facts(self) -> tuple[TwoHopFact, ...]:
+        """The facts asked, in order."""
+        empty = {"subject": "", "relation1": "", "relation2": ""}
+        records = map(json.loads, self["fact"].values.tolist())
+        return tuple(TwoHopFact(**{**empty, **record}) for record in records)
+
+    @property
+    def forms(self) -> list[str]:
+        """The forms asked; ``"as given"`` where each fact was asked in its own first."""
+        return self["form"].values.tolist()
+
+    @property
+    def form(self) -> str | None:
+        """The first form; None where each fact was asked in its own first."""
+        return None if self.forms[0] == AS_GIVEN else self.forms[0]
+
+    def in_form(self, form: str) -> Gap:
+        """The gap of one of the forms asked.
+
+        Raises:
+            ValueError: another form.
+        """
+        found = self.sel(form=[form])
+        assert isinstance(found, Gap)
+        return found
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per fact: ``id``, ``split``, the outcomes as booleans, and ``said``."""
+        import pandas as pd
+
+        data = self.data.isel(form=0)
+        frame = pd.DataFrame({"id": data["example"].values, "split": data["split"].values})
+        for name in (*HOPS, "first_token", "says_bridge"):
+            frame[name] = data[name].values.astype(bool)
+        return frame.assign(said=data["said"].values)
 
     @property
     def passed(self) -> list[TwoHopFact]:
         """Both hops known and the two-hop question answered."""
-        return self._where(True)
+        return self._known(two_hop=True)
 
     @property
     def failed(self) -> list[TwoHopFact]:
         """Both hops known, the two-hop question not answered: the gap."""
-        return self._where(False)
+        return self._known(two_hop=False)
 
     @property
     def gap(self) -> tuple[float, float, float]:
@@ -81,72 +133,153 @@ class Gap:
         for split, part in self.frame.groupby("split", sort=False):
             row: dict[str, object] = {"split": split, "n": len(part)}
             for hop in HOPS:
-                right = int(part[hop].sum())
-                low, high = proportion_ci(right, len(part))
-                row |= {hop: right / len(part), f"{hop}_low": low, f"{hop}_high": high}
-            row["first_token"] = float(part["first_token"].mean())
+                correct = int(part[hop].sum())
+                low, high = proportion_ci(correct, len(part))
+                row |= {hop: correct / len(part), f"{hop}_low": low, f"{hop}_high": high}
             known = part[part["first"] & part["second"]]
-            row |= {"n_known": len(known), "n_failed": int((~known["two_hop"]).sum())}
-            rows.append(row)
+            row |= {"first_token": float(part["first_token"].mean()), "n_known": len(known)}
+            rows.append({**row, "n_failed": int((~known["two_hop"]).sum())})
         return pd.DataFrame(rows)
+
+    def plot(
+        self, variable: str | None = None, *, kind: str | None = None, **keywords: Any
+    ) -> go.Figure:
+        """Bars of the share answered: each hop and the two-hop question, by form; exact intervals.
+
+        Args:
+            variable, kind: a figure of one variable instead, as in `Result.plot`.
+            keywords: for `plots.bars`.
+        """
+        import pandas as pd
+
+        if variable is not None or kind is not None:
+            return super().plot(variable, kind=kind, **keywords)
+        rows = []
+        for form in self.forms:
+            for hop in HOPS:
+                correct = self.data[hop].sel(form=form).values.astype(bool)
+                n, k = len(correct), int(correct.sum())
+                low, high = proportion_ci(k, n)
+                share = {"share": k / max(n, 1), "lower": low, "upper": high, "n": n}
+                rows.append({"asked": hop, "form": form, **share})
+        options = {"x": "asked", "y": "share", "group": "form", "lower": "lower", "upper": "upper"}
+        labels = {"title": self.title, "x_label": "", "y_label": "share answered correctly"}
+        return plots.bars(pd.DataFrame(rows), **{**options, **labels, **keywords})
+
+    def describe(self) -> str:
+        """The gap in one line, then how many were asked and why others were not."""
+        share, low, high = self.gap
+        known = len(self.passed) + len(self.failed)
+        gap = f"{len(self.failed)} failed of {known} questions with both hops known"
+        if known:
+            gap += f": {share:.1%} [{low:.1%}, {high:.1%}]"
+        return f"{gap} ({self.forms[0]})\n{super().describe()}"
+
+    def _repr_html_(self) -> str:
+        table = self.table()
+        title = self.describe().partition("\n")[0]
+        return html_table(title, list(table), table.values.tolist(), total=len(table))
+
+    def _known(self, *, two_hop: bool) -> list[TwoHopFact]:
+        frame = self.frame
+        chosen = frame["first"] & frame["second"] & (frame["two_hop"] == two_hop)
+        return [fact for fact, keep in zip(self.facts, chosen, strict=True) if keep]
+
+    def _with(self, data: xr.Dataset, *, used: int | None) -> Any:
+        # An average is no gap any more.
+        kind = Gap if {"example", "form"} <= set(data.dims) and "fact" in data.coords else Result
+        own: dict[str, Any] = {
+            "title": self.title,
+            "main": self.main,
+            "provenance": self.provenance,
+        }
+        return kind(data, **own, used=used, skipped=self.skipped, allow_nonfinite=True)
 
 
 def find_gap(
     model: HookedModel,
     facts: Sequence[TwoHopFact],
     *,
-    form: str | None = None,
+    form: str | Sequence[str | None] | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 6,
     stop: Sequence[str] = STOP,
 ) -> Gap:
     """Ask all three questions of each fact greedily and tell which facts fall into the gap.
 
+    A fact without a first-hop or second-hop prompt, or without a two-hop prompt of a form asked, is
+    skipped, with its reason.
+
     Args:
-        form: template order of all three prompts; default each fact's first. A hop that lacks the
-            form is asked in the first form it has.
+        form: template order of all three prompts, or several; default each fact's first. A hop that
+            lacks the form is asked in the first form it has.
         stop: strings that end an answer; see `generate.matches`.
 
-    A fact without a first-hop or second-hop prompt, or without the asked form of the two-hop
-    prompt, is skipped, with its reason.
+    Returns:
+        `Gap`: ``passed`` and ``failed`` facts, the ``gap`` with its interval, tables, a figure.
 
     Raises:
-        ValueError: no facts.
-    """
-    import pandas as pd
+        ValueError: no facts, or a form that no fact has.
 
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.Hopland().sample(train=4, held_out=8)
+        >>> gap = mi_hops.find_gap(model, facts, form="suffix")
+        >>> len(gap.passed) + len(gap.failed) <= len(facts)
+        True
+    """
     if not facts:
         raise ValueError("no facts to ask; load some with load_facts")
-    asked, skipped = [], []
-    for fact in facts:
-        reason = _unaskable(fact, form)
-        if reason:
-            skipped.append((fact.id, reason))
-        else:
-            asked.append(fact)
-    questions = {
-        "first": [(hop_prompt(f.first_prompts, form), f.bridge, f.bridge_aliases) for f in asked],
-        "second": [(hop_prompt(f.second_prompts, form), f.answer, f.answer_aliases) for f in asked],
-        "two_hop": [(f.prompt(form), f.answer, f.answer_aliases) for f in asked],
+    forms = [form] if form is None or isinstance(form, str) else list(form)
+    for name in forms:
+        require_form(facts, name)
+    reasons = [(fact, _unaskable(fact, forms)) for fact in facts]
+    asked = [fact for fact, reason in reasons if not reason]
+    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "stop": stop}
+    outcomes = [_outcomes(model, asked, name, options) for name in forms]
+    values = {
+        name: (("example", "form"), np.stack([found[name] for found in outcomes], 1))
+        for name in outcomes[0]
     }
-    found = {
-        hop: _ask(model, items, batch_size=batch_size, max_new_tokens=max_new_tokens, stop=stop)
-        for hop, items in questions.items()
-    }
-    frame = pd.DataFrame(
-        {
-            "id": [f.id for f in asked],
-            "split": [f.split for f in asked],
-            **{hop: [a.right for a in found[hop]] for hop in HOPS},
-            "first_token": [a.first_token for a in found["two_hop"]],
-            "said": [a.text for a in found["two_hop"]],
-            "says_bridge": [
-                matches(a.text, f.bridge, f.bridge_aliases, stop=stop)
-                for a, f in zip(found["two_hop"], asked, strict=True)
-            ],
-        }
+    gap = Gap.from_arrays(
+        values,
+        coords={
+            "example": [fact.id for fact in asked],
+            "form": [name or AS_GIVEN for name in forms],
+            "split": ("example", [fact.split for fact in asked]),
+            "fact": ("example", [json.dumps(f.to_dict(), default=str) for f in asked]),
+        },
+        units=dict.fromkeys((*HOPS, "first_token", "says_bridge"), "share"),
+        provenance=provenance(model, method="find_gap", decoding="greedy"),
+        title="Questions answered correctly",
+        main="two_hop",
+        skipped=[(fact.id, reason) for fact, reason in reasons if reason],
     )
-    return Gap(tuple(asked), frame, tuple(skipped))
+    assert isinstance(gap, Gap)
+    gap.__dict__["facts"] = tuple(asked)  # the very ones, not what their JSON gives back
+    return gap
+
+
+def _outcomes(
+    model: HookedModel, facts: Sequence[TwoHopFact], form: str | None, options: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """Outcome -> [fact], of one form."""
+    questions = {
+        "first": [(hop_prompt(f.first_prompts, form), f.bridge, f.bridge_aliases) for f in facts],
+        "second": [(hop_prompt(f.second_prompts, form), f.answer, f.answer_aliases) for f in facts],
+        "two_hop": [(f.prompt(form), f.answer, f.answer_aliases) for f in facts],
+    }
+    found = {hop: _ask(model, items, options) for hop, items in questions.items()}
+    said = [a.text for a in found["two_hop"]]
+    outcomes: dict[str, list[bool]] = {hop: [a.right for a in found[hop]] for hop in HOPS}
+    outcomes["first_token"] = [a.first_token for a in found["two_hop"]]
+    outcomes["says_bridge"] = [
+        matches(text, f.bridge, f.bridge_aliases, stop=options["stop"])
+        for text, f in zip(said, facts, strict=True)
+    ]
+    numbers = {name: np.array(values, dtype=float) for name, values in outcomes.items()}
+    return {**numbers, "said": np.array(said, dtype=object)}
 
 
 def hop_prompt(prompts: Mapping[str, str], form: str | None) -> str:
@@ -154,22 +287,23 @@ def hop_prompt(prompts: Mapping[str, str], form: str | None) -> str:
     return prompts[form] if form is not None and form in prompts else next(iter(prompts.values()))
 
 
-def _unaskable(fact: TwoHopFact, form: str | None) -> str:
+def _unaskable(fact: TwoHopFact, forms: Sequence[str | None]) -> str:
     if not fact.first_prompts:
         return "no first-hop prompt"
     if not fact.second_prompts:
         return "no second-hop prompt"
-    if form is not None and form not in fact.prompts:
-        return f"no two-hop prompt of form {form!r}"
-    return ""
+    lacking = [form for form in forms if form is not None and form not in fact.prompts]
+    return f"no two-hop prompt of form {lacking[0]!r}" if lacking else ""
 
 
 def _ask(
-    model: HookedModel, items: Sequence[tuple[str, str, tuple[str, ...]]], **options: object
+    model: HookedModel,
+    items: Sequence[tuple[str, str, tuple[str, ...]]],
+    options: dict[str, Any],
 ) -> list[Answered]:
     """Answers to (prompt, answer, aliases); equal ones are asked once (hops are shared)."""
     distinct = list(dict.fromkeys(items))
     prompts, answers, aliases = zip(*distinct, strict=True) if distinct else ((), (), ())
-    given = answered(model, list(prompts), list(answers), list(aliases), **options)  # type: ignore[arg-type]
+    given = answered(model, list(prompts), list(answers), list(aliases), **options)
     known = dict(zip(distinct, given, strict=True))
     return [known[item] for item in items]

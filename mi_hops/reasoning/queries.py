@@ -8,7 +8,7 @@ the repair of its case is on, and belongs to one of these sets (after CREME, arX
 ``paraphrase``                 its other wordings: other template order, question form, paraphrases
 ``other_order``                the part of ``paraphrase`` that is the other template order
 ``generalisation``             same first hop, another second hop (known) with another answer
-``specificity``                unrelated two-hop questions that the unedited model answers rightly
+``specificity``                unrelated two-hop questions that the unedited model answers correctly
 ``specificity_same_relation``  such questions that ask for the same second relation
 ``first_hop``                  the case's first hop by itself (answer: the bridge), worded otherwise
                                than in the form the repair was fitted to
@@ -20,10 +20,11 @@ the repair of its case is on, and belongs to one of these sets (after CREME, arX
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mi_hops.result.display import html_table, shorten
 from mi_hops.text.matching import normalise
 
 #: In the order of tables and figures.
@@ -88,7 +89,7 @@ class Query:
         return {**asdict(self), "aliases": list(self.aliases)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuerySets:
     """The queries of several cases, and which case has none in which set, and why.
 
@@ -109,12 +110,10 @@ class QuerySets:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        repeated = [i for i, n in Counter(q.query_id for q in self.queries).items() if n > 1]
-        if repeated:
-            raise ValueError(f"query ids must be unique; these are not: {repeated[:5]}")
-        strangers = sorted({q.case for q in self.queries} - set(self.cases))
-        if strangers:
-            raise ValueError(f"queries of unknown case(s) {strangers[:5]}")
+        require_unique("query ids", (q.query_id for q in self.queries))
+        unknown_cases = sorted({q.case for q in self.queries} - set(self.cases))
+        if unknown_cases:
+            raise ValueError(f"queries of unknown case(s) {unknown_cases[:5]}")
         own = {(q.case, q.prompt) for q in self.queries if q.set == "correction"}
         for q in self.queries:
             if q.set != "correction" and (q.case, q.prompt) in own:
@@ -146,7 +145,7 @@ class QuerySets:
         )
 
     def of_cases(self, *cases: str) -> QuerySets:
-        """The queries of some cases only; others than there are, are passed over."""
+        """The queries of some cases only; unknown ids are ignored."""
         wanted = frozenset(cases)
         return QuerySets(
             tuple(q for q in self.queries if q.case in wanted),
@@ -155,33 +154,81 @@ class QuerySets:
             self.settings,
         )
 
-    def counts(self) -> dict[str, dict[str, Any]]:
-        """Set -> ``queries``, ``cases`` with a query, ``skipped`` cases, ``why`` (reason -> cases)."""
-        names = dict.fromkeys([q.set for q in self.queries] + [s for s, _, _ in self.skipped])
-        table = {}
-        for name in sorted(names, key=lambda s: (SETS.index(s) if s in SETS else len(SETS), s)):
-            members = [q for q in self.queries if q.set == name]
-            why = Counter(reason for s, _, reason in self.skipped if s == name)
-            table[name] = {
-                "queries": len(members),
-                "cases": len({q.case for q in members}),
-                "skipped": sum(why.values()),
-                "why": dict(why),
-            }
-        return table
+    def counts(self) -> dict[str, SetCount]:
+        """Set -> how many queries and cases it has, and why cases have none; in the order of `SETS`."""
+        asked = [(q.set, q.case) for q in self.queries]
+        return count_sets(asked, self.skipped)
 
     def describe(self) -> str:
-        """One line a set: ``paraphrase: 80 queries of 40 cases, 3 cases skipped (3 ...)``."""
+        """One line per set: ``paraphrase: 80 queries of 40 cases, 3 cases skipped (3 ...)``."""
         lines = [f"{len(self.cases)} cases, {len(self.queries)} queries"]
-        for name, n in self.counts().items():
-            why = ", ".join(f"{count} {reason}" for reason, count in n["why"].items())
-            lines.append(
-                f"{name}: {n['queries']} queries of {n['cases']} cases, {n['skipped']} cases skipped"
-                + (f" ({why})" if why else "")
-            )
+        lines += [f"{name}: {count.describe()}" for name, count in self.counts().items()]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return shorten(f"QuerySets: {self.describe()}", 1900)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, n.queries, n.cases, n.skipped, "; ".join(n.why))
+            for name, n in self.counts().items()
+        ]
+        header = ("set", "queries", "cases", "skipped", "why")
+        return html_table(f"{len(self.cases)} cases", header, rows, total=len(rows))
+
+
+@dataclass(frozen=True)
+class SetCount:
+    """How much one set asks.
+
+    Attributes:
+        queries: how many.
+        cases: of how many cases.
+        skipped: cases without a query.
+        why: reason -> skipped cases.
+    """
+
+    queries: int
+    cases: int
+    skipped: int
+    why: Mapping[str, int]
+
+    def describe(self) -> str:
+        """``80 queries of 40 cases, 3 cases skipped (3 no other second hop is known)``."""
+        why = ", ".join(f"{n} {reason}" for reason, n in self.why.items())
+        text = f"{self.queries} queries of {self.cases} cases, {self.skipped} cases skipped"
+        return f"{text} ({why})" if why else text
+
+
+def count_sets(
+    asked: Sequence[tuple[str, str]], skipped: Sequence[tuple[str, str, str]]
+) -> dict[str, SetCount]:
+    """Counts of (set, case) of each query and (set, case, reason) of each case without one."""
+    counts = {}
+    for name in in_order({*(s for s, _ in asked), *(s for s, _, _ in skipped)}):
+        cases = [case for s, case in asked if s == name]
+        why = Counter(reason for s, _, reason in skipped if s == name)
+        counts[name] = SetCount(len(cases), len(set(cases)), sum(why.values()), dict(why))
+    return counts
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of sets in the order of `SETS`, one's own last."""
+    place = {name: i for i, name in enumerate(SETS)}
+    return sorted(names, key=lambda name: (place.get(name, len(SETS)), name))
+
+
+def require_unique(what: str, ids: Iterable[str]) -> None:
+    """Refuse ids that are used twice.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    repeated = [i for i, n in Counter(ids).items() if n > 1]
+    if repeated:
+        raise ValueError(f"{what} must be unique; these are not: {repeated[:5]}")
 
 
 def among(text: str, *others: str) -> bool:
-    """Whether a text equals one of the others after `generate.normalise`."""
+    """Whether a text equals one of the others after `normalise`."""
     return normalise(text) in {normalise(o) for o in others}

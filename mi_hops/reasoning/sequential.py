@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from mi_hops.editing import Edit, EditRepair, stack
 from mi_hops.editing.rows import require_not_applied
 from mi_hops.model import HookedModel
@@ -28,7 +30,7 @@ def evaluate_sequential(
     sizes: Sequence[int] = SIZES,
     **options: Any,
 ) -> Evaluation:
-    """Score the model with the first n edits all in force, on the queries of their n facts.
+    """Score the model with the first n edits all applied, on the queries of their n facts.
 
     Each size is a repair of its own in the result (``"1 edit"``, ``"10 edits"``, ...), asked for its
     own cases (`Evaluation.case_ids_of`). Its correction tells how many of the first n edits survive
@@ -39,19 +41,29 @@ def evaluate_sequential(
     Args:
         edits: one for each fact, in the order in which they were made, each on the model as edited
             so far (`creme_sequential`).
-        sizes: how many edits are in force; those beyond ``len(edits)`` are left out, and all of them
+        sizes: how many edits are applied; those beyond ``len(edits)`` are left out, and all of them
             are always added.
         options: for `evaluate`.
 
     Raises:
-        ValueError: not one edit a fact, a size below 1; see also `evaluate`.
+        ValueError: not one edit per fact, a size below 1; see also `evaluate`.
         WrongWeightsError: the first edit is for other weights than the model's.
-        AppliedError: one of the edits is in force in the weights.
-    """
-    import pandas as pd
+        AppliedError: one of the edits is applied to the weights.
 
+    Examples:
+        >>> import mi_hops
+        >>> from mi_hops.editing import creme_sequential
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> gap = mi_hops.find_gap(model, mi_hops.Hopland().sample(train=0, held_out=12))
+        >>> cases = gap.failed[:2]
+        >>> queries = mi_hops.build_sets(model, cases, gap=gap, per_case=1)
+        >>> edits = creme_sequential(model, cases, layers=[3])
+        >>> piled = mi_hops.evaluate_sequential(model, edits, queries, cases, generate=False)
+        >>> piled.summary().index.tolist()
+        ['unrepaired', '1 edit', '2 edits']
+    """
     if not edits or len(edits) != len(facts):
-        raise ValueError(f"expected one edit a fact; got {len(edits)} for {len(facts)} facts")
+        raise ValueError(f"expected one edit per fact; got {len(edits)} for {len(facts)} facts")
     if wrong := [n for n in sizes if n < 1]:
         raise ValueError(f"sizes {wrong}; expected numbers of edits from 1")
     require_not_applied(model, edits)

@@ -1,6 +1,6 @@
 """Builds the sets of queries that a repair is scored on, from plain facts.
 
-What belongs in each set stands in `queries`. Whatever is drawn is drawn from a seed, and a case's
+`queries` says what belongs in each set. Whatever is drawn is drawn from a seed, and a case's
 draws depend on the other cases in one thing: what one case was repaired on is drawn for none. Where
 repairs pile up in one model, such a query would ask what another repair was given.
 """
@@ -9,37 +9,83 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.forms import require_form
 from mi_hops.facts.templates import capitalise
+from mi_hops.model import HookedModel
+from mi_hops.reasoning.gap import Gap, find_gap
 from mi_hops.reasoning.queries import SETS, Query, QuerySets, among
 from mi_hops.text.matching import normalise
 from mi_hops.text.tokens import TokenError, find_text
 
-__all__ = ["SETS", "Query", "QuerySets", "build_sets"]
+__all__ = ["SETS", "Known", "Query", "QuerySets", "build_sets"]
 
 _OTHER_ORDER = {"suffix": "prefix", "prefix": "suffix"}
 _Item = TypeVar("_Item")
 
-#: Facts whose second hop is known: their ids, or a function that tells.
-Known = Collection[str] | Callable[[TwoHopFact], bool]
+#: Set -> why a case has no query in it.
+_NOTHING = {
+    "paraphrase": "no other wording",
+    "other_order": "no other template order",
+    "generalisation": "every other second hop is a case, or not of this wording",
+    "specificity": "no unrelated answered question",
+    "specificity_same_relation": "no unrelated answered question with this second relation",
+    "first_hop": "no first-hop prompt",
+    "second_hop": "no second-hop prompt",
+    "neutral": "no single fact that is no part of a case",
+}
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the unrepaired model is known to answer; a `Gap` gives it with `of`.
+
+    Attributes:
+        answered: ids of the facts whose two-hop prompt it answers correctly.
+        second_hop: facts whose second hop it knows: their ids, or a function of the fact.
+        said: case id -> what it said instead of the answer.
+    """
+
+    answered: Collection[str] = ()
+    second_hop: Collection[str] | Callable[[TwoHopFact], bool] = ()
+    said: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, gap: Gap, *, without: Collection[str] = ()) -> Known:
+        """What a gap found, in its first form.
+
+        Args:
+            without: ids of facts whose two-hop prompt is not to be drawn as an answered one.
+        """
+        frame = gap.frame
+        return cls(
+            answered={fact.id for fact in gap.passed} - set(without),
+            second_hop=set(frame.loc[frame["second"], "id"]),
+            said=dict(zip(frame["id"], frame["said"], strict=True)),
+        )
+
+    def knows_second_hop(self, fact: TwoHopFact) -> bool:
+        """Whether the fact's second hop is known."""
+        known = self.second_hop
+        return bool(known(fact)) if callable(known) else fact.id in known
 
 
 def build_sets(
-    failed: Sequence[TwoHopFact],
-    pool: Sequence[TwoHopFact],
+    model: HookedModel,
+    facts: Sequence[TwoHopFact],
     *,
-    answered_ids: Collection[str],
-    known_ids: Known,
+    gap: Gap | None = None,
+    known: Known | None = None,
+    pool: Sequence[TwoHopFact] | None = None,
     form: str | None = None,
     per_case: int = 5,
-    wrong: Mapping[str, str] | None = None,
     texts: Sequence[str] = (),
     seed: int = 0,
 ) -> QuerySets:
-    """All sets for the failed facts.
+    """All sets for the facts that are to be repaired.
 
     *Unrelated* means that subject, bridge and answer of the other fact are none of the case's.
     Generalisation takes facts of the pool with the case's bridge and puts the case's first hop in
@@ -49,26 +95,33 @@ def build_sets(
     given their prompts.
 
     Args:
-        failed: the cases.
-        pool: facts that the other questions are drawn from; cases in it are welcome.
-        answered_ids: ids of pool facts whose two-hop prompt in `form` the unedited model answers
-            rightly.
-        known_ids: which pool facts have a second hop that the model knows: ids, or a function of
-            the fact.
-        form: of the correction prompt and of the two-hop questions drawn; by default each fact's
-            first.
-        per_case: at most so many queries a case in each set that is drawn.
-        wrong: case id -> what the unedited model said instead of the answer.
-        texts: neutral texts (sentences, say) for the neutral set, in place of statements from the
+        model: asked for the gap where neither `gap` nor `known` is given; not used otherwise.
+        facts: the cases.
+        gap: what the unrepaired model answers, from `find_gap`.
+        known: the same, of one's own, instead of a gap.
+        pool: facts that the other questions are drawn from; cases in it are welcome. By default the
+            facts of the gap, else the cases.
+        form: of the correction prompt and of the two-hop questions drawn; by default the gap's, else
+            each fact's first.
+        per_case: queries per case in each set that is drawn, at most.
+        texts: neutral texts (sentences, say) for the neutral set, instead of statements from the
             pool; those that name a case's subject, bridge or answer are not drawn for it. A text's
-            last word stands as the answer, so that its perplexity is taken over all its tokens.
+            last word is taken as the answer, so that its perplexity is taken over all its tokens.
         seed: of the draws.
 
     Raises:
-        ValueError: no cases, a case id used twice, ``per_case`` below 1, a case without `form`, or a
-            text of fewer than two words.
+        ValueError: no cases, a case id used twice, ``per_case`` below 1, a form that no fact has, a
+            case without `form`, both `gap` and `known`, or a text of fewer than two words.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> gap = mi_hops.find_gap(model, mi_hops.Hopland().sample(train=0, held_out=20))
+        >>> queries = mi_hops.build_sets(model, gap.failed, gap=gap, per_case=2)
+        >>> len(queries.of("correction")) == len(gap.failed)
+        True
     """
-    ids = [fact.id for fact in failed]
+    ids = [fact.id for fact in facts]
     if not ids or len(set(ids)) < len(ids):
         raise ValueError(
             f"expected one or more cases, each with its own id; got {len(ids)} with "
@@ -76,12 +129,18 @@ def build_sets(
         )
     if per_case < 1:
         raise ValueError(f"per_case is {per_case}; expected at least 1")
-    makers = _Makers(
-        failed, pool, answered_ids, known_ids, form, per_case, wrong or {}, texts, seed
-    )
+    if gap is not None and known is not None:
+        raise ValueError("gap and known both say what the model answers; give one of them")
+    if known is None:
+        if gap is None:
+            gap = find_gap(model, facts if pool is None else pool, form=form)
+        known, form = Known.of(gap), gap.form if form is None else form
+        pool = gap.facts if pool is None else pool
+    require_form(facts, form)
+    makers = _Makers(facts, facts if pool is None else pool, known, form, per_case, texts, seed)
     queries: list[Query] = []
     skipped: list[tuple[str, str, str]] = []
-    for case in failed:
+    for case in facts:
         for name in SETS:
             found = makers.make(name, case)
             if isinstance(found, str):
@@ -101,28 +160,29 @@ class _Draft:
     aliases: tuple[str, ...]
     source: str
 
+    @classmethod
+    def of(cls, fact: TwoHopFact, prompt: str) -> _Draft:
+        """A prompt with the fact's own answer."""
+        return cls(prompt, fact.answer, fact.answer_aliases, fact.id)
+
 
 class _Makers:
-    """One method a set: drafts for a case, or the reason why there are none."""
+    """One method per set: drafts for a case, or the reason why there are none."""
 
     def __init__(
         self,
-        failed: Sequence[TwoHopFact],
+        cases: Sequence[TwoHopFact],
         pool: Sequence[TwoHopFact],
-        answered_ids: Collection[str],
-        known_ids: Known,
+        known: Known,
         form: str | None,
         per_case: int,
-        wrong: Mapping[str, str],
         texts: Sequence[str],
         seed: int,
     ) -> None:
-        self.form, self.per_case, self.wrong, self.seed = form, per_case, wrong, seed
+        self.form, self.per_case, self.known, self.seed = form, per_case, known, seed
         self.pool = list(pool)
-        self.known = known_ids if callable(known_ids) else frozenset(known_ids).__contains__
-        self.known_by_fact = callable(known_ids)
-        right = frozenset(answered_ids)
-        self.answered = [f for f in pool if f.id in right]
+        answered = frozenset(known.answered)
+        self.answered = [f for f in pool if f.id in answered]
         self.by_relation2: dict[str, list[TwoHopFact]] = {}
         for fact in self.answered:
             self.by_relation2.setdefault(fact.relation2, []).append(fact)
@@ -130,13 +190,15 @@ class _Makers:
         for fact in pool:
             self.by_bridge.setdefault(normalise(fact.bridge), []).append(fact)
         self.texts = [_split_text(text, i) for i, text in enumerate(texts)]
-        self.corrections = frozenset(case.prompt(form) for case in failed)
+        self.corrections = frozenset(case.prompt(form) for case in cases)
         # Single facts that some case is made of are not neutral, whichever repair is on.
-        self.touched = {hop for case in failed for hop in _hops(case)}
+        self.touched = {hop for case in cases for hop in _hops(case)}
 
     def make(self, name: str, case: TwoHopFact) -> list[Query] | str:
         rng = random.Random(f"{self.seed}/{name}/{case.id}")
         drafts = getattr(self, f"_{name}")(case, rng)
+        if not drafts:
+            return _NOTHING[name]
         if isinstance(drafts, str):
             return drafts
         own = case.prompt(self.form)
@@ -159,43 +221,30 @@ class _Makers:
 
     def _wrong(self, name: str, case: TwoHopFact, draft: _Draft) -> str | None:
         own = name in ("correction", "paraphrase", "other_order", "second_hop")
-        wrong = (self.wrong.get(case.id) or "").strip() if own else case.answer
+        wrong = (self.known.said.get(case.id) or "").strip() if own else case.answer
         if name == "second_hop" or not wrong or among(wrong, draft.answer, *draft.aliases):
             return None
         return wrong
 
     # -- the case's own prompts -------------------------------------------------------------------
 
-    def _correction(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
-        return [_Draft(case.prompt(self.form), case.answer, case.answer_aliases, case.id)]
+    def _correction(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
+        return [_Draft.of(case, case.prompt(self.form))]
 
-    def _paraphrase(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
+    def _paraphrase(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
         texts = [t for f, t in case.prompts.items() if f != self._form_of(case)]
-        found = [
-            _Draft(t, case.answer, case.answer_aliases, case.id)
-            for t in (*texts, *(p.rstrip() for p in case.paraphrases))
-        ]
-        return found or "no other wording"
+        return [_Draft.of(case, t) for t in (*texts, *(p.rstrip() for p in case.paraphrases))]
 
-    def _other_order(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
-        order = _OTHER_ORDER.get(self._form_of(case))
-        if order is None or order not in case.prompts:
-            return "no other template order"
-        return [_Draft(case.prompts[order], case.answer, case.answer_aliases, case.id)]
+    def _other_order(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
+        order = _OTHER_ORDER.get(self._form_of(case), "")
+        return [_Draft.of(case, case.prompts[order])] if order in case.prompts else []
 
-    def _first_hop(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
-        found = [
-            _Draft(t, case.bridge, case.bridge_aliases, case.id)
-            for t in self._not_given(case, case.first_prompts)
-        ]
-        return found or "no first-hop prompt"
+    def _first_hop(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
+        texts = self._not_given(case, case.first_prompts)
+        return [_Draft(t, case.bridge, case.bridge_aliases, case.id) for t in texts]
 
-    def _second_hop(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
-        found = [
-            _Draft(t, case.answer, case.answer_aliases, case.id)
-            for t in self._not_given(case, case.second_prompts)
-        ]
-        return found or "no second-hop prompt"
+    def _second_hop(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
+        return [_Draft.of(case, t) for t in self._not_given(case, case.second_prompts)]
 
     def _not_given(self, case: TwoHopFact, prompts: Mapping[str, str]) -> list[str]:
         """A single hop's prompts that no repair was given.
@@ -212,51 +261,53 @@ class _Makers:
     # -- drawn from the pool ----------------------------------------------------------------------
 
     def _generalisation(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
+        mine = (case.answer, *case.answer_aliases, case.subject, case.bridge)
         others = [
             f
             for f in self.by_bridge.get(normalise(case.bridge), ())
-            if f.relation2 != case.relation2
-            and not among(f.answer, case.answer, *case.answer_aliases, case.subject, case.bridge)
+            if f.relation2 != case.relation2 and not among(f.answer, *mine)
         ]
         if not others:
             return "no other second hop from this bridge"
-        others = [f for f in others if self._is_known(f)]
+        others = [f for f in others if self.known.knows_second_hop(f)]
         if not others:
             return "no other second hop is known"
-        found: dict[str, _Draft] = {}
-        for other in _shuffled(others, rng):
-            if len(found) == self.per_case:
-                break
+
+        def draft(other: TwoHopFact) -> tuple[str, _Draft] | None:
             prompt = self._with_first_hop(case, other)
-            if prompt is None or prompt in self.corrections or normalise(other.answer) in found:
-                continue
-            draft = _Draft(prompt, other.answer, other.answer_aliases, other.id)
-            found[normalise(other.answer)] = draft
-        return list(found.values()) or "every other second hop is a case, or not of this wording"
+            if prompt is None or prompt in self.corrections:
+                return None
+            return normalise(other.answer), _Draft.of(other, prompt)
 
-    def _specificity(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
-        return self._unrelated(case, self.answered, rng) or "no unrelated answered question"
+        return self._drawn(others, draft, rng)
 
-    def _specificity_same_relation(
-        self, case: TwoHopFact, rng: random.Random
-    ) -> list[_Draft] | str:
-        found = self._unrelated(case, self.by_relation2.get(case.relation2, []), rng)
-        return found or "no unrelated answered question with this second relation"
+    def _specificity(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
+        return self._unrelated(case, self.answered, rng)
+
+    def _specificity_same_relation(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
+        return self._unrelated(case, self.by_relation2.get(case.relation2, []), rng)
+
+    def _unrelated(
+        self, case: TwoHopFact, facts: Sequence[TwoHopFact], rng: random.Random
+    ) -> list[_Draft]:
+        mine = _names(case)
+
+        def draft(other: TwoHopFact) -> tuple[str, _Draft] | None:
+            prompt = other.prompts.get(self._form_of(other))
+            if not prompt or prompt in self.corrections or mine & _names(other):
+                return None
+            return prompt, _Draft.of(other, prompt)
+
+        return self._drawn(facts, draft, rng)
 
     def _neutral(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
-        found: dict[str, _Draft] = {}
         mine = _names(case)
-        if self.texts:
-            for draft in _shuffled(self.texts, rng):
-                if len(found) == self.per_case:
-                    break
-                said = normalise(f"{draft.prompt} {draft.answer}")
-                if not any(name in said for name in mine):
-                    found.setdefault(draft.prompt, draft)
-            return list(found.values()) or "every text names it"
-        for fact in _shuffled(self.pool, rng):
-            if len(found) == self.per_case:
-                break
+
+        def of_text(text: _Draft) -> tuple[str, _Draft] | None:
+            said = normalise(f"{text.prompt} {text.answer}")
+            return None if any(name in said for name in mine) else (text.prompt, text)
+
+        def of_fact(fact: TwoHopFact) -> tuple[str, _Draft] | None:
             first, second = _hops(fact)
             choices = (
                 (first, fact.first_prompts, fact.bridge, fact.bridge_aliases),
@@ -265,26 +316,28 @@ class _Makers:
             hop, prompts, answer, aliases = choices[rng.randrange(2)]
             form = self.form if self.form in prompts else next(iter(prompts), None)
             if form is None or hop in self.touched or mine & {hop[0], normalise(answer)}:
-                continue
-            found.setdefault(prompts[form], _Draft(prompts[form], answer, aliases, fact.id))
-        return list(found.values()) or "no single fact that is no part of a case"
+                return None
+            return prompts[form], _Draft(prompts[form], answer, aliases, fact.id)
 
-    def _unrelated(
-        self, case: TwoHopFact, facts: Sequence[TwoHopFact], rng: random.Random
+        if self.texts:
+            return self._drawn(self.texts, of_text, rng) or "every text names it"
+        return self._drawn(self.pool, of_fact, rng)
+
+    def _drawn(
+        self,
+        items: Sequence[_Item],
+        draft: Callable[[_Item], tuple[str, _Draft] | None],
+        rng: random.Random,
     ) -> list[_Draft]:
-        mine = _names(case)
+        """The first `per_case` drafts of shuffled items, one for each key."""
         found: dict[str, _Draft] = {}
-        for other in _shuffled(facts, rng):
+        for item in _shuffled(items, rng):
             if len(found) == self.per_case:
                 break
-            form = self._form_of(other)
-            prompt = other.prompts.get(form)
-            if prompt and prompt not in self.corrections and not mine & _names(other):
-                found[prompt] = _Draft(prompt, other.answer, other.answer_aliases, other.id)
+            made = draft(item)
+            if made is not None:
+                found.setdefault(*made)
         return list(found.values())
-
-    def _is_known(self, fact: TwoHopFact) -> bool:
-        return bool(self.known(fact if self.known_by_fact else fact.id))  # type: ignore[arg-type]
 
     def _with_first_hop(self, case: TwoHopFact, other: TwoHopFact) -> str | None:
         """The other fact's prompt with the case's first hop in it; None where it cannot be made."""

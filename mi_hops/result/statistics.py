@@ -163,7 +163,7 @@ def summarise_change(
 
         - ``n``, ``n_zero_before``: how many examples, and how many with before = 0;
         - ``mean_relative_change``: mean r, the CREME paper's number;
-        - ``trimmed_mean_relative_change``: mean of the r with ``|r - mean(r)| <= 2 sd(r)``, population
+        - ``mean_relative_change_within_2sd``: mean of the r with ``|r - mean(r)| <= 2 sd(r)``, population
           sd, one pass: the memory-injection thesis's number;
         - ``median_relative_change``: median r;
         - ``share_improved``: share with after > before;
@@ -191,8 +191,8 @@ def summarise_change(
     logs[both] = np.log(post[both]) - np.log(pre[both])
     statistics: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int, str]] = {
         "mean_relative_change": (lambda i: relative[i].mean(-1), n, "fraction of before"),
-        "trimmed_mean_relative_change": (
-            lambda i: _trimmed_mean(relative[i]),
+        "mean_relative_change_within_2sd": (
+            lambda i: _mean_within_2sd(relative[i]),
             int(_kept(relative).sum()) if n else 0,
             "fraction of before",
         ),
@@ -239,7 +239,7 @@ def _kept(r: np.ndarray) -> np.ndarray:
     return kept | ~kept.any(-1, keepdims=True)
 
 
-def _trimmed_mean(r: np.ndarray) -> np.ndarray:
+def _mean_within_2sd(r: np.ndarray) -> np.ndarray:
     kept = _kept(r)
     return np.where(kept, r, 0.0).sum(-1) / kept.sum(-1)
 

@@ -8,22 +8,28 @@ failures and reported on the other.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mi_hops.study.folder import STEPS, Study
+    from mi_hops.study.context import StudySettings
+    from mi_hops.study.report.page import write_report
     from mi_hops.study.run import run_study
-    from mi_hops.study.steps import Sizes
+    from mi_hops.study.steps import STEPS
+    from mi_hops.study.study import Study
 
-__all__ = ["STEPS", "Sizes", "Study", "run_study"]
+__all__ = ["STEPS", "Study", "StudySettings", "run_study", "write_report"]
 
-_HOME = {"STEPS": "folder", "Study": "folder", "Sizes": "steps", "run_study": "run"}
+_HOME = {
+    "STEPS": "steps",
+    "Study": "study",
+    "StudySettings": "context",
+    "run_study": "run",
+    "write_report": "report.page",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Reading a study back needs none of what running one does.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

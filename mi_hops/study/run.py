@@ -7,34 +7,38 @@ import json
 import random
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mi_hops._version import __version__
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.loaders import load_facts
+from mi_hops.facts.reading import Facts
+from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.model import HookedModel, load_model, provenance
 from mi_hops.result.progress import progress_bar
-from mi_hops.study.folder import STEPS, Study, made_with, prepare, write_text
-from mi_hops.study.steps import Run, Sizes
+from mi_hops.study.context import Run, Skip, StudySettings
+from mi_hops.study.folder import prepare
+from mi_hops.study.steps import STEPS
+from mi_hops.study.study import Study, made_with
 from mi_hops.study.summary import summarise
 from mi_hops.text.tokens import TokenError, encode
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
 
 def run_study(
     model: str | Path | HookedModel,
-    facts: str | Path | Sequence[TwoHopFact] | None = None,
+    facts: str | Path | pd.DataFrame | Sequence[TwoHopFact] | None = None,
     *,
     out: str | Path,
+    settings: StudySettings = StudySettings(),  # noqa: B008 (frozen)
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     backend: Any = None,
-    seed: int = 0,
-    limit: int | None = None,
-    sizes: Sizes | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> Study:
@@ -42,14 +46,12 @@ def run_study(
 
     Args:
         model: a name or path for `load_model`, or a loaded model.
-        facts: a file or name for `load_facts`, facts (those that `load_facts` gives bring their
-            account along), or None for the bundled ones (Hopland).
+        facts: a file, name or frame for `load_facts`, facts (those that `load_facts` gives bring
+            their account along), or None for the bundled ones (Hopland).
         out: folder for the results; an unfinished study with the same settings is resumed, a
             finished one reopened.
+        settings: seed and limit of the facts, and how many facts each step takes.
         device, dtype, backend: for `load_model`.
-        seed: of every draw.
-        limit: use a seeded sample of so many facts (an equal share of each split).
-        sizes: how many facts each step takes.
         force: overwrite the files of a study with other settings, and write beside other files.
         progress: show progress bars.
 
@@ -61,45 +63,57 @@ def run_study(
         FileExistsError: the folder holds other files, or a study with other settings.
         TokenError: a prompt that is empty or longer than the model's context.
         ValueError: a facts file that cannot be read, no facts; see also `load_model`.
+
+    Examples:
+        >>> import mi_hops
+        >>> facts = mi_hops.Hopland().sample(train=4, held_out=4)
+        >>> few = mi_hops.StudySettings(lens=4, erasure=2, locate=2, injection=4, choose=2, edits=2)
+        >>> study = mi_hops.run_study(
+        ...     "hops-gpt2", facts, out=folder, settings=few, progress=False
+        ... )  # doctest: +SKIP
+        >>> study.headlines()  # doctest: +SKIP
     """
-    out = Path(out)
-    chosen, source = load_study_facts(facts, limit, seed)
+    chosen, source = load_study_facts(facts, settings)
     loaded = (
         load_model(model, device=device, dtype=dtype, backend=backend)
         if isinstance(model, str | Path)
         else model
     )
     _check_prompts(loaded, chosen)
-    sizes = sizes or Sizes()
-    settings = {
+    sizes = asdict(settings)
+    asked = {
         **provenance(loaded),
         "facts": source,
         "facts_digest": _digest(chosen),
         "n_facts": len(chosen),
-        "seed": seed,
-        "limit": limit,
-        "sizes": asdict(sizes),
+        "seed": sizes.pop("seed"),
+        "limit": sizes.pop("limit"),
+        "sizes": sizes,
+        "steps": [step.name for step in STEPS],
         "mi_hops": __version__,
     }
-    settings = json.loads(json.dumps(settings))
-    study = prepare(out, settings, force=force)
-    _warn_of_other_versions(study, settings)
-    run = Run(loaded, chosen, study, sizes, seed, progress)
-
+    asked = json.loads(json.dumps(asked))
+    prepare(Path(out), asked, force=force)
+    study = Study.open(out)
+    _warn_of_other_versions(study, asked)
+    run = Run(loaded, chosen, study, settings, progress)
     with progress_bar(STEPS, label="study", show=progress) as bar:
         for step in bar:
-            bar.set_postfix_str(step)
-            if not study.done(step):
-                run.step(step)
-    if not (out / "summary.json").exists():
-        study.summary = summarise(study, run.gap, run.choices)
-        write_text(out / "summary.json", json.dumps(study.summary, indent=1) + "\n")
+            bar.set_postfix_str(step.name)
+            if study.done(step.name):
+                continue
+            try:
+                step.run(run).save(study.path(step.name), overwrite=True)
+            except (Skip, NoUsableFactError) as reason:
+                study.write(f"{step.name}.skipped", f"{reason}\n")
+    if not (study.folder / "summary.json").exists():
+        study.write("summary.json", json.dumps(summarise(study), indent=1) + "\n")
     return Study.open(out)
 
 
 def _warn_of_other_versions(study: Study, now: Mapping[str, Any]) -> None:
     """Say that the steps left to do will be made with something else than those that are done."""
-    if all(study.done(step) for step in STEPS):
+    if all(study.done(step.name) for step in STEPS):
         return
     other = [made for made in study.made_with() if made != made_with(now)]
     if other:
@@ -127,24 +141,22 @@ def _check_prompts(model: HookedModel, facts: Sequence[TwoHopFact]) -> None:
 
 
 def load_study_facts(
-    facts: str | Path | Sequence[TwoHopFact] | None, limit: int | None, seed: int
+    facts: str | Path | pd.DataFrame | Sequence[TwoHopFact] | None, settings: StudySettings
 ) -> tuple[list[TwoHopFact], dict[str, Any]]:
-    """The facts of a study (bundled ones for None), thinned to `limit`, and where they came from."""
-    from mi_hops.facts.loaders import load_facts
-    from mi_hops.facts.reading import Facts
-
-    if facts is None or isinstance(facts, str | Path):
-        facts = load_facts("hopland" if facts is None else facts)
+    """The facts of a study (bundled ones for None), thinned to the limit, and their source."""
+    if facts is None:
+        facts = "hopland"
+    if isinstance(facts, str | Path) or not isinstance(facts, Sequence):
+        facts = load_facts(facts)
     chosen = list(facts)
-    source: dict[str, Any] = (
-        {"file": Path(facts.source).name, "report": facts.describe()}
-        if isinstance(facts, Facts)
-        else {"file": None, "report": f"{len(facts)} facts given"}
-    )
+    source: dict[str, Any] = {"file": None, "report": f"{len(facts)} facts given"}
+    if isinstance(facts, Facts):  # the folder it lay in is private
+        file = Path(facts.source).name
+        source = {"file": file, "report": replace(facts, source=file).describe()}
     if not chosen:
         raise ValueError(f"no usable fact in {source['file']}: {source['report']}")
-    if limit is not None and limit < len(chosen):
-        chosen = _thinned(chosen, limit, seed)
+    if settings.limit is not None and settings.limit < len(chosen):
+        chosen = _thinned(chosen, settings.limit, settings.seed)
     return chosen, source
 
 

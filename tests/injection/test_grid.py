@@ -308,7 +308,7 @@ def test_the_report_has_shares_intervals_and_the_papers_statistics():
     assert table.loc["answer", "difference"] == 0.25
     assert table.loc["bridge", "right_lower"] < 0.5 < table.loc["bridge", "right_upper"]
     want = summarise_change([0.1] * 4, [0.6, 0.6, 0.1, 0.1], n_resamples=10)["value"]
-    for name in ("trimmed_mean_relative_change", "ratio_of_means_change", "share_improved"):
+    for name in ("mean_relative_change_within_2sd", "ratio_of_means_change", "share_improved"):
         assert np.isclose(table.loc["bridge", name], want[name])
     half = cell_report(grid, cell, examples=["e2", "e3"], n_resamples=50)
     assert half.loc["bridge", "right"] == 0 and half["n"].tolist() == [2, 2]

@@ -172,7 +172,7 @@ def test_aggregate_recomputes_the_published_statistics_on_hand_made_rows():
     frame = pd.DataFrame({"before": before, "after": after})
     row = aggregate(frame).loc["all"]
     # r = 1, -1/2, 0 (seven times), 100; the last is more than two sd from the mean and is cut.
-    assert np.isclose(row["trimmed_mean_relative_change"], 0.5 / 9)
+    assert np.isclose(row["mean_relative_change_within_2sd"], 0.5 / 9)
     assert np.isclose(row["mean_relative_change"], 100.5 / 10)
     assert row["median_relative_change"] == 0
     assert np.isclose(row["ratio_of_means_change"], sum(after) / sum(before) - 1)

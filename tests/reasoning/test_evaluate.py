@@ -12,7 +12,7 @@ import torch
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.reasoning.evaluate import Evaluation, aggregate, evaluate
-from mi_hops.reasoning.sets import Query, build_sets
+from mi_hops.reasoning.sets import Known, Query, build_sets
 from mi_hops.sweep.generate import end_ids, generate
 from mi_hops.sweep.metrics import METRICS, Target, target_of
 from mi_hops.sweep.repair import NoRepair
@@ -80,10 +80,9 @@ POOL = [_other(i) for i in range(6)] + [_fact(i) for i in range(3, 8)]
 
 @pytest.fixture(scope="module")
 def sets():
-    return build_sets(
-        CASES, POOL, answered_ids={f.id for f in POOL}, known_ids={f.id for f in POOL},
-        form="suffix", per_case=3, wrong={"f0": "w33", "f1": "w33 w34"}, seed=1,
-    )  # fmt: skip
+    ids = {f.id for f in POOL}
+    known = Known(answered=ids, second_hop=ids, said={"f0": "w33", "f1": "w33 w34"})
+    return build_sets(None, CASES, known=known, pool=POOL, form="suffix", per_case=3, seed=1)
 
 
 def test_a_repair_of_known_effect(tiny, sets):
@@ -202,7 +201,7 @@ def test_the_table_averages_over_cases_and_counts_them(scored, sets):
         used, skipped = (
             table.loc[("say", name, f"cases_{w}"), "value"] for w in ("used", "skipped")
         )
-        assert (used, skipped) == (n["cases"], n["skipped"])
+        assert (used, skipped) == (n.cases, n.skipped)
     loss = scored.cases().loc[("say", "neutral"), "statement_loss_before"].mean()
     perplexity = table.loc[("say", "neutral", "perplexity_before"), "value"]
     assert perplexity == pytest.approx(math.exp(loss))
@@ -241,6 +240,59 @@ def test_save_and_load_give_everything_back(scored, tmp_path):
         scored.save(path)
 
 
+def test_the_summary_has_one_row_per_repair_with_intervals(scored):
+    summary = scored.summary(n_resamples=200)
+    assert summary.index.tolist() == ["unrepaired", "say", "none"]
+    table = scored.table(n_resamples=200)
+    for name in ("correction", "specificity"):
+        row = table.loc[("say", name, "first_correct_after")]
+        ends = [summary.loc["say", f"{name}{end}"] for end in ("", "_lower", "_upper", "_n")]
+        assert ends == [row[k] for k in ("value", "lower", "upper", "n_cases")]
+    before = table.loc[("say", "correction", "exact_match_before"), "value"]
+    exact = scored.summary("exact_match", sets=["correction"], n_resamples=200)
+    assert exact.loc["unrepaired", "correction"] == before
+    assert list(exact) == ["correction", "correction_lower", "correction_upper", "correction_n"]
+    assert (scored["case"] == scored.frame["case"]).all()
+    with pytest.raises(KeyError, match="no 'cases' in the evaluation"):
+        scored["cases"]
+
+
+def test_one_repair_and_an_edit_are_repairs(load_tiny, sets):
+    from mi_hops.editing import EditRepair, creme
+
+    model = load_tiny()
+    edit = creme(model, CASES[0], layers=[0, 1], keep=None)
+    alone = evaluate(model, edit, sets, CASES, generate=False)
+    named = evaluate(model, [EditRepair(edit, name="edit")], sets, CASES, generate=False)
+    pd.testing.assert_frame_equal(alone.frame, named.frame)
+    other = creme(model, CASES[1], layers=[1], keep=None)
+    two = evaluate(model, [edit, AddVector(), other], sets, CASES, generate=False)
+    assert two.summary(n_resamples=20).index.tolist()[1:] == ["edit 1", AddVector().name, "edit 2"]
+    with pytest.raises(ValueError, match="'creme' is no repair; expected an Edit"):
+        evaluate(model, "creme", sets, CASES)
+
+
+def test_the_unrepaired_model_is_asked_once_for_all_repairs(load_tiny, sets, monkeypatch):
+    """The KL of several repairs: each as alone, from one pass of the unrepaired model a batch."""
+    from mi_hops.reasoning import evaluate as module
+
+    model, repairs = load_tiny(), [AddVector(), Say(), NoRepair()]
+    alone = [evaluate(model, r, sets, CASES, generate=False)["kl"] for r in repairs]
+    calls = []
+    real = module.logits_at
+    count = lambda *args, **options: calls.append(bool(options["hooks"])) or real(*args, **options)  # noqa: E731
+    monkeypatch.setattr(module, "logits_at", count)
+    together = evaluate(model, repairs, sets, CASES, generate=False)
+    assert together["kl"].to_numpy() == pytest.approx(np.concatenate(alone), abs=1e-6, nan_ok=True)
+    assert calls.count(True) == 2 and calls.count(False) == 2  # NoRepair has no hooks
+
+
+def test_cells_are_small(scored, sets):
+    for shown in (scored, sets):
+        assert len(repr(shown)) < 2000
+        assert "<table>" in shown._repr_html_() and len(shown._repr_html_()) < 4000
+
+
 def test_the_figure_shows_before_and_after(scored):
     figure = scored.plot("first_correct", sets=["correction", "specificity"], n_resamples=50)
     assert [bar.name for bar in figure.data] == ["unrepaired", "say", "none"]
@@ -274,12 +326,13 @@ def test_half_precision_is_scored_in_float32(load_tiny, sets, shape):
 
 
 def test_a_set_without_any_query_is_still_counted(load_tiny):
-    lonely = build_sets(CASES, [], answered_ids=(), known_ids=(), form="suffix")
+    lonely = build_sets(None, CASES, known=Known(), pool=[], form="suffix")
     found = evaluate(load_tiny(), [NoRepair()], lonely, CASES, generate=False)
     table = found.table(n_resamples=20)
     assert table.loc[("none", "specificity", "cases_skipped"), "value"] == 3
     assert table.loc[("none", "specificity", "cases_used"), "value"] == 0
-    line = "specificity: n used 0 cases (0 queries), n skipped 3 (3 no unrelated answered question)"
+    why = "3 cases skipped (3 no unrelated answered question)"
+    line = f"specificity: 0 queries of 0 cases, {why}"
     assert line in found.describe()
 
 

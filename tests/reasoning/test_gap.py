@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.lens import fact_trajectories
 from mi_hops.reasoning import gap as gap_module
-from mi_hops.reasoning.failures import TYPES, failure_types
-from mi_hops.reasoning.gap import HOPS, find_gap
+from mi_hops.reasoning.failures import TYPES, FailureTypes, failure_types
+from mi_hops.reasoning.gap import HOPS, Gap, find_gap
+from mi_hops.result.result import Result
 from mi_hops.sweep.generate import Answered
-from tests.reasoning.tiny_facts import tiny_facts
+from tests.reasoning.tiny_facts import set_outcomes, tiny_facts
+
+FORMS = ("suffix", "prefix")
 
 
 def test_every_combination_is_counted(monkeypatch, load_tiny):
@@ -84,17 +89,17 @@ def test_no_fact_known_gives_no_gap(tiny):
     found = find_gap(tiny, [replace(f, bridge="w81 w82 w83") for f in tiny_facts(tiny, 3)])
     assert found.failed == []
     assert all(x != x for x in found.gap)
-    assert failure_types(tiny, found).empty
+    with pytest.raises(NoUsableFactError, match="no facts were given for assigning failure types"):
+        failure_types(tiny, found)
 
 
 def test_failure_types_follow_the_rule(tiny, monkeypatch):
     """Every failure gets the first type whose rule holds, recomputed from the columns."""
     facts = tiny_facts(tiny)
     found = find_gap(tiny, facts)
-    found.frame[["first", "second"]] = True
-    found.frame["two_hop"] = [False, False, False, False, True, True]
-    found.frame.loc[0, "said"] = facts[0].bridge
-    frame = failure_types(tiny, found)
+    set_outcomes(found, [False, False, False, False, True, True])
+    found.data["said"][0, 0] = facts[0].bridge
+    frame = failure_types(tiny, found).frame
     assert frame["type"].isin(TYPES).all()
     assert frame.loc[0, "type"] == "incomplete"
     assert (frame["bridge_peak"] > 0).all()
@@ -108,8 +113,8 @@ def test_failure_types_follow_the_rule(tiny, monkeypatch):
     peaks = held.isel(layer=slice(1, None)).max(["position", "layer"])
     assert frame["bridge_peak"].to_numpy() == pytest.approx(peaks.values, abs=1e-6)
     faint = failure_types(tiny, found, faint=1e9)
-    assert set(faint["type"]) <= {"incomplete", "short-cut", "distorted"}
-    assert "distorted" not in set(failure_types(tiny, found, faint=0.0)["type"])
+    assert set(faint["type"].values) <= {"incomplete", "short-cut", "distorted"}
+    assert "distorted" not in failure_types(tiny, found, faint=0.0)["type"].values
 
 
 def test_failures_that_the_lens_cannot_read_are_reported(tiny):
@@ -118,14 +123,65 @@ def test_failures_that_the_lens_cannot_read_are_reported(tiny):
     facts[1] = replace(facts[1], first_hop="w1")  # all over the prompt
     facts[3] = replace(facts[3], first_hop="w80")
     found = find_gap(tiny, facts)
-    found.frame[["first", "second"]] = True
-    found.frame["two_hop"] = [False, False, False, True]
-    frame = failure_types(tiny, found)
-    assert frame["id"].tolist() == ["2"]
-    (absent, why), (ambiguous, times) = frame.attrs["skipped"]
+    set_outcomes(found, [False, False, False, True])
+    kinds = failure_types(tiny, found)
+    assert kinds.frame["id"].tolist() == ["2"]
+    (absent, why), (ambiguous, times) = kinds.skipped
     assert (absent, ambiguous) == ("0", "1")
     assert "does not occur" in why and "occurs" in times
-    found.frame["two_hop"] = [False, False, True, True]
-    nothing = failure_types(tiny, found)
-    assert nothing.empty and "type" in nothing
-    assert [who for who, _ in nothing.attrs["skipped"]] == ["0", "1"]
+    set_outcomes(found, [False, False, True, True])
+    with pytest.raises(NoUsableFactError, match="1: … does not occur .*; 1: … occurs"):
+        failure_types(tiny, found)
+
+
+def test_a_gap_is_a_result_that_is_saved_with_its_facts(tiny, tmp_path):
+    facts = tiny_facts(tiny)
+    facts[4] = replace(facts[4], subject="", first_prompts={"suffix": "w1 w2"})
+    found = find_gap(tiny, [*facts, replace(facts[0], id="x", second_prompts={})], form=FORMS)
+    assert isinstance(found, Result)
+    again = Gap.load(found.save(tmp_path / "gap.nc"))
+    assert list(again.facts) == list(found.facts) == facts
+    assert again.failed == found.failed and again.passed == found.passed
+    assert again.skipped == found.skipped == [("x", "no second-hop prompt")]
+    pd.testing.assert_frame_equal(again.frame, found.frame, check_dtype=False)
+    other = again.in_form("prefix")
+    alone = find_gap(tiny, facts, form="prefix")
+    assert (other.form, again.form, find_gap(tiny, facts[:1]).form) == ("prefix", "suffix", None)
+    assert other.frame["two_hop"].tolist() == alone.frame["two_hop"].tolist()
+    assert other.table().equals(alone.table())
+    share = found.mean()
+    assert not isinstance(share, Gap)
+    assert float(share["two_hop"].sel(form="prefix")) == alone.frame["two_hop"].mean()
+    assert found["said"].sel(example="0", form="suffix").item() == found.frame.loc[0, "said"]
+    assert found.provenance["method"] == "find_gap"
+    with pytest.raises(ValueError, match="not a gap"):
+        Gap.load(failure_like(tmp_path))
+
+
+def failure_like(folder):
+    data = {"x": ("example", [1.0])}
+    return Result.from_arrays(data, provenance={}).save(folder / "other.nc")
+
+
+def test_figures_and_cells_are_small(tiny, tmp_path):
+    facts = tiny_facts(tiny, 8)
+    found = set_outcomes(find_gap(tiny, facts, form=FORMS), [i % 2 == 0 for i in range(8)])
+    bars = found.plot()
+    assert [b.name for b in bars.data] == list(FORMS)
+    assert bars.data[0].y[2] == 0.5
+    assert found.plot("says_bridge").data
+    kinds = failure_types(tiny, found)
+    shares = kinds.shares()
+    assert shares["share"].sum() == pytest.approx(1)
+    assert list(shares.index) == list(TYPES)
+    assert sum(kinds.plot().data[0].y) == pytest.approx(1)
+    again = FailureTypes.load(kinds.save(tmp_path / "kinds.nc"))
+    assert again.frame["type"].tolist() == kinds.frame["type"].tolist()
+    for shown in (found, kinds):
+        assert len(repr(shown)) < 2000
+        assert "<table>" in shown._repr_html_() and len(shown._repr_html_()) < 2000
+
+
+def test_a_form_that_no_fact_has_is_refused_with_a_hint(tiny):
+    with pytest.raises(ValueError, match="'sufix'; they have .*; did you mean 'suffix'"):
+        find_gap(tiny, tiny_facts(tiny, 2), form="sufix")

@@ -63,9 +63,9 @@ def test_each_size_has_its_own_cases_and_the_sets_keep_their_reasons(tiny, piled
         assert table[label, "correction", "cases_used"] == used
         assert table[label, "correction", "cases_skipped"] == without
     why = "no query" if as_list else "for a reason"
-    assert found.skipped == ((f"correction: {ids[0]}", why),)
+    assert found.skipped == (("correction", ids[0], why),)
     assert found.provenance.get("sets") == (None if as_list else {"seed": 3})
-    assert f"n used 3 cases (3 queries), n skipped 1 (1 {why})" in found.describe()
+    assert f"3 queries of 3 cases, 1 cases skipped (1 {why})" in found.describe()
     assert "2 edits: asked for 2 of the cases only" in found.describe()
 
 
@@ -82,7 +82,7 @@ def test_a_joint_edit_is_scored_as_the_weights_with_it(tiny, piled):
 
 def test_refusals(tiny, piled):
     facts, edits, queries = piled
-    with pytest.raises(ValueError, match="one edit a fact; got 3 for 4"):
+    with pytest.raises(ValueError, match="one edit per fact; got 3 for 4"):
         evaluate_sequential(tiny, edits[:3], queries, facts)
     with pytest.raises(ValueError, match="from 1"):
         evaluate_sequential(tiny, edits, queries, facts, sizes=(0,))

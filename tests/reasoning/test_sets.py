@@ -8,9 +8,12 @@ import pytest
 
 from mi_hops.editing import Request
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.reasoning.sets import SETS, Query, QuerySets, build_sets
+from mi_hops.reasoning.gap import find_gap
+from mi_hops.reasoning.queries import SetCount
+from mi_hops.reasoning.sets import SETS, Known, Query, QuerySets, build_sets
 from mi_hops.text.matching import normalise
 from mi_hops.worlds.hopland import Hopland
+from tests.reasoning.tiny_facts import tiny_facts
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +27,8 @@ def built(world):
     pool = world.two_hop_facts("seen_parts", "first_unseen", "second_unseen")
     answered = {f.id for f in pool if f.split == "seen_parts"}
     wrong = {f.id: f.bridge for f in failed}
-    sets = build_sets(
-        failed, pool, answered_ids=answered, known_ids={f.id for f in pool}, form="suffix",
-        per_case=4, wrong=wrong, seed=7,
-    )  # fmt: skip
+    known = Known(answered=answered, second_hop={f.id for f in pool}, said=wrong)
+    sets = build_sets(None, failed, known=known, pool=pool, form="suffix", per_case=4, seed=7)
     return failed, pool, answered, sets
 
 
@@ -67,7 +68,7 @@ def test_a_single_hop_of_one_form_is_asked_in_it(built):
     fact = built[0][0]
     only = {"suffix": fact.first_prompts["suffix"]}
     case = dataclasses.replace(fact, first_prompts=only)
-    sets = build_sets([case], [], answered_ids=(), known_ids=(), form="suffix")
+    sets = build_sets(None, [case], known=Known(), form="suffix")
     assert [q.prompt for q in sets.of("first_hop")] == [only["suffix"]]
 
 
@@ -99,7 +100,7 @@ def test_specificity_is_unrelated_and_answered(built):
         assert q.wrong == case.answer
         if q.set == "specificity_same_relation":
             assert source.relation2 == case.relation2
-    assert sets.counts()["specificity"]["queries"] == 4 * len(failed)
+    assert sets.counts()["specificity"].queries == 4 * len(failed)
 
 
 def test_neutral_statements_are_true_and_part_of_no_case(world, built):
@@ -118,19 +119,18 @@ def test_texts_of_ones_own_stand_for_the_statements(built):
     failed, pool, answered, _ = built
     case = failed[0]
     texts = [f"We met {case.subject} there.", *(f"The {n} rivers ran  dry." for n in range(9))]
-    options = {"answered_ids": answered, "known_ids": (), "form": "suffix", "per_case": 4}
-    sets = build_sets(failed, pool, texts=texts, **options)
+    options = {"known": Known(answered=answered), "form": "suffix", "per_case": 4}
+    sets = build_sets(None, failed, pool=pool, texts=texts, **options)
     neutral = sets.of("neutral").of_cases(case.id)
     assert len(neutral) == 4 and sets.settings["texts"] == 10
     assert {q.answer for q in neutral} == {"dry."}
     assert {q.prompt for q in neutral} <= {f"The {n} rivers ran" for n in range(9)}
-    assert (
-        neutral.queries == build_sets(failed[:1], [], texts=texts, **options).of("neutral").queries
-    )
-    only = build_sets(failed[:1], pool, texts=texts[:1], **options)
+    alone = build_sets(None, failed[:1], pool=[], texts=texts, **options)
+    assert neutral.queries == alone.of("neutral").queries
+    only = build_sets(None, failed[:1], pool=pool, texts=texts[:1], **options)
     assert ("neutral", case.id, "every text names it") in only.skipped
     with pytest.raises(ValueError, match="text 0 is 'dry'"):
-        build_sets(failed, pool, texts=["dry"], **options)
+        build_sets(None, failed, pool=pool, texts=["dry"], **options)
 
 
 def test_nothing_repeats_the_correction_prompt(built):
@@ -148,14 +148,16 @@ def test_no_case_is_asked_what_another_case_was_repaired_on(world):
     pool = world.two_hop_facts("first_unseen", "second_unseen")
     failed = pool[::3]
     ids = {f.id for f in pool}
-    options = {"answered_ids": ids, "known_ids": ids, "form": "suffix", "per_case": 9}
+    known = Known(answered=ids, second_hop=ids)
+    options = {"known": known, "pool": pool, "form": "suffix", "per_case": 9}
     drawn = ("generalisation", "specificity", "specificity_same_relation")
     corrections = {f.prompts["suffix"] for f in failed}
-    sets = build_sets(failed, pool, **options)
+    sets = build_sets(None, failed, **options)
     assert not corrections & {q.prompt for q in sets.of(*drawn)}
     for name in drawn:
         assert len(sets.of(name)) > len(failed)
-        alone = {q.prompt for f in failed[:30] for q in build_sets([f], pool, **options).of(name)}
+        single = (build_sets(None, [fact], **options) for fact in failed[:30])
+        alone = {q.prompt for sets_of_one in single for q in sets_of_one.of(name)}
         assert corrections & alone
 
 
@@ -163,22 +165,21 @@ def test_a_case_whose_other_second_hops_are_all_cases_is_skipped_with_the_reason
     other = _fact(
         "b", relation2="pet", answer="dog", prompts={"suffix": "The author of Misery keeps a"}
     )
-    sets = build_sets([_fact(), other], [other], answered_ids=(), known_ids={"b"})
-    why = sets.counts()["generalisation"]["why"]
+    sets = build_sets(None, [_fact(), other], known=Known(second_hop={"b"}), pool=[other])
+    why = sets.counts()["generalisation"].why
     assert why["every other second hop is a case, or not of this wording"] == 1
 
 
 def test_draws_come_from_the_seed_and_the_case(built):
     failed, pool, answered, sets = built
-    options = {
-        "answered_ids": answered, "known_ids": lambda f: True, "form": "suffix", "per_case": 4,
-        "wrong": {f.id: f.bridge for f in failed},
-    }  # fmt: skip
-    again = build_sets(failed, pool, seed=7, **options)
+    said = {f.id: f.bridge for f in failed}
+    known = Known(answered=answered, second_hop=lambda f: True, said=said)
+    options = {"known": known, "pool": pool, "form": "suffix", "per_case": 4}
+    again = build_sets(None, failed, seed=7, **options)
     assert again.queries == sets.queries
-    other = build_sets(failed, pool, seed=8, **options)
+    other = build_sets(None, failed, seed=8, **options)
     assert other.of("specificity").queries != sets.of("specificity").queries
-    alone = build_sets(failed[3:4], pool, seed=7, **options)
+    alone = build_sets(None, failed[3:4], seed=7, **options)
     drawn = ("specificity", "specificity_same_relation", "generalisation")
     mine = [q for q in sets.of(*drawn) if q.case == failed[3].id]
     assert list(alone.of(*drawn)) == mine
@@ -198,25 +199,25 @@ def test_known_second_hops_only_and_first_hops_put_in_place():
         "b", subject="It", relation2="pet", answer="dog", first_hop="the author of It",
         prompts={"suffix": "The author of It keeps a"},
     )  # fmt: skip
-    sets = build_sets([_fact()], [other], answered_ids=(), known_ids={"b"})
+    sets = build_sets(None, [_fact()], known=Known(second_hop={"b"}), pool=[other])
     (query,) = sets.of("generalisation")
     assert (query.prompt, query.answer) == ("The author of Misery keeps a", "dog")
-    sets = build_sets([_fact()], [other], answered_ids=(), known_ids=())
-    assert sets.counts()["generalisation"]["why"] == {"no other second hop is known": 1}
+    sets = build_sets(None, [_fact()], known=Known(), pool=[other])
+    assert sets.counts()["generalisation"].why == {"no other second hop is known": 1}
 
 
 def test_skipped_cases_are_counted_with_reasons():
     same = {"suffix": "The home of the author of Misery is"}
     fact = _fact(prompts={**same, "prefix": same["suffix"]})
-    sets = build_sets([fact, _fact("b")], [], answered_ids=(), known_ids=())
+    sets = build_sets(None, [fact, _fact("b")], known=Known(), pool=[])
     counts = sets.counts()
-    assert counts["correction"] == {"queries": 2, "cases": 2, "skipped": 0, "why": {}}
-    assert counts["other_order"]["why"] == {
+    assert counts["correction"] == SetCount(queries=2, cases=2, skipped=0, why={})
+    assert counts["other_order"].why == {
         "only the correction prompt itself": 1,
         "no other template order": 1,
     }
-    assert counts["specificity"]["why"] == {"no unrelated answered question": 2}
-    assert counts["first_hop"]["why"] == {"no first-hop prompt": 2}
+    assert counts["specificity"].why == {"no unrelated answered question": 2}
+    assert counts["first_hop"].why == {"no first-hop prompt": 2}
     text = sets.describe()
     assert "2 cases, 2 queries" in text
     assert (
@@ -224,10 +225,30 @@ def test_skipped_cases_are_counted_with_reasons():
     )
 
 
+def test_a_gap_says_what_is_known(tiny):
+    """Sets from a gap, from what it knows, and from a model that is asked, are the same."""
+    facts = tiny_facts(tiny, 8)
+    gap = find_gap(tiny, facts, form="suffix")
+    frame, ids = gap.frame, [f.id for f in facts]
+    known = Known(
+        answered=[f.id for f in gap.passed],
+        second_hop=frame.loc[frame["second"], "id"].tolist(),
+        said=dict(zip(ids, frame["said"], strict=True)),
+    )
+    cases = facts[:3]
+    from_gap = build_sets(tiny, cases, gap=gap, per_case=2, seed=3)
+    options = {"pool": facts, "form": "suffix", "per_case": 2, "seed": 3}
+    assert from_gap == build_sets(tiny, cases, known=known, **options)
+    assert from_gap == build_sets(tiny, cases, **options)
+    assert from_gap.settings["form"] == "suffix"
+    with pytest.raises(ValueError, match="give one of them"):
+        build_sets(tiny, cases, gap=gap, known=known)
+
+
 def test_a_wrong_answer_that_is_right_is_left_out():
     fact = _fact(answer_aliases=("ME",))
     for said, kept in (("the me.", None), ("King", "King"), (" ", None)):
-        sets = build_sets([fact], [], answered_ids=(), known_ids=(), wrong={"a": said})
+        sets = build_sets(None, [fact], known=Known(said={"a": said}), pool=[])
         assert sets.queries[0].wrong == kept
 
 
@@ -246,16 +267,16 @@ def test_bad_queries_are_refused(change, message):
 
 
 def test_bad_requests_are_refused():
-    nothing = {"answered_ids": (), "known_ids": ()}
+    nothing = {"known": Known(), "pool": []}
     with pytest.raises(ValueError, match="got 2 with 1 different ids"):
-        build_sets([_fact(), _fact()], [], **nothing)
+        build_sets(None, [_fact(), _fact()], **nothing)
     with pytest.raises(ValueError, match="got 0"):
-        build_sets([], [], **nothing)
+        build_sets(None, [], **nothing)
     with pytest.raises(ValueError, match="per_case is 0"):
-        build_sets([_fact()], [], per_case=0, **nothing)
-    with pytest.raises(ValueError, match="no two-hop prompt of form 'prefix'"):
-        build_sets([_fact()], [], form="prefix", **nothing)
-    sets = build_sets([_fact()], [], **nothing)
+        build_sets(None, [_fact()], per_case=0, **nothing)
+    with pytest.raises(ValueError, match="no fact has a two-hop prompt of form 'prefix'"):
+        build_sets(None, [_fact()], form="prefix", **nothing)
+    sets = build_sets(None, [_fact()], **nothing)
     with pytest.raises(ValueError, match="no set.*'other'"):
         sets.of("other")
     with pytest.raises(ValueError, match="unknown case.*'a'"):

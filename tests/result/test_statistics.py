@@ -160,8 +160,8 @@ def test_every_way_to_tell_a_change_by_hand():
     assert value["n"] == 11 and value["n_zero_before"] == 1
     assert value["mean_relative_change"] == pytest.approx((-4.5 + 99 + 0) / 11)
     # mean 8.59, population sd 28.6: only 99 lies further off than two of them
-    assert value["trimmed_mean_relative_change"] == pytest.approx(-4.5 / 10)
-    assert table.loc["trimmed_mean_relative_change", "n"] == 10
+    assert value["mean_relative_change_within_2sd"] == pytest.approx(-4.5 / 10)
+    assert table.loc["mean_relative_change_within_2sd", "n"] == 10
     assert value["median_relative_change"] == -0.5
     assert value["share_improved"] == pytest.approx(2 / 11)
     assert tuple(table.loc["share_improved", ["lower", "upper"]]) == proportion_ci(2, 11)
@@ -178,8 +178,8 @@ def test_trimming_uses_the_population_deviation_once():
     # r = 0, 0, 0, 0, 0.25, 1: the 1 lies 0.792 from the mean; two population deviations are 0.731,
     # two sample deviations 0.801. Another pass would drop the 0.25 too.
     table = summarise_change([1.0] * 6, [1.0, 1.0, 1.0, 1.0, 1.25, 2.0])
-    assert table.loc["trimmed_mean_relative_change", "value"] == pytest.approx(0.05)
-    assert table.loc["trimmed_mean_relative_change", "n"] == 5
+    assert table.loc["mean_relative_change_within_2sd", "value"] == pytest.approx(0.05)
+    assert table.loc["mean_relative_change_within_2sd", "n"] == 5
 
 
 def test_change_of_means_is_bootstrapped_in_pairs():

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.report.parts import Section
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mi_hops.result.files import replacing
+from mi_hops.study.parts import Block, Text
+from mi_hops.study.steps import STEPS
+from mi_hops.study.summary import headlines
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from mi_hops.study.folder import Study
+    from mi_hops.study.study import Study
 
 
-def write_report(study: Study, path: str | Path) -> Path:
+@dataclass(frozen=True)
+class _Section:
+    id: str
+    title: str
+    question: str
+    blocks: list[Block]
+
+
+def write_report(study: Study, path: str | Path | None = None, *, overwrite: bool = False) -> Path:
     """Write a finished study as one HTML file that needs no network.
 
     plotly.js stands in the file once; fonts are the reader's own. The same study gives the same
@@ -23,70 +37,66 @@ def write_report(study: Study, path: str | Path) -> Path:
 
     Args:
         study: from `run_study` or `Study.open`.
-        path: of the file; its folder must exist. A file that is there is replaced.
+        path: of the file, ``report.html`` in the study's folder by default; its folder must exist.
+        overwrite: replace a file that is there.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: the study is not finished.
+        ValueError: the study is not finished, or the path does not end in ``.html``.
+        FileExistsError: the file exists and `overwrite` is False.
         FileNotFoundError: the folder does not exist.
     """
-    path = Path(path)
+    path = study.folder / "report.html" if path is None else Path(path)
     if not study.summary:
         raise ValueError(
             f"the study in {study.folder} is not finished (no summary.json); run it again to resume "
             "it, then write the report"
         )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(render(study), encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, suffix=".html", overwrite=overwrite) as partial:
+        partial.write_text(_page(study), encoding="utf-8", newline="\n")
     return path
 
 
-def render(study: Study) -> str:
-    """The page of a finished study."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
+def _page(study: Study) -> str:
     from plotly.offline import get_plotlyjs
 
-    from mi_hops.report.findings import findings
-
     environment = Environment(
-        loader=PackageLoader("mi_hops", "report"),
+        loader=PackageLoader("mi_hops.study", "report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["together"] = _together
-    sections = _sections(study)
     return environment.get_template("report.html.jinja").render(
         model=study.settings["model"],
-        findings=findings(study.summary),
+        headlines=[(step, line) for step, line in headlines(study.summary) if line.text],
         about=_about(study.settings, study.summary["made_with"]),
         settings=_settings(study.settings),
-        sections=sections,
+        sections=_sections(study),
         draw=_draw,
         plotly=Markup(get_plotlyjs()),
         files=sorted(p.name for p in study.folder.iterdir() if p.suffix in (".nc", ".json")),
-    )  # fmt: skip
+    )
 
 
-def _sections(study: Study) -> list[Section]:
-    from mi_hops.report.behaviour import gap_section
-    from mi_hops.report.creme import creme_section
-    from mi_hops.report.injecting import injection_section
-    from mi_hops.report.inside import erasure_section, lens_section, locate_section
-
-    makers = (gap_section, lens_section, erasure_section, locate_section, injection_section,
-              creme_section)  # fmt: skip
-    return [make(study) for make in makers]
+def _sections(study: Study) -> list[_Section]:
+    """One of each step, but for those that are shown in another's."""
+    sections: dict[str, _Section] = {}
+    for step in STEPS:
+        if not step.shown_in:
+            sections[step.name] = _Section(step.name, step.title, step.question, [])
+        result = study.result(step.name)
+        if result is None:
+            what = step.short if step.shown_in else "This step"
+            why = f"{what} was left out: {study.skipped(step.name) or 'it has not run'}."
+            blocks: list[Block] = [Text(why, style="note")]
+        else:
+            blocks = list(step.section(result, study))
+        sections[step.shown_in or step.name].blocks.extend(blocks)
+    return list(sections.values())
 
 
 def _draw(plot: go.Figure, name: str) -> Any:
@@ -95,8 +105,6 @@ def _draw(plot: go.Figure, name: str) -> Any:
     A plot drawn at once, as `plots.to_html` does, is as wide as its row, for the panels that will
     stand beside it are not there yet. The name stays the same from run to run.
     """
-    from markupsafe import Markup
-
     data = str(plot.to_json()).replace("<", "\\u003c")  # no text can end the script element
     return Markup(
         '<div class="plot" id="plot-{0}" style="height:{1}px"></div>\n'
@@ -113,10 +121,6 @@ def _about(
     settings: Mapping[str, Any], made_with: Mapping[str, Sequence[str]]
 ) -> list[tuple[str, str]]:
     """What was studied with what, for the head of the page."""
-    facts = settings["facts"]
-    report = facts["report"]
-    if facts["file"]:  # its folder is nobody's business
-        report = f"{facts['file']}: {report.rpartition(facts['file'])[2].lstrip(': ')}"
     versions = {"mi_hops": settings["mi_hops"], **settings["versions"]}
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
     if len(made_with) > 1:
@@ -128,7 +132,7 @@ def _about(
     limit = "" if settings["limit"] is None else f" (limit {settings['limit']})"
     return [
         ("Model", f"{settings['model']} (weights {settings['fingerprint']})"),
-        ("Facts", f"n = {settings['n_facts']}{limit}; {report}"),
+        ("Facts", f"n = {settings['n_facts']}{limit}; {settings['facts']['report']}"),
         ("Precision", f"{settings['dtype']} on {settings['device']}"),
         ("Backend", f"{settings['backend']}; weight processing: {processing}"),
         ("Seed", str(settings["seed"])),

@@ -1,0 +1,60 @@
+"""What a step of the study is: one object that runs, sums up, and shows what it found."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mi_hops.result.result import Result
+
+if TYPE_CHECKING:
+    from mi_hops.reasoning.evaluation import Evaluation
+    from mi_hops.study.context import Run
+    from mi_hops.study.folder import Folder
+    from mi_hops.study.numbers import Headline
+    from mi_hops.study.parts import Block
+
+
+class Step(ABC):
+    """One question of the study.
+
+    Attributes:
+        name: of its file, its entry in the summary and its section in the report.
+        title, question: head of its section.
+        short: what it is called where it was left out.
+        shown_in: name of the step in whose section it is shown; its own by default.
+        kind: what `run` returns and its file is loaded as.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str] = ""
+    question: ClassVar[str] = ""
+    short: ClassVar[str]
+    shown_in: ClassVar[str] = ""
+    kind: ClassVar[type[Result] | type[Evaluation]] = Result
+
+    @abstractmethod
+    def run(self, run: Run) -> Result | Evaluation:
+        """Measure.
+
+        Raises:
+            Skip: there is nothing to work on.
+            NoUsableFactError: likewise, counted by reason.
+        """
+
+    @abstractmethod
+    def summarise(self, result: Any, study: Folder) -> dict[str, Any]:
+        """Its entry in ``summary.json``: estimates, each with n and interval."""
+
+    def headlines(self, entry: dict[str, Any], left_out: dict[str, int]) -> Iterable[Headline]:
+        """The numbers to be read first, from its entry and the reasons of facts left out."""
+        return ()
+
+    @abstractmethod
+    def section(self, result: Any, study: Folder) -> Iterable[Block]:
+        """What its section of the report shows."""
+
+    def left_out(self, result: Any, study: Folder) -> Iterable[tuple[str, str]]:
+        """(id, reason) of the facts that it could not use."""
+        return result.skipped

@@ -1,0 +1,265 @@
+"""Memory injection: can a failed question be corrected while it runs?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mi_hops.facts.unusable import count_reasons, describe_reasons
+from mi_hops.injection.grid import injection_grid
+from mi_hops.injection.select import Cell, cell_report, select_cell
+from mi_hops.result.result import Result
+from mi_hops.study.context import Skip
+from mi_hops.study.numbers import (
+    Headline,
+    estimate,
+    number,
+    percent,
+    share_headline,
+    share_of,
+    sign,
+)
+from mi_hops.study.parts import (
+    FAINT,
+    STRONG,
+    Block,
+    Figure,
+    Table,
+    Text,
+    bars,
+    heatmap,
+    row,
+    used,
+)
+from mi_hops.study.step import Step
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mi_hops.study.context import Run
+    from mi_hops.study.folder import Folder
+
+_SCORE = "first_correct"
+_MEMORIES = {
+    "bridge": "the bridge",
+    "random_word": "random words",
+    "permuted_bridge": "another fact's bridge",
+    "norm_matched": "random vector, same length",
+    "answer": "the answer itself",
+}
+_ENCODINGS = {
+    "unembed": "Unembedding (W_U)",
+    "layerwise_code": "Layerwise, attention output",
+    "layerwise_text": "Layerwise, stream",
+}
+_CHANGES = {
+    "median_relative_change": "median",
+    "mean_relative_change_within_2sd": "mean within 2 SD",
+    "mean_relative_change": "mean",
+    "mean_log_change": "mean ln(after / before)",
+}
+
+
+class Injection(Step):
+    """A grid of memory injections, chosen on one half of the failures and reported on the other."""
+
+    name, short = "injection", "Memory injection"
+    title = "Memory injection"
+    question = (
+        "Can a failed question be corrected while it runs, by adding the bridge inside the model?"
+    )
+
+    def run(self, run: Run) -> Result:
+        """Inject at the first hop: each layer and all together, every strength, three encodings."""
+        settings = run.settings
+        halves = [run.draw(half, settings.injection // 2, "injection") for half in run.halves]
+        named = zip(("choose", "report"), halves, strict=True)
+        half = {fact.id: name for name, part in named for fact in part}
+        every = list(range(run.model.cfg.n_layers))
+        together = [every] if len(every) > 1 else []
+        result = injection_grid(
+            run.model,
+            [f for part in halves for f in part],
+            layers=[*every, *together],
+            strengths=settings.strengths,
+            encodings=("unembed", "layerwise_code", "layerwise_text"),
+            positions="first hop",
+            controls=("random_word", "permuted_bridge", "answer", "norm_matched"),
+            form=run.form,
+            metrics=(_SCORE, "first_prob", "first_logprob", "rank"),
+            seed=settings.seed,
+            limits=run.limits,
+        )
+        names = [half[i] for i in result["example"].values.tolist()]
+        if len(set(names)) < 2:
+            reasons = describe_reasons(count_reasons(result.skipped))
+            raise Skip(f"one half has no failure that can be injected into ({reasons})")
+        return result.assign(
+            half=("example", names),
+            all_layers=("layer", [False] * len(every) + [True] * len(together)),
+            title="Memory injection",
+            main=_SCORE,
+        )
+
+    def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
+        """The chosen cell, and what each memory does in it on the reporting half."""
+        cell = _chosen(result)
+        statistics = [*_CHANGES, "share_improved"]
+        memories = {}
+        for name, record in _report(result, cell).iterrows():
+            memories[str(name)] = {
+                _SCORE: _ends(record, "right"),
+                "bridge_minus_this": _ends(record, "difference"),
+                **{statistic: record[statistic] for statistic in statistics},
+            }
+        every = bool(result["all_layers"].sel(layer=cell.layer))
+        chosen = {**cell.labels, "all_layers": every}
+        return {
+            "cell": {**chosen, "score_on_choosing_half": cell.score, "n_choose": cell.n},
+            "memories": memories,
+        }
+
+    def headlines(self, entry: dict[str, Any], left_out: dict[str, int]) -> Iterator[Headline]:
+        """The share corrected by the bridge, and by another fact's."""
+        cell, memories = entry["cell"], entry["memories"]
+        text = (
+            "of failed questions get the correct first token when the bridge is injected at "
+            f"{_place(cell)} with strength {cell['strength']:g}"
+        )
+        other = memories.get("permuted_bridge")
+        if other is not None:
+            clear = "" if sign(other["bridge_minus_this"]) > 0 else "not "
+            text += (
+                f"; another fact's bridge gives {percent(other[_SCORE], n=False)}, a difference that "
+                f"is {clear}clear of zero"
+            )
+        where = f"{_place(cell)}, x{cell['strength']:g}, {cell['encoding']}"
+        yield share_headline(
+            f"injection corrects ({where})", memories["bridge"][_SCORE], f"{text}."
+        )
+
+    def section(self, result: Result, study: Folder) -> Iterator[Block]:
+        """The grid on the choosing half, and the chosen cell on the other."""
+        cell = study.summary["injection"]["cell"]
+        where = result.provenance.get("positions", "the chosen positions")
+        yield Text(
+            "A vector that stands for the bridge is multiplied by a strength and added to the "
+            f"attention output of one layer, or of all (positions: {where}), after arXiv 2309.05605. "
+            "Encodings: the bridge's unembedding vectors (as published); or, layerwise, what the "
+            "model makes of the bridge alone at the same layer: its attention output there (as the "
+            "published code does) or the stream that enters the layer (as the text says). The best "
+            "of all layers, strengths and encodings is chosen on one half "
+            f"of the failures and reported on the other; {used(result)} in both halves."
+        )
+        yield _grid(result, cell)
+        yield from _memories(result, cell)
+
+
+def _half(result: Result, name: str) -> list[Any]:
+    return result["example"].values[result["half"].values == name].tolist()
+
+
+def _chosen(result: Result) -> Cell:
+    return select_cell(result, examples=_half(result, "choose"), metric=_SCORE)
+
+
+def _report(result: Result, cell: Cell) -> pd.DataFrame:
+    return cell_report(result, cell, examples=_half(result, "report"), metric=_SCORE)
+
+
+def _place(cell: Mapping[str, Any]) -> str:
+    return "all layers" if cell["all_layers"] else f"layer {cell['layer']}"
+
+
+def _ends(record: pd.Series, name: str) -> dict[str, Any]:
+    """A statistic of `cell_report` as an estimate."""
+    return estimate(*(record[key] for key in (name, f"{name}_lower", f"{name}_upper", "n")))
+
+
+def _grid(result: Result, cell: Mapping[str, Any]) -> Figure:
+    choose = _half(result, "choose")
+    ends = result.sel(memory="bridge", example=choose).ci(variable=_SCORE)
+    most = max(float(ends["estimate"].max()), 0.05)
+    before = share_of(result.sel(example=choose)[f"{_SCORE}_before"].values)
+    rows, columns = (ends[dim].values.tolist() for dim in ("layer", "strength"))
+    box = (rows.index(cell["layer"]), columns.index(cell["strength"]))
+    panels = []
+    for encoding in ends["encoding"].values.tolist():
+        plot = heatmap(
+            ends.sel(encoding=encoding),
+            x="strength",
+            limits=(0.0, most),
+            sequential=True,
+            boxes=[box] if encoding == cell["encoding"] else [],
+            colour_label="first token correct, %",
+            x_label="strength (factor of the vector)",
+        )
+        panels.append((_ENCODINGS.get(encoding, encoding), plot))
+    return Figure(
+        "Choosing half: questions corrected by the bridge, layer by strength",
+        panels,
+        f"Share of n = {len(choose)} failed questions whose first answer token is the model's first "
+        "choice after the bridge was injected, in percent, for every layer and strength "
+        f"({percent(before, n=False)} without injection: a failed answer can begin correctly); darker "
+        "is more, one scale for all panels, intervals on hover. The box is the chosen cell: the "
+        "largest share, ties broken by the answer's log-probability. As the best of many it is "
+        "optimistically biased by selection; judge it by the other half, below.",
+        width=430,
+    )
+
+
+def _memories(result: Result, cell: Mapping[str, Any]) -> Iterator[Figure | Table]:
+    report = _half(result, "report")
+    table = _report(result, _chosen(result))
+    rest = result.sel(example=report)
+    records = [(n, label, table.loc[n]) for n, label in _MEMORIES.items() if n in table.index]
+    rows = [row(share_of(rest[f"{_SCORE}_before"].values), injected="nothing")]
+    rows += [row(_ends(record, "right"), injected=label) for _, label, record in records]
+    named = share_of(rest[f"{_SCORE}_explicit"].values)
+    if named["n"]:
+        rows.append(row(named, injected="bridge in the prompt"))
+    plot = bars(rows, x="injected", y_label="first token correct", height=380)
+    encoding = _ENCODINGS.get(cell["encoding"], cell["encoding"])
+    where = f"{_place(cell)}, strength {cell['strength']:g}, encoding “{encoding}”"
+    if plot is not None:
+        colours = [STRONG if r["injected"] == _MEMORIES["bridge"] else FAINT for r in rows]
+        plot.update_traces(marker_color=colours)
+        yield Figure(
+            "Reporting half: the chosen cell beside its controls",
+            [("", plot)],
+            f"Share of n = {len(report)} failed questions whose first answer token is correct "
+            f"with this memory injected at {where}; whiskers are exact 95% intervals. The bridge "
+            "helps for what it says only if it helps more than random words, another fact's "
+            "bridge and a random vector. The answer itself shows what writing it in directly "
+            "does here; the last bar, if there is one, asks the second hop with the bridge "
+            "spelled out.",
+            width=600,
+        )
+    cells = []
+    for name, label, record in records:
+        gap = "–" if name == "bridge" else percent(_ends(record, "difference"), n=False)
+        right = percent(_ends(record, "right"), n=False)
+        cells.append([label, right, gap, str(int(record["n"]))])
+    yield Table(
+        "The chosen cell in numbers, reporting half",
+        ("injected", "first token correct", "bridge minus this, in points", "n"),
+        cells,
+        marked=[0],
+        note="Brackets: 95% intervals, exact for shares, paired bootstrap for differences.",
+    )
+    cells = []
+    for _, label, record in records:
+        changes = [number(_ends(record, statistic), n=False) for statistic in _CHANGES]
+        raised = percent(_ends(record, "share_improved"), n=False)
+        cells.append([label, *changes, raised, str(int(record["n"]))])
+    yield Table(
+        "Relative change of the answer's probability, reporting half",
+        ("injected", *_CHANGES.values(), "share raised", "n"),
+        cells,
+        marked=[0],
+        note="Relative change is (after − before) / before of the first answer token's "
+        "probability: 1 means doubled. It has a heavy tail (a tiny probability before makes a "
+        "huge ratio), so its mean must not be read alone: the median and the mean logarithm "
+        "tell the usual case. Within 2 SD: without ratios beyond two standard deviations. Brackets: "
+        "95% bootstrap intervals, exact ones for shares.",
+    )

@@ -1,0 +1,134 @@
+"""Where the second hop sits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mi_hops.reasoning.locate import locate, located_layers
+from mi_hops.result.result import Result
+from mi_hops.study.numbers import Headline, estimate, layers, mean, number
+from mi_hops.study.parts import Block, Figure, Table, Text, heatmap, used
+from mi_hops.study.step import Step
+from mi_hops.study.steps.lens import PLACES
+
+if TYPE_CHECKING:
+    from mi_hops.study.context import Run
+    from mi_hops.study.folder import Folder
+
+_KINDS = {"attn_out": "Attention output", "mlp_out": "MLP output", "resid_post": "Block output"}
+
+
+class Locate(Step):
+    """Which modules carry the second hop, on the choosing half of the failures."""
+
+    name, short = "locate", "Locating the second hop"
+    title = "Locating the second hop"
+    question = (
+        "Which modules, given what they compute for the plain second hop, correct the answer?"
+    )
+
+    def run(self, run: Run) -> Result:
+        """Replace modules in a draw of the choosing half."""
+        facts = run.draw(run.halves[0], run.settings.locate, "locate")
+        return locate(run.model, facts, form=run.form, limits=run.limits)
+
+    def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
+        """The located layers, and the strongest cell of each kind of module."""
+        ends = result.ci(variable="effect")
+        cells = {}
+        for kind in ends["kind"].values.tolist():
+            here = ends.sel(kind=kind).transpose("position", "layer")
+            effect = here["estimate"].values
+            if np.isnan(effect).all():
+                continue
+            p, layer = np.unravel_index(np.nanargmax(effect), effect.shape)
+            at = here.isel(position=p, layer=layer)
+            cells[kind] = {
+                "position": at["position"].item(),
+                "layer": int(at["layer"]),
+                "effect": estimate(*(at[k].item() for k in ("estimate", "lower", "upper", "n"))),
+            }
+        baselines = {name: mean(result[name].values) for name in ("clean", "guide")}
+        return {**baselines, "located_layers": located_layers(result), "cells": cells}
+
+    def headlines(self, entry: dict[str, Any], left_out: dict[str, int]) -> Iterator[Headline]:
+        """The located layers."""
+        located, n = entry["located_layers"], f"n = {entry['clean']['n']}"
+        if not located:
+            text = "No layer's attention output, taken from the second hop, raises the answer."
+            yield Headline("layers located", "none", n, text)
+            return
+        yield Headline(
+            "layers located",
+            layers(located).replace(" to ", "–"),
+            n,
+            "hold the second hop: their attention output at the last token, taken from the second "
+            "hop by itself, raises the answer of failed questions most.",
+        )
+
+    def section(self, result: Result, study: Folder) -> Iterator[Block]:
+        """A map of the effects of each kind of module."""
+        summary = study.summary["locate"]
+        located, cells = summary["located_layers"], summary["cells"]
+        yield Text(
+            "Each failed question is paired with its second hop, which spells the bridge out and "
+            "ends in the same words. One module's output at one position (or, for “between”, at all "
+            "tokens between) is replaced by the one from the second hop, counted from the end. "
+            f"Failures of the choosing half, {used(result)}. P(answer) is "
+            f"{number(summary['clean'], signed=False)} untouched and "
+            f"{number(summary['guide'], signed=False)} for the second hop by itself."
+        )
+        if not cells:
+            yield Text("No cell could be measured.", style="note")
+            return
+        ends = result.ci(variable="effect")
+        # Prompts without a token between the first hop and the last one have no such column.
+        ends = ends.isel(position=ends["estimate"].notnull().any(["kind", "layer"]).values)
+        # One scale for all kinds, so that colours compare.
+        extent = float(abs(ends["estimate"]).max()) or 1.0
+        columns = ends["position"].values.tolist()
+        panels = []
+        for kind in cells:
+            boxes = []
+            if kind == "attn_out" and "last" in columns:
+                rows = ends["layer"].values.tolist()
+                boxes = [(rows.index(i), columns.index("last")) for i in located]
+            plot = heatmap(
+                ends.sel(kind=kind),
+                x="position",
+                limits=(-extent, extent),
+                colour_label="change of P(answer)",
+                boxes=boxes,
+            )
+            panels.append((_KINDS.get(kind, kind), plot))
+        yield Figure(
+            "Change of P(answer) when one module is replaced",
+            panels,
+            f"Mean change of the probability of the answer's first token over n = {result.n_used} "
+            "failed questions, for each layer and position; numbers in the cells, intervals on "
+            "hover. Blue raises the answer, red lowers it; the scale is the same in all panels. "
+            f"Boxes: the located layers ({layers(located)}), those whose attention output at the "
+            "last token has at least half of the largest mean effect there. Block output holds all "
+            "that came before it, so at the last token it must win in the end.",
+            width=290,
+        )
+        yield Table(
+            "The strongest cell of each kind",
+            ("module", "position", "layer", "change of P(answer)", "n"),
+            [
+                [
+                    _KINDS.get(kind, kind),
+                    PLACES[cell["position"]],
+                    str(cell["layer"]),
+                    number(cell["effect"], n=False),
+                    str(cell["effect"]["n"]),
+                ]
+                for kind, cell in cells.items()
+            ],
+            texts=2,
+            note="The cell is chosen on these same questions, so its number is a little "
+            "optimistic. Brackets: 95% bootstrap intervals.",
+        )
