@@ -179,9 +179,7 @@ def evaluate(
 
 def _named(repairs: Repair | Edit | Sequence[Repair | Edit]) -> list[Repair]:
     """Repairs as a list; edits among them as repairs, numbered where there are several."""
-    given: list[Any] = [repairs]
-    if isinstance(repairs, Sequence) and not isinstance(repairs, str):
-        given = list(repairs)
+    given: list[Any] = list(repairs) if isinstance(repairs, list | tuple) else [repairs]
     edits = [item for item in given if isinstance(item, Edit)]
     names = {id(e): "edit" if len(edits) == 1 else f"edit {i}" for i, e in enumerate(edits, 1)}
     named: list[Repair] = []
