@@ -6,6 +6,7 @@ import json
 import warnings
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from mi_hops.study import STEPS as ALL_STEPS
@@ -274,6 +275,22 @@ def test_bundled_facts_and_their_limit():
     assert some != load_study_facts(None, StudySettings(limit=100, seed=1))[0]
     for split in ("seen_parts", "first_unseen", "second_unseen"):
         assert sum(f.split == split for f in everything) >= 300
+
+
+def test_facts_in_a_data_frame():
+    some = load_study_facts(None, StudySettings(limit=3))[0]
+    names = ("id", "subject", "bridge", "answer", "first_hop", "split")
+    prompts = ("prompts", "first_prompts", "second_prompts")
+    table = pd.DataFrame(
+        {
+            **{name: [getattr(f, name) for f in some] for name in names},
+            **{f"{name}.suffix": [getattr(f, name)["suffix"] for f in some] for name in prompts},
+        }
+    )
+    chosen, source = load_study_facts(table, StudySettings())
+    assert [f.prompt("suffix") for f in chosen] == [f.prompt("suffix") for f in some]
+    assert [f.split for f in chosen] == [f.split for f in some]
+    assert "3 read / 0 dropped" in source["report"]
 
 
 def test_facts_bring_their_account_along(tmp_path):

@@ -29,5 +29,10 @@ edit: mi_hops.Edit = mi_hops.creme(model, failed[0], layers=range(4), form="suff
 with edit.applied(model):
     answers = mi_hops.answered(model, [text], [fact.answer])
 
+queries = mi_hops.build_sets(model, failed, gap=gap, per_case=2)
+scores = mi_hops.evaluate(model, edit, queries, failed, generate=False)
+first = scores.summary()["correction"]
+kinds: Result = mi_hops.failure_types(model, gap)
+
 lens.save("lens.nc", overwrite=True)
 again: Result = Result.load("lens.nc")
