@@ -19,7 +19,7 @@ PAGE = "editing-ablation"
 
 
 def variants(setup: Setup) -> Iterator[tuple[str, CremeRepair]]:
-    """(group, repair); the first of all is the default."""
+    """(group, repair)."""
     n, c = setup.n_layers, covariance(setup)
     third = max(1, n // 3)
     parts = {
@@ -31,11 +31,13 @@ def variants(setup: Setup) -> Iterator[tuple[str, CremeRepair]]:
     found = locate(setup.model, setup.choose[:60], form=FORM, kinds=("attn_out",))
     if located := located_layers(found):
         parts["located"] = located
-    base = {"layers": parts["late"], "form": FORM, "covariance": c}
+    base = {"layers": parts["late"], "form": FORM, "covariance": c, "strength": 1.0}
 
     def one(name: str, **changes: object) -> CremeRepair:
         return CremeRepair(name=name, **{**base, **changes})  # type: ignore[arg-type]
 
+    yield "as called", CremeRepair(form=FORM, name="creme(model, fact)")
+    yield "as called", CremeRepair(form=FORM, name="creme(model, fact, covariance=c)", covariance=c)
     for strength in (1.0, 0.7, 0.5, 0.3):
         yield "strength", one(f"strength {strength}", strength=strength)
     for where, layers in parts.items():
@@ -64,11 +66,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="+", default=["hops-gpt2", "hops-llama"])
     parser.add_argument("--cases", type=int, default=100)
+    parser.add_argument("--only", nargs="+", help="groups to make anew")
     given = parser.parse_args()
     for name in given.model:
         setup = set_up(name, cases=given.cases)
-        groups: dict[str, list[list[str]]] = {}
+        old = kept(PAGE).get(name.split("/")[-1], {}).get("groups", {}) if given.only else {}
+        groups: dict[str, list[list[str]]] = {"as called": [], **old}
+        groups |= {group: [] for group in given.only or ()}
         for group, repair in variants(setup):
+            if given.only and group not in given.only:
+                continue
             groups.setdefault(group, []).extend(score(setup, [repair]))
             print(group, "|", " | ".join(groups[group][-1]), flush=True)
             keep(PAGE, name.split("/")[-1], {"n": len(setup.report), "groups": groups})

@@ -16,7 +16,7 @@ import torch
 from benchmarks.editing_speed import TEMPLATES, request
 from benchmarks.harness import table, write
 from mi_hops.editing import PAPER, creme, edit_hooks
-from mi_hops.model import forward, read_w_o
+from mi_hops.model import forward, read_matrix
 from mi_hops.text.tokens import encode
 
 
@@ -74,8 +74,8 @@ def measure(model: Any, layers: range) -> list[list[str]]:
         lambda: creme(model, asked, layers=layers, templates=TEMPLATES, **PAPER)
     )
     rows = [["making the edit, s", f"{seconds:.2f}"], ["peak memory, GiB", f"{peak:.2f}"]]
-    before = {i: read_w_o(model, i) for i in layers}
-    tokens = torch.tensor([encode(model, asked.composite).ids])
+    before = {i: read_matrix(model, "W_O", i) for i in layers}
+    tokens = torch.tensor([encode(model, asked.two_hop_prompt).ids])
     with torch.no_grad():
         clean = forward(model, tokens)
         again = forward(model, tokens.repeat(4, 1))[:1]
@@ -84,7 +84,7 @@ def measure(model: Any, layers: range) -> list[list[str]]:
         rows.append(["applying in place, s", f"{seconds:.3f}"])
         written = forward(model, tokens)
         seconds, _, _ = timed(lambda: edit.undo(model))
-    same = all(torch.equal(read_w_o(model, i), w) for i, w in before.items())
+    same = all(torch.equal(read_matrix(model, "W_O", i), w) for i, w in before.items())
     rows += [
         ["undoing, s", f"{seconds:.3f}"],
         ["weights bit-identical after undo", str(same)],

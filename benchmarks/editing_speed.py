@@ -24,7 +24,7 @@ from mi_hops.editing import (
     second_moments,
 )
 from mi_hops.facts.templates import CONTEXTS
-from mi_hops.model import capture, hook_name, read_w_o, write_w_o
+from mi_hops.model import capture, hook_name, read_matrix, write_matrix
 from mi_hops.sweep.metrics import target_of
 from mi_hops.sweep.scoring import score_prompts
 from mi_hops.text.tokens import encode, pad
@@ -40,8 +40,8 @@ def request(i: int) -> Request:
     words = [f"w{int(n)}" for n in torch.randint(100, 30000, (16,), generator=g)]
     bridge = " ".join(words[9:12])
     return Request(
-        composite=" ".join([*words[:9], "w50"]),
-        guide=" ".join([*words[:3], bridge, "w50"]),
+        two_hop_prompt=" ".join([*words[:9], "w50"]),
+        second_hop_prompt=" ".join([*words[:3], bridge, "w50"]),
         bridge=bridge,
         target=" ".join(words[12:14]),
         subject=" ".join(words[3:9]),
@@ -51,10 +51,10 @@ def request(i: int) -> Request:
 
 def layer_by_layer(model: Any, asked: Request) -> list[torch.Tensor]:
     """The published procedure: three passes over the prompts a layer, full depth, weights edited."""
-    comps = pad([encode(model, t.replace("{}", asked.composite)).ids for t in TEMPLATES])
-    guides = pad([encode(model, t.replace("{}", asked.guide)).ids for t in TEMPLATES])
+    comps = pad([encode(model, t.replace("{}", asked.two_hop_prompt)).ids for t in TEMPLATES])
+    guides = pad([encode(model, t.replace("{}", asked.second_hop_prompt)).ids for t in TEMPLATES])
     rows = torch.arange(len(TEMPLATES))
-    originals = {layer: read_w_o(model, layer) for layer in LAYERS}
+    originals = {layer: read_matrix(model, "W_O", layer) for layer in LAYERS}
     changes = []
     try:
         for layer in LAYERS:
@@ -66,10 +66,10 @@ def layer_by_layer(model: Any, asked: Request) -> list[torch.Tensor]:
             k = keys[rows, comps.last].mean(0)
             change = wanted[rows, guides.last].mean(0) - own[rows, comps.last].mean(0)
             changes.append(torch.outer(k / (k @ k), change))
-            write_w_o(model, layer, originals[layer] + changes[-1])
+            write_matrix(model, "W_O", layer, originals[layer] + changes[-1])
     finally:
         for layer, weight in originals.items():
-            write_w_o(model, layer, weight)
+            write_matrix(model, "W_O", layer, weight)
     return changes
 
 
@@ -97,7 +97,7 @@ def scoring(pairs: int, n_edits: int, n_queries: int = 10) -> list[list[str]]:
         model, [request(i) for i in range(n_edits)], layers=LAYERS, templates=("{}",), **PAPER
     )
     texts = [request(1000 + i) for i in range(n_edits * n_queries)]
-    prompts = [encode(model, r.composite) for r in texts]
+    prompts = [encode(model, r.two_hop_prompt) for r in texts]
     targets = [target_of(model, p, r.target) for p, r in zip(prompts, texts, strict=True)]
 
     def batched() -> torch.Tensor:

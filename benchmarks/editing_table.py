@@ -1,4 +1,4 @@
-"""CREME and its rivals on failed held-out questions, in one table.
+"""CREME and its baselines on failed held-out questions, in one table.
 
 ``python -m benchmarks.editing_table [--model hops-gpt2 hops-llama] [--cases 300]`` writes
 ``docs/benchmarks/editing-table.md`` from the rows kept in ``benchmarks/results/editing-table/``, of
@@ -26,11 +26,15 @@ from mi_hops.editing import (
     edit_hooks,
     stack,
 )
-from mi_hops.editing.baselines.finetune import FineTuneRepair, LoraRepair
-from mi_hops.editing.baselines.grace import GraceRepair
-from mi_hops.editing.baselines.knowledge_editor import KnowledgeEditorRepair, train_editor
-from mi_hops.editing.baselines.memit import MemitRepair
-from mi_hops.editing.baselines.rome import RomeRepair
+from mi_hops.editing.baselines import (
+    FineTuneRepair,
+    GraceRepair,
+    KnowledgeEditorRepair,
+    LoraRepair,
+    MemitRepair,
+    RomeRepair,
+    train_editor,
+)
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.injection.memory import MemoryInjection
 from mi_hops.model import Hook, capture, hook_name
@@ -110,7 +114,7 @@ class BridgeTransplant:
 
 
 class Together:
-    """CREME edits of many facts in force at once: solved jointly, or made one after the other.
+    """CREME edits of many facts applied at once: solved jointly, or made one after the other.
 
     Args:
         size: facts in one model; more are dealt into parts, each with a model of its own.
@@ -198,7 +202,7 @@ def candidates(setup: Setup, c: Moments, c_mlp: Moments) -> dict[str, Callable[[
     ) -> Callable[[], CremeRepair]:
         return lambda: chosen(
             setup,
-            lambda x: CremeRepair(layers=x[0], strength=x[1], name=name, **settings),
+            lambda x: CremeRepair(**{**settings, "layers": x[0], "strength": x[1], "name": name}),
             [(span, strength) for span in all_spans for strength in strengths],
         )
 
@@ -207,7 +211,7 @@ def candidates(setup: Setup, c: Moments, c_mlp: Moments) -> dict[str, Callable[[
     @cache
     def best() -> dict[str, Any]:
         repair = creme("CREME", STRENGTHS, **ours)()
-        return {"layers": repair.layers, "strength": repair.strength, **ours}
+        return {**repair.options, "strength": repair.settings.strength}
 
     def sequential(size: int) -> Callable[[], Repair]:
         return lambda: chosen(
@@ -301,7 +305,7 @@ def main() -> None:
             rows = {each: rows[each] for each in makers if each in rows}
             sets = setup.queries.describe()
             keep(PAGE, part, {"n": len(setup.report), "sets": sets, "rows": rows})
-            write(PAGE, "CREME and its rivals", page(), script="editing_table")
+            write(PAGE, "CREME and its baselines", page(), script="editing_table")
 
 
 if __name__ == "__main__":

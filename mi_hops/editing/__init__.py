@@ -1,15 +1,22 @@
-"""Editing weights: CREME on the attention's output matrix, its life cycle, and its rivals."""
+"""Editing weights: CREME on the attention's output matrix, and the life cycle of an edit."""
 
-from mi_hops.editing.applied import AppliedError, WrongWeightsError, applied_edits, describe
 from mi_hops.editing.change import Change
 from mi_hops.editing.creme import CremeRepair, creme, creme_many
-from mi_hops.editing.edit import Edit, stack
+from mi_hops.editing.edit import (
+    AppliedError,
+    Edit,
+    WrongWeightsError,
+    applied_edits,
+    describe,
+    stack,
+)
 from mi_hops.editing.export import export_hf
 from mi_hops.editing.joint import creme_joint, creme_sequential
-from mi_hops.editing.moments import Moments, SingularError, second_moments
-from mi_hops.editing.plans import PAPER, CremeSettings
+from mi_hops.editing.moments import Moments, second_moments
+from mi_hops.editing.plans import PAPER, CremeSettings, default_layers
 from mi_hops.editing.request import Request
-from mi_hops.editing.rows import EditRepair, edit_hooks
+from mi_hops.editing.rows import EditorRepair, EditRepair, edit_hooks
+from mi_hops.editing.solve import SingularError
 
 __all__ = [
     "AppliedError",
@@ -18,6 +25,7 @@ __all__ = [
     "CremeSettings",
     "Edit",
     "EditRepair",
+    "EditorRepair",
     "Moments",
     "PAPER",
     "Request",
@@ -28,6 +36,7 @@ __all__ = [
     "creme_joint",
     "creme_many",
     "creme_sequential",
+    "default_layers",
     "describe",
     "edit_hooks",
     "export_hf",

@@ -1,4 +1,4 @@
-"""The matrices an edit may change, and the low-rank change of one of them.
+"""The low-rank change of one of the matrices that an edit may change.
 
 A matrix is always read as ``[d_in, d_out]``, so that it maps the activation at its input hook to a
 part of the activation at its output hook: ``out = in @ W (+ bias)``. That holds for both model
@@ -7,36 +7,25 @@ classes, whichever way round the checkpoint stores the weight; biases are never 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from fancy_einsum import einsum
+from jaxtyping import Float
+from torch import Tensor
 
-from mi_hops.model import (
-    HookedModel,
-    hook_name,
-    overwrite,
-    require_layers,
-    require_unquantised,
-    w_o,
-    write_w_o,
-)
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-#: Matrix -> activation kinds of its input and its output.
-MATRICES = {"W_O": ("z", "attn_out"), "W_out": ("mlp_post", "mlp_out")}
+from mi_hops.model import MATRICES, Hook, HookedModel, hook_name, live_matrix
 
 
 def input_hook(matrix: str, layer: int) -> str:
-    """Hook name of what a matrix multiplies."""
+    """Hook name of the activation that a matrix multiplies."""
     return hook_name(_kinds(matrix)[0], layer)
 
 
 def output_hook(matrix: str, layer: int) -> str:
-    """Hook name of what a matrix gives, bias included."""
+    """Hook name of a matrix's output, bias included."""
     return hook_name(_kinds(matrix)[1], layer)
 
 
@@ -46,66 +35,33 @@ def _kinds(matrix: str) -> tuple[str, str]:
     return MATRICES[matrix]
 
 
-def live_weight(model: HookedModel, matrix: str, layer: int) -> Float[Tensor, "*rows d_out"]:
-    """The weight itself; W_O keeps its head axis.
+def matrix_hooks(
+    matrix: str, layer: int, act: Callable[[Tensor, Tensor], Tensor | None]
+) -> list[Hook]:
+    """Hooks by which a matrix's output becomes ``act(input, output)``; None leaves it as it is.
 
-    Raises:
-        ValueError: an unknown matrix, a layer that does not exist, a block without that matrix, or
-            a weight that is not stored as floating-point numbers (quantised).
+    `act` is given the input ``[row, pos, d_in]`` and the output ``[row, pos, d_out]`` of one pass.
+    The hooks can be given to TransformerLens as they are, which passes the hook point as well.
     """
-    _kinds(matrix)
-    require_layers(model, [layer])
-    weight: Any
-    if matrix == "W_O":
-        weight = w_o(model, layer)
-    else:
-        weight = getattr(getattr(model.blocks[layer], "mlp", None), "W_out", None)
-        if weight is None:
-            raise ValueError(f"block {layer} of this {type(model).__name__} has no MLP with W_out")
-    require_unquantised(weight, f"{matrix} of layer {layer}")
-    return weight
+    inputs: list[Tensor] = []
+
+    def remember(x: Tensor, hook: Any = None) -> Tensor:
+        inputs[:] = [x.flatten(2)]
+        return x
+
+    def change(out: Tensor, hook: Any = None) -> Tensor:
+        changed = act(inputs.pop(), out)
+        return out if changed is None else changed
+
+    return [(input_hook(matrix, layer), remember), (output_hook(matrix, layer), change)]
 
 
-def read_matrix(model: HookedModel, matrix: str, layer: int) -> Float[Tensor, "d_in d_out"]:
-    """A copy of a matrix in its own dtype.
-
-    Raises:
-        ValueError: as `live_weight`, or values that are not finite.
-    """
-    weight = live_weight(model, matrix, layer).detach()
-    if not torch.isfinite(weight).all():
-        raise ValueError(
-            f"{matrix} of layer {layer} holds non-finite values; the model is damaged, load it anew"
-        )
-    return weight.reshape(-1, weight.shape[-1]).clone()
-
-
-def write_matrix(
-    model: HookedModel, matrix: str, layer: int, value: Float[Tensor, "d_in d_out"]
-) -> None:
-    """Write a matrix in place, cast once to its dtype, and make sure that it reached the model.
-
-    Raises:
-        ValueError: a wrong shape, or values that are not finite after the cast.
-        RuntimeError: the write had no effect.
-    """
-    if matrix == "W_O":
-        write_w_o(model, layer, value)
-        return
-    weight = live_weight(model, matrix, layer)
-    if value.shape != weight.shape:
-        raise ValueError(
-            f"{matrix} of layer {layer} is {tuple(weight.shape)}, got {tuple(value.shape)}"
-        )
-    overwrite(model, f"{matrix} of layer {layer}", lambda: live_weight(model, matrix, layer), value)
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Change:
     """A change of one matrix: ``W <- W + left^T right``.
 
     Attributes:
-        matrix: a key of `MATRICES`.
+        matrix: ``"W_O"`` or ``"W_out"``.
         layer: block, from 0.
         left: ``[rank, d_in]``, the directions of the input that are read; None for the identity,
             when `right` is the whole dense change.
@@ -125,10 +81,10 @@ class Change:
         _kinds(self.matrix)
         if self.left is not None and self.left.device != self.right.device:
             raise ValueError(
-                f"factors of {self} are on {self.left.device} and {self.right.device}; a change lies "
-                "on one device"
+                f"factors of {self} are on {self.left.device} and {self.right.device}; expected one "
+                "device"
             )
-        for factor in (self.right,) if self.left is None else (self.left, self.right):
+        for factor in self.tensors.values():
             if factor.ndim != 2 or factor.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
                     f"factors of {self} are 2-D in float32 or float64, got {tuple(factor.shape)} "
@@ -143,6 +99,9 @@ class Change:
 
     def __str__(self) -> str:
         return f"{self.matrix} of layer {self.layer}"
+
+    def __repr__(self) -> str:
+        return f"<change of {self}, {'dense' if self.left is None else f'rank {self.rank}'}>"
 
     @property
     def site(self) -> tuple[str, int]:
@@ -161,12 +120,14 @@ class Change:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The factors that there are, by name."""
+        """The factors there are, by name."""
         return {"right": self.right} | ({} if self.left is None else {"left": self.left})
 
     def delta(self) -> Float[Tensor, "d_in d_out"]:
         """The change as a matrix, on the factors' device."""
-        return self.right if self.left is None else self.left.T @ self.right
+        if self.left is None:
+            return self.right
+        return einsum("rank d_in, rank d_out -> d_in d_out", self.left, self.right)
 
     def act(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """What the change adds to the output for inputs `x` of the factors' dtype."""
@@ -186,13 +147,13 @@ class Change:
         Raises:
             ValueError: with both shapes.
         """
-        weight = live_weight(model, self.matrix, self.layer)
+        weight = live_matrix(model, self.matrix, self.layer)
         found = (weight.numel() // weight.shape[-1], weight.shape[-1])
         if found != self.shape:
             raise ValueError(f"the edit changes {self} as {self.shape}, the model's is {found}")
 
 
-def merge(changes: list[Change]) -> Change:
+def merge(changes: Sequence[Change]) -> Change:
     """Changes of one matrix as one: their sum, dense where its factors would take more room.
 
     Raises:
@@ -203,13 +164,12 @@ def merge(changes: list[Change]) -> Change:
     first = changes[0]
     if len(changes) == 1 and (first.left is None or first.rank <= min(first.shape)):
         return first
-    device = first.right.device
     wide = torch.float64 if any(c.right.dtype == torch.float64 for c in changes) else torch.float32
-    moved = [c.to(device, wide) for c in changes]
-    if any(c.left is None for c in moved) or sum(c.rank for c in moved) > min(first.shape):
+    moved = [c.to(first.right.device, wide) for c in changes]
+    lefts = [c.left for c in moved if c.left is not None]
+    if len(lefts) < len(moved) or sum(c.rank for c in moved) > min(first.shape):
         total = moved[0].delta().clone()
         for c in moved[1:]:
             total += c.delta()
         return Change(first.matrix, first.layer, None, total)
-    left = torch.cat([c.left for c in moved if c.left is not None])
-    return Change(first.matrix, first.layer, left, torch.cat([c.right for c in moved]))
+    return Change(first.matrix, first.layer, torch.cat(lefts), torch.cat([c.right for c in moved]))

@@ -2,7 +2,7 @@
 
 For each edited layer, with k the input of W_O (z, all heads) and a the attention output at the last
 token of the two-hop prompt, both averaged over context templates, and v* the attention output at the
-last token of the second-hop prompt (the *guide*)::
+last token of the second-hop prompt::
 
     W_O <- W_O + (C^-1 k / k^T C^-1 k) (v* - a)^T
 
@@ -17,54 +17,94 @@ added to them, at every position of every row, as the edited weight would, befor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, overload
 
 import torch
+from torch import Tensor
 
-from mi_hops.editing.change import Change, input_hook, output_hook
-from mi_hops.editing.checks import check_editable, check_layers
+from mi_hops.editing.change import Change, matrix_hooks
+from mi_hops.editing.checks import Editable, check_editable
 from mi_hops.editing.edit import Edit
 from mi_hops.editing.passes import run_blocks
-from mi_hops.editing.plans import CremeSettings, Plan, chunk_plans, plan_request, read_plan
-from mi_hops.editing.request import Request, requests_of
-from mi_hops.editing.rows import edit_hooks
-from mi_hops.editing.solve import inverse_times, solve_keys
+from mi_hops.editing.plans import (
+    CremeSettings,
+    Plan,
+    chunk_plans,
+    default_layers,
+    plan_request,
+    read_plan,
+)
+from mi_hops.editing.request import Asked, Request, requests_of
+from mi_hops.editing.rows import EditorRepair
+from mi_hops.editing.solve import solve_keys
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model import Hook, HookedModel, dtype_of, hook_name, processing_of
-from mi_hops.model.numeric import wide_dtype
+from mi_hops.model import Hook, HookedModel, hook_name
 from mi_hops.result.progress import progress_bar
-from mi_hops.sweep.repair import Rows
 from mi_hops.text.tokens import pad
 
-if TYPE_CHECKING:
-    from torch import Tensor
+
+@overload
+def creme(
+    model: HookedModel, asked: Asked, *, layers: int | Sequence[int] | None = None, **settings: Any
+) -> Edit: ...
+
+
+@overload
+def creme(
+    model: HookedModel,
+    asked: Iterable[Asked],
+    *,
+    layers: int | Sequence[int] | None = None,
+    **settings: Any,
+) -> list[Edit]: ...
 
 
 def creme(
-    model: HookedModel, asked: TwoHopFact | Request, *, layers: Sequence[int], **settings: Any
-) -> Edit:
-    """The CREME edit of one fact, from one forward pass; the model is left as it is.
+    model: HookedModel,
+    asked: Asked | Iterable[Asked],
+    *,
+    layers: int | Sequence[int] | None = None,
+    **settings: Any,
+) -> Edit | list[Edit]:
+    """The CREME edit of a two-hop fact, from one forward pass; the model is left as it is.
+
+    By default the attention outputs of the last third of the blocks are edited, at strength 0.7:
+    what was measured best on the bundled models. C is the identity unless second moments of the
+    model's own text are passed (``covariance=second_moments(model, texts)``), which disturbs
+    unrelated prompts less.
 
     Args:
-        asked: a fact, or the prompts themselves.
-        layers: blocks to edit.
-        settings: see `CremeSettings`.
+        asked: a fact or a `Request`, or several of them, each edited for itself.
+        layers: blocks to edit; default the last third.
+        settings: of `CremeSettings`: covariance, form, strength, match, cover, keep, ...
 
     Returns:
-        An `Edit` with one key and one change a layer (more where the whole answer is covered).
+        An `Edit` with one key and one change per layer (more where the whole answer is covered), or
+        a list with one edit per fact.
 
     Raises:
         ValueError: as `creme_many`.
+
+    Source: arXiv 2402.14328.
+
+    Examples:
+        >>> from mi_hops import Hopland, creme, load_model
+        >>> model = load_model("hops-gpt2")
+        >>> edit = creme(model, Hopland().sample(train=0, held_out=3)[0])
+        >>> edit.layers, edit.settings["strength"]
+        ((4, 5), 0.7)
     """
-    return creme_many(model, [asked], layers=layers, **settings)[0]
+    if isinstance(asked, TwoHopFact | Request):
+        return creme_many(model, [asked], layers=layers, **settings)[0]
+    return creme_many(model, asked, layers=layers, **settings)
 
 
 def creme_many(
     model: HookedModel,
-    asked: Iterable[TwoHopFact | Request],
+    asked: Iterable[Asked],
     *,
-    layers: Sequence[int],
+    layers: int | Sequence[int] | None = None,
     batch_size: int = 256,
     progress: bool = False,
     **settings: Any,
@@ -73,88 +113,91 @@ def creme_many(
 
     Args:
         asked: facts, or requests.
-        layers: blocks to edit, in any order.
+        layers: blocks to edit, in any order; default the last third (`default_layers`).
         batch_size: prompts in one pass (a fact takes two for each template, and those it keeps).
         progress: show a progress bar over facts.
-        settings: see `CremeSettings`.
+        settings: of `CremeSettings`.
 
     Returns:
-        One `Edit` a fact, in order.
+        One `Edit` per fact, in order.
 
     Raises:
         ValueError: no layers, a layer twice or out of range; prompts that cannot be edited (see
-            `Request`), or a bridge unknown to the tokenizer; processed weights without
-            ``processed=True``; a covariance of other weights or without one of the layers; a
-            singular system; values that are not finite.
+            `Request`), or a bridge unknown to the tokenizer; a covariance of other weights or
+            without one of the layers; a singular system; values that are not finite.
         TokenError: a prompt that does not fit the context, or a span that cannot be found.
+
+    Examples:
+        >>> from mi_hops import Hopland, creme_many, load_model
+        >>> model = load_model("hops-llama")
+        >>> edits = creme_many(model, Hopland().sample(train=0, held_out=3)[:2], layers=[5])
+        >>> [edit.layers for edit in edits]
+        [(5,), (5,)]
     """
     how = CremeSettings(**settings)
     requests = requests_of(asked, how.form, how.keep)
-    chosen = check_layers(model, layers)
-    fingerprint_of_weights = check_editable(model, how.covariance, chosen, processed=how.processed)
+    editable = editable_for(model, layers, how)
     plans = [plan_request(model, request, how) for request in requests]
-    edits: list[Edit | None] = [None] * len(plans)
+    changes: dict[int, list[Change]] = {}
     with progress_bar(total=len(plans), label="CREME edits", show=progress) as bar:
         for members in chunk_plans(plans, batch_size):
-            run = CremeRun([plans[i] for i in members], model, chosen, how)
-            for i, changes in zip(members, run.changes(), strict=True):
-                edits[i] = as_edit(model, requests[i], changes, fingerprint_of_weights, how)
+            run = CremeRun([plans[i] for i in members], model, editable, how)
+            changes.update(zip(members, run.changes(), strict=True))
             bar.update(len(members))
-    return [e for e in edits if e is not None]
+    return [as_edit(editable, request, changes[i], how) for i, request in enumerate(requests)]
 
 
-class CremeRepair:
-    """CREME as a `mi_hops.sweep.repair.Repair`: one edit a fact, put on its rows by hooks.
+class CremeRepair(EditorRepair):
+    """CREME as a repair for `evaluate`: one edit per fact, put on its rows by hooks.
 
     Args:
-        layers: blocks to edit.
+        layers: blocks to edit; default the last third.
         name: label in tables.
-        settings: see `CremeSettings`.
+        settings: of `CremeSettings`.
+
+    Raises:
+        ValueError: settings that do not exist or do not fit.
+
+    Examples:
+        >>> from mi_hops import CremeRepair, Hopland, load_model
+        >>> repair = CremeRepair(strength=0.5)
+        >>> edits = repair.fit(load_model("hops-gpt2"), Hopland().sample(train=0, held_out=3)[:2])
+        >>> repair.name, len(edits)
+        ('CREME', 2)
     """
 
-    def __init__(self, *, layers: Sequence[int], name: str = "CREME", **settings: Any) -> None:
-        CremeSettings(**settings)  # refuse wrong settings here rather than in fit
-        self.layers, self._name, self._settings = tuple(layers), name, settings
-
-    @property
-    def name(self) -> str:
-        """Label in tables."""
-        return self._name
-
-    @property
-    def strength(self) -> float:
-        """Share of the change that is made."""
-        return CremeSettings(**self._settings).strength
-
-    def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[Edit]:
-        """One edit a fact."""
-        return creme_many(model, facts, layers=self.layers, **self._settings)
-
-    def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
-        """Each row under its own edit."""
-        return edit_hooks(model, states)
+    def __init__(
+        self,
+        *,
+        layers: int | Sequence[int] | None = None,
+        name: str = "CREME",
+        **settings: Any,
+    ) -> None:
+        self.settings = CremeSettings(**settings)  # refuses wrong settings here rather than in fit
+        super().__init__(creme_many, name=name, layers=layers, **settings)
 
 
 # -- the pass -------------------------------------------------------------------------------------
 
 
+def editable_for(
+    model: HookedModel, layers: int | Sequence[int] | None, how: CremeSettings
+) -> Editable:
+    """The W_O of the layers given, or of the default ones."""
+    chosen = default_layers(model) if layers is None else layers
+    return check_editable(model, chosen, "W_O", how.covariance)
+
+
 def as_edit(
-    model: HookedModel,
+    editable: Editable,
     request: Request,
     changes: Sequence[Change],
-    fingerprint_of_weights: str,
     how: CremeSettings,
     **more: Any,
 ) -> Edit:
-    """One request's changes as an edit of weights with that fingerprint; `more` are settings."""
-    return Edit(
-        method="creme",
-        changes=tuple(changes),
-        fingerprint=fingerprint_of_weights,
-        processing=processing_of(model),
-        request=request.to_dict(),
-        settings={"layers": [change.layer for change in changes], **more, **how.to_dict()},
-    )
+    """One request's changes as an edit; `more` are settings."""
+    settings = {"layers": list(editable.layers), **more, **how.to_dict()}
+    return editable.edit("creme", request.to_dict(), changes, settings)
 
 
 class CremeRun:
@@ -172,42 +215,37 @@ class CremeRun:
         self,
         plans: Sequence[Plan],
         model: HookedModel,
-        layers: Sequence[int],
+        editable: Editable,
         how: CremeSettings,
         held: Mapping[int, Tensor] | None = None,
     ) -> None:
-        self._plans, self._model, self._layers, self._how = plans, model, layers, how
+        self._plans, self._model, self._editable, self._how = plans, model, editable, how
         self._held = held or {}
         self.keys: dict[int, Tensor] = {}
-        self._wide = wide_dtype(dtype_of(model))
         self._starts = [0]
         for plan in plans:
             self._starts.append(self._starts[-1] + len(plan.rows))
         self._found: list[list[Change]] = [[] for _ in plans]
-        self._z: list[Tensor] = []
         self._before: list[Tensor] = []
 
     def changes(self) -> list[list[Change]]:
         """For each fact its changes, lowest layer first."""
         batch = pad([row for plan in self._plans for row in plan.rows])
         hooks: list[Hook] = []
-        for layer in self._layers:
+        for layer in self._editable.layers:
             if self._how.match == "residual":
                 hooks.append((hook_name("resid_pre", layer), self._keep_stream))
-            hooks.append((input_hook("W_O", layer), self._keep_z))
-            hooks.append((output_hook("W_O", layer), self._editor(layer)))
-        run_blocks(self._model, batch.tokens, self._layers[-1], hooks)
+            hooks += matrix_hooks("W_O", layer, self._editor(layer))
+        run_blocks(self._model, batch.tokens, self._editable.layers[-1], hooks)
         return self._found
-
-    def _keep_z(self, z: Tensor) -> None:
-        self._z[:] = [z.flatten(2)]
 
     def _keep_stream(self, x: Tensor) -> None:
         self._before[:] = [x]
 
-    def _editor(self, layer: int) -> Any:
-        def edit(out: Tensor) -> Tensor:
-            z = self._z.pop()
+    def _editor(self, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+        wide = self._editable.dtype
+
+        def edit(z: Tensor, out: Tensor) -> Tensor:
             # The stream comes from the block below, which may lie on another device.
             stream = out + self._before.pop().to(out.device) if self._before else out
             read = [
@@ -219,7 +257,7 @@ class CremeRun:
                 held = self._held[layer].to(z.device)
                 read = [(k, torch.cat([kept, held]), change) for k, kept, change in read]
                 stacked = _stacked(read)
-            inverse = inverse_times(self._how.covariance, layer, stacked)
+            inverse = self._editable.inverse_times(layer, stacked)
             sizes = [len(k) + len(kept) for k, kept, _ in read]
             edited = out.clone()
             for i, part in enumerate(inverse.split(sizes)):
@@ -227,13 +265,10 @@ class CremeRun:
                 left = solve_keys(
                     keys, kept if len(kept) else None, inverse=part, slack=self._how.slack
                 )
-                right = (self._how.strength * residual).to(self._wide)
-                change = Change("W_O", layer, left.to(self._wide), right)
+                change = self._editable.change(layer, left, self._how.strength * residual)
                 self._found[i].append(change)
                 rows = self._touched(i)
-                edited[rows] = (out[rows].to(self._wide) + change.act(z[rows].to(self._wide))).to(
-                    out.dtype
-                )
+                edited[rows] = (out[rows].to(wide) + change.act(z[rows].to(wide))).to(out.dtype)
             return edited
 
         return edit

@@ -1,35 +1,41 @@
 """An edit as data: low-rank changes of named matrices, with what they were made for.
 
-The same `Edit` can be added to the weights (and taken off again bit for bit), switched on by hooks
-for single rows of a batch (`mi_hops.editing.rows`), saved, stacked with others and exported.
+The same `Edit` can be added to the weights (and undone bit for bit), switched on by hooks for single
+rows of a batch (`mi_hops.editing.rows`), saved, stacked with others and exported.
+
+Each model has a stack of applied edits and of the weights they replaced. An edit goes on top; only
+the top one can be undone. Nothing here keeps a model alive.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from textwrap import shorten
+from typing import Any
+from weakref import WeakKeyDictionary
 
-from mi_hops.editing.applied import (
-    applied_edits,
-    check_weights,
-    put_on,
-    take_off,
-    unwind,
-)
+import torch
+from torch import Tensor
+
 from mi_hops.editing.change import Change, merge
-from mi_hops.model import HookedModel
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mi_hops.editing.files import load_tensors, save_tensors
+from mi_hops.model import HookedModel, fingerprint, live_matrix, read_matrix, write_matrix
 
 _FORMAT = 1
 _KEY = "mi_hops_edit"
+
+
+class WrongWeightsError(ValueError):
+    """An edit meets weights that it was not made for."""
+
+
+class AppliedError(ValueError):
+    """An edit is applied twice, or undone although it is not the last one applied."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -38,7 +44,7 @@ class Edit:
 
     Attributes:
         method: what made it, e.g. ``"creme"``.
-        changes: one a matrix; factors in float32 or wider.
+        changes: one per matrix; factors in float32 or wider.
         fingerprint: of the weights it was made for (`mi_hops.model.fingerprint`).
         processing: whether those weights were processed (``"fold"``) or not (``"none"``).
         request: what it was asked to do; plain JSON types.
@@ -46,6 +52,15 @@ class Edit:
 
     Raises:
         ValueError: no changes, two of one matrix, or a request or settings that are not JSON.
+
+    Examples:
+        >>> from mi_hops import Hopland, creme, load_model
+        >>> model = load_model("hops-gpt2")
+        >>> edit = creme(model, Hopland().sample(train=0, held_out=3)[0])
+        >>> with edit.applied(model):
+        ...     inside = edit.is_applied(model)
+        >>> inside, edit.is_applied(model)
+        (True, False)
     """
 
     method: str
@@ -71,22 +86,44 @@ class Edit:
             object.__setattr__(self, name, plain)
 
     def __repr__(self) -> str:
+        asked, where, made_for = self._parts()
+        return f"<{self.method} edit{': ' * bool(asked)}{asked} | {where} | for {made_for}>"
+
+    def _repr_html_(self) -> str:
+        names = ("asked", "changes", "made for weights", "size")
+        values = (*self._parts(), f"{self.n_bytes:,} bytes")
+        rows = "".join(
+            f"<tr><th>{n}</th><td>{escape(v)}</td></tr>"
+            for n, v in zip(names, values, strict=True)
+            if v
+        )
+        return f"<table><caption>{escape(shorten(self.method, 60))} edit</caption>{rows}</table>"
+
+    def _parts(self) -> tuple[str, str, str]:
+        """What was asked, where it changes what, and of which weights; all short."""
         by_matrix: dict[str, list[Change]] = {}
         for change in self.changes:
             by_matrix.setdefault(change.matrix, []).append(change)
         where = "; ".join(
-            f"{matrix} of layer{'s' * (len(found) > 1)} {', '.join(str(c.layer) for c in found)}, "
+            f"{matrix} of layer{'s' * (len(found) > 1)} "
+            f"{shorten(', '.join(str(c.layer) for c in found), 100)}, "
             f"rank {max(c.rank for c in found)}"
             for matrix, found in by_matrix.items()
         )
         asked = " -> ".join(
-            repr(self.request[k]) for k in ("composite", "target") if self.request.get(k)
+            repr(shorten(str(self.request[k]), 200))
+            for k in ("two_hop_prompt", "target")
+            if self.request.get(k)
         )
-        return f"<{self.method} edit{': ' * bool(asked)}{asked} | {where} | for {self.fingerprint}>"
+        for several in ("joint", "stack"):
+            if several in self.request:
+                asked = f"{several} of {len(self.request[several])}"
+        folded = "" if self.processing == "none" else f" (processing {self.processing!r})"
+        return asked, where, f"{shorten(self.fingerprint, 80)}{folded}"
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Blocks that are touched, ascending."""
+        """Blocks that are changed, ascending."""
         return tuple(sorted({c.layer for c in self.changes}))
 
     @property
@@ -106,26 +143,64 @@ class Edit:
 
         Raises:
             WrongWeightsError: the model has other weights.
-            AppliedError: this edit is in force already.
+            AppliedError: this edit is applied already.
             ValueError: matrices of another shape, or weights that are or would be non-finite.
         """
-        put_on(model, self, check=check)
+        stack = _STACKS.get(model, [])
+        if self.is_applied(model):
+            raise AppliedError(f"already applied to this model: {self}; undo it first")
+        before = check_weights(model, self.fingerprint) if check else fingerprint(model)
+        for change in self.changes:
+            change.check_fits(model)
+        done: list[tuple[Change, Tensor]] = []
+        try:
+            for change in self.changes:
+                old = read_matrix(model, *change.site)
+                done.append((change, old))
+                write_matrix(model, *change.site, _sum(old, change))
+            originals = tuple(old for _, old in done)
+            _STACKS[model] = [*stack, _Applied(self, before, originals)]
+        except BaseException:
+            _put_back(model, done, stack)
+            raise
 
     def undo(self, model: HookedModel, *, force: bool = False) -> None:
         """Put the replaced weights back, bit for bit.
 
+        Once begun it is carried through, even where it is interrupted (and then raises that).
+
+        Args:
+            force: put them back even where something else has changed those weights since.
+
         Raises:
-            AppliedError: not in force, or not the last edit applied.
-            ValueError: something else has changed the weights since (`force` puts back anyway).
+            AppliedError: not applied, or not the last edit applied.
+            ValueError: something else has changed the weights since, and `force` is off.
         """
-        take_off(model, self, force=force)
+        stack = _STACKS.get(model, [])
+        if not self.is_applied(model):
+            raise AppliedError(f"not applied to this model: {self}; applied: {describe(model)}")
+        top = stack[-1]
+        if top.edit is not self:
+            above = [each.edit for each in stack].index(self) + 1
+            raise AppliedError(
+                f"edits are undone last first; above {self} are\n{describe(model, above)}"
+            )
+        replaced = list(zip(self.changes, top.originals, strict=True))
+        for change, old in () if force else replaced:
+            now = live_matrix(model, *change.site).detach()
+            if not torch.equal(now.reshape(old.shape), _sum(old, change).to(old.dtype)):
+                raise ValueError(
+                    f"{change} was changed by something else since the edit was applied; undo that "
+                    "first, or pass force=True to put back the weights from before the edit"
+                )
+        _put_back(model, replaced, stack[:-1])
 
     @contextmanager
     def applied(self, model: HookedModel, *, check: bool = True) -> Iterator[Edit]:
-        """The edit in force for the length of a ``with`` block.
+        """The edit applied for the length of a ``with`` block.
 
         On leaving, the weights are those from before, bit for bit, whatever happened inside: edits
-        that were applied inside and are still there come off as well.
+        that were applied inside and are still there are undone as well.
         """
         depth = len(applied_edits(model))
         # Applying stands inside: an interrupt may come when it has just been done. And an interrupt
@@ -135,12 +210,12 @@ class Edit:
                 self.apply(model, check=check)
                 yield self
             finally:
-                unwind(model, depth)
+                _unwind(model, depth)
         finally:
-            unwind(model, depth)
+            _unwind(model, depth)
 
     def is_applied(self, model: HookedModel) -> bool:
-        """Whether it is in force on `model`."""
+        """Whether it is applied to `model`."""
         return any(edit is self for edit in applied_edits(model))
 
     def check(self, model: HookedModel) -> None:
@@ -151,16 +226,14 @@ class Edit:
 
     # -- on disk ---------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with everything in it.
-
-        The file appears whole or not at all, and an older one of that name stays until then.
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write one ``.safetensors`` file with everything in it; it appears whole or not at all.
 
         Raises:
+            ValueError: another suffix.
+            FileExistsError: the file exists, and `overwrite` is off.
             OSError: the folder cannot be written, or the disk is full.
         """
-        from safetensors.torch import save
-
         head = {
             "format": _FORMAT,
             "method": self.method,
@@ -171,11 +244,11 @@ class Edit:
             "settings": dict(self.settings),
         }
         tensors = {
-            f"{c.matrix}.{c.layer}.{name}": tensor.detach().cpu().contiguous()
+            f"{c.matrix}.{c.layer}.{name}": tensor
             for c in self.changes
             for name, tensor in c.tensors.items()
         }
-        return write_whole(Path(path), save(tensors, {_KEY: json.dumps(head)}))
+        return save_tensors(path, _KEY, head, tensors, overwrite)
 
     @classmethod
     def load(cls, path: str | Path, model: HookedModel | None = None) -> Edit:
@@ -189,10 +262,10 @@ class Edit:
             ValueError: not an edit, damaged, or of a newer format.
             WrongWeightsError: made for other weights than `model`'s.
         """
-        head, tensors = _read(Path(path))
+        head, tensors = load_tensors(path, _KEY, "an edit")
         try:
-            if head["format"] != _FORMAT:
-                raise ValueError(f"format {head['format']}; this version reads {_FORMAT}")
+            if head.pop("format") != _FORMAT:
+                raise ValueError(f"another format; this version reads {_FORMAT}")
             changes = tuple(
                 Change(
                     matrix,
@@ -200,18 +273,11 @@ class Edit:
                     tensors.get(f"{matrix}.{layer}.left"),
                     tensors[f"{matrix}.{layer}.right"],
                 )
-                for matrix, layer in head["sites"]
+                for matrix, layer in head.pop("sites")
             )
-            edit = cls(
-                method=head["method"],
-                changes=changes,
-                fingerprint=head["fingerprint"],
-                processing=head["processing"],
-                request=head["request"],
-                settings=head["settings"],
-            )
+            edit = cls(changes=changes, **head)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no edit that can be read: {error!r}") from error
+            raise ValueError(f"{path} is not a readable edit file: {error!r}") from error
         if model is not None:
             edit.check(model)
         return edit
@@ -254,44 +320,86 @@ def stack(edits: Sequence[Edit], *, check: bool = True) -> Edit:
     )
 
 
-# -- files ----------------------------------------------------------------------------------------
+# -- applied edits --------------------------------------------------------------------------------
 
 
-def write_whole(path: Path, content: bytes) -> Path:
-    """Write a file that is there whole or not at all; an older one stays until then.
+@dataclass(frozen=True)
+class _Applied:
+    edit: Edit
+    before: str  # fingerprint of the weights it was applied to
+    originals: tuple[Tensor, ...]
+
+
+_STACKS: WeakKeyDictionary[HookedModel, list[_Applied]] = WeakKeyDictionary()
+
+
+def applied_edits(model: HookedModel) -> tuple[Edit, ...]:
+    """The edits applied to a model's weights, first applied first."""
+    return tuple(each.edit for each in _STACKS.get(model, ()))
+
+
+def describe(model: HookedModel, start: int = 0) -> str:
+    """The applied edits from the `start`-th on, one per line, first applied first."""
+    lines = [f"{i}: {edit}" for i, edit in enumerate(applied_edits(model))]
+    return "\n".join(lines[start:]) or "none"
+
+
+def check_weights(model: HookedModel, made_for: str, what: str = "the edit was") -> str:
+    """Refuse weights that `what` was not made for; returns the present fingerprint.
+
+    The present weights are right, and those under all edits now applied: edits made for one model
+    may be stacked, and an edit made on an edited model goes on top.
 
     Raises:
-        OSError: with the file's name, and nothing left behind.
+        WrongWeightsError: with the fingerprints.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, for os.replace is atomic within one file system only.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    now = fingerprint(model)
+    stack = _STACKS.get(model)
+    base = stack[0].before if stack else now
+    if made_for not in (now, base):
+        under = "" if now == base else f" (under the edits applied: {base})"
+        raise WrongWeightsError(
+            f"{what} made for weights {made_for}, this model's are {now}{under}; make it anew on "
+            "this model, or load the model it was made on with the same dtype and weight processing"
+        )
+    return now
+
+
+def _unwind(model: HookedModel, depth: int) -> None:
+    """Undo the edits above the lowest `depth` ones, whatever else happened to those weights.
+
+    After a failure it can be called again and goes on where it stopped.
+    """
+    for edit in reversed(applied_edits(model)[depth:]):
+        edit.undo(model, force=True)
+
+
+def _sum(old: Tensor, change: Change) -> Tensor:
+    """Old weight plus change, in the wider dtype of the two."""
+    factors = change.to(old.device, torch.promote_types(old.dtype, change.right.dtype))
+    return old.to(factors.right.dtype) + factors.delta()
+
+
+def _put_back(
+    model: HookedModel, originals: Sequence[tuple[Change, Tensor]], stack: list[_Applied]
+) -> None:
+    """Originals back into the weights, and `stack` as what is applied.
+
+    Copying twice does no harm, so whatever stops it in the midst (an interrupt, a device's error)
+    is met by doing all of it once more. Only what fails twice leaves the stack as it was.
+    """
     try:
-        with open(partial, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        if error.filename is None:  # a full disk is told without a name
-            error.filename = str(path)
+        for change, old in originals:
+            _restore(model, change, old)
+        _STACKS[model] = stack
+    except BaseException:
+        with ExitStack() as each:  # every matrix has its turn, whatever becomes of the others
+            for change, old in originals:
+                each.callback(_restore, model, change, old)
+        _STACKS[model] = stack
         raise
-    finally:
-        with suppress(OSError):  # gone already where all went well
-            partial.unlink()
-    return path
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no such edit: {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            head = json.loads((file.metadata() or {})[_KEY])
-            return head, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is no edit (a safetensors file with the key {_KEY!r}): {error}"
-        ) from error
+def _restore(model: HookedModel, change: Change, old: Tensor) -> None:
+    weight = live_matrix(model, *change.site)
+    weight.data.copy_(old.reshape(weight.shape))

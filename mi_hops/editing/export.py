@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from mi_hops.editing.change import read_matrix
 from mi_hops.editing.edit import Edit, stack
-from mi_hops.model import CHECKPOINTS, HookedModel, load_model
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mi_hops.model import CHECKPOINTS, HookedModel, dtype_of, load_model, prepends_bos, read_matrix
+from mi_hops.result.files import replacing
 
 #: Matrix -> where families keep it; ``{}`` is the layer. The module's class tells the order: a
 #: Conv1D stores [d_in, d_out], a Linear [d_out, d_in].
@@ -35,7 +31,9 @@ def export_hf(
     *,
     dtype: torch.dtype | str | None = None,
     max_shard_size: str = "5GB",
+    keep_tokenizer: bool = False,
     check: bool = True,
+    overwrite: bool = False,
 ) -> Path:
     """Write the edited model as a checkpoint folder that plain ``transformers`` loads.
 
@@ -43,64 +41,78 @@ def export_hf(
     in it but the edited matrices is kept: tied weights, tokenizer, configuration. Weights are
     summed in float32 or wider and cast once. Nothing of a remote repository's code is run.
 
+    A model can be loaded so that its prompts begin with a BOS which its tokenizer (GPT-2's, say)
+    does not add by itself. The one written then adds it, so that
+    ``transformers.pipeline("text-generation", folder)`` says what the edited model says.
+
     Args:
         model_or_path: a bundled model's name, a folder, a hub id; or a loaded model, whose
-            tokenizer knows where it came from. Edits that are in force on it count only if given.
+            tokenizer knows where it came from. Edits that are applied to it count only if given.
         edits: one, or several to be added up.
-        out: folder to make; must not exist, or be empty.
+        out: folder to make.
         dtype: of the new checkpoint; default that of the loaded model or of the old checkpoint.
         max_shard_size: size from which the weights are written in several files.
+        keep_tokenizer: write the tokenizer as it is, even where it treats BOS otherwise than the
+            model given does.
         check: refuse edits made for other weights. The fingerprint depends on the dtype: an edit
             of a model in float32 is refused for a checkpoint in bfloat16, unless ``dtype`` is
             float32 too.
+        overwrite: replace a folder (or file) that exists.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: `out` holds something.
+        FileExistsError: `out` exists, and `overwrite` is off.
         WrongWeightsError: edits for other weights.
-        ValueError: edits of processed weights, a model whose source is not known, or a family whose
-            modules are not known.
+        ValueError: edits of processed weights, a model whose source is not known, a family whose
+            modules are not known, or a tokenizer that cannot be made to treat BOS as the model does.
         OSError: a full disk; then no folder is left behind.
+
+    Examples:
+        >>> import tempfile
+        >>> from mi_hops import Hopland, creme, export_hf, load_model
+        >>> model = load_model("hops-gpt2")
+        >>> edit = creme(model, Hopland().sample(train=0, held_out=3)[0])
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     folder = export_hf(model, edit, f"{place}/edited")
+        ...     sorted(path.suffix for path in folder.iterdir())[-1]
+        '.safetensors'
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     edit = edits if isinstance(edits, Edit) else stack(list(edits), check=check)
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already; give a folder that does not exist yet")
     if edit.processing != "none":
         raise ValueError(
             "the edit is of processed (folded) weights, which are not those of the checkpoint; make "
             "it on a model loaded with processing='none'"
         )
-    source, dtype = _source(model_or_path, dtype)
-    edited = _edited_matrices(source, edit, dtype, check)
-    hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
-    for (matrix, layer), value in edited.items():
-        _write(hf, matrix, layer, value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
     try:
-        folder.mkdir()
-        hf.save_pretrained(folder, max_shard_size=max_shard_size)
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-        (folder / "mi_hops_edit.json").write_text(json.dumps(_record(edit), indent=2))
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
+        with replacing(out, overwrite=overwrite) as folder:
+            source, dtype = _source(model_or_path, dtype)
+            model = load_model(source, device="cpu", dtype=dtype)
+            with edit.applied(model, check=check):
+                edited = {c.site: read_matrix(model, *c.site) for c in edit.changes}
+            hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+            for (matrix, layer), value in edited.items():
+                _write(hf, matrix, layer, value)
+            folder.mkdir()
+            hf.save_pretrained(folder, max_shard_size=max_shard_size)
+            if keep_tokenizer:
+                AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+            else:
+                given = model if isinstance(model_or_path, str | Path) else model_or_path
+                _save_tokenizer(source, prepends_bos(given), folder)
+            (folder / "mi_hops_edit.json").write_text(json.dumps(_record(edit), indent=2))
     except Exception as error:
-        told = _told(error, out)
+        told = _as_os_error(error, Path(out))
         if told is error:
             raise
         raise told from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # gone already where all went well
-    return out
+    return Path(out)
 
 
-def _told(error: Exception, out: Path) -> Exception:
+def _as_os_error(error: Exception, out: Path) -> Exception:
     """What a writer raised, as an `OSError` with the folder's name where the system refused.
 
     safetensors and tokenizers tell of a full disk by exceptions of their own, with the number of
@@ -122,8 +134,6 @@ def _source(
     if isinstance(model_or_path, str | Path):
         bundled = CHECKPOINTS / str(model_or_path)
         return str(bundled if (bundled / "config.json").exists() else model_or_path), dtype
-    from mi_hops.model import dtype_of
-
     source = str(getattr(model_or_path.tokenizer, "name_or_path", ""))
     if not source:
         raise ValueError(
@@ -132,13 +142,31 @@ def _source(
     return source, dtype or dtype_of(model_or_path)
 
 
-def _edited_matrices(
-    source: str, edit: Edit, dtype: torch.dtype | str | None, check: bool
-) -> dict[tuple[str, int], Tensor]:
-    """The matrices with the edit in them, ``[d_in, d_out]``, as the package itself reads them."""
-    model = load_model(source, device="cpu", dtype=dtype)
-    with edit.applied(model, check=check):
-        return {c.site: read_matrix(model, *c.site) for c in edit.changes}
+def _save_tokenizer(source: str, bos: bool, folder: Path) -> None:
+    """The checkpoint's tokenizer, made to add BOS where the model's prompts begin with it."""
+    from tokenizers.processors import Sequence as InTurn
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    def adds_bos(tokenizer: Any) -> bool:
+        return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    if bos and not adds_bos(tokenizer):
+        core, name = tokenizer.backend_tokenizer, tokenizer.bos_token
+        adding: Any = TemplateProcessing(
+            single=[name, "$A"],
+            pair=[name, "$A", "$B"],
+            special_tokens=[(name, tokenizer.bos_token_id)],
+        )
+        own = core.post_processor
+        core.post_processor = adding if own is None else InTurn([own, adding])
+    tokenizer.save_pretrained(folder)
+    if adds_bos(AutoTokenizer.from_pretrained(folder)) != bos:
+        raise ValueError(
+            f"the model's prompts {'begin' if bos else 'do not begin'} with BOS, and its tokenizer "
+            "could not be made to do the same; pass keep_tokenizer=True to write it as it is"
+        )
 
 
 def _write(hf: Any, matrix: str, layer: int, value: Tensor) -> None:

@@ -11,35 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mi_hops.editing.change import Change, input_hook, merge, output_hook
-from mi_hops.editing.checks import check_editable, check_layers
-from mi_hops.editing.creme import CremeRun, as_edit
+from mi_hops.editing.creme import CremeRun, as_edit, editable_for
 from mi_hops.editing.edit import Edit
-from mi_hops.editing.passes import run_blocks
+from mi_hops.editing.passes import activations
 from mi_hops.editing.plans import CremeSettings, Plan, chunk_plans, plan_request, read_plan
-from mi_hops.editing.request import Request, requests_of
+from mi_hops.editing.request import Asked, requests_of
 from mi_hops.editing.rows import edit_hooks
-from mi_hops.editing.solve import inverse_times, solve_keys
-from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model import Hook, HookedModel, dtype_of, hook_name, processing_of
-from mi_hops.model.numeric import wide_dtype
+from mi_hops.editing.solve import solve_keys
+from mi_hops.model import HookedModel, hook_name
 from mi_hops.result.progress import progress_bar
 from mi_hops.text.tokens import pad
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def creme_joint(
     model: HookedModel,
-    asked: Iterable[TwoHopFact | Request],
+    asked: Iterable[Asked],
     *,
-    layers: Sequence[int],
+    layers: int | Sequence[int] | None = None,
     ridge: float = 0.3,
+    strength: float = 1.0,
     batch_size: int = 256,
     progress: bool = False,
     **settings: Any,
@@ -51,52 +47,44 @@ def creme_joint(
 
     Args:
         asked: facts, or requests.
-        layers: blocks to edit.
+        layers: blocks to edit; default the last third.
         ridge: λ above, in units of the mean of the diagonal of ``K C^-1 K^T``. 0 meets every key
             exactly, which needs keys that do not depend on one another, fewer than d_in.
+        strength: share of the change that is made; here `ridge` already holds it back.
         batch_size: prompts in one pass.
         progress: show a progress bar over layers.
-        settings: see `CremeSettings`; the kept prompts of all facts are kept together.
+        settings: of `CremeSettings`; the kept prompts of all facts are kept together.
 
     Returns:
-        An `Edit` with as many factors a layer as there are keys, or a dense change where those
+        An `Edit` with as many factors per layer as there are keys, or a dense change where those
         would take more room.
 
     Raises:
         ValueError: no facts, a negative ridge, or as `creme.creme_many`.
     """
-    how = CremeSettings(**settings)
+    how = CremeSettings(strength=strength, **settings)
     requests = requests_of(asked, how.form, how.keep)
     if not requests:
         raise ValueError("no facts to edit")
     if ridge < 0:
         raise ValueError(f"ridge is {ridge}; expected 0 or more")
-    chosen = check_layers(model, layers)
-    fingerprint_of_weights = check_editable(model, how.covariance, chosen, processed=how.processed)
+    editable = editable_for(model, layers, how)
     plans = [plan_request(model, request, how) for request in requests]
-    wide = wide_dtype(dtype_of(model))
-
-    def edit(changes: Sequence[Change]) -> Edit:
-        return Edit(
-            method="creme-joint",
-            changes=tuple(changes),
-            fingerprint=fingerprint_of_weights,
-            processing=processing_of(model),
-            request={"joint": [request.to_dict() for request in requests]},
-            settings={"layers": list(chosen), "ridge": ridge, **how.to_dict()},
-        )
-
+    request = {"joint": [each.to_dict() for each in requests]}
+    record = {"layers": list(editable.layers), "ridge": ridge, **how.to_dict()}
     done: list[Change] = []
-    for layer in progress_bar(chosen, label="joint CREME, layers", show=progress):
-        below = edit(done) if done else None
+    for layer in progress_bar(editable.layers, label="joint CREME, layers", show=progress):
+        below = editable.edit("creme-joint", request, done, record) if done else None
         keys, kept, change = _gather(model, plans, layer, how, below, batch_size)
-        inverse = inverse_times(how.covariance, layer, torch.cat([keys, kept]))
         left = solve_keys(
-            keys, kept if len(kept) else None, inverse=inverse, slack=how.slack, ridge=ridge
+            keys,
+            kept if len(kept) else None,
+            inverse=editable.inverse_times(layer, torch.cat([keys, kept])),
+            slack=how.slack,
+            ridge=ridge,
         )
-        right = (how.strength * change).to(wide)
-        done.append(merge([Change("W_O", layer, left.to(wide), right)]))
-    return edit(done)
+        done.append(merge([editable.change(layer, left, strength * change)]))
+    return editable.edit("creme-joint", request, done, record)
 
 
 def _gather(
@@ -107,30 +95,19 @@ def _gather(
     below: Edit | None,
     batch_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, kept keys and changes of all plans at one layer, with `below` in force."""
+    """Keys, kept keys and changes of all plans at one layer, with `below` applied."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
+    names = (hook_name("resid_pre", layer), input_hook("W_O", layer), output_hook("W_O", layer))
     for members in chunk_plans(plans, batch_size):
         part = [plans[i] for i in members]
         tokens = pad([row for plan in part for row in plan.rows]).tokens
         rows = [below if on else None for plan in part for on in plan.edited(how.target)]
-        seen: dict[str, Tensor] = {}
-
-        def keep(name: str, seen: dict[str, Tensor] = seen) -> Any:
-            return lambda x: seen.update({name: x.flatten(2)})
-
-        hooks: list[Hook] = [
-            *edit_hooks(model, rows),
-            (hook_name("resid_pre", layer), keep("before")),
-            (input_hook("W_O", layer), keep("z")),
-            (output_hook("W_O", layer), keep("out")),
-        ]
-        run_blocks(model, tokens, layer, hooks)
-        stream = seen["out"]
+        before, z, stream = activations(model, tokens, layer, names, edit_hooks(model, rows))
         if how.match == "residual":  # what enters the block may come from another device
-            stream = stream + seen["before"].to(stream.device)
+            stream = stream + before.to(stream.device)
         start = 0
         for plan in part:
-            found.append(read_plan(plan, start, seen["z"], stream))
+            found.append(read_plan(plan, start, z, stream))
             start += len(plan.rows)
     keys, kept, change = (torch.cat(parts) for parts in zip(*found, strict=True))
     return keys, kept, change
@@ -138,26 +115,26 @@ def _gather(
 
 def creme_sequential(
     model: HookedModel,
-    asked: Iterable[TwoHopFact | Request],
+    asked: Iterable[Asked],
     *,
-    layers: Sequence[int],
+    layers: int | Sequence[int] | None = None,
     hold: bool = True,
     progress: bool = False,
     **settings: Any,
 ) -> list[Edit]:
     """CREME edits made one after the other, each on the model as edited so far.
 
-    The model is left as it is. To have the first n in force, apply the first n in order; to have
+    The model is left as it is. To have the first n applied, apply the first n in order; to have
     them as one edit, ``stack(edits[:n], check=False)``.
 
     Args:
         asked: facts, or requests.
-        layers: blocks to edit.
+        layers: blocks to edit; default the last third.
         hold: keep what earlier edits made: at the inputs they act on and those they keep, a later
             edit changes an output no more than `CremeSettings.slack` lets it. Those inputs are as
             they were when the earlier edit was made. False makes each edit as if it were the first.
         progress: show a progress bar over facts.
-        settings: see `CremeSettings`.
+        settings: of `CremeSettings`.
 
     Raises:
         ValueError: as `creme.creme_many`; with `hold`, also a slack of 0, which no edit could meet
@@ -169,7 +146,7 @@ def creme_sequential(
             "slack is 0; holding earlier edits needs slack above 0, or pass hold=False"
         )
     requests = requests_of(asked, how.form, how.keep)
-    chosen = check_layers(model, layers)
+    editable_for(model, layers, how)  # refused before any plan is made
     plans = [plan_request(model, request, how) for request in requests]
     held: dict[int, Tensor] = {}
     edits: list[Edit] = []
@@ -177,12 +154,10 @@ def creme_sequential(
         for request, plan in progress_bar(
             list(zip(requests, plans, strict=True)), label="sequential CREME", show=progress
         ):
-            fingerprint_of_weights = check_editable(
-                model, how.covariance, chosen, processed=how.processed
-            )
-            run = CremeRun([plan], model, chosen, how, held if hold else None)
+            editable = editable_for(model, layers, how)  # of the weights as edited so far
+            run = CremeRun([plan], model, editable, how, held if hold else None)
             (changes,) = run.changes()
-            edits.append(as_edit(model, request, changes, fingerprint_of_weights, how, hold=hold))
+            edits.append(as_edit(editable, request, changes, how, hold=hold))
             for layer, keys in run.keys.items():
                 held[layer] = torch.cat([held[layer], keys]) if layer in held else keys
             applied.enter_context(edits[-1].applied(model, check=False))

@@ -12,16 +12,20 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from fancy_einsum import einsum
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from mi_hops.editing.change import input_hook
-from mi_hops.editing.edit import write_whole
+from mi_hops.editing.files import load_tensors, save_tensors
 from mi_hops.editing.passes import run_blocks
+from mi_hops.editing.solve import SingularError
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import (
     Hook,
@@ -32,24 +36,18 @@ from mi_hops.model import (
     processing_of,
     require_layers,
 )
-from mi_hops.model.numeric import wide_dtype
+from mi_hops.model.numeric import widen
+from mi_hops.result.progress import progress_bar
 from mi_hops.text.corpus import token_batches
 from mi_hops.text.tokens import Batch
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
 Positions = Literal["all", "last"]
+Shrinkage = float | Literal["ledoit-wolf"]
 Corpus = Iterable[str | TwoHopFact] | str | Path
 _KEY = "mi_hops_moments"
 
 
-class SingularError(ValueError):
-    """A system of equations that has no reliable solution."""
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Moments:
     """Second moments of a matrix's input, and how much they are shrunk when used.
 
@@ -60,7 +58,7 @@ class Moments:
         n: tokens counted.
         fingerprint, processing: of the model's weights.
         shrinkage: ``"ledoit-wolf"``, or a share from 0 to 1 of the scaled identity mixed in.
-        source: what was counted: positions, tokens a pass, dtype, and the text by its name or digest.
+        source: what was counted: positions, tokens per pass, dtype, and the digest of the text.
     """
 
     matrix: str
@@ -69,8 +67,8 @@ class Moments:
     n: int
     fingerprint: str
     processing: str = "none"
-    shrinkage: float | Literal["ledoit-wolf"] = "ledoit-wolf"
-    source: Mapping[str, Any] | None = None
+    shrinkage: Shrinkage = "ledoit-wolf"
+    source: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.shrinkage != "ledoit-wolf" and not (
@@ -80,12 +78,19 @@ class Moments:
                 f"shrinkage is {self.shrinkage!r}; expected 'ledoit-wolf' or a share from 0 to 1"
             )
 
+    def __repr__(self) -> str:
+        layers = f"{len(self.second)} layers" if len(self.second) > 12 else f"layers {self.layers}"
+        return (
+            f"<second moments of the input of {self.matrix}: {layers}, {self.n:,} tokens, "
+            f"shrinkage {self.shrinkage!r} | for {self.fingerprint}>"
+        )
+
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers there are moments of, ascending."""
         return tuple(sorted(self.second))
 
-    def with_shrinkage(self, shrinkage: float | Literal["ledoit-wolf"]) -> Moments:
+    def with_shrinkage(self, shrinkage: Shrinkage) -> Moments:
         """The same moments, shrunk otherwise."""
         return replace(self, shrinkage=shrinkage)
 
@@ -136,17 +141,18 @@ class Moments:
             self._factors[at] = _cholesky(self.shrunk(layer), layer).to(keys.device)
         return torch.cholesky_solve(keys.double().T, self._factors[at]).T
 
-    def save(self, path: str | Path) -> Path:
-        """Write one safetensors file, whole or not at all."""
-        from safetensors.torch import save
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write one ``.safetensors`` file, whole or not at all.
 
-        head = {
-            "matrix": self.matrix, "n": self.n, "fingerprint": self.fingerprint,
-            "processing": self.processing, "shrinkage": self.shrinkage,
-            "source": dict(self.source or {}), "fourth": {str(k): v for k, v in self.fourth.items()},
-        }  # fmt: skip
-        tensors = {str(layer): c.contiguous() for layer, c in self.second.items()}
-        return write_whole(Path(path), save(tensors, {_KEY: json.dumps(head)}))
+        Raises:
+            ValueError: another suffix.
+            FileExistsError: the file exists, and `overwrite` is off.
+        """
+        names = ("matrix", "n", "fingerprint", "processing", "shrinkage")
+        head = {name: getattr(self, name) for name in names}
+        head |= {"source": dict(self.source), "fourth": {str(k): v for k, v in self.fourth.items()}}
+        tensors = {str(layer): c for layer, c in self.second.items()}
+        return save_tensors(path, _KEY, head, tensors, overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:
@@ -154,20 +160,15 @@ class Moments:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a file that holds no moments.
+            ValueError: a file that does not hold moments.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no such moments: {path}")
+        head, tensors = load_tensors(path, _KEY, "a file of moments")
         try:
-            with safe_open(path, framework="pt") as file:
-                head = json.loads((file.metadata() or {})[_KEY])
-                second = {int(k): file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            second = {int(k): c for k, c in tensors.items()}
             fourth = {int(k): v for k, v in head.pop("fourth").items()}
             return cls(second=second, fourth=fourth, **head)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no moments that can be read: {error!r}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a readable file of moments: {error!r}") from error
 
 
 def _cholesky(c: Tensor, layer: int) -> Tensor:
@@ -193,10 +194,9 @@ def second_moments(
     layers: Sequence[int] | None = None,
     matrix: str = "W_O",
     positions: Positions = "all",
-    shrinkage: float | Literal["ledoit-wolf"] = "ledoit-wolf",
+    shrinkage: Shrinkage = "ledoit-wolf",
     max_tokens: int = 4096,
     cache: str | Path | None = None,
-    name: str | None = None,
     progress: bool = False,
 ) -> Moments:
     """Second moments of a matrix's input over a text, all layers in one pass over it.
@@ -214,12 +214,17 @@ def second_moments(
         max_tokens: tokens in one forward pass.
         cache: a folder. Moments of the same weights, text and settings are read from it, and new
             ones written there, under a name that is made of those.
-        name: stands for the text in the cache's key and in `Moments.source`; needed with `cache`
-            where the corpus can be read only once. Otherwise the text itself is digested.
 
     Raises:
-        ValueError: layers or a matrix the model has not got, an empty corpus, a corpus that can be
-            read only once together with `cache` but no `name`, or activations that are not finite.
+        ValueError: layers or a matrix the model does not have, an empty corpus, a generator together
+            with `cache`, or activations that are not finite.
+
+    Examples:
+        >>> from mi_hops import Hopland, load_model, second_moments
+        >>> model = load_model("hops-gpt2")
+        >>> c = second_moments(model, Hopland().sample(train=20, held_out=0), layers=[4, 5])
+        >>> c.shrunk(4).shape
+        torch.Size([128, 128])
     """
     wanted = sorted(set(range(model.cfg.n_layers) if layers is None else layers))
     if not wanted:
@@ -228,47 +233,59 @@ def second_moments(
     hooks = [input_hook(matrix, layer) for layer in wanted]
     if positions not in ("all", "last"):
         raise ValueError(f"positions is {positions!r}; expected 'all' or 'last'")
-    digest = _Digest()
-    if name is None and not isinstance(corpus, str | os.PathLike) and iter(corpus) is corpus:
+    digest = hashlib.sha256()
+    if isinstance(corpus, str | os.PathLike):
+        with open(corpus, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    elif iter(corpus) is corpus:
         if cache is not None:
             raise ValueError(
-                "the corpus is a generator and can be read only once; pass a list, or a name= under "
-                "which its moments are to be cached"
+                "the corpus is a generator and can be read only once, and moments are cached under a "
+                "name made of the text; pass a list or the path of a file"
             )
-        corpus, text = digest.passing(corpus), None  # told when it has been read
+        corpus = _digested(corpus, digest)  # complete when it has been read
     else:
-        text = digest.of(corpus) if name is None else name
-    source: dict[str, Any] = {"positions": positions, "max_tokens": max_tokens, "text": text}
-    path = None
-    fingerprint_of_weights = fingerprint(model)
+        for _ in _digested(corpus, digest):
+            pass
+    source: dict[str, Any] = {"positions": positions, "max_tokens": max_tokens}
+    made_for, path = fingerprint(model), None
     if cache is not None:
-        key = json.dumps([fingerprint_of_weights, processing_of(model), matrix, wanted, source])
+        text = {**source, "text": digest.hexdigest()}
+        key = json.dumps([made_for, processing_of(model), matrix, wanted, text])
         path = Path(cache) / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
         if path.is_file():
             return Moments.load(path).with_shrinkage(shrinkage)
     sums = {layer: _Sum() for layer in wanted}
     n = 0
-    for batch in _bar(token_batches(model, corpus, max_tokens=max_tokens), progress):
+    batches = token_batches(model, corpus, max_tokens=max_tokens)
+    for batch in progress_bar(batches, label="second moments", show=progress, unit="batch"):
         mask = _counted(batch, positions)
         n += int(mask.sum())
         found: list[Hook] = [
             (hook, sums[layer].adder(mask)) for hook, layer in zip(hooks, wanted, strict=True)
         ]
         run_blocks(model, batch.tokens, wanted[-1], found)
-    source["text"] = text or digest.hex
+    dtype = str(dtype_of(model)).removeprefix("torch.")
+    second = {layer: s.second.cpu() / n for layer, s in sums.items()}
+    if wrong := [i for i, c in second.items() if not torch.isfinite(c).all()]:
+        raise ValueError(
+            f"the activations of layer(s) {wrong} are not finite (dtype of the run: {dtype}); use a "
+            "wider dtype"
+        )
     moments = Moments(
         matrix=matrix,
-        second={layer: s.second.cpu() / n for layer, s in sums.items()},
+        second=second,
         fourth={layer: float(s.fourth) / n for layer, s in sums.items()},
         n=n,
-        fingerprint=fingerprint_of_weights,
+        fingerprint=made_for,
         processing=processing_of(model),
         shrinkage=shrinkage,
-        source={**source, "dtype": str(dtype_of(model)).removeprefix("torch.")},
+        source={**source, "text": digest.hexdigest(), "dtype": dtype},
     )
-    _refuse_non_finite(moments)
     if path is not None:
-        moments.save(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        moments.save(path, overwrite=True)  # another process may have been faster
     return moments
 
 
@@ -278,11 +295,10 @@ class _Sum:
     second: Tensor
     fourth: Tensor
 
-    def adder(self, mask: Tensor) -> HookFn:
+    def adder(self, mask: Bool[Tensor, "row pos"]) -> HookFn:
         def add(x: Tensor) -> None:
-            wide = wide_dtype(x.dtype)
-            rows = x.flatten(2)[mask.to(x.device)].to(wide)
-            second = (rows.T @ rows).double()
+            rows = widen(x.flatten(2)[mask.to(x.device)])
+            second = einsum("token d, token e -> d e", rows, rows).double()
             fourth = (rows * rows).sum(1).double().square().sum()
             if hasattr(self, "second"):
                 self.second += second
@@ -293,7 +309,7 @@ class _Sum:
         return add
 
 
-def _counted(batch: Batch, positions: Positions) -> Tensor:
+def _counted(batch: Batch, positions: Positions) -> Bool[Tensor, "row pos"]:
     if positions == "all":
         return batch.mask
     mask = torch.zeros_like(batch.mask)
@@ -301,46 +317,9 @@ def _counted(batch: Batch, positions: Positions) -> Tensor:
     return mask
 
 
-def _refuse_non_finite(moments: Moments) -> None:
-    wrong = [i for i, c in moments.second.items() if not torch.isfinite(c).all()]
-    if wrong:
-        raise ValueError(
-            f"the activations of layer(s) {wrong} are not finite (dtype of the run: "
-            f"{(moments.source or {}).get('dtype')}); use a wider dtype"
-        )
-
-
-def _bar(batches: Iterator[Batch], progress: bool) -> Iterable[Batch]:
-    from tqdm.auto import tqdm
-
-    return tqdm(batches, disable=not progress, desc="second moments", unit="batch")
-
-
-class _Digest:
-    """Names a text by what it says, before it is read or while it is."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    @property
-    def hex(self) -> str:
-        """Of all that has gone through."""
-        return self._hash.hexdigest()
-
-    def of(self, corpus: Corpus) -> str:
-        """Of a text that can be read more than once."""
-        if isinstance(corpus, str | os.PathLike):
-            with open(corpus, "rb") as file:
-                while block := file.read(1 << 20):
-                    self._hash.update(block)
-        else:
-            for _ in self.passing(corpus):
-                pass
-        return self.hex
-
-    def passing(self, corpus: Iterable[str | TwoHopFact]) -> Iterator[str | TwoHopFact]:
-        """The items, digested as they pass."""
-        for item in corpus:
-            text = json.dumps(item.to_dict()) if isinstance(item, TwoHopFact) else str(item)
-            self._hash.update(text.encode() + b"\0")
-            yield item
+def _digested(corpus: Iterable[str | TwoHopFact], digest: Any) -> Iterator[str | TwoHopFact]:
+    """The items as they are; what passes is added to `digest`."""
+    for item in corpus:
+        text = json.dumps(item.to_dict()) if isinstance(item, TwoHopFact) else str(item)
+        digest.update(text.encode() + b"\0")
+        yield item

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from mi_hops.model import Hook, HookedModel, forward
-
-if TYPE_CHECKING:
-    from jaxtyping import Int
-    from torch import Tensor
+from mi_hops.model import Hook, HookedModel, HookFn, forward
 
 
 def run_blocks(
@@ -27,3 +24,20 @@ def run_blocks(
         else:
             cut: Hook = ("unembed.hook_in", lambda x: x[:, :1])
             forward(model, tokens, hooks=[*hooks, cut])
+
+
+def activations(
+    model: HookedModel,
+    tokens: Int[Tensor, "row pos"],
+    last_layer: int,
+    names: Sequence[str],
+    hooks: Sequence[Hook] = (),
+) -> list[Tensor]:
+    """Activations ``[row, pos, d]`` at hook points of the blocks run, after `hooks` have acted."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> HookFn:
+        return lambda x: found.update({name: x.flatten(2)})
+
+    run_blocks(model, tokens, last_layer, [*hooks, *((name, keep(name)) for name in names)])
+    return [found[name] for name in names]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.editing.moments import Moments
 from mi_hops.editing.request import (
@@ -22,44 +24,41 @@ from mi_hops.facts.templates import CONTEXTS
 from mi_hops.model import HookedModel
 from mi_hops.text.tokens import answer_ids, encode
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 Cover = Literal["first", "answer"]
 Target = Literal["edited", "clean"]
 Match = Literal["attention", "residual"]
 
 #: The edit of the published code, where this package's defaults depart from it.
-PAPER: dict[str, Any] = {"match": "attention", "cover": "first", "keep": None}
+PAPER: dict[str, Any] = {"match": "attention", "cover": "first", "keep": None, "strength": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CremeSettings:
     """How CREME edits are made, layers aside.
 
-    `PAPER` holds the published code's settings where these defaults depart from them, to be used with
-    ``covariance=None``: ``creme(model, fact, layers=..., **PAPER)``.
+    The defaults are those measured best on the bundled models. `PAPER` holds the published code's
+    settings where these depart from them, to be used with ``covariance=None``:
+    ``creme(model, fact, layers=..., **PAPER)``.
 
     Attributes:
         form: of the prompts edited (facts only); default the first a fact has of both hops.
         covariance: second moments of z at the layers edited; None for C = I.
         templates: context templates, each with one ``{}``; keys and values are averaged over them.
         position: ``"last"`` token of the prompt, or the last one of the ``"subject"`` (the first-hop
-            phrase; in the guide the bridge).
-        target: where v* comes from: the guide run on the model as ``"edited"`` at lower layers (the
-            published code), or on the ``"clean"`` model.
-        match: what the edited layer is to reproduce at the key: the guide's ``"attention"`` output
-            (the paper), or the guide's ``"residual"`` stream after attention, so that the change
-            makes up for what earlier layers wrote differently as well.
+            phrase; in the second-hop prompt the bridge).
+        target: where v* comes from: the second-hop prompt run on the model as ``"edited"`` at lower
+            layers (the published code), or on the ``"clean"`` model.
+        match: what the edited layer is to reproduce at the key: the second-hop prompt's
+            ``"attention"`` output (the paper), or its ``"residual"`` stream after attention, so that
+            the change makes up for what earlier layers wrote differently as well.
         cover: ``"first"`` edits the prompt's key only; ``"answer"`` also the keys of the answer's
             own tokens but the last, so that the rest of the answer is carried over as well.
         keep: prompts at whose last token the attention output is to stay as it is: ``"hops"`` for
             the fact's own single-hop prompts of the form edited, or a function from a fact to
             prompts. A request brings its own; they count where this is not None.
         slack: how far kept prompts may move (see `solve.solve_keys`).
-        strength: share of the change that is made; 1 reproduces the guide at the key (the paper),
-            less moves unrelated prompts less and the edited one usually still enough.
-        processed: make edits of processed (folded) weights; they are other edits.
+        strength: share of the change that is made; 1 reproduces the second-hop prompt at the key
+            (the paper), less moves unrelated prompts less and the edited one usually still enough.
     """
 
     form: str | None = None
@@ -71,12 +70,10 @@ class CremeSettings:
     cover: Cover = "answer"
     keep: Keep = "hops"
     slack: float = 0.1
-    strength: float = 1.0
-    processed: bool = False
+    strength: float = 0.7
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "templates", tuple(self.templates))
-        check_templates(self.templates)
+        object.__setattr__(self, "templates", check_templates(self.templates))
         for name, choices in (
             ("position", ("last", "subject")),
             ("target", ("edited", "clean")),
@@ -97,45 +94,44 @@ class CremeSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for the record of an edit."""
         c = self.covariance
+        counted = None if c is None else {"n": c.n, "shrinkage": c.shrinkage, **c.source}
+        keep = getattr(self.keep, "__name__", self.keep)
         return {
-            "form": self.form,
-            "covariance": None
-            if c is None
-            else {"n": c.n, "shrinkage": c.shrinkage, **(c.source or {})},
+            **vars(self),
+            "covariance": counted,
             "templates": list(self.templates),
-            "position": self.position,
-            "target": self.target,
-            "match": self.match,
-            "cover": self.cover,
-            "keep": getattr(self.keep, "__name__", self.keep),
-            "slack": self.slack,
-            "strength": self.strength,
+            "keep": keep,
         }
+
+
+def default_layers(model: HookedModel) -> tuple[int, ...]:
+    """The last third of the blocks (rounded up), where edits were measured to work best."""
+    n = int(model.cfg.n_layers)
+    return tuple(range(n - -(-n // 3), n))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of one fact: composites, guides (one a template each), then kept prompts.
+    """The rows of one fact: two-hop and second-hop prompts (each once per template), then kept ones.
 
-    `composite` and `guide` hold, for each key, the position in each of those rows; `kept` the
+    `two_hop` and `second_hop` hold, for each key, the position in each of those rows; `kept` the
     position in each kept row.
     """
 
     rows: tuple[tuple[int, ...], ...]
-    composite: tuple[tuple[int, ...], ...]
-    guide: tuple[tuple[int, ...], ...]
+    two_hop: tuple[tuple[int, ...], ...]
+    second_hop: tuple[tuple[int, ...], ...]
     kept: tuple[int, ...]
 
     @property
     def templates(self) -> int:
         """Number of context templates."""
-        return len(self.composite[0])
+        return len(self.two_hop[0])
 
     def edited(self, target: Target) -> list[bool]:
         """For each row whether the changes made at lower layers act on it."""
         n = self.templates
-        guides = target == "edited"
-        return [True] * n + [guides] * n + [True] * len(self.kept)
+        return [True] * n + [target == "edited"] * n + [True] * len(self.kept)
 
 
 def plan_request(model: HookedModel, request: Request, how: CremeSettings) -> Plan:
@@ -153,7 +149,10 @@ def plan_request(model: HookedModel, request: Request, how: CremeSettings) -> Pl
         )
     rows: list[tuple[int, ...]] = []
     where: list[list[tuple[int, ...]]] = []
-    for text, phrase in ((request.composite, request.subject), (request.guide, request.bridge)):
+    for text, phrase in (
+        (request.two_hop_prompt, request.subject),
+        (request.second_hop_prompt, request.bridge),
+    ):
         at = []
         for template in how.templates:
             prompt = encode(model, fill(template, text))
@@ -166,8 +165,8 @@ def plan_request(model: HookedModel, request: Request, how: CremeSettings) -> Pl
         where.append(at)
     kept = [encode(model, text) for text in request.keep] if how.keep else []
     rows += [p.ids for p in kept]
-    composite, guide = (tuple(zip(*at, strict=True)) for at in where)
-    return Plan(tuple(rows), composite, guide, tuple(p.last for p in kept))
+    two_hop, second_hop = (tuple(zip(*at, strict=True)) for at in where)
+    return Plan(tuple(rows), two_hop, second_hop, tuple(p.last for p in kept))
 
 
 def chunk_plans(plans: Sequence[Plan], batch_size: int) -> list[list[int]]:
@@ -186,24 +185,22 @@ def chunk_plans(plans: Sequence[Plan], batch_size: int) -> list[list[int]]:
     return chunks
 
 
-def read_plan(plan: Plan, start: int, z: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys ``[key, d_in]``, kept keys ``[kept, d_in]`` and changes ``[key, d_out]``, float64.
-
-    Keys and changes are means over templates.
+def read_plan(
+    plan: Plan, start: int, z: Float[Tensor, "row pos d_in"], out: Float[Tensor, "row pos d_out"]
+) -> tuple[Float[Tensor, "key d_in"], Float[Tensor, "kept d_in"], Float[Tensor, "key d_out"]]:
+    """Keys, kept keys and changes of one fact, float64; keys and changes are means over templates.
 
     Args:
         start: row of `z` and `out` where the plan's rows begin.
-        z: ``[row, pos, d_in]``.
-        out: ``[row, pos, d_out]``, what the composite is to have of the guide.
+        out: where the two-hop prompt is to become like the second-hop prompt.
     """
-    n = plan.templates
-    device = z.device
-    composites = torch.arange(start, start + n, device=device)[None]
-    guides = composites + n
+    n, device = plan.templates, z.device
+    asked = torch.arange(start, start + n, device=device)[None]
+    second = asked + n
     kept = torch.arange(len(plan.kept), device=device) + start + 2 * n
-    at = torch.tensor(plan.composite, device=device)
-    at_guide = torch.tensor(plan.guide, device=device)
+    at = torch.tensor(plan.two_hop, device=device)
+    at_second = torch.tensor(plan.second_hop, device=device)
     at_kept = torch.tensor(plan.kept, dtype=torch.long, device=device)
-    keys = z[composites, at].double().mean(1)
-    change = out[guides, at_guide].double().mean(1) - out[composites, at].double().mean(1)
+    keys = z[asked, at].double().mean(1)
+    change = out[second, at_second].double().mean(1) - out[asked, at].double().mean(1)
     return keys, z[kept, at_kept].double(), change

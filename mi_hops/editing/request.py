@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from textwrap import shorten
 from typing import Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
@@ -16,29 +17,30 @@ Position = Literal["last", "subject"]
 Keep = Literal["hops"] | Callable[[TwoHopFact], Sequence[str]] | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Request:
     """A two-hop prompt, and the second-hop prompt whose computation it is to take over.
 
     Attributes:
-        composite: the two-hop prompt ("The nationality of the author of Misery is").
-        guide: the same question about the bridge ("The nationality of Stephen King is").
-        bridge: the entity between the hops, which stands in the guide.
+        two_hop_prompt: "The nationality of the author of Misery is".
+        second_hop_prompt: the same question about the bridge, "The nationality of Stephen King is".
+        bridge: the entity between the hops, which the second-hop prompt names.
         target: the answer; a record, and needed where the whole answer is covered.
-        subject: the phrase in `composite` that `bridge` replaces in the guide.
+        subject: the phrase in the two-hop prompt that the bridge replaces in the second-hop prompt.
         keep: prompts whose last token should be answered as before (used where constraints are
             asked for).
         id: of the fact it came from.
 
     Raises:
-        ValueError: an empty prompt, a guide that equals the composite (such an edit changes
-            nothing), a bridge that does not stand in the guide; with a subject, one that does not
-            stand in the composite or stands there twice, or a guide that is not the composite with
-            the bridge in its place (case, white space and an article before the name aside).
+        ValueError: an empty prompt, two prompts that are equal (such an edit changes nothing), a
+            bridge that does not appear in the second-hop prompt; with a subject, one that does not
+            appear in the two-hop prompt or appears there twice, or a second-hop prompt that is not
+            the two-hop prompt with the bridge in its place (case, white space and an article before
+            the name aside).
     """
 
-    composite: str
-    guide: str
+    two_hop_prompt: str
+    second_hop_prompt: str
     bridge: str
     target: str = ""
     subject: str = ""
@@ -47,44 +49,48 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))
-        for name in ("composite", "guide", "bridge"):
+        for name in ("two_hop_prompt", "second_hop_prompt", "bridge"):
             if not getattr(self, name).strip():
                 raise ValueError(f"edit request {self.id!r}: {name} is empty")
-        if _plain(self.composite) == _plain(self.guide):
+        if _plain(self.two_hop_prompt) == _plain(self.second_hop_prompt):
             raise ValueError(
-                f"edit request {self.id!r}: composite and guide are both {self.guide!r}, so the "
-                "edit would change nothing; the guide names the bridge where the composite "
-                "describes it"
+                f"edit request {self.id!r}: both prompts are {self.second_hop_prompt!r}, so the edit "
+                "would change nothing; the second-hop prompt names the bridge where the two-hop "
+                "prompt describes it"
             )
-        if _plain(self.bridge) not in _plain(self.guide):
+        if _plain(self.bridge) not in _plain(self.second_hop_prompt):
             raise ValueError(
-                f"edit request {self.id!r}: the bridge {self.bridge!r} does not stand in the guide "
-                f"{self.guide!r}; pass the second-hop prompt that names it"
+                f"edit request {self.id!r}: the bridge {self.bridge!r} does not appear in the "
+                f"second-hop prompt {self.second_hop_prompt!r}; pass the one that names it"
             )
         if self.subject:
             self._check_frame()
 
     def _check_frame(self) -> None:
-        """Refuse a guide that is another question than the composite about another name."""
-        subject, composite = _plain(self.subject), _plain(self.composite)
-        places = _places(subject, composite)
+        """Refuse a second-hop prompt that asks another question about the bridge."""
+        subject, asked = _plain(self.subject), _plain(self.two_hop_prompt)
+        places = _places(subject, asked)
         if len(places) != 1:
-            how = f"stands {len(places)} times" if places else "does not stand"
+            how = f"appears {len(places)} times" if places else "does not appear"
             raise ValueError(
-                f"edit request {self.id!r}: the subject {self.subject!r} {how} in the composite prompt "
-                f"{self.composite!r}; it must stand there once, in the place of the bridge"
+                f"edit request {self.id!r}: the subject {self.subject!r} {how} in the two-hop prompt "
+                f"{self.two_hop_prompt!r}; expected it there once, in the place of the bridge"
             )
         (start,) = places
-        before, after = composite[:start], composite[start + len(subject) :]
+        before, after = asked[:start], asked[start + len(subject) :]
         article = next((a for a in ARTICLES if f" {before}".endswith(f" {a}")), "")
         stem = before.removesuffix(article)
         fitting = {f"{stem}{a}{_plain(self.bridge)}{after}" for a in ("", *ARTICLES)}
-        if _plain(self.guide) not in fitting:
+        if _plain(self.second_hop_prompt) not in fitting:
             raise ValueError(
-                f"edit request {self.id!r}: the guide {self.guide!r} is not the composite "
-                f"{self.composite!r} with {self.bridge!r} in the place of {self.subject!r}; both must "
-                "ask in the same words"
+                f"edit request {self.id!r}: the second-hop prompt {self.second_hop_prompt!r} is not "
+                f"{self.two_hop_prompt!r} with {self.bridge!r} in the place of {self.subject!r}; both "
+                "must ask in the same words"
             )
+
+    def __repr__(self) -> str:
+        shown = {k: shorten(str(v), 160) for k, v in self.to_dict().items()}
+        return f"Request({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
     @classmethod
     def from_fact(cls, fact: TwoHopFact, form: str | None = None, keep: Keep = None) -> Request:
@@ -113,8 +119,8 @@ class Request:
         elif keep is not None:
             kept = tuple(keep(fact))
         return cls(
-            composite=fact.prompt(form),
-            guide=fact.second_prompt(form),
+            two_hop_prompt=fact.prompt(form),
+            second_hop_prompt=fact.second_prompt(form),
             bridge=fact.bridge,
             target=fact.answer,
             subject=fact.first_hop,
@@ -126,15 +132,14 @@ class Request:
     def from_slot(
         cls, prompt: str, *, subject: str, bridge: str, target: str = "", **more: Any
     ) -> Request:
-        """From one prompt with a ``{}`` where the composite has `subject` and the guide `bridge`.
+        """From one prompt with a ``{}``: `subject` goes into the two-hop prompt, `bridge` into the other.
 
         Raises:
             ValueError: a prompt without exactly one slot.
         """
-        fill(prompt, "", "the prompt of an edit request")
         return cls(
-            composite=prompt.replace("{}", subject),
-            guide=prompt.replace("{}", bridge),
+            two_hop_prompt=fill(prompt, subject, "the prompt of an edit request"),
+            second_hop_prompt=fill(prompt, bridge),
             bridge=bridge,
             subject=subject,
             target=target,
@@ -146,11 +151,26 @@ class Request:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v}
 
 
+#: What an editor takes: a two-hop fact, or the prompts themselves.
+Asked = TwoHopFact | Request
+
+
 def requests_of(
-    asked: Iterable[TwoHopFact | Request], form: str | None = None, keep: Keep = None
+    asked: Iterable[Asked], form: str | None = None, keep: Keep = None, *, taught: bool = False
 ) -> list[Request]:
-    """Requests as they are, and facts as requests."""
-    return [a if isinstance(a, Request) else Request.from_fact(a, form, keep) for a in asked]
+    """Requests as they are, and facts as requests.
+
+    Args:
+        taught: each needs an answer that the model is taught.
+
+    Raises:
+        ValueError: a fact without the prompts of that form, or (with `taught`) without an answer.
+    """
+    found = [a if isinstance(a, Request) else Request.from_fact(a, form, keep) for a in asked]
+    for request in found if taught else ():
+        if not request.target:
+            raise ValueError(f"edit request {request.id!r} has no target answer to teach")
+    return found
 
 
 def fill(template: str, text: str, what: str = "a context template") -> str:
@@ -164,8 +184,8 @@ def fill(template: str, text: str, what: str = "a context template") -> str:
     return template.replace("{}", text)
 
 
-def check_templates(templates: Sequence[str]) -> None:
-    """Refuse context templates that no prompt can be put into.
+def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """Context templates as they are; refuses those that no prompt can be put into.
 
     Raises:
         ValueError: none at all, or one without exactly one ``{}``.
@@ -174,6 +194,7 @@ def check_templates(templates: Sequence[str]) -> None:
         raise ValueError("no context templates; pass ('{}',) for the bare prompt")
     for template in templates:
         fill(template, "")
+    return tuple(templates)
 
 
 def check_bridge_known(model: HookedModel, request: Request) -> None:
@@ -182,17 +203,18 @@ def check_bridge_known(model: HookedModel, request: Request) -> None:
     Raises:
         ValueError: one of its tokens is the unknown token.
     """
-    unknown = getattr(model.tokenizer, "unk_token_id", None)
-    prompt = encode(model, request.guide)
-    start, end = find_text(request.guide, request.bridge) if unknown is not None else (0, 0)
-    special = {getattr(model.tokenizer, f"{k}_token_id", None) for k in ("bos", "eos")}
-    if unknown in special:  # GPT-2's tokenizer calls its only special token "unknown" as well
+    tokenizer = model.tokenizer
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    # GPT-2's tokenizer calls its only special token "unknown" as well.
+    if unknown in {None, *(getattr(tokenizer, f"{k}_token_id", None) for k in ("bos", "eos"))}:
         return
+    prompt = encode(model, request.second_hop_prompt)
+    start, end = find_text(request.second_hop_prompt, request.bridge)
     for token, (a, b) in zip(prompt.ids, prompt.offsets, strict=True):
         if token == unknown and a < end and b > start:
             raise ValueError(
                 f"edit request {request.id!r}: the model's tokenizer does not know the bridge "
-                f"{request.bridge!r} (it becomes {model.tokenizer.unk_token!r})"
+                f"{request.bridge!r} (it becomes {tokenizer.unk_token!r})"
             )
 
 

@@ -6,22 +6,20 @@ added at every position of the row, which is what the edited weight would have g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from mi_hops.editing.applied import AppliedError, applied_edits
-from mi_hops.editing.change import Change, input_hook, merge, output_hook
-from mi_hops.editing.edit import Edit
+from mi_hops.editing.change import Change, matrix_hooks, merge
+from mi_hops.editing.edit import AppliedError, Edit, applied_edits
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel
 from mi_hops.sweep.repair import Rows
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-#: What a row is under: nothing, an edit, or several at once.
+#: The edit of one row: none, one, or several at once.
 RowEdit = Edit | Sequence[Edit] | None
 
 # Changes up to this rank are padded to one rank and multiplied in one batched product.
@@ -32,14 +30,23 @@ def edit_hooks(model: HookedModel, edits: Sequence[RowEdit], *, check: bool = Fa
     """Hooks for a forward pass whose row r is under ``edits[r]``.
 
     Equal to the weight form up to rounding; sums are made in the wider dtype of factors (float32
-    at least) and model. Rows without an edit pass through bit for bit.
+    at least) and model. Rows without an edit pass through bit for bit. TransformerLens takes the
+    hooks as they are, in ``model.run_with_hooks(tokens, fwd_hooks=...)`` and ``model.hooks(...)``.
 
     Args:
-        edits: one a row; None leaves the row alone, a sequence puts several edits on it.
+        edits: one per row; None leaves the row alone, a sequence puts several edits on it.
         check: compare the model's fingerprint with every edit's.
 
     Raises:
         ValueError: changes that do not fit the model; with `check`, edits for other weights.
+
+    Examples:
+        >>> from mi_hops import Hopland, creme, load_model
+        >>> from mi_hops.editing import edit_hooks
+        >>> model = load_model("hops-gpt2")
+        >>> fact = Hopland().sample(train=0, held_out=3)[0]
+        >>> hooks = edit_hooks(model, [creme(model, fact)])
+        >>> logits = model.run_with_hooks(model.to_tokens(fact.prompt()), fwd_hooks=hooks)
     """
     by_site: dict[tuple[str, int], dict[int, list[Change]]] = {}
     seen: set[int] = set()
@@ -55,8 +62,7 @@ def edit_hooks(model: HookedModel, edits: Sequence[RowEdit], *, check: bool = Fa
                 by_site.setdefault(change.site, {}).setdefault(row, []).append(change)
     hooks: list[Hook] = []
     for (matrix, layer), rows in sorted(by_site.items(), key=lambda item: item[0][1]):
-        keep, add = _site_hooks(rows, len(edits))
-        hooks += [(input_hook(matrix, layer), keep), (output_hook(matrix, layer), add)]
+        hooks += matrix_hooks(matrix, layer, _row_changes(rows, len(edits)))
     return hooks
 
 
@@ -66,11 +72,11 @@ def require_not_applied(model: HookedModel, edits: Sequence[Edit]) -> None:
     Raises:
         AppliedError: with the first such edit.
     """
-    force = {id(edit) for edit in applied_edits(model)}
+    applied = {id(edit) for edit in applied_edits(model)}
     for edit in edits:
-        if id(edit) in force:
+        if id(edit) in applied:
             raise AppliedError(
-                f"{edit} is in force in the model's weights, and scoring it would put it on once more; "
+                f"{edit} is applied to the model's weights, and scoring it would add it once more; "
                 "undo it first"
             )
 
@@ -81,7 +87,8 @@ def _edits_of(item: RowEdit) -> tuple[Edit, ...]:
     return (item,) if isinstance(item, Edit) else tuple(item)
 
 
-def _site_hooks(rows: dict[int, list[Change]], n_rows: int) -> tuple[Any, Any]:
+def _row_changes(rows: dict[int, list[Change]], n_rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """What one matrix's output becomes when each row is under its own changes."""
     merged: dict[tuple[int, ...], Change] = {}
     groups: dict[int, tuple[Change, list[int]]] = {}
     for row, changes in rows.items():
@@ -98,16 +105,10 @@ def _site_hooks(rows: dict[int, list[Change]], n_rows: int) -> tuple[Any, Any]:
     taken = {row for _, _, where in small for row in where}
     whole = [(c, where) for c, where in groups.values() if where[0] not in taken]
     batched = _batched(small) if small else None
-    inputs: list[Tensor] = []
 
-    def keep(x: Tensor) -> None:
-        inputs[:] = [x]
-
-    def add(out: Tensor) -> Tensor:
-        x = inputs.pop()
+    def act(x: Tensor, out: Tensor) -> Tensor:
         if out.shape[0] != n_rows:
             raise ValueError(f"edits were given for {n_rows} rows, the pass has {out.shape[0]}")
-        x = x.reshape(*out.shape[:2], -1)
         changed = out.clone()
         for change, where in whole:
             at = where if len(where) < n_rows else slice(None)
@@ -122,12 +123,14 @@ def _site_hooks(rows: dict[int, list[Change]], n_rows: int) -> tuple[Any, Any]:
             changed[where] = (out[where].to(wide) + part).to(out.dtype)
         return changed
 
-    return keep, add
+    return act
 
 
-def _batched(small: list[tuple[Tensor, Tensor, list[int]]]) -> tuple[list[int], Tensor, Tensor]:
-    """Rows, and their factors ``[row, rank, d]`` padded with zeros to one rank."""
-    rank = max(right.shape[0] for _, right, _ in small)
+def _batched(
+    small: list[tuple[Tensor, Tensor, list[int]]],
+) -> tuple[list[int], Float[Tensor, "row rank d_in"], Float[Tensor, "row rank d_out"]]:
+    """Rows, and their factors padded with zeros to one rank."""
+    rank = max(len(right) for _, right, _ in small)
     wide = torch.float32
     for _, right, _ in small:
         wide = torch.promote_types(wide, right.dtype)
@@ -137,23 +140,41 @@ def _batched(small: list[tuple[Tensor, Tensor, list[int]]]) -> tuple[list[int], 
     rights = first_right.new_zeros(len(rows), rank, first_right.shape[1], dtype=wide)
     at = 0
     for left, right, where in small:
-        lefts[at : at + len(where), : left.shape[0]] = left
-        rights[at : at + len(where), : right.shape[0]] = right
+        lefts[at : at + len(where), : len(left)] = left
+        rights[at : at + len(where), : len(right)] = right
         at += len(where)
     return rows, lefts, rights
 
 
-class EditRepair:
-    """Edits that are there already as a `mi_hops.sweep.repair.Repair`.
+# -- repairs --------------------------------------------------------------------------------------
+
+
+class EditorRepair:
+    """An editor as a `mi_hops.sweep.repair.Repair`: one edit per fact, put on its rows by hooks.
 
     Args:
-        edits: one edit for every fact, or fact id -> what its rows are under; facts that are not
-            named are left alone.
+        editor: makes the edits: ``editor(model, facts, **options)``, one per fact.
         name: label in tables.
+        options: for the editor.
+
+    Examples:
+        >>> from mi_hops import Hopland, load_model
+        >>> from mi_hops.editing import EditorRepair
+        >>> from mi_hops.editing.baselines import rome_many
+        >>> repair = EditorRepair(rome_many, name="ROME", layer=2, steps=2)
+        >>> edits = repair.fit(load_model("hops-gpt2"), Hopland().sample(train=0, held_out=3)[:2])
+        >>> len(edits)
+        2
     """
 
-    def __init__(self, edits: Edit | Mapping[str, RowEdit], *, name: str = "edit") -> None:
-        self._edits, self._name = edits, name
+    def __init__(
+        self, editor: Callable[..., Sequence[RowEdit]], *, name: str, **options: Any
+    ) -> None:
+        self._editor, self._name, self.options = editor, name, options
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{k}={str(v)[:60]}" for k, v in self.options.items())
+        return f"{type(self).__name__}({self._name!r}{', ' * bool(given)}{given})"
 
     @property
     def name(self) -> str:
@@ -161,11 +182,33 @@ class EditRepair:
         return self._name
 
     def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[RowEdit]:
+        """One edit per fact, as the editor makes it."""
+        return list(self._editor(model, facts, **self.options))
+
+    def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
+        """Each row under its own edit."""
+        return edit_hooks(model, states)
+
+
+class EditRepair(EditorRepair):
+    """Edits made before, as a repair.
+
+    Args:
+        edits: one edit for every fact, or fact id -> the edit(s) of its rows; facts that are not
+            named are left alone.
+        name: label in tables.
+    """
+
+    def __init__(self, edits: Edit | Mapping[str, RowEdit], *, name: str = "edit") -> None:
+        super().__init__(self._given, name=name)
+        self._edits = edits
+
+    def _given(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[RowEdit]:
         """The edits given; nothing is made.
 
         Raises:
             WrongWeightsError: edits for other weights.
-            AppliedError: one of them is in force in the weights.
+            AppliedError: one of them is applied to the weights.
         """
         given = self._edits
         states = [given if isinstance(given, Edit) else given.get(f.id) for f in facts]
@@ -175,7 +218,3 @@ class EditRepair:
         for edit in bottom.values():
             edit.check(model)
         return states
-
-    def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
-        """Each row under its edits."""
-        return edit_hooks(model, states)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from fancy_einsum import einsum
+from jaxtyping import Float
+from torch import Tensor
 
-from mi_hops.editing.moments import Moments, SingularError
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+class SingularError(ValueError):
+    """A system of equations that has no reliable solution."""
 
 
 def solve_keys(
@@ -45,7 +44,7 @@ def solve_keys(
     n = len(keys)
     a = (keys if kept is None else torch.cat([keys, kept])).double()
     g = a if inverse is None else inverse.double()
-    m = a @ g.T
+    m = einsum("row d_in, column d_in -> row column", a, g)
     scale = m.diagonal().mean()
     if not torch.isfinite(scale) or scale <= 0:
         raise SingularError("a key is zero or not finite, so no change of the weight acts on it")
@@ -62,10 +61,3 @@ def solve_keys(
         )
     out = torch.cholesky_solve(unit[:, None] * g, factor)
     return (unit[:, None] * out)[:n]
-
-
-def inverse_times(
-    moments: Moments | None, layer: int, keys: Float[Tensor, "key d_in"]
-) -> Float[Tensor, "key d_in"]:
-    """``C^-1`` times each key; the keys themselves for C = I."""
-    return keys.double() if moments is None else moments.solve(layer, keys)

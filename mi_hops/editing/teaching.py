@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from mi_hops.editing.request import Request
 from mi_hops.model import Hook, HookedModel
-from mi_hops.model.numeric import kl_divergence
+from mi_hops.model.numeric import widen
 from mi_hops.sweep.scoring import logits_at
 from mi_hops.text.tokens import Prompt, answer_ids, encode, pad
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,12 +21,12 @@ class TeacherForcedBatch:
     """Prompts with their answers appended (teacher forcing).
 
     Attributes:
-        prompts: one a row.
-        tokens: ``[row, pos]``, prompt and answer but its last token, right-padded.
-        scored: ``[row, answer]`` positions whose next token is an answer token; rows with shorter
-            answers repeat their last.
-        answers: ``[row, answer]`` the tokens to be said there.
-        weights: ``[row, answer]``, one over the answer's length at real tokens, 0 at repeats.
+        prompts: one per row.
+        tokens: prompt and answer but its last token, right-padded.
+        scored: positions whose next token is an answer token; rows with shorter answers repeat
+            their last.
+        answers: the tokens to be said there.
+        weights: one over the answer's length at real tokens, 0 at repeats.
     """
 
     prompts: tuple[Prompt, ...]
@@ -39,8 +35,14 @@ class TeacherForcedBatch:
     answers: Int[Tensor, "row answer"]
     weights: Float[Tensor, "row answer"]
 
+    def loss_of(self, logits: Float[Tensor, "row answer vocab"]) -> Float[Tensor, "row"]:
+        """Mean negative log-probability of each answer's tokens, in nats, from logits at `scored`."""
+        logp = widen(logits).log_softmax(-1)
+        picked = logp.gather(2, self.answers.to(logp.device)[..., None])[..., 0]
+        return -(picked * self.weights.to(logp)).sum(1)
 
-def lesson(
+
+def teacher_forced(
     model: HookedModel, prompts: Sequence[str], answers: Sequence[str]
 ) -> TeacherForcedBatch:
     """Rows that teach each prompt its answer.
@@ -51,39 +53,31 @@ def lesson(
     encoded = [encode(model, p) for p in prompts]
     ids = [answer_ids(model, p, a) for p, a in zip(encoded, answers, strict=True)]
     longest = max(map(len, ids))
-    filled = [[*i, *[i[-1]] * (longest - len(i))] for i in ids]
+    both = list(zip(encoded, ids, strict=True))
+    scored = [[p.last + min(j, len(i) - 1) for j in range(longest)] for p, i in both]
     return TeacherForcedBatch(
         tuple(encoded),
-        pad([[*p.ids, *i[:-1]] for p, i in zip(encoded, ids, strict=True)]).tokens,
-        torch.tensor(
-            [
-                [p.last + min(j, len(i) - 1) for j in range(longest)]
-                for p, i in zip(encoded, ids, strict=True)
-            ]
-        ),
-        torch.tensor(filled),
+        pad([[*p.ids, *i[:-1]] for p, i in both]).tokens,
+        torch.tensor(scored),
+        torch.tensor([[*i, *[i[-1]] * (longest - len(i))] for i in ids]),
         torch.tensor([[(j < len(i)) / len(i) for j in range(longest)] for i in ids]),
     )
 
 
 def answer_loss(
-    model: HookedModel, taught: TeacherForcedBatch, hooks: Sequence[Hook]
+    model: HookedModel, batch: TeacherForcedBatch, hooks: Sequence[Hook] = ()
 ) -> Float[Tensor, "row"]:
-    """Mean negative log-probability of the answer's tokens, in nats, each row."""
-    logits = logits_at(model, taught.tokens, taught.scored, hooks=hooks)
-    logp = logits.float() if logits.element_size() < 4 else logits
-    logp = logp.log_softmax(-1)
-    picked = logp.gather(2, taught.answers.to(logp.device)[..., None])[..., 0]
-    return -(picked * taught.weights.to(logp)).sum(1)
+    """Mean negative log-probability of each answer's tokens, in nats."""
+    return batch.loss_of(logits_at(model, batch.tokens, batch.scored, hooks=hooks))
 
 
-def answered_rightly(
-    model: HookedModel, taught: TeacherForcedBatch, hooks: Sequence[Hook] = ()
+def answered_correctly(
+    model: HookedModel, batch: TeacherForcedBatch, hooks: Sequence[Hook] = ()
 ) -> list[bool]:
     """Whether greedy decoding begins with the whole answer, each row."""
     with torch.no_grad():
-        logits = logits_at(model, taught.tokens, taught.scored, hooks=hooks)
-    return (logits.argmax(-1).cpu() == taught.answers).all(1).tolist()
+        logits = logits_at(model, batch.tokens, batch.scored, hooks=hooks)
+    return (logits.argmax(-1).cpu() == batch.answers).all(1).tolist()
 
 
 def last_logp(
@@ -92,55 +86,52 @@ def last_logp(
     """Log-probabilities of the token after each prompt, float32 or wider."""
     batch = pad([p.ids for p in prompts])
     logits = logits_at(model, batch.tokens, batch.last[:, None], hooks=hooks)[:, 0]
-    return (logits.float() if logits.element_size() < 4 else logits).log_softmax(-1)
-
-
-def kl(new: Float[Tensor, "row vocab"], old: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
-    """KL(new || old) of log-probabilities, in nats."""
-    return kl_divergence(new, old)
-
-
-def require_targets(requests: Sequence[Request]) -> None:
-    """Refuse requests without an answer to teach.
-
-    Raises:
-        ValueError: with the first such request.
-    """
-    for request in requests:
-        if not request.target:
-            raise ValueError(f"edit request {request.id!r} has no target answer to teach")
+    return widen(logits).log_softmax(-1)
 
 
 def minimise(
-    parameters: Sequence[Tensor],
-    loss: Callable[[], Tensor],
+    parameters: Sequence[Float[Tensor, "fact *shape"]],
+    loss: Callable[[], Float[Tensor, "fact"]],
     *,
     steps: int,
     lr: float,
     after: Callable[[], None] | None = None,
+    enough: float | None = None,
 ) -> None:
-    """Adam on a loss that is a sum over rows, in place.
+    """Adam on the sum of one loss per fact, in place.
 
     Adam's steps go element by element, so facts that share no parameter are searched for as if each
     were alone.
 
     Args:
         after: called after every step, without gradients (to clamp).
+        enough: a fact whose loss is below is not moved any more (its rows of the parameters).
 
     Raises:
-        ValueError: the loss stops being finite.
+        ValueError: a loss that is not finite.
     """
     adam = torch.optim.Adam(list(parameters), lr=lr)
+    reached: Tensor | None = None
     with torch.enable_grad():
         for step in range(steps):
             adam.zero_grad(set_to_none=True)
-            value = loss()
+            each = loss()
+            value = each.sum()
             if not torch.isfinite(value):
                 raise ValueError(f"the loss is {value.item()} at step {step}; lower lr ({lr})")
+            held: list[Tensor] = []
+            if enough is not None:
+                below = each.detach() < enough
+                reached = below if reached is None else reached | below
+                if reached.all():
+                    return
+                held = [p.detach()[reached.to(p.device)].clone() for p in parameters]
             value.backward()
             adam.step()
-            if after is not None:
-                with torch.no_grad():
+            with torch.no_grad():
+                for p, old in zip(parameters, held, strict=False):
+                    p[reached.to(p.device)] = old  # type: ignore[union-attr]
+                if after is not None:
                     after()
 
 

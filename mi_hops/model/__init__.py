@@ -24,16 +24,18 @@ from mi_hops.model.identity import (
 from mi_hops.model.loading import CHECKPOINTS, bundled_models, load_model, usable_device
 from mi_hops.model.types import Backend, Hook, HookedModel, HookFn, MissingHookError
 from mi_hops.model.weights import (
+    MATRICES,
     embedding,
     final_norm,
     linear_read_out,
+    live_matrix,
     overwrite,
+    read_matrix,
     read_out,
-    read_w_o,
     require_unquantised,
     unembedding,
     w_o,
-    write_w_o,
+    write_matrix,
 )
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "Hook",
     "HookFn",
     "HookedModel",
+    "MATRICES",
     "MissingHookError",
     "backend_of",
     "bundled_models",
@@ -57,6 +60,7 @@ __all__ = [
     "hooked",
     "hooked_class",
     "linear_read_out",
+    "live_matrix",
     "load_model",
     "n_heads_of",
     "n_kv_heads",
@@ -64,8 +68,8 @@ __all__ = [
     "prepends_bos",
     "processing_of",
     "provenance",
+    "read_matrix",
     "read_out",
-    "read_w_o",
     "require_hooks",
     "require_layers",
     "require_unquantised",
@@ -73,5 +77,5 @@ __all__ = [
     "unembedding",
     "usable_device",
     "w_o",
-    "write_w_o",
+    "write_matrix",
 ]

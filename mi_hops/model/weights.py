@@ -1,10 +1,11 @@
-"""Reading and writing weights: W_O in place, embeddings, the final norm and read-out."""
+"""Reading and writing weights: the output matrices in place, embeddings, the final norm and read-out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from fancy_einsum import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,40 +15,62 @@ from mi_hops.model.identity import dtype_of, missing_weight
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.model.types import HookedModel
 
+#: Matrix -> the kinds of activation at its input and its output: ``out = in @ W (+ bias)``.
+MATRICES = {"W_O": ("z", "attn_out"), "W_out": ("mlp_post", "mlp_out")}
+_MODULES = {"W_O": "attn", "W_out": "mlp"}
 
-def w_o(model: HookedModel, layer: int) -> Float[Tensor, "head d_head d_model"]:
-    """The live output projection of a block; writing into it changes the model on both classes.
+
+def live_matrix(model: HookedModel, matrix: str, layer: int) -> Float[Tensor, "*rows d_out"]:
+    """The weight itself; writing into it changes the model on both classes. W_O keeps its head axis.
 
     Raises:
-        MissingHookError: a block without it.
-        ValueError: no such layer, or a quantised W_O.
+        MissingHookError: a block without that matrix.
+        ValueError: an unknown matrix, no such layer, or a quantised weight.
     """
+    if matrix not in MATRICES:
+        raise ValueError(f"unknown matrix {matrix!r}; an edit changes one of {list(MATRICES)}")
     require_layers(model, [layer])
-    weight = getattr(getattr(model.blocks[layer], "attn", None), "W_O", None)
+    module = _MODULES[matrix]
+    weight = getattr(getattr(model.blocks[layer], module, None), matrix, None)
     if weight is None:
-        raise missing_weight(model, f"blocks.{layer}.attn.W_O")
-    require_unquantised(weight, f"W_O of layer {layer}")
+        raise missing_weight(model, f"blocks.{layer}.{module}.{matrix}")
+    require_unquantised(weight, f"{matrix} of layer {layer}")
     return weight
 
 
-def read_w_o(model: HookedModel, layer: int) -> Float[Tensor, "z d_model"]:
-    """A copy of W_O as ``[n_heads * d_head, d_model]``: rows are coordinates of flattened z."""
-    weight = w_o(model, layer).detach()
-    return weight.reshape(-1, weight.shape[-1]).clone()
+def w_o(model: HookedModel, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    """The live output projection of a block (see `live_matrix`)."""
+    return live_matrix(model, "W_O", layer)
 
 
-def write_w_o(model: HookedModel, layer: int, value: Float[Tensor, "z d_model"]) -> None:
-    """Write W_O in place from ``[n_heads * d_head, d_model]``, cast once to the weight's dtype.
+def read_matrix(model: HookedModel, matrix: str, layer: int) -> Float[Tensor, "d_in d_out"]:
+    """A copy of a matrix in its own dtype; the rows of W_O are the coordinates of flattened z.
+
+    Raises:
+        ValueError: as `live_matrix`, or values that are not finite.
+    """
+    weight = live_matrix(model, matrix, layer).detach()
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"{matrix} of layer {layer} holds non-finite values; the model is damaged, load it anew"
+        )
+    return rearrange(weight, "... d_out -> (...) d_out").clone()
+
+
+def write_matrix(
+    model: HookedModel, matrix: str, layer: int, value: Float[Tensor, "d_in d_out"]
+) -> None:
+    """Write a matrix in place, cast once to its dtype, and make sure that it reached the model.
 
     Raises:
         ValueError: a wrong shape, or values that are not finite (before or after the cast).
         RuntimeError: the write did not reach the weight (then nothing can be edited here).
     """
-    weight = w_o(model, layer)
-    expected = (weight.shape[0] * weight.shape[1], weight.shape[2])
+    weight = live_matrix(model, matrix, layer)
+    expected = (weight.numel() // weight.shape[-1], weight.shape[-1])
     if tuple(value.shape) != expected:
-        raise ValueError(f"W_O of layer {layer} is {expected}, got {tuple(value.shape)}")
-    overwrite(model, f"W_O of layer {layer}", lambda: w_o(model, layer), value)
+        raise ValueError(f"{matrix} of layer {layer} is {expected}, got {tuple(value.shape)}")
+    overwrite(model, f"{matrix} of layer {layer}", lambda: live_matrix(model, matrix, layer), value)
 
 
 def overwrite(model: HookedModel, what: str, live: Callable[[], Tensor], value: Tensor) -> None:

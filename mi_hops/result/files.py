@@ -37,16 +37,24 @@ def replacing(
         raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
     # Beside the target, for a move is atomic within one file system only.
     partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    old = partial.with_suffix(".old")
     try:
         yield partial
         if partial.is_file():
             with partial.open("rb") as written:
                 os.fsync(written.fileno())
         elif path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, old)  # a folder that is not empty cannot be replaced in one move
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename is None:  # a full disk is reported without a name
+            error.filename = str(path)
+        raise
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        for left in (partial, old):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)

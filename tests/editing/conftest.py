@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from mi_hops.editing import creme, creme_joint, creme_many
-from mi_hops.editing.plans import PAPER
+from mi_hops.editing import PAPER, creme, creme_joint, creme_many
 from mi_hops.facts.fact import TwoHopFact
 
 TEMPLATES = ("{}", "w40 w41 {}", "w42 {}")
@@ -61,3 +62,19 @@ def weights(model):
 def assert_same_bits(model, before):
     for n, p in model.named_parameters():
         assert torch.equal(p, before[n]), n
+
+
+def break_copies(monkeypatch, error, wrong, *, half=True):
+    """Have weights fail as they are written: at the calls in `wrong` (half of) it is done, then `error`."""
+    real, calls = torch.Tensor.copy_, itertools.count()
+
+    def copy(self, *args):
+        if next(calls) not in wrong:
+            return real(self, *args)
+        old = self.clone()
+        real(self, *args)
+        if half:
+            self[len(self) // 2 :] = old[len(self) // 2 :]
+        raise error
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)

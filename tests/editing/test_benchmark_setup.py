@@ -31,5 +31,5 @@ def test_what_is_reported_chosen_on_and_learned_from_are_of_different_facts():
         for q in sets:
             request = given[q.case]
             assert q.set == "correction" or q.prompt not in {
-                request.composite, request.guide, *request.keep,
+                request.two_hop_prompt, request.second_hop_prompt, *request.keep,
             }  # fmt: skip

@@ -16,7 +16,7 @@ from mi_hops.editing import (
     edit_hooks,
     second_moments,
 )
-from mi_hops.model import capture, dtype_of, forward, hook_name, read_w_o, write_w_o
+from mi_hops.model import capture, dtype_of, forward, hook_name, read_matrix, write_matrix
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.text.tokens import encode, pad
 from tests.editing.conftest import (
@@ -59,8 +59,8 @@ def plain_creme(model, composite, guide, layers, templates, inverse=None, clean_
         a = last_mean(model, comps, "attn_out", layer)
         v = targets[layer] if clean_guide else last_mean(model, guides, "attn_out", layer)
         direction = k if inverse is None else inverse[layer] @ k
-        new = read_w_o(model, layer) + torch.outer(direction / (direction @ k), v - a)
-        write_w_o(model, layer, new)
+        new = read_matrix(model, "W_O", layer) + torch.outer(direction / (direction @ k), v - a)
+        write_matrix(model, "W_O", layer, new)
         out[layer] = new
     return out
 
@@ -71,7 +71,7 @@ def test_one_pass_equals_the_layer_by_layer_procedure(wide, fact, layers, target
     before = weights(wide)
     edit = paper(wide, fact, layers=layers, templates=TEMPLATES, target=target)
     assert_same_bits(wide, before)
-    originals = {i: read_w_o(wide, i) for i in layers}
+    originals = {i: read_matrix(wide, "W_O", i) for i in layers}
     try:
         plain = plain_creme(
             wide, fact.prompt("suffix"), fact.second_prompt("suffix"), layers, TEMPLATES,
@@ -79,7 +79,7 @@ def test_one_pass_equals_the_layer_by_layer_procedure(wide, fact, layers, target
         )  # fmt: skip
     finally:
         for i, w in originals.items():
-            write_w_o(wide, i, w)
+            write_matrix(wide, "W_O", i, w)
     assert edit.layers == tuple(sorted(layers))
     for change in edit.changes:
         got = originals[change.layer] + change.delta()
@@ -91,14 +91,14 @@ def test_with_covariance_equals_the_plain_procedure(wide, fact, facts):
     moments = second_moments(wide, facts, layers=[0, 1], shrinkage=0.1)
     edit = paper(wide, fact, layers=[0, 1], templates=TEMPLATES, covariance=moments)
     inverse = {i: torch.linalg.inv(moments.shrunk(i)) for i in (0, 1)}
-    originals = {i: read_w_o(wide, i) for i in (0, 1)}
+    originals = {i: read_matrix(wide, "W_O", i) for i in (0, 1)}
     try:
         plain = plain_creme(
             wide, fact.prompt(), fact.second_prompt(), [0, 1], TEMPLATES, inverse=inverse
         )
     finally:
         for i, w in originals.items():
-            write_w_o(wide, i, w)
+            write_matrix(wide, "W_O", i, w)
     for change in edit.changes:
         got = originals[change.layer] + change.delta()
         torch.testing.assert_close(got, plain[change.layer], atol=1e-7, rtol=1e-7)
@@ -151,8 +151,8 @@ def test_many_equal_one_by_one(tiny, facts):
 
 def test_form_is_taken_from_the_fact(tiny, fact):
     edit = paper(tiny, fact, layers=[1], form="prefix", templates=("{}",))
-    assert edit.request["composite"] == fact.prompt("prefix")
-    assert edit.request["guide"] == fact.second_prompt("prefix")
+    assert edit.request["two_hop_prompt"] == fact.prompt("prefix")
+    assert edit.request["second_hop_prompt"] == fact.second_prompt("prefix")
 
 
 def test_kept_prompts_keep_their_output(wide, fact):
@@ -228,7 +228,7 @@ def test_biases_cancel(load_tiny, fact):
     a = paper(model, fact, layers=[0], templates=("{}",)).changes[0]
     z = last_mean(model, [fact.prompt()], "z", 0)
     g = last_mean(model, [fact.second_prompt()], "z", 0)
-    want = torch.outer(z / (z @ z), (g - z) @ read_w_o(model, 0))
+    want = torch.outer(z / (z @ z), (g - z) @ read_matrix(model, "W_O", 0))
     torch.testing.assert_close(a.delta(), want, atol=1e-10, rtol=1e-8)
 
 
@@ -276,7 +276,7 @@ def test_the_defaults_equal_the_procedure_written_out(wide, fact, facts):
         for text in (fact.prompt("suffix"), fact.second_prompt("suffix"))
     )
     kept = [fact.first_prompt("suffix"), fact.second_prompt("suffix")]
-    originals = {i: read_w_o(wide, i) for i in layers}
+    originals = {i: read_matrix(wide, "W_O", i) for i in layers}
     try:
         for layer, change in zip(layers, edit.changes, strict=True):
             rows = [last_mean(wide, texts, "z", layer) for texts in (*comps, *([t] for t in kept))]
@@ -290,32 +290,39 @@ def test_the_defaults_equal_the_procedure_written_out(wide, fact, facts):
             g = keys @ torch.linalg.inv(moments.shrunk(layer))
             m = keys @ g.T
             m += slack * m.diagonal().mean() * torch.diag(torch.tensor([0.0, 0.0, 1.0, 1.0]))
-            want = g.T @ torch.linalg.solve(m, right)
+            want = 0.7 * g.T @ torch.linalg.solve(m, right)
             torch.testing.assert_close(change.delta(), want, atol=1e-6, rtol=1e-6)
-            write_w_o(wide, layer, originals[layer] + want)
+            write_matrix(wide, "W_O", layer, originals[layer] + want)
     finally:
         for i, w in originals.items():
-            write_w_o(wide, i, w)
+            write_matrix(wide, "W_O", i, w)
 
 
 # -- bad input ------------------------------------------------------------------------------------
 
 
 def request_with(**changes):
-    good = {"composite": "w3 w4 w1 w5 w0", "guide": "w3 w4 w20 w0", "bridge": "w20"}
+    good = {
+        "two_hop_prompt": "w3 w4 w1 w5 w0",
+        "second_hop_prompt": "w3 w4 w20 w0",
+        "bridge": "w20",
+    }
     return Request(**(good | changes))
 
 
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: request_with(guide="w3 w4 w1 w5 w0"), "change nothing"),
-        (lambda: request_with(bridge="w21"), "does not stand in the guide"),
+        (lambda: request_with(second_hop_prompt="w3 w4 w1 w5 w0"), "change nothing"),
+        (lambda: request_with(bridge="w21"), "does not appear in the second-hop prompt"),
         (lambda: request_with(bridge=" "), "bridge is empty"),
-        (lambda: request_with(subject="w9 w9"), "does not stand in the composite"),
-        (lambda: request_with(subject="w1 w5", composite="w1 w5 w4 w1 w5"), "stands 2 times"),
-        (lambda: request_with(subject="w1 w5", guide="w3 w20 w0"), "in the same words"),
-        (lambda: request_with(subject="w1 w5", guide="w3 w4 w20 w6"), "in the same words"),
+        (lambda: request_with(subject="w9 w9"), "does not appear in the two-hop prompt"),
+        (lambda: request_with(subject="w1 w5", two_hop_prompt="w1 w5 w4 w1 w5"), "appears 2 times"),
+        (lambda: request_with(subject="w1 w5", second_hop_prompt="w3 w20 w0"), "in the same words"),
+        (
+            lambda: request_with(subject="w1 w5", second_hop_prompt="w3 w4 w20 w6"),
+            "in the same words",
+        ),
         (lambda: Request.from_slot("w3 w4", subject="w5", bridge="w6"), "exactly one slot"),
         (lambda: Request.from_slot("{} w3 {}", subject="w5", bridge="w6"), "exactly one slot"),
     ],
@@ -327,7 +334,7 @@ def test_requests_that_cannot_be_met(make, words):
 
 
 @pytest.mark.parametrize(
-    "composite, guide, bridge, subject",
+    "two_hop, second_hop, bridge, subject",
     [
         ("The home of The author of It is", "the home of King is", "King", "the author of It"),
         ("The mayor of the birthplace of Ada", "The mayor of Adana", "Adana", "birthplace of Ada"),
@@ -335,8 +342,8 @@ def test_requests_that_cannot_be_met(make, words):
         ("The ruler of Ada, unlike Adana, is", "The ruler of Bo, unlike Adana, is", "Bo", "Ada"),
     ],
 )
-def test_case_articles_and_longer_words_are_no_other_question(composite, guide, bridge, subject):
-    Request(composite=composite, guide=guide, bridge=bridge, subject=subject)
+def test_case_articles_and_longer_words_are_no_other_question(two_hop, second_hop, bridge, subject):
+    Request(two_hop_prompt=two_hop, second_hop_prompt=second_hop, bridge=bridge, subject=subject)
 
 
 @pytest.mark.parametrize(
@@ -351,8 +358,12 @@ def test_case_articles_and_longer_words_are_no_other_question(composite, guide, 
         (request_with(), {"layers": [1], "target": "dirty"}, "target is 'dirty'"),
         (request_with(), {"layers": [1], "position": "subject"}, "names its subject"),
         (request_with(), {"layers": [1], "cover": "answer"}, "needs the target"),
-        (request_with(guide="w3 nowhere w0", bridge="nowhere"), {"layers": [1]}, "does not know"),
-        (request_with(composite="w3 " * 70 + "w0"), {"layers": [1]}, "context"),
+        (
+            request_with(second_hop_prompt="w3 nowhere w0", bridge="nowhere"),
+            {"layers": [1]},
+            "does not know",
+        ),
+        (request_with(two_hop_prompt="w3 " * 70 + "w0"), {"layers": [1]}, "context"),
     ],
     ids="no-layer twice range negative no-template no-slot target subject answer unknown long".split(),
 )
@@ -378,7 +389,7 @@ def test_singular_covariance(tiny, fact):
 
 def test_covariance_of_other_weights_or_layers(tiny, load_tiny, fact, facts):
     moments = second_moments(tiny, facts, layers=[1])
-    with pytest.raises(ValueError, match=r"needed: W_O at \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"expected W_O at \[0, 1\]"):
         paper(tiny, fact, layers=[0, 1], covariance=moments)
     other = load_tiny("llama32", "bridge")
     with pytest.raises(ValueError, match="the covariance was made for weights"):
@@ -392,20 +403,22 @@ def test_exact_keeping_of_dependent_prompts_is_refused(tiny, fact):
         paper(tiny, kept, layers=[0], templates=("{}",), keep="hops", slack=0.0)
 
 
-def test_processed_weights_are_refused_unless_named(load_tiny, fact):
+def test_an_edit_of_processed_weights_says_so(load_tiny, fact):
     model = load_tiny("gpt2", "bridge", processing="fold")
-    with pytest.raises(ValueError, match="processed=True"):
-        paper(model, fact, layers=[1])
-    assert paper(model, fact, layers=[1], processed=True).processing == "fold"
+    edit = paper(model, fact, layers=[1])
+    assert edit.processing == "fold" and "'fold'" in repr(edit)
+    with edit.applied(model):
+        got = last_mean(model, [fact.prompt()], "attn_out", 1)
+    assert torch.isfinite(got).all()
 
 
 def test_non_finite_activations(load_tiny, fact):
     model = load_tiny("llama", "bridge", fresh=True)
-    weight = read_w_o(model, 0)
+    weight = read_matrix(model, "W_O", 0)
     model.blocks[0].attn.W_O.data.fill_(float("inf"))
     with pytest.raises(ValueError, match="finite"):
         paper(model, fact, layers=[1])
-    write_w_o(model, 0, weight)
+    write_matrix(model, "W_O", 0, weight)
 
 
 def test_wrong_number_of_rows(tiny, facts):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 import torch
 
 from mi_hops.editing import Edit, WrongWeightsError, creme, creme_many, export_hf
 from mi_hops.model import forward, load_model
+from mi_hops.sweep.generate import generate
+from mi_hops.worlds.hopland import Hopland
 from tests.editing.conftest import assert_same_bits, weights
 from tests.editing.test_edit import TOKENS, random_edit
 
@@ -29,7 +32,7 @@ def test_plain_transformers_gives_the_edited_logits(
     model = load_tiny(shape, backend)
     edits = [*creme_many(model, facts[:2], layers=[0, 2]), random_edit(model, seed=3)]
     before = weights(model)
-    out = export_hf(model, edits, tmp_path / "new" / "edited")
+    out = export_hf(model, edits, tmp_path / "edited")
     assert_same_bits(model, before)
     got, hf = plain_logits(out)
     for e in edits:
@@ -59,7 +62,7 @@ def test_everything_else_is_kept(load_tiny, checkpoints, tmp_path, fact):
     )
     changed = [n for n in old if not torch.equal(old[n], new[n])]
     assert changed == ["transformer.h.1.attn.c_proj.weight"]
-    assert AutoTokenizer.from_pretrained(out)("w5 w6").input_ids == [9, 10]
+    assert AutoTokenizer.from_pretrained(out)("w5 w6").input_ids == [1, 9, 10]
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "llama32"])
@@ -111,19 +114,65 @@ def test_refusals(load_tiny, checkpoints, tmp_path, fact):
     assert os.listdir(tmp_path) == ["full"]
 
 
-@pytest.mark.parametrize("step", ["save_pretrained", "rename"])
+@pytest.mark.parametrize("step", ["save_pretrained", "replace"])
 def test_a_failure_leaves_no_folder(load_tiny, checkpoints, tmp_path, fact, monkeypatch, step):
-    from pathlib import Path
-
     from transformers import GPT2LMHeadModel
 
     model = load_tiny("gpt2", "bridge")
     edit = creme(model, fact, layers=[1])
 
-    def full(self, *args, **kwargs):
+    def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr({"rename": Path}.get(step, GPT2LMHeadModel), step, full)
+    monkeypatch.setattr({"replace": os}.get(step, GPT2LMHeadModel), step, full)
     with pytest.raises(OSError, match="No space left"):
         export_hf(checkpoints["gpt2"], edit, tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+def assert_said_alike(folder, model, edit, prompt):
+    """What the plain pipeline of transformers says greedily is what the edited model says."""
+    from transformers import pipeline
+
+    with edit.applied(model):
+        (want,) = generate(model, [prompt], max_new_tokens=6, stop=())
+    say = pipeline("text-generation", str(folder), device="cpu")
+    (got,) = say(prompt, max_new_tokens=len(want.ids), do_sample=False, return_full_text=False)
+    assert got["generated_text"].strip() == want.text.strip() != ""
+
+
+@pytest.mark.parametrize("name", ["hops-gpt2", "hops-llama"])
+def test_a_pipeline_says_what_the_edited_model_says(name, tmp_path):
+    model = load_model(name, device="cpu")
+    fact = Hopland().sample(train=0, held_out=3)[0]
+    edit = creme(model, fact, strength=1.0)
+    folder = export_hf(model, edit, tmp_path / "edited")
+    assert_said_alike(folder, model, edit, fact.prompt())
+
+
+def test_a_tokenizer_comes_to_add_the_bos_of_the_models_prompts(checkpoints, tmp_path, fact):
+    from tokenizers.processors import ByteLevel
+    from transformers import AutoTokenizer
+
+    def ids(folder, **options):
+        return AutoTokenizer.from_pretrained(folder)("w5 w6", **options).input_ids
+
+    source = shutil.copytree(checkpoints["gpt2"], tmp_path / "source")
+    bare = AutoTokenizer.from_pretrained(source)
+    bare.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)  # as GPT-2's
+    bare.save_pretrained(source)
+    assert ids(source) == [9, 10]
+    model = load_model(source, device="cpu", bos=True)
+    edit = creme(model, fact, strength=1.0)
+    folder = export_hf(model, edit, tmp_path / "edited")
+    assert ids(folder) == [1, 9, 10] and ids(folder, add_special_tokens=False) == [9, 10]
+    assert_said_alike(folder, model, edit, fact.prompt())
+
+    # Without BOS, as its tokenizer has it; or kept on demand.
+    plain = load_model(source, device="cpu")
+    assert ids(export_hf(plain, creme(plain, fact), tmp_path / "plain")) == [9, 10]
+    assert ids(export_hf(model, edit, tmp_path / "kept", keep_tokenizer=True)) == [9, 10]
+    other = load_model(folder, device="cpu", bos=False)
+    with pytest.raises(ValueError, match="keep_tokenizer=True"):  # it would have to lose its BOS
+        export_hf(other, creme(other, fact), tmp_path / "no")
+    assert not (tmp_path / "no").exists()

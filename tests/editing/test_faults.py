@@ -20,7 +20,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_hops import model as model_module
 from mi_hops.editing import (
     AppliedError,
     Edit,
@@ -30,12 +29,13 @@ from mi_hops.editing import (
     export_hf,
     second_moments,
 )
-from mi_hops.editing import applied as applied_module
 from mi_hops.editing import change as change_module
 from mi_hops.editing import edit as edit_module
 from mi_hops.editing import export as export_module
 from mi_hops.editing import teaching as teaching_module
-from mi_hops.model import fingerprint
+from mi_hops.model import fingerprint, live_matrix
+from mi_hops.model import weights as weights_module
+from tests.editing.conftest import break_copies
 from tests.editing.test_edit import assert_same_edit, random_edit
 from tests.editing.test_moments import TEXTS
 
@@ -118,25 +118,13 @@ def in_steps(at, patch=setattr):
     """Have files of the package written in small pieces, with ``at(name)`` called before each step."""
     fsync, replace = os.fsync, os.replace
 
-    class File(io.FileIO):
-        def write(self, content):
+    def written(path, content):
+        at("open")
+        with io.FileIO(path, "w") as file:
             for start in range(0, len(content), 700):
                 at(f"byte {start}")
-                super().write(content[start : start + 700])
-            return len(content)
-
-        def flush(self):
-            if not self.closed:
-                at("flush")
-
-        def close(self):
-            if not self.closed:
-                super().close()
-                at("close")
-
-    def opened(path, mode):
-        at("open")
-        return File(path, mode)
+                file.write(content[start : start + 700])
+            at("close")
 
     def synced(handle):
         at("fsync")
@@ -147,7 +135,7 @@ def in_steps(at, patch=setattr):
         replace(old, new)
         at("replaced")
 
-    patch(edit_module, "open", opened)
+    patch(Path, "write_bytes", written)
     patch(os, "fsync", synced)
     patch(os, "replace", replaced)
 
@@ -182,11 +170,9 @@ def outcome(work):
     return json.dumps([0, ""])
 
 
-_FILES = {m.__file__ for m in (applied_module, change_module, edit_module, teaching_module)}
+_FILES = {m.__file__ for m in (change_module, edit_module, teaching_module)}
 _CODES = {
-    getattr(model_module, name).__code__
-    for name in ("w_o", "write_w_o", "overwrite")
-    if hasattr(model_module, name)
+    getattr(weights_module, name).__code__ for name in ("live_matrix", "write_matrix", "overwrite")
 }
 
 
@@ -231,7 +217,7 @@ def interrupted(when, work):
 def quick(tiny, monkeypatch):
     """A tiny model whose weights are not digested at each of hundreds of calls."""
     now = fingerprint(tiny)
-    monkeypatch.setattr(applied_module, "fingerprint", lambda model: now)
+    monkeypatch.setattr(edit_module, "fingerprint", lambda model: now)
     return tiny
 
 
@@ -311,78 +297,52 @@ def test_an_interrupt_as_gradients_are_switched_off_leaves_them_on(quick):
         p.requires_grad_(loaded[n])
 
 
-def half_then(real, error, wrong):
-    """Like ``_restore`` or ``write_matrix``, but at calls in `wrong` half is written, then `error`."""
-    calls = itertools.count()
-
-    def failing(model, *args):
-        if next(calls) not in wrong:
-            return real(model, *args)
-        site = args[0].site if isinstance(args[0], change_module.Change) else args[:2]
-        weight = change_module.live_weight(model, *site).data
-        old = weight.clone()
-        real(model, *args)
-        weight[len(weight) // 2 :] = old[len(weight) // 2 :]
-        raise error
-
-    return failing
-
-
 @pytest.mark.parametrize("error", [RuntimeError("device lost"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("layer", range(4))
-def test_a_layer_that_is_half_written(tiny, monkeypatch, layer, error):
+def test_a_layer_that_is_half_written(tiny, monkeypatch, error):
     edit = random_edit(tiny)
     before = bits(tiny)
-    write, restore = applied_module.write_matrix, applied_module._restore
 
-    def fail(name, real):
-        monkeypatch.setattr(applied_module, name, half_then(real, error, {layer}))
+    def fails(work, wrong):
+        """Whatever `work` does, its copies in `wrong` fail, and nothing of the edit is left."""
+        with monkeypatch.context() as patch:
+            break_copies(patch, error, wrong)
+            with pytest.raises(type(error)):
+                work()
+        assert bits(tiny) == before and applied_edits(tiny) == ()
 
-    fail("write_matrix", write)
-    with pytest.raises(type(error)):
+    def block():
+        with edit.applied(tiny):
+            pass
+
+    n = len(edit.changes)
+    for layer in range(n):
+        fails(lambda: edit.apply(tiny), {layer})
+        fails(block, {layer})  # not entered
+        fails(block, {n + layer})  # not left
+        # Both at once: an edit that fails, and whose rollback fails.
+        fails(lambda: edit.apply(tiny), {layer, layer + 1})
         edit.apply(tiny)
-    assert bits(tiny) == before and applied_edits(tiny) == ()
-    fail("write_matrix", write)
-    with pytest.raises(type(error)), edit.applied(tiny):
-        raise AssertionError("the block is not entered")
-    assert bits(tiny) == before and applied_edits(tiny) == ()
-    monkeypatch.setattr(applied_module, "write_matrix", write)
-
-    edit.apply(tiny)
-    fail("_restore", restore)
-    with pytest.raises(type(error)):
-        edit.undo(tiny)
-    assert bits(tiny) == before and applied_edits(tiny) == ()
-    fail("_restore", restore)
-    with pytest.raises(type(error)), edit.applied(tiny):
-        pass
-    assert bits(tiny) == before and applied_edits(tiny) == ()
-    # Both at once: an edit that fails, and whose rollback fails.
-    fail("write_matrix", write)
-    monkeypatch.setattr(applied_module, "_restore", half_then(restore, error, {0}))
-    with pytest.raises(type(error)):
-        edit.apply(tiny)
-    assert bits(tiny) == before and applied_edits(tiny) == ()
+        fails(lambda: edit.undo(tiny), {layer})
 
 
-def test_a_layer_that_cannot_be_put_back_keeps_the_edit_in_force(tiny, monkeypatch):
+def test_a_layer_that_cannot_be_put_back_keeps_the_edit_applied(tiny, monkeypatch):
     edit = random_edit(tiny)
     before = bits(tiny)
     edit.apply(tiny)
-    restore = applied_module._restore
+    lost, real = live_matrix(tiny, *edit.changes[1].site).data_ptr(), torch.Tensor.copy_
 
-    def broken(model, change, old):
-        if change is edit.changes[1]:
+    def broken(self, *args):
+        if self.data_ptr() == lost:
             raise RuntimeError("device lost")
-        restore(model, change, old)
+        return real(self, *args)
 
-    monkeypatch.setattr(applied_module, "_restore", broken)
-    with pytest.raises(RuntimeError, match="device lost"):
-        edit.undo(tiny)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", broken)
+        with pytest.raises(RuntimeError, match="device lost"):
+            edit.undo(tiny)
     assert applied_edits(tiny) == (edit,)
     now = bits(tiny)
     assert sum(now[n] != before[n] for n in before) == 1  # the others have their weights again
-    monkeypatch.undo()
     edit.undo(tiny, force=True)
     assert bits(tiny) == before and applied_edits(tiny) == ()
 
@@ -406,10 +366,10 @@ def test_killed_at_every_step_of_saving(pair, over):
 
     def save(tell):
         in_steps(tell)
-        second.save(path)
+        second.save(path, overwrite=True)
 
     names, ended = child(save)
-    assert ended == 0 and len(names) > 8 and names[-1] == "replaced"
+    assert ended == 0 and len(names) > 6 and names[-1] == "replaced"
     new = path.read_bytes()
     assert_same_edit(Edit.load(path), second)
     for step, name in enumerate(names):
@@ -429,7 +389,7 @@ def test_killed_at_every_step_of_saving(pair, over):
             path.touch()
     # What a kill leaves behind has another name, and the next one saves as if nothing had been.
     assert all(p.name.startswith(".") for p in path.parent.iterdir() if p != path)
-    assert_same_edit(Edit.load(second.save(path)), second)
+    assert_same_edit(Edit.load(second.save(path, overwrite=True)), second)
 
 
 @on_linux
@@ -439,7 +399,7 @@ def test_killed_at_any_byte_of_a_file(pair):
     size = len(old)
 
     def save(size):
-        return lambda tell: (limit_files(size, fatal=True), second.save(path))
+        return lambda tell: (limit_files(size, fatal=True), second.save(path, overwrite=True))
 
     for limit in (0, 1, 8, 9, size // 3, size - 1):
         _, ended = child(save(limit))
@@ -459,8 +419,8 @@ def test_a_disk_that_is_full_at_any_byte(pair, load_tiny):
     def work(limit):
         def saves(tell):
             limit_files(limit)
-            tell(outcome(lambda: second.save(path)))
-            tell(outcome(lambda: second.save(path.with_name("new"))))
+            tell(outcome(lambda: second.save(path, overwrite=True)))
+            tell(outcome(lambda: second.save(path.with_name("new.safetensors"))))
             tell(outcome(lambda: second_moments(model, TEXTS[:2], cache=path.parent)))
             assert bits(model) == unchanged
 
@@ -484,12 +444,13 @@ def test_a_failure_at_every_step_of_saving(pair, load_tiny, monkeypatch, tmp_pat
     model = load_tiny("gpt2", "bridge")
     second.apply(model)
     before, unchanged = on_disk(tmp_path), bits(model)
+    target = path if what == "edit" else tmp_path / "new.safetensors"
 
     def save():
         if what == "moments":
             second_moments(model, TEXTS[:2], layers=[1], cache=tmp_path)
         else:
-            second.save(path if what == "edit" else tmp_path / "new")
+            second.save(target, overwrite=what == "edit")
 
     try:
         for step in itertools.count():
@@ -510,19 +471,19 @@ def test_a_failure_at_every_step_of_saving(pair, load_tiny, monkeypatch, tmp_pat
             elif what != "edit":
                 (new,) = set(on_disk(tmp_path)) - set(before)
                 (tmp_path / new).unlink()
-        assert step == len(names) > 8 and len(on_disk(tmp_path)) == 1 + (what != "edit")
+        assert step == len(names) > 6 and len(on_disk(tmp_path)) == 1 + (what != "edit")
         if what == "moments":
             (cached,) = tmp_path.glob("moments-*")
             assert Moments.load(cached).layers == (1,)
         else:
-            assert_same_edit(Edit.load(path if what == "edit" else tmp_path / "new"), second)
+            assert_same_edit(Edit.load(target), second)
     finally:
         second.undo(model)
 
 
 def test_no_part_of_a_file_is_taken_for_the_whole(tiny, tmp_path):
     edit = random_edit(tiny, matrices=("W_O",), layers=(1,))
-    whole = edit.save(tmp_path / "edit").read_bytes()
+    whole = edit.save(tmp_path / "edit.safetensors").read_bytes()
     moments = second_moments(tiny, TEXTS[:2], layers=[1], cache=tmp_path)
     (cached,) = tmp_path.glob("moments-*")
     part = tmp_path / "part"
@@ -583,33 +544,37 @@ def watch(folder, at):
 
 
 @on_linux
-@pytest.mark.parametrize("empty", [True, False], ids=["into an empty folder", "new"])
-def test_killed_at_every_step_of_an_export(export, tmp_path, empty):
+@pytest.mark.parametrize("over", [True, False], ids=["over an old folder", "new"])
+def test_killed_at_every_step_of_an_export(export, tmp_path, over):
     folder = tmp_path / "exports"
     whole = on_disk(export(tmp_path / "whole"))
     out = folder / "out"
 
     def run(tell):
         watch(folder, tell)
-        export(out)
+        export(out, overwrite=over)
         tell("done")
 
+    seen = set()
     for step in itertools.count():
         if out.exists():
             shutil.rmtree(out)
-        if empty:
+        if over:
             out.mkdir()
+            (out / "old").write_text("old")
         told, ended = child(run, kill_at=step)
         if ended == 0:
             break
         assert ended == signal.SIGKILL
+        now = on_disk(out) if out.exists() else None
+        assert now in (None, whole, {"old": b"old"})
+        seen.add("new" if now == whole else "old" if now else "none")
         if told[-1] == "done":
-            assert on_disk(out) == whole
-        else:
-            assert not out.exists() or not any(out.iterdir())
+            assert now == whole
         assert all(p.name.startswith(".") for p in folder.iterdir() if p != out)
     assert step == len(told) and step > 6
     assert on_disk(out) == whole
+    assert seen >= ({"old", "new"} if over else {"none", "new"})
 
 
 @on_linux
@@ -763,7 +728,7 @@ def test_random_programs(load_tiny, tmp_path_factory, shape, backend, dtype, mad
         elif what == "make":  # on the model as edited so far
             edits.append(random_edit(model, seed=len(edits), layers=(1,)))
         elif i not in force:
-            edits[i] = Edit.load(edits[i].save(folder / f"{i}.safetensors"))
+            edits[i] = Edit.load(edits[i].save(folder / f"{i}.safetensors", overwrite=True))
         assert applied_edits(model) == tuple(edits[i] for i in force)
         # The same edits in force are the same bits, whether they come from a file or not.
         assert bits(model) == below[-1][0] == seen.setdefault(tuple(force), below[-1][0])
@@ -784,7 +749,7 @@ def test_a_stack_from_files_comes_off_in_reverse_only(
     folder = tmp_path_factory.mktemp("edits")
     before = bits(model)
     edits = [random_edit(model, **how) for how in made]
-    files = [e.save(folder / str(i)) for i, e in enumerate(edits)]
+    files = [e.save(folder / f"{i}.safetensors") for i, e in enumerate(edits)]
     loaded = [Edit.load(file, model) for file in files]
     inside = []
     for some in (edits, loaded):

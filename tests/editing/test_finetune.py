@@ -1,4 +1,4 @@
-"""FT+L and LoRA: what they learn, what they may not touch, and that the edit is what was taught."""
+"""FT+L and LoRA: what they learn, what they may not touch, and that the edit is what was batch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mi_hops.editing.baselines.finetune import FineTuneRepair, LoraRepair, finetune_many
-from mi_hops.editing.change import read_matrix
-from mi_hops.editing.teaching import answer_loss, lesson
+from mi_hops.editing.teaching import answer_loss, teacher_forced
+from mi_hops.model import read_matrix
 from mi_hops.sweep.repair import Repair
 from tests.editing.conftest import assert_same_bits, weights
 
@@ -15,11 +15,11 @@ from tests.editing.conftest import assert_same_bits, weights
 def losses(model, facts, edits):
     found = []
     for f, edit in zip(facts, edits, strict=True):
-        taught = lesson(model, [f.prompt("suffix")], [f.answer])
+        batch = teacher_forced(model, [f.prompt("suffix")], [f.answer])
         with torch.no_grad():
-            old = answer_loss(model, taught, []).item()
+            old = answer_loss(model, batch).item()
             with edit.applied(model):
-                found.append((old, answer_loss(model, taught, []).item()))
+                found.append((old, answer_loss(model, batch).item()))
     return found
 
 
@@ -75,22 +75,16 @@ def test_lora_edits_are_what_peft_taught(load_tiny, checkpoints, facts, shape, b
 
 
 def test_the_adapter_and_the_edit_give_the_same_logits(load_tiny, checkpoints, fact, monkeypatch):
-    pytest.importorskip("peft")
+    peft = pytest.importorskip("peft")
     model = load_tiny("gpt2", "hooked")
     tokens = torch.tensor([[1, 9, 30, 7, 12]])
-    seen = {}
-    real = LoraRepair._teach
-
-    def teach(self, adapted, *args):
-        real(self, adapted, *args)
-        with torch.no_grad():
-            seen["logits"] = adapted(tokens).logits
-
-    monkeypatch.setattr(LoraRepair, "_teach", teach)
+    made, real = [], peft.get_peft_model
+    monkeypatch.setattr(peft, "get_peft_model", lambda *args: made.append(real(*args)) or made[0])
     (edit,) = LoraRepair(checkpoints["gpt2"], layers=[0, 2], steps=5, lr=0.05).fit(model, [fact])
     with edit.applied(model), torch.no_grad():
         got = model(tokens, return_type="logits")
-    torch.testing.assert_close(got, seen["logits"], atol=1e-4, rtol=1e-4)
+        want = made[0](tokens).logits
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 def test_lora_refuses_another_checkpoint(load_tiny, checkpoints, facts):

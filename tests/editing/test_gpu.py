@@ -21,7 +21,7 @@ def test_on_the_gpu(checkpoints, fact, tmp_path, dtype):
     model = load_model(checkpoints["llama"], device="cuda", dtype=dtype)
     before = weights(model)
     edit = creme(model, fact, layers=[0, 2])
-    again = Edit.load(edit.save(tmp_path / "edit"))  # factors on the CPU
+    again = Edit.load(edit.save(tmp_path / "edit.safetensors"))  # factors on the CPU
     with torch.no_grad():
         hooked = forward(model, TOKENS, hooks=edit_hooks(model, [again]))
         with again.applied(model):

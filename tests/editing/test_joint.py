@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from mi_hops.editing import (
+    PAPER,
     SingularError,
     applied_edits,
     creme_sequential,
     second_moments,
     stack,
 )
-from mi_hops.editing.plans import PAPER
 from mi_hops.editing.solve import solve_keys
-from mi_hops.model import read_w_o, write_w_o
+from mi_hops.model import read_matrix, write_matrix
 from tests.editing.conftest import assert_same_bits, paper, paper_joint, weights
 from tests.editing.test_creme import TEMPLATES, last_mean, wide  # noqa: F401
 
@@ -27,7 +27,7 @@ def test_joint_equals_memits_normal_equations(wide, facts):  # noqa: F811
         wide, facts, layers=layers, ridge=ridge, templates=TEMPLATES, covariance=moments,
         batch_size=13,
     )  # fmt: skip
-    originals = {i: read_w_o(wide, i) for i in layers}
+    originals = {i: read_matrix(wide, "W_O", i) for i in layers}
     try:
         for layer, change in zip(layers, edit.changes, strict=True):
             asked = [
@@ -46,10 +46,10 @@ def test_joint_equals_memits_normal_equations(wide, facts):  # noqa: F811
             weight = ridge * (keys @ torch.linalg.inv(c) @ keys.T).diagonal().mean()
             want = torch.linalg.solve(weight * c + keys.T @ keys, keys.T @ lack)
             torch.testing.assert_close(change.delta(), want, atol=1e-7, rtol=1e-6)
-            write_w_o(wide, layer, originals[layer] + want)
+            write_matrix(wide, "W_O", layer, originals[layer] + want)
     finally:
         for i, w in originals.items():
-            write_w_o(wide, i, w)
+            write_matrix(wide, "W_O", i, w)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +99,13 @@ def test_sequential_edits_see_the_earlier_ones(wide, facts):  # noqa: F811
         torch.testing.assert_close(a.delta(), b.delta(), atol=1e-9, rtol=1e-9)
     edits[1].apply(wide)
     edits[2].apply(wide)
-    inside = {i: read_w_o(wide, i) for i in (0, 1)}
+    inside = {i: read_matrix(wide, "W_O", i) for i in (0, 1)}
     for e in reversed(edits):
         e.undo(wide)
     assert_same_bits(wide, before)
     with stack(edits, check=False).applied(wide):
         for i, w in inside.items():
-            torch.testing.assert_close(read_w_o(wide, i), w, atol=1e-9, rtol=1e-9)
+            torch.testing.assert_close(read_matrix(wide, "W_O", i), w, atol=1e-9, rtol=1e-9)
 
 
 def test_later_edits_hold_what_earlier_ones_made(wide, facts):  # noqa: F811

@@ -9,9 +9,8 @@ from mi_hops.editing import Request, second_moments
 from mi_hops.editing.baselines.grace import Codebook, GraceRepair
 from mi_hops.editing.baselines.memit import MemitRepair, memit
 from mi_hops.editing.baselines.rome import ValueSearch, search_values
-from mi_hops.editing.change import read_matrix, write_matrix
-from mi_hops.editing.teaching import answer_loss, lesson
-from mi_hops.model import forward, hook_name
+from mi_hops.editing.teaching import answer_loss, teacher_forced
+from mi_hops.model import forward, hook_name, read_matrix, write_matrix
 from mi_hops.sweep.generate import generate
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.text.tokens import encode, pad
@@ -52,7 +51,7 @@ def test_with_a_ridge_each_layer_solves_memits_normal_equations(load_tiny, facts
     values = search_values(model, requests, 1, ValueSearch(**options), hook=end).values
 
     def at_last(kind, layer):
-        return torch.stack([last_mean(model, [r.composite], kind, layer) for r in requests])
+        return torch.stack([last_mean(model, [r.two_hop_prompt], kind, layer) for r in requests])
 
     wanted = at_last("resid_post", 1) + values
     edit = memit(model, three, layers=layers, covariance=c, ridge=ridge, **options)
@@ -111,7 +110,7 @@ def test_the_codebooks_rule():
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_grace_puts_its_facts_right_and_nothing_else(tiny, facts, shared):
+def test_grace_corrects_its_facts_and_nothing_else(tiny, facts, shared):
     repair = GraceRepair(layer=1, steps=150, lr=0.3, shared=shared)
     assert isinstance(repair, Repair)
     before = weights(tiny)
@@ -119,17 +118,17 @@ def test_grace_puts_its_facts_right_and_nothing_else(tiny, facts, shared):
     assert_same_bits(tiny, before)
     assert (books[0] is books[1]) == shared
     for i, f in enumerate(facts[:3]):
-        taught = lesson(tiny, [f.prompt("suffix")], [f.answer])
-        rows = Rows(taught.prompts, taught.tokens.shape[1])
+        batch = teacher_forced(tiny, [f.prompt("suffix")], [f.answer])
+        rows = Rows(batch.prompts, batch.tokens.shape[1])
         with torch.no_grad():
-            old = answer_loss(tiny, taught, []).item()
-            new = answer_loss(tiny, taught, repair.hooks(tiny, [books[i]], rows)).item()
+            old = answer_loss(tiny, batch).item()
+            new = answer_loss(tiny, batch, repair.hooks(tiny, [books[i]], rows)).item()
         assert new < old - 2
-    stranger = encode(tiny, "w80 w81 w82")
-    batch = pad([stranger.ids])
+    unrelated = encode(tiny, "w80 w81 w82")
+    batch = pad([unrelated.ids])
     with torch.no_grad():
         clean = forward(tiny, batch.tokens)
-        hooks = repair.hooks(tiny, [books[0]], Rows((stranger,), batch.tokens.shape[1]))
+        hooks = repair.hooks(tiny, [books[0]], Rows((unrelated,), batch.tokens.shape[1]))
         assert torch.equal(forward(tiny, batch.tokens, hooks=hooks), clean)
 
 
@@ -142,19 +141,23 @@ def test_one_codebook_for_all_unless_asked_otherwise_and_no_radius_from_other_fa
     assert alone.radii[0] == pytest.approx(0.01 * float(alone.keys[0].norm()))
 
 
-def test_a_shared_codebook_expands_splits_and_leaves_alone_what_is_right(tiny, facts):
+def test_a_shared_codebook_expands_splits_and_leaves_alone_what_is_correct(tiny, facts):
     """A radius that reaches everywhere: the second prompt meets the first one's entry."""
     f, other = facts[:2]
-    again = {"bridge": f.bridge, "guide": f"w9 {f.bridge} w8", "composite": "w9 w5 w8"}
-    taught = Request.from_fact(f, "suffix")
+    again = {
+        "bridge": f.bridge,
+        "second_hop_prompt": f"w9 {f.bridge} w8",
+        "two_hop_prompt": "w9 w5 w8",
+    }
+    first = Request.from_fact(f, "suffix")
     same = Request(**again, target=f.answer)
     different = Request(**again, target=other.answer)
     repair = GraceRepair(layer=2, steps=100, lr=0.3, radius=10.0)
-    book = repair.fit(tiny, [taught, same])[0]  # the last layer's value says f's answer anywhere
+    book = repair.fit(tiny, [first, same])[0]  # the last layer's value says f's answer anywhere
     assert book.answers == [f.answer]
     before = list(book.radii)
-    assert repair.fit(tiny, [taught, taught, same])[0].radii == pytest.approx(before)
-    split = repair.fit(tiny, [taught, different])[0]
+    assert repair.fit(tiny, [first, first, same])[0].radii == pytest.approx(before)
+    split = repair.fit(tiny, [first, different])[0]
     assert split.answers == [f.answer, other.answer]
     assert (
         split.radii[0]

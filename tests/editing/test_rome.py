@@ -7,9 +7,10 @@ import torch
 
 from mi_hops.editing import Request, second_moments
 from mi_hops.editing.baselines.rome import RomeRepair, ValueSearch, rome, rome_many, search_values
-from mi_hops.editing.teaching import answer_loss, kl, last_logp, lesson
+from mi_hops.editing.teaching import answer_loss, last_logp, teacher_forced
 from mi_hops.facts.templates import capitalise
 from mi_hops.model import capture, hook_name
+from mi_hops.model.numeric import kl_divergence
 from mi_hops.sweep.repair import Repair
 from mi_hops.text.tokens import encode, last_position
 from tests.editing.conftest import TEMPLATES, assert_same_bits, weights
@@ -24,8 +25,8 @@ def at_subject(model, text, phrase, kind, layer):
 
 
 def test_the_loss_is_the_answers_log_probability(tiny, facts):
-    taught = lesson(tiny, [f.prompt() for f in facts[:2]], [facts[0].answer, "w7"])
-    loss = answer_loss(tiny, taught, [])
+    batch = teacher_forced(tiny, [f.prompt() for f in facts[:2]], [facts[0].answer, "w7"])
+    loss = answer_loss(tiny, batch)
     for i, answer in enumerate((facts[0].answer.split(), ["w7"])):
         ids = [*encode(tiny, facts[i].prompt()).ids]
         total = 0.0
@@ -60,11 +61,11 @@ def test_the_target_becomes_likely_and_the_model_stays(tiny, facts):
     assert_same_bits(tiny, before)
     assert grads == [p.requires_grad for p in tiny.parameters()]
     for f, edit in zip(facts, edits, strict=False):
-        taught = lesson(tiny, [f.prompt("suffix")], [f.answer])
+        batch = teacher_forced(tiny, [f.prompt("suffix")], [f.answer])
         with torch.no_grad():
-            old = answer_loss(tiny, taught, []).item()
+            old = answer_loss(tiny, batch).item()
             with edit.applied(tiny):
-                assert answer_loss(tiny, taught, []).item() < old - 1
+                assert answer_loss(tiny, batch).item() < old - 1
 
 
 def test_facts_of_a_batch_do_not_meet(load_tiny, facts):
@@ -98,14 +99,18 @@ def test_the_kl_term_keeps_what_the_subject_goes_on_with(load_tiny, fact):
     for weight in (0.0, 5.0):
         edit = rome(model, fact, layer=1, **{**QUICK, "kl": weight})
         with edit.applied(model):
-            moved[weight] = kl(last_logp(model, essence), before).item()
+            moved[weight] = kl_divergence(last_logp(model, essence), before).item()
     assert 0 < moved[5.0] < 0.7 * moved[0.0]
 
 
 def test_repair_and_refusals(tiny, fact):
     assert isinstance(RomeRepair(layer=1), Repair)
     with pytest.raises(ValueError, match="no target"):
-        rome(tiny, Request(composite="w3 w1", guide="w3 w2", bridge="w2", subject="w1"), layer=0)
+        rome(
+            tiny,
+            Request(two_hop_prompt="w3 w1", second_hop_prompt="w3 w2", bridge="w2", subject="w1"),
+            layer=0,
+        )
     with pytest.raises(ValueError, match="out of range"):
         rome(tiny, fact, layer=9)
     with pytest.raises(ValueError, match="steps 0"):

@@ -49,12 +49,12 @@ def test_fingerprint_is_the_same_on_both_classes(load_tiny, shape):
 
 def test_fingerprint_sees_a_low_rank_change(tiny):
     before = M.fingerprint(tiny)
-    old = M.read_w_o(tiny, 1)
+    old = M.read_matrix(tiny, "W_O", 1)
     u = torch.zeros(old.shape[0])
     u[3] = 1e-3
-    M.write_w_o(tiny, 1, old + u[:, None] * torch.ones(old.shape[1]))
+    M.write_matrix(tiny, "W_O", 1, old + u[:, None] * torch.ones(old.shape[1]))
     assert M.fingerprint(tiny) != before
-    M.write_w_o(tiny, 1, old)
+    M.write_matrix(tiny, "W_O", 1, old)
     assert M.fingerprint(tiny) == before
 
 
@@ -73,7 +73,7 @@ def test_fingerprint_sees_one_element_of_anything(tiny):
 
 def test_w_o_is_read_and_written_the_right_way_round(tiny):
     """z @ W_O + b_O is the attention output, although W_O is square."""
-    old = M.read_w_o(tiny, 1)
+    old = M.read_matrix(tiny, "W_O", 1)
     names = [M.hook_name("z", 1), M.hook_name("attn_out", 1)]
     acts, _ = M.capture(tiny, TOKENS, names)
     z = acts[names[0]].flatten(2)
@@ -82,31 +82,31 @@ def test_w_o_is_read_and_written_the_right_way_round(tiny):
     assert torch.allclose(acts[names[1]], expected, atol=1e-5)
     new = old + torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
     try:
-        M.write_w_o(tiny, 1, new)
+        M.write_matrix(tiny, "W_O", 1, new)
         changed, _ = M.capture(tiny, TOKENS, names)
         assert torch.allclose(changed[names[1]], expected + z @ (new - old), atol=1e-4)
     finally:
-        M.write_w_o(tiny, 1, old)
-    assert torch.equal(M.read_w_o(tiny, 1), old)
+        M.write_matrix(tiny, "W_O", 1, old)
+    assert torch.equal(M.read_matrix(tiny, "W_O", 1), old)
 
 
 def test_write_w_o_refuses(tiny):
-    old = M.read_w_o(tiny, 0)
+    old = M.read_matrix(tiny, "W_O", 0)
     with pytest.raises(ValueError, match=r"W_O of layer 0 is \(32, 32\)"):
-        M.write_w_o(tiny, 0, old[:4])
+        M.write_matrix(tiny, "W_O", 0, old[:4])
     with pytest.raises(ValueError, match="non-finite"):
-        M.write_w_o(tiny, 0, old * float("nan"))
+        M.write_matrix(tiny, "W_O", 0, old * float("nan"))
     with pytest.raises(ValueError, match="out of range"):
-        M.write_w_o(tiny, 3, old)
-    assert torch.equal(M.read_w_o(tiny, 0), old)
+        M.write_matrix(tiny, "W_O", 3, old)
+    assert torch.equal(M.read_matrix(tiny, "W_O", 0), old)
 
 
 def test_half_precision_overflow_is_refused(load_tiny):
     model = load_tiny("gpt2", "bridge", "float16")
-    old = M.read_w_o(model, 0)
+    old = M.read_matrix(model, "W_O", 0)
     with pytest.raises(ValueError, match="non-finite"):
-        M.write_w_o(model, 0, old.float() + 1e6)
-    assert torch.equal(M.read_w_o(model, 0), old)
+        M.write_matrix(model, "W_O", 0, old.float() + 1e6)
+    assert torch.equal(M.read_matrix(model, "W_O", 0), old)
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
@@ -302,8 +302,8 @@ class TestOtherFamilies:
         with torch.no_grad():
             assert torch.allclose(M.forward(model, TOKENS), hf(folder)(TOKENS).logits, atol=1e-4)
         before = M.fingerprint(model)
-        old = M.read_w_o(model, 1)
-        M.write_w_o(model, 1, old + 1)
+        old = M.read_matrix(model, "W_O", 1)
+        M.write_matrix(model, "W_O", 1, old + 1)
         assert M.fingerprint(model) != before
         # Attention and MLP run side by side, so there is no state between them.
         with pytest.raises(M.MissingHookError, match=r"blocks\.1\.hook_resid_mid"):

@@ -59,7 +59,7 @@ def test_no_query_but_the_correction_is_a_prompt_that_an_edit_is_made_from_or_ke
     failed, _, _, sets = built
     for fact in failed:
         request = Request.from_fact(fact, "suffix", keep="hops")
-        given = {request.composite, request.guide, *request.keep}
+        given = {request.two_hop_prompt, request.second_hop_prompt, *request.keep}
         asked = {q.prompt for q in sets if q.case == fact.id and q.set != "correction"}
         assert len(given) == 3 and not given & asked
 

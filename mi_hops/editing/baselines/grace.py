@@ -10,41 +10,37 @@ the distance to the nearest key i::
     the same answer:                     radius_i <- max(radius_i, d)
     another answer:                      radius_i <- d/2, and add (h, value, d/2, y)
 
-A prompt that is answered rightly already is not learned. (The paper's text lets the same answer add the
-radius; its code takes the distance.)
+A prompt that is answered correctly already is not learned. (The paper's text lets the same answer add
+the radius; its code takes the distance.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from mi_hops.editing.checks import check_editable
-from mi_hops.editing.passes import run_blocks
-from mi_hops.editing.request import Request, requests_of
+from mi_hops.editing.passes import activations
+from mi_hops.editing.request import Asked, Request, requests_of
 from mi_hops.editing.teaching import (
     answer_loss,
-    answered_rightly,
+    answered_correctly,
     chunks,
     frozen,
-    lesson,
     minimise,
-    require_targets,
+    teacher_forced,
 )
-from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel, dtype_of, hook_name, require_hooks, require_layers
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.repair import Rows
-from mi_hops.text.tokens import Prompt, encode, pad
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mi_hops.text.tokens import encode, pad
 
 
-@dataclass
+@dataclass(repr=False)
 class Codebook:
     """Entries of one layer; grows by `learn`.
 
@@ -59,8 +55,11 @@ class Codebook:
     radii: list[float] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        return f"<GRACE codebook at layer {self.layer}: {len(self.keys)} entries>"
+
     def learn(self, state: Tensor, value: Tensor, answer: str, radius: float) -> str:
-        """Take in a fact by the rule above; says what was done: ``add``, ``expand``, ``split``.
+        """Add a fact by the rule above; returns what was done: ``add``, ``expand``, ``split``.
 
         An entry that is expanded keeps its own value.
         """
@@ -111,7 +110,7 @@ class GraceRepair:
         layer: block whose output is replaced.
         radius: of a new entry, as a share of the norm of its state, so that it depends on no other
             fact.
-        shared: one codebook that learns all facts in order (the method); else one a fact, on its own
+        shared: one codebook that learns all facts in order (the method); else one per fact, on its own
             rows, where nothing is ever expanded or split.
         form: of the prompts taught; default the first a fact has of both hops.
         steps, lr: of Adam, from the layer's own output as a start.
@@ -144,53 +143,53 @@ class GraceRepair:
         """Label in tables."""
         return self._name
 
-    def fit(self, model: HookedModel, facts: Sequence[TwoHopFact | Request]) -> list[Codebook]:
-        """One codebook a fact (the same one for all where shared); facts known already add nothing."""
-        requests = requests_of(facts, self.form)
-        require_targets(requests)
+    def fit(self, model: HookedModel, facts: Sequence[Asked]) -> list[Codebook]:
+        """One codebook per fact (one for all where shared); facts known already add nothing."""
+        requests = requests_of(facts, self.form, taught=True)
         require_layers(model, [self.layer])
-        require_hooks(
-            model, [hook_name("resid_pre", self.layer), hook_name("resid_post", self.layer)]
-        )
-        check_editable(model, None, [self.layer], processed=True)
+        ends = (hook_name("resid_pre", self.layer), hook_name("resid_post", self.layer))
+        require_hooks(model, ends)
         states, values, known = self._search(model, requests)
         one = Codebook(self.layer)
         books = [one if self.shared else Codebook(self.layer) for _ in requests]
-        for book, request, state, value, right in zip(
+        for book, request, state, value, correct in zip(
             books, requests, states, values, known, strict=True
         ):
             if book.lookup(state) is not None:  # what is said now is an entry's doing
-                taught = lesson(model, [request.composite], [request.target])
-                rows = Rows(taught.prompts, taught.tokens.shape[1])
-                right = answered_rightly(model, taught, self.hooks(model, [book], rows))[0]
-            if not right:
+                batch = teacher_forced(model, [request.two_hop_prompt], [request.target])
+                rows = Rows(batch.prompts, batch.tokens.shape[1])
+                hooks = self.hooks(model, [book], rows)
+                (correct,) = answered_correctly(model, batch, hooks)
+            if not correct:
                 book.learn(state, value, request.target, self.radius * float(state.norm()))
         return books
 
     def _search(
         self, model: HookedModel, requests: Sequence[Request]
-    ) -> tuple[Tensor, Tensor, list[bool]]:
+    ) -> tuple[Float[Tensor, "fact d_model"], Float[Tensor, "fact d_model"], list[bool]]:
         """What the codebook may need of each fact.
 
         Returns:
-            States ``[fact, d_model]`` at the layer's input, values ``[fact, d_model]`` that make the
-            prompt right, and whether the model answers it rightly without.
+            States at the layer's input, values by which the prompt is answered, and whether the
+            model answers it correctly without.
         """
         wide = wide_dtype(dtype_of(model))
+        ends = (hook_name("resid_pre", self.layer), hook_name("resid_post", self.layer))
         states, values, known = [], [], list[bool]()
         for part in chunks(len(requests), self.batch_size):
-            asked = [requests[i] for i in part]
-            prompts = [encode(model, r.composite) for r in asked]
-            last = torch.tensor([p.last for p in prompts])
-            entering, leaving = _ends(model, prompts, self.layer)
+            texts = [requests[i].two_hop_prompt for i in part]
+            prompts = pad([encode(model, text).ids for text in texts])
+            rows, last = torch.arange(len(texts)), prompts.last
+            found = activations(model, prompts.tokens, self.layer, ends)
+            entering, leaving = (x[rows, last].detach().clone() for x in found)
             value = leaving.to(wide).requires_grad_(True)
-            taught = lesson(model, [r.composite for r in asked], [r.target for r in asked])
-            known += answered_rightly(model, taught)
-            hook = (hook_name("resid_post", self.layer), _put(last, value))
+            batch = teacher_forced(model, texts, [requests[i].target for i in part])
+            known += answered_correctly(model, batch)
+            hook: Hook = (ends[1], _replacing(last, value))
             with frozen(model):
                 minimise(
                     [value],
-                    lambda taught=taught, hook=hook: answer_loss(model, taught, [hook]).sum(),  # type: ignore[misc]
+                    lambda batch=batch, hook=hook: answer_loss(model, batch, [hook]),  # type: ignore[misc]
                     steps=self.steps,
                     lr=self.lr,
                 )
@@ -209,14 +208,15 @@ class GraceRepair:
             return []
         found: dict[int, Tensor] = {}
 
-        def look(x: Tensor) -> None:
+        def look(x: Tensor, hook: Any = None) -> Tensor:
             found.clear()
             for row, at, book in here:
                 value = book.lookup(x[row, at])
                 if value is not None:
                     found[row] = value
+            return x
 
-        def put(x: Tensor) -> Tensor:
+        def put(x: Tensor, hook: Any = None) -> Tensor:
             out = x.clone()
             for row, at, _ in here:
                 if row in found:
@@ -229,28 +229,14 @@ class GraceRepair:
         ]
 
 
-def _ends(model: HookedModel, prompts: Sequence[Prompt], layer: int) -> tuple[Tensor, Tensor]:
-    """The residual stream before and behind a layer at each prompt's last token."""
-    batch = pad([p.ids for p in prompts])
-    found: dict[str, Tensor] = {}
-    hooks: list[Hook] = [
-        (hook_name(kind, layer), lambda x, kind=kind: found.update({kind: x}))  # type: ignore[misc]
-        for kind in ("resid_pre", "resid_post")
-    ]
-    run_blocks(model, batch.tokens, layer, hooks)
-    rows = torch.arange(len(prompts))
-    before, after = (
-        found[kind][rows, batch.last].detach().clone() for kind in ("resid_pre", "resid_post")
-    )
-    return before, after
-
-
-def _put(last: Tensor, value: Tensor) -> Any:
+def _replacing(
+    last: Int[Tensor, "row"], value: Float[Tensor, "row d_model"]
+) -> Callable[[Tensor], Tensor]:
     """A hook that replaces each row's last prompt position; gradients flow to `value`."""
 
-    def fn(x: Tensor) -> Tensor:
+    def replace(x: Tensor) -> Tensor:
         out = x.clone()
         out[torch.arange(len(last)), last] = value.to(x.device, x.dtype)
         return out
 
-    return fn
+    return replace

@@ -17,36 +17,39 @@ it is broken and lowered while it is met.
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from fancy_einsum import einsum
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mi_hops.editing.applied import check_weights
-from mi_hops.editing.change import Change, input_hook, output_hook, read_matrix
-from mi_hops.editing.checks import check_editable, check_layers
-from mi_hops.editing.edit import Edit, write_whole
-from mi_hops.editing.request import Request, requests_of
-from mi_hops.editing.rows import edit_hooks
+from mi_hops.editing.change import Change, matrix_hooks
+from mi_hops.editing.checks import check_editable
+from mi_hops.editing.edit import Edit, check_weights
+from mi_hops.editing.files import load_tensors, save_tensors
+from mi_hops.editing.request import Asked, requests_of
+from mi_hops.editing.rows import EditorRepair
 from mi_hops.editing.teaching import (
     TeacherForcedBatch,
     answer_loss,
     chunks,
     frozen,
-    kl,
     last_logp,
-    lesson,
-    require_targets,
+    teacher_forced,
 )
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model import Hook, HookedModel, embedding, processing_of
-from mi_hops.sweep.repair import Rows
+from mi_hops.model import Hook, HookedModel, embedding, read_matrix
+from mi_hops.model.numeric import kl_divergence
+from mi_hops.result.progress import progress_bar
 from mi_hops.text.tokens import answer_ids, encode
+
+#: Left ``[row, rank, d_in]`` and right ``[row, rank, d_out]`` factors of every row's change.
+Factors = tuple[Tensor, Tensor]
 
 _KEY = "mi_hops_knowledge_editor"
 
@@ -82,7 +85,7 @@ class EditorTraining:
 
 
 class _Network(nn.Module):
-    """From embedded prompts and answers to the factors' parts, one set a matrix."""
+    """From embedded prompts and answers to the factors' parts, one set per matrix."""
 
     def __init__(self, d_model: int, shapes: Sequence[tuple[int, int]], width: int) -> None:
         super().__init__()
@@ -94,7 +97,7 @@ class _Network(nn.Module):
             self.heads.append(nn.ModuleDict({k: nn.Linear(2 * width, n) for k, n in sizes.items()}))
 
     def forward(self, embedded: Tensor, lengths: Tensor) -> list[dict[str, Tensor]]:
-        """``embedded`` [row, pos, d_model + 1], right-padded -> parts [row, ...] a matrix."""
+        """``embedded`` [row, pos, d_model + 1], right-padded -> parts [row, ...] per matrix."""
         packed = nn.utils.rnn.pack_padded_sequence(
             embedded, lengths.cpu(), batch_first=True, enforce_sorted=False
         )
@@ -114,12 +117,16 @@ class KnowledgeEditor:
     """
 
     def __init__(self, model: HookedModel, how: EditorTraining) -> None:
-        layers = check_layers(model, how.layers, how.matrix)
-        self.fingerprint = check_editable(model, None, layers, processed=False)
+        self._editable = check_editable(model, how.layers, how.matrix)
+        if self._editable.processing != "none":
+            raise ValueError(
+                "an editor is trained on the weights of a checkpoint; load the model with "
+                "processing='none'"
+            )
+        self.fingerprint = self._editable.fingerprint
         self.how, self.log = how, list[dict[str, float]]()
-        weights = [read_matrix(model, how.matrix, layer) for layer in layers]
+        weights = [read_matrix(model, how.matrix, layer) for layer in self._editable.layers]
         self._norms = [float(w.float().norm()) for w in weights]
-        self._layers = layers
         with torch.random.fork_rng():
             torch.manual_seed(how.seed)
             shapes = [(w.shape[0], w.shape[1]) for w in weights]
@@ -129,63 +136,56 @@ class KnowledgeEditor:
     # -- use -------------------------------------------------------------------------------------
 
     def edits(
-        self, model: HookedModel, asked: Iterable[TwoHopFact | Request], *, form: str | None = None
+        self, model: HookedModel, asked: Iterable[Asked], *, form: str | None = None
     ) -> list[Edit]:
-        """One edit a fact; the model is left as it is.
+        """One edit per fact; the model is left as it is.
 
         Raises:
             WrongWeightsError: a model it was not trained on.
             ValueError: requests without target.
         """
         check_weights(model, self.fingerprint, "the editor was")
-        requests = requests_of(asked, form)
-        require_targets(requests)
+        requests = requests_of(asked, form, taught=True)
+        layers = self._editable.layers
+        settings = {**asdict(self.how), "layers": list(layers)}
         edits = []
         for part in chunks(len(requests), self.how.batch_size):
             some = [requests[i] for i in part]
             with frozen(model):
                 factors = self.factors(
-                    model, [r.composite for r in some], [r.target for r in some], train=False
+                    model, [r.two_hop_prompt for r in some], [r.target for r in some]
                 )
             for row, request in enumerate(some):
                 changes = [
                     Change(self.how.matrix, layer, left[row].detach(), right[row].detach())
-                    for layer, (left, right) in zip(self._layers, factors, strict=True)
+                    for layer, (left, right) in zip(layers, factors, strict=True)
                 ]
                 edits.append(
-                    Edit(
-                        method="knowledge-editor",
-                        changes=tuple(changes),
-                        fingerprint=self.fingerprint,
-                        processing=processing_of(model),
-                        request=request.to_dict(),
-                        settings={**asdict(self.how), "layers": list(self._layers)},
-                    )
+                    self._editable.edit("knowledge-editor", request.to_dict(), changes, settings)
                 )
         return edits
 
     def factors(
-        self, model: HookedModel, prompts: Sequence[str], answers: Sequence[str], *, train: bool
-    ) -> list[tuple[Tensor, Tensor]]:
+        self,
+        model: HookedModel,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        *,
+        train: bool = False,
+    ) -> list[Factors]:
         """For each edited matrix, left and right factors of every row's change.
 
         Args:
             train: keep the graph through the network.
-
-        Returns:
-            ``(left [row, rank, d_in], right [row, rank, d_out])`` a matrix.
         """
-        taught = lesson(model, prompts, answers)
-        gradients = [
-            _gradient(x, g) for x, g in _inputs_and_gradients(model, taught, self.how.matrix, self._layers)
-        ]  # fmt: skip
+        batch = teacher_forced(model, prompts, answers)
+        gradients = unit_gradients(model, batch, self.how.matrix, self._editable.layers)
         with torch.set_grad_enabled(train):
-            embedded, lengths = _embedded(model, prompts, answers)
-            device = next(self.network.parameters()).device
-            found = self.network(embedded.to(device), lengths)
             out = []
-            for (x, g), norm, own in zip(gradients, self._norms, found, strict=True):
-                part = {name: value.to(x.device) for name, value in own.items()}
+            for (x, g), norm, part in zip(
+                gradients, self._norms, self.parts(model, prompts, answers), strict=True
+            ):
+                part = {name: value.to(x.device) for name, value in part.items()}
                 gate = self.how.scale * norm * part["eta"].sigmoid()[:, None]
                 left = torch.cat(
                     [x * part["alpha"].softmax(-1)[:, None], part["beta"].softmax(-1)[:, None]], 1
@@ -194,32 +194,46 @@ class KnowledgeEditor:
                 out.append((left, gate * right))
         return out
 
+    def parts(
+        self, model: HookedModel, prompts: Sequence[str], answers: Sequence[str]
+    ) -> list[dict[str, Tensor]]:
+        """What the network makes of prompts and answers: α, β, γ, δ and η ``[row, ...]`` per matrix."""
+        embedded, lengths = _embedded(model, prompts, answers)
+        return self.network(embedded.to(next(self.network.parameters()).device), lengths)
+
+    def hooks(self, factors: Sequence[Factors]) -> list[Hook]:
+        """Each row under its own factors; gradients flow to them."""
+
+        def adding(left: Tensor, right: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+            return lambda x, out: out + ((x.float() @ left.mT) @ right).to(out.dtype)
+
+        hooks: list[Hook] = []
+        for layer, (left, right) in zip(self._editable.layers, factors, strict=True):
+            hooks += matrix_hooks(self.how.matrix, layer, adding(left, right))
+        return hooks
+
     # -- files -----------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> Path:
-        """One safetensors file, whole or not at all."""
-        from safetensors.torch import save
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write one ``.safetensors`` file, whole or not at all.
 
+        Raises:
+            ValueError: another suffix.
+            FileExistsError: the file exists, and `overwrite` is off.
+        """
         head = {"fingerprint": self.fingerprint, "how": asdict(self.how), "log": self.log}
-        state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
-        return write_whole(Path(path), save(state, {_KEY: json.dumps(head)}))
+        return save_tensors(path, _KEY, head, self.network.state_dict(), overwrite)
 
     @classmethod
     def load(cls, path: str | Path, model: HookedModel) -> KnowledgeEditor:
         """Read an editor for the model it was trained on.
 
         Raises:
+            FileNotFoundError: no such file.
             WrongWeightsError: another model.
-            ValueError: a file that holds no editor.
+            ValueError: a file that does not hold an editor.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                head = json.loads((file.metadata() or {})[_KEY])
-                state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} holds no knowledge editor: {error}") from error
+        head, state = load_tensors(path, _KEY, "a knowledge editor")
         check_weights(model, head["fingerprint"], "the editor was")
         editor = cls(model, EditorTraining(**head["how"]))
         editor.network.load_state_dict(state)
@@ -227,26 +241,13 @@ class KnowledgeEditor:
         return editor
 
 
-class KnowledgeEditorRepair:
-    """A trained editor as a `mi_hops.sweep.repair.Repair`."""
+class KnowledgeEditorRepair(EditorRepair):
+    """A trained editor as a repair."""
 
     def __init__(
         self, editor: KnowledgeEditor, *, form: str | None = None, name: str = "KnowledgeEditor"
     ) -> None:
-        self._editor, self._form, self._name = editor, form, name
-
-    @property
-    def name(self) -> str:
-        """Label in tables."""
-        return self._name
-
-    def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[Edit]:
-        """One edit a fact."""
-        return self._editor.edits(model, facts, form=self._form)
-
-    def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
-        """Each row under its own edit."""
-        return edit_hooks(model, states)
+        super().__init__(editor.edits, name=name, form=form)
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -270,8 +271,6 @@ def train_editor(
         ValueError: facts among which no other answer or no unrelated fact can be drawn or without
             two wordings, or a loss that is not finite.
     """
-    from tqdm.auto import trange
-
     how = EditorTraining(**settings)
     editor = KnowledgeEditor(model, how)
     rng = random.Random(how.seed)
@@ -288,22 +287,22 @@ def train_editor(
     adam = torch.optim.Adam(editor.network.parameters(), lr=how.lr)
     pressure = 1.0
     with frozen(model):
-        for step in trange(how.steps, disable=not progress, desc="training the editor"):
+        steps = range(how.steps)
+        for step in progress_bar(steps, label="training the editor", show=progress):
             drawn = [rng.choice(pool) for _ in range(how.batch_size)]
             wordings = [rng.sample(sorted(f.prompts.values()), 2) for f in drawn]
             new = [rng.choice(sorted(set(answers[f.relation2]) - {f.answer})) for f in drawn]
-            others = [
-                _unrelated(f, answer, pool, rng) for f, answer in zip(drawn, new, strict=True)
-            ]
+            others = [unrelated(f, a, pool, rng) for f, a in zip(drawn, new, strict=True)]
             kept = [encode(model, rng.choice(sorted(o.prompts.values()))) for o in others]
             with torch.enable_grad():
                 factors = editor.factors(model, [w[0] for w in wordings], new, train=True)
-                hooks = _row_hooks(how.matrix, editor._layers, factors)
-                right = answer_loss(model, lesson(model, [w[1] for w in wordings], new), hooks)
+                hooks = editor.hooks(factors)
+                reworded = teacher_forced(model, [w[1] for w in wordings], new)
+                taught = answer_loss(model, reworded, hooks)
                 with torch.no_grad():
                     before = last_logp(model, kept)
-                moved = kl(before, last_logp(model, kept, hooks))
-                loss = right.mean() + pressure * (moved.mean() - how.margin)
+                moved = kl_divergence(before, last_logp(model, kept, hooks))
+                loss = taught.mean() + pressure * (moved.mean() - how.margin)
                 if not torch.isfinite(loss):
                     raise ValueError(f"the editor's loss is {loss.item()} at step {step}; lower lr")
                 adam.zero_grad(set_to_none=True)
@@ -316,7 +315,7 @@ def train_editor(
                 editor.log.append(
                     {
                         "step": step,
-                        "answer_loss": right.mean().item(),
+                        "answer_loss": taught.mean().item(),
                         "kl": moved.mean().item(),
                         "pressure": pressure,
                     }
@@ -324,7 +323,7 @@ def train_editor(
     return editor
 
 
-def _unrelated(
+def unrelated(
     fact: TwoHopFact, new: str, pool: Sequence[TwoHopFact], rng: random.Random
 ) -> TwoHopFact:
     """A fact of the pool that shares no entity with `fact` or its new answer."""
@@ -338,43 +337,41 @@ def _unrelated(
     )
 
 
-def _inputs_and_gradients(
-    model: HookedModel, taught: TeacherForcedBatch, matrix: str, layers: Sequence[int]
-) -> list[tuple[Tensor, Tensor]]:
-    """At each layer the matrix's inputs, and the loss's gradients at its outputs, every position."""
+def unit_gradients(
+    model: HookedModel, batch: TeacherForcedBatch, matrix: str, layers: Sequence[int]
+) -> list[tuple[Float[Tensor, "row pos d_in"], Float[Tensor, "row pos d_out"]]]:
+    """Factors of each row's gradient ``x^T g`` of the answer's loss, divided by its norm, per layer."""
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
 
-    def keep(layer: int) -> Any:
-        return lambda x: inputs.update({layer: x.detach().flatten(2).float()})
+    def leaf(layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def act(x: Tensor, out: Tensor) -> Tensor:
+            inputs[layer] = x.detach().float()
+            outputs[layer] = torch.zeros_like(out, requires_grad=True)
+            return out + outputs[layer]
 
-    def leaf(layer: int) -> Any:
-        def fn(x: Tensor) -> Tensor:
-            outputs[layer] = torch.zeros_like(x, requires_grad=True)
-            return x + outputs[layer]
-
-        return fn
+        return act
 
     hooks: list[Hook] = []
     for layer in layers:
-        hooks.append((input_hook(matrix, layer), keep(layer)))
-        hooks.append((output_hook(matrix, layer), leaf(layer)))
+        hooks += matrix_hooks(matrix, layer, leaf(layer))
     with torch.enable_grad():
-        loss = answer_loss(model, taught, hooks).sum()
+        loss = answer_loss(model, batch, hooks).sum()
         gradients = torch.autograd.grad(loss, [outputs[i] for i in layers])
-    return [(inputs[i], g.float()) for i, g in zip(layers, gradients, strict=True)]
-
-
-def _gradient(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the gradient ``x^T g`` of each row, divided by its norm."""
-    square = ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
-    return x, g / square.clamp_min(1e-24).sqrt()[:, None, None]
+    found = []
+    for layer, gradient in zip(layers, gradients, strict=True):
+        x, g = inputs[layer], gradient.float()
+        # |x^T g|^2 over pairs of positions, without the matrix itself.
+        inner = "row pos d, row other d -> row pos other"
+        square = (einsum(inner, x, x) * einsum(inner, g, g)).sum((1, 2))
+        found.append((x, g / square.clamp_min(1e-24).sqrt()[:, None, None]))
+    return found
 
 
 def _embedded(
     model: HookedModel, prompts: Sequence[str], answers: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Embeddings of prompt and answer with a mark on the answer, ``[row, pos, d + 1]``; lengths."""
+) -> tuple[Float[Tensor, "row pos d_marked"], Int[Tensor, "row"]]:
+    """Embeddings of prompt and answer with a mark on the answer, and lengths."""
     table = embedding(model).float()
     rows = []
     for text, answer in zip(prompts, answers, strict=True):
@@ -386,26 +383,3 @@ def _embedded(
         rows.append(torch.cat([x / table.std(), mark], 1))
     lengths = torch.tensor([len(r) for r in rows])
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
-
-
-def _row_hooks(
-    matrix: str, layers: Sequence[int], factors: Sequence[tuple[Tensor, Tensor]]
-) -> list[Hook]:
-    """Each row under its own factors; gradients flow to them."""
-    hooks: list[Hook] = []
-    for layer, (left, right) in zip(layers, factors, strict=True):
-        inputs: list[Tensor] = []
-
-        def keep(x: Tensor, inputs: list[Tensor] = inputs) -> None:
-            inputs[:] = [x.flatten(2)]
-
-        def add(
-            out: Tensor,
-            inputs: list[Tensor] = inputs,
-            left: Tensor = left,
-            right: Tensor = right,
-        ) -> Tensor:
-            return out + ((inputs.pop().float() @ left.mT) @ right).to(out.dtype)
-
-        hooks += [(input_hook(matrix, layer), keep), (output_hook(matrix, layer), add)]
-    return hooks

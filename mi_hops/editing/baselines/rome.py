@@ -9,23 +9,30 @@ with stays (the KL term)::
            + kl KL(P_δ[. | "subject is"] || P[. | "subject is"]) + decay |δ|^2 / |v|^2
     W_out <- W_out + (C^-1 k / k^T C^-1 k) δ^T,   |δ| <= clamp |v|
 
-with v the MLP's output at the key before the edit.
+with v the MLP's output at the key before the edit, also averaged. ``repository=True`` takes the
+choices of the published repository where they differ: ``decay |δ| / |v|^2``, v and the place where
+δ is met are those of the first template (the bare prompt), and the search of a fact ends once its
+loss is below 0.05, one step early at the latest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from einops import reduce, repeat
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from mi_hops.editing.change import Change, input_hook, output_hook
-from mi_hops.editing.checks import check_editable, check_layers
+from mi_hops.editing.change import input_hook, output_hook
+from mi_hops.editing.checks import check_editable
 from mi_hops.editing.edit import Edit
 from mi_hops.editing.moments import Moments
-from mi_hops.editing.passes import run_blocks
+from mi_hops.editing.passes import activations
 from mi_hops.editing.request import (
+    Asked,
     Position,
     Request,
     check_templates,
@@ -33,28 +40,24 @@ from mi_hops.editing.request import (
     key_position,
     requests_of,
 )
-from mi_hops.editing.rows import edit_hooks
-from mi_hops.editing.solve import inverse_times, solve_keys
+from mi_hops.editing.rows import EditorRepair
+from mi_hops.editing.solve import solve_keys
 from mi_hops.editing.teaching import (
     TeacherForcedBatch,
     answer_loss,
     chunks,
     frozen,
-    kl,
     last_logp,
-    lesson,
     minimise,
-    require_targets,
+    teacher_forced,
 )
-from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.templates import CONTEXTS, capitalise
-from mi_hops.model import Hook, HookedModel, dtype_of, processing_of
-from mi_hops.model.numeric import wide_dtype
-from mi_hops.sweep.repair import Rows
+from mi_hops.model import HookedModel, dtype_of
+from mi_hops.model.numeric import kl_divergence, wide_dtype
 from mi_hops.text.tokens import Prompt, encode
 
-if TYPE_CHECKING:
-    from torch import Tensor
+# The repository's search of a fact ends below this loss.
+_ENOUGH = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,8 @@ class ValueSearch:
             prompt's ``"last"``.
         steps, lr: of Adam.
         kl, decay, clamp: weights and bound in the module's formula.
+        repository: the choices of the published repository where they differ from the formula (see
+            above; the first template is to be ``"{}"``).
     """
 
     form: str | None = None
@@ -78,10 +83,10 @@ class ValueSearch:
     kl: float = 0.0625
     decay: float = 0.02
     clamp: float = 4.0
+    repository: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "templates", tuple(self.templates))
-        check_templates(self.templates)
+        object.__setattr__(self, "templates", check_templates(self.templates))
         if self.position not in ("last", "subject"):
             raise ValueError(f"position is {self.position!r}; expected 'last' or 'subject'")
         if self.steps < 1 or self.lr <= 0 or self.clamp <= 0 or min(self.kl, self.decay) < 0:
@@ -93,76 +98,53 @@ class ValueSearch:
 
 def rome_many(
     model: HookedModel,
-    asked: Iterable[TwoHopFact | Request],
+    asked: Iterable[Asked],
     *,
     layer: int,
     covariance: Moments | None = None,
-    processed: bool = False,
     batch_size: int = 16,
     **search: Any,
 ) -> list[Edit]:
     """ROME edits of many facts, each for itself; the model is left as it is.
 
     Args:
-        asked: facts or requests; the composite prompt is taught its target.
+        asked: facts or requests; the two-hop prompt is taught its target.
         layer: the block whose MLP is edited.
         covariance: second moments of the input of W_out; None for C = I.
-        processed: edit processed (folded) weights.
         batch_size: facts searched for at a time.
-        search: see `ValueSearch`.
+        search: of `ValueSearch`.
 
     Raises:
         ValueError: as for CREME; a request without target or, for position ``"subject"``, without
             subject; a search that diverges.
     """
     how = ValueSearch(**search)
-    requests = requests_of(asked, how.form)
-    require_targets(requests)
-    (layer,) = check_layers(model, [layer], "W_out")
-    made_for = check_editable(model, covariance, [layer], processed=processed, matrix="W_out")
+    requests = requests_of(asked, how.form, taught=True)
+    editable = check_editable(model, layer, "W_out", covariance)
+    settings = {"layer": layer, "c": covariance is not None, **asdict(how)}
     edits = []
     for part in chunks(len(requests), batch_size):
         found = search_values(model, [requests[i] for i in part], layer, how)
-        inverse = inverse_times(covariance, layer, found.keys)
-        for i, key, c_key, value in zip(part, found.keys, inverse, found.values, strict=True):
-            left = solve_keys(key[None], inverse=c_key[None])
-            change = Change("W_out", layer, left.to(value.dtype), value[None])
-            edits.append(
-                Edit(
-                    method="rome",
-                    changes=(change,),
-                    fingerprint=made_for,
-                    processing=processing_of(model),
-                    request=requests[i].to_dict(),
-                    settings={"layer": layer, "c": covariance is not None, **asdict(how)},
-                )
-            )
+        inverse = editable.inverse_times(layer, found.keys)
+        for row, i in enumerate(part):
+            left = solve_keys(found.keys[row, None], inverse=inverse[row, None])
+            if how.repository:
+                left = left / (left @ found.bare[row])
+            change = editable.change(layer, left, found.values[row, None])
+            edits.append(editable.edit("rome", requests[i].to_dict(), [change], settings))
     return edits
 
 
-def rome(model: HookedModel, asked: TwoHopFact | Request, *, layer: int, **settings: Any) -> Edit:
+def rome(model: HookedModel, asked: Asked, *, layer: int, **settings: Any) -> Edit:
     """The ROME edit of one fact; see `rome_many`."""
     return rome_many(model, [asked], layer=layer, **settings)[0]
 
 
-class RomeRepair:
-    """ROME as a `mi_hops.sweep.repair.Repair`; settings as `rome_many`."""
+class RomeRepair(EditorRepair):
+    """ROME as a repair; settings of `rome_many`."""
 
     def __init__(self, *, layer: int, name: str = "ROME", **settings: Any) -> None:
-        self._layer, self._name, self._settings = layer, name, settings
-
-    @property
-    def name(self) -> str:
-        """Label in tables."""
-        return self._name
-
-    def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[Edit]:
-        """One edit a fact."""
-        return rome_many(model, facts, layer=self._layer, **self._settings)
-
-    def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
-        """Each row under its own edit."""
-        return edit_hooks(model, states)
+        super().__init__(rome_many, name=name, layer=layer, **settings)
 
 
 # -- the search -----------------------------------------------------------------------------------
@@ -170,106 +152,113 @@ class RomeRepair:
 
 @dataclass(frozen=True)
 class Found:
-    """Keys ``[fact, d_mlp]`` (float64) and searched additions ``[fact, d_model]``."""
+    """What was searched for.
 
-    keys: Tensor
-    values: Tensor
+    Attributes:
+        keys: means over templates, float64.
+        bare: the keys of the first template alone, float64.
+        values: additions to the output.
+    """
+
+    keys: Float[Tensor, "fact d_in"]
+    bare: Float[Tensor, "fact d_in"]
+    values: Float[Tensor, "fact d_model"]
 
 
 @dataclass(frozen=True)
-class Where:
-    """Rows of a lesson: which fact each belongs to, and its key's position."""
+class Place:
+    """Rows of a batch: the fact each belongs to, and the position of its key."""
 
-    fact: Tensor
-    position: Tensor
+    fact: Int[Tensor, "row"]
+    position: Int[Tensor, "row"]
+
+    def at_keys(self, x: Float[Tensor, "row pos d"]) -> Float[Tensor, "row d"]:
+        """Each row at its key, float64."""
+        rows = torch.arange(len(self.fact), device=x.device)
+        return x[rows, self.position.to(x.device)].double()
+
+    def adding(self, delta: Float[Tensor, "fact d"]) -> Callable[[Tensor], Tensor]:
+        """A hook that adds each row's fact's vector at its key; gradients flow to `delta`."""
+
+        def add(x: Tensor) -> Tensor:
+            fact, position = self.fact.to(x.device), self.position.to(x.device)
+            rows = torch.arange(len(fact), device=x.device)
+            out = x.clone()
+            out[rows, position] = out[rows, position] + delta.to(x.device)[fact].to(x.dtype)
+            return out
+
+        return add
 
 
 def search_values(
     model: HookedModel, requests: Sequence[Request], layer: int, how: ValueSearch, hook: str = ""
 ) -> Found:
-    """Additions to the MLP's output (or at another `hook`) that make each fact's prompt right."""
+    """Additions to the MLP's output (or at another `hook`) by which each fact's prompt is answered."""
     hook = hook or output_hook("W_out", layer)
-    taught, where = teach_requests(model, requests, how)
+    n = len(requests)
+    batch, place = teach_requests(model, requests, how)
     essence = [encode(model, _essence(r)) for r in requests]
-    at_essence = Where(
-        torch.arange(len(requests)), torch.tensor([p.last - _tail(p, r) for p, r in zip(essence, requests, strict=True)])
-    )  # fmt: skip
-    seen: dict[str, Tensor] = {}
-    names = (input_hook("W_out", layer), hook)
-    run_blocks(
-        model,
-        taught.tokens,
-        layer,
-        [(n, lambda x, n=n: seen.update({n: x.flatten(2)})) for n in names],  # type: ignore[misc]
+    subjects = [p.last - _tail(p, r) for p, r in zip(essence, requests, strict=True)]
+    at_essence = Place(torch.arange(n), torch.tensor(subjects))
+    at_key, at_output = (
+        place.at_keys(x)
+        for x in activations(model, batch.tokens, layer, (input_hook("W_out", layer), hook))
     )
-    keys = mean_by_fact(seen[names[0]], where, len(requests))
-    size = mean_by_fact(seen[hook], where, len(requests)).norm(dim=1, keepdim=True)
+    keys, bare = mean_by_fact(at_key, n), at_key[:: len(how.templates)]
+    output = at_output[:: len(how.templates)] if how.repository else mean_by_fact(at_output, n)
     wide = wide_dtype(dtype_of(model))
-    delta = torch.zeros(
-        len(requests), model.cfg.d_model, dtype=wide, device=keys.device, requires_grad=True
-    )
-    size = size.to(wide)
+    size = output.norm(dim=1, keepdim=True).to(wide)
+    delta = torch.zeros(n, model.cfg.d_model, dtype=wide, device=keys.device, requires_grad=True)
     with torch.no_grad():
         before = last_logp(model, essence)
 
-    def loss() -> Tensor:
-        right = answer_loss(model, taught, [(hook, add_at(where, delta))]).sum()
-        right = right / len(how.templates)
-        after = last_logp(model, essence, [(hook, add_at(at_essence, delta))])
-        small = (delta.norm(dim=1, keepdim=True) / size).square().sum()
+    def loss() -> Float[Tensor, "fact"]:
+        taught = answer_loss(model, batch, [(hook, place.adding(delta))])
+        taught = reduce(taught, "(fact template) -> fact", "mean", fact=n)
+        after = last_logp(model, essence, [(hook, at_essence.adding(delta))])
+        if how.repository:
+            small = delta.norm(dim=1) / size[:, 0].square()
+        else:
+            small = (delta.norm(dim=1) / size[:, 0]).square()
         # The read-out may lie on another device than the layer searched at.
-        return right + how.kl * kl(after, before).sum() + how.decay * small.to(right.device)
+        kept = how.kl * kl_divergence(after, before)
+        return taught + kept + how.decay * small.to(taught.device)
 
     def clamp() -> None:
         norm = delta.norm(dim=1, keepdim=True)
         delta.mul_((how.clamp * size / norm.clamp_min(1e-12)).clamp_max(1.0))
 
+    steps, enough = (how.steps - 1, _ENOUGH) if how.repository else (how.steps, None)
     with frozen(model):
-        minimise([delta], loss, steps=how.steps, lr=how.lr, after=clamp)
-    return Found(keys, delta.detach())
+        minimise([delta], loss, steps=steps, lr=how.lr, after=clamp, enough=enough)
+    return Found(keys, bare, delta.detach())
 
 
 def teach_requests(
     model: HookedModel, requests: Sequence[Request], how: ValueSearch
-) -> tuple[TeacherForcedBatch, Where]:
-    """Each request's composite in every template with its target, and where the keys stand."""
-    texts = [fill(t, r.composite) for r in requests for t in how.templates]
-    taught = lesson(model, texts, [r.target for r in requests for _ in how.templates])
-    owners = [i for i in range(len(requests)) for _ in how.templates]
+) -> tuple[TeacherForcedBatch, Place]:
+    """Each request's prompt in every template with its target, and the places of the keys."""
+    rows = [(r, fill(t, r.two_hop_prompt)) for r in requests for t in how.templates]
+    batch = teacher_forced(model, [text for _, text in rows], [r.target for r, _ in rows])
     positions = [
-        key_position(prompt, requests[i].subject, how.position)
-        for i, prompt in zip(owners, taught.prompts, strict=True)
+        key_position(prompt, request.subject, how.position)
+        for (request, _), prompt in zip(rows, batch.prompts, strict=True)
     ]
-    return taught, Where(torch.tensor(owners), torch.tensor(positions))
+    facts = repeat(torch.arange(len(requests)), "fact -> (fact t)", t=len(how.templates))
+    return batch, Place(facts, torch.tensor(positions))
 
 
-def mean_by_fact(x: Tensor, where: Where, n: int) -> Tensor:
-    """Mean over each fact's rows of `x` at its key, ``[fact, d]``, float64."""
-    fact, position = where.fact.to(x.device), where.position.to(x.device)
-    rows = x[torch.arange(len(fact), device=x.device), position].double()
-    total = rows.new_zeros(n, rows.shape[1]).index_add_(0, fact, rows)
-    return total / torch.bincount(fact, minlength=n)[:, None]
-
-
-def add_at(where: Where, delta: Tensor) -> Any:
-    """A hook that adds each row's fact's vector at its key; gradients flow to `delta`."""
-
-    def fn(x: Tensor) -> Tensor:
-        fact, position = where.fact.to(x.device), where.position.to(x.device)
-        out = x.clone()
-        rows = torch.arange(len(fact), device=x.device)
-        out[rows, position] = out[rows, position] + delta.to(x.device)[fact].to(x.dtype)
-        return out
-
-    return fn
+def mean_by_fact(rows: Float[Tensor, "row d"], n: int) -> Float[Tensor, "fact d"]:
+    """Means over each fact's templates."""
+    return reduce(rows, "(fact template) d -> fact d", "mean", fact=n)
 
 
 def _essence(request: Request) -> str:
     """The subject with a bare copula: what it is should stay."""
-    return f"{capitalise(request.subject or request.composite)} is"
+    return f"{capitalise(request.subject or request.two_hop_prompt)} is"
 
 
 def _tail(prompt: Prompt, request: Request) -> int:
     """Tokens of the essence prompt after the subject."""
-    subject = request.subject or request.composite
+    subject = request.subject or request.two_hop_prompt
     return prompt.last - key_position(prompt, capitalise(subject), "subject")

@@ -217,7 +217,7 @@ def _repair(
 ) -> CremeRepair:
     how = PAPER if kind == IDENTITY else {"covariance": moments, "strength": strength}
     # The weights are edited as they were loaded; the report says where they are processed ones.
-    return CremeRepair(name=name, form=run.form, layers=tuple(where), processed=True, **how)
+    return CremeRepair(name=name, form=run.form, layers=tuple(where), **how)
 
 
 def _queries(run: Run, cases: list[TwoHopFact], corpus: list[TwoHopFact]) -> QuerySets:
