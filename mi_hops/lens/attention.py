@@ -15,19 +15,17 @@ All are the logit lens of the head's output before training.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange, repeat
 from fancy_einsum import einsum
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.lens.reading import Layers, resolve_layers
 from mi_hops.lens.trained import Example, TrainedLens, check_rank, kl, low_rank
 from mi_hops.model import HookedModel, final_norm, unembedding
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 Variant = Literal["full", "low_rank", "translator"]
 VARIANTS: tuple[Variant, ...] = ("translator", "low_rank", "full")

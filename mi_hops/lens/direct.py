@@ -11,13 +11,15 @@ agree on folded models.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from fancy_einsum import einsum
+from torch import Tensor
 
 from mi_hops.cases import Case, usable
-from mi_hops.lens.reading import cached, head_outputs
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.lens.reading import activations, head_outputs, in_batches
 from mi_hops.lens.tracking import (
     Prompts,
     Row,
@@ -28,23 +30,10 @@ from mi_hops.lens.tracking import (
     spell_all,
     tracked_tokens,
 )
-from mi_hops.model import (
-    HookedModel,
-    capture,
-    hook_name,
-    linear_read_out,
-    provenance,
-    read_out,
-    unembedding,
-)
-from mi_hops.model.numeric import wide_dtype
+from mi_hops.model import HookedModel, hook_name, linear_read_out, provenance, read_out, unembedding
+from mi_hops.model.numeric import widen
 from mi_hops.result.result import Result
-from mi_hops.text.tokens import Where, batches, pad
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mi_hops.facts.fact import TwoHopFact
+from mi_hops.text.tokens import Where
 
 _DIMS = {
     "heads": ("example", "layer", "head", "tracked"),
@@ -148,18 +137,14 @@ def _attributed(
     cache: Mapping[str, Tensor] | None = None,
     skipped: Sequence[tuple[str, str]] = (),
 ) -> Result:
-    ids = [row.prompt.ids for row in rows]
     tracked = tracked_tokens([row.tracked for row in rows])
     assert tracked is not None  # something is tracked
     firsts, at = tracked.ids[..., 0], torch.tensor([row.places[0] for row in rows])
-    whole = [(list(range(len(rows))), pad(ids))]
-    parts, order = [], []
-    with torch.no_grad():
-        for chosen, batch in batches(ids, batch_size) if cache is None else whole:
-            parts.append(_shares(model, batch.tokens, at[chosen], firsts[chosen], centre, cache))
-            order += chosen
-    back = torch.tensor(order).argsort()
-    shares = {n: torch.cat([part[n] for part in parts])[back] for n in _DIMS}
+
+    def read(chosen: list[int], tokens: Tensor, where: Tensor) -> dict[str, Tensor]:
+        return _shares(model, tokens, (where, at[chosen]), firsts[chosen], centre, cache)
+
+    shares = in_batches([row.prompt for row in rows], batch_size, read, cache)
     values: dict[str, Any] = {name: (dims, shares[name]) for name, dims in _DIMS.items()}
     logit = values.pop("logit")
     return Result.from_arrays(
@@ -181,7 +166,7 @@ def _attributed(
 def _shares(
     model: HookedModel,
     tokens: Tensor,
-    at: Tensor,
+    cells: tuple[Tensor, Tensor],
     firsts: Tensor,
     centre: bool,
     cache: Mapping[str, Tensor] | None,
@@ -190,23 +175,12 @@ def _shares(
     ends = (hook_name("resid_pre", 0), hook_name("resid_post", layers[-1]))
     names = {kind: [hook_name(kind, i) for i in layers] for kind in ("z", "attn_out", "mlp_out")}
     needed = [*ends, *(name for listed in names.values() for name in listed)]
-    if cache is None:
-        found, _ = capture(model, tokens, needed)
-    else:
-        found = {name: cached(cache, name, tokens) for name in needed}
+    found = activations(model, tokens, cells, needed, cache)
     place = unembedding(model)[0].device  # shares are added up where logits are made
-
-    def here(name: str) -> Tensor:
-        x = found[name]
-        row = x[torch.arange(len(at), device=x.device), at.to(x.device)].detach()
-        return row.to(place, wide_dtype(x.dtype))
-
-    start, final = (here(name) for name in ends)
-    by_head = [head_outputs(model, here(name), i) for i, name in enumerate(names["z"])]
-    heads, attention, mlps = (
-        torch.stack(parts, dim=1)
-        for parts in (by_head, *([here(n) for n in names[k]] for k in ("attn_out", "mlp_out")))
-    )
+    found = {name: widen(x).to(place) for name, x in found.items()}
+    start, final = (found[name] for name in ends)
+    z, attention, mlps = (torch.stack([found[n] for n in names[k]], dim=1) for k in names)
+    heads = torch.stack([head_outputs(model, z[:, i], i) for i in layers], dim=1)
     _check_sum(start + attention.sum(1) + mlps.sum(1), final)
     directions, constant = linear_read_out(model, final, firsts, centre=centre)
 

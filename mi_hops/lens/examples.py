@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from mi_hops.lens.reading import gather
 from mi_hops.lens.trained import Example, TrainedLens
 from mi_hops.model import Hook, HookedModel, forward, hook_name, read_out
 from mi_hops.text.tokens import Batch
-
-if TYPE_CHECKING:
-    from jaxtyping import Int
-    from torch import Tensor
 
 
 def real_cells(batch: Batch, *, last_only: bool = False) -> tuple[Tensor, Tensor]:
@@ -47,6 +45,21 @@ def make_example(
         if without_heads:
             without = {layer: _without_heads(model, batch, cells, layer) for layer in lens.layers}
     return Example(found.read, output, without)
+
+
+def examples_of(
+    model: HookedModel,
+    lens: TrainedLens,
+    batch: Batch,
+    *,
+    last_only: bool = False,
+    without_heads: bool = False,
+    size: int = 512,
+) -> Iterator[tuple[tuple[Int[Tensor, "cell"], Int[Tensor, "cell"]], Example]]:
+    """(cells, example) of all real tokens of a batch, or each row's last; `size` cells at a time."""
+    rows, columns = real_cells(batch, last_only=last_only)
+    for cells in zip(rows.split(size), columns.split(size), strict=True):
+        yield cells, make_example(model, lens, batch, cells, without_heads=without_heads)
 
 
 def _without_heads(

@@ -10,19 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mi_hops.model import (
-    HookedModel,
-    fingerprint,
-    processing_of,
-    read_out,
-    takes_jacobian_lens,
-)
+from jaxtyping import Float
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+from mi_hops.model import HookedModel, fingerprint, processing_of, read_out, takes_jacobian_lens
 
 #: Where a fitted lens remembers the weights that it belongs to.
 _FINGERPRINT = "mi_hops_fingerprint"

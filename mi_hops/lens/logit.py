@@ -14,17 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.cases import Case, usable
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.reading import (
     Layers,
     Lens,
     LensLike,
-    Tracked,
     Vectors,
     as_lens,
     chunks,
     gather,
+    in_batches,
     resolve_layers,
     statistics,
 )
@@ -42,14 +45,10 @@ from mi_hops.lens.tracking import (
 )
 from mi_hops.model import HookedModel, provenance, read_out
 from mi_hops.result.result import Result
-from mi_hops.text.tokens import Prompt, batches, pad
+from mi_hops.text.tokens import Prompt
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mi_hops.facts.fact import TwoHopFact
 
 UNITS = {
     "prob": "probability",
@@ -141,7 +140,7 @@ def logit_lens(
     spelled = spell_all(model, known, track, alone=alone)
     rows = [Row(*row) for row in zip(labels, known, places, spelled, strict=True)]
     reader = _Reader.of(model, kind, layers, lens, readout)
-    found = _read(reader, rows, batch_size) if cache is None else _read_cache(reader, rows, cache)
+    found = reader.read(rows, batch_size, cache)
     coords: dict[str, Any] = {"position": names}
     if alone:
         coords["token"] = ("position", [known[0].labels[i] for i in places[0]])
@@ -197,7 +196,7 @@ def fact_trajectories(
 
     rows, skipped = usable(model, facts, prepare, purpose="the lens", form=form)
     reader = _Reader.of(model, kind, layers, lens, readout)
-    found = _read(reader, rows, batch_size)
+    found = reader.read(rows, batch_size)
     coords = {"position": list(ROLES)}
     return _result(reader, rows, found, coords, method="fact_trajectories", skipped=skipped)
 
@@ -311,22 +310,15 @@ def read_vectors(
     wrong = {n: i for n, i in names.items() if not 0 <= i < model.cfg.d_vocab}
     if wrong:
         raise ValueError(f"token ids {wrong} are outside the vocabulary 0..{model.cfg.d_vocab - 1}")
-    bound = as_lens(model, lens)
-    tracked = tracked_tokens([{n: [(i,)] for n, i in names.items()}] * len(vectors))
+    reader = _Reader(model, "vector", [layer], [head], as_lens(model, lens), Readout(top_k))
+    followed = {name: [(i,)] for name, i in names.items()}
     with torch.no_grad():
-        parts = [
-            statistics(
-                bound.logits(vectors[rows], layer=layer, head=head),
-                tracked and tracked[rows],
-                top_k=top_k,
-            )
-            for rows in chunks(model, len(vectors))
-        ]
-    found = variables(model, _joined(parts), ("vector",))
+        read = reader.values(Vectors({layer: vectors[:, None]}, None), [followed] * len(vectors))
+    found = variables(model, {n: v[:, 0, 0] for n, v in read.items()}, ("vector",))
     coords: dict[str, Any] = {"vector": range(len(vectors))}
     if names:
         coords["tracked"] = list(names)
-    origin = provenance(model, method="read_vectors", lens=bound.name, kind="vector")
+    origin = provenance(model, method="read_vectors", lens=reader.lens.name, kind="vector")
     return Result.from_arrays(found, coords=coords, units=units_of(found), provenance=origin)
 
 
@@ -340,6 +332,7 @@ class _Reader:
     model: HookedModel
     kind: str
     layers: Sequence[int]
+    heads: Sequence[int | None]  # [None] where vectors are whole
     lens: Lens
     readout: Readout
 
@@ -348,88 +341,59 @@ class _Reader:
         cls, model: HookedModel, kind: str, layers: Layers, lens: LensLike, readout: Readout
     ) -> _Reader:
         name, chosen = resolve_layers(model, kind, layers)
-        return cls(model, name, chosen, as_lens(model, lens), readout)
+        heads = list(range(model.cfg.n_heads)) if name == "result" else [None]
+        return cls(model, name, chosen, heads, as_lens(model, lens), readout)
 
-    @property
-    def heads(self) -> Sequence[int | None]:
-        """Each head, or None alone where vectors are whole."""
-        return range(int(self.model.cfg.n_heads)) if self.kind == "result" else [None]
+    def read(
+        self, rows: Sequence[Row], batch_size: int, cache: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """What the rows say, ``[row, layer, position, ...]`` as `values` gives it."""
 
-    def values(self, vectors: Vectors, tracked: Tracked | None) -> dict[str, Tensor]:
-        """``[row, layer, position, ...]`` (and head, before what a variable has of its own)."""
-        # One vector for each (row, place): these share their tracked tokens and their output.
-        read = {
-            k: rearrange(v, "row place ... -> (row place) ...") for k, v in vectors.read.items()
-        }
-        n_rows, n_places = vectors.read[self.layers[0]].shape[:2]
+        def read(chosen: list[int], tokens: Tensor, at: Tensor) -> dict[str, Tensor]:
+            part = [rows[i] for i in chosen]
+            cells = (at[:, None], torch.tensor([list(row.places) for row in part]))
+            options: dict[str, Any] = {"kind": self.kind, "layers": self.layers, "cache": cache}
+            vectors = gather(self.model, tokens, cells, final=self.readout.kl, **options)
+            return self.values(vectors, [row.tracked for row in part for _ in row.places])
+
+        return in_batches([row.prompt for row in rows], batch_size, read, cache)
+
+    def values(self, vectors: Vectors, names: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """``[row, layer, position, ...]`` (and head, before what a variable has of its own).
+
+        Args:
+            names: what is followed, for each (row, position).
+        """
+        tracked = tracked_tokens(names)
+        n_rows = len(vectors.read[self.layers[0]])
+        flat = "row place ... -> (row place) ..."
+        read = {layer: rearrange(x, flat) for layer, x in vectors.read.items()}
         parts = []
-        for part in chunks(self.model, n_rows * n_places):
+        for part in chunks(self.model, len(names)):
             output = None
             if vectors.final is not None:
-                final = rearrange(vectors.final, "row place d -> (row place) d")[part]
+                final = rearrange(vectors.final, flat)[part]
                 output = read_out(self.model, final, norm=False).log_softmax(-1)
             cells = [
                 statistics(
-                    self.lens.logits(
-                        read[layer][part] if head is None else read[layer][part, head],
-                        layer=layer,
-                        head=head,
-                    ),
+                    self.lens.logits(x if x.ndim == 2 else x[:, head], layer=layer, head=head),
                     tracked and tracked[part],
                     output=output,
                     top_k=self.readout.top_k,
                     logprobs=self.readout.logprobs,
                 )
                 for layer in self.layers
+                for x in [read[layer][part]]
                 for head in self.heads
             ]
             parts.append({n: torch.stack([cell[n] for cell in cells], 1) for n in cells[0]})
-        head = "" if self.kind != "result" else " head"
+        head = " head" if self.kind == "result" else ""
         shape = f"(row place) (layer{head}) ... -> row layer place{head} ..."
-        sizes = {"row": n_rows, "layer": len(self.layers)}
-        return {n: rearrange(v, shape, **sizes) for n, v in _joined(parts).items()}
-
-
-def _read(reader: _Reader, rows: Sequence[Row], batch_size: int) -> dict[str, Tensor]:
-    """What the rows say, read in forward passes."""
-    parts, order = [], []
-    with torch.no_grad():
-        for chosen, batch in batches([row.prompt.ids for row in rows], batch_size):
-            parts.append(_read_batch(reader, [rows[i] for i in chosen], batch.tokens))
-            order += chosen
-    back = torch.tensor(order).argsort()
-    return {name: value[back] for name, value in _joined(parts).items()}
-
-
-def _read_cache(
-    reader: _Reader, rows: Sequence[Row], cache: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return _read_batch(reader, rows, pad([row.prompt.ids for row in rows]).tokens, cache)
-
-
-def _read_batch(
-    reader: _Reader,
-    rows: Sequence[Row],
-    tokens: Tensor,
-    cache: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    cells = (torch.arange(len(rows))[:, None], torch.tensor([list(row.places) for row in rows]))
-    vectors = gather(
-        reader.model,
-        tokens,
-        cells,
-        kind=reader.kind,
-        layers=reader.layers,
-        final=reader.readout.kl,
-        cache=cache,
-    )
-    tracked = tracked_tokens([row.tracked for row in rows for _ in row.places])
-    return reader.values(vectors, tracked)
-
-
-def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {
+            name: rearrange(value, shape, row=n_rows, layer=len(self.layers))
+            for name, value in joined.items()
+        }
 
 
 def _result(

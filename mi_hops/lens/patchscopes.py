@@ -12,34 +12,40 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import tee, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.lens.examples import real_cells
 from mi_hops.lens.logit import units_of, variables
 from mi_hops.lens.reading import Layers, gather, resolve_layers, states_at, statistics, stream_site
-from mi_hops.lens.tracking import Prompts, Track, labelled_prompts, spell_all, tracked_tokens
+from mi_hops.lens.tracking import (
+    Prompts,
+    Track,
+    labelled_prompts,
+    resolve,
+    spell_all,
+    tracked_tokens,
+)
 from mi_hops.lens.training import Corpus
 from mi_hops.model import Hook, HookedModel, fingerprint, hook_name, provenance
 from mi_hops.model.numeric import widen
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
-from mi_hops.sweep.fanout import fan_out
+from mi_hops.sweep.batching import batched_with_oom_backoff
+from mi_hops.sweep.fanout import FanOut, fan_out
 from mi_hops.sweep.generate import Generation, generate
 from mi_hops.sweep.interventions import Intervention, replace
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.pairs import one_each
 from mi_hops.sweep.repair import Rows
 from mi_hops.text.corpus import token_batches
 from mi_hops.text.matching import STOP
-from mi_hops.text.tokens import Prompt, Where, last_position, pad
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+from mi_hops.text.tokens import Prompt, Where, pad
 
 #: (vectors [row, d_source], source layer, target layer) -> [row, d_target].
 Map = Callable[["Tensor", int, int], "Tensor"]
@@ -59,27 +65,24 @@ class Place:
     position: Where | Sequence[Where] = -1
     layers: Layers = None
 
-    def resolve(self, model: HookedModel) -> _Resolved:
-        """Prompts, positions and layers in a model's terms.
-
-        Raises:
-            ValueError: layers out of range, or another number of positions than prompts.
-            TokenError: a prompt or position that cannot be tokenised or found.
-        """
-        labels, prompts, alone = labelled_prompts(model, self.prompts)
-        each = one_each("position", self.position, len(prompts))
-        places = [last_position(p, where) for p, where in zip(prompts, each, strict=True)]
-        _, layers = resolve_layers(model, "resid", self.layers)
-        return _Resolved(labels, prompts, alone, places, layers)
-
 
 @dataclass
 class _Resolved:
+    """A place in a model's terms; one prompt's position is one token."""
+
     labels: list[str]
     prompts: list[Prompt]
     alone: bool
     places: list[int]
     layers: list[int]
+
+    @classmethod
+    def of(cls, model: HookedModel, given: Place | Prompts) -> _Resolved:
+        place = given if isinstance(given, Place) else Place(given)
+        labels, prompts, alone = labelled_prompts(model, place.prompts)
+        _, places = resolve(prompts, {"position": place.position}, alone=alone)
+        _, layers = resolve_layers(model, "resid", place.layers)
+        return cls(labels, prompts, alone, [at for (at,) in places], layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,26 +158,26 @@ def patchscope(
     states, origin, goal = _prepare(model, source, target, source_model, mapping)
     spelled = spell_all(model, goal.prompts, track, alone=origin.alone)
     size, n = limits.batch_size, len(goal.prompts)
+    inner = dataclasses.replace(limits, progress=False)
+    shape = (len(origin.layers), len(goal.layers), -1)
+    reduction = _Reduction(spelled, top_k)
     rows, bases = [], []
+
+    def run(part: Sequence[int]) -> FanOut:
+        interventions = [
+            Intervention((stream_site(model, end, goal.places[i]),), replace(state), base)
+            for base, i in enumerate(part)
+            for start, vector in zip(origin.layers, states[i], strict=True)
+            for end in goal.layers
+            for state in [_mapped(mapping, vector, start, end, model)]
+        ]
+        tokens = pad([goal.prompts[i].ids for i in part])
+        reduce = partial(reduction, part=part)
+        return fan_out(model, tokens, interventions, reduce=reduce, limits=inner)
+
     with progress_bar(total=n, label="patchscopes", show=limits.progress) as bar:
-        for part in (range(low, min(low + size, n)) for low in range(0, n, size)):
-            interventions = [
-                Intervention((stream_site(model, end, goal.places[i]),), replace(state), base)
-                for base, i in enumerate(part)
-                for start, vector in zip(origin.layers, states[i], strict=True)
-                for end in goal.layers
-                for state in [_mapped(mapping, vector, start, end, model)]
-            ]
-            reduction = _Reduction([spelled[i] for i in part], top_k)
-            found = fan_out(
-                model,
-                pad([goal.prompts[i].ids for i in part]),
-                interventions,
-                reduce=reduction,
-                limits=dataclasses.replace(limits, progress=False),
-            )
-            shape = (len(part), len(origin.layers), len(goal.layers), -1)
-            rows.append(found.rows.reshape(shape))
+        for part, found in batched_with_oom_backoff(range(n), size, run):
+            rows.append(found.rows.reshape(len(part), *shape))
             bases.append(found.base)
             bar.update(len(part))
     dims = ("example", "source_layer", "target_layer")
@@ -329,10 +332,7 @@ def _prepare(
 ) -> tuple[Float[Tensor, "example layer d_source"], _Resolved, _Resolved]:
     """The sources' states, and the two places; one target serves all sources."""
     where = model if source_model is None else source_model
-    origin, goal = (
-        (given if isinstance(given, Place) else Place(given)).resolve(side)
-        for given, side in ((source, where), (target, model))
-    )
+    origin, goal = _Resolved.of(where, source), _Resolved.of(model, target)
     if mapping is None and where.cfg.d_model != model.cfg.d_model:
         raise ValueError(
             f"the source model is {where.cfg.d_model} wide, the target {model.cfg.d_model}; pass a "
@@ -379,8 +379,8 @@ class _Reduction:
         self.tracked, self.top_k = tracked_tokens(spelled), top_k
         self.widths: dict[str, int] = {}
 
-    def __call__(self, logits: Tensor, bases: list[int]) -> Tensor:
-        tracked = self.tracked and self.tracked[torch.tensor(bases)]
+    def __call__(self, logits: Tensor, bases: list[int], *, part: Sequence[int]) -> Tensor:
+        tracked = self.tracked and self.tracked[torch.tensor([part[base] for base in bases])]
         found = statistics(widen(logits[:, 0]), tracked, top_k=self.top_k)
         columns = {name: v.double().reshape(len(bases), -1) for name, v in found.items()}
         self.widths = {name: column.shape[1] for name, column in columns.items()}

@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.reading import Layers, resolve_layers, states_at
 from mi_hops.lens.tracking import at_role
 from mi_hops.model import HookedModel, provenance
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
-
-if TYPE_CHECKING:
-    from mi_hops.facts.fact import TwoHopFact
 
 #: Share of the input types kept out of training altogether, and of the other facts tested on.
 UNSEEN_SHARE, TEST_SHARE = 0.2, 0.25

@@ -6,21 +6,19 @@ The same numbers answer what becomes of a lens on another layer or another model
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mi_hops.lens.attention import AttentionLens
-from mi_hops.lens.examples import make_example, real_cells
+from mi_hops.lens.examples import examples_of
 from mi_hops.lens.reading import Layers, LogitLens, as_lens
 from mi_hops.lens.trained import TrainedLens, kl
 from mi_hops.lens.training import Corpus
 from mi_hops.model import HookedModel, provenance
 from mi_hops.result.result import Result
 from mi_hops.text.corpus import token_batches
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _UNITS = {
     "kl": "nats",
@@ -81,17 +79,14 @@ def evaluate_lens(
     per_text: list[Tensor] = []
     with torch.no_grad():
         for batch in token_batches(model, corpus, max_tokens=max_tokens, max_length=max_length):
-            rows, columns = real_cells(batch)
-            following = batch.tokens.roll(-1, dims=1)[rows, columns]
-            has_next = columns < batch.last[rows]
+            following = batch.tokens.roll(-1, dims=1)
             sums = torch.zeros(len(batch.lengths), len(chosen), len(_UNITS), dtype=torch.float64)
-            for part in torch.arange(len(rows)).split(512):
-                example = make_example(model, lens, batch, (rows[part], columns[part]))
+            for (rows, columns), example in examples_of(model, lens, batch):
+                after = (following[rows, columns], columns < batch.last[rows])
                 for k, layer in enumerate(chosen):
                     logits, base = (_reading(x, example.read[layer], layer) for x in (lens, plain))
-                    after = (following[part], has_next[part])
                     found = _compare(example.output, logits, base, *after, top_k)
-                    sums[:, k].index_add_(0, rows[part], found.double().cpu())
+                    sums[:, k].index_add_(0, rows, found.double().cpu())
             # A text of one token has no next token.
             n_next = (batch.lengths - 1).clamp_min(1)
             counts = [n_next if "entropy" in name else batch.lengths for name in _UNITS]
@@ -148,9 +143,7 @@ def evaluate_heads(
     count = 0
     with torch.no_grad():
         for batch in token_batches(model, corpus, max_tokens=max_tokens, max_length=max_length):
-            cells = real_cells(batch)
-            for rows, columns in zip(cells[0].split(256), cells[1].split(256), strict=True):
-                example = make_example(model, lens, batch, (rows, columns), without_heads=True)
+            for (rows, _), example in examples_of(model, lens, batch, without_heads=True, size=256):
                 assert example.without is not None  # asked for
                 count += len(rows)
                 for k, layer in enumerate(lens.layers):

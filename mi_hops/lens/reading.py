@@ -11,11 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from einops import rearrange, reduce
 from fancy_einsum import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from mi_hops.model import (
     Hook,
@@ -33,10 +35,6 @@ from mi_hops.model import (
 from mi_hops.model.numeric import kl_divergence
 from mi_hops.sweep.interventions import Site
 from mi_hops.text.tokens import Prompt, batches
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
 
 #: What can be read, all of width d_model. ``resid`` is the stream *after* `layer` blocks, so that 0
 #: is the embedding and n_layers what the final norm sees; ``result`` is what each head writes,
@@ -193,60 +191,51 @@ def gather(
         ValueError: an activation that the cache does not hold.
     """
     names = {layer: _hook_of(model, kind, layer) for layer in layers}
-    require_hooks(model, names.values())
-    kept: dict[str, Tensor] = {}
-
-    def pick(x: Tensor) -> Tensor:
-        rows, columns = cells
-        return x[rows.to(x.device), columns.to(x.device)].detach()
-
     with torch.no_grad():
-        if cache is None:
-            _run(model, tokens, list(names.values()), pick, kept, final=final)
-        else:
-            end = _hook_of(model, "resid", int(model.cfg.n_layers))
-            kept = {n: pick(cached(cache, n, tokens)) for n in {*names.values(), *[end] * final}}
-            if final:
-                kept["final"] = final_norm(model, kept[end])
+        kept = activations(model, tokens, cells, [*names.values(), *["final"] * final], cache)
         read = {layer: kept[name] for layer, name in names.items()}
         if kind == "result":
             read = {layer: head_outputs(model, z, layer) for layer, z in read.items()}
-    return Vectors(read, kept["final"] if final else None)
+    return Vectors(read, kept.get("final"))
 
 
-def _run(
+def activations(
     model: HookedModel,
-    tokens: Tensor,
+    tokens: Int[Tensor, "row pos"],
+    cells: tuple[Int[Tensor, "*cell"], Int[Tensor, "*cell"]],
     names: Sequence[str],
-    pick: Callable[[Tensor], Tensor],
-    kept: dict[str, Tensor],
-    *,
-    final: bool,
-) -> None:
+    cache: Mapping[str, Tensor] | None = None,
+) -> dict[str, Float[Tensor, "*cell ..."]]:
+    """What hook points hold at some cells, from a pass or a cache; ``"final"`` as in `Vectors`."""
+    rows, columns = cells
+    kept: dict[str, Tensor] = {}
+
     def keep(name: str) -> Callable[[Tensor], None]:
-        return lambda x: kept.update({name: pick(x)})
+        return lambda x: kept.update({name: x[rows.to(x.device), columns.to(x.device)].detach()})
 
     def keep_final(x: Tensor) -> Tensor:
-        kept["final"] = pick(x)
+        keep("final")(x)
         return x[:, :1]  # the pass ends here; one position is unembedded because one has to be
 
-    reads: list[Hook] = [(name, keep(name)) for name in dict.fromkeys(names)]
-    stop: int | None = 1 + max(int(name.split(".")[1]) for name in names)
+    hooks = [name for name in dict.fromkeys(names) if name != "final"]
+    require_hooks(model, hooks)
+    final = "final" in names
+    if cache is not None:
+        end = _hook_of(model, "resid", int(model.cfg.n_layers))
+        for name in dict.fromkeys([*hooks, *[end] * final]):
+            keep(name)(_cached(cache, name, tokens))
+        return kept | ({"final": final_norm(model, kept[end])} if final else {})
+    reads: list[Hook] = [(name, keep(name)) for name in hooks]
     if final:
         reads.append(("unembed.hook_in", keep_final))
-    if final or stop == model.cfg.n_layers:
-        stop = None
+    last = 1 + max(int(name.split(".")[1]) for name in hooks)
+    stop = None if final or last == model.cfg.n_layers else last
     forward(model, tokens, hooks=reads, stop_at_layer=stop)
+    return kept
 
 
-def cached(
-    cache: Mapping[str, Tensor], name: str, tokens: Int[Tensor, "row pos"]
-) -> Float[Tensor, "row pos ..."]:
-    """An activation from a cache, with a batch axis.
-
-    Raises:
-        ValueError: one that the cache does not hold, or of other prompts.
-    """
+def _cached(cache: Mapping[str, Tensor], name: str, tokens: Tensor) -> Tensor:
+    """An activation from a cache, with a batch axis."""
     if name not in cache:
         raise ValueError(
             f"the cache does not hold {name}; let run_with_cache keep it (without names_filter it "
@@ -274,14 +263,37 @@ def states_at(
     batch_size: int = 64,
 ) -> Float[Tensor, "prompt layer d_model"]:
     """What is read at one position of each prompt, on the model's device."""
-    parts, order = [], []
-    for chosen, batch in batches([p.ids for p in prompts], batch_size):
-        cells = (torch.arange(len(chosen)), torch.tensor([places[i] for i in chosen]))
-        read = gather(model, batch.tokens, cells, kind=kind, layers=layers).read
+
+    def read(chosen: list[int], tokens: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        cells = (rows, torch.tensor([places[i] for i in chosen]))
+        found = gather(model, tokens, cells, kind=kind, layers=layers).read
         place = device_of(model)  # layers may lie on several devices
-        parts.append(torch.stack([read[layer].to(place) for layer in layers], dim=1))
-        order += chosen
-    return torch.cat(parts)[torch.tensor(order).argsort()]
+        return {"states": torch.stack([found[layer].to(place) for layer in layers], dim=1)}
+
+    return in_batches(prompts, batch_size, read)["states"]
+
+
+def in_batches(
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    read: Callable[[list[int], Tensor, Tensor], Mapping[str, Tensor]],
+    cache: Mapping[str, Tensor] | None = None,
+) -> dict[str, Float[Tensor, "prompt ..."]]:
+    """What ``read(indices, tokens, rows)`` finds of each batch, joined in the prompts' order.
+
+    Args:
+        read: `rows` are those of the indices in what is read: in the batch, or in the cache.
+        cache: activations of all prompts, which are then one batch.
+    """
+    parts, order = [], []
+    with torch.no_grad():
+        size = batch_size if cache is None else len(prompts)
+        for chosen, batch in batches([p.ids for p in prompts], size):
+            rows = torch.arange(len(chosen)) if cache is None else torch.tensor(chosen)
+            parts.append(read(chosen, batch.tokens, rows))
+            order += chosen
+    back = torch.tensor(order).argsort()
+    return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
 
 
 def stream_site(model: HookedModel, layer: int, position: int) -> Site:

@@ -13,29 +13,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from fancy_einsum import einsum
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.cases import Case, usable
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.examples import real_cells
 from mi_hops.lens.reading import gather, resolve_layers, states_at, stream_site
 from mi_hops.lens.tracking import at_role, check_role
 from mi_hops.lens.training import Corpus
 from mi_hops.model import HookedModel, device_of, fingerprint, hook_name, provenance
 from mi_hops.result.result import Result
-from mi_hops.sweep.fanout import fan_out
-from mi_hops.sweep.interventions import Intervention
+from mi_hops.sweep.interventions import Change, Intervention
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import METRICS
+from mi_hops.sweep.metrics import get_metrics
+from mi_hops.sweep.runs import Scored, run_sweep
 from mi_hops.text.corpus import token_batches
-from mi_hops.text.tokens import Batch, pad
+from mi_hops.text.tokens import Batch
 
 if TYPE_CHECKING:
     import pandas as pd
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mi_hops.facts.fact import TwoHopFact
-    from mi_hops.sweep.interventions import Change
 
 #: Where a trained autoencoder remembers the weights that it belongs to.
 _FINGERPRINT = "mi_hops_fingerprint"
@@ -84,11 +83,7 @@ def train_sae(
         raise ValueError(f"k is {k}; expected 1..{width}, the number of features")
     stream = _activations(model, corpus, layer, batch_size, max_tokens, seed)
     config = sae_lens.TopKTrainingSAEConfig(
-        d_in=d_in,
-        d_sae=width,
-        k=k,
-        device=device,
-        normalize_activations="expected_average_only_in",
+        d_in=d_in, d_sae=width, k=k, device=device, normalize_activations="expected_average_only_in"
     )
     settings = SAETrainerConfig(
         total_training_samples=samples,
@@ -306,38 +301,24 @@ def clamp_effect(
         own = feature_of[case.fact.bridge]
         others = [v for v in feature_of.values() if v != own]
         pairs.append((own, others[int(rng.integers(len(others)))]))
-    metric = METRICS["first_prob"]
-    rows, before = [], []
-    for low in range(0, len(found), limits.batch_size):
-        part = found[low : low + limits.batch_size]
-        interventions = [
-            Intervention((stream_site(model, layer, place),), clamp(sae, feature, value), base)
-            for base, (_, place) in enumerate(part)
-            for feature in pairs[low + base]
+    metrics = get_metrics(["first_prob", "first_correct"])
+
+    def rows_of(i: int, base: int, _: Mapping[str, Tensor]) -> list[Intervention]:
+        site = stream_site(model, layer, found[i][1])
+        return [
+            Intervention((site,), clamp(sae, feature, value), base)
+            for feature in pairs[i]
             for value in values
         ]
-        targets = [case.target for case, _ in part]
 
-        def reduce(logits: Tensor, bases: list[int], targets: Any = targets) -> Tensor:
-            own = [targets[b] for b in bases]
-            prob = [metric.score(row[None], t)[0] for row, t in zip(logits, own, strict=True)]
-            first = torch.tensor([t.answer[0] for t in own], device=logits.device)
-            return torch.stack([torch.stack(prob), (logits[:, 0].argmax(-1) == first).float()], -1)
-
-        swept = fan_out(
-            model,
-            pad([case.prompt.ids for case, _ in part]),
-            interventions,
-            reduce=reduce,
-            limits=limits,
-        )
-        rows.append(swept.rows.reshape(len(part), 2, len(values), 2))
-        before.append(swept.base)
-    after, start = torch.cat(rows), torch.cat(before)
-    units = {"first_prob": "probability", "first_correct": "share"}
+    scored = [Scored(case.prompt, case.target, tuple(metrics)) for case, _ in found]
+    swept = run_sweep(model, scored, rows_of, limits=limits, label="clamping")
+    rows = torch.stack(swept.rows)
+    after = rearrange(rows, "example (own value) metric -> metric example own value", own=2)
+    units = {metric.name: metric.unit for metric in metrics}
     return Result.from_arrays(
-        {n: (("example", "feature_of", "value"), after[..., i]) for i, n in enumerate(units)},
-        baselines={f"{n}_before": ("example", start[:, i]) for i, n in enumerate(units)},
+        {n: (("example", "feature_of", "value"), after[i]) for i, n in enumerate(units)},
+        baselines={f"{n}_before": ("example", swept.base[:, i]) for i, n in enumerate(units)},
         coords={
             "example": [case.fact.id for case, _ in found],
             "feature_of": ["own", "other"],

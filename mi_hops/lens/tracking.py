@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from mi_hops.cases import Case, Skipped, usable
 from mi_hops.facts.fact import TwoHopFact
@@ -22,10 +24,6 @@ from mi_hops.text.tokens import (
     last_position,
     positions,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Int
-    from torch import Tensor
 
 #: Tokens of a two-hop prompt that are read by name: the last one of its first-hop phrase, the last.
 ROLES = ("first hop", "last")
@@ -196,12 +194,7 @@ def check_role(role: str) -> None:
 
 
 def at_role(
-    model: HookedModel,
-    facts: Sequence[TwoHopFact],
-    role: str,
-    *,
-    form: str | None,
-    purpose: str,
+    model: HookedModel, facts: Sequence[TwoHopFact], role: str, *, form: str | None, purpose: str
 ) -> tuple[list[Case], list[int], Skipped]:
     """The facts that can be read at a role, its token in each prompt, and what was skipped.
 

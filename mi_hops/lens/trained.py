@@ -12,11 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mi_hops.lens.reading import resolve_layers
 from mi_hops.model import (
@@ -30,10 +32,6 @@ from mi_hops.model import (
 )
 from mi_hops.model.numeric import kl_divergence, wide_dtype
 from mi_hops.result.files import replacing
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 #: Files of a saved lens, and the version of their layout.
 CONFIG, WEIGHTS, FORMAT = "lens.json", "lens.safetensors", 1

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.lens.examples import make_example, real_cells
+from mi_hops.lens.examples import examples_of, make_example, real_cells
 from mi_hops.lens.reading import as_lens
 from mi_hops.lens.trained import TrainedLens
 from mi_hops.model import HookedModel, fingerprint, provenance
@@ -31,7 +32,6 @@ from mi_hops.text.corpus import token_batches
 from mi_hops.text.tokens import Batch, batches_in_order
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.optim import Adam
 
 #: Texts or facts (as their statements), or the path of a file; read once, kept as tokens.
@@ -216,11 +216,10 @@ def evaluate_heldout(
     count = 0
     with torch.no_grad():
         for batch in batches:
-            cells = real_cells(batch, last_only=last_only)
-            for rows, columns in zip(cells[0].split(512), cells[1].split(512), strict=True):
-                example = make_example(
-                    model, lens, batch, (rows, columns), without_heads=objective == "leave_one_out"
-                )
+            without = objective == "leave_one_out"
+            for (rows, _), example in examples_of(
+                model, lens, batch, last_only=last_only, without_heads=without
+            ):
                 count += len(rows)
                 for layer in lens.layers:
                     parts = [p.sum().item() for p in lens.losses(example, layer, objective)]
@@ -232,11 +231,7 @@ class _Training:
     """A training in progress: the lens's tensors, the best so far, the optimiser, the state."""
 
     def __init__(
-        self,
-        lens: TrainedLens,
-        settings: LensTraining,
-        objective: str,
-        train: Sequence[TokenRow],
+        self, lens: TrainedLens, settings: LensTraining, objective: str, train: Sequence[TokenRow]
     ) -> None:
         self.lens, self.settings, self.objective = lens, settings, objective
         self.state = _State()

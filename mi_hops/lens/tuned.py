@@ -8,17 +8,15 @@ A = b = 0 it is the logit lens, which is where it starts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.lens.reading import Layers, resolve_layers
 from mi_hops.lens.trained import Example, TrainedLens, check_rank, kl, low_rank
 from mi_hops.model import HookedModel, read_out
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 class TunedLens(TrainedLens):

@@ -251,6 +251,20 @@ def test_a_cache_of_other_prompts_or_without_what_is_read_is_refused(load_tiny):
         token_map(model, TEXT, kind="mlp_out", cache=some)
 
 
+def test_token_ids_are_read_as_they_are(load_tiny):
+    model = load_tiny()
+    ids = torch.tensor([encode(model, TEXT).ids])
+    want = logit_lens(model, TEXT, positions="each", track={"a": "w7 w8"})
+    for tokens in (ids, ids[0]):
+        got = logit_lens(model, tokens, positions="each", track={"a": "w7 w8"})
+        assert got.data.equals(want.data)
+    two = torch.cat([ids, ids.flip(1)])
+    read = logit_lens(model, two, positions="each", track={"a": ["w7", "w8"]})
+    assert read["prob"].shape == (2, 4, 6, 1)
+    assert np.allclose(read["entropy"][0], want["entropy"][0], atol=1e-6)
+    assert logit_lens(model, [ids[0], TEXT]).n_used == 2
+
+
 def test_hook_names_and_single_layers_are_accepted(load_tiny):
     model = load_tiny()
     want = logit_lens(model, TEXT, kind="mlp_out", layers=[1])

@@ -205,6 +205,7 @@ def test_a_fitted_map_leads_from_one_model_to_another_of_another_width(tiny, nar
             call(tiny, *places, **settings)
 
 
+@pytest.mark.slow
 def test_models_with_other_numbers_for_the_same_tokens_have_a_map():
     gpt2, llama = (load_model(name, device="cpu") for name in ("hops-gpt2", "hops-llama"))
     texts = list(fact_texts(Hopland().two_hop_facts("train")[:40], ["two_hop"]))
@@ -279,7 +280,7 @@ def test_an_entity_is_described_from_the_placeholder_on(tiny):
         (lambda m: patchscope(m, SOURCES, [TARGET] * 3), "2 sources and 3 targets"),
         (lambda m: patchscope(m, Place(SOURCES[0], layers=4), TARGET), "0..3"),
         (lambda m: patchscope(m, SOURCES[0], Place(TARGET, "w99")), "does not occur"),
-        (lambda m: patchscope(m, Place(SOURCES, [1]), TARGET), "got 1 of position for 2"),
+        (lambda m: patchscope(m, Place(SOURCES, [1]), TARGET), "got 1 of .* for 2"),
         (lambda m: patchscope(m, [], TARGET), "no prompt"),
         (lambda m: patchscope_generate(m, Place(SOURCES, layers=1), TARGET), "one of each"),
         (
