@@ -132,8 +132,18 @@ def missing_weight(model: HookedModel, name: str) -> MissingHookError:
     )
 
 
+def permanent_hooks(model: HookedModel) -> list[str]:
+    """Where the model has forward hooks that its user made permanent; they act in every pass."""
+    points: dict[int, str] = {}
+    for name, point in model.hook_dict.items():
+        if any(handle.is_permanent for handle in point.fwd_hooks):
+            points.setdefault(id(point), name)  # a point of the Bridge has several names
+    return sorted(points.values())
+
+
 def provenance(model: HookedModel, **more: Any) -> dict[str, Any]:
-    """What a result must remember: model, dtype, backend, BOS, versions, `more`."""
+    """What a result must remember: model, dtype, backend, BOS, versions, hooks, `more`."""
+    hooks = permanent_hooks(model)
     quantised = getattr(model.cfg, "dequantised_from", None)
     return {
         "fingerprint": fingerprint(model),
@@ -144,6 +154,7 @@ def provenance(model: HookedModel, **more: Any) -> dict[str, Any]:
         "backend": backend_of(model),
         "processing": processing_of(model),
         "bos": prepends_bos(model),
+        **({"permanent_hooks": hooks} if hooks else {}),
         "versions": {p: metadata.version(p) for p in ("torch", "transformer-lens", "transformers")},
         **more,
     }

@@ -12,7 +12,7 @@ p are the base run's: their keys and values are reused and only the tail is run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from mi_hops.model import (
     HookedModel,
     hook_name,
     n_heads_of,
+    permanent_hooks,
     require_hooks,
     require_layers,
 )
@@ -91,7 +92,10 @@ def fan_out(
     prefix: Prefix | None = None
     out: list[Tensor | None] = [None] * len(interventions)
     seen: dict[str, Tensor] = {}
-    rows = [make_row(model, item, seen) for item in interventions]
+    # Hooks of the user's may look at any position and act between any two sites.
+    plain = bool(permanent_hooks(model))
+    limits = replace(limits, reuse_prefix=limits.reuse_prefix and not plain)
+    rows = [make_row(model, item, seen, plain=plain) for item in interventions]
     plan = plan_passes(model, prompts, rows, where, limits)
     watching: list[Hook] = [(name, _of_first(n_bases, fn)) for name, fn in (observe or {}).items()]
     watching += remembering(seen, {name for row in rows for name in row.needs}, n_bases)
@@ -115,6 +119,7 @@ def fan_out(
                 logits, parents = run_pass(
                     model, prompts, members, step.start, bases, where, prefix, recorder,
                     [*watching, *(recorder.hooks if recorder else [])] if base is None else [],
+                    plain=plain,
                 )  # fmt: skip
                 if base is None:
                     base = reduce(logits[:n_bases], list(range(n_bases)))
@@ -212,5 +217,7 @@ def plan_fan_out(
 ) -> list[Pass]:
     """The passes a fan-out will make, all of them; nothing runs."""
     where = _scored(prompts, scored)
-    rows = [make_row(model, item, {}) for item in interventions]
+    plain = bool(permanent_hooks(model))
+    limits = replace(limits, reuse_prefix=limits.reuse_prefix and not plain)
+    rows = [make_row(model, item, {}, plain=plain) for item in interventions]
     return plan_passes(model, prompts, rows, where, limits)

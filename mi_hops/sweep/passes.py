@@ -150,13 +150,21 @@ class Row:
     needs: tuple[str, ...] = ()
 
 
-def make_row(model: HookedModel, item: Intervention, seen: Mapping[str, Tensor]) -> Row:
+def make_row(
+    model: HookedModel, item: Intervention, seen: Mapping[str, Tensor], *, plain: bool = False
+) -> Row:
     """The latest place the row can join, and its changes put there.
 
     The output of a block is the input of the next. Where an output of attention or MLP is the first
     thing changed, the stream behind it is the base's stream before it plus the changed output, both
     of which `seen` will hold when the row joins, if what it `needs` is remembered there.
+
+    Args:
+        plain: join at the input of the first block that is changed, and change what was named: hooks
+            of the user's act on what lies between.
     """
+    if plain:
+        return Row(2 * min(site.layer for site in item.sites), item.pairs, item.base)
     pairs = []
     for site, change in item.pairs:
         if site.kind == "resid_post" and site.layer + 1 < model.cfg.n_layers:
@@ -219,6 +227,8 @@ def run_pass(
     prefix: Prefix | None,
     recorder: Recorder | None,
     watching: Sequence[Hook],
+    *,
+    plain: bool = False,
 ) -> tuple[Tensor, list[int]]:
     """Logits ``[bases + items, scored, vocab]`` of one pass, and the base of each item.
 
@@ -253,14 +263,15 @@ def run_pass(
     hooks += watching  # before the changes, which may use what is shown
     hooks += _change_hooks(items, len(bases), start)
     where = [[p - start for p in scored[b]] for b in (*bases, *parents)]
-    hooks.append(_cut(model, items, [name for name, _ in watching], where))
+    early = None if plain else [name for name, _ in watching]
+    hooks.append(_cut(model, items, early, where))
     tokens = prompts.tokens[rows, start:]
     cache = view if recorder is None else recorder.cache
     return forward(model, tokens, hooks=hooks, cache=cache, grows=bool(items)), parents
 
 
 def _cut(
-    model: HookedModel, items: Sequence[Row], watched: Sequence[str], where: list[list[int]]
+    model: HookedModel, items: Sequence[Row], watched: Sequence[str] | None, where: list[list[int]]
 ) -> Hook:
     """A hook that keeps ``where[row]`` of each row, as early as nothing else is needed.
 
@@ -268,13 +279,15 @@ def _cut(
     unless an intervention touches it or it is watched. The GPT-2 Bridge reshapes the final norm's
     output to the input's shape, so there the cut comes right before the unembedding.
     """
-    last = model.cfg.n_layers - 1
-    touched = any(
-        site.layer == last and site.kind in _AFTER_RESID_MID
-        for item in items
-        for site, _ in item.pairs
-    ) or any(hook_name(kind, last) in watched for kind in _AFTER_RESID_MID)
-    name = earliest_cut(model, after_attention=not touched)
+    name = "unembed.hook_in"
+    if watched is not None:
+        last = model.cfg.n_layers - 1
+        touched = any(
+            site.layer == last and site.kind in _AFTER_RESID_MID
+            for item in items
+            for site, _ in item.pairs
+        ) or any(hook_name(kind, last) in watched for kind in _AFTER_RESID_MID)
+        name = earliest_cut(model, after_attention=not touched)
 
     def keep_scored(x: Tensor) -> Tensor:
         index = torch.tensor(where, device=x.device)

@@ -263,11 +263,11 @@ def test_out_of_memory_halves_the_pass(tiny, monkeypatch):
     expected = fan_out(tiny, prompts, items).rows
     real, calls = fanout.run_pass, []
 
-    def scarce(model, prompts, rows, *rest):
+    def scarce(model, prompts, rows, *rest, **named):
         calls.append(len(rows))
         if len(rows) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, prompts, rows, *rest)
+        return real(model, prompts, rows, *rest, **named)
 
     monkeypatch.setattr(fanout, "run_pass", scarce)
     assert torch.allclose(fan_out(tiny, prompts, items).rows, expected, atol=1e-5)
