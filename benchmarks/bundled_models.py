@@ -16,7 +16,7 @@ from mi_hops.model import CHECKPOINTS, bundled_models, load_model
 from mi_hops.reasoning.gap import find_gap
 from mi_hops.result.statistics import bootstrap_ci, difference_ci, proportion_ci
 from mi_hops.sweep.generate import answered
-from mi_hops.worlds.hopland import Hopland
+from mi_hops.worlds import Hopland
 
 SPLITS = ("seen_parts", "first_unseen", "second_unseen")
 #: Questions of each group whose curves are averaged, and the seed of their draw.

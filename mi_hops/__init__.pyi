@@ -87,4 +87,4 @@ from .text import encode as encode
 from .text import fact_texts as fact_texts
 from .text import pad as pad
 from .text import positions as positions
-from .worlds.hopland import Hopland as Hopland
+from .worlds import Hopland as Hopland

@@ -164,7 +164,7 @@ def train_world(
                 f"{out} is not empty; name another folder, or overwrite it with --force"
             )
         from mi_hops.model import usable_device
-        from mi_hops.worlds.hopland import Hopland
+        from mi_hops.worlds import Hopland
         from mi_hops.worlds.train import RECIPES, measure, save, train
 
         recipe = replace(RECIPES[family], seed=seed)

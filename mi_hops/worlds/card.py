@@ -26,51 +26,71 @@ def model_card(name: str, family: str, parameters: int, record: Mapping[str, Any
         parameters: how many it has.
         record: the content of ``training.json``: recipe, world, curve, measured.
     """
-    recipe, world, curve = record["recipe"], record["world"], record["curve"]
+    recipe, world = record["recipe"], record["world"]
     kv = f", {recipe['n_kv_head']} key/value heads" if family == "llama" else ""
-    lines = [
-        "---", "license: mit", "language: en", "library_name: transformers",
-        "pipeline_tag: text-generation", "---", f"# {name}", "",
-        f"A small language model ({parameters:,} parameters) that knows one made-up world, Hopland, "
-        "and composes its facts. It ships with `mi_hops` so that methods for two-hop questions can "
-        "be tried and tested where the truth is known. It knows nothing else.", "",
-        "## Model", "",
-        f"{_FAMILY[family]}. {recipe['n_layer']} layers, width {recipe['d_model']}, "
-        f"{recipe['n_head']} heads{kv}, context {recipe['n_ctx']} (trained on sequences of up to "
-        "about 25 tokens). Word-level vocabulary with the family's own rule for leading spaces. "
-        "Prompts begin with the BOS token; an answer ends with a full stop.", "",
-        "## Data", "",
-        f"Hopland of seed {world['seed']}: {world['entities']} entities (people, works, companies, "
-        f"cities, countries), {world['facts']} single facts, {world['barred']} of them barred from "
-        f"trained compositions. Trained two-hop questions: {world['train']}; held out with seen "
-        f"parts: {world['seen_parts']}; with an unseen first fact: {world['first_unseen']}; with an "
-        f"unseen second fact: {world['second_unseen']}. Each is worded in two template orders and as "
-        "a question; a share of the sequences follows a neutral lead-in. No text from elsewhere.", "",
-        "## Training", "",
-        f"{_cycles(recipe)} steps of {recipe['batch_size']} sequences, {recipe['composed']:.0%} of "
-        "them compositions, loss on the answer's tokens and the full stop; AdamW, peak rate "
-        f"{_rates(recipe)} with {recipe['warmup']} steps of warm-up and linear decay, betas "
-        f"{tuple(recipe['betas'])}, weight decay {recipe['weight_decay']:g}, clipping at "
-        f"{recipe['clip']:g}; seed {recipe['seed']}. Again: `mi-hops train-world --family {family} "
-        "--out FOLDER`. The loss curve and all settings are in `training.json`.", "",
-        "| step | loss (nats a scored token) |", "|---|---|",
-        *(f"| {r['step']} | {r['loss']:.4f} |" for r in _thinned(curve)), "",
-        "## Measured", "",
-        "Greedy decoding over the whole vocabulary; *whole* is the whole answer and its end.", "",
-        "| questions | form | n | first token | whole |", "|---|---|---|---|---|",
-    ]  # fmt: skip
-    for key, score in record["measured"].items():
-        split, form = key.rsplit("/", 1)
-        lines.append(
-            f"| {_SPLITS.get(split, split)} | {form} | {score['n']} | {score['first_token']:.1%} | "
-            f"{score['whole']:.1%} |"
-        )
-    lines += [
-        "", "## Limits", "",
-        "For research on methods only. All names are invented. Positions beyond the trained lengths "
-        "and words outside the vocabulary give noise.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    losses = "\n".join(f"| {r['step']} | {r['loss']:.4f} |" for r in _thinned(record["curve"]))
+    measured = "\n".join(_measured(*item) for item in record["measured"].items())
+    return f"""---
+license: mit
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+A small language model ({parameters:,} parameters) that knows one made-up world, Hopland, \
+and composes its facts. It ships with `mi_hops` so that methods for two-hop questions can \
+be tried and tested where the truth is known. It knows nothing else.
+
+## Model
+
+{_FAMILY[family]}. {recipe["n_layer"]} layers, width {recipe["d_model"]}, \
+{recipe["n_head"]} heads{kv}, context {recipe["n_ctx"]} (trained on sequences of up to \
+about 25 tokens). Word-level vocabulary with the family's own rule for leading spaces. \
+Prompts begin with the BOS token; an answer ends with a full stop.
+
+## Data
+
+Hopland of seed {world["seed"]}: {world["entities"]} entities (people, works, companies, \
+cities, countries), {world["facts"]} single facts, {world["barred"]} of them barred from \
+trained compositions. Trained two-hop questions: {world["train"]}; held out with seen \
+parts: {world["seen_parts"]}; with an unseen first fact: {world["first_unseen"]}; with an \
+unseen second fact: {world["second_unseen"]}. Each is worded in two template orders and as \
+a question; a share of the sequences follows a neutral lead-in. No text from elsewhere.
+
+## Training
+
+{_cycles(recipe)} steps of {recipe["batch_size"]} sequences, {recipe["composed"]:.0%} of \
+them compositions, loss on the answer's tokens and the full stop; AdamW, peak rate \
+{_rates(recipe)} with {recipe["warmup"]} steps of warm-up and linear decay, betas \
+{tuple(recipe["betas"])}, weight decay {recipe["weight_decay"]:g}, clipping at \
+{recipe["clip"]:g}; seed {recipe["seed"]}. Again: `mi-hops train-world --family {family} \
+--out FOLDER`. The loss curve and all settings are in `training.json`.
+
+| step | loss (nats per scored token) |
+|---|---|
+{losses}
+
+## Measured
+
+Greedy decoding over the whole vocabulary; *whole* is the whole answer and its end.
+
+| questions | form | n | first token | whole |
+|---|---|---|---|---|
+{measured}
+
+## Limits
+
+For research on methods only. All names are invented. Positions beyond the trained lengths \
+and words outside the vocabulary give noise.
+"""
+
+
+def _measured(key: str, score: Mapping[str, Any]) -> str:
+    """A row of the table of accuracies."""
+    split, form = key.rsplit("/", 1)
+    shares = f"{score['first_token']:.1%} | {score['whole']:.1%}"
+    return f"| {_SPLITS.get(split, split)} | {form} | {score['n']} | {shares} |"
 
 
 def _cycles(recipe: Mapping[str, Any]) -> str:

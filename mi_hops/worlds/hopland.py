@@ -1,6 +1,6 @@
 """Hopland: a fictional world of people, works, companies, cities and countries.
 
-Every relation is functional, so each single fact and each two-hop question has one right answer.
+Every relation is functional, so each single fact and each two-hop question has one correct answer.
 Names have one to three words and share first (and sometimes last) words, so that answers and spans
 of several tokens are real. The facts are split so that the cause of a failure is known:
 
@@ -233,6 +233,14 @@ class Hopland:
 
     Raises:
         ValueError: more names of a kind than the word lists give, or a share outside [0, 1).
+
+    Examples:
+        >>> import mi_hops
+        >>> world = mi_hops.Hopland()
+        >>> world
+        Hopland(seed=0): 136 entities, 1986 single facts
+        >>> world.two_hop_facts("seen_parts")[0].prompt("suffix")
+        'The language of the doctor of Adela Lindt is'
     """
 
     def __init__(
@@ -271,6 +279,10 @@ class Hopland:
         keys = sorted(self.facts)
         self.barred = frozenset(rng.sample(keys, round(barred * len(keys))))
         self._held_out, self._split_seed = held_out, rng.randrange(2**31)
+
+    def __repr__(self) -> str:
+        sizes = f"{len(self.kind_of)} entities, {len(self.facts)} single facts"
+        return f"Hopland(seed={self.seed}): {sizes}"
 
     @cached_property
     def _by_subject(self) -> dict[str, list[Single]]:

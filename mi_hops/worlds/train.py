@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from mi_hops.facts.templates import CONTEXTS, FORMS
@@ -32,49 +33,77 @@ Family = Literal["gpt2", "llama"]
 END = "."
 
 
+#: Pieces of similar length that a batch is cut into, which saves padding.
+MICRO_BATCHES = 4
+
+
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a trained model besides the world and the family.
+class Shape:
+    """The shape of a model; `n_kv_head` is for LLaMA."""
 
-    Attributes:
-        steps, batch_size: number of updates and sequences in each.
-        micro_batches: pieces of similar length a batch is cut into (saves padding).
-        composed: share of a batch that are compositions; the rest are single facts.
-        forms: shares of the template orders and the question form.
-        context: share of sequences that follow one of the neutral lead-ins.
-        lr, warmup, weight_decay, betas, clip: AdamW with linear warm-up and linear decay.
-        restarts: further cycles, each (steps, peak rate), begun with a fresh optimiser and a batch
-            order of its own; `steps` and `lr` are the first cycle's.
-        n_layer, d_model, n_head, n_kv_head, d_mlp, n_ctx: shape; `n_kv_head` is for LLaMA.
-        autocast: run the matrix products in bfloat16 (weights and optimiser stay float32).
-        seed: weights and batch order.
-    """
-
-    steps: int = 4000
-    batch_size: int = 512
-    micro_batches: int = 4
-    composed: float = 0.85
-    forms: tuple[float, float, float] = (0.42, 0.42, 0.16)
-    context: float = 0.12
-    lr: float = 2e-3
-    warmup: int = 200
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = 1.0
-    restarts: tuple[tuple[int, float], ...] = ()
     n_layer: int = 6
     d_model: int = 128
     n_head: int = 4
     n_kv_head: int = 2
     d_mlp: int = 512
     n_ctx: int = 64
-    autocast: bool = False
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The optimiser: `warmup` steps up to the rate `lr`, then linear decay to 0."""
+
+    lr: float = 2e-3
+    warmup: int = 200
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a trained model besides the world and the family.
+
+    Args:
+        steps, batch_size: number of updates and sequences in each.
+        composed: share of a batch that are compositions; the rest are single facts.
+        forms: shares of the template orders and the question form.
+        context: share of sequences that follow one of the neutral lead-ins.
+        restarts: further cycles, each (steps, peak rate), begun with a fresh optimiser and a batch
+            order of its own; `steps` and ``adamw.lr`` are the first cycle's.
+        seed: weights and batch order.
+    """
+
+    steps: int = 4000
+    batch_size: int = 512
+    composed: float = 0.85
+    forms: tuple[float, float, float] = (0.42, 0.42, 0.16)
+    context: float = 0.12
+    restarts: tuple[tuple[int, float], ...] = ()
+    adamw: AdamW = AdamW()
+    shape: Shape = Shape()
     seed: int = 0
+
+    @property
+    def cycles(self) -> list[Recipe]:
+        """A recipe for each cycle, without restarts."""
+        rates = [(self.steps, self.adamw.lr), *self.restarts]
+        return [
+            replace(
+                self, steps=n, restarts=(), adamw=replace(self.adamw, lr=lr), seed=self.seed + i
+            )
+            for i, (n, lr) in enumerate(rates)
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """All settings by name, as ``training.json`` has them."""
+        flat = asdict(self)
+        return {**flat, **flat.pop("adamw"), **flat.pop("shape")}
 
 
 #: The recipes of the bundled models. Weight decay this strong helped GPT-2 to compose.
 RECIPES: dict[Family, Recipe] = {
-    "gpt2": Recipe(steps=2500, weight_decay=0.5, restarts=((1000, 1.5e-3),)),
+    "gpt2": Recipe(steps=2500, adamw=AdamW(weight_decay=0.5), restarts=((1000, 1.5e-3),)),
     "llama": Recipe(steps=2800),
 }
 
@@ -104,12 +133,13 @@ def build_tokenizer(world: Hopland, family: Family) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     marker = {"gpt2": "\u0120", "llama": "\u2581"}[family]
+    kinds, tokens = {
+        "gpt2": ("bos eos unk pad", "<|endoftext|> <|endoftext|> <|unk|> <|pad|>"),
+        "llama": ("unk bos eos pad", "<unk> <s> </s> <pad>"),
+    }[family]
     special = {
-        "gpt2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|unk|>",
-                 "pad_token": "<|pad|>"},
-        "llama": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>",
-                  "pad_token": "<pad>"},
-    }[family]  # fmt: skip
+        f"{kind}_token": token for kind, token in zip(kinds.split(), tokens.split(), strict=True)
+    }
     marks = (".", ":", "?")
     vocab = list(dict.fromkeys(special.values()))
     vocab += [w if w in marks else marker + w for w in words_of(world)]
@@ -143,23 +173,33 @@ def build_model(family: Family, tokenizer: Any, recipe: Recipe) -> PreTrainedMod
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    shape = recipe.shape
     if family == "gpt2":
-        return GPT2LMHeadModel(
-            GPT2Config(
-                n_positions=recipe.n_ctx, n_embd=recipe.d_model, n_layer=recipe.n_layer,
-                n_head=recipe.n_head, n_inner=recipe.d_mlp,
-                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
-                activation_function="gelu_pytorch_tanh", **ids,
-            )
-        )  # fmt: skip
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=recipe.d_model, num_hidden_layers=recipe.n_layer,
-            num_attention_heads=recipe.n_head, num_key_value_heads=recipe.n_kv_head,
-            intermediate_size=recipe.d_mlp * 2 // 3 // 8 * 8, max_position_embeddings=recipe.n_ctx,
-            tie_word_embeddings=False, **ids,
+        gpt2 = GPT2Config(
+            n_positions=shape.n_ctx,
+            n_embd=shape.d_model,
+            n_layer=shape.n_layer,
+            n_head=shape.n_head,
+            n_inner=shape.d_mlp,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            tie_word_embeddings=False,
+            activation_function="gelu_pytorch_tanh",
+            **ids,
         )
-    )  # fmt: skip
+        return GPT2LMHeadModel(gpt2)
+    llama = LlamaConfig(
+        hidden_size=shape.d_model,
+        num_hidden_layers=shape.n_layer,
+        num_attention_heads=shape.n_head,
+        num_key_value_heads=shape.n_kv_head,
+        intermediate_size=shape.d_mlp * 2 // 3 // 8 * 8,
+        max_position_embeddings=shape.n_ctx,
+        tie_word_embeddings=False,
+        **ids,
+    )
+    return LlamaForCausalLM(llama)
 
 
 @dataclass(frozen=True)
@@ -226,7 +266,7 @@ class Sampler:
         """
         batch = self.draw()
         total = sum(len(tokens) - prompt for tokens, prompt in batch)
-        size = math.ceil(len(batch) / self.recipe.micro_batches)
+        size = math.ceil(len(batch) / MICRO_BATCHES)
         for start in range(0, len(batch), size):
             piece = batch[start : start + size]
             width = len(piece[-1][0])
@@ -246,19 +286,20 @@ class Sampler:
 
 
 def _rate(step: int, recipe: Recipe) -> float:
-    if step < recipe.warmup:
-        return (step + 1) / recipe.warmup
-    return max(0.0, (recipe.steps - step) / max(1, recipe.steps - recipe.warmup))
+    warmup = recipe.adamw.warmup
+    if step < warmup:
+        return (step + 1) / warmup
+    return max(0.0, (recipe.steps - step) / max(1, recipe.steps - warmup))
 
 
-def _optimiser(model: PreTrainedModel, recipe: Recipe) -> torch.optim.AdamW:
+def _optimiser(model: PreTrainedModel, settings: AdamW) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
 
 
 @torch.no_grad()
@@ -270,7 +311,7 @@ def accuracy(
     Returns:
         ``"first_token"`` and ``"whole"``: shares in [0, 1]; whole means every answer token and the
         full stop after it. Greedy decoding gives the whole answer exactly if every teacher-forced
-        argmax along it is right, so no generation loop is needed.
+        argmax along it is correct, so no generation loop is needed.
     """
     device = next(model.parameters()).device
     data = _sequences(tokenizer, pairs)
@@ -311,23 +352,18 @@ def measure(
 
 
 def _step(
-    model: PreTrainedModel,
-    sampler: Sampler,
-    optimiser: torch.optim.Optimizer,
-    device: str | torch.device,
-    recipe: Recipe,
+    model: PreTrainedModel, sampler: Sampler, optimiser: torch.optim.Optimizer, clip: float
 ) -> float:
-    """One update; the loss of its batch, nats a scored token."""
-    kind, loss_of_batch = torch.device(device).type, 0.0
+    """One update; the loss of its batch, nats per scored token."""
+    loss_of_batch = 0.0
     for tokens, where, targets, total in sampler.micro_batches():
-        tokens, where, targets = (t.to(device) for t in (tokens, where, targets))
-        with torch.autocast(kind, torch.bfloat16, enabled=recipe.autocast):
-            hidden = model.base_model(tokens, use_cache=False).last_hidden_state
-            logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[where])
+        tokens, where, targets = (t.to(model.device) for t in (tokens, where, targets))
+        hidden = model.base_model(tokens, use_cache=False).last_hidden_state
+        logits = model.lm_head(rearrange(hidden, "row pos d -> (row pos) d")[where])
         loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / total
         loss.backward()
         loss_of_batch += loss.item()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return loss_of_batch
@@ -341,53 +377,36 @@ def train(
     device: str | torch.device = "cpu",
     progress: bool = True,
     log_every: int = 100,
-    eval_every: int = 0,
-    on_eval: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[dict[str, Any]]]:
     """Train from the recipe's seed.
 
     Args:
-        eval_every: if positive, measure on 200 cases of each split every so many steps.
-        on_eval: called with each log record that holds a measurement.
+        recipe: default the family's in `RECIPES`.
 
     Returns:
         model (in evaluation mode), tokenizer, and the log: one record every `log_every` steps with
-        ``step``, ``loss`` (nats per scored token, mean over the steps since the last record) and,
-        at evaluations, ``accuracy``.
+        ``step`` and ``loss`` (nats per scored token, mean over the steps since the last record).
     """
     recipe = recipe or RECIPES[family]
     tokenizer = build_tokenizer(world, family)
     model = build_model(family, tokenizer, recipe).train()
     model.to(torch.device(device))
     log: list[dict[str, Any]] = []
-    running = 0.0
-    cycles = [
-        replace(recipe, steps=steps, lr=lr, seed=recipe.seed + i)
-        for i, (steps, lr) in enumerate([(recipe.steps, recipe.lr), *recipe.restarts])
-    ]
-    total_steps = sum(cycle.steps for cycle in cycles)
-    step = 0
-    with progress_bar(total=total_steps, label=f"train {family}", show=progress) as bar:
-        for cycle in cycles:
+    running: list[float] = []
+    step, total = 0, sum(cycle.steps for cycle in recipe.cycles)
+    with progress_bar(total=total, label=f"train {family}", show=progress) as bar:
+        for cycle in recipe.cycles:
             sampler = Sampler(world, tokenizer, cycle)
-            optimiser = _optimiser(model, cycle)
+            optimiser = _optimiser(model, cycle.adamw)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_rate, recipe=cycle))
             for _ in range(cycle.steps):
                 step += 1
-                running += _step(model, sampler, optimiser, device, recipe)
+                running.append(_step(model, sampler, optimiser, cycle.adamw.clip))
                 schedule.step()
                 bar.update()
-                if step % log_every == 0 or step == total_steps:
-                    loss = running / ((step - 1) % log_every + 1)
-                    record: dict[str, Any] = {"step": step, "loss": loss}
-                    running = 0.0
-                    if eval_every and (step % eval_every == 0 or step == total_steps):
-                        model.eval()
-                        record["accuracy"] = measure(model, tokenizer, world, limit=200)
-                        model.train()
-                        if on_eval:
-                            on_eval(record)
-                    log.append(record)
+                if step % log_every == 0 or step == total:
+                    log.append({"step": step, "loss": sum(running) / len(running)})
+                    running = []
     return model.eval(), tokenizer, log
 
 
@@ -410,7 +429,7 @@ def save(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     record = {
-        "recipe": asdict(recipe),
+        "recipe": recipe.record(),
         "world": {"seed": world.seed, **world.counts()},
         "curve": log,
         "measured": measured,

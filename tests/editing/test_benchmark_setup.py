@@ -6,7 +6,7 @@ from itertools import combinations
 
 from benchmarks.editing_setup import FORM, hops, set_up
 from mi_hops.editing import Request
-from mi_hops.worlds.hopland import Hopland
+from mi_hops.worlds import Hopland
 
 
 def test_what_is_reported_chosen_on_and_learned_from_are_of_different_facts():

@@ -25,7 +25,7 @@ from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.repair import Rows
 from mi_hops.text.corpus import fact_texts
 from mi_hops.text.tokens import answer_ids, encode
-from mi_hops.worlds.hopland import Hopland
+from mi_hops.worlds import Hopland
 from tests.models import save_checkpoint
 
 SOURCES = ("w1 w2 w3 w4 w5", "w9 w8")

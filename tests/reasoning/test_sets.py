@@ -12,7 +12,7 @@ from mi_hops.reasoning.gap import find_gap
 from mi_hops.reasoning.queries import SetCount
 from mi_hops.reasoning.sets import SETS, Known, Query, QuerySets, build_sets
 from mi_hops.text.matching import normalise
-from mi_hops.worlds.hopland import Hopland
+from mi_hops.worlds import Hopland
 from tests.reasoning.tiny_facts import tiny_facts
 
 

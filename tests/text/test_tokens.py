@@ -156,7 +156,7 @@ class TestRealTokenizerRules:
     def model(self, request, load_tiny):
         from types import SimpleNamespace
 
-        from mi_hops.worlds.hopland import Hopland
+        from mi_hops.worlds import Hopland
         from mi_hops.worlds.train import build_tokenizer
 
         tokenizer = build_tokenizer(Hopland(), request.param)

@@ -9,12 +9,26 @@ import pytest
 import torch
 
 from mi_hops.facts.templates import CONTEXTS, FORMS
-from mi_hops.worlds.hopland import Hopland
-from mi_hops.worlds.train import Recipe, Sampler, accuracy, build_tokenizer, measure, save, train
+from mi_hops.worlds import Hopland
+from mi_hops.worlds.train import (
+    AdamW,
+    Recipe,
+    Sampler,
+    Shape,
+    accuracy,
+    build_tokenizer,
+    measure,
+    save,
+    train,
+)
 
 SMALL = Hopland(people=8, works=3, companies=3, cities=3, countries=3)
-RECIPE = Recipe(steps=25, batch_size=48, warmup=5, lr=1e-2, n_layer=2, d_model=32, d_mlp=64, n_head=2,
-                n_kv_head=1)  # fmt: skip
+RECIPE = Recipe(
+    steps=25,
+    batch_size=48,
+    adamw=AdamW(lr=1e-2, warmup=5),
+    shape=Shape(n_layer=2, d_model=32, d_mlp=64, n_head=2, n_kv_head=1),
+)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
