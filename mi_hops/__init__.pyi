@@ -67,6 +67,7 @@ from .reasoning.locate import locate as locate
 from .reasoning.locate import located_layers as located_layers
 from .reasoning.sequential import evaluate_sequential as evaluate_sequential
 from .reasoning.sets import build_sets as build_sets
+from .reasoning.wordings import choose_wordings as choose_wordings
 from .result.result import Result as Result
 from .study import Study as Study
 from .study import StudySettings as StudySettings

@@ -1,0 +1,230 @@
+"""Which wording, and how many worked examples, let a model show what it knows.
+
+A small model that knows a fact may not give it under one phrasing. Wordings are chosen on facts that
+are not reported: per relation and form the one under which most single hops are answered.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.reading import Facts
+from mi_hops.facts.templates import FORMS, Wording
+from mi_hops.facts.wordings import few_shot_lead, reword
+from mi_hops.model import HookedModel, provenance
+from mi_hops.result.progress import progress_bar
+from mi_hops.result.result import Result
+from mi_hops.sweep.generate import answered
+
+Score = Literal["answer", "first_token"]
+
+#: Split of the facts that wordings are chosen on; they also give the worked examples.
+CHOOSING = "choosing"
+
+
+class WordingChoice(Result):
+    """What is known under each wording on the choosing facts (from `choose_wordings`).
+
+    Variables on (form, relation, option, shots), NaN where a relation has fewer wordings: ``known``
+    and ``first_token``, shares of the single hops asked that are answered, wholly or in their first
+    token. Coordinates: ``n`` (relation), hops asked; ``text`` (form, relation, option); ``chosen``
+    (relation), the wording that was chosen, as JSON.
+    """
+
+    @property
+    def shots(self) -> int:
+        """Worked examples in the lead that was chosen."""
+        return int(self.provenance["shots"])
+
+    @property
+    def wordings(self) -> dict[str, Wording]:
+        """Relation -> the wording chosen."""
+        names, chosen = self["relation"].values.tolist(), self["chosen"].values.tolist()
+        return {name: Wording(**json.loads(one)) for name, one in zip(names, chosen, strict=True)}
+
+    def apply(
+        self, facts: Sequence[TwoHopFact], *, form: str
+    ) -> tuple[list[TwoHopFact], list[tuple[str, str]]]:
+        """The facts that are not for choosing, asked as chosen; (id, reason) of those that cannot be.
+
+        Args:
+            facts: those that were chosen on, which give the examples, and those to be asked.
+            form: the form that worked examples are written in.
+        """
+        wordings, seed = self.wordings, int(self.provenance["seed"])
+        examples = [reword(fact, wordings) for fact in facts if fact.split == CHOOSING]
+        asked: list[TwoHopFact] = []
+        left_out: list[tuple[str, str]] = []
+        for fact in facts:
+            if fact.split == CHOOSING:
+                continue
+            try:
+                lead = few_shot_lead(fact, examples, shots=self.shots, form=form, seed=seed)
+                asked.append(reword(fact, wordings, lead))
+            except ValueError as error:
+                left_out.append((fact.id, str(error)))
+        return asked, left_out
+
+
+def choose_wordings(
+    model: HookedModel,
+    facts: Facts,
+    *,
+    forms: Sequence[str] = ("suffix", "prefix"),
+    shots: Sequence[int] = (0,),
+    score: Score = "answer",
+    per_relation: int = 40,
+    seed: int = 0,
+    progress: bool = False,
+) -> WordingChoice:
+    """The wording of each relation, and the lead, by which most single hops are known.
+
+    Only facts of the split ``"choosing"`` are asked, each single hop once under every wording and
+    with every number of worked examples. The number of examples is the one by which most hops are
+    known, each under its best wording; of equals, the smallest.
+
+    Args:
+        facts: with ``relations`` that come in several wordings, ``load_facts("geo")`` say.
+        forms: template orders to choose a wording for; other forms keep their first.
+        shots: numbers of worked examples to try.
+        score: what counts as known: the whole answer, or its first token.
+        per_relation: single hops asked per relation, drawn by `seed`.
+
+    Raises:
+        ValueError: facts without wordings or without choosing facts, an unknown form or score, or a
+            relation with fewer other facts than a lead needs.
+
+    Examples:
+        >>> import mi_hops
+        >>> facts = mi_hops.load_facts("geo")
+        >>> model = mi_hops.load_model("smollm2-135m")  # doctest: +SKIP
+        >>> choice = mi_hops.choose_wordings(model, facts, shots=(0, 4))  # doctest: +SKIP
+        >>> asked, left_out = choice.apply(facts, form="suffix")  # doctest: +SKIP
+    """
+    relations = facts.relations
+    hops = _single_hops(facts, per_relation, seed)
+    if not relations or not hops:
+        raise ValueError(
+            "wordings are chosen on facts of the split 'choosing' whose relations come in several "
+            f"wordings; got {len(facts)} facts with {len(relations)} such relations, "
+            f"{len(hops)} of them in choosing facts"
+        )
+    if score not in ("answer", "first_token") or not set(forms) <= set(FORMS) or not forms:
+        raise ValueError(
+            f"score is {score!r} and forms are {list(forms)}; expected 'answer' or 'first_token', "
+            f"and forms of {list(FORMS)}"
+        )
+    names = sorted(hops)
+    widest = max(len(relations[name].options(form)) for name in names for form in forms)
+    shape = (len(forms), len(names), widest, len(shots))
+    values = {name: np.full(shape, np.nan) for name in ("known", "first_token")}
+    texts = np.full(shape[:3], "", dtype=object)
+    pool = [fact for fact in facts if fact.split == CHOOSING]
+    with progress_bar(label="wordings", show=progress, total=len(forms) * len(names)) as bar:
+        for f, form in enumerate(forms):
+            for r, name in enumerate(names):
+                for o, wording in enumerate(relations[name].options(form)):
+                    texts[f, r, o] = _text(wording, form)
+                    for s, n in enumerate(shots):
+                        found = _asked(
+                            model,
+                            hops[name],
+                            wording,
+                            form,
+                            partial(few_shot_lead, others=pool, shots=n, form=form, seed=seed),
+                        )
+                        for key, share in found.items():
+                            values[key][f, r, o, s] = share
+                bar.update(1)
+    best = np.nanmax(values["known" if score == "answer" else "first_token"], axis=2)
+    weights = np.array([len(hops[name]) for name in names])[None, :, None]
+    s = int((best * weights).sum((0, 1)).argmax())
+    options = np.nanargmax(values["known" if score == "answer" else "first_token"][..., s], axis=2)
+    chosen = [
+        relations[name].wording(**{form: int(options[f, r]) for f, form in enumerate(forms)})
+        for r, name in enumerate(names)
+    ]
+    dims = ("form", "relation", "option", "shots")
+    result = WordingChoice.from_arrays(
+        {name: (dims, array) for name, array in values.items()},
+        coords={
+            "form": list(forms),
+            "relation": names,
+            "option": list(range(widest)),
+            "shots": list(shots),
+            "n": ("relation", [len(hops[name]) for name in names]),
+            "text": (dims[:3], texts),
+            "chosen": ("relation", [json.dumps(asdict(wording)) for wording in chosen]),
+        },
+        units={"known": "share", "first_token": "share"},
+        provenance=provenance(
+            model,
+            method="choose_wordings",
+            score=score,
+            shots=int(list(shots)[s]),
+            per_relation=per_relation,
+            seed=seed,
+        ),
+        title="Single hops known under each wording",
+        used=sum(len(hops[name]) for name in names),
+        allow_nonfinite=True,
+    )
+    assert isinstance(result, WordingChoice)
+    return result
+
+
+#: A single hop: the fact that asks it, and which of its hops it is.
+_Hop = tuple[TwoHopFact, Literal[1, 2]]
+
+
+def _single_hops(facts: Facts, most: int, seed: int) -> dict[str, list[_Hop]]:
+    """Relation -> distinct single hops of the choosing facts, a seeded sample."""
+    found: dict[str, dict[str, _Hop]] = {}
+    for fact in facts:
+        if fact.split != CHOOSING:
+            continue
+        for hop, relation, thing in (
+            (1, fact.relation1, fact.subject),
+            (2, fact.relation2, fact.bridge),
+        ):
+            if relation in facts.relations:
+                found.setdefault(relation, {}).setdefault(thing, (fact, 1 if hop == 1 else 2))
+    rng = random.Random(seed)
+    return {
+        name: [things[key] for key in rng.sample(sorted(things), min(most, len(things)))]
+        for name, things in sorted(found.items())
+    }
+
+
+def _asked(
+    model: HookedModel,
+    hops: Sequence[_Hop],
+    wording: Wording,
+    form: str,
+    lead: Callable[[TwoHopFact], str],
+) -> dict[str, float]:
+    prompts, answers, aliases = [], [], []
+    for fact, hop in hops:
+        plain = fact.with_wording(wording, wording, lead(fact))
+        prompts.append(plain.first_prompt(form) if hop == 1 else plain.second_prompt(form))
+        answers.append(fact.bridge if hop == 1 else fact.answer)
+        aliases.append(fact.bridge_aliases if hop == 1 else fact.answer_aliases)
+    found = answered(model, prompts, answers, aliases)
+    return {
+        "known": float(np.mean([one.right for one in found])),
+        "first_token": float(np.mean([one.first_token for one in found])),
+    }
+
+
+def _text(wording: Wording, form: str) -> str:
+    if form == "suffix":
+        return f"{wording.noun} {wording.verb}"
+    return wording.statement if form == "prefix" else wording.question

@@ -1,0 +1,76 @@
+"""Choosing wordings: the trained wording is found, examples are never scored, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mi_hops import load_model
+from mi_hops.facts import Facts, WordedRelation
+from mi_hops.reasoning.wordings import WordingChoice, choose_wordings
+from mi_hops.worlds.hopland import Hopland
+
+
+@pytest.fixture(scope="module")
+def worded():
+    """Facts of Hopland whose relations also come in a wording that does not say which relation it is."""
+    world = Hopland()
+    facts = world.two_hop_facts("seen_parts")
+    names = {r for fact in facts for r in (fact.relation1, fact.relation2)}
+    relations = {}
+    for relation in world.relations:
+        if relation.name in names:
+            good = relation.wording
+            relations[relation.name] = WordedRelation(
+                relation.name,
+                relation.domain,
+                relation.range,
+                nouns=(("the thing of [X]", "is"), (good.noun, good.verb)),
+                statements=("[X] has", good.statement),
+                questions=(good.question,),
+            )
+    marked = tuple(
+        replace(fact, split="choosing" if i % 2 else "reported") for i, fact in enumerate(facts)
+    )
+    return Facts(marked, "made", len(marked), relations=relations)
+
+
+@pytest.fixture(scope="module")
+def choice(worded):
+    return choose_wordings(load_model("hops-gpt2"), worded, per_relation=5)
+
+
+def test_the_trained_wording_is_chosen(choice, worded):
+    chosen = choice.wordings
+    right = sum(
+        chosen[name].noun == relation.nouns[1][0]
+        and chosen[name].statement == relation.statements[1]
+        for name, relation in worded.relations.items()
+        if name in chosen
+    )
+    assert right >= 0.9 * len(chosen)
+    assert choice.shots == 0
+
+
+def test_what_is_chosen_is_data(choice, tmp_path):
+    choice.save(tmp_path / "wordings.nc")
+    again = WordingChoice.load(tmp_path / "wordings.nc")
+    assert isinstance(again, WordingChoice)
+    assert again.wordings == choice.wordings
+    assert again["known"].identical(choice["known"])
+
+
+def test_only_facts_that_were_not_chosen_on_are_asked(choice, worded):
+    asked, left_out = choice.apply(worded, form="suffix")
+    assert {fact.id for fact in asked} | {who for who, _ in left_out} == {
+        fact.id for fact in worded if fact.split != "choosing"
+    }
+
+
+def test_facts_without_wordings_are_refused(worded):
+    model = load_model("hops-gpt2")
+    with pytest.raises(ValueError, match="come in several wordings"):
+        choose_wordings(model, Facts(worded.facts, "made", len(worded)))
+    with pytest.raises(ValueError, match="expected 'answer' or 'first_token'"):
+        choose_wordings(model, worded, score="rank")
