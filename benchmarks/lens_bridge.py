@@ -41,7 +41,8 @@ def probe_rows(model, facts):
     unseen = result["unseen_correct"].mean("unseen_example")
     return [
         [
-            layer, f"{result['correct'].sel(layer=layer).mean().item():.2f}",
+            layer,
+            f"{result['correct'].sel(layer=layer).mean().item():.2f}",
             f"{result['control_correct'].sel(layer=layer).mean().item():.2f}",
             "{:.2f} [{:.2f}, {:.2f}]".format(
                 *(selectivity[k].sel(layer=layer).item() for k in ("estimate", "lower", "upper"))
@@ -49,7 +50,7 @@ def probe_rows(model, facts):
             f"{unseen.sel(layer=layer).item():.2f}",
         ]
         for layer in result["layer"].values.tolist()
-    ]  # fmt: skip
+    ]
 
 
 def scope_rows(model, facts, seed=0):
@@ -65,9 +66,10 @@ def scope_rows(model, facts, seed=0):
     pairs = []
     for fact in facts:
         others = [
-            f for f in by_relation[fact.relation1]
+            f
+            for f in by_relation[fact.relation1]
             if f.subject != fact.subject and f.bridge != fact.bridge
-        ]  # fmt: skip
+        ]
         if others:
             pairs.append((fact, rng.choice(others)))
     result = patchscope(
@@ -91,7 +93,7 @@ def scope_rows(model, facts, seed=0):
                 f"{right.sel(tracked='own', source_layer=layer, target_layer=best).item():.2f}",
                 f"{before.sel(tracked='bridge').item():.2f}",
                 len(pairs),
-            ]  # fmt: skip
+            ]
         )
     return rows
 
@@ -173,9 +175,13 @@ def main() -> None:
                 text = table(columns, probe_rows(model, probe_facts(trained, asked.facts)))
             elif section == "patchscopes":
                 columns = [
-                    "source layer", "says the source's bridge", "best target layer",
-                    "says the target's own", "before", "n",
-                ]  # fmt: skip
+                    "source layer",
+                    "says the source's bridge",
+                    "best target layer",
+                    "says the target's own",
+                    "before",
+                    "n",
+                ]
                 text = table(columns, scope_rows(model, seen[: asked.facts // 8]))
             else:
                 texts = [f"{f.prompt()} {f.answer}." for f in trained[: 2 * asked.facts]]

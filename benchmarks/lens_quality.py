@@ -50,7 +50,7 @@ def tuned_rows(model, lens, evaluated):
                 interval(gap),
                 f"{part['agreement'].mean().item():.2f}",
                 f"{part['excess_cross_entropy'].mean().item():.2f}",
-            ]  # fmt: skip
+            ]
         )
     return rows
 
@@ -83,7 +83,7 @@ def head_rows(model, train, evaluated, plan):
                 f"{heads['leave_one_out_kl'].mean().item():.4f}",
                 f"{heads['without_kl'].mean().item():.4f}",
                 f"{lens.n_parameters / 1e6:.2f}M",
-            ]  # fmt: skip
+            ]
         )
     return rows
 
@@ -133,11 +133,15 @@ def main() -> None:
         )
         heads = table(
             [
-                "trained for", "KL of the sum", "KL of one head", "left out, with its reading",
-                "left out, without", "parameters",
+                "trained for",
+                "KL of the sum",
+                "KL of one head",
+                "left out, with its reading",
+                "left out, without",
+                "parameters",
             ],
             head_rows(model, trained[: 2 * asked.facts], evaluated, plan | {"cells": 256}),
-        )  # fmt: skip
+        )
         bridges = [
             f"**{form}**\n\n"
             + table(

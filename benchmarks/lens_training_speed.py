@@ -97,13 +97,17 @@ def main() -> None:
                 f"**{found['ratio']:.1f}** ({found['lowest']:.1f} to {found['highest']:.1f})",
                 f"{found['ours_s']:.2f}",
                 f"{found['theirs_s']:.2f}",
-            ]  # fmt: skip
+            ]
         )
         print(rows[-1], flush=True)
     columns = [
-        "lens of one layer", "parameters", "times smaller", "times faster: median (range)",
-        "step, s", "published layout, s",
-    ]  # fmt: skip
+        "lens of one layer",
+        "parameters",
+        "times smaller",
+        "times faster: median (range)",
+        "step, s",
+        "published layout, s",
+    ]
     body = (
         f"A model of GPT-2 small's size (random weights, float32), {asked.batch} texts of "
         f"{asked.tokens} tokens, layer {asked.layer}; the forward pass of the model is in both. The "

@@ -92,11 +92,17 @@ def test_facts_are_read_at_their_roles(load_tiny):
     model = load_tiny()
     facts = [
         TwoHopFact(
-            id=f"f{i}", subject="w5", relation1="r", bridge=f"w{20 + i}", relation2="q",
-            answer="w40", first_hop="w3 of w5", prompts={"suffix": "w1 w3 of w5 is"},
+            id=f"f{i}",
+            subject="w5",
+            relation1="r",
+            bridge=f"w{20 + i}",
+            relation2="q",
+            answer="w40",
+            first_hop="w3 of w5",
+            prompts={"suffix": "w1 w3 of w5 is"},
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
     hop = fact_attribution(model, facts, role="first hop")
     want = logit_attribution(
         model, "w1 w3 of w5 is", {"bridge": "w21", "answer": "w40"}, position=4

@@ -34,10 +34,15 @@ def output(model, text):
 
 def fact(i, **more):
     fields = {
-        "id": f"f{i}", "subject": f"w{i}", "relation1": "r", "bridge": f"w{20 + i} w21",
-        "relation2": "q", "answer": f"w{40 + i}", "first_hop": f"w3 of w{i}",
+        "id": f"f{i}",
+        "subject": f"w{i}",
+        "relation1": "r",
+        "bridge": f"w{20 + i} w21",
+        "relation2": "q",
+        "answer": f"w{40 + i}",
+        "first_hop": f"w3 of w{i}",
         "prompts": {"suffix": "w1 w2 " + "w9 " * (i % 3) + f"w3 of w{i} is"},
-    }  # fmt: skip
+    }
     return TwoHopFact(**{**fields, **more})
 
 
@@ -98,9 +103,12 @@ def test_padded_batches_equal_one_prompt_at_a_time(tiny):
     )
     for i, text in enumerate(TEXTS):
         one = logit_lens(
-            tiny, text, track={"a": track["a"][i]}, readout=Readout(top_k=2),
+            tiny,
+            text,
+            track={"a": track["a"][i]},
+            readout=Readout(top_k=2),
             positions={"first": where["first"][i], "last": -1},
-        )  # fmt: skip
+        )
         for name in ("prob", "logprob", "rank", "mean_token_prob", "entropy", "kl", "top_probs"):
             assert np.allclose(both[name].values[i], one[name].values[0], atol=1e-5), name
         assert (both["top_tokens"].values[i] == one["top_tokens"].values[0]).all()
@@ -311,7 +319,7 @@ def test_vocabulary_is_kept_only_when_asked_for(load_tiny):
         (lambda m: read_vectors(m, torch.zeros(2, 31)), r"\[vector, 32\]"),
         (lambda m: read_vectors(m, torch.zeros(2, 32), track={"a": 90}), "outside"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_right_is_refused(load_tiny, call, message):
     with pytest.raises(ValueError, match=message):
         call(load_tiny())

@@ -19,13 +19,18 @@ def facts(n_subjects=12, n_second=6, bridges=4):
     """First hop "w3 of w{s}" leads to bridge s mod `bridges`; several second hops each."""
     return [
         TwoHopFact(
-            id=f"{s}-{q}", subject=f"w{s}", relation1="r", bridge=f"w{60 + s % bridges}",
-            relation2=f"q{q}", answer=f"w{70 + q}", first_hop=f"w3 of w{10 + s}",
+            id=f"{s}-{q}",
+            subject=f"w{s}",
+            relation1="r",
+            bridge=f"w{60 + s % bridges}",
+            relation2=f"q{q}",
+            answer=f"w{70 + q}",
+            first_hop=f"w3 of w{10 + s}",
             prompts={"suffix": f"w1 w{30 + q} w3 of w{10 + s} is"},
         )
         for s in range(n_subjects)
         for q in range(n_second)
-    ]  # fmt: skip
+    ]
 
 
 def test_what_the_position_holds_is_read_and_memorised_alike(load_tiny):

@@ -44,7 +44,7 @@ MAKERS = {
     "low_rank": lambda m: AttentionLens(m, layers=[0, 2], variant="low_rank", rank=4),
     "full": lambda m: AttentionLens(m, layers=[1], variant="full"),
     "normed": lambda m: AttentionLens(m, layers=[1], norm=True),
-}  # fmt: skip
+}
 
 
 def example_of(model, lens, texts=TEXTS[:5], **options):
@@ -260,9 +260,15 @@ def test_a_lens_of_another_model_is_refused_unless_it_is_moved(load_tiny):
     model, other = load_tiny("gpt2"), load_tiny("gpt2", processing="fold")
     lens, heads = TunedLens(model), AttentionLens(model, layers=[1])
     fact = TwoHopFact(
-        id="f", subject="w5", relation1="r", bridge="w20", relation2="q", answer="w40",
-        first_hop="w3 of w5", prompts={"suffix": "w1 w3 of w5 is"},
-    )  # fmt: skip
+        id="f",
+        subject="w5",
+        relation1="r",
+        bridge="w20",
+        relation2="q",
+        answer="w40",
+        first_hop="w3 of w5",
+        prompts={"suffix": "w1 w3 of w5 is"},
+    )
     vectors = torch.ones(1, 32)
     calls = {
         "logit_lens": lambda m, x, _: logit_lens(m, TEXTS[0], lens=x),
@@ -406,14 +412,17 @@ def test_small_lenses_are_small(load_tiny):
         (lambda m: AttentionLens(m, variant="full", rank=3), "has no rank"),
         (lambda m: AttentionLens(m, rank=99), "1..32"),
         (lambda m: AttentionLens(m).logits(torch.zeros(1, 32), layer=0), "name it with head="),
-        (lambda m: train_lens(m, TunedLens(m), TEXTS, LensTraining(objective="sum")), "unknown objective"),
+        (
+            lambda m: train_lens(m, TunedLens(m), TEXTS, LensTraining(objective="sum")),
+            "unknown objective",
+        ),
         (lambda m: train_lens(m, TunedLens(m), ["w1", "w1"]), "1 distinct"),
         (lambda m: LensTraining(held_out=1.0), "share between"),
         (lambda m: LensTraining(steps=0), "steps is 0"),
         (lambda m: LensTraining(cells=0), "cells is 0"),
         (lambda m: evaluate_lens(m, TunedLens(m, layers=[1]), TEXTS, layers=[2]), "not 2"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_right_is_refused(load_tiny, call, message):
     with pytest.raises(ValueError, match=message):
         call(load_tiny())

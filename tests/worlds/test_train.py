@@ -115,8 +115,9 @@ def test_saved_folder_is_an_ordinary_checkpoint(trained, tmp_path):
 
     family, model, tokenizer, log = trained
     measured = measure(model, tokenizer, SMALL, limit=5)
-    save(tmp_path / "small", model, tokenizer, recipe=RECIPE, world=SMALL, log=log,
-         measured=measured)  # fmt: skip
+    save(
+        tmp_path / "small", model, tokenizer, recipe=RECIPE, world=SMALL, log=log, measured=measured
+    )
     folder = tmp_path / "small"
     again = AutoModelForCausalLM.from_pretrained(folder).eval()
     text = "The spouse of Ondo is"
