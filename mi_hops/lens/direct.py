@@ -10,7 +10,7 @@ agree on folded models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from mi_hops.lens.tracking import (
 from mi_hops.model import HookedModel, hook_name, linear_read_out, provenance, read_out, unembedding
 from mi_hops.model.numeric import widen
 from mi_hops.result.result import Result
+from mi_hops.sweep.pairs import Activations
 from mi_hops.text.tokens import Where
 
 _DIMS = {
@@ -52,7 +53,7 @@ def logit_attribution(
     *,
     position: Where | Sequence[Where] = -1,
     centre: bool = True,
-    cache: Mapping[str, Tensor] | None = None,
+    cache: Activations | None = None,
     batch_size: int = 32,
 ) -> Result:
     """Shares of the first tokens' logits, read at one position of each prompt.
@@ -134,7 +135,7 @@ def _attributed(
     centre: bool,
     batch_size: int,
     *,
-    cache: Mapping[str, Tensor] | None = None,
+    cache: Activations | None = None,
     skipped: Sequence[tuple[str, str]] = (),
 ) -> Result:
     tracked = tracked_tokens([row.tracked for row in rows])
@@ -169,7 +170,7 @@ def _shares(
     cells: tuple[Tensor, Tensor],
     firsts: Tensor,
     centre: bool,
-    cache: Mapping[str, Tensor] | None,
+    cache: Activations | None,
 ) -> dict[str, Tensor]:
     layers = range(int(model.cfg.n_layers))
     ends = (hook_name("resid_pre", 0), hook_name("resid_post", layers[-1]))

@@ -45,6 +45,7 @@ from mi_hops.lens.tracking import (
 )
 from mi_hops.model import HookedModel, provenance, read_out
 from mi_hops.result.result import Result
+from mi_hops.sweep.pairs import Activations
 from mi_hops.text.tokens import Prompt
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def logit_lens(
     layers: Layers = None,
     lens: LensLike = "logit",
     readout: Readout = Readout(),
-    cache: Mapping[str, Tensor] | None = None,
+    cache: Activations | None = None,
     batch_size: int = 32,
 ) -> Result:
     """Read activations of one prompt or many through a lens.
@@ -209,7 +210,7 @@ def token_map(
     layers: Layers = None,
     lens: LensLike = "logit",
     top_k: int = 5,
-    cache: Mapping[str, Tensor] | None = None,
+    cache: Activations | None = None,
 ) -> Result:
     """The top tokens in each layer x position cell of one prompt; draw it with `plot_map`.
 
@@ -345,7 +346,7 @@ class _Reader:
         return cls(model, name, chosen, heads, as_lens(model, lens), readout)
 
     def read(
-        self, rows: Sequence[Row], batch_size: int, cache: Mapping[str, Tensor] | None = None
+        self, rows: Sequence[Row], batch_size: int, cache: Activations | None = None
     ) -> dict[str, Tensor]:
         """What the rows say, ``[row, layer, position, ...]`` as `values` gives it."""
 

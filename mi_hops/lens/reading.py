@@ -34,6 +34,7 @@ from mi_hops.model import (
 )
 from mi_hops.model.numeric import kl_divergence
 from mi_hops.sweep.interventions import Site
+from mi_hops.sweep.pairs import Activations
 from mi_hops.text.tokens import Prompt, batches
 
 #: What can be read, all of width d_model. ``resid`` is the stream *after* `layer` blocks, so that 0
@@ -175,7 +176,7 @@ def gather(
     kind: str,
     layers: Sequence[int],
     final: bool = False,
-    cache: Mapping[str, Tensor] | None = None,
+    cache: Activations | None = None,
 ) -> Vectors:
     """Read vectors at some cells of the batch, in one forward pass or from a cache.
 
@@ -204,7 +205,7 @@ def activations(
     tokens: Int[Tensor, "row pos"],
     cells: tuple[Int[Tensor, "*cell"], Int[Tensor, "*cell"]],
     names: Sequence[str],
-    cache: Mapping[str, Tensor] | None = None,
+    cache: Activations | None = None,
 ) -> dict[str, Float[Tensor, "*cell ..."]]:
     """What hook points hold at some cells, from a pass or a cache; ``"final"`` as in `Vectors`."""
     rows, columns = cells
@@ -234,9 +235,9 @@ def activations(
     return kept
 
 
-def _cached(cache: Mapping[str, Tensor], name: str, tokens: Tensor) -> Tensor:
+def _cached(cache: Activations, name: str, tokens: Tensor) -> Tensor:
     """An activation from a cache, with a batch axis."""
-    if name not in cache:
+    if name not in cache.keys():  # noqa: SIM118
         raise ValueError(
             f"the cache does not hold {name}; let run_with_cache keep it (without names_filter it "
             "keeps everything), or read another kind or layer"
@@ -277,7 +278,7 @@ def in_batches(
     prompts: Sequence[Prompt],
     batch_size: int,
     read: Callable[[list[int], Tensor, Tensor], Mapping[str, Tensor]],
-    cache: Mapping[str, Tensor] | None = None,
+    cache: Activations | None = None,
 ) -> dict[str, Float[Tensor, "prompt ..."]]:
     """What ``read(indices, tokens, rows)`` finds of each batch, joined in the prompts' order.
 

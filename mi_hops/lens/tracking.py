@@ -14,13 +14,12 @@ from mi_hops.cases import Case, Skipped, usable
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.reading import Tracked
 from mi_hops.model import HookedModel
-from mi_hops.sweep.pairs import one_each
+from mi_hops.sweep.pairs import Text, Texts, as_prompts, one_each
 from mi_hops.text.tokens import (
     Prompt,
     TokenError,
     Where,
     answer_ids,
-    encode,
     last_position,
     positions,
 )
@@ -30,7 +29,7 @@ ROLES = ("first hop", "last")
 
 #: One prompt (text, a `Prompt`, token ids ``[pos]`` or ``[1, pos]``), several (a sequence, token ids
 #: ``[batch, pos]``), or label -> prompt.
-Prompts = str | Prompt | torch.Tensor | Sequence[Any] | Mapping[str, Any]
+Prompts = Texts | Mapping[str, Text]
 
 #: One name: its text, several spellings of it (the first is the main one), or token ids.
 Spelling = str | Sequence[str] | Sequence[int]
@@ -64,20 +63,12 @@ def labelled_prompts(model: HookedModel, given: Prompts) -> tuple[list[str], lis
     Raises:
         TokenError: no prompt, or one that cannot be encoded.
     """
-    one = isinstance(given, str | Prompt) or (torch.is_tensor(given) and given.ndim == 1)
-    texts: Any = given.values() if isinstance(given, Mapping) else [given] if one else given
-    known = [
-        t
-        if isinstance(t, Prompt)
-        else encode(model, t)
-        if isinstance(t, str)
-        else Prompt.from_tokens(model, t)
-        for t in texts
-    ]
-    if not known:
-        raise TokenError("no prompt was given; pass a string, token ids, or a sequence of them")
-    labels = list(given) if isinstance(given, Mapping) else [str(i) for i in range(len(known))]
-    return labels, known, one or (torch.is_tensor(given) and len(known) == 1)
+    labels: list[str] | None = None
+    if isinstance(given, Mapping):
+        labels, given = list(given), list(given.values())
+    known = as_prompts(model, given)
+    alone = len(known) == 1 and isinstance(given, str | Prompt | torch.Tensor)
+    return labels or [str(i) for i in range(len(known))], known, alone
 
 
 def spell(model: HookedModel, prompt: Prompt, spelling: Spelling) -> list[tuple[int, ...]]:
