@@ -9,6 +9,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from mi_hops.model import fingerprint
 from mi_hops.study import STEPS as ALL_STEPS
 from mi_hops.study import Study, StudySettings, run_study, write_report
 from mi_hops.study.choose import choose_edit, layer_spans
@@ -20,10 +21,27 @@ COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "choose": 3, "ed
 SMALL = StudySettings(**COUNTS, controls=1, strengths=(1.0, 4.0), per_case=1)
 
 
-@pytest.fixture(params=[("gpt2", "hooked"), ("llama", "bridge")], ids="-".join)
+#: Each family and each class once: a study is many forward passes.
+MODELS = [("llama", "bridge"), pytest.param(("gpt2", "hooked"), marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=MODELS, ids="-".join)
 def tiny(request, load_tiny):
-    """Each family and each class once: a study is many forward passes."""
     return load_tiny(*request.param)
+
+
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
+def finished(request, load_tiny, tmp_path_factory):
+    """(model, facts, study) of a study that is done; nobody writes to it."""
+    model = load_tiny(*request.param)
+    facts = [replace(f, split="held") for f in tiny_facts(model, 16)]
+    before = fingerprint(model)
+    with pytest.MonkeyPatch.context() as patch:
+        dictated(patch)
+        study = run(model, facts, tmp_path_factory.mktemp("finished") / "study")
+    assert fingerprint(model) == before
+    assert not any(p.fwd_hooks for p in model.hook_dict.values())
+    return model, facts, study
 
 
 @pytest.fixture
@@ -43,9 +61,8 @@ def run(model, facts, out, **options):
     return run_study(model, facts, out=out, settings=settings, progress=False, **options)
 
 
-def test_every_step_is_written_and_read_back(knowing, tmp_path):
-    model, facts = knowing
-    study = run(model, facts, tmp_path / "study")
+def test_every_step_is_written_and_read_back(finished):
+    *_, study = finished
     assert [study.skipped(step) for step in STEPS] == [None] * len(STEPS)
     for step in STEPS[:-1]:
         assert study.result(step).provenance["fingerprint"] == study.settings["fingerprint"]
@@ -55,9 +72,10 @@ def test_every_step_is_written_and_read_back(knowing, tmp_path):
     assert gap["forms"]["suffix"]["gap"]["value"] == 0.5
     assert {"lens", "erasure", "locate", "injection", "editing"} <= set(study.summary)
     assert all(isinstance(v, str) for line in study.headlines() for v in line)
-    json.loads((tmp_path / "study" / "summary.json").read_text())
+    json.loads((study.folder / "summary.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "backend"), [("gpt2", "hooked"), ("gpt2", "bridge"), ("llama", "bridge")]
 )
@@ -130,9 +148,8 @@ def test_facts_that_cannot_be_asked(tiny, tmp_path):
     assert "the model knows both hops of none" not in text.lower()
 
 
-def test_choosing_and_reporting_never_share_a_fact(knowing, tmp_path):
-    model, facts = knowing
-    study = run(model, facts, tmp_path / "study")
+def test_choosing_and_reporting_never_share_a_fact(finished):
+    *_, study = finished
     located = set(study.result("locate")["example"].values)
     scored = set(study.result("editing").case_ids)
     injection = study.result("injection")
@@ -145,16 +162,15 @@ def test_choosing_and_reporting_never_share_a_fact(knowing, tmp_path):
     assert halves["report"]
 
 
-def test_the_model_is_left_as_it_was(knowing, tmp_path):
-    from mi_hops.model import fingerprint
-
-    model, facts = knowing
-    before = fingerprint(model)
-    run(model, facts, tmp_path / "study")
-    assert fingerprint(model) == before
-    assert not any(p.fwd_hooks for p in model.hook_dict.values())
+def test_cells_are_small_and_unknown_steps_are_refused(finished):
+    *_, study = finished
+    assert study.settings["model"] in repr(study) and len(repr(study)) < 2000
+    assert "<table>" in study._repr_html_() and len(study._repr_html_()) < 4000
+    with pytest.raises(ValueError, match="no step 'edit'; a study has .*'editing'"):
+        study.result("edit")
 
 
+@pytest.mark.slow
 def test_a_stopped_study_resumes(knowing, tmp_path, monkeypatch):
     from mi_hops.study.steps import locate as locate_module
 
@@ -177,6 +193,7 @@ def test_a_stopped_study_resumes(knowing, tmp_path, monkeypatch):
     assert {n: (out / n).stat().st_mtime_ns for n in done} == done
 
 
+@pytest.mark.slow
 def test_a_study_resumed_with_other_versions_says_so(knowing, tmp_path, monkeypatch):
     model, facts = knowing
     out = tmp_path / "study"
@@ -202,13 +219,12 @@ def test_a_study_resumed_with_other_versions_says_so(knowing, tmp_path, monkeypa
         run(model, facts, out)
 
 
-def test_a_finished_study_is_reopened(knowing, tmp_path, monkeypatch):
-    model, facts = knowing
-    first = run(model, facts, tmp_path / "study")
+def test_a_finished_study_is_reopened(finished, monkeypatch):
+    model, facts, first = finished
     for step in ALL_STEPS:
         stopped = lambda self, run: pytest.fail("a step ran again")  # noqa: E731
         monkeypatch.setattr(type(step), "run", stopped)
-    assert run(model, facts, tmp_path / "study").summary == first.summary
+    assert run(model, facts, first.folder).summary == first.summary
 
 
 def test_other_settings_are_not_overwritten(tiny, tmp_path):

@@ -1,4 +1,4 @@
-"""From one row a query to one row a statistic: how a repair's score is averaged and hedged.
+"""How a repair's scores are averaged: one row per query in, one row per statistic out, with intervals.
 
 Everything is averaged over the queries inside a case first, then over cases, the order of the CREME
 paper's code (arXiv 2402.14328): a case with many queries weighs no more than one with a single
@@ -56,7 +56,7 @@ def aggregate(
     """Change of the queries' probabilities, from a plain table; also of a published run.
 
     Args:
-        frame: one row a query. Columns ``case``, ``set``, ``before`` and ``after`` (probability of
+        frame: one row per query. Columns ``case``, ``set``, ``before`` and ``after`` (probability of
             the right answer, unrepaired and repaired); optionally ``wrong_before`` and
             ``wrong_after`` (of a competing answer, NaN where there is none) and ``repair``. Other
             columns are passed over.
@@ -124,11 +124,11 @@ def change_scores(
     )
     if wrong_before is None or wrong_after is None:
         return scores
-    told = np.isfinite(wrong_before) & np.isfinite(wrong_after)
+    known = np.isfinite(wrong_before) & np.isfinite(wrong_after)
     for when, right, wrong in (("before", before, wrong_before), ("after", after, wrong_after)):
-        ahead = np.where(told, right > wrong, np.nan)
+        ahead = np.where(known, right > wrong, np.nan)
         scores.query_shares[f"target_over_wrong_{when}"] = ahead
-    wrong_relative = np.where(told, _relative(wrong_before, wrong_after), np.nan)
+    wrong_relative = np.where(known, _relative(wrong_before, wrong_after), np.nan)
     scores.means["wrong_mean_relative_change"] = (wrong_relative, fraction)
     scores.means["wrong_mean_log_change"] = (_log_ratio(wrong_before, wrong_after), "nats")
     return scores
@@ -157,7 +157,7 @@ def by_group(
 def reduce_scores(
     cases: Sequence[Any] | np.ndarray, scores: Scores, *, level: float, n_resamples: int, seed: int
 ) -> pd.DataFrame:
-    """One row a statistic, with its bootstrap interval over cases (see `aggregate`).
+    """One row per statistic, with its bootstrap interval over cases (see `aggregate`).
 
     Args:
         cases: ``[query]``, the case of each query.

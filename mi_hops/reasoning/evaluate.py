@@ -83,7 +83,7 @@ class _StatementLoss:
     def score(
         self, logits: Float[Tensor, "row scored vocab"], target: Target
     ) -> Float[Tensor, "row"]:
-        """One mean a row."""
+        """One mean per row."""
         text = target.prompt if isinstance(target, _Statement) else ()
         whole = Target((*text[1:], *target.answer))
         return -AnswerLogprob().score(logits, whole) / len(whole.answer)
@@ -188,7 +188,7 @@ def _named(repairs: Repair | Edit | Sequence[Repair | Edit]) -> list[Repair]:
             item = EditRepair(item, name=names[id(item)])
         if not isinstance(item, Repair):
             raise ValueError(
-                f"{item!r:.80} is no repair; expected an Edit, or an object with name, fit and hooks"
+                f"{item!r:.80} is not a repair; expected an Edit, or an object with name, fit and hooks"
             )
         named.append(item)
     return named

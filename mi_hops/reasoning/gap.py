@@ -186,7 +186,7 @@ class Gap(Result):
         return [fact for fact, keep in zip(self.facts, chosen, strict=True) if keep]
 
     def _with(self, data: xr.Dataset, *, used: int | None) -> Any:
-        # An average is no gap any more.
+        # An average is not a gap any more.
         kind = Gap if {"example", "form"} <= set(data.dims) and "fact" in data.coords else Result
         own: dict[str, Any] = {
             "title": self.title,

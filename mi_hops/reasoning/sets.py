@@ -35,7 +35,7 @@ _NOTHING = {
     "specificity_same_relation": "no unrelated answered question with this second relation",
     "first_hop": "no first-hop prompt",
     "second_hop": "no second-hop prompt",
-    "neutral": "no single fact that is no part of a case",
+    "neutral": "every single fact is part of a case",
 }
 
 

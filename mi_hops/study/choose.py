@@ -10,24 +10,24 @@ IDENTITY, ESTIMATED = "CREME as published (C = I)", "CREME, C estimated"
 #: Strengths tried for each kind of edit; the published edit has only the full one.
 STRENGTHS: dict[str, tuple[float, ...]] = {IDENTITY: (1.0,), ESTIMATED: (0.5, 0.7, 1.0)}
 
-#: Runs of layers tried at the most.
+#: Runs of layers tried at most.
 MOST_STARTS = 6
 
 CHOICE_RULE = (
     "Candidates: runs of layers that end at the last located one and start at any layer from one "
-    "before the first located one on, six starts at the most, evenly spaced (located: replacing the "
+    "before the first located one on, six starts at most, evenly spaced (located: replacing the "
     "attention output at the last token has at least half of the largest mean effect; where no layer "
-    "is located, the middle third stands in); the published "
+    "is located, the middle third is used); the published "
     "edit at full strength, the edit with estimated C at strengths 0.5, 0.7 and 1. Chosen, on the choosing half, by the largest sum of "
-    "the share of failures whose first answer token is put right and of four times the share of "
-    "unrelated questions still answered rightly; of equals, the fewest layers."
+    "the share of failures whose first answer token is corrected and of four times the share of "
+    "unrelated questions still answered correctly; of equals, the fewest layers."
 )
 
 
 def layer_spans(located: Sequence[int], n_layers: int) -> list[tuple[int, ...]]:
     """The runs of layers that an edit may take, by `CHOICE_RULE`.
 
-    Where nothing was located, the middle third stands in.
+    Where nothing was located, the middle third is used.
     """
     first = max(0, (min(located) if located else n_layers // 3) - 1)
     last = max(located) if located else 2 * n_layers // 3

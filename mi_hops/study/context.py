@@ -85,12 +85,12 @@ class Run:
 
     @cached_property
     def passed(self) -> list[TwoHopFact]:
-        """Questions answered correctly, both hops known, held out of training where that is told."""
+        """Questions answered correctly, both hops known, held out of training where a split says so."""
         return _held_out(self.gap.passed)
 
     @cached_property
     def failed(self) -> list[TwoHopFact]:
-        """Questions of the gap, held out of training where that is told."""
+        """Questions of the gap, held out of training where a split says so."""
         found = self.gap.failed
         if not found:
             passed = "no question failed although both hops are known"

@@ -1,7 +1,7 @@
 """Estimates, their intervals, and how they are written.
 
-An estimate is a mapping of ``value``, ``low``, ``high`` (95% interval) and ``n``, as it stands in
-``summary.json``; None where there is no such number.
+An estimate is a mapping of ``value``, ``low``, ``high`` (95% interval) and ``n``, as ``summary.json``
+holds it; None where a number does not exist.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def headlines(summary: Mapping[str, Any]) -> Iterator[tuple[str, Headline]]:
 def _terminal(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for _, line in headlines(summary):
         if line.name:
-            yield line.name, f"{line.value} {line.spread}".strip()
+            joint = " " if line.spread.startswith("[") else ", "
+            yield line.name, joint.join(part for part in (line.value, line.spread) if part)
     for step in STEPS:
         if reason := summary[step.name].get("skipped"):
             yield step.name, f"left out: {reason}"

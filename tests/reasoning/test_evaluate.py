@@ -111,6 +111,16 @@ def test_a_repair_of_known_effect(tiny, sets):
     assert frame.loc[~frame["set"].isin(kept["set"]), "kl"].isna().all()
 
 
+#: Each family and each class once in the fast loop.
+MODELS = [
+    ("gpt2", "hooked"),
+    ("llama", "bridge"),
+    pytest.param(("gpt2", "bridge"), marks=pytest.mark.slow),
+    pytest.param(("llama", "hooked"), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("tiny", MODELS, indirect=True, ids="-".join)
 def test_rows_are_those_of_one_by_one_and_of_any_batch_size(tiny, sets):
     repair = AddVector(later=True)
     states = dict(zip((f.id for f in CASES), repair.fit(tiny, CASES), strict=True))
@@ -268,7 +278,7 @@ def test_one_repair_and_an_edit_are_repairs(load_tiny, sets):
     other = creme(model, CASES[1], layers=[1], keep=None)
     two = evaluate(model, [edit, AddVector(), other], sets, CASES, generate=False)
     assert two.summary(n_resamples=20).index.tolist()[1:] == ["edit 1", AddVector().name, "edit 2"]
-    with pytest.raises(ValueError, match="'creme' is no repair; expected an Edit"):
+    with pytest.raises(ValueError, match="'creme' is not a repair; expected an Edit"):
         evaluate(model, "creme", sets, CASES)
 
 
@@ -312,7 +322,7 @@ def test_without_generation_only_the_texts_are_missing(load_tiny, sets, scored):
     assert set(scored.frame.columns) - set(frame.columns) == gone | logprob
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("shape", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_half_precision_is_scored_in_float32(load_tiny, sets, shape):
     model = load_tiny(shape, "bridge", "bfloat16")
     frame = evaluate(model, [AddVector()], sets, CASES).frame

@@ -220,9 +220,7 @@ def test_skipped_cases_are_counted_with_reasons():
     assert counts["first_hop"].why == {"no first-hop prompt": 2}
     text = sets.describe()
     assert "2 cases, 2 queries" in text
-    assert (
-        "neutral: 0 queries of 0 cases, 2 cases skipped (2 no single fact that is no part" in text
-    )
+    assert "neutral: 0 queries of 0 cases, 2 cases skipped (2 every single fact is part" in text
 
 
 def test_a_gap_says_what_is_known(tiny):

@@ -32,7 +32,7 @@ class _Section:
 def write_report(study: Study, path: str | Path | None = None, *, overwrite: bool = False) -> Path:
     """Write a finished study as one HTML file that needs no network.
 
-    plotly.js stands in the file once; fonts are the reader's own. The same study gives the same
+    plotly.js is in the file once; fonts are the reader's own. The same study gives the same
     file, byte for byte. The file is written whole or not at all.
 
     Args:

@@ -144,9 +144,9 @@ class Editing(Step):
             first, whole, kept = (found.get(label) for label in wanted)
             text = f"of failed questions get the correct first token by {repair} on {where}"
             if whole is not None:
-                text += f"; the whole answer: {percent(whole)}"
+                text += f"; the whole answer: {_words(whole)}"
             if kept is not None:
-                text += f"; unrelated questions keep {percent(kept)} of their accuracy"
+                text += f"; unrelated questions keep {_words(kept)} of their accuracy"
             for label, given in found.items():
                 says = f"{text}." if given is first else ""
                 yield share_headline(f"{repair} ({where}): {label}", given, says)
@@ -449,6 +449,10 @@ def _said(record: pd.Series, when: str) -> str:
     if text is None or text != text:
         return "–"
     return f"{text} ✓" if record[f"generation_correct_{when}"] == 1 else str(text)
+
+
+def _words(given: Mapping[str, Any]) -> str:
+    return f"{percent(given, n=False)} (n = {given['n']})"
 
 
 def _name(name: str) -> str:

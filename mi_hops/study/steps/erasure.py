@@ -52,7 +52,7 @@ class Erasure(Step):
         """For each variant and position, the layer where the bridge's erasure costs most.
 
         That layer is chosen on one half of the questions and its cost reported on the other; the
-        layers below zero are told from all of them, each by its own interval.
+        layers below zero come from all of them, each by its own interval.
         """
         ends = result.difference_ci("control", variable="bridge")
         half = choosing(result["example"].values)

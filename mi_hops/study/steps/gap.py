@@ -67,7 +67,7 @@ class GapStep(Step):
             yield share_headline(f"{hop} hop known", main[hop])
         name = f"gap: failed although both hops are known ({form})"
         if known:
-            text = f"of the two-hop questions whose hops the model both knows are failed ({form} form)."
+            text = f"of the two-hop questions with both hops known fail ({form} form)."
             yield share_headline(name, main["gap"], text)
             if entry["failed"]:
                 text = "of these failures answer with the bridge: the model stops at the first hop."

@@ -183,6 +183,9 @@ def _grid(result: Result, cell: Mapping[str, Any]) -> Figure:
     before = share_of(result.sel(example=choose)[f"{_SCORE}_before"].values)
     rows, columns = (ends[dim].values.tolist() for dim in ("layer", "strength"))
     box = (rows.index(cell["layer"]), columns.index(cell["strength"]))
+    every = result["all_layers"].values
+    names = ["all" if together else str(row) for row, together in zip(rows, every, strict=True)]
+    ends = ends.assign_coords(layer=names)
     panels = []
     for encoding in ends["encoding"].values.tolist():
         plot = heatmap(
