@@ -14,7 +14,6 @@ from mi_hops.lens.logit import (
 from mi_hops.lens.patchscopes import Affine, Place, fit_affine, patchscope, patchscope_generate
 from mi_hops.lens.probes import ProbeTraining, fact_probes
 from mi_hops.lens.quality import evaluate_heads, evaluate_lens
-from mi_hops.lens.reading import KINDS, Lens, LogitLens
 from mi_hops.lens.sae import (
     bridge_features,
     clamp,
@@ -27,6 +26,7 @@ from mi_hops.lens.target_prompts import entity_description_prompt, next_token_pr
 from mi_hops.lens.trained import TrainedLens, load_lens
 from mi_hops.lens.training import LensTraining, train_lens
 from mi_hops.lens.tuned import TunedLens
+from mi_hops.lens.vectors import KINDS, Lens, LogitLens
 
 __all__ = [
     "KINDS",

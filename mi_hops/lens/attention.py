@@ -23,8 +23,8 @@ from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_hops.lens.reading import Layers, resolve_layers
 from mi_hops.lens.trained import Example, TrainedLens, check_rank, kl, low_rank
+from mi_hops.lens.vectors import Layers, resolve_layers
 from mi_hops.model import HookedModel, final_norm, unembedding
 
 Variant = Literal["full", "low_rank", "translator"]

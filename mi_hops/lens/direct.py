@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mi_hops.cases import Case, usable
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.lens.reading import activations, head_outputs, in_batches
 from mi_hops.lens.tracking import (
     Prompts,
     Row,
@@ -30,6 +29,7 @@ from mi_hops.lens.tracking import (
     spell_all,
     tracked_tokens,
 )
+from mi_hops.lens.vectors import activations, head_outputs, in_batches
 from mi_hops.model import HookedModel, hook_name, linear_read_out, provenance, read_out, unembedding
 from mi_hops.model.numeric import widen
 from mi_hops.result.result import Result

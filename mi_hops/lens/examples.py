@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mi_hops.lens.reading import gather
 from mi_hops.lens.trained import Example, TrainedLens
+from mi_hops.lens.vectors import gather
 from mi_hops.model import Hook, HookedModel, forward, hook_name, read_out
 from mi_hops.text.tokens import Batch
 

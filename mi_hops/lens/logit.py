@@ -19,18 +19,6 @@ from torch import Tensor
 
 from mi_hops.cases import Case, usable
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.lens.reading import (
-    Layers,
-    Lens,
-    LensLike,
-    Vectors,
-    as_lens,
-    chunks,
-    gather,
-    in_batches,
-    resolve_layers,
-    statistics,
-)
 from mi_hops.lens.tracking import (
     ROLES,
     Positions,
@@ -42,6 +30,18 @@ from mi_hops.lens.tracking import (
     spell,
     spell_all,
     tracked_tokens,
+)
+from mi_hops.lens.vectors import (
+    Layers,
+    Lens,
+    LensLike,
+    Vectors,
+    as_lens,
+    chunks,
+    gather,
+    in_batches,
+    resolve_layers,
+    statistics,
 )
 from mi_hops.model import HookedModel, provenance, read_out
 from mi_hops.result.result import Result

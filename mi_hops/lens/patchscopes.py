@@ -23,7 +23,6 @@ from torch import Tensor
 
 from mi_hops.lens.examples import real_cells
 from mi_hops.lens.logit import units_of, variables
-from mi_hops.lens.reading import Layers, gather, resolve_layers, states_at, statistics, stream_site
 from mi_hops.lens.tracking import (
     Prompts,
     Track,
@@ -33,6 +32,7 @@ from mi_hops.lens.tracking import (
     tracked_tokens,
 )
 from mi_hops.lens.training import Corpus
+from mi_hops.lens.vectors import Layers, gather, resolve_layers, states_at, statistics, stream_site
 from mi_hops.model import Hook, HookedModel, fingerprint, hook_name, provenance
 from mi_hops.model.numeric import widen
 from mi_hops.result.progress import progress_bar

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.lens.reading import Layers, resolve_layers, states_at
 from mi_hops.lens.tracking import at_role
+from mi_hops.lens.vectors import Layers, resolve_layers, states_at
 from mi_hops.model import HookedModel, provenance
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mi_hops.lens.attention import AttentionLens
 from mi_hops.lens.examples import examples_of
-from mi_hops.lens.reading import Layers, LogitLens, as_lens
 from mi_hops.lens.trained import TrainedLens, kl
 from mi_hops.lens.training import Corpus
+from mi_hops.lens.vectors import Layers, LogitLens, as_lens
 from mi_hops.model import HookedModel, provenance
 from mi_hops.result.result import Result
 from mi_hops.text.corpus import token_batches

@@ -21,9 +21,9 @@ from torch import Tensor
 from mi_hops.cases import Case, usable
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.examples import real_cells
-from mi_hops.lens.reading import gather, resolve_layers, states_at, stream_site
 from mi_hops.lens.tracking import at_role, check_role
 from mi_hops.lens.training import Corpus
+from mi_hops.lens.vectors import gather, resolve_layers, states_at, stream_site
 from mi_hops.model import HookedModel, device_of, fingerprint, hook_name, provenance
 from mi_hops.result.result import Result
 from mi_hops.sweep.interventions import Change, Intervention

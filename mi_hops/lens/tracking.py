@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mi_hops.cases import Case, Skipped, usable
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.lens.reading import Tracked
+from mi_hops.lens.vectors import Tracked
 from mi_hops.model import HookedModel
 from mi_hops.sweep.pairs import Text, Texts, as_prompts, one_each
 from mi_hops.text.tokens import (

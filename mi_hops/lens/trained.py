@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mi_hops.lens.reading import resolve_layers
+from mi_hops.lens.vectors import resolve_layers
 from mi_hops.model import (
     HookedModel,
     device_of,

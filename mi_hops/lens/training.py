@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.examples import examples_of, make_example, real_cells
-from mi_hops.lens.reading import as_lens
 from mi_hops.lens.trained import TrainedLens
+from mi_hops.lens.vectors import as_lens
 from mi_hops.model import HookedModel, fingerprint, provenance
 from mi_hops.result.files import replacing
 from mi_hops.result.progress import progress_bar

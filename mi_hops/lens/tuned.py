@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_hops.lens.reading import Layers, resolve_layers
 from mi_hops.lens.trained import Example, TrainedLens, check_rank, kl, low_rank
+from mi_hops.lens.vectors import Layers, resolve_layers
 from mi_hops.model import HookedModel, read_out
 
 

@@ -14,8 +14,8 @@ from mi_hops.lens import (
     logit_lens,
     plot_map,
     read_vectors,
-    reading,
     token_map,
+    vectors,
 )
 from mi_hops.model import capture, forward, hook_name, read_out, unembedding
 from mi_hops.result.result import Result
@@ -85,8 +85,8 @@ def test_layer_zero_of_resid_is_the_embedding_and_layer_l_enters_block_l(tiny):
 def test_head_lenses_and_the_bias_add_up_to_the_attention_output_lens(tiny):
     tokens = torch.tensor([encode(tiny, TEXT).ids])
     where = (torch.zeros(1, 1, dtype=torch.long), torch.arange(tokens.shape[1])[None])
-    heads = reading.gather(tiny, tokens, where, kind="result", layers=[1]).read[1]
-    whole = reading.gather(tiny, tokens, where, kind="attn_out", layers=[1]).read[1]
+    heads = vectors.gather(tiny, tokens, where, kind="result", layers=[1]).read[1]
+    whole = vectors.gather(tiny, tokens, where, kind="attn_out", layers=[1]).read[1]
     lens, (weight, bias) = LogitLens(tiny, norm=False), unembedding(tiny)
     parts = lens.logits(heads, layer=1) - bias  # each reading brings b_U once
     b_o = getattr(tiny.blocks[1].attn, "b_O", None)
@@ -122,7 +122,7 @@ def test_chunks_do_not_change_numbers(tiny, kind, monkeypatch):
         )
 
     whole = read()
-    monkeypatch.setattr(reading, "CHUNK_BYTES", 16 * tiny.cfg.d_vocab * 2)
+    monkeypatch.setattr(vectors, "CHUNK_BYTES", 16 * tiny.cfg.d_vocab * 2)
     parts = read()
     for name in ("prob", "rank", "kl", "top_probs"):
         assert np.allclose(whole[name].values, parts[name].values, atol=1e-6)
@@ -150,7 +150,7 @@ def test_tracked_numbers_by_hand(tiny):
 def test_statistics_on_known_logits():
     probs = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.25, 0.25, 0.25, 0.25]])
     uniform = torch.full((2, 4), 0.25).log()
-    found = reading.statistics(probs.log() + 3, output=uniform, top_k=1)
+    found = vectors.statistics(probs.log() + 3, output=uniform, top_k=1)
     assert torch.allclose(found["entropy"], torch.tensor([1.75, 2.0]) * np.log(2))
     want = 0.25 * np.log(0.25**4 / (0.5 * 0.25 * 0.125**2))
     assert torch.allclose(found["kl"], torch.tensor([want, 0.0], dtype=torch.float32), atol=1e-6)
@@ -200,8 +200,8 @@ def test_facts_that_cannot_be_read_are_skipped_with_the_reason(tiny):
 def test_given_vectors_are_read_like_activations(tiny):
     tokens = torch.tensor([encode(tiny, TEXT).ids])
     found, _ = capture(tiny, tokens, [hook_name("mlp_out", 1)])
-    vectors = found[hook_name("mlp_out", 1)][0]
-    direct = read_vectors(tiny, vectors, track={"a": 9}, lens="raw", top_k=3)
+    given = found[hook_name("mlp_out", 1)][0]
+    direct = read_vectors(tiny, given, track={"a": 9}, lens="raw", top_k=3)
     lens = logit_lens(
         tiny,
         TEXT,
@@ -240,7 +240,7 @@ def test_a_cache_is_read_instead_of_running_the_model(tiny, kind, monkeypatch):
     _, cache = tiny.run_with_cache(torch.tensor([encode(tiny, TEXT).ids]))
     options = {"positions": "each", "kind": kind, "track": {"a": "w7 w8"}}
     want = logit_lens(tiny, TEXT, **options)
-    monkeypatch.setattr(reading, "forward", None)  # nothing may run
+    monkeypatch.setattr(vectors, "forward", None)  # nothing may run
     for given in (cache, cache.remove_batch_dim()):
         got = logit_lens(tiny, TEXT, cache=given, **options)
         for name in ("prob", "kl", "entropy"):

@@ -18,7 +18,7 @@ from mi_hops.lens import (
     patchscope_generate,
 )
 from mi_hops.lens.patchscopes import Transplant
-from mi_hops.lens.reading import states_at
+from mi_hops.lens.vectors import states_at
 from mi_hops.model import forward, hook_name, load_model
 from mi_hops.sweep.generate import generate
 from mi_hops.sweep.limits import Limits
