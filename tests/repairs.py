@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mi_hops.model import hook_name
+from mi_hops.model import forward, hook_name
+from mi_hops.sweep.repair import Rows
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,16 @@ class AddVector:
             return out
 
         return [(hook_name("attn_out", self.layer), fn)]
+
+
+def greedy_by_hand(model, prompt, n, repair=None, state=None):
+    """Greedy tokens by full passes over one row, without cache, up to EOS."""
+    ids = list(prompt.ids)
+    for _ in range(n):
+        hooks = [] if repair is None else repair.hooks(model, [state], Rows((prompt,), len(ids)))
+        with torch.no_grad():
+            logits = forward(model, torch.tensor([ids]), hooks=hooks)
+        ids.append(int(logits[0, -1].argmax()))
+        if ids[-1] == model.tokenizer.eos_token_id:
+            break
+    return tuple(ids[len(prompt) :])

@@ -93,13 +93,13 @@ def _bridge_recorder(n_rows: int) -> Any:
         kept[layer] = keys[:n_rows].clone(), values[:n_rows].clone()
         return keys, values
 
-    cache = _bridge_cache(keep, 0)
+    cache = bridge_cache(keep, 0)
     cache.kept = kept
     return cache
 
 
-def _bridge_cache(join: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]], length: int) -> Any:
-    """Looks like transformers' cache of `length` positions to a forward pass.
+def bridge_cache(join: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]], length: int) -> Any:
+    """Looks like transformers' cache of `length` positions to a Bridge's forward pass.
 
     Args:
         join: (layer, new keys, new values) -> the keys and values that are attended to.
@@ -194,7 +194,7 @@ def _bridge_view(entries: list[tuple[Tensor, Tensor]], length: int) -> Any:
         past_keys, past_values = entries[layer]
         return _joined(past_keys, keys, cache.rows, 2), _joined(past_values, values, cache.rows, 2)
 
-    cache = _bridge_cache(join, length)
+    cache = bridge_cache(join, length)
     cache.rows = list(range(entries[0][0].shape[0]))
     return cache
 

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from mi_hops.model.classes import backend_of
 from mi_hops.model.identity import device_of, dtype_of
@@ -92,6 +93,9 @@ def hooked(model: HookedModel, hooks: Sequence[Hook], *, must_fire: bool = True)
         MissingHookError: a name the model does not have.
         RuntimeError: a hook that never fired.
     """
+    if not hooks:
+        yield
+        return
     require_hooks(model, (name for name, _ in hooks))
     fired = [False] * len(hooks)
     bridge = backend_of(model) == "bridge"
@@ -110,6 +114,29 @@ def hooked(model: HookedModel, hooks: Sequence[Hook], *, must_fire: bool = True)
             f"hook(s) {silent} never fired, so the intervention did nothing; was the forward pass "
             "stopped before that layer, or does the model skip this hook point?"
         )
+
+
+def has_hooks(model: HookedModel) -> bool:
+    """Whether a forward hook sits at any hook point: the user's own, if nothing here is running."""
+    return any(isinstance(m, HookPoint) and m._forward_hooks for m in model.modules())
+
+
+@contextmanager
+def picking(model: HookedModel, pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the unembedding see only what `pick` takes of the stream, after all hooks given so far.
+
+    A hook like any other, put straight at its place: looking names up takes the Bridge as long as
+    several blocks of a small model.
+    """
+    point = getattr(model.unembed, "hook_in", None)
+    if point is None:
+        raise MissingHookError(f"this {type(model).__name__} has no hook point unembed.hook_in")
+    # Right before the unembedding: the GPT-2 Bridge reshapes what its final norm returns.
+    handle = point.register_forward_hook(lambda _, given, x: pick(x))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _flagged(fn: HookFn, fired: list[bool], i: int) -> HookFn:
@@ -188,7 +215,7 @@ def forward(
             # An explicit mask of ones: inferred from pad ids it would drop a real token.
             options |= {"past_kv_cache": cache, "attention_mask": tokens.new_ones(tokens.shape)}
     elif cache is not None:
-        options |= {"past_key_values": cache, "use_cache": True}
+        options |= {"past_key_values": cache, "use_cache": True, **getattr(cache, "options", {})}
     if grows and backend_of(model) == "bridge" and (tokens.shape[0] > 1 or cache is not None):
         options |= _broadcasting_mask(model, tokens.shape[1], cache)
     with hooked(model, hooks):
@@ -259,11 +286,18 @@ def _broadcasting_mask(model: HookedModel, width: int, cache: Any) -> dict[str, 
     """
     past = 0 if cache is None else int(cache.get_seq_length())
     where = torch.arange(past, past + width, device=device_of(model))
-    hidden = torch.arange(past + width, device=where.device)[None] > where[:, None]
-    lowest = torch.finfo(dtype_of(model)).min
-    mask = torch.zeros(hidden.shape, dtype=dtype_of(model), device=where.device)
-    mask.masked_fill_(hidden, lowest)
-    return {"attention_mask": mask[None, None], "position_ids": where[None]}
+    seen = torch.arange(past + width, device=where.device)[None] <= where[:, None]
+    mask = additive_mask(model, seen[None, None])
+    return {"attention_mask": mask, "position_ids": where[None]}
+
+
+def additive_mask(
+    model: HookedModel, seen: Bool[Tensor, "row head pos key"]
+) -> Float[Tensor, "row head pos key"]:
+    """What the Bridge adds to attention scores: 0 where a key is seen, else the lowest number."""
+    dtype = dtype_of(model)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def capture(

@@ -11,6 +11,7 @@ import torch
 
 from mi_hops.model.classes import hooked_class
 from mi_hops.model.gguf import PACKAGED, gguf_checkpoint, is_gguf
+from mi_hops.model.layout import lay_out
 from mi_hops.model.types import Backend, HookedModel
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
@@ -241,7 +242,7 @@ def _load_hooked(source: str, tokenizer: Any, dtype: Any, device: Any, processin
     convert = {"gpt2": convert_gpt2_weights, "llama": convert_llama_weights}[hf.config.model_type]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        model = HookedTransformer(
+        model: Any = HookedTransformer(
             cfg, tokenizer=tokenizer, move_to_device=False, default_padding_side="right"
         )
     state = {k: v.detach().to(hf.dtype) for k, v in convert(hf, cfg).items()}
@@ -250,6 +251,7 @@ def _load_hooked(source: str, tokenizer: Any, dtype: Any, device: Any, processin
         state, fold_ln=fold, center_writing_weights=fold, center_unembed=fold,
         fold_value_biases=fold,
     )  # fmt: skip
+    lay_out(model)
     return model.to(device, print_details=False)
 
 

@@ -53,6 +53,10 @@ class HookedModel(Protocol):
         """The weights."""
         ...
 
+    def modules(self) -> Iterator[Any]:
+        """The model's parts."""
+        ...
+
 
 class MissingHookError(ValueError):
     """A model does not have a hook point or a weight that a method needs; the message names it."""

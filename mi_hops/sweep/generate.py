@@ -6,22 +6,35 @@ model goes on to say after the end (`STOP`) does not matter; a longer name does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mi_hops.model import HookedModel
+from mi_hops.model import HookedModel, device_of, has_hooks
 from mi_hops.model.cache import new_cache
+from mi_hops.model.layout import pretransposed_weights
+from mi_hops.model.numeric import wide_dtype
+from mi_hops.model.row_cache import RowCache, takes_unequal_rows
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.scoring import check_states, logits_at
+from mi_hops.sweep.together import plan_batches
 from mi_hops.text.matching import STOP, check_stop, find_ends, matches
-from mi_hops.text.tokens import Prompt, TokenError, answer_ids, batches_by_length, decode, encode
+from mi_hops.text.tokens import (
+    Prompt,
+    TokenError,
+    answer_ids,
+    batches_by_length,
+    decode,
+    encode,
+    pad,
+)
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 
@@ -41,6 +54,27 @@ class Generation:
     finished: bool
 
 
+@dataclass(frozen=True)
+class _Ask:
+    """A prompt, and how long it is continued."""
+
+    prompt: Prompt
+    state: Any | None
+    room: int
+    stop: tuple[str, ...]
+    first: int | None = None
+
+
+@dataclass
+class _Reply:
+    """What has been said to an `_Ask` so far; of its `first` token, rank and probability."""
+
+    ids: list[int] = field(default_factory=list)
+    said: Generation = Generation((), "", False)
+    rank: int = 0
+    prob: float = float("nan")
+
+
 def generate(
     model: HookedModel,
     prompts: Sequence[Prompt | str],
@@ -50,77 +84,185 @@ def generate(
     repair: Repair | None = None,
     states: Sequence[Any | None] | None = None,
     stop: Sequence[str] = STOP,
-    use_cache: bool = True,
 ) -> list[Generation]:
     """Continue each prompt greedily, over the whole vocabulary.
 
-    Prompts of one length run together, so that there is no padding. A row ends at EOS, at the
-    first stop string after something that is not white space, or after `max_new_tokens`.
+    A row ends at EOS, at the first stop string after something that is not white space, or after
+    `max_new_tokens`. Prompts of unequal lengths are continued together, each at its own positions,
+    and tokens that many prompts start with (the examples of a few-shot lead) are run once. Under a
+    repair, or with hooks of the user's own at the model's hook points, prompts of one length run
+    together and whole, so that each hook sees the positions it would see without batching.
 
     Args:
+        batch_size: rows that run together, at most.
         repair: acts on row r by ``states[r]`` at every step; needs `states`, one a prompt.
         stop: strings that end a generation, wherever they stand in the generated text; may be
             empty.
-        use_cache: keep keys and values between steps; the result is the same without.
 
     Raises:
         ValueError: a number of states that does not fit; ``max_new_tokens`` or ``batch_size``
             below 1; an empty stop string; logits with NaN.
         TokenError: a prompt that does not fit the context together with what is to come.
     """
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; both must be 1 or more"
-        )
     check_stop(stop)
     known = [encode(model, p) if isinstance(p, str) else p for p in prompts]
-    for prompt in known:
-        if len(prompt) + max_new_tokens > model.cfg.n_ctx:
-            raise TokenError(
-                f"prompt of {len(prompt)} tokens and {max_new_tokens} to come exceed the model's "
-                f"context of {model.cfg.n_ctx}: {prompt.text[:60]!r}..."
-            )
     given = check_states(len(known), repair, states)
-    done: dict[int, Generation] = {}
-    for chosen, batch in batches_by_length([p.ids for p in known], batch_size):
-        rows = Rows(tuple(known[i] for i in chosen), batch.tokens.shape[1])
-        steps = _steps(model, batch.tokens, rows, repair, [given[i] for i in chosen], use_cache)
-        said: list[list[int]] = [[] for _ in chosen]
-        open_rows = set(range(len(chosen)))
-        for _, best in zip(range(max_new_tokens), steps, strict=False):
-            for r in sorted(open_rows):
-                said[r].append(best[r])
-                done[chosen[r]] = found = _read(model, said[r], stop)
-                if found.finished:
-                    open_rows.remove(r)
-            if not open_rows:
-                break
-    return [done[i] for i in range(len(known))]
+    asks = [
+        _Ask(prompt, state, max_new_tokens, tuple(stop))
+        for prompt, state in zip(known, given, strict=True)
+    ]
+    return [reply.said for reply in _replies(model, asks, batch_size, repair)]
 
 
-def _steps(
+def _replies(
+    model: HookedModel, asks: Sequence[_Ask], batch_size: int, repair: Repair | None
+) -> list[_Reply]:
+    room = min((ask.room for ask in asks), default=1)
+    if room < 1 or batch_size < 1:
+        raise ValueError(
+            f"max_new_tokens is {room} and batch_size {batch_size}; both must be 1 or more"
+        )
+    for ask in asks:
+        if len(ask.prompt) + ask.room > model.cfg.n_ctx:
+            raise TokenError(
+                f"prompt of {len(ask.prompt)} tokens and {ask.room} to come exceed the model's "
+                f"context of {model.cfg.n_ctx}: {ask.prompt.text[:60]!r}..."
+            )
+    replies = [_Reply() for _ in asks]
+    with torch.no_grad(), pretransposed_weights(model):
+        if repair is None and takes_unequal_rows(model) and not has_hooks(model):
+            _continue_together(model, asks, replies, batch_size)
+        else:
+            for chosen, batch in batches_by_length([ask.prompt.ids for ask in asks], batch_size):
+                some = [asks[i] for i in chosen]
+                _continue_alike(model, batch.tokens, some, [replies[i] for i in chosen], repair)
+    return replies
+
+
+#: What a pass costs besides its tokens, in tokens, by the kind of device: reading the weights, and
+#: on a GPU filling it.
+_PASS_COST = {"cpu": 64}
+_PASS_COST_ELSEWHERE = 1024
+
+
+def _continue_together(
+    model: HookedModel, asks: Sequence[_Ask], replies: Sequence[_Reply], batch_size: int
+) -> None:
+    """Rows of unequal lengths: prompts part by part, then all of a batch step by step."""
+    ids = [ask.prompt.ids for ask in asks]
+    cost = _PASS_COST.get(device_of(model).type, _PASS_COST_ELSEWHERE)
+    run: dict[tuple[int, ...], RowCache] = {}  # what the last rows started with
+    for parts in plan_batches(ids, batch_size, pass_cost=cost):
+        order = [i for part in parts for i in part.rows]
+        width = max(len(ids[i]) for i in order)
+        cache = RowCache(model, len(order), width, max(asks[i].room for i in order))
+        logits, first = [], 0
+        for part in parts:
+            start = _run_starts(model, ids[part.rows[0]], part.starts, run)
+            shared = part.starts[-1] if part.starts else 0
+            batch = pad([ids[i][shared:] for i in part.rows])
+            view = cache.prompts(first, len(part.rows), batch.tokens.shape[1], start)
+            logits.append(logits_at(model, batch.tokens, batch.last[:, None], cache=view)[:, 0])
+            first += len(part.rows)
+        _step_by_step(
+            model, [asks[i] for i in order], [replies[i] for i in order], torch.cat(logits), cache
+        )
+
+
+def _run_starts(
+    model: HookedModel,
+    ids: tuple[int, ...],
+    starts: tuple[int, ...],
+    run: dict[tuple[int, ...], RowCache],
+) -> RowCache | None:
+    """Keys and values of the tokens that several prompts start with; `run` has those known."""
+    wanted = {ids[:length] for length in starts}
+    for known in list(run):
+        if known not in wanted:
+            del run[known]
+    before = None
+    for length in starts:
+        start = ids[:length]
+        if start not in run:
+            begun = 0 if before is None else before.width
+            run[start] = RowCache(model, 1, length)
+            view = run[start].prompts(0, 1, length - begun, before)
+            last = torch.tensor([[length - begun - 1]])
+            logits_at(model, torch.tensor([start[begun:]]), last, cache=view)
+        before = run[start]
+    return before
+
+
+def _step_by_step(
+    model: HookedModel,
+    asks: list[_Ask],
+    replies: list[_Reply],
+    logits: Float[Tensor, "row vocab"],
+    cache: RowCache,
+) -> None:
+    lengths = torch.tensor([len(ask.prompt) for ask in asks])
+    width = int(lengths.max())
+    here = list(range(len(asks)))  # the rows that the cache still has
+    for step in itertools.count():
+        best = _take(model, [asks[r] for r in here], [replies[r] for r in here], logits)
+        going = [k for k, r in enumerate(here) if _goes_on(asks[r], replies[r])]
+        if not going:
+            return
+        # Fewer rows are worth a copy of what is kept of them; and none may outgrow the context.
+        if len(going) <= 0.75 * len(here) or int(lengths.max()) + step >= model.cfg.n_ctx:
+            picked = torch.tensor(going)
+            cache.keep(picked)
+            here, best, lengths = [here[k] for k in going], best[picked], lengths[picked]
+        slots = torch.arange(width + step + 1)[None]
+        seen = (slots < lengths[:, None]) | (slots >= width)
+        place = device_of(model)
+        view = cache.step(seen.to(place), (lengths + step).to(place))
+        last = torch.zeros(len(here), 1, dtype=torch.long)
+        logits = logits_at(model, best[:, None], last, cache=view)[:, 0]
+
+
+def _continue_alike(
     model: HookedModel,
     tokens: Int[Tensor, "row pos"],
-    rows: Rows,
+    asks: list[_Ask],
+    replies: list[_Reply],
     repair: Repair | None,
-    states: list[Any | None],
-    use_cache: bool,
-) -> Iterator[list[int]]:
-    """The most probable next token of each row, step by step, without end."""
-    cache = new_cache(model, len(tokens)) if use_cache else None
-    fed = tokens
+) -> None:
+    """Rows of one length, by the model's own cache."""
+    rows = Rows(tuple(ask.prompt for ask in asks), tokens.shape[1])
+    states = [ask.state for ask in asks]
+    cache = new_cache(model, len(tokens))
     while True:
-        offset, width = tokens.shape[1] - fed.shape[1], fed.shape[1]
-        hooks = [] if repair is None else repair.hooks(model, states, rows.at(offset, width))
-        last = torch.full((len(fed), 1), width - 1)
-        with torch.no_grad():
-            logits = logits_at(model, fed, last, hooks=hooks, cache=cache)[:, 0]
-        if logits.isnan().any():
-            raise ValueError("the logits hold NaN, so there is no most probable token to generate")
-        best = logits.argmax(-1).cpu()
-        yield best.tolist()
-        tokens = torch.cat([tokens, best[:, None]], dim=1)
-        fed = tokens[:, -1:] if use_cache else tokens
+        hooks = [] if repair is None else repair.hooks(model, states, rows)
+        last = torch.full((len(tokens), 1), rows.width - 1)
+        logits = logits_at(model, tokens, last, hooks=hooks, cache=cache)[:, 0]
+        tokens = _take(model, asks, replies, logits)[:, None]
+        if not any(_goes_on(ask, reply) for ask, reply in zip(asks, replies, strict=True)):
+            return
+        rows = rows.at(rows.offset + rows.width, 1)
+
+
+def _goes_on(ask: _Ask, reply: _Reply) -> bool:
+    return not reply.said.finished and len(reply.ids) < ask.room
+
+
+def _take(
+    model: HookedModel, asks: list[_Ask], replies: list[_Reply], logits: Float[Tensor, "row vocab"]
+) -> Int[Tensor, "row"]:
+    """Adds the most probable token to every row that goes on; gives it for all rows."""
+    if logits.isnan().any():
+        raise ValueError("the logits hold NaN, so there is no most probable token to generate")
+    best = logits.argmax(-1).cpu()
+    for r, (ask, reply) in enumerate(zip(asks, replies, strict=True)):
+        if not _goes_on(ask, reply):
+            continue
+        if ask.first is not None and not reply.ids:
+            row = logits[r].to(wide_dtype(logits.dtype))
+            reply.rank = 1 + int((row > row[ask.first]).sum())
+            reply.prob = float(row.softmax(-1)[ask.first])
+        reply.ids.append(int(best[r]))
+        reply.said = _read(model, reply.ids, ask.stop)
+    return best
 
 
 def _read(model: HookedModel, ids: list[int], stop: Sequence[str]) -> Generation:
@@ -156,12 +298,16 @@ class Answered:
         exact: it is the answer.
         alias: it is an alias of the answer, and not the answer itself.
         first_token: the first token generated is the answer's first.
+        rank: of the answer's first token among all of the vocabulary, 1 for the most probable.
+        prob: its probability.
     """
 
     text: str
     exact: bool
     alias: bool
     first_token: bool
+    rank: int
+    prob: float
 
     @property
     def right(self) -> bool:
@@ -203,25 +349,25 @@ def answered(
     known = [encode(model, p) if isinstance(p, str) else p for p in prompts]
     given = check_states(len(known), repair, states)
     firsts = [answer_ids(model, p, a)[0] for p, a in zip(known, answers, strict=True)]
-    groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-    for i, (answer, more) in enumerate(zip(answers, others, strict=True)):
+    check_stop(stop)
+    asks = []
+    for prompt, state, answer, more, first in zip(
+        known, given, answers, others, firsts, strict=True
+    ):
         accepted = (answer, *more)
         marks = tuple(s for s in stop if not any(s in a for a in accepted))
         room = max(max_new_tokens, 3 + max(_n_tokens(model, a) for a in accepted))
-        groups.setdefault((room, marks), []).append(i)
-    found: dict[int, Answered] = {}
-    for (room, marks), members in groups.items():
-        generations = generate(
-            model, [known[i] for i in members], max_new_tokens=room, batch_size=batch_size,
-            repair=repair, states=None if repair is None else [given[i] for i in members],
-            stop=marks,
-        )  # fmt: skip
-        for i, said in zip(members, generations, strict=True):
-            match = partial(matches, said.text, answers[i], stop=stop, finished=said.finished)
-            exact = match()
-            alias = not exact and match(others[i])
-            found[i] = Answered(said.text, exact, alias, said.ids[0] == firsts[i])
-    return [found[i] for i in range(len(known))]
+        asks.append(_Ask(prompt, state, room, marks, first))
+    found = []
+    replies = _replies(model, asks, batch_size, repair)
+    for ask, reply, answer, more in zip(asks, replies, answers, others, strict=True):
+        said = reply.said
+        match = partial(matches, said.text, answer, stop=stop, finished=said.finished)
+        exact = match()
+        alias = not exact and match(more)
+        hit = said.ids[0] == ask.first
+        found.append(Answered(said.text, exact, alias, hit, reply.rank, reply.prob))
+    return found
 
 
 def _n_tokens(model: HookedModel, text: str) -> int:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mi_hops.model import Hook, HookedModel, dtype_of, forward
+from mi_hops.model import Hook, HookedModel, dtype_of, forward, hooked, picking
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.metrics import MetricLike, Target, get_metrics, require_finite
@@ -140,5 +140,5 @@ def logits_at(
     def pick(x: Tensor) -> Tensor:
         return x[picker.to(x.device), positions.to(x.device)]
 
-    # Right before the unembedding: the GPT-2 Bridge reshapes what its final norm returns.
-    return forward(model, tokens, hooks=[*hooks, ("unembed.hook_in", pick)], cache=cache)
+    with hooked(model, hooks), picking(model, pick):
+        return forward(model, tokens, cache=cache)

@@ -27,6 +27,7 @@ from mi_hops.text.corpus import fact_texts
 from mi_hops.text.tokens import answer_ids, encode
 from mi_hops.worlds import Hopland
 from tests.models import save_checkpoint
+from tests.repairs import greedy_by_hand
 
 SOURCES = ("w1 w2 w3 w4 w5", "w9 w8")
 TARGET = "w20 w21 w22 w23"
@@ -94,9 +95,7 @@ def test_generation_goes_on_from_the_changed_state(tiny, layer, position):
     source, target = encode(tiny, SOURCES[0]), encode(tiny, TARGET)
     state = states_at(tiny, [source], [3], layers=[2])[0, 0]
     at = {2: 2, -1: 4, "w22": 3}[position]
-    options = {"repair": Transplant(layer, at), "states": [state], "max_new_tokens": 4, "stop": ()}
-    (uncached,) = generate(tiny, [target], use_cache=False, **options)
-    assert said.ids == uncached.ids
+    assert said.ids == greedy_by_hand(tiny, target, 4, Transplant(layer, at), state)
 
 
 def test_a_transplant_acts_in_the_pass_that_holds_its_position(load_tiny):
@@ -269,9 +268,7 @@ def test_an_entity_is_described_from_the_placeholder_on(tiny):
     said = patchscope_generate(tiny, *places, max_new_tokens=4, stop=())
     prompt = encode(tiny, target)
     state = states_at(tiny, [encode(tiny, SOURCES[0])], [3], layers=[2])[0, 0]
-    options = {"repair": Transplant(1, prompt.last), "states": [state], "max_new_tokens": 4}
-    (want,) = generate(tiny, [prompt], stop=(), use_cache=False, **options)
-    assert said.ids == want.ids
+    assert said.ids == greedy_by_hand(tiny, prompt, 4, Transplant(1, prompt.last), state)
 
 
 @pytest.mark.parametrize(

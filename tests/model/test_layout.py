@@ -5,12 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mi_hops.model import backend_of, forward, layout
+from mi_hops.model import backend_of, forward, layout, load_model
 from mi_hops.model.layout import copied_bytes, pretransposed_weights
 from mi_hops.sweep.fanout import fan_out
 from mi_hops.sweep.interventions import Intervention, scale
 from mi_hops.text.tokens import pad
 from tests.sweep.test_fanout import PROMPTS
+
+
+@pytest.fixture
+def plain(tiny, checkpoints):
+    """As TransformerLens lays weights out; `load_model`'s lie otherwise."""
+    shape = "gpt2" if tiny.cfg.positional_embedding_type == "standard" else "llama"
+    return as_they_come(load_model(checkpoints[shape], device="cpu", backend=backend_of(tiny)))
+
+
+def as_they_come(model):
+    for p in model.parameters():
+        p.data = p.data.contiguous()
+    return model
 
 
 def memory(model):
@@ -27,23 +40,23 @@ def assert_same(before, after):
         assert torch.equal(bits, after[name][2]), name
 
 
-def test_same_numbers_and_own_memory_afterwards(tiny):
+def test_same_numbers_and_own_memory_afterwards(plain):
     tokens = torch.tensor([PROMPTS[0]])
-    before = memory(tiny)
+    before = memory(plain)
     with torch.no_grad():
-        expected = forward(tiny, tokens)
-        with pretransposed_weights(tiny):
-            assert torch.equal(forward(tiny, tokens), expected)
+        expected = forward(plain, tokens)
+        with pretransposed_weights(plain):
+            assert torch.equal(forward(plain, tokens), expected)
             for name, (_, _, bits) in before.items():
-                assert torch.equal(tiny.get_parameter(name), bits), name
-    assert_same(before, memory(tiny))
+                assert torch.equal(plain.get_parameter(name), bits), name
+    assert_same(before, memory(plain))
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_the_turn_of_a_pass_is_a_view(shape, load_tiny):
     from einops import rearrange
 
-    model = load_tiny(shape, "hooked")
+    model = as_they_come(load_tiny(shape, "hooked", fresh=True))
     with pretransposed_weights(model):
         for block in model.blocks:
             own = dict(block.attn.named_parameters(recurse=False))
@@ -59,39 +72,39 @@ def test_the_turn_of_a_pass_is_a_view(shape, load_tiny):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_exceptions_leave_the_memory_as_it_was(tiny, error):
+def test_exceptions_leave_the_memory_as_it_was(plain, error):
     def fail(x):
         raise error
 
-    before = memory(tiny)
+    before = memory(plain)
     with pytest.raises(error):
-        fan_out(tiny, pad(PROMPTS), [Intervention.at("mlp_out", 1, fail, positions=[2])])
-    assert_same(before, memory(tiny))
+        fan_out(plain, pad(PROMPTS), [Intervention.at("mlp_out", 1, fail, positions=[2])])
+    assert_same(before, memory(plain))
 
 
-def test_copies_are_foretold(tiny):
-    before = memory(tiny)
-    with pretransposed_weights(tiny):
+def test_copies_are_foretold(plain):
+    before = memory(plain)
+    with pretransposed_weights(plain):
         moved = [
             p.numel() * p.element_size()
-            for name, p in tiny.named_parameters()
+            for name, p in plain.named_parameters()
             if p.data_ptr() != before[name][0]
         ]
-    assert copied_bytes(tiny) == sum(moved)
-    assert bool(moved) == (backend_of(tiny) == "hooked")
+    assert copied_bytes(plain) == sum(moved)
+    assert bool(moved) == (backend_of(plain) == "hooked")
 
 
-def test_large_models_are_left_alone(tiny, monkeypatch):
+def test_large_models_are_left_alone(plain, monkeypatch):
     monkeypatch.setattr(layout, "MOST_BYTES", 0)
-    before = memory(tiny)
-    assert copied_bytes(tiny) == 0
-    with pretransposed_weights(tiny):
-        assert_same(before, memory(tiny))
+    before = memory(plain)
+    assert copied_bytes(plain) == 0
+    with pretransposed_weights(plain):
+        assert_same(before, memory(plain))
 
 
 def test_one_inside_the_other(load_tiny):
     """A function that reduces logits may itself run a sweep."""
-    model = load_tiny("gpt2", "hooked")
+    model = as_they_come(load_tiny("gpt2", "hooked", fresh=True))
     before = memory(model)
     prompts, items = pad(PROMPTS), [Intervention.at("mlp_out", 0, scale(0.5), positions=[1])]
     expected = fan_out(model, prompts, items).rows
@@ -103,3 +116,20 @@ def test_one_inside_the_other(load_tiny):
 
     assert torch.equal(fan_out(model, prompts, items, reduce=nested).rows, expected)
     assert_same(before, memory(model))
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_loaded_models_are_laid_out_for_good(shape, load_tiny):
+    loaded = load_tiny(shape, "hooked", fresh=True)
+    tokens = torch.tensor([PROMPTS[0]])
+    assert copied_bytes(loaded) == 0
+    own = forward(loaded, tokens)
+    for block in loaded.blocks:
+        assert block.attn.W_Q.transpose(1, 2).is_contiguous()
+        assert block.attn.W_O.permute(2, 0, 1).is_contiguous()
+        if shape == "llama":
+            assert all(
+                w.T.is_contiguous() for w in (block.mlp.W_in, block.mlp.W_gate, block.mlp.W_out)
+            )
+    assert torch.equal(forward(as_they_come(loaded), tokens), own)
+    assert copied_bytes(loaded) > 0

@@ -38,7 +38,14 @@ def test_every_combination_is_counted(monkeypatch, load_tiny):
 
     def dictated(model, prompts, answers, aliases, **options):
         return [
-            Answered(a if right[p] else p.split()[0].replace("w2", "b"), right[p], False, right[p])
+            Answered(
+                a if right[p] else p.split()[0].replace("w2", "b"),
+                right[p],
+                False,
+                right[p],
+                1,
+                0.5,
+            )
             for p, a in zip(prompts, answers, strict=True)
         ]
 
