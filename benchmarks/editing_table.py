@@ -36,7 +36,7 @@ from mi_hops.editing.baselines import (
     train_editor,
 )
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.injection.memory import MemoryInjection
+from mi_hops.injection import MemoryInjection
 from mi_hops.model import Hook, capture, hook_name
 from mi_hops.sweep.metrics import NextToken, target_of
 from mi_hops.sweep.repair import Repair, Rows

@@ -14,13 +14,9 @@ import argparse
 import random
 
 from benchmarks.harness import keep, kept, table, write
-from mi_hops import Hopland, load_model
-from mi_hops.injection.encodings import ENCODINGS
-from mi_hops.injection.grid import injection_grid
-from mi_hops.injection.select import Cell, cell_report, split_halves
-from mi_hops.sweep.metrics import target_of
-from mi_hops.sweep.scoring import score_prompts
-from mi_hops.text.tokens import encode
+from mi_hops import Hopland, encode, injection_grid, load_model, score_prompts
+from mi_hops.injection import ENCODINGS, STREAMS, Cell, Place, cell_report, split_halves
+from mi_hops.sweep import target_of
 
 FAIR = ("random_word", "permuted_bridge", "norm_matched")
 CONTROLS = (*FAIR, "answer")
@@ -28,17 +24,17 @@ PAGE = "injection-repair"
 PROMISING = 12  # cells of an encoding that are compared with their controls
 ABOUT = (
     "Share of failed held-out questions whose first answer token becomes the model's first choice "
-    "over the whole vocabulary. Of each encoding the 12 cells that put most questions of one half "
-    "right are run with their controls there, and the one chosen with the largest share put right, "
+    "over the whole vocabulary. Of each encoding the 12 cells that correct most questions of one half "
+    "are run with their controls there, and the one chosen with the largest share corrected, "
     "times the smaller of 1 and a quarter of its ratio to the largest control. It is reported, with "
     "its controls, on the other half. The answer itself as the memory is the upper bound, not a "
     "control."
 )
 PLACES = {
     "first hop": "first hop", "last": "last", "first hop + last": ["first hop", "last"],
-    "all": "all",
+    "everywhere": "everywhere",
 }  # fmt: skip
-KINDS = ("attn_out", "resid_pre")
+KINDS = STREAMS[:2]
 STRENGTHS = (0.5, 1, 2, 3, 4, 6, 8, 12)
 
 
@@ -65,22 +61,22 @@ def search(model, facts, form, choose, report):
     """Encoding -> (kind, place, cell, the other half's report), the cell chosen by `worth`."""
     by_id = {f.id: f for f in facts}
     first, second = ([by_id[i] for i in half] for half in (choose, report))
-    layers = {"+".join(map(str, w)): w for w in windows(model.cfg.n_layers)}
+    layers = windows(model.cfg.n_layers)
     found = {encoding: [] for encoding in ENCODINGS}
     for kind in KINDS:
         for place, positions in PLACES.items():
-            settings = {"form": form, "positions": positions, "kind": kind}
+            settings = {"form": form, "positions": Place(positions, kind)}
             # Controls are run at the most promising cells only.
             grid = injection_grid(
                 model, first, encodings=ENCODINGS, controls=(), strengths=STRENGTHS,
-                layers=list(layers.values()), **settings,
+                layers=layers, **settings,
             )  # fmt: skip
-            right = grid["first_right"].sel(memory="bridge").mean("example")
+            right = grid["first_correct"].sel(memory="bridge").mean("example")
             for encoding in ENCODINGS:
                 best = right.sel(encoding=encoding).to_series().nlargest(PROMISING)
                 for (layer, strength), score in best.items():
                     one = settings | {
-                        "encodings": (encoding,), "layers": [layers[str(layer)]],
+                        "encodings": (encoding,), "layers": [tuple(grid.provenance["layers"][str(layer)])],
                         "strengths": (strength,),
                     }  # fmt: skip
                     found[encoding].append((score, kind, place, one))
@@ -101,7 +97,7 @@ def at_cell(model, facts, settings):
 
 
 def worth(report):
-    """Share put right; less where it is not four times that of every control."""
+    """Share corrected; less where it is not four times that of every control."""
     right = report.loc["bridge", "right"]
     worst = report.loc[list(FAIR), "right"].max()
     return right * min(1.0, right / (4 * worst)) if worst else right
@@ -113,7 +109,7 @@ def share(row, name="right"):
 
 
 def rows_of(chosen):
-    """One table row an encoding."""
+    """One table row per encoding."""
     rows = []
     for encoding, (kind, place, settings, first, second) in chosen.items():
         worst = second.loc[list(FAIR), "right"].max()
@@ -137,8 +133,8 @@ def rows_of(chosen):
 
 
 COLUMNS = [
-    "encoding", "added at", "positions", "layers", "strength", "right, choosing half",
-    "n, other half", "right, other half [95%]", *(c.replace("_", " ") for c in FAIR),
+    "encoding", "added at", "positions", "layers", "strength", "correct, choosing half",
+    "n, other half", "correct, other half [95%]", *(c.replace("_", " ") for c in FAIR),
     "times the largest control", "answer (upper bound)",
 ]  # fmt: skip
 

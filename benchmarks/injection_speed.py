@@ -12,14 +12,10 @@ import time
 import torch
 
 from benchmarks.harness import gpt2_small, paired, table, write
-from mi_hops.facts.fact import TwoHopFact
-from mi_hops.injection.encodings import encode_memories
-from mi_hops.injection.grid import FIRST_RIGHT, STRENGTHS, injection_grid
-from mi_hops.injection.memory import MemoryInjection, places
+from mi_hops import MemoryInjection, TwoHopFact, encode, generate, injection_grid
+from mi_hops.injection import STRENGTHS, Place, encode_memories
 from mi_hops.model import hook_name
-from mi_hops.sweep.generate import generate
-from mi_hops.sweep.metrics import target_of
-from mi_hops.text.tokens import encode
+from mi_hops.sweep import target_of
 
 
 def fact(n_tokens: int) -> TwoHopFact:
@@ -36,12 +32,16 @@ def sweep(model, item, positions):
     prompt = encode(model, item.prompt())
     first = target_of(model, prompt, item.answer).answer[0]
     tokens = torch.tensor([prompt.ids])
-    where = list(places(prompt, positions, item.first_hop))
+    where = list(Place(positions).find(prompt, item.first_hop))
     vectors = encode_memories(model, [item.bridge])[0]
 
     def ours():
         grid = injection_grid(
-            model, [item], positions=positions, controls=(), metrics=("first_prob", FIRST_RIGHT)
+            model,
+            [item],
+            positions=positions,
+            controls=(),
+            metrics=("first_prob", "first_correct"),
         )
         return torch.from_numpy(grid["first_prob"].values[0, 0, 0])
 
@@ -68,7 +68,7 @@ def long_prompt(model, n_tokens: int) -> list:
     """Time and memory of an injection into a long prompt, and of generating under it."""
     item = fact(n_tokens)
     rows = []
-    for positions in ("all", "first hop"):
+    for positions in ("everywhere", "first hop"):
         repair = MemoryInjection(6, 4.0, positions=positions)
         states = repair.fit(model, [item])
         prompt = encode(model, item.prompt())
@@ -99,7 +99,7 @@ def main() -> None:
     model = gpt2_small()
     rows = []
     for n in asked.tokens:
-        for positions in ("last", "first hop", "all"):
+        for positions in ("last", "first hop", "everywhere"):
             ours, theirs = sweep(model, fact(n), positions)
             error = (ours() - theirs()).abs().max().item()
             found = paired(ours, theirs, pairs=asked.pairs, warm_up=False)
@@ -126,7 +126,7 @@ def main() -> None:
     body = (
         "A model of GPT-2 small's size (random weights, float32), one prompt, 12 layers x 15 "
         "strengths = 180 cells, Unembed. The other side is TransformerLens's `run_with_hooks`, one "
-        "forward a cell, with the memory encoded once. A memory at *all* positions changes every "
+        "forward a cell, with the memory encoded once. A memory *everywhere* changes every "
         "token from its layer on, so nothing of the prefix can be reused: what is saved is the "
         "layers below, the unembedding of unscored positions, and the cost of small matrix "
         f"products.\n\n{table(columns, rows)}\n\n## Long prompts\n\n{table(long_columns, long_rows)}"

@@ -86,7 +86,8 @@ def load_memory_injections(
     Args:
         path: the CSV file.
         strict_reference: keep every row as published, to compare with published numbers. Only what
-            a `TwoHopFact` cannot hold is changed (white space at the end of a prompt) or dropped
+            a `TwoHopFact` cannot hold is changed (white space at the end of a prompt, as in row 103 of
+            the handwritten file) or dropped
             (bridge equals answer, an empty cell); there are no aliases and no first-hop prompts,
             and a phrase need not appear in its prompt.
         on_error: what to do with a row whose ``fact1`` or ``fact2`` is not a list of three texts:

@@ -8,69 +8,114 @@ bound: injecting it may simply write it out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.injection.encodings import memory_prompt
 from mi_hops.model import HookedModel
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mi_hops.facts.fact import TwoHopFact
 
 #: Built-in memories. ``norm_matched`` is no text: a random direction of the bridge vector's length.
 CONTROLS = ("random_word", "permuted_bridge", "answer", "norm_matched")
 
 
-def control_texts(
-    model: HookedModel,
-    facts: Sequence[TwoHopFact],
-    controls: Sequence[str],
-    *,
-    words: Mapping[str, Sequence[str]] | None = None,
-    seed: int = 0,
-) -> dict[str, list[str]]:
-    """Texts to inject for each fact, by the memory's name; ``bridge`` comes first.
+@dataclass(frozen=True)
+class Controls:
+    """Memories injected besides the bridge. Names alone are accepted in its place.
 
     Args:
-        controls: names from `CONTROLS`; ``norm_matched`` has no text and is left out here.
-        words: name -> word list (for instance one a part of speech). Each makes a control
+        names: from `CONTROLS`.
+        words: name -> word list (one per part of speech, say). Each makes a control
             ``random_{name}``: one word drawn for each fact. Without them ``random_word`` draws from
             the vocabulary as many whole words as the bridge has tokens, none of them in the fact's
             names.
+        memories: further memories, name -> one text per fact.
+        seed: of the draws.
 
     Raises:
-        ValueError: an unknown control, an empty word list, a vocabulary without whole words, or a
-            permuted bridge where a fact has none to be given.
+        ValueError: an unknown control, an empty word list, or a memory with a built-in name.
     """
-    unknown = sorted(set(controls) - set(CONTROLS))
-    if unknown:
-        raise ValueError(f"unknown control(s) {unknown}; expected some of {list(CONTROLS)}")
-    rng = np.random.default_rng(seed)
-    texts = {"bridge": [fact.bridge for fact in facts]}
-    if "random_word" in controls and not words:
-        texts["random_word"] = _random_words(model, facts, rng)
-    for name, pool in (words or {}).items():
-        if isinstance(pool, str) or not len(pool):
-            raise ValueError(f"words[{name!r}] must be a sequence of words, got {pool!r:.60}")
-        texts[f"random_{name}"] = [str(pool[i]) for i in rng.integers(len(pool), size=len(facts))]
-    if "permuted_bridge" in controls:
-        texts["permuted_bridge"] = permuted_bridges(facts, rng)
-    if "answer" in controls:
-        texts["answer"] = [fact.answer for fact in facts]
-    return texts
+
+    names: Sequence[str] = CONTROLS
+    words: Mapping[str, Sequence[str]] | None = None
+    memories: Mapping[str, Sequence[str]] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.names) - set(CONTROLS)):
+            raise ValueError(f"unknown control(s) {unknown}; expected some of {list(CONTROLS)}")
+        for name, pool in (self.words or {}).items():
+            if isinstance(pool, str) or not len(pool):
+                raise ValueError(f"words[{name!r}] must be a sequence of words, got {pool!r:.60}")
+        if taken := [name for name in self.memories or {} if name in (*CONTROLS, "bridge")]:
+            raise ValueError(f"memories may not be called {taken[0]!r}, which is built in")
+
+    def __repr__(self) -> str:
+        more = [
+            f"{len(given)} {what}" for what in ("words", "memories") if (given := vars(self)[what])
+        ]
+        return f"Controls({', '.join([*self.names, *more])}; seed {self.seed})"
+
+    @classmethod
+    def of(cls, given: ControlsLike) -> Controls:
+        """Controls as they are, or of names."""
+        return given if isinstance(given, Controls) else cls(tuple(given))
+
+    @property
+    def norm_matched(self) -> bool:
+        """Whether random directions are asked for."""
+        return "norm_matched" in self.names
+
+    def texts(
+        self,
+        model: HookedModel,
+        facts: Sequence[TwoHopFact],
+        given: Sequence[TwoHopFact] | None = None,
+    ) -> dict[str, list[str]]:
+        """Texts to inject for each fact, by the memory's name; ``bridge`` comes first.
+
+        Args:
+            given: the facts that `memories` are given for, in order; default `facts`.
+
+        Raises:
+            ValueError: a vocabulary without whole words, another number of memories than facts, or a
+                permuted bridge where there is no other for a fact.
+        """
+        rng = np.random.default_rng(self.seed)
+        texts = {"bridge": [fact.bridge for fact in facts]}
+        if "random_word" in self.names and not self.words:
+            texts["random_word"] = _random_words(model, facts, rng)
+        for name, pool in (self.words or {}).items():
+            drawn = rng.integers(len(pool), size=len(facts))
+            texts[f"random_{name}"] = [str(pool[i]) for i in drawn]
+        if "permuted_bridge" in self.names:
+            texts["permuted_bridge"] = permuted_bridges(facts, rng)
+        if "answer" in self.names:
+            texts["answer"] = [fact.answer for fact in facts]
+        row = {id(fact): i for i, fact in enumerate(facts if given is None else given)}
+        for name, column in (self.memories or {}).items():
+            if isinstance(column, str) or len(column) != len(row):
+                raise ValueError(
+                    f"memories[{name!r}] must give one text for each of {len(row)} facts"
+                )
+            texts[name] = [column[row[id(fact)]] for fact in facts]
+        return texts
+
+
+#: What is accepted where controls are.
+ControlsLike = Sequence[str] | Controls
 
 
 def permuted_bridges(facts: Sequence[TwoHopFact], rng: np.random.Generator) -> list[str]:
     """For each fact another fact's bridge: not its own, not its answer, none that leads to it.
 
-    The bridges are dealt out anew among the facts, each as often as it occurs. Where that leaves a
-    fact with a bridge it may not have, and none can be swapped for it, one is drawn for it from all
-    that it may have; where all other bridges lead to its answer, from these.
+    The bridges are randomly permuted among the facts. Where that leaves a fact with a bridge it may
+    not have, and none can be swapped for it, one is drawn for it from all that it may have; where
+    all other bridges lead to its answer, from these.
 
     Raises:
         ValueError: a fact for which no other bridge is left.
@@ -86,13 +131,13 @@ def permuted_bridges(facts: Sequence[TwoHopFact], rng: np.random.Generator) -> l
     def may(i: int, bridge: str) -> bool:
         return differs(i, bridge) and facts[i].answer not in answers[bridge]
 
-    dealt = [bridges[k] for k in rng.permutation(len(facts))]
+    permuted = [bridges[k] for k in rng.permutation(len(facts))]
     for i in range(len(facts)):
-        if may(i, dealt[i]):
+        if may(i, permuted[i]):
             continue
         for j in rng.permutation(len(facts)).tolist():
-            if may(i, dealt[j]) and may(j, dealt[i]):
-                dealt[i], dealt[j] = dealt[j], dealt[i]
+            if may(i, permuted[j]) and may(j, permuted[i]):
+                permuted[i], permuted[j] = permuted[j], permuted[i]
                 break
         else:
             others = [b for b in bridges if may(i, b)] or [b for b in bridges if differs(i, b)]
@@ -101,8 +146,8 @@ def permuted_bridges(facts: Sequence[TwoHopFact], rng: np.random.Generator) -> l
                     f"no other bridge is left for fact {facts[i].id!r}; permuting bridges needs "
                     "facts with different ones"
                 )
-            dealt[i] = others[int(rng.integers(len(others)))]
-    return dealt
+            permuted[i] = others[int(rng.integers(len(others)))]
+    return permuted
 
 
 def _random_words(
@@ -120,7 +165,7 @@ def _random_words(
         free = [w for w in vocabulary if w.casefold() not in own]
         if len(free) < n:
             raise ValueError(
-                f"the vocabulary has {len(free)} whole words for {n} random ones; pass words="
+                f"the vocabulary has {len(free)} whole words for {n} random ones; pass Controls(words=...)"
             )
         found.append(" ".join(free[i] for i in rng.choice(len(free), size=n, replace=False)))
     return found
@@ -149,7 +194,7 @@ def norm_matched(
     *,
     within: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "memory layer d_model"]:
-    """Random directions with the lengths of `vectors`; one direction a memory for all its layers.
+    """Random directions with the lengths of `vectors`; one direction per memory, for all its layers.
 
     Args:
         within: brings directions ``[memory, layer, d_model]`` into the space that the vectors lie

@@ -1,4 +1,4 @@
-"""Encodings: a memory, given as text, as one vector of the residual space a layer.
+"""Encodings: a memory, given as text, as one vector of the residual space per layer.
 
 The encodings are those of *Memory Injections* (Sakarvadia et al. 2023, arXiv 2309.05605). Weight
 processing changes them: with folded and centred weights (``load_model(..., processing="fold")``, as
@@ -8,10 +8,15 @@ even for tied embeddings; without processing the two are equal there.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.model import (
     HookedModel,
@@ -27,10 +32,6 @@ from mi_hops.model import (
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.text.tokens import Prompt, TokenError, batches, encode
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
 #: ``unembed``: rows of W_U^T (the paper's default); ``embed``: rows of W_E, no positions;
 #: ``layerwise_code``: the attention output of the injected layer at the memory's last token, the
 #: memory run alone with BOS (what the published code does); ``layerwise_text``: the residual stream
@@ -39,7 +40,7 @@ Encoding = Literal["unembed", "embed", "layerwise_code", "layerwise_text"]
 ENCODINGS: tuple[Encoding, ...] = ("unembed", "embed", "layerwise_code", "layerwise_text")
 
 #: How the tokens of a memory make one vector: each distinct token once, summed (published); every
-#: token, summed; their mean. Layer-wise encodings read one token and know no pooling.
+#: token, summed; their mean. Layer-wise encodings read one token and ignore it.
 Pooling = Literal["set", "sum", "mean"]
 POOLINGS: tuple[Pooling, ...] = ("set", "sum", "mean")
 
@@ -47,15 +48,94 @@ POOLINGS: tuple[Pooling, ...] = ("set", "sum", "mean")
 Heads = Sequence[int] | Mapping[int, Sequence[int]]
 
 
+@dataclass(frozen=True, repr=False)
+class Encoder:
+    """How a text becomes vectors. The name of an encoding is accepted in its place.
+
+    Args:
+        encoding: see `Encoding`.
+        pooling: see `Pooling`.
+        leading_space: tokenise memories as in the middle of a sentence. The published code does not,
+            so that byte-level tokenizers give "George", never " George".
+        heads: keep only the part that these heads can write together (`restrict_to_heads`): heads
+            of every layer, or layer -> its heads.
+
+    Raises:
+        ValueError: an unknown encoding or pooling.
+    """
+
+    encoding: Encoding = "unembed"
+    pooling: Pooling = "set"
+    leading_space: bool = False
+    heads: Heads | None = None
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("encoding", self.encoding, ENCODINGS),
+            ("pooling", self.pooling, POOLINGS),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {what} {value!r}; expected one of {list(known)}")
+        if isinstance(self.heads, Mapping):
+            each = {int(layer): tuple(chosen) for layer, chosen in self.heads.items()}
+            object.__setattr__(self, "heads", each)
+        elif self.heads is not None:
+            object.__setattr__(self, "heads", tuple(self.heads))
+
+    def __repr__(self) -> str:
+        settings = [f"{name}={reprlib.repr(value)}" for name, value in vars(self).items()]
+        return f"Encoder({', '.join(settings)})"
+
+    @classmethod
+    def of(cls, given: EncoderLike) -> Encoder:
+        """An encoder as it is, or of an encoding's name."""
+        return given if isinstance(given, Encoder) else cls(given)
+
+    @property
+    def name(self) -> str:
+        """The encoding, with what departs from the published settings."""
+        parts = [str(self.encoding)]
+        if self.pooling != "set":
+            parts.append(self.pooling)
+        if self.leading_space:
+            parts.append("leading space")
+        if self.heads is not None:
+            parts.append(
+                f"heads {self.heads if isinstance(self.heads, Mapping) else list(self.heads)}"
+            )
+        return ", ".join(parts)
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as JSON holds them; ``Encoder(**settings)`` reads them."""
+        heads = self.heads
+        if isinstance(heads, Mapping):
+            heads = {str(layer): list(chosen) for layer, chosen in heads.items()}  # type: ignore[misc]
+        return vars(self) | {"heads": list(heads) if isinstance(heads, tuple) else heads}
+
+    def require_heads(self, layers: Sequence[int]) -> None:
+        """Refuse layers that are injected at but for which no heads are named.
+
+        Raises:
+            ValueError: with these layers.
+        """
+        if isinstance(self.heads, Mapping) and (missing := set(layers) - set(self.heads)):
+            raise ValueError(
+                f"heads are given for layers {sorted(self.heads)}, and none for layers "
+                f"{sorted(missing)}, which are injected; name heads for each of these"
+            )
+
+
+#: What is accepted where an encoder is.
+EncoderLike = Encoding | Encoder
+
+
 def memory_prompt(
-    model: HookedModel, text: str, *, leading_space: bool = False, prepend_bos: bool | None = False
+    model: HookedModel, text: str, *, leading_space: bool = False, prepend_bos: bool = False
 ) -> Prompt:
     """A memory as tokens.
 
     Args:
-        leading_space: tokenise it as in the middle of a sentence. Published code does not, so that
-            byte-level tokenizers give "George", never " George".
-        prepend_bos: as in `encode`; None for what the model's prompts begin with.
+        leading_space: as in `Encoder`.
 
     Raises:
         TokenError: an empty memory, or one longer than the context.
@@ -69,10 +149,8 @@ def memory_prompt(
 def encode_memories(
     model: HookedModel,
     texts: Sequence[str],
-    encoding: Encoding = "unembed",
+    encoding: EncoderLike = "unembed",
     *,
-    pooling: Pooling = "set",
-    leading_space: bool = False,
     batch_size: int = 64,
 ) -> Float[Tensor, "memory layer d_model"]:
     """Vectors of memories for injection at each layer, in float32 or wider.
@@ -81,68 +159,42 @@ def encode_memories(
     every layer, so that the norm grows with the memory's length.
 
     Args:
-        pooling: see `Pooling`.
-        leading_space: see `memory_prompt`.
+        encoding: its name, or an `Encoder`.
 
     Raises:
-        ValueError: an unknown encoding or pooling, no memory, or an unembedding that cannot be read
-            (quantised).
+        ValueError: no memory, an unknown encoding, heads that the model does not have, or an
+            unembedding that cannot be read (quantised).
         TokenError: an empty memory, or one longer than the context.
     """
-    check_encoding(encoding, pooling)
+    encoder = Encoder.of(encoding)
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts is {texts!r}; expected at least one memory, in a sequence")
-    layerwise = encoding.startswith("layerwise")
+    layerwise = encoder.encoding.startswith("layerwise")
     prompts = [
-        memory_prompt(
-            model, text, leading_space=leading_space, prepend_bos=None if layerwise else False
-        )
+        memory_prompt(model, text, leading_space=encoder.leading_space, prepend_bos=layerwise)
         for text in texts
     ]
-    n_layers = int(model.cfg.n_layers)
     if layerwise:
-        return _layerwise(model, prompts, encoding, batch_size)
-    table = unembedding(model)[0].T if encoding == "unembed" else embedding(model)
-    wide = wide_dtype(table.dtype)
-    rows = []
-    for prompt in prompts:
-        ids = list(dict.fromkeys(prompt.ids)) if pooling == "set" else list(prompt.ids)
-        picked = table[torch.tensor(ids, device=table.device)].to(wide)
-        rows.append(picked.mean(0) if pooling == "mean" else picked.sum(0))
-    return torch.stack(rows)[:, None].expand(-1, n_layers, -1)
+        kind = "attn_out" if encoder.encoding == "layerwise_code" else "resid_pre"
+        vectors = _at_last_token(model, prompts, kind, batch_size)
+    else:
+        table = unembedding(model)[0].T if encoder.encoding == "unembed" else embedding(model)
+        pooled = torch.stack([_pooled(table, prompt.ids, encoder.pooling) for prompt in prompts])
+        vectors = repeat(pooled, "memory d -> memory layer d", layer=int(model.cfg.n_layers))
+    return vectors if encoder.heads is None else restrict_to_heads(model, vectors, encoder.heads)
 
 
-def encode_columns(
-    model: HookedModel,
-    columns: Mapping[str, Sequence[str]],
-    encoding: Encoding = "unembed",
-    *,
-    pooling: Pooling = "set",
-    leading_space: bool = False,
-) -> Float[Tensor, "memory fact layer d_model"]:
-    """`encode_memories` of named memories with one text a fact; what several share is encoded once."""
-    distinct = list(dict.fromkeys(text for texts in columns.values() for text in texts))
-    table = encode_memories(model, distinct, encoding, pooling=pooling, leading_space=leading_space)
-    at = {text: i for i, text in enumerate(distinct)}
-    return torch.stack([table[[at[text] for text in texts]] for texts in columns.values()])
+def _pooled(
+    table: Float[Tensor, "vocab d_model"], ids: Sequence[int], pooling: Pooling
+) -> Float[Tensor, "d_model"]:
+    chosen = list(dict.fromkeys(ids)) if pooling == "set" else list(ids)
+    picked = table[torch.tensor(chosen, device=table.device)].to(wide_dtype(table.dtype))
+    return picked.mean(0) if pooling == "mean" else picked.sum(0)
 
 
-def check_encoding(encoding: str, pooling: str = "set") -> None:
-    """Refuse names that are no encoding or pooling.
-
-    Raises:
-        ValueError: with the names there are.
-    """
-    if encoding not in ENCODINGS:
-        raise ValueError(f"unknown encoding {encoding!r}; expected one of {list(ENCODINGS)}")
-    if pooling not in POOLINGS:
-        raise ValueError(f"unknown pooling {pooling!r}; expected one of {list(POOLINGS)}")
-
-
-def _layerwise(
-    model: HookedModel, prompts: Sequence[Prompt], encoding: Encoding, batch_size: int
+def _at_last_token(
+    model: HookedModel, prompts: Sequence[Prompt], kind: str, batch_size: int
 ) -> Float[Tensor, "memory layer d_model"]:
-    kind = "attn_out" if encoding == "layerwise_code" else "resid_pre"
     names = [hook_name(kind, layer) for layer in range(int(model.cfg.n_layers))]
     wide = wide_dtype(dtype_of(model))
     out = torch.empty(
@@ -165,8 +217,8 @@ def restrict_to_heads(
     """The part of each vector that some heads can write together, layer by layer.
 
     The orthogonal projection onto the row space of their stacked W_O: adding it at ``attn_out``
-    equals changing those heads' z. Whole memories make a head's number meaningless, for head
-    outputs are summed; this is what gives it a meaning.
+    equals changing those heads' z. Head outputs are summed, so a whole memory is the same whichever
+    head it is added to; this is what gives a head's number a meaning.
 
     Args:
         heads: for every layer, or layer -> its heads; layers without heads get zeros.
@@ -183,9 +235,10 @@ def restrict_to_heads(
         if wrong or len(set(chosen)) < len(chosen) or not chosen:
             raise ValueError(f"heads is {heads}; expected distinct heads in 0..{n_heads - 1}")
         rows = w_o(model, layer).detach().to(vectors.device, vectors.dtype)[list(chosen)]
-        # Heads' row spaces overlap and need not have full rank (centred weights have not), so a
-        # basis of all of them together is taken, of the directions above rounding.
-        _, sizes, basis = torch.linalg.svd(rows.flatten(0, 1), full_matrices=False)
+        # Heads' row spaces overlap and need not have full rank (those of centred weights do not),
+        # so a basis of all of them together is taken, of the directions above rounding.
+        stacked = rearrange(rows, "head d_head d_model -> (head d_head) d_model")
+        _, sizes, basis = torch.linalg.svd(stacked, full_matrices=False)
         basis = basis[sizes > sizes[0] * max(basis.shape) * torch.finfo(sizes.dtype).eps]
         out[..., layer, :] = (vectors[..., layer, :] @ basis.T) @ basis
     return out

@@ -6,58 +6,30 @@ the injected layer is computed twice (`mi_hops.sweep.fanout`). Controls run in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import product
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from mi_hops.injection.cases import InjectionCase, injecting, make_cases, run_cases
-from mi_hops.injection.controls import CONTROLS, control_texts, norm_matched
-from mi_hops.injection.encodings import (
-    Encoding,
-    Heads,
-    Pooling,
-    check_encoding,
-    encode_columns,
-    restrict_to_heads,
-)
-from mi_hops.injection.memory import KINDS, Place, plain_place
-from mi_hops.model import HookedModel, provenance, require_layers
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.injection.cases import DEFAULT_METRICS, Cases
+from mi_hops.injection.controls import CONTROLS, Controls, ControlsLike, norm_matched
+from mi_hops.injection.encodings import Encoder, EncoderLike, restrict_to_heads
+from mi_hops.injection.memory import require_encoder, require_finite_strengths
+from mi_hops.injection.place import Place, PlaceLike
+from mi_hops.model import HookedModel, provenance, require_hooks, require_layers
+from mi_hops.model.hooks import hook_name
 from mi_hops.result.result import Result
-from mi_hops.sweep.interventions import Intervention
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import (
-    METRICS,
-    Metric,
-    MetricLike,
-    NextToken,
-    Target,
-    get_metrics,
-    target_of,
-)
+from mi_hops.sweep.metrics import MetricLike, target_of
 from mi_hops.sweep.scoring import score_prompts
 from mi_hops.text.tokens import encode
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mi_hops.facts.fact import TwoHopFact
-
 #: The strengths of the published grids.
 STRENGTHS = tuple(float(s) for s in range(1, 16))
-
-
-def _first_right(logits: Tensor, target: Target) -> Tensor:
-    return (logits.argmax(-1) == target.answer[0]).to(logits.dtype)
-
-
-#: 1 where the answer's first token is the model's first choice: averaged, the share repaired.
-FIRST_RIGHT = NextToken("first_right", "share", True, _first_right)
-
-DEFAULT_METRICS: tuple[Metric, ...] = (
-    FIRST_RIGHT, METRICS["first_prob"], METRICS["first_logprob"], METRICS["rank"],
-)  # fmt: skip
 
 
 def injection_grid(
@@ -66,19 +38,11 @@ def injection_grid(
     *,
     layers: Sequence[int | Sequence[int]] | None = None,
     strengths: Sequence[float] = STRENGTHS,
-    encodings: Sequence[Encoding] = ("unembed",),
-    positions: Place = "all",
-    controls: Sequence[str] = CONTROLS,
-    words: Mapping[str, Sequence[str]] | None = None,
-    memories: Mapping[str, Sequence[str]] | None = None,
+    encodings: Sequence[EncoderLike] = ("unembed",),
+    positions: PlaceLike = "everywhere",
+    controls: ControlsLike = CONTROLS,
     form: str | None = None,
     metrics: MetricLike | Sequence[MetricLike] = DEFAULT_METRICS,
-    relative: bool = False,
-    kind: str = "attn_out",
-    heads: Heads | None = None,
-    pooling: Pooling = "set",
-    leading_space: bool = False,
-    seed: int = 0,
     limits: Limits = Limits(batch_size=8),
 ) -> Result:
     """Inject the bridge, and controls, into two-hop prompts at every layer and strength.
@@ -86,180 +50,145 @@ def injection_grid(
     Facts whose prompt, names or position cannot be tokenised or found are skipped, with the reason.
 
     Args:
-        layers: default each layer of the model; a sequence in the place of a layer is injected into
-            together ("1+2+3" in the result), at the one strength.
-        strengths: factors of the vector, or with `relative` of the activation's norm.
-        encodings, positions, relative, kind, heads, pooling, leading_space: as in
-            `memory.MemoryInjection`. ``"all"`` takes in the answer tokens that a metric appends.
-        controls: from `controls.CONTROLS`; may be empty.
-        words: word lists for controls ``random_{name}`` (see `controls.control_texts`).
-        memories: further memories, name -> one text for each fact.
+        layers: default each layer of the model; a sequence among them is a group that is injected
+            into together, at the one strength ("1+2+3" in the result; its
+            ``provenance["layers"]`` holds the layers of each label).
+        strengths: factors of the vector; of a relative `Place`, of the activation's norm.
+        encodings: names of encodings, or `Encoder`s.
+        positions: where, all places of a list together (see `place.Positions`); or a `Place`, which
+            also says at which activation, and whether strengths are relative.
+        controls: memories besides the bridge: names of `CONTROLS`, which may be none, or `Controls`.
         form: form of the two-hop prompt; default each fact's first.
         metrics: scores of the answer; the default ones read its first token. ``"answer_logprob"``
             and ``"greedy"`` read all its tokens.
-        seed: of the controls' draws.
-        limits: facts and rows in one pass (`sweep.limits.Limits`).
+        limits: facts and rows in one pass.
 
     Returns:
-        Result with one variable a metric, dimensions ``example, memory, encoding, layer,
-        strength``; the baseline ``{metric}_before`` (``example``) is the prompt untouched, and
-        ``{metric}_explicit`` the second-hop prompt that names the bridge (NaN where a fact has
-        none). Coordinates ``text`` (``example, memory``) and ``answer`` say what was injected and
-        asked for.
+        Result with one variable per metric, dimensions ``example, memory, encoding, layer,
+        strength``, one value per fact and cell; the baseline ``{metric}_before`` (``example``) is
+        the prompt untouched, and ``{metric}_explicit`` the second-hop prompt that names the bridge
+        (NaN where a fact has none). Coordinates ``text`` (``example, memory``) and ``answer`` say
+        what was injected and asked for.
 
     Raises:
         ValueError: an unknown layer, encoding, control or kind, memories that do not fit the facts,
             heads for other layers, no strength, or no fact that can be run.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.Hopland().two_hop_facts("first_unseen")[:4]
+        >>> grid = mi_hops.injection_grid(
+        ...     model, facts, layers=[1, 2], strengths=(2, 4), positions="last", controls=()
+        ... )
+        >>> grid["first_prob"].dims
+        ('example', 'memory', 'encoding', 'layer', 'strength')
     """
-    wanted = get_metrics(metrics)
-    groups = _layer_groups(model, layers)
+    place, given = Place.of(positions), Controls.of(controls)
+    encoders = {encoder.name: encoder for encoder in map(Encoder.of, encodings)}
     factors = [float(s) for s in strengths]
-    if not factors or not encodings:
-        raise ValueError("an injection grid needs at least one strength and one encoding")
-    for encoding in encodings:
-        check_encoding(encoding, pooling)
-    if kind not in KINDS:
-        raise ValueError(f"cannot inject at {kind!r}; expected one of {list(KINDS)}")
-    layered = {layer for group in groups for layer in group}
-    if isinstance(heads, Mapping) and not layered <= set(heads):
+    if not factors or not encoders or len(encoders) < len(encodings):
         raise ValueError(
-            f"heads names none for layers {sorted(layered - set(heads))}, which are injected"
+            f"strengths {factors} and encodings {list(encodings)}: expected at least one strength and "
+            "one encoding, each once"
         )
-    cases, skipped = make_cases(model, facts, form=form, positions=positions, metrics=wanted)
-    texts = control_texts(
-        model, [c.fact for c in cases], controls, words=words, seed=seed
-    ) | _given(memories, facts, cases)
-    names = [*texts, *(["norm_matched"] if "norm_matched" in controls else [])]
+    require_finite_strengths(factors)
+    groups = _layer_groups(model, layers)
+    every = sorted({layer for group in groups.values() for layer in group})
+    require_hooks(model, [hook_name(place.kind, layer) for layer in every])
+    for encoder in encoders.values():
+        require_encoder(encoder, place, every)
+    cases = Cases.of(model, facts, place, form=form, metrics=metrics)
+    texts = given.texts(model, cases.facts, facts)
+    names = [*texts, *(["norm_matched"] if given.norm_matched else [])]
     vectors = {
-        encoding: _vectors(model, texts, encoding, "norm_matched" in names, heads, pooling,
-                           leading_space, seed)
-        for encoding in encodings
-    }  # fmt: skip
-    grid = [
-        (m, e, g, s)
-        for m in range(len(names))
-        for e in range(len(encodings))
-        for g in range(len(groups))
-        for s in range(len(factors))
+        name: _with_random(model, cases.vectors(texts, encoder), encoder, given)
+        for name, encoder in encoders.items()
+    }
+    rows = [
+        {layer: (vectors[encoder][memory, :, layer], factor) for layer in group}
+        for memory, encoder, group, factor in product(
+            range(len(names)), encoders, groups.values(), factors
+        )
     ]
-    shape = (len(cases), len(names), len(encodings), len(groups), len(factors))
-
-    def rows_of(i: int, case: InjectionCase, base: int) -> list[Intervention]:
-        return [
-            injecting(
-                case, base, {layer: vectors[encodings[e]][m, i, layer] for layer in groups[g]},
-                factors[s], kind=kind, relative=relative,
-            )
-            for m, e, g, s in grid
-        ]  # fmt: skip
-
-    before, after = run_cases(
-        model, cases, rows_of, wanted, limits=limits, label="injection grid",
-    )  # fmt: skip
-    after = after.reshape(*shape, len(wanted))
-    labels = [g[0] if len(g) == 1 else "+".join(map(str, g)) for g in groups]
-    if any(isinstance(label, str) for label in labels):
-        labels = [str(label) for label in labels]
-    dims = ("example", "memory", "encoding", "layer", "strength")
-    explicit = _explicit(model, cases, wanted, form)
+    before, after = cases.run(rows, limits=limits, label="injection grid")
     injected = [[texts[n][i] if n in texts else "" for n in names] for i in range(len(cases))]
-    units = {m.name: m.unit for m in wanted}
-    both = {f"{n}_{what}": u for n, u in units.items() for what in ("before", "explicit")}
-    return Result.from_arrays(
-        {m.name: (dims, after[..., k]) for k, m in enumerate(wanted)},
-        coords={
-            "example": [c.fact.id for c in cases], "memory": names, "encoding": list(encodings),
-            "layer": labels, "strength": factors, "text": (("example", "memory"), injected),
-            "answer": ("example", [c.fact.answer for c in cases]),
+    return cases.result(
+        before,
+        after,
+        {
+            "memory": names,
+            "encoding": list(encoders),
+            "layer": list(groups),
+            "strength": factors,
         },
-        baselines={f"{m.name}_before": ("example", before[:, k]) for k, m in enumerate(wanted)}
-        | {f"{n}_explicit": ("example", v) for n, v in explicit.items()},
-        units={k: v for k, v in (units | both).items() if v},
-        title=f"memory injection at {kind}, positions {positions}",
-        skipped=skipped, allow_nonfinite=True,
+        more_coords={
+            "text": (("example", "memory"), injected),
+            "answer": ("example", [fact.answer for fact in cases.facts]),
+        },
+        baselines=_explicit(cases, form),
+        title=f"memory injection at {place.kind}, positions {place.positions}",
         provenance=provenance(
-            model, method="injection_grid", positions=plain_place(positions), kind=kind,
-            relative=relative, heads=_plain_heads(heads), pooling=pooling,
-            leading_space=leading_space, form=form, seed=seed,
+            model,
+            method="injection_grid",
+            **place.as_json(),
+            layers={str(label): list(group) for label, group in groups.items()},
+            encoders={name: encoder.as_json() for name, encoder in encoders.items()},
+            form=form,
+            seed=given.seed,
         ),
-    )  # fmt: skip
+    )
 
 
 def _layer_groups(
     model: HookedModel, layers: Sequence[int | Sequence[int]] | None
-) -> list[tuple[int, ...]]:
+) -> dict[int | str, tuple[int, ...]]:
+    """Label -> the layers that are injected into together; labels of one type."""
     every = range(int(model.cfg.n_layers)) if layers is None else layers
     groups = [(g,) if isinstance(g, int) else tuple(g) for g in every]
-    if not groups or not all(groups):
-        raise ValueError(f"layers is {layers}; expected at least one, and no empty group")
+    if not groups or not all(groups) or len(set(groups)) < len(groups):
+        raise ValueError(
+            f"layers is {layers}; expected at least one, no empty group, and each group once"
+        )
     require_layers(model, [layer for group in groups for layer in group])
-    return groups
+    if all(len(group) == 1 for group in groups):
+        return {group[0]: group for group in groups}
+    return {"+".join(map(str, group)): group for group in groups}
 
 
-def _plain_heads(heads: Heads | None) -> Any:
-    if isinstance(heads, Mapping):
-        return {str(layer): list(chosen) for layer, chosen in heads.items()}
-    return None if heads is None else list(heads)
-
-
-def _given(
-    memories: Mapping[str, Sequence[str]] | None,
-    facts: Sequence[TwoHopFact],
-    cases: Sequence[InjectionCase],
-) -> dict[str, list[str]]:
-    row = {id(fact): i for i, fact in enumerate(facts)}
-    found = {}
-    for name, given in (memories or {}).items():
-        if isinstance(given, str) or len(given) != len(facts):
-            raise ValueError(
-                f"memories[{name!r}] must give one text for each of {len(facts)} facts"
-            )
-        if name in (*CONTROLS, "bridge"):
-            raise ValueError(f"memories may not be called {name!r}, which is built in")
-        found[name] = [given[row[id(case.fact)]] for case in cases]
-    return found
-
-
-def _vectors(
+def _with_random(
     model: HookedModel,
-    texts: Mapping[str, Sequence[str]],
-    encoding: Encoding,
-    with_random: bool,
-    heads: Heads | None,
-    pooling: Pooling,
-    leading_space: bool,
-    seed: int,
-) -> Tensor:
-    """``[memory, fact, layer, d_model]``."""
-    vectors = encode_columns(model, texts, encoding, pooling=pooling, leading_space=leading_space)
-    within = None
-    if heads is not None:
-        within = partial(restrict_to_heads, model, heads=heads)
-        vectors = within(vectors)
-    if with_random:
-        random = norm_matched(vectors[0], seed, within=within)
-        vectors = torch.cat([vectors, random[None]])
-    return vectors
+    vectors: Float[Tensor, "memory fact layer d_model"],
+    encoder: Encoder,
+    controls: Controls,
+) -> Float[Tensor, "memory fact layer d_model"]:
+    """The vectors, and where asked for random directions of the first memory's lengths."""
+    if not controls.norm_matched:
+        return vectors
+    heads = encoder.heads
+    within = None if heads is None else partial(restrict_to_heads, model, heads=heads)
+    random = norm_matched(vectors[0], controls.seed, within=within)
+    return torch.cat([vectors, random[None]])
 
 
-def _explicit(
-    model: HookedModel, cases: Sequence[InjectionCase], metrics: Sequence[Metric], form: str | None
-) -> dict[str, Tensor]:
+def _explicit(cases: Cases, form: str | None) -> dict[str, Float[Tensor, "fact"]]:
     """Scores of the second-hop prompts, NaN where there is none or the answer merges with it."""
+    model, metrics = cases.model, cases.scored[0].metrics
     prompts, targets, rows = [], [], []
-    for i, case in enumerate(cases):
-        key = form if form is not None else next(iter(case.fact.prompts))
-        if key not in case.fact.second_prompts:
+    for i, fact in enumerate(cases.facts):
+        key = form if form is not None else next(iter(fact.prompts))
+        if key not in fact.second_prompts:
             continue
         try:
-            prompt = encode(model, case.fact.second_prompt(key))
-            targets.append(target_of(model, prompt, case.fact.answer))
+            prompt = encode(model, fact.second_prompt(key))
+            targets.append(target_of(model, prompt, fact.answer))
         except ValueError:
             continue
         prompts.append(prompt)
         rows.append(i)
-    out = {m.name: torch.full((len(cases),), float("nan"), dtype=torch.float64) for m in metrics}
+    nothing = torch.full((len(cases),), float("nan"), dtype=torch.float64)
+    out = {f"{m.name}_explicit": nothing.clone() for m in metrics}
     if prompts:
         for name, scores in score_prompts(model, prompts, targets, list(metrics)).items():
-            out[name][rows] = scores.double()
+            out[f"{name}_explicit"][rows] = scores.double()
     return out

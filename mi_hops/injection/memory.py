@@ -7,60 +7,56 @@ which equals adding it at ``attn_out`` of that layer, at every position; that is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass, replace
+from operator import attrgetter
+from typing import Any, Literal
 
 import torch
+from einops import repeat
+from jaxtyping import Float
+from torch import Tensor
 
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.injection.encodings import (
-    Encoding,
-    Heads,
-    Pooling,
-    check_encoding,
+    Encoder,
+    EncoderLike,
     encode_memories,
     restrict_to_heads,
 )
-from mi_hops.model import Hook, HookedModel, hook_name, hooked, require_hooks, require_layers
-from mi_hops.model.numeric import wide_dtype
-from mi_hops.sweep.repair import Rows
-from mi_hops.text.tokens import (
-    Prompt,
-    TokenError,
-    Where,
-    encode,
-    find_text,
-    last_position,
-    positions,
+from mi_hops.injection.place import Absent, Place, Positions, Stream, adding, adding_at
+from mi_hops.model import (
+    Hook,
+    HookedModel,
+    hook_name,
+    hooked,
+    plain_hooks,
+    require_hooks,
+    require_layers,
 )
+from mi_hops.model.numeric import widen
+from mi_hops.model.types import PlainHook
+from mi_hops.sweep.repair import Rows
+from mi_hops.text.tokens import Prompt, TokenError, encode
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+#: What is injected: a text, several that are added up, or a vector of one's own: ``[d_model]`` for
+#: every layer, ``[layer, d_model]`` of all the model's layers, or layer -> ``[d_model]``.
+MemoryLike = str | Sequence[str] | Tensor | Mapping[int, Tensor]
 
-    from mi_hops.facts.fact import TwoHopFact
-    from mi_hops.sweep.interventions import Change
+Texts = str | Prompt | Tensor | Sequence[str | Prompt | Tensor]
 
-#: Where a memory goes. ``"all"``: every token, the answer's and generated ones included (as
-#: published); ``"prompt"``: every token of the prompt; ``"last"``: the prompt's last; ``"first hop"``:
-#: the last token of the fact's first-hop phrase; else an index, a slice or a substring of the prompt
-#: (all tokens that it covers), or a list of any of these.
-Place = Where | Sequence[Where]
-
-#: Hook points of width d_model that a memory can be added to.
-KINDS = ("attn_out", "resid_pre", "resid_mid", "resid_post", "mlp_out")
-
-#: Which memory a fact gets: a named one, or a function giving one text or several.
-Chooser = Literal["bridge", "answer"] | Callable[["TwoHopFact"], "str | Sequence[str]"]
+#: Which memory a fact gets: a named one, or what a function of the fact returns.
+Chooser = Literal["bridge", "answer"] | Callable[[TwoHopFact], MemoryLike]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Memory:
     """What is injected for one fact: the state of a `MemoryInjection`.
 
     Attributes:
-        texts: the memories; several are added up.
+        texts: the memories, which are added up; none for a vector of one's own.
         vectors: ``[layer, d_model]``, one for each layer of the model.
         first_hop: the phrase whose last token ``"first hop"`` means; may be empty.
     """
@@ -68,6 +64,10 @@ class Memory:
     texts: tuple[str, ...]
     vectors: Float[Tensor, "layer d_model"]
     first_hop: str = ""
+
+    def __repr__(self) -> str:
+        what = " + ".join(map(repr, self.texts))[:200] or "a vector"
+        return f"Memory({what}, {self.vectors.shape[0]} layers of {self.vectors.shape[1]})"
 
     def times(self, factor: float) -> Memory:
         """The memory with its own strength; a negative one suppresses what it says.
@@ -80,139 +80,153 @@ class Memory:
 
 @dataclass(frozen=True)
 class MemoryInjection:
-    """A memory injection as a `repair.Repair`.
+    """A memory injection as a `Repair`: fitted to facts, it changes a batch row by row.
 
     Args:
         layers: one layer, or several at once.
         strength: tau, the factor of the vector; one for all layers, or one for each.
-        encoding, pooling, leading_space: see `encodings.encode_memories`.
-        positions: see `Place`. The right places are found in every row, with earlier tokens in a
-            cache or not.
-        relative: scale the vector to the activation's norm at the place where it is added, so that
-            strength 1 means "as long as what is there".
-        memory: which text a fact gets; a function may return several, which are added up.
-        kind: where it is added, one of `KINDS`.
-        heads: add only the part that these heads can write together
-            (`encodings.restrict_to_heads`); a list of heads for every layer, or layer -> its heads.
+        encoding: how a text becomes vectors: the name of an encoding, or an `Encoder`.
+        positions: where (see `place.Positions`); found in every row by itself, with earlier tokens in
+            a cache or not.
+        memory: which memory a fact gets: its bridge, its answer, or what a function of the fact
+            returns (see `MemoryLike`).
+        kind: the activation it is added to (see `place.Stream`).
+        relative: scale the vector to the activation's norm where it is added, so that strength 1
+            means "as long as what is there".
         absent: what to do about a place that a prompt lacks (its first hop, a substring): refuse
-            the prompt, or leave that place out and inject at the others; `where` tells which.
+            the prompt, or leave that place out and inject at the others; `where` says which.
 
     Raises:
-        ValueError: an unknown encoding, pooling, kind or `absent`; no layer; a number of strengths
-            that does not fit the layers; heads with another kind than attn_out, or for other layers
-            than these.
+        ValueError: an unknown encoding, kind or `absent`; no layer; a strength that is not finite; a
+            number of strengths that does not fit the layers; heads with another kind than attn_out,
+            or not for all of these layers.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.Hopland().two_hop_facts("seen_parts")[:2]
+        >>> repair = mi_hops.MemoryInjection(layers=1, strength=4.0, positions="first hop")
+        >>> states = repair.fit(model, facts)
+        >>> said = mi_hops.generate(model, [f.prompt() for f in facts], repair=repair, states=states)
     """
 
     layers: int | Sequence[int]
     strength: float | Sequence[float]
-    encoding: Encoding = "unembed"
-    positions: Place = "all"
-    relative: bool = False
+    _: KW_ONLY
+    encoding: EncoderLike = "unembed"
+    positions: Positions = "everywhere"
     memory: Chooser = "bridge"
-    kind: str = "attn_out"
-    heads: Heads | None = None
-    pooling: Pooling = "set"
-    leading_space: bool = False
-    absent: Literal["raise", "leave"] = "raise"
+    kind: Stream = "attn_out"
+    relative: bool = False
+    absent: Absent = "raise"
 
     def __post_init__(self) -> None:
-        check_encoding(self.encoding, self.pooling)
         layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
         if not layers or len(set(layers)) < len(layers):
             raise ValueError(f"layers is {self.layers}; expected one or more, each once")
         one = isinstance(self.strength, int | float)
-        strengths = (self.strength,) * len(layers) if one else tuple(self.strength)  # type: ignore[arg-type]
+        given: Sequence[float] = [self.strength] * len(layers) if one else self.strength  # type: ignore[list-item, assignment]
+        strengths = tuple(float(s) for s in given)
         if len(strengths) != len(layers):
             raise ValueError(f"{len(layers)} layers and {len(strengths)} strengths; give one each")
-        if self.kind not in KINDS:
-            raise ValueError(f"cannot inject at {self.kind!r}; expected one of {list(KINDS)}")
-        if self.heads is not None and self.kind != "attn_out":
-            raise ValueError(f"heads write to attn_out, not to {self.kind!r}")
+        require_finite_strengths(strengths)
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "strength", strengths)
         if self.absent not in ("raise", "leave"):
             raise ValueError(f"absent is {self.absent!r}; expected 'raise' or 'leave'")
         if self.memory not in ("bridge", "answer") and not callable(self.memory):
             raise ValueError(
                 f"memory is {self.memory!r}; expected 'bridge', 'answer' or a function of a fact"
             )
-        object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "strength", tuple(float(s) for s in strengths))  # type: ignore[arg-type]
-        if isinstance(self.heads, Mapping):
-            if set(self.heads) != set(layers):
-                raise ValueError(
-                    f"heads are given for layers {sorted(self.heads)}, the memory is injected at "
-                    f"{list(layers)}; name heads for each of these"
-                )
-            object.__setattr__(self, "heads", {k: tuple(v) for k, v in self.heads.items()})
-        elif self.heads is not None:
-            object.__setattr__(self, "heads", tuple(self.heads))
+        require_encoder(self.encoder, self.place, layers)
 
     @property
     def name(self) -> str:
         """Label with encoding, layers and strengths."""
-        pairs = [f"L{layer} x{s:g}" for layer, s in zip(self._layers, self._strengths, strict=True)]
-        return f"inject {self.encoding} {' '.join(pairs)}"
+        pairs = [f"L{layer} x{s:g}" for layer, s in self.strengths.items()]
+        return f"inject {self.encoder.name} {' '.join(pairs)}"
 
     @property
-    def _layers(self) -> tuple[int, ...]:
-        return tuple(self.layers)  # type: ignore[arg-type]
+    def strengths(self) -> dict[int, float]:
+        """Layer -> strength."""
+        return dict(zip(self.layers, self.strength, strict=True))  # type: ignore[arg-type]
 
     @property
-    def _strengths(self) -> tuple[float, ...]:
-        return tuple(self.strength)  # type: ignore[arg-type]
+    def encoder(self) -> Encoder:
+        """How a text becomes vectors."""
+        return Encoder.of(self.encoding)
+
+    @property
+    def place(self) -> Place:
+        """Where they are added."""
+        return Place(self.positions, self.kind, self.relative)
 
     def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[Memory]:
-        """One `Memory` a fact.
+        """One `Memory` per fact.
 
         Raises:
-            ValueError: a layer or head the model has not got; see also `encode_memories`.
+            ValueError: a layer or head that the model does not have; see also `fit_memories`.
             TokenError: an empty memory, or one longer than the context.
         """
-        chosen = [_chosen(self.memory, fact) for fact in facts]
-        return self.fit_texts(model, chosen, first_hops=[fact.first_hop for fact in facts])
+        choose = self.memory if callable(self.memory) else attrgetter(self.memory)
+        first_hops = [fact.first_hop for fact in facts]
+        return self.fit_memories(model, [choose(fact) for fact in facts], first_hops=first_hops)
 
-    def fit_texts(
+    def fit_memories(
         self,
         model: HookedModel,
-        memories: Sequence[str | Sequence[str]],
+        memories: Sequence[MemoryLike],
         *,
         first_hops: Sequence[str] | None = None,
     ) -> list[Memory]:
-        """One `Memory` for each text or group of texts, without facts."""
-        require_layers(model, self._layers)
-        require_hooks(model, [hook_name(self.kind, layer) for layer in self._layers])
-        groups = [(m,) if isinstance(m, str) else tuple(m) for m in memories]
-        if empty := [i for i, group in enumerate(groups) if not group]:
-            raise TokenError(f"memory {empty[0]} has no text; there is nothing to inject")
-        if not groups:
-            return []
-        phrases = list(first_hops) if first_hops is not None else [""] * len(groups)
-        if len(phrases) != len(groups):
-            raise ValueError(f"got {len(groups)} memories and {len(phrases)} first hops")
+        """One `Memory` for each text, group of texts or vector, without facts.
+
+        Args:
+            first_hops: the phrases that ``"first hop"`` means, one per memory.
+
+        Raises:
+            ValueError: see `fit`; a vector of another shape than `MemoryLike` says, or not finite.
+            TokenError: see `fit`.
+        """
+        require_layers(model, self.strengths)
+        require_hooks(model, [hook_name(self.kind, layer) for layer in self.strengths])
+        phrases = [""] * len(memories) if first_hops is None else list(first_hops)
+        if len(phrases) != len(memories):
+            raise ValueError(f"got {len(memories)} memories and {len(phrases)} first hops")
+        groups = [_texts(i, memory) for i, memory in enumerate(memories)]
         distinct = list(dict.fromkeys(text for group in groups for text in group))
-        vectors = encode_memories(
-            model, distinct, self.encoding, pooling=self.pooling, leading_space=self.leading_space
-        )
-        if self.heads is not None:
-            vectors = restrict_to_heads(model, vectors, self.heads)
+        table = encode_memories(model, distinct, self.encoder) if distinct else torch.empty(0)
         at = {text: i for i, text in enumerate(distinct)}
-        return [
-            Memory(group, vectors[[at[text] for text in group]].sum(0), phrase)
-            for group, phrase in zip(groups, phrases, strict=True)
+        vectors = [
+            table[[at[text] for text in group]].sum(0) if group else self._own(model, memory)
+            for group, memory in zip(groups, memories, strict=True)
         ]
+        return [*map(Memory, groups, vectors, phrases)]
+
+    def _own(self, model: HookedModel, memory: Any) -> Float[Tensor, "layer d_model"]:
+        """A vector of the caller's, for every layer of the model."""
+        n_layers, width = int(model.cfg.n_layers), int(model.cfg.d_model)
+        if isinstance(memory, Mapping):
+            if missing := [layer for layer in self.strengths if layer not in memory]:
+                raise ValueError(f"the memory has no vector for layers {missing}, injected at")
+            rows = {layer: _floats(memory[layer], [(width,)]) for layer in self.strengths}
+            vectors = next(iter(rows.values())).new_zeros(n_layers, width)
+            for layer, row in rows.items():
+                vectors[layer] = row.to(vectors)
+        else:
+            vectors = _floats(memory, [(width,), (n_layers, width)])
+            if vectors.ndim == 1:
+                vectors = repeat(vectors, "d -> layer d", layer=n_layers)
+        heads = self.encoder.heads
+        return vectors if heads is None else restrict_to_heads(model, vectors, heads)
 
     def where(self, prompt: Prompt, state: Memory) -> tuple[int, ...]:
         """Positions of a prompt that the memory is added at; none where all places are absent.
 
         Raises:
-            TokenError: a place that the prompt has not got, unless ``absent="leave"``.
+            TokenError: a place that the prompt does not have, unless ``absent="leave"``.
         """
-        if self.absent == "raise":
-            return places(prompt, self.positions, state.first_hop)
-        found: set[int] = set()
-        for part in _parts(self.positions):
-            with suppress(TokenError):
-                found.update(places(prompt, part, state.first_hop))
-        return tuple(sorted(found))
+        return self.place.find(prompt, state.first_hop, absent=self.absent)
 
     def hooks(self, model: HookedModel, states: Sequence[Memory | None], rows: Rows) -> list[Hook]:
         """Hooks that add each row's memory at that row's own positions of this pass.
@@ -223,189 +237,191 @@ class MemoryInjection:
         if len(states) != len(rows.prompts):
             raise ValueError(f"got {len(states)} states for {len(rows.prompts)} rows")
         cells: list[tuple[int, int]] = []
+        given: list[Tensor] = []
         for row, (state, prompt) in enumerate(zip(states, rows.prompts, strict=True)):
             if state is None:
                 continue
-            where = self.where(prompt, state)
-            if "all" in _parts(self.positions):
-                # What follows the prompt: an answer's tokens, or generated ones.
-                where = (*where, *range(len(prompt), rows.offset + rows.width))
-            here = sorted({p - rows.offset for p in where})
-            cells += [(row, p) for p in here if 0 <= p < rows.width]
+            where = set(self.where(prompt, state))
+            if self.place.everywhere:
+                where.update(range(len(prompt), rows.offset + rows.width))
+            here = [p - rows.offset for p in sorted(where)]
+            here = [p for p in here if 0 <= p < rows.width]
+            cells += [(row, p) for p in here]
+            given += [state.vectors] * len(here)
         if not cells:
             return []
-        made: list[Hook] = []
-        for layer, strength in zip(self._layers, self._strengths, strict=True):
-            vectors = [states[row].vectors[layer] for row, _ in cells]  # type: ignore[union-attr]
-            made.append(
-                (
-                    hook_name(self.kind, layer),
-                    _adder(cells, vectors, strength, relative=self.relative),
-                )
+        settings: dict[str, Any] = {"relative": self.relative, "n_rows": len(states)}
+        return [
+            (
+                hook_name(self.kind, layer),
+                adding_at(cells, [vectors[layer] for vectors in given], strength, **settings),
             )
-        return made
+            for layer, strength in self.strengths.items()
+        ]
 
 
-def _chosen(memory: Chooser, fact: TwoHopFact) -> str | Sequence[str]:
-    if callable(memory):
-        return memory(fact)
-    return fact.bridge if memory == "bridge" else fact.answer
-
-
-def _parts(place: Place) -> list[Where]:
-    return list(place) if isinstance(place, Sequence) and not isinstance(place, str) else [place]
-
-
-def places(prompt: Prompt, place: Place, first_hop: str = "") -> tuple[int, ...]:
-    """Positions of a `Place` within the prompt, in order, each once.
+def require_finite_strengths(strengths: Sequence[float]) -> None:
+    """Refuse strengths that are not numbers.
 
     Raises:
-        TokenError: a position, substring or first hop that the prompt has not got.
+        ValueError: with the strengths.
     """
-    found: set[int] = set()
-    for part in _parts(place):
-        if isinstance(part, str) and part in ("all", "prompt"):
-            found.update(range(len(prompt)))
-        elif isinstance(part, str) and part == "last":
-            found.add(prompt.last)
-        elif isinstance(part, str) and part == "first hop":
-            if not first_hop:
-                raise TokenError(
-                    "the position 'first hop' needs the phrase; fit the injection to facts, or "
-                    "pass first_hops"
-                )
-            find_text(prompt.text, first_hop)
-            found.add(last_position(prompt, first_hop))
-        else:
-            found.update(positions(prompt, part))
-    if not found:
-        raise TokenError(f"{place!r} names no position")
-    return tuple(sorted(found))
+    if not all(map(math.isfinite, strengths)):
+        raise ValueError(f"strengths {list(strengths)}: expected finite numbers")
 
 
-def plain_place(place: Place) -> Any:
-    """A place as JSON can hold it; `read_place` is the inverse."""
-    if isinstance(place, slice):
-        return {"slice": [place.start, place.stop, place.step]}
-    return place if isinstance(place, str | int) else [plain_place(part) for part in place]
+def require_encoder(encoder: Encoder, place: Place, layers: Sequence[int]) -> None:
+    """Refuse heads that do not write where a memory is added.
+
+    Raises:
+        ValueError: heads with another kind than attn_out, or not for all of these layers.
+    """
+    if encoder.heads is not None and place.kind != "attn_out":
+        raise ValueError(f"heads write to attn_out, not to {place.kind!r}")
+    encoder.require_heads(layers)
 
 
-def read_place(plain: Any) -> Place:
-    """The place that `plain_place` wrote."""
-    if isinstance(plain, Mapping):
-        return slice(*plain["slice"])
-    return plain if isinstance(plain, str | int) else [read_place(part) for part in plain]  # type: ignore[misc]
+def _texts(i: int, memory: MemoryLike) -> tuple[str, ...]:
+    """The texts of a memory; none of a vector."""
+    if isinstance(memory, str):
+        return (memory,)
+    if not isinstance(memory, list | tuple):
+        return ()
+    if not memory:
+        raise TokenError(f"memory {i} has no text; there is nothing to inject")
+    return tuple(memory) if isinstance(memory[0], str) else ()
 
 
-def scaled(vector: Tensor, x: Tensor, strength: float, *, relative: bool) -> Tensor:
-    """What is added to activations ``[..., d_model]``: strength * vector, or strength * |x| * unit."""
-    wide = wide_dtype(x.dtype)
-    vector = vector.to(x.device, wide)
-    if relative:
-        length = vector.norm(dim=-1, keepdim=True)
-        unit = vector / length.clamp_min(torch.finfo(wide).tiny)
-        vector = unit * x.to(wide).norm(dim=-1, keepdim=True)
-    return (strength * vector).to(x.dtype)
+def _floats(vector: Any, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    found = torch.as_tensor(vector)
+    if tuple(found.shape) not in shapes or not found.is_floating_point():
+        raise ValueError(
+            f"a memory of one's own is floating-point numbers of shape {' or '.join(map(str, shapes))}, "
+            f"or layer -> vector; got {found.dtype} of shape {tuple(found.shape)}"
+        )
+    if not found.isfinite().all():
+        raise ValueError("the memory's vector holds values that are not finite")
+    return widen(found.detach())
 
 
-def adding(vector: Tensor, strength: float, *, relative: bool) -> Change:
-    """`scaled`, added to all of an activation."""
-
-    def add(x: Tensor) -> Tensor:
-        return x + scaled(vector, x, strength, relative=relative)
-
-    return add
+# -- runs of one's own ----------------------------------------------------------------------------
 
 
-def _adder(
-    cells: Sequence[tuple[int, int]], vectors: Sequence[Tensor], strength: float, *, relative: bool
-) -> Change:
-    rows, columns = torch.tensor(list(cells)).T
-    stacked = torch.stack(list(vectors))
+class Injection(list[PlainHook]):
+    """What `inject` returns: hooks for TransformerLens, and a context that attaches them."""
 
-    def add(x: Tensor) -> Tensor:
-        index = (rows.to(x.device), columns.to(x.device))
-        out = x.clone()
-        out[index] = x[index] + scaled(stacked, x[index], strength, relative=relative)
-        return out
+    def __init__(self, model: HookedModel, hooks: Sequence[Hook], prompts: list[Prompt]) -> None:
+        super().__init__(plain_hooks(model, hooks))
+        self._attach: Callable[[], AbstractContextManager[None]] = lambda: _attached(
+            model, hooks, prompts
+        )
+        self._stack = ExitStack()
 
-    return add
+    def __repr__(self) -> str:
+        return f"Injection of {len(self)} hooks: {', '.join(str(name) for name, _ in self)[:200]}"
+
+    def __enter__(self) -> Injection:
+        self._stack.enter_context(self._attach())
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
 
 
-@contextmanager
 def inject(
     model: HookedModel,
-    memory: str | Sequence[str],
+    memory: MemoryLike,
     *,
-    layers: int | Sequence[int],
-    strength: float | Sequence[float],
-    prompts: str | Prompt | Sequence[str | Prompt] | None = None,
-    encoding: Encoding = "unembed",
-    positions: Place = "all",
+    layers: int | Sequence[int] | None = None,
+    strength: float | Sequence[float] = 1.0,
+    positions: Positions = "everywhere",
+    kind: Stream = "attn_out",
     relative: bool = False,
-    kind: str = "attn_out",
-    heads: Heads | None = None,
-    pooling: Pooling = "set",
-    leading_space: bool = False,
-) -> Iterator[None]:
-    """A memory over every call of the model within a ``with`` block; nothing stays behind.
+    encoding: EncoderLike = "unembed",
+    prompts: Texts | None = None,
+) -> Injection:
+    """A memory, or a vector of one's own, over every run of the model in a ``with`` block.
+
+    The same object is a list of TransformerLens's hooks: ``model.run_with_hooks(tokens,
+    fwd_hooks=inject(...))`` or ``model.hooks(fwd_hooks=inject(...))``. Nothing stays behind.
 
     Args:
-        memory: one text, or several whose vectors are added up.
-        prompts: the prompts that will be run, padded on the right, as `tokens.encode` makes them
-            (BOS first); needed for any other `positions` than ``"all"``. Each row that is run must
-            begin with its prompt's tokens. Without prompts the memory is added at every position of
-            every row: run prompts of one length, or one.
-        layers, strength, encoding, positions, relative, kind, heads, pooling, leading_space: as in
-            `MemoryInjection`.
+        memory: a text, several whose vectors are added up, or a vector of one's own: ``[d_model]``
+            for each of `layers`, ``[layer, d_model]`` of all the model's layers, or layer -> vector.
+        layers: one layer, or several at once; default those of a mapping.
+        strength: the factor of the vector; one for all layers, or one for each.
+        positions: see `place.Positions`. All but ``"everywhere"`` and ``"all"`` need `prompts`.
+        kind: the activation it is added to (see `place.Stream`).
+        relative: scale the vector to the activation's norm where it is added.
+        encoding: how a text becomes vectors: the name of an encoding, or an `Encoder`.
+        prompts: the prompts that will be run (texts, `Prompt`s, or token ids ``[pos]`` or
+            ``[batch pos]``), padded on the right. Then the memory is added within them only, never to
+            padding, and in a ``with`` block each row must begin with its prompt's tokens. Without
+            prompts it is added at every position of every row: run prompts of one length, or one.
 
     Raises:
-        ValueError: a layer out of range, an unknown encoding, positions that need prompts, or a
-            batch that is not these prompts padded on the right.
+        ValueError: a layer out of range, an unknown encoding, a vector of another shape, positions
+            that need prompts; from the model's run, a batch that is not these prompts.
         TokenError: an empty memory, or a prompt without the position.
         RuntimeError: nothing was run within the block.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> tokens = model.to_tokens("The spouse of Joren Ashby is")
+        >>> with mi_hops.inject(model, "Nadia del Brandt", layers=2, strength=4.0):
+        ...     logits = model(tokens)
+        >>> hooks = mi_hops.inject(model, model.W_E[5], layers=[1, 2], kind="resid_pre")
+        >>> logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
     """
+    if layers is None:
+        if not isinstance(memory, Mapping):
+            raise ValueError(f"layers is missing; name one or more of 0..{model.cfg.n_layers - 1}")
+        layers = list(memory)
     repair = MemoryInjection(
-        layers, strength, encoding=encoding, positions=positions, relative=relative, kind=kind,
-        heads=heads, pooling=pooling, leading_space=leading_space,
-    )  # fmt: skip
-    (state,) = repair.fit_texts(model, [memory])
+        layers, strength, encoding=encoding, positions=positions, kind=kind, relative=relative
+    )
+    (state,) = repair.fit_memories(model, [memory])
     if prompts is None:
-        if _parts(positions) != ["all"]:
+        if repair.place.parts not in (["everywhere"], ["all"]):
             raise ValueError(f"positions {positions!r} are found in prompts; pass prompts=")
         hooks: list[Hook] = [
             (hook_name(kind, layer), adding(state.vectors[layer], s, relative=relative))
-            for layer, s in zip(repair._layers, repair._strengths, strict=True)
+            for layer, s in repair.strengths.items()
         ]
-        with hooked(model, hooks):
-            yield
-        return
-    given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
-    known = [encode(model, p) if isinstance(p, str) else p for p in given]
-    cells = [(row, p) for row, prompt in enumerate(known) for p in places(prompt, positions)]
-    hooks = [
-        (
-            hook_name(kind, layer),
-            _adder(cells, [state.vectors[layer]] * len(cells), s, relative=relative),
-        )
-        for layer, s in zip(repair._layers, repair._strengths, strict=True)
+        return Injection(model, hooks, [])
+    known = _prompts(model, prompts)
+    if repair.place.everywhere:  # what follows a prompt is padding, or the caller's own
+        within = ["all" if part == "everywhere" else part for part in repair.place.parts]
+        repair = replace(repair, positions=within)
+    rows = Rows(tuple(known), max(map(len, known)))
+    return Injection(model, repair.hooks(model, [state] * len(known), rows), known)
+
+
+def _prompts(model: HookedModel, given: Texts) -> list[Prompt]:
+    one = isinstance(given, str | Prompt) or (isinstance(given, Tensor) and given.ndim == 1)
+    items: Sequence[str | Prompt | Tensor] = [given] if one else list(given)  # type: ignore[list-item, arg-type]
+    return [
+        encode(model, p)
+        if isinstance(p, str)
+        else Prompt.from_tokens(model, p)
+        if isinstance(p, Tensor)
+        else p
+        for p in items
     ]
-    with only_runs_of(model, known), hooked(model, hooks):
-        yield
 
 
 @contextmanager
-def only_runs_of(model: HookedModel, prompts: Sequence[Prompt]) -> Iterator[None]:
-    """Refuse, within a ``with`` block, batches whose rows do not begin with these prompts.
+def _attached(
+    model: HookedModel, hooks: Sequence[Hook], prompts: Sequence[Prompt]
+) -> Iterator[None]:
+    """Hooks over runs whose rows, where there are prompts, begin with these.
 
     Positions counted from the left of a prompt are wrong in a row that is padded on the left.
-
-    Raises:
-        ValueError: from the model's call: another number of rows, or a row that begins otherwise.
     """
 
     def check(module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        tokens = next(t for t in (*args, *named.values()) if isinstance(t, torch.Tensor))
+        tokens = next(t for t in (*args, *named.values()) if isinstance(t, Tensor))
         rows = tokens.tolist()
         wrong = [
             i
@@ -417,11 +433,12 @@ def only_runs_of(model: HookedModel, prompts: Sequence[Prompt]) -> Iterator[None
             raise ValueError(
                 f"the injection was made for {len(prompts)} prompts, the model is run on tokens "
                 f"{tuple(tokens.shape)}: {what}. Run the same prompts, BOS first and padded on the "
-                "right (mi_hops.sweep.generate takes an injection as a repair, with its cache)"
+                "right (mi_hops.generate takes an injection as a repair, with its cache)"
             )
 
-    handle = model.embed.register_forward_pre_hook(check, with_kwargs=True)
-    try:
+    with ExitStack() as stack:
+        if prompts:
+            embed: Any = model.embed
+            stack.callback(embed.register_forward_pre_hook(check, with_kwargs=True).remove)
+        stack.enter_context(hooked(model, hooks))
         yield
-    finally:
-        handle.remove()

@@ -1,19 +1,21 @@
 """Choose a cell of an injection grid on one half of the facts and report it on the other.
 
-The published tables choose and report on the same rows, which flatters the chosen cell: the best of
-180 noisy cells is partly the luckiest. A cell chosen here has not seen what it is reported on.
+The published tables choose and report on the same rows, which is optimistically biased by selection:
+the best of 180 noisy cells is partly the luckiest. A cell chosen here has not seen what it is reported
+on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mi_hops.injection.encodings import Encoding
-from mi_hops.injection.memory import Chooser, MemoryInjection, read_place
+from mi_hops.injection.encodings import Encoder
+from mi_hops.injection.memory import Chooser, MemoryInjection
+from mi_hops.injection.place import Absent, Place
 from mi_hops.result.result import Result, difference_ci, proportion_ci, summarise_change
 
 if TYPE_CHECKING:
@@ -26,13 +28,13 @@ class Cell:
     """One cell of a grid.
 
     Attributes:
-        encoding, layer, strength: its labels in the grid; a group of layers is "1+2".
+        encoding, layer, strength: its labels in the grid; `layers` has the layers themselves.
         score: mean of the metric that chose it, over the examples that it was chosen on.
         n: how many these were.
         settings: how the grid injected, from its provenance.
     """
 
-    encoding: Encoding
+    encoding: str
     layer: int | str
     strength: float
     score: float
@@ -44,31 +46,43 @@ class Cell:
         """Dimension -> label, for ``result.sel(**cell.labels)``."""
         return {"encoding": self.encoding, "layer": self.layer, "strength": self.strength}
 
-    def injection(
-        self, *, memory: Chooser = "bridge", absent: Literal["raise", "leave"] = "raise"
-    ) -> MemoryInjection:
-        """This cell as a repair, injected where and as the grid did.
-
-        Args:
-            memory, absent: as in `memory.MemoryInjection`.
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are injected into together.
 
         Raises:
             ValueError: a cell that `select_cell` did not choose from an injection grid.
         """
+        return tuple(self._of_grid()["layers"][str(self.layer)])
+
+    def injection(self, *, memory: Chooser = "bridge", absent: Absent = "raise") -> MemoryInjection:
+        """This cell as a repair, injected where and as the grid did.
+
+        Args:
+            memory, absent: as in `MemoryInjection`.
+
+        Raises:
+            ValueError: as `layers`.
+        """
+        place = Place.from_json(self._of_grid())
+        return MemoryInjection(
+            self.layers,
+            self.strength,
+            encoding=Encoder(**self.settings["encoders"][self.encoding]),
+            positions=place.positions,
+            kind=place.kind,
+            relative=place.relative,
+            memory=memory,
+            absent=absent,
+        )
+
+    def _of_grid(self) -> Mapping[str, Any]:
         if self.settings.get("method") != "injection_grid":
             raise ValueError(
                 "this cell does not know how its grid injected; choose it with select_cell from the "
                 "result of injection_grid"
             )
-        layers = [int(layer) for layer in str(self.layer).split("+")]
-        heads = self.settings["heads"]
-        if isinstance(heads, Mapping):
-            heads = {layer: heads[str(layer)] for layer in layers}
-        return MemoryInjection(
-            layers, self.strength, encoding=self.encoding, heads=heads, memory=memory,
-            absent=absent, positions=read_place(self.settings["positions"]),
-            **{k: self.settings[k] for k in ("kind", "relative", "pooling", "leading_space")},
-        )  # fmt: skip
+        return self.settings
 
 
 def split_halves(ids: Sequence[Hashable], *, seed: int = 0) -> tuple[list[Any], list[Any]]:
@@ -96,7 +110,7 @@ def select_cell(
     *,
     examples: Sequence[Hashable] | None = None,
     memory: str = "bridge",
-    metric: str = "first_right",
+    metric: str = "first_correct",
     tie: str | None = "first_logprob",
     encoding: str | None = None,
 ) -> Cell:
@@ -148,17 +162,17 @@ def cell_report(
     cell: Cell,
     *,
     examples: Sequence[Hashable] | None = None,
-    metric: str = "first_right",
+    metric: str = "first_correct",
     prob: str = "first_prob",
     level: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """What one cell did to each memory's examples: one row a memory.
+    """What one cell did to the examples: one row per memory.
 
     Args:
         examples: the half to report on; default all.
-        metric: a metric of zeros and ones: its mean is the share put right.
+        metric: a metric of zeros and ones: its mean is the share corrected.
         prob: the probability whose change is summarised.
 
     Returns:
@@ -178,51 +192,34 @@ def cell_report(
     chosen = result.sel(**cell.labels)
     if examples is not None:
         chosen = chosen.sel(example=list(examples))
-    rows = []
-    bridge = chosen[metric].sel(memory="bridge").values
+    settings: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
+    was, probable = chosen[f"{metric}_before"].values, chosen[f"{prob}_before"].values
+    rows = {}
     for name in chosen["memory"].values.tolist():
-        right = chosen[metric].sel(memory=name).values
-        before, after = chosen[f"{prob}_before"].values, chosen[prob].sel(memory=name).values
-        n, k = len(right), int(right.sum())
-        low, high = proportion_ci(k, n, level=level)
-        gap = difference_ci(
-            bridge, right, paired=True, level=level, n_resamples=n_resamples, seed=seed
-        )
-        change = summarise_change(before, after, level=level, n_resamples=n_resamples, seed=seed)
-        row = {
-            "memory": name,
-            "n": n,
-            "right_before": float(chosen[f"{metric}_before"].mean()),
-            "right": k / n if n else float("nan"),
-            "right_lower": low,
-            "right_upper": high,
-            **dict(
-                zip(
-                    ("difference", "difference_lower", "difference_upper"),
-                    (float(part) for part in gap),
-                    strict=True,
-                )
-            ),
-            "prob_before": float(before.mean()),
-            "prob": float(after.mean()),
-            **_rank_and_answer(chosen, name),
-        }
-        for statistic, values in change.drop(index=["n"]).iterrows():
+        mine = chosen.sel(memory=name)
+        right, after = mine[metric].values, mine[prob].values
+        bridge = chosen[metric].sel(memory="bridge").values
+        row = {"n": len(right), "right_before": was.mean(), "right": right.mean()}
+        row |= _ends("right", proportion_ci(int(right.sum()), len(right), level=level))
+        difference, *ends = difference_ci(bridge, right, paired=True, **settings)
+        row |= {"difference": difference, **_ends("difference", ends)}
+        row |= {"prob_before": probable.mean(), "prob": after.mean()}
+        for score, column, typical in (
+            ("rank", "rank", np.median),
+            ("answer_logprob", "answer_prob", lambda x: np.exp(x).mean()),
+        ):
+            if score in mine.data:
+                row[f"{column}_before"] = typical(mine[f"{score}_before"].values)
+                row[column] = typical(mine[score].values)
+        change = summarise_change(probable, after, **settings).drop(index=["n"])
+        for statistic, values in change.iterrows():
             row[str(statistic)] = values["value"]
-            if statistic not in ("n_zero_before",):
-                row[f"{statistic}_lower"] = values["lower"]
-                row[f"{statistic}_upper"] = values["upper"]
-        rows.append(row)
-    return pd.DataFrame(rows).set_index("memory")
+            if statistic != "n_zero_before":
+                row |= _ends(str(statistic), values[["lower", "upper"]])
+        rows[name] = {key: value if key == "n" else float(value) for key, value in row.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("memory")
 
 
-def _rank_and_answer(chosen: Result, memory: str) -> dict[str, float]:
-    found = {}
-    for metric, column in (("rank", "rank"), ("answer_logprob", "answer_prob")):
-        if metric not in chosen.data:
-            continue
-        scores = (chosen[f"{metric}_before"].values, chosen[metric].sel(memory=memory).values)
-        for name, values in zip((f"{column}_before", column), scores, strict=True):
-            typical = np.median(values) if metric == "rank" else np.exp(values).mean()
-            found[name] = float(typical)
-    return found
+def _ends(name: str, ends: Iterable[Any]) -> dict[str, float]:
+    low, high = ends
+    return {f"{name}_lower": low, f"{name}_upper": high}

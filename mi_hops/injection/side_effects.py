@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from mi_hops.facts.unusable import NoUsableFactError
-from mi_hops.injection.memory import Memory, MemoryInjection
+from mi_hops.cases import Case, usable
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.injection.memory import MemoryInjection
 from mi_hops.model import HookedModel, provenance
-from mi_hops.model.numeric import kl_divergence, wide_dtype
 from mi_hops.result.result import Result
-from mi_hops.sweep.metrics import target_of
-from mi_hops.sweep.repair import Rows
-from mi_hops.sweep.scoring import logits_at
+from mi_hops.sweep.metrics import KL, METRICS, NextToken, Target, target_of
+from mi_hops.sweep.runs import Scored
+from mi_hops.sweep.scoring import logits_at, score
 from mi_hops.text.tokens import Prompt, batches, encode
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mi_hops.facts.fact import TwoHopFact
 
 
 def side_effects(
@@ -36,7 +31,7 @@ def side_effects(
 ) -> Result:
     """Each fact's memory, injected into its explicit prompt and into unrelated prompts.
 
-    Places that a prompt has not got (the first hop) are left out there; ``touched`` tells which
+    Places that a prompt does not have (the first hop) are left out there; ``touched`` says which
     prompts were injected at all.
 
     Args:
@@ -58,85 +53,74 @@ def side_effects(
     """
     if isinstance(unrelated, str) or not unrelated:
         raise ValueError("name at least one unrelated prompt, in a sequence")
-    kept: list[TwoHopFact] = []
-    explicit: list[Prompt] = []
-    firsts: list[int] = []
-    skipped: list[tuple[str, str]] = []
-    for fact in facts:
-        try:
-            prompt = encode(model, fact.second_prompt(form))
-            target = target_of(model, prompt, fact.answer)
-        except ValueError as error:
-            skipped.append((fact.id, str(error)))
-            continue
-        kept.append(fact)
-        explicit.append(prompt)
-        firsts.append(target.answer[0])
-    if not kept:
-        raise NoUsableFactError("side effects", skipped)
+
+    def prepare(case: Case) -> tuple[TwoHopFact, Prompt, Target]:
+        prompt = encode(model, case.fact.second_prompt(form))
+        return case.fact, prompt, target_of(model, prompt, case.fact.answer)
+
+    kept, skipped = usable(model, facts, prepare, purpose="side effects", form=form)
     repair = replace(injection, absent="leave")
-    states = repair.fit(model, kept)
-    others = [encode(model, text) for text in unrelated]
-    before = torch.cat([_next(model, explicit, batch_size), _next(model, others, batch_size)])
-    n = len(kept)
-    after = _next(model, explicit, batch_size, repair, states)
-    kl, changed = _compare(before[:n], after)
-    rows = torch.arange(n)
-    found = [
-        _compare(before[n:], _next(model, others, batch_size, repair, [state] * len(others)))
-        for state in states
+    states = repair.fit(model, [fact for fact, _, _ in kept])
+    explicit = [(prompt, target) for _, prompt, target in kept]
+    others = [(p, Target(p.ids[-1:])) for p in (encode(model, text) for text in unrelated)]
+    asked = [*explicit, *others]
+    logits = _next_logits(model, [prompt for prompt, _ in asked], batch_size)
+    scored = [
+        Scored(prompt, target, (KL(before), _top_changed(before), METRICS["first_prob"]))
+        for before, (prompt, target) in zip(logits, asked, strict=True)
     ]
+    n = len(kept)
+    # Which prompt meets which memory: each fact's own explicit one, and all that are unrelated.
+    met = [(i, i) for i in range(n)]
+    met += [(n + k, i) for i in range(n) for k in range(len(others))]
+    touched = torch.tensor([bool(repair.where(asked[p][0], states[i])) for p, i in met])
+    before = score(model, scored[:n], batch_size=batch_size)[:, 2]
+    after = torch.zeros(len(met), 3, dtype=before.dtype)
+    after[:n, 2] = before
+    run = [pair for pair, here in zip(met, touched, strict=True) if here]
+    if run:
+        rows, given = [scored[p] for p, _ in run], [states[i] for _, i in run]
+        after[touched] = score(model, rows, batch_size=batch_size, repair=repair, states=given)
+    own, other = after[:n].T, after[n:].reshape(n, len(others), 3)
+    both, one = ("example", "prompt"), "example"
     return Result.from_arrays(
         {
-            "kl": (("example", "prompt"), torch.stack([f[0] for f in found])),
-            "top_changed": (("example", "prompt"), torch.stack([f[1] for f in found])),
-            "touched": (
-                ("example", "prompt"),
-                [[float(bool(repair.where(p, state))) for p in others] for state in states],
-            ),
-            "explicit_prob": ("example", after[rows, firsts].exp()),
-            "explicit_kl": ("example", kl),
-            "explicit_top_changed": ("example", changed),
-            "explicit_touched": (
-                "example",
-                [float(bool(repair.where(*pair))) for pair in zip(explicit, states, strict=True)],
-            ),
+            "kl": (both, other[..., 0]),
+            "top_changed": (both, other[..., 1]),
+            "touched": (both, touched[n:].reshape(n, -1).to(after.dtype)),
+            "explicit_prob": (one, own[2]),
+            "explicit_kl": (one, own[0]),
+            "explicit_top_changed": (one, own[1]),
+            "explicit_touched": (one, touched[:n].to(after.dtype)),
         },
-        coords={"example": [f.id for f in kept], "prompt": list(unrelated)},
-        baselines={"explicit_prob_before": ("example", before[rows, firsts].exp())},
+        coords={"example": [fact.id for fact, _, _ in kept], "prompt": list(unrelated)},
+        baselines={"explicit_prob_before": (one, before)},
         units={
-            "kl": "nats", "top_changed": "share", "touched": "share",
-            "explicit_prob": "probability", "explicit_kl": "nats", "explicit_top_changed": "share",
-            "explicit_touched": "share", "explicit_prob_before": "probability",
+            **dict.fromkeys(("kl", "explicit_kl"), "nats"),
+            **dict.fromkeys(("explicit_prob", "explicit_prob_before"), "probability"),
+            **dict.fromkeys(("top_changed", "touched"), "share"),
+            **dict.fromkeys(("explicit_top_changed", "explicit_touched"), "share"),
         },
         title=f"side effects of {injection.name}",
         skipped=skipped,
         provenance=provenance(model, method="side_effects", injection=injection.name, form=form),
-    )  # fmt: skip
+    )
 
 
-def _next(
-    model: HookedModel,
-    prompts: Sequence[Prompt],
-    batch_size: int,
-    repair: MemoryInjection | None = None,
-    states: Sequence[Memory] | None = None,
-) -> Float[Tensor, "row vocab"]:
-    """Log-probabilities of the next token."""
-    out: list[Tensor | None] = [None] * len(prompts)
+def _next_logits(
+    model: HookedModel, prompts: Sequence[Prompt], batch_size: int
+) -> list[Float[Tensor, "vocab"]]:
+    found: dict[int, Tensor] = {}
     with torch.no_grad():
         for chosen, batch in batches([p.ids for p in prompts], batch_size):
-            hooks = []
-            if repair is not None and states is not None:
-                rows = Rows(tuple(prompts[i] for i in chosen), batch.tokens.shape[1])
-                hooks = repair.hooks(model, [states[i] for i in chosen], rows)
-            logits = logits_at(model, batch.tokens, batch.last[:, None], hooks=hooks)[:, 0]
-            wide = wide_dtype(logits.dtype)
-            for i, row in zip(chosen, logits.to(wide).log_softmax(-1).cpu(), strict=True):
-                out[i] = row
-    return torch.stack([row for row in out if row is not None])
+            rows = logits_at(model, batch.tokens, batch.last[:, None])[:, 0]
+            found |= zip(chosen, rows, strict=True)
+    return [found[i] for i in range(len(prompts))]
 
 
-def _compare(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    kl = kl_divergence(before, after)
-    return kl, (before.argmax(-1) != after.argmax(-1)).to(kl.dtype)
+def _top_changed(before: Float[Tensor, "vocab"]) -> NextToken:
+    """1 where the most probable next token is another than before."""
+    top = int(before.argmax())
+    return NextToken(
+        "top_changed", "share", False, lambda x, target: (x.argmax(-1) != top).to(x.dtype)
+    )

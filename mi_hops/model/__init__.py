@@ -9,6 +9,7 @@ from mi_hops.model.hooks import (
     hook_name,
     hooked,
     picking,
+    plain_hooks,
     require_hooks,
     require_layers,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "overwrite",
     "permanent_hooks",
     "picking",
+    "plain_hooks",
     "prepends_bos",
     "processing_of",
     "provenance",

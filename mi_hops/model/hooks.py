@@ -16,7 +16,7 @@ from transformer_lens.hook_points import HookPoint
 
 from mi_hops.model.classes import backend_of
 from mi_hops.model.identity import device_of, dtype_of
-from mi_hops.model.types import Hook, HookedModel, HookFn, MissingHookError
+from mi_hops.model.types import Hook, HookedModel, HookFn, MissingHookError, PlainHook
 
 #: Kind of activation -> TransformerLens hook name; ``{}`` is the layer.
 HOOK_NAMES = {
@@ -77,14 +77,33 @@ def require_layers(model: HookedModel, layers: Iterable[int]) -> None:
         )
 
 
+def plain_hooks(model: HookedModel, hooks: Sequence[Hook]) -> list[PlainHook]:
+    """Hooks as TransformerLens takes them, in ``run_with_hooks(fwd_hooks=...)`` and ``hooks(...)``.
+
+    ``hook_resid_mid`` is changed truly on both classes: on the Bridge that hook sits on the MLP's
+    branch only, so the change is made at ``hook_attn_out``, after all hooks given for that name.
+
+    Raises:
+        MissingHookError: a name the model does not have.
+    """
+    require_hooks(model, (name for name, _ in hooks))
+    bridge = backend_of(model) == "bridge"
+    first: list[PlainHook] = []
+    after: list[PlainHook] = []
+    for name, fn in hooks:
+        if bridge and name.endswith("hook_resid_mid"):
+            after += _bridge_resid_mid(name, fn)
+        else:
+            first.append((name, _with_hook_argument(fn)))
+    return first + after
+
+
 @contextmanager
 def hooked(model: HookedModel, hooks: Sequence[Hook], *, must_fire: bool = True) -> Iterator[None]:
     """Attach forward hooks for the length of a ``with`` block; nothing stays behind.
 
     A hook function takes the activation and returns a new one, or None to leave it. Several hooks
-    at one name act in the order given. ``hook_resid_mid`` is changed truly on both classes: on the
-    Bridge that hook sits on the MLP's branch only, so the change is made at ``hook_attn_out``, after
-    all hooks given for that name.
+    at one name act in the order given; ``hook_resid_mid`` as in `plain_hooks`.
 
     Args:
         must_fire: raise if a hook was never reached by the end of a block that did not fail.
@@ -96,17 +115,9 @@ def hooked(model: HookedModel, hooks: Sequence[Hook], *, must_fire: bool = True)
     if not hooks:
         yield
         return
-    require_hooks(model, (name for name, _ in hooks))
     fired = [False] * len(hooks)
-    bridge = backend_of(model) == "bridge"
-    attached: list[tuple[str, Callable[..., Any]]] = []
-    after: list[tuple[str, Callable[..., Any]]] = []
-    for i, (name, fn) in enumerate(hooks):
-        if bridge and name.endswith("hook_resid_mid"):
-            after += _bridge_resid_mid(name, _flagged(fn, fired, i))
-        else:
-            attached.append((name, _with_hook_argument(_flagged(fn, fired, i))))
-    with model.hooks(fwd_hooks=attached + after):
+    watched = [(name, _flagged(fn, fired, i)) for i, (name, fn) in enumerate(hooks)]
+    with model.hooks(fwd_hooks=plain_hooks(model, watched)):
         yield
     if must_fire and not all(fired):
         silent = sorted({hooks[i][0] for i, f in enumerate(fired) if not f})
@@ -157,7 +168,7 @@ def _with_hook_argument(fn: HookFn) -> Callable[..., Any]:
     return call
 
 
-def _bridge_resid_mid(name: str, fn: HookFn) -> list[tuple[str, Callable[..., Any]]]:
+def _bridge_resid_mid(name: str, fn: HookFn) -> list[PlainHook]:
     before: list[Tensor] = []
 
     def remember(tensor: Tensor, hook: Any) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 Backend = Literal["hooked", "bridge"]
 HookFn = Callable[[Tensor], Tensor | None]
 Hook = tuple[str, HookFn]
+#: A hook as TransformerLens's own methods take it: the function gets the hook point as ``hook=``.
+PlainHook = tuple[str | Callable[..., Any], Callable[..., Any]]
 
 
 class HookedModel(Protocol):

@@ -10,23 +10,28 @@ import pytest
 import torch
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.injection.controls import (
-    control_texts,
-    norm_matched,
+from mi_hops.injection import (
+    Cell,
+    Controls,
+    Encoder,
+    MemoryInjection,
+    Place,
+    cell_report,
+    encode_memories,
+    injection_grid,
     permuted_bridges,
-    whole_words,
+    restrict_to_heads,
+    select_cell,
+    split_halves,
 )
-from mi_hops.injection.encodings import encode_memories, restrict_to_heads
-from mi_hops.injection.grid import FIRST_RIGHT, injection_grid
-from mi_hops.injection.memory import MemoryInjection
-from mi_hops.injection.select import Cell, cell_report, select_cell, split_halves
+from mi_hops.injection.controls import norm_matched, whole_words
 from mi_hops.result.result import Result, summarise_change
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import Plan, target_of
 from mi_hops.sweep.scoring import score_prompts
 from mi_hops.text.tokens import encode
 
-METRICS = (FIRST_RIGHT, "first_prob", "first_logprob", "rank", "answer_logprob", "greedy")
+METRICS = ("first_correct", "first_prob", "first_logprob", "rank", "answer_logprob", "greedy")
 
 
 def fact(i):
@@ -43,52 +48,53 @@ def fact(i):
 FACTS = [fact(i) for i in range(4, 9)]
 
 
-def one_by_one(model, facts, repair, metric):
-    """A metric of each fact's prompt under a repair, a forward pass each."""
-    states = repair.fit(model, facts)
+def one_by_one(model, facts, repair, metrics):
+    """Metrics of each fact's prompt under a repair, a forward pass each."""
     found = []
-    for item, state in zip(facts, states, strict=True):
+    for item, state in zip(facts, repair.fit(model, facts), strict=True):
         prompt = encode(model, item.prompt())
         target = target_of(model, prompt, item.answer)
         found.append(
-            score_prompts(model, [prompt], [target], metric, repair=repair, states=[state])
+            score_prompts(model, [prompt], [target], metrics, repair=repair, states=[state])
         )
-    return np.array([next(iter(f.values())).item() for f in found])
+    scores = {name: np.array([f[name].item() for f in found]) for name in found[0]}
+    return next(iter(scores.values())) if isinstance(metrics, str) else scores
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("encodings", "place"),
     [
-        {"encodings": ("unembed", "embed", "layerwise_code", "layerwise_text")},
-        {"positions": "last", "relative": True},
-        {"positions": ["first hop", "last"], "kind": "resid_mid"},
-        {"positions": "prompt", "kind": "mlp_out", "pooling": "mean"},
-        {"heads": [0, 3], "kind": "attn_out"},
-        {"heads": {0: [1], 1: [0, 2], 2: [3]}, "positions": "last"},
+        (("unembed", "embed", "layerwise_code", "layerwise_text"), Place()),
+        (("unembed",), Place("last", relative=True)),
+        (("unembed",), Place(["first hop", "last"], kind="resid_mid")),
+        ((Encoder(pooling="mean"), "unembed"), Place("all", kind="mlp_out")),
+        ((Encoder(heads=[0, 3]),), Place()),
+        ((Encoder(heads={0: [1], 1: [0, 2], 2: [3]}), Encoder(heads=[1])), Place("last")),
     ],
-    ids=lambda s: "-".join(map(str, s)),
+    ids=["encodings", "relative", "resid_mid", "pooling", "heads", "heads of layers"],
 )
-def test_the_grid_equals_one_forward_a_cell(tiny, settings):
+def test_the_grid_equals_one_forward_a_cell(tiny, encodings, place):
     grid = injection_grid(
-        tiny, FACTS, layers=[0, 2, (0, 1)], strengths=(0.5, 4), controls=("answer",),
-        metrics=METRICS, limits=Limits(batch_size=3, max_rows=50), **settings,
-    )  # fmt: skip
+        tiny,
+        FACTS,
+        layers=[0, 2, (0, 1)],
+        strengths=(0.5, 4),
+        encodings=encodings,
+        positions=place,
+        controls=("answer",),
+        metrics=METRICS,
+        limits=Limits(batch_size=3, max_rows=50),
+    )
     assert grid.n_used == 5
-    options = {k: v for k, v in settings.items() if k != "encodings"}
-    for encoding in settings.get("encodings", ("unembed",)):
+    options = {"positions": place.positions, "kind": place.kind, "relative": place.relative}
+    for encoding, name in zip(encodings, grid["encoding"].values.tolist(), strict=True):
         for memory, layers, strength in (("bridge", 2, 4.0), ("answer", (0, 1), 0.5)):
-            mine = dict(options)
-            if isinstance(options.get("heads"), dict):
-                own = (layers,) if isinstance(layers, int) else layers
-                mine["heads"] = {layer: options["heads"][layer] for layer in own}
-            repair = MemoryInjection(layers, strength, encoding=encoding, memory=memory, **mine)
+            repair = MemoryInjection(layers, strength, encoding=encoding, memory=memory, **options)
             label = str(layers) if isinstance(layers, int) else "0+1"
-            cell = grid.sel(memory=memory, encoding=encoding, layer=label, strength=strength)
-            for metric in METRICS:
-                name = metric if isinstance(metric, str) else metric.name
-                want = one_by_one(tiny, FACTS, repair, metric)
-                got = cell[name].sel(example=[f.id for f in FACTS]).values
-                assert np.allclose(got, want, atol=1e-4, rtol=1e-4), (name, memory)
+            cell = grid.sel(memory=memory, encoding=name, layer=label, strength=strength)
+            for metric, want in one_by_one(tiny, FACTS, repair, METRICS).items():
+                got = cell[metric].sel(example=[f.id for f in FACTS]).values
+                assert np.allclose(got, want, atol=1e-4, rtol=1e-4), (metric, memory)
 
 
 def test_strength_zero_and_baselines(tiny):
@@ -124,13 +130,14 @@ def test_metrics_whose_continuations_do_not_nest_are_scored_on_their_own_tokens(
     grid = injection_grid(tiny, FACTS, layers=[1], strengths=(2,), controls=(), metrics=metrics)
     repair = MemoryInjection(1, 2.0)
     for metric in metrics:
-        name = metric if isinstance(metric, str) else metric.name
-        want = one_by_one(tiny, FACTS, repair, metric)
+        ((name, want),) = one_by_one(tiny, FACTS, repair, [metric]).items()
         assert np.allclose(grid[name].values.ravel(), want, atol=1e-5), name
 
 
 def test_a_grid_says_what_was_injected_and_round_trips(load_tiny, tmp_path):
-    grid = injection_grid(load_tiny(), FACTS, strengths=(1,), layers=[1], words={"noun": ["w70"]})
+    grid = injection_grid(
+        load_tiny(), FACTS, strengths=(1,), layers=[1], controls=Controls(words={"noun": ["w70"]})
+    )
     assert grid["memory"].values.tolist() == [
         "bridge", "random_noun", "permuted_bridge", "answer", "norm_matched"
     ]  # fmt: skip
@@ -138,7 +145,9 @@ def test_a_grid_says_what_was_injected_and_round_trips(load_tiny, tmp_path):
     assert set(grid["text"].sel(memory="random_noun").values.tolist()) == {"w70"}
     again = Result.load(grid.save(tmp_path / "grid.nc"))
     assert np.array_equal(again["first_prob"].values, grid["first_prob"].values)
-    assert again.provenance["positions"] == "all" and again.provenance["processing"] == "none"
+    assert (
+        again.provenance["positions"] == "everywhere" and again.provenance["processing"] == "none"
+    )
 
 
 def test_facts_that_cannot_run_are_skipped_and_memories_follow_their_facts(load_tiny):
@@ -146,9 +155,13 @@ def test_facts_that_cannot_run_are_skipped_and_memories_follow_their_facts(load_
     broken = replace(fact(8), id="broken", first_hop="w88 w87")
     facts = [broken, *FACTS[:2]]
     grid = injection_grid(
-        model, facts, strengths=(2,), positions="first hop", controls=(), layers=[1],
-        memories={"mine": ["w80", "w81", "w82"]},
-    )  # fmt: skip
+        model,
+        facts,
+        strengths=(2,),
+        positions="first hop",
+        layers=[1],
+        controls=Controls((), memories={"mine": ["w80", "w81", "w82"]}),
+    )
     assert grid["example"].values.tolist() == ["f4", "f5"]
     assert [who for who, _ in grid.skipped] == ["broken"]
     assert grid["text"].sel(memory="mine").values.tolist() == ["w81", "w82"]
@@ -160,7 +173,8 @@ def test_facts_that_cannot_run_are_skipped_and_memories_follow_their_facts(load_
 
 def test_controls(load_tiny):
     model = load_tiny()
-    texts = control_texts(model, FACTS, ("random_word", "permuted_bridge", "answer"), seed=3)
+    names = ("random_word", "permuted_bridge", "answer")
+    texts = Controls(names, seed=3).texts(model, FACTS)
     assert list(texts) == ["bridge", "random_word", "permuted_bridge", "answer"]
     words = set(whole_words(model))
     assert {"w1", "w85"} <= words and "<pad>" not in words
@@ -169,12 +183,8 @@ def test_controls(load_tiny):
         own = f"{item.bridge} {item.answer} {item.first_hop}".split()
         assert len(drawn) == 2 and set(drawn) <= words - set(own)
         assert texts["permuted_bridge"][i] in {f.bridge for f in FACTS} - {item.bridge}
-    assert texts == control_texts(
-        model, FACTS, ("random_word", "permuted_bridge", "answer"), seed=3
-    )
-    assert texts != control_texts(
-        model, FACTS, ("random_word", "permuted_bridge", "answer"), seed=4
-    )
+    assert texts == Controls(names, seed=3).texts(model, FACTS)
+    assert texts != Controls(names, seed=4).texts(model, FACTS)
 
 
 def test_norm_matched_vectors_have_the_lengths_and_no_direction_in_common(load_tiny):
@@ -195,19 +205,23 @@ def test_random_directions_of_heads_lie_in_their_space_and_have_the_lengths(load
     assert torch.allclose(random.norm(dim=-1), vectors.norm(dim=-1), atol=1e-5)
     assert torch.allclose(within(random), random, atol=1e-5) and not random[:, 1].any()
     assert torch.cosine_similarity(random[:, 0], vectors[:, 0], dim=-1).abs().max() < 0.95
-    grid = injection_grid(
-        model, FACTS, layers=[2], strengths=(3,), heads=[0], controls=("norm_matched",)
+    grid, whole, plain = (
+        injection_grid(
+            model,
+            FACTS,
+            layers=[2],
+            strengths=(3,),
+            encodings=[Encoder(heads=heads)],
+            controls=("norm_matched",),
+        )
+        for heads in ([0], [0, 1, 2, 3], None)
     )
-    whole = injection_grid(
-        model, FACTS, layers=[2], strengths=(3,), heads=[0, 1, 2, 3], controls=("norm_matched",)
-    )
-    plain = injection_grid(model, FACTS, layers=[2], strengths=(3,), controls=("norm_matched",))
     drawn = [g["first_prob"].sel(memory="norm_matched").values for g in (grid, whole, plain)]
     # All heads of a square W_O write everything, so there the restriction changes nothing.
     assert np.allclose(drawn[1], drawn[2], atol=1e-5) and not np.allclose(drawn[0], drawn[2])
 
 
-def test_bridges_are_dealt_out_anew_and_none_leads_to_the_facts_answer():
+def test_bridges_are_permuted_and_none_leads_to_the_facts_answer():
     made = [  # two bridges lead to each answer
         replace(fact(4 + i), id=str(i), bridge=f"w{20 + i % 4}", answer=f"w{40 + i % 2}")
         for i in range(16)
@@ -244,18 +258,22 @@ def test_one_bridge_cannot_be_permuted():
         ({"strengths": ()}, "at least one strength"),
         ({"encodings": ("word2vec",)}, "unknown encoding"),
         ({"controls": ("noise",)}, "unknown control"),
-        ({"kind": "pattern"}, "cannot inject at"),
+        ({"positions": lambda: Place(kind="pattern")}, "cannot inject at"),
         ({"form": "question"}, r"no fact can be used for an injection \(5: "),
-        ({"memories": {"mine": ["w1"]}}, "one text for each of 5"),
-        ({"memories": {"answer": ["w1"] * 5}}, "built in"),
-        ({"words": {"noun": []}}, "sequence of words"),
-        ({"heads": {0: [1]}}, "heads names none for layers"),
+        ({"controls": lambda: Controls(memories={"mine": ["w1"]})}, "one text for each of 5"),
+        ({"controls": lambda: Controls(memories={"answer": ["w1"] * 5})}, "built in"),
+        ({"controls": lambda: Controls(words={"noun": []})}, "sequence of words"),
+        ({"encodings": [Encoder(heads={0: [1]})]}, r"none for layers \[1, 2\]"),
+        ({"encodings": ["unembed", Encoder()]}, "each once"),
+        ({"layers": [1, (1,)]}, "each group once"),
+        ({"strengths": (1, float("nan"))}, "finite"),
         ({"metrics": "accuracy"}, "unknown metric"),
     ],
 )
 def test_what_cannot_be_right_is_refused(load_tiny, settings, message):
     with pytest.raises(ValueError, match=message):
-        injection_grid(load_tiny(), FACTS, **{"strengths": (1,), **settings})
+        made = {k: v() if callable(v) else v for k, v in settings.items()}
+        injection_grid(load_tiny(), FACTS, **{"strengths": (1,), **made})
 
 
 # -- choosing a cell --
@@ -270,12 +288,12 @@ def made_grid():
     probs = 0.1 + 0.5 * right
     dims = ("example", "memory", "encoding", "layer", "strength")
     return Result.from_arrays(
-        {"first_right": (dims, right), "first_prob": (dims, probs), "first_logprob": (dims, np.log(probs))},
+        {"first_correct": (dims, right), "first_prob": (dims, probs), "first_logprob": (dims, np.log(probs))},
         coords={
             "example": ["e0", "e1", "e2", "e3"], "memory": ["bridge", "answer"],
             "encoding": ["unembed"], "layer": [0, 1], "strength": [1.0, 2.0],
         },
-        baselines={"first_right_before": ("example", np.zeros(4)), "first_prob_before": ("example", np.full(4, 0.1))},
+        baselines={"first_correct_before": ("example", np.zeros(4)), "first_prob_before": ("example", np.full(4, 0.1))},
         provenance={},
     )  # fmt: skip
 
@@ -333,20 +351,28 @@ def test_the_report_has_rank_and_the_whole_answers_probability_where_the_grid_ha
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("encoding", "place"),
     [
-        {"positions": ["first hop", "last"], "relative": True},
-        {"positions": [slice(1, 3), -1], "kind": "resid_mid", "pooling": "mean"},
-        {"heads": {0: [1], 2: [0, 3]}, "leading_space": True},
-        {"heads": [2], "positions": "first hop"},
+        ("unembed", Place(["first hop", "last"], relative=True)),
+        (Encoder(pooling="mean"), Place([slice(1, 3), -1], kind="resid_mid")),
+        (Encoder(heads={0: [1], 2: [0, 3]}, leading_space=True), Place()),
+        (Encoder(heads=[2]), Place("first hop")),
     ],
     ids=str,
 )
-def test_the_chosen_cell_is_injected_as_the_grid_did(tiny, settings, tmp_path):
-    grid = injection_grid(tiny, FACTS, layers=[(0, 2)], strengths=(0.5, 3), controls=(), **settings)
+def test_the_chosen_cell_is_injected_as_the_grid_did(tiny, encoding, place, tmp_path):
+    grid = injection_grid(
+        tiny,
+        FACTS,
+        layers=[(0, 2), (2,)],
+        strengths=(0.5, 3),
+        encodings=[encoding],
+        positions=place,
+        controls=(),
+    )
     cell = select_cell(Result.load(grid.save(tmp_path / "grid.nc")))
     want = grid["first_prob"].sel(memory="bridge", **cell.labels).values
-    assert cell.layer == "0+2" and cell.injection().layers == (0, 2)
+    assert cell.injection().layers == cell.layers == {"0+2": (0, 2), "2": (2,)}[cell.layer]
     assert np.allclose(one_by_one(tiny, FACTS, cell.injection(), "first_prob"), want, atol=1e-5)
     assert cell.injection(memory="answer", absent="leave").memory == "answer"
     with pytest.raises(ValueError, match="choose it with select_cell"):

@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.injection.encodings import (
+from mi_hops.injection import (
     ENCODINGS,
+    Encoder,
+    Memory,
+    MemoryInjection,
+    Place,
     encode_memories,
+    inject,
     memory_prompt,
     restrict_to_heads,
 )
-from mi_hops.injection.memory import Memory, MemoryInjection, inject, places
 from mi_hops.model import capture, embedding, forward, hook_name, unembedding, w_o
 from mi_hops.sweep.generate import generate
 from mi_hops.sweep.repair import Repair, Rows
@@ -36,7 +40,7 @@ def run(model, text, *, hooks=()):
 def under(model, repair, text, memory, first_hop=""):
     """Logits of one unpadded run under an injection."""
     prompt = encode(model, text)
-    states = repair.fit_texts(model, [memory], first_hops=[first_hop])
+    states = repair.fit_memories(model, [memory], first_hops=[first_hop])
     return run(model, text, hooks=repair.hooks(model, states, Rows((prompt,), len(prompt))))
 
 
@@ -84,10 +88,10 @@ def test_pooling_of_repeated_tokens(load_tiny):
     model = load_tiny()
     once, twice = (encode_memories(model, [t]) for t in ("w20 w21", "w20 w21 w20"))
     assert torch.equal(once, twice)
-    summed = encode_memories(model, ["w20 w21 w20"], pooling="sum")
+    summed = encode_memories(model, ["w20 w21 w20"], Encoder(pooling="sum"))
     extra = encode_memories(model, ["w20"])
     assert torch.allclose(summed, once + extra)
-    mean = encode_memories(model, ["w20 w21 w20"], pooling="mean")
+    mean = encode_memories(model, ["w20 w21 w20"], Encoder(pooling="mean"))
     assert torch.allclose(mean, summed / 3)
 
 
@@ -118,7 +122,7 @@ def test_heads_restriction_equals_a_change_of_their_z(tiny):
         return out
 
     by_z = run(tiny, TEXT, hooks=[(hook_name("z", 1), add_z)])
-    repair = MemoryInjection(1, 3.0, heads=[2])
+    repair = MemoryInjection(1, 3.0, encoding=Encoder(heads=[2]))
     assert torch.allclose(under(tiny, repair, TEXT, "w20 w21"), by_z, atol=1e-4)
     assert not torch.allclose(part, vectors[0, 1], atol=1e-2)
     again = restrict_to_heads(tiny, part[None, None].expand(1, 3, -1), [2])[0, 1]
@@ -147,7 +151,12 @@ def test_layers_have_heads_of_their_own(tiny):
     assert torch.equal(both[:, 0], restrict_to_heads(tiny, vectors, [1, 3])[:, 0])
     assert torch.equal(both[:, 2], restrict_to_heads(tiny, vectors, [0])[:, 2])
     assert not both[:, 1].any()
-    got = under(tiny, MemoryInjection([0, 2], 2.0, heads={2: [0], 0: [1, 3]}), TEXT, "w20 w21")
+    got = under(
+        tiny,
+        MemoryInjection([0, 2], 2.0, encoding=Encoder(heads={2: [0], 0: [1, 3]})),
+        TEXT,
+        "w20 w21",
+    )
     hooks = [
         (hook_name("attn_out", layer), lambda x, v=both[0, layer]: x + 2 * v) for layer in (0, 2)
     ]
@@ -195,8 +204,8 @@ def test_the_published_place_one_heads_result_is_the_same(load_tiny, shape, back
 @pytest.mark.parametrize(
     ("positions", "expected"),
     [
+        ("everywhere", (0, 1, 2, 3, 4, 5)),
         ("all", (0, 1, 2, 3, 4, 5)),
-        ("prompt", (0, 1, 2, 3, 4, 5)),
         ("last", (5,)),
         ("first hop", (4,)),
         (["first hop", "last"], (4, 5)),
@@ -207,7 +216,7 @@ def test_the_published_place_one_heads_result_is_the_same(load_tiny, shape, back
     ],
 )
 def test_places(load_tiny, positions, expected):
-    assert places(encode(load_tiny(), TEXT), positions, "w3 w4") == expected
+    assert Place(positions).find(encode(load_tiny(), TEXT), "w3 w4") == expected
 
 
 def test_positions_before_the_injection_do_not_change(tiny):
@@ -228,13 +237,13 @@ def test_a_constant_added_to_the_vector_does_not_matter_under_layernorm(load_tin
     assert torch.allclose(both[0], both[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("positions", ["all", "prompt", "last", "first hop", [0, "last"]])
+@pytest.mark.parametrize("positions", ["everywhere", "all", "last", "first hop", [0, "last"]])
 @pytest.mark.parametrize("relative", [False, True])
 def test_rows_with_their_own_memories_equal_one_by_one(tiny, positions, relative):
     repair = MemoryInjection([0, 2], [2.0, 0.5], positions=positions, relative=relative)
     hops = ("w3 w4", "w8", "w7 w3")
     prompts = tuple(encode(tiny, t) for t in TEXTS)
-    states = [*repair.fit_texts(tiny, MEMORIES, first_hops=hops)]
+    states = [*repair.fit_memories(tiny, MEMORIES, first_hops=hops)]
     batch = pad([p.ids for p in prompts])
     hooks = repair.hooks(tiny, [states[0], None, states[2]], Rows(prompts, batch.tokens.shape[1]))
     with torch.no_grad():
@@ -251,7 +260,7 @@ def test_rows_with_their_own_memories_equal_one_by_one(tiny, positions, relative
 def test_relative_strength_one_is_as_long_as_what_is_there(tiny):
     prompt = encode(tiny, TEXT)
     repair = MemoryInjection(1, 1.0, relative=True, positions="last")
-    (hook,) = repair.hooks(tiny, repair.fit_texts(tiny, ["w20"]), Rows((prompt,), len(prompt)))
+    (hook,) = repair.hooks(tiny, repair.fit_memories(tiny, ["w20"]), Rows((prompt,), len(prompt)))
     x = torch.randn(1, len(prompt), 32, generator=torch.Generator().manual_seed(0))
     added = hook[1](x) - x
     assert torch.allclose(added[0, -1].norm(), x[0, -1].norm(), atol=1e-4)
@@ -260,15 +269,15 @@ def test_relative_strength_one_is_as_long_as_what_is_there(tiny):
 
 def test_several_memories_add_up(tiny):
     repair = MemoryInjection(1, 2.0)
-    one, two, both = repair.fit_texts(tiny, ["w20", "w21 w22", ["w20", "w21 w22"]])
+    one, two, both = repair.fit_memories(tiny, ["w20", "w21 w22", ["w20", "w21 w22"]])
     assert torch.allclose(one.vectors + two.vectors, both.vectors, atol=1e-5)
 
 
-@pytest.mark.parametrize("positions", ["all", "prompt", "last", "first hop"])
+@pytest.mark.parametrize("positions", ["everywhere", "all", "last", "first hop"])
 def test_generation_with_its_cache_equals_generation_without(tiny, positions):
     # Strong enough to change what is said, which the last assertion checks.
     repair = MemoryInjection([0, 1], 3.0, positions=positions)
-    states = repair.fit_texts(tiny, MEMORIES, first_hops=("w3 w4", "w8", "w7 w3"))
+    states = repair.fit_memories(tiny, MEMORIES, first_hops=("w3 w4", "w8", "w7 w3"))
     options = {"max_new_tokens": 5, "repair": repair, "states": states, "stop": ()}
     cached = generate(tiny, TEXTS, **options)
     assert [g.ids for g in cached] == [
@@ -303,7 +312,7 @@ def test_a_prompt_without_the_first_hop_is_refused_or_left(load_tiny):
     prompt = encode(model, "w7 w8")
     for absent in ("raise", "leave"):
         repair = MemoryInjection(1, 1.0, positions="first hop", absent=absent)
-        states = repair.fit_texts(model, ["w20"], first_hops=["w3 w4"])
+        states = repair.fit_memories(model, ["w20"], first_hops=["w3 w4"])
         if absent == "leave":
             assert repair.hooks(model, states, Rows((prompt,), 3)) == []
         else:
@@ -315,7 +324,7 @@ def test_only_the_place_that_is_missing_is_left_out(load_tiny):
     model = load_tiny()
     both = tuple(encode(model, t) for t in ("w1 w3 w4 w5", "w7 w8"))
     repair = MemoryInjection(1, 1.0, positions=["first hop", "last"], absent="leave")
-    states = repair.fit_texts(model, ["w20", "w21"], first_hops=["w3 w4"] * 2)
+    states = repair.fit_memories(model, ["w20", "w21"], first_hops=["w3 w4"] * 2)
     assert [repair.where(p, s) for p, s in zip(both, states, strict=True)] == [(3, 4), (2,)]
     ((_, add),) = repair.hooks(model, states, Rows(both, 5))
     touched = add(torch.zeros(2, 5, 32)).abs().sum(-1) > 0
@@ -327,7 +336,7 @@ def test_only_the_place_that_is_missing_is_left_out(load_tiny):
 def test_rows_of_one_batch_are_brought_up_and_suppressed_at_once(tiny):
     repair = MemoryInjection(2, 2.0, positions="last")
     prompts = tuple(encode(tiny, t) for t in TEXTS[:2])
-    up, down = repair.fit_texts(tiny, ["w30", "w30"])
+    up, down = repair.fit_memories(tiny, ["w30", "w30"])
     batch = pad([p.ids for p in prompts])
     hooks = repair.hooks(tiny, [up, down.times(-1)], Rows(prompts, batch.tokens.shape[1]))
     with torch.no_grad():
@@ -389,7 +398,7 @@ def test_the_context_manager_refuses_what_it_cannot_place(load_tiny):
         pass
 
 
-@pytest.mark.parametrize("positions", ["last", "all"])
+@pytest.mark.parametrize("positions", ["last", "everywhere"])
 def test_rows_that_are_not_the_prompts_padded_on_the_right_are_refused(tiny, positions):
     prompts = [encode(tiny, t) for t in TEXTS[:2]]
     right = pad([p.ids for p in prompts]).tokens
@@ -420,15 +429,15 @@ def test_rows_that_are_not_the_prompts_padded_on_the_right_are_refused(tiny, pos
         (lambda m: encode_memories(m, []), "at least one memory"),
         (lambda m: encode_memories(m, "w1"), "in a sequence"),
         (lambda m: encode_memories(m, ["w1"], "unbed"), "unknown encoding 'unbed'"),
-        (lambda m: encode_memories(m, ["w1"], pooling="max"), "unknown pooling 'max'"),
-        (lambda m: MemoryInjection(3, 1.0).fit_texts(m, ["w1"]), "0..2"),
-        (lambda m: MemoryInjection(1, 1.0, heads=[4]).fit_texts(m, ["w1"]), "0..3"),
-        (lambda m: MemoryInjection(1, 1.0).fit_texts(m, [[]]), "no text"),
+        (lambda m: Encoder(pooling="max"), "unknown pooling 'max'"),
+        (lambda m: MemoryInjection(3, 1.0).fit_memories(m, ["w1"]), "0..2"),
+        (lambda m: MemoryInjection(1, 1.0, encoding=Encoder(heads=[4])).fit_memories(m, ["w1"]), "0..3"),
+        (lambda m: MemoryInjection(1, 1.0).fit_memories(m, [[]]), "no text"),
         (lambda m: MemoryInjection([], 1.0), "one or more"),
         (lambda m: MemoryInjection([1, 2], [1.0]), "2 layers and 1 strengths"),
         (lambda m: MemoryInjection(1, 1.0, kind="z"), "cannot inject at 'z'"),
-        (lambda m: MemoryInjection(1, 1.0, kind="mlp_out", heads=[1]), "attn_out"),
-        (lambda m: MemoryInjection([1, 2], 1.0, heads={1: [0]}), "heads are given for layers"),
+        (lambda m: MemoryInjection(1, 1.0, kind="mlp_out", encoding=Encoder(heads=[1])), "attn_out"),
+        (lambda m: MemoryInjection([1, 2], 1.0, encoding=Encoder(heads={1: [0]})), "heads are given for layers"),
         (lambda m: restrict_to_heads(m, torch.ones(1, 3, 32), {3: [0]}), "0..2"),
         (lambda m: restrict_to_heads(m, torch.ones(1, 3, 32), {1: []}), "distinct heads"),
         (lambda m: MemoryInjection(1, 1.0, encoding="glove"), "unknown encoding"),
@@ -464,7 +473,7 @@ def test_a_quantised_output_projection_is_refused_for_heads(load_tiny, monkeypat
     codes = torch.zeros(4, 8, 32, dtype=torch.int8)
     monkeypatch.setattr(type(model.blocks[1].attn), "W_O", codes, raising=False)
     with pytest.raises(ValueError, match="W_O of layer 0 is stored as torch.int8"):
-        MemoryInjection(1, 1.0, heads=[0]).fit_texts(model, ["w20"])
+        MemoryInjection(1, 1.0, encoding=Encoder(heads=[0])).fit_memories(model, ["w20"])
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mi_hops.facts.unusable import count_reasons, describe_reasons
-from mi_hops.injection.grid import injection_grid
-from mi_hops.injection.select import Cell, cell_report, select_cell
+from mi_hops.injection import Cell, Controls, cell_report, injection_grid, select_cell
 from mi_hops.result.result import Result
 from mi_hops.study.context import Skip
 from mi_hops.study.numbers import (
@@ -84,10 +83,9 @@ class Injection(Step):
             strengths=settings.strengths,
             encodings=("unembed", "layerwise_code", "layerwise_text"),
             positions="first hop",
-            controls=("random_word", "permuted_bridge", "answer", "norm_matched"),
+            controls=Controls(seed=settings.seed),
             form=run.form,
             metrics=(_SCORE, "first_prob", "first_logprob", "rank"),
-            seed=settings.seed,
             limits=run.limits,
         )
         names = [half[i] for i in result["example"].values.tolist()]
