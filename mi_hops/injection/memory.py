@@ -38,14 +38,13 @@ from mi_hops.model import (
 )
 from mi_hops.model.numeric import widen
 from mi_hops.model.types import PlainHook
+from mi_hops.sweep.pairs import Texts, as_prompts
 from mi_hops.sweep.repair import Rows
-from mi_hops.text.tokens import Prompt, TokenError, encode
+from mi_hops.text.tokens import Prompt, TokenError
 
 #: What is injected: a text, several that are added up, or a vector of one's own: ``[d_model]`` for
 #: every layer, ``[layer, d_model]`` of all the model's layers, or layer -> ``[d_model]``.
 MemoryLike = str | Sequence[str] | Tensor | Mapping[int, Tensor]
-
-Texts = str | Prompt | Tensor | Sequence[str | Prompt | Tensor]
 
 #: Which memory a fact gets: a named one, or what a function of the fact returns.
 Chooser = Literal["bridge", "answer"] | Callable[[TwoHopFact], MemoryLike]
@@ -390,25 +389,12 @@ def inject(
             for layer, s in repair.strengths.items()
         ]
         return Injection(model, hooks, [])
-    known = _prompts(model, prompts)
+    known = as_prompts(model, prompts)
     if repair.place.everywhere:  # what follows a prompt is padding, or the caller's own
         within = ["all" if part == "everywhere" else part for part in repair.place.parts]
         repair = replace(repair, positions=within)
     rows = Rows(tuple(known), max(map(len, known)))
     return Injection(model, repair.hooks(model, [state] * len(known), rows), known)
-
-
-def _prompts(model: HookedModel, given: Texts) -> list[Prompt]:
-    one = isinstance(given, str | Prompt) or (isinstance(given, Tensor) and given.ndim == 1)
-    items: Sequence[str | Prompt | Tensor] = [given] if one else list(given)  # type: ignore[list-item, arg-type]
-    return [
-        encode(model, p)
-        if isinstance(p, str)
-        else Prompt.from_tokens(model, p)
-        if isinstance(p, Tensor)
-        else p
-        for p in items
-    ]
 
 
 @contextmanager
