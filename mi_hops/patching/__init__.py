@@ -6,7 +6,6 @@ from mi_hops.patching.activation import PatchJob, PatchPlan, patch
 from mi_hops.patching.attribution import attribute
 from mi_hops.patching.circuit import Circuit, all_edges, extract, faithfulness
 from mi_hops.patching.contrast import contrast
-from mi_hops.patching.convert import from_transformer_lens, to_transformer_lens
 from mi_hops.patching.edges import attribute_edges
 from mi_hops.patching.heads import attention_to, composition, head_scores, icl_score
 from mi_hops.patching.path import path_patch
@@ -30,12 +29,10 @@ __all__ = [
     "contrast",
     "extract",
     "faithfulness",
-    "from_transformer_lens",
     "head_scores",
     "icl_score",
     "patch",
     "path_patch",
     "subject_roles",
-    "to_transformer_lens",
     "trace",
 ]

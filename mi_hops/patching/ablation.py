@@ -117,6 +117,7 @@ def ablate(
         pairs.require_different(bases, corrupted)
         targets = pairs.targets(model, corrupted, metrics.reading_answers)
         worse = metrics.scored(corrupted, targets, baselines)
+    sweep = GridSweep(model, bases, grid, metrics, pairs.labels, limits)
     own = reference is None
     others = bases if reference is None else as_prompts(model, reference)
     changes_of: ChangesOf = _zeros
@@ -136,8 +137,7 @@ def ablate(
         if drawn is None:
             changes_of = _position_means(model, others, there, limits.batch_size)
         else:
-            changes_of = _resamples(model, others, there, drawn)
-    sweep = GridSweep(model, bases, grid, metrics, pairs.labels, limits)
+            changes_of = _resamples(model, others, there, drawn, sweep.groups())
     scores, intact, _ = sweep.run(scored, changes_of, samples=samples)
     lost = score(model, worse, batch_size=limits.batch_size) if worse else _zero(intact, metrics)
     effect = normalised(scores, lost[:, None], intact[:, None], undefined="nan")
@@ -253,12 +253,26 @@ def _resamples(
     others: Sequence[Prompt],
     grid: Grid,
     drawn: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[int]],
 ) -> ChangesOf:
+    """Activations of the reference prompts that were drawn, captured for a group of examples."""
+    group_of = {example: group for group in groups for example in group}
+    held: dict[int, dict[str, Tensor]] = {}
+    names = grid.hook_names()
+
     def changes_of(example: int, row: int, shown: Mapping[str, Tensor]) -> ChangeOf:
-        store = captured(model, [others[i] for i in drawn[example]], grid.hook_names())
+        if not held.keys() >= set(drawn[example]):
+            held.clear()
+            needed = sorted({other for i in group_of[example] for other in drawn[i]})
+            for part, found in batched_with_oom_backoff(
+                needed, len(needed), lambda part: captured(model, [others[i] for i in part], names)
+            ):
+                for r, other in enumerate(part):
+                    held[other] = {name: x[r] for name, x in found.items()}
+        own = [held[other] for other in drawn[example]]
 
         def change_of(cell: Cell, layer: int, sample: int) -> Change:
-            other, activation = drawn[example][sample], store[hook_name(cell.kind, layer)][sample]
+            other, activation = drawn[example][sample], own[sample][hook_name(cell.kind, layer)]
             where = grid.base[other][cell.span]
             return put(taken(activation, cell, where, len(others[other])), cell)
 
@@ -272,7 +286,7 @@ def _draws(n: int, n_others: int, samples: int, seed: int, *, own: bool) -> list
     available = n_others - own
     if available < samples:
         raise ValueError(
-            f"{samples} sample(s) a prompt need as many other prompts, and there are {available}; "
+            f"{samples} sample(s) per prompt need as many other prompts, and there are {available}; "
             "pass more prompts, or a reference set"
         )
     generator = torch.Generator().manual_seed(seed)
