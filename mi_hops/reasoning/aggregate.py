@@ -286,10 +286,8 @@ def _ratio_ci(
 
     def ratio(cells: np.ndarray, axis: int) -> np.ndarray:
         sums = cells.sum(axis)
-        share = np.divide(
-            sums[..., :1], sums[..., 1:], out=np.full(sums[..., :1].shape, np.nan),
-            where=sums[..., 1:] > 0,
-        )  # fmt: skip
+        over, under = sums[..., :1], sums[..., 1:]
+        share = np.divide(over, under, out=np.full(over.shape, np.nan), where=under > 0)
         return np.repeat(share, 2, axis=-1)  # one for each of the two cells that are resampled
 
     lower, upper = bootstrap_ci(

@@ -35,6 +35,11 @@ class StudySettings:
         controls: draws of the erasure's control.
         strengths: of the injection grid.
         per_case: queries per case in each drawn set.
+
+    Examples:
+        >>> import mi_hops
+        >>> mi_hops.StudySettings(limit=200, edits=50).lens
+        300
     """
 
     seed: int = 0

@@ -27,6 +27,13 @@ class Study(Folder):
         folder: where the files are.
         settings: what was asked for, with model and facts fingerprints.
         summary: the headline numbers, as in ``summary.json``.
+
+    Examples:
+        >>> import mi_hops, tempfile
+        >>> mi_hops.Study.open(tempfile.mkdtemp())  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: ... holds no study (no settings.json)
     """
 
     @classmethod

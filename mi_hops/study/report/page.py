@@ -47,6 +47,13 @@ def write_report(study: Study, path: str | Path | None = None, *, overwrite: boo
         ValueError: the study is not finished, or the path does not end in ``.html``.
         FileExistsError: the file exists and `overwrite` is False.
         FileNotFoundError: the folder does not exist.
+
+    Examples:
+        >>> import mi_hops, tempfile
+        >>> facts = mi_hops.Hopland().sample(train=0, held_out=1)
+        >>> study = mi_hops.run_study("hops-gpt2", facts, out=tempfile.mkdtemp(), progress=False)
+        >>> mi_hops.write_report(study).name
+        'report.html'
     """
     path = study.folder / "report.html" if path is None else Path(path)
     if not study.summary:
