@@ -270,8 +270,9 @@ def plot_map(result: Result, *, variable: str = "top_probs", **keywords: Any) ->
         "x": "position",
         "y": "layer",
         "title": f"Top token by layer and position: {result.title}",
-        "colour_label": f"{variable} ({result[variable].attrs.get('units', '')})",
-        "sequential": True,
+        "colours": plots.Colours(
+            f"{variable} ({result[variable].attrs.get('units', '')})", sequential=True
+        ),
         "hover": {f"token {k + 1}": tokens.isel(k=k) for k in range(tokens.sizes["k"])},
     }
     figure = plots.heatmap(values, **{**options, **keywords})

@@ -214,11 +214,9 @@ class Evaluation:
             x="set",
             y="value",
             group="model",
-            lower="lower",
-            upper="upper",
+            interval=("lower", "upper"),
             title=title or label,
-            x_label="set of queries",
-            y_label=score,
+            labels={"set": "set of queries", "value": score},
         )
 
     def counts(self) -> dict[str, SetCount]:

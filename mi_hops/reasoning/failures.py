@@ -84,9 +84,14 @@ class FailureTypes(Result):
         """Bars of the share of each type, with exact 95% intervals; or as in `Result.plot`."""
         if variable is not None or kind is not None:
             return super().plot(variable, kind=kind, **keywords)
-        options = {"x": "type", "y": "share", "lower": "lower", "upper": "upper"}
-        labels = {"title": self.title, "x_label": "", "y_label": "share of failures"}
-        return plots.bars(self.shares().reset_index(), **{**options, **labels, **keywords})
+        options: dict[str, Any] = {
+            "x": "type",
+            "y": "share",
+            "interval": ("lower", "upper"),
+            "title": self.title,
+        }
+        options["labels"] = {"type": "", "share": "share of failures"}
+        return plots.bars(self.shares().reset_index(), **{**options, **keywords})
 
     def _repr_html_(self) -> str:
         table = self.shares().reset_index().round(3)

@@ -162,9 +162,10 @@ class Gap(Result):
                 low, high = proportion_ci(k, n)
                 share = {"share": k / max(n, 1), "lower": low, "upper": high, "n": n}
                 rows.append({"asked": hop, "form": form, **share})
-        options = {"x": "asked", "y": "share", "group": "form", "lower": "lower", "upper": "upper"}
-        labels = {"title": self.title, "x_label": "", "y_label": "share answered correctly"}
-        return plots.bars(pd.DataFrame(rows), **{**options, **labels, **keywords})
+        options: dict[str, Any] = {"x": "asked", "y": "share", "group": "form"}
+        options |= {"interval": ("lower", "upper"), "title": self.title}
+        options["labels"] = {"asked": "", "share": "share answered correctly"}
+        return plots.bars(pd.DataFrame(rows), **{**options, **keywords})
 
     def describe(self) -> str:
         """The gap in one line, then how many were asked and why others were not."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from mi_hops.result.files import replacing
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -33,25 +34,17 @@ def write(
     """Write a dataset and its header; on failure the folder stays as it was.
 
     Raises:
-        ValueError: The file exists and `overwrite` is False, or the folder does not exist.
+        FileExistsError: The file exists and `overwrite` is False.
+        FileNotFoundError: The folder does not exist.
+        ValueError: The name does not end in ``.nc``.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"no folder {path.parent} to save {path.name} in; make it first")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists; pass overwrite=True to replace it")
     dataset = dataset.drop_encoding()
     for name in dataset.variables:
         dataset[name] = _escape(dataset[name])
     dataset = dataset.assign_attrs({_HEADER: json.dumps(dict(header))})
-    # Beside the target, for os.replace is atomic within one file system only.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        dataset.to_netcdf(temporary, engine="h5netcdf")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    with replacing(path, suffix=".nc", overwrite=overwrite) as partial:
+        dataset.to_netcdf(partial, engine="h5netcdf")
+    return Path(path)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[xr.Dataset, dict[str, Any]]:

@@ -15,7 +15,7 @@ itself, becomes a long data frame, and is saved as NetCDF, which any xarray can 
     )
     result.mean()["effect"], result.ci(), result.plot()
 
-The statistics themselves work on plain arrays and stand in `statistics`; their names are here too.
+The statistics themselves work on plain arrays and are in `statistics`; their names are here too.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mi_hops.result import netcdf
+from mi_hops.result import intervals, netcdf
+from mi_hops.result.checks import as_labels, check_finite
+from mi_hops.result.difference import difference, subtract
+from mi_hops.result.display import shorten
 from mi_hops.result.statistics import (
     Statistic,
     bootstrap_ci,
     difference_ci,
-    point_estimate,
     proportion_ci,
     summarise_change,
     to_numpy,
@@ -46,17 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Result", "bootstrap_ci", "difference_ci", "proportion_ci", "summarise_change"]
 
-#: Units whose values cannot be negative, drawn on a white-to-blue scale.
-POSITIVE_UNITS = frozenset({"probability", "share", "rank"})
-
 _FORMAT = 1
-_GRID = (
-    "layer",
-    "head",
-    "kv_head",
-    "position",
-    "strength",
-)  # dimensions that make the axes of a heatmap
+_MOST = 1500  # characters of a description, so that a cell of a notebook never floods
 
 
 class Result:
@@ -68,7 +61,7 @@ class Result:
         provenance: What made the numbers (model fingerprint, dtype, versions, seed, ...): anything
             JSON can hold.
         title: What the result is of, for figures and `describe`.
-        main: The variable meant where none is named; the first that is no baseline by default.
+        main: The variable meant where none is named; the first that is not a baseline by default.
         used: How many examples the numbers rest on (or the examples); by default the length of the
             ``example`` dimension.
         skipped: (example, reason) of each example that was left out.
@@ -83,6 +76,16 @@ class Result:
     Raises:
         ValueError: There is no value, a number is not finite, the type of an array cannot be saved,
             or provenance is not JSON.
+
+    Examples:
+        >>> import mi_hops
+        >>> values = {"effect": (("example", "layer"), [[0.0, 0.5], [0.5, 0.5]])}
+        >>> result = mi_hops.Result.from_arrays(values, provenance={}, units={"effect": "nats"})
+        >>> print((result - result.sel(example=[1, 0])).describe())
+        n used 2, n skipped 0
+        effect [example 2, layer 2]: nats
+        >>> result.mean().values.tolist()
+        [0.25, 0.5]
     """
 
     def __init__(
@@ -115,13 +118,13 @@ class Result:
             raise ValueError(f"names {slashed} have a slash, which NetCDF cannot hold; rename them")
         values = [n for n, v in self.data.data_vars.items() if v.attrs.get("role") != "baseline"]
         if not values:
-            raise ValueError("a result needs at least one variable that is no baseline")
+            raise ValueError("a result needs at least one variable that is not a baseline")
         if main is not None and main not in self.data.data_vars:
             raise ValueError(f"no variable {main!r}; there are {list(self.data.data_vars)}")
         self.main: str = main if main is not None else str(values[0])
         if not allow_nonfinite:
             for name, variable in self.data.data_vars.items():
-                _check_finite(str(name), variable)
+                check_finite(str(name), variable)
 
     @classmethod
     def from_arrays(
@@ -165,7 +168,7 @@ class Result:
             if units and name in units:
                 attributes["units"] = units[name]
             variables[name] = xr.Variable(dims, to_numpy(array), attributes)
-        labels = {name: _labels(given) for name, given in (coords or {}).items()}
+        labels = {name: as_labels(given) for name, given in (coords or {}).items()}
         for name, variable in variables.items():
             if name in variable.dims or name in labels:
                 raise ValueError(
@@ -179,12 +182,51 @@ class Result:
         return self.data[name]
 
     def __repr__(self) -> str:
-        return f"Result: {self.describe()}\n{self.data!r}"
+        return f"Result: {shorten(self.describe(), _MOST)}"
 
     def _repr_html_(self) -> str:
         from html import escape
 
-        return f"<pre>{escape(self.describe())}</pre>{self.data._repr_html_()}"
+        return f"<pre>{escape(shorten(self.describe(), _MOST))}</pre>{self.data._repr_html_()}"
+
+    def __sub__(self, other: Result) -> Result:
+        """This result less another: every number they share by name, aligned by label.
+
+        Units, labels and titles are kept; text and baselines are left out. The provenance holds both
+        sides'. Examples that either side skipped count as skipped.
+
+        Raises:
+            ValueError: No shared variable, or one with other dimensions, labels or units.
+        """
+        if not isinstance(other, Result):
+            return NotImplemented
+        return Result(**subtract(self, other))
+
+    def assign(
+        self,
+        variables: Mapping[str, Any] | None = None,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        title: str | None = None,
+        main: str | None = None,
+    ) -> Result:
+        """This result with variables, labels or entries of its provenance added or replaced.
+
+        Args:
+            variables, coords: As `xarray.Dataset.assign` and `assign_coords` take them:
+                ``{"half": ("example", names)}``.
+            provenance: Entries beside those there are.
+            title, main: The new ones, where given.
+        """
+        data = self.data.assign(variables or {}).assign_coords(coords or {})
+        return self._with(
+            data,
+            used=self._used,
+            provenance={**self.provenance, **(provenance or {})},
+            title=self.title if title is None else title,
+            main=self.main if main is None else main,
+        )
 
     @property
     def values(self) -> np.ndarray:
@@ -198,7 +240,7 @@ class Result:
 
     @property
     def n_used(self) -> int | None:
-        """How many examples the numbers rest on; None where nobody said and no dimension tells."""
+        """How many examples the numbers rest on; None where it was not given and no dimension tells."""
         return self._used if self._used is not None else self.data.sizes.get("example")
 
     def describe(self) -> str:
@@ -276,8 +318,8 @@ class Result:
         Raises:
             ValueError: No such variable or dimension, no numbers, or a bad `level` or `n_resamples`.
         """
-        array = self._numbers(variable, dim)
-        return _interval_dataset(array, dim, level, n_resamples, seed, statistic)
+        array = self.numbers(variable, dim)
+        return intervals.interval(array, dim, level, n_resamples, seed, statistic)
 
     def difference_ci(
         self,
@@ -296,7 +338,7 @@ class Result:
         Args:
             other: What is subtracted: another result (its variable of the same name, or its main
                 one), an array, or the name of a variable of this result, such as a baseline.
-            groups: In place of `other`: True and False for each example (or the name of a variable or
+            groups: Instead of `other`: True and False for each example (or the name of a variable or
                 coordinate that says so). The mean of the False ones is subtracted from that of the
                 True ones, unpaired.
             variable: The variable compared; the main one by default.
@@ -313,41 +355,25 @@ class Result:
             ValueError: Both or neither of `other` and `groups`, labels that do not match, groups
                 that are not true or false.
         """
-        import xarray as xr
-
-        left = self._numbers(variable, dim)
+        left = self.numbers(variable, dim)
         if groups is not None and other is None:
-            mask = _mask(self.data[groups] if isinstance(groups, str) else groups, left.sizes[dim])
+            mask = intervals.as_mask(
+                self.data[groups] if isinstance(groups, str) else groups, left.sizes[dim]
+            )
             left, right, paired = left.isel({dim: mask}), left.isel({dim: ~mask}), False
         elif other is not None and groups is None:
             right = self._other_side(other, variable, dim)
         else:
             raise ValueError("give either other or groups")
-        if paired:
-            right = _matched(right, left, dim)
-        try:
-            left, right = xr.align(left, right, join="exact", exclude=[] if paired else [dim])
-        except ValueError as error:
-            raise ValueError(f"the two sides have different labels or lengths: {error}") from error
-        if paired:
-            ci = _interval_dataset(left - right, dim, level, n_resamples, seed, "mean")
-            return ci.assign(n_other=ci["n"])
-        left, right = xr.broadcast(left, right, exclude=[dim])
-        left = left.transpose(dim, ...)
-        right = right.transpose(*left.dims)
-        ends = difference_ci(
-            left.values, right.values, level=level, n_resamples=n_resamples, seed=seed
+        return difference(
+            left, right, dim, paired=paired, level=level, n_resamples=n_resamples, seed=seed
         )
-        parts = dict(zip(("estimate", "lower", "upper"), ends, strict=True))
-        counts = {"n": left.notnull().sum(dim).values, "n_other": right.notnull().sum(dim).values}
-        frame = left.sum(dim)  # the remaining dimensions and labels
-        return xr.Dataset({k: frame.copy(data=v) for k, v in {**parts, **counts}.items()})
 
     def to_dataframe(self) -> pd.DataFrame:
         """Long form: one row per variable, cell and example.
 
         Columns: ``variable``, ``role`` (value or baseline), the dimensions and further labels (empty
-        where a variable has not got them), ``value``.
+        where a variable does not have them), ``value``.
         """
         import pandas as pd
 
@@ -368,7 +394,9 @@ class Result:
         """Write one NetCDF file (through h5netcdf); nothing half-written is left on failure.
 
         Raises:
-            ValueError: The file exists and `overwrite` is False, or the folder does not exist.
+            FileExistsError: The file exists and `overwrite` is False.
+            FileNotFoundError: The folder does not exist.
+            ValueError: The name does not end in ``.nc``.
         """
         header = {
             "format": _FORMAT,
@@ -386,12 +414,12 @@ class Result:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is no saved result, or one of a newer format.
+            ValueError: The file is not a saved result, or one of a newer format.
         """
         dataset, header = netcdf.read(path)
         if header.pop("format") > _FORMAT:
             raise ValueError(f"{path} was saved by a newer version of mi_hops; update mi_hops")
-        # Whether the numbers are finite was judged when the result was made.
+        # Whether the numbers are finite was checked when the result was made.
         return cls(dataset, **header, allow_nonfinite=True)
 
     def plot(
@@ -400,106 +428,45 @@ class Result:
         """Figure of one variable: a heatmap, lines or bars, averaged over examples.
 
         With several examples their mean is drawn, and the title says so; lines and bars show its 95%
-        bootstrap interval, heatmaps tell it on hover. With one example the position axis carries its
+        bootstrap interval, heatmaps show it on hover. With one example the position axis carries its
         tokens. Two of (layer, head, position, strength) make a heatmap, with a panel for each value of
         a third dimension; one of them with numbers makes lines, any other axis bars, grouped by a
         second dimension. Scalar baselines of the same unit are dotted lines.
 
         Args:
             variable: The main variable by default.
-            kind: ``"heatmap"``, ``"lines"`` or ``"bars"`` in place of the choice above.
+            kind: ``"heatmap"``, ``"lines"`` or ``"bars"`` instead of the choice above.
             keywords: For the function of that name in `plots`.
 
         Raises:
             ValueError: There are too many or too few dimensions for the figure; select first.
         """
-        from mi_hops.result import plots
+        from mi_hops.result.draw import draw
 
-        name = variable if variable is not None else self.main
-        array, interval, note = self._averaged(name)
-        grid = [dim for dim in _GRID if dim in array.dims]
-        axes = [*grid, *(str(dim) for dim in array.dims if dim not in grid)]
-        if kind is None:
-            one_axis = "lines" if grid and array[grid[0]].dtype.kind in "iuf" else "bars"
-            kind = "heatmap" if len(grid) >= 2 else one_axis
-        if kind not in ("heatmap", "lines", "bars"):
-            raise ValueError(f"kind {kind!r}; choose heatmap, lines or bars")
-        fewest, most = (2, 3) if kind == "heatmap" else (1, 2)
-        if not fewest <= len(axes) <= most:
-            raise ValueError(
-                f"{name!r} has dimensions {axes} left and {kind} needs {fewest} or {most}; select "
-                "or average some, or choose another kind"
-            )
-        unit = self[name].attrs.get("units")
-        title = self.title or name
-        label = f"{name} ({unit})" if unit else name
-        options: dict[str, Any] = {"title": f"{title} ({note})" if note else title}
-        if kind == "heatmap":
-            options |= {"y": axes[0], "x": axes[1], "facet": axes[2] if len(axes) > 2 else None}
-            smallest = array.min().item() if array.notnull().any() else 0.0
-            options |= {
-                "colour_label": label,
-                "sequential": unit in POSITIVE_UNITS and smallest >= 0,
-            }
-            if interval is not None:
-                ends = {"95% from": interval["lower"], "to": interval["upper"]}
-                options["hover"] = {"n": interval["n"], **ends}
-            return plots.heatmap(array, **{**options, **keywords})
-        columns = array.to_dataset(name="estimate") if interval is None else interval
-        columns = columns.assign_coords({dim: array[dim] for dim in axes})
-        if kind == "bars":
-            columns = columns.assign_coords({dim: plots.axis_labels(array, dim) for dim in axes})
-        options |= {"x": axes[0], "y": "estimate", "group": axes[1] if len(axes) > 1 else None}
-        options |= {"y_label": label, "references": self._scalar_baselines(unit)}
-        if interval is not None:
-            options |= {"lower": "lower", "upper": "upper"}
-        draw = plots.lines if kind == "lines" else plots.bars
-        return draw(columns.to_dataframe().reset_index(), **{**options, **keywords})
-
-    def _averaged(self, name: str) -> tuple[xr.DataArray, xr.Dataset | None, str]:
-        """A variable without its example dimension, its interval if it was averaged, and a note."""
-        array = self._numbers(name)
-        note = str(self[name].attrs.get("averaging", ""))
-        if "example" not in array.dims:
-            return array, None, note
-        if array.sizes["example"] == 1:
-            array = array.isel(example=0)
-            return (
-                array,
-                None,
-                f"example {array['example'].item()}" if "example" in array.coords else note,
-            )
-        interval = _interval_dataset(array, "example", 0.95, 1000, 0, "mean")
-        over = _averaging("mean", ["example"], array.notnull().sum("example").values)
-        return interval["estimate"], interval, f"{over} of {note}" if note else over
+        return draw(self, variable, kind, keywords)
 
     def _other_side(
         self, other: Result | xr.DataArray | str, variable: str | None, dim: str
     ) -> xr.DataArray:
         """What `difference_ci` subtracts, as floats."""
         if isinstance(other, str):
-            return self._numbers(other, dim)
+            return self.numbers(other, dim)
         if isinstance(other, Result):
             name = variable if variable is not None else self.main
-            return other._numbers(name if name in other.data else None, dim)
+            return other.numbers(name if name in other.data else None, dim)
         if dim not in other.dims:
             raise ValueError(f"the other side has no dimension {dim!r}; it has {other.dims}")
         return other.astype(float)
 
-    def _with(self, data: xr.Dataset, *, used: int | None) -> Result:
+    def _with(self, data: xr.Dataset, *, used: int | None, **changes: Any) -> Result:
         """This result with other data."""
+        kept = {"provenance": self.provenance, "title": self.title, "main": self.main}
         return Result(
-            data,
-            provenance=self.provenance,
-            title=self.title,
-            main=self.main,
-            used=used,
-            skipped=self.skipped,
-            allow_nonfinite=True,
+            data, used=used, skipped=self.skipped, allow_nonfinite=True, **{**kept, **changes}
         )
 
-    def _numbers(self, variable: str | None, dim: str | None = None) -> xr.DataArray:
-        """A variable as float64, checked to have the dimension."""
+    def numbers(self, variable: str | None, dim: str | None = None) -> xr.DataArray:
+        """A variable (the main one by default) as float64, checked to have the dimension."""
         name = self.main if variable is None else variable
         if name not in self.data.data_vars:
             raise ValueError(f"no variable {name!r}; there are {list(self.data.data_vars)}")
@@ -523,7 +490,7 @@ class Result:
             if over and array.dtype.kind not in "biuf":
                 continue
             if over:
-                note = _averaging(statistic, over, array.notnull().sum(over).values)
+                note = intervals.averaging_note(statistic, over, array.notnull().sum(over).values)
                 before = array.attrs.get("averaging")
                 note = f"{note} of {before}" if before else note
                 array = getattr(array.astype(float), statistic)(over, keep_attrs=True)
@@ -537,89 +504,3 @@ class Result:
             if not set(dims) & set(coord.dims)
         }
         return self._with(xr.Dataset(reduced, coords=coords), used=self.n_used)
-
-    def _scalar_baselines(self, unit: str | None) -> dict[str, float]:
-        """Means of the baselines of this unit that have no dimension but example."""
-        found = {}
-        for name in self.baselines:
-            array = self.data[name]
-            same = array.attrs.get("units") == unit and array.dtype.kind in "biuf"
-            if same and set(array.dims) <= {"example"} and array.notnull().any():
-                found[name] = float(array.astype(float).mean())
-        return found
-
-
-def _interval_dataset(
-    array: xr.DataArray, dim: str, level: float, n_resamples: int, seed: int, statistic: Statistic
-) -> xr.Dataset:
-    """estimate, lower, upper and n of an array of floats over one of its dimensions."""
-    import xarray as xr
-
-    array = array.transpose(dim, ...)
-    lower, upper = bootstrap_ci(
-        array.values, level=level, n_resamples=n_resamples, seed=seed, statistic=statistic
-    )
-    parts = {
-        "estimate": point_estimate(array.values, statistic),
-        "lower": lower,
-        "upper": upper,
-        "n": array.notnull().sum(dim).values,
-    }
-    frame = array.sum(dim)  # the remaining dimensions and labels
-    return xr.Dataset({name: frame.copy(data=values) for name, values in parts.items()})
-
-
-def _matched(right: xr.DataArray, left: xr.DataArray, dim: str) -> xr.DataArray:
-    """`right` in the order of `left` along `dim`, matched by label where both have labels."""
-    if dim not in left.coords or dim not in right.coords:
-        if left.sizes[dim] != right.sizes[dim]:
-            raise ValueError(
-                f"{left.sizes[dim]} and {right.sizes[dim]} values along {dim!r} make no pairs; "
-                "pass paired=False"
-            )
-        return right
-    ours, theirs = left[dim].values.tolist(), right[dim].values.tolist()
-    if len(set(ours)) < len(ours) or sorted(map(str, ours)) != sorted(map(str, theirs)):
-        odd = list(set(ours) ^ set(theirs))[:5] or "labels that repeat"
-        raise ValueError(f"the two sides do not pair up along {dim!r}: {odd}; pass paired=False")
-    return right.sel({dim: left[dim]})
-
-
-def _mask(groups: Any, size: int) -> np.ndarray:
-    mask = np.asarray(groups)
-    if mask.shape != (size,) or not np.isin(mask, (0, 1)).all():
-        raise ValueError(f"groups must be {size} times true or false, got {mask.dtype}{mask.shape}")
-    return mask.astype(bool)
-
-
-def _averaging(statistic: str, dims: Sequence[str], counts: np.ndarray) -> str:
-    """``mean over n=12 examples``, ``mean over n=3 to 5 (layer x head)``."""
-    low, high = (int(counts.min()), int(counts.max())) if counts.size else (0, 0)
-    what = f"{dims[0]}{'' if high == 1 else 's'}" if len(dims) == 1 else f"({' x '.join(dims)})"
-    return f"{statistic} over n={low if low == high else f'{low} to {high}'} {what}"
-
-
-def _labels(given: Any) -> Any:
-    """A coordinate as xarray takes it: labels, or (dimensions, labels)."""
-    if isinstance(given, tuple) and len(given) == 2 and not np.isscalar(given[1]):
-        dims, labels = given
-        names = (dims,) if isinstance(dims, str) else dims
-        if isinstance(names, Iterable) and all(isinstance(name, str) for name in names):
-            return (dims, to_numpy(labels))
-    return given if np.isscalar(given) else to_numpy(given)
-
-
-def _check_finite(name: str, array: xr.DataArray) -> None:
-    if array.dtype.kind != "f":
-        return
-    bad = np.argwhere(~np.isfinite(array.values))
-    if not len(bad):
-        return
-    at = dict(zip(array.dims, bad[0].tolist(), strict=True))
-    labels = {
-        dim: array[dim].values[index].item() for dim, index in at.items() if dim in array.coords
-    }
-    raise ValueError(
-        f"{name!r} is {array.values[tuple(bad[0])]} at index {at} (labels {labels}), {len(bad)} such of "
-        f"{array.size}; mend or skip them, or pass allow_nonfinite=True if NaN means not measured"
-    )

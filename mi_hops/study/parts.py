@@ -142,8 +142,8 @@ def curves(
     **options: Any,
 ) -> go.Figure:
     """Lines with bands over layers, from rows of `frame`; `zero` draws a line at 0."""
-    options |= {"y": "estimate", "lower": "lower", "upper": "upper", "group": group}
-    options |= {"title": "", "x_label": x_label, "y_label": y_label}
+    options |= {"y": "estimate", "interval": ("lower", "upper"), "group": group}
+    options |= {"title": "", "labels": {"layer": x_label, "estimate": y_label}}
     plot = plots.lines(pd.concat(parts), x="layer", **options)
     if zero:
         plot.add_hline(y=0, line={"color": "#555555", "width": 1.2})
@@ -163,8 +163,8 @@ def bars(
     data = pd.DataFrame(list(rows))
     if data.empty or data["value"].isna().all():
         return None
-    options: dict[str, Any] = {"y": "value", "lower": "lower", "upper": "upper", "group": group}
-    plot = plots.bars(data, x=x, **options, title="", x_label="", y_label=y_label)
+    options: dict[str, Any] = {"y": "value", "interval": ("lower", "upper"), "group": group}
+    plot = plots.bars(data, x=x, **options, title="", labels={x: "", "value": y_label})
     # Plotly turns the labels where there is no room for them, as on a phone; lines keep them short.
     labels = [
         "<br>".join(wrap(label, 13, break_long_words=False)) for label in plot.layout.xaxis.ticktext
@@ -192,8 +192,8 @@ def heatmap(
     """
     array = cells["estimate"].astype(float).transpose("layer", x)
     hover = {"n": cells["n"], "95% from": cells["lower"], "to": cells["upper"]}
-    options: dict[str, Any] = {"zmin": limits[0], "zmax": limits[1], "sequential": sequential}
-    options |= {"title": "", "x_label": x_label, "colour_label": colour_label}
+    colours = plots.Colours(colour_label, sequential, low=limits[0], high=limits[1])
+    options: dict[str, Any] = {"title": "", "colours": colours, "labels": {x: x_label or x}}
     plot = plots.heatmap(array, x=x, y="layer", hover=hover, **options)
     panel(plot, height=130 + max(180, 30 * array.sizes["layer"]))
     if x_label is None:

@@ -11,6 +11,8 @@ import pytest
 import xarray as xr
 
 from mi_hops.result import plots
+from mi_hops.result.figure_parts import band_outline
+from mi_hops.result.plots import Colours
 
 
 @pytest.fixture
@@ -30,7 +32,9 @@ def scale(figure):
 
 
 def test_heatmap_draws_the_values_given(grid):
-    figure = plots.heatmap(grid, x="position", y="layer", title="t", colour_label="effect (nats)")
+    figure = plots.heatmap(
+        grid, x="position", y="layer", title="t", colours=Colours("effect (nats)")
+    )
     np.testing.assert_array_equal(figure.data[0].z, grid.values)
     turned = plots.heatmap(grid, x="layer", y="position", title="t")
     np.testing.assert_array_equal(turned.data[0].z, grid.values.T)
@@ -43,22 +47,28 @@ def test_heatmap_draws_the_values_given(grid):
 
 
 def test_colours_are_symmetric_with_positive_blue(grid):
-    figure = plots.heatmap(grid, x="position", y="layer", title="t", colour_label="effect (nats)")
+    figure = plots.heatmap(
+        grid, x="position", y="layer", title="t", colours=Colours("effect (nats)")
+    )
     assert scale(figure) == (-0.4, 0.4)
     bar = figure.layout.coloraxis.colorbar.title.text
     assert "effect (nats)" in bar and "blue: positive" in bar
     colours = figure.layout.coloraxis.colorscale
     red, _, blue = (int(part) for part in colours[-1][1].removeprefix("rgb(")[:-1].split(","))
     assert blue > red, "the high end is blue"
-    moved = plots.heatmap(grid, x="position", y="layer", title="t", midpoint=1.0)
+    moved = plots.heatmap(grid, x="position", y="layer", title="t", colours=Colours(midpoint=1.0))
     low, high = scale(moved)
     assert (low + high) / 2 == pytest.approx(1.0) and low == pytest.approx(-0.4)
     assert "above 1" in moved.layout.coloraxis.colorbar.title.text
-    assert scale(plots.heatmap(grid, x="position", y="layer", title="t", zmax=2.0)) == (-2.0, 2.0)
+    assert scale(
+        plots.heatmap(grid, x="position", y="layer", title="t", colours=Colours(high=2.0))
+    ) == (-2.0, 2.0)
 
 
 def test_white_stays_at_the_midpoint_between_unequal_ends(grid):
-    figure = plots.heatmap(grid, x="position", y="layer", title="t", zmin=-0.1, zmax=0.3)
+    figure = plots.heatmap(
+        grid, x="position", y="layer", title="t", colours=Colours(low=-0.1, high=0.3)
+    )
     assert scale(figure) == (-0.1, 0.3)
     shades = figure.layout.coloraxis.colorscale
     place, colour = min(shades, key=lambda shade: abs(shade[0] - 0.25))  # 0 lies a quarter up
@@ -67,7 +77,9 @@ def test_white_stays_at_the_midpoint_between_unequal_ends(grid):
 
 
 def test_sequential_scale_starts_at_zero(grid):
-    figure = plots.heatmap(abs(grid), x="position", y="layer", title="t", sequential=True)
+    figure = plots.heatmap(
+        abs(grid), x="position", y="layer", title="t", colours=Colours(sequential=True)
+    )
     assert scale(figure) == (0.0, 0.4)
     assert "darker: higher" in figure.layout.coloraxis.colorbar.title.text
 
@@ -76,7 +88,11 @@ def test_sequential_scale_starts_at_zero(grid):
 def test_flat_and_empty_heatmaps_have_a_scale(grid, fill):
     for sequential in (False, True):
         figure = plots.heatmap(
-            xr.full_like(grid, fill), x="position", y="layer", title="t", sequential=sequential
+            xr.full_like(grid, fill),
+            x="position",
+            y="layer",
+            title="t",
+            colours=Colours(sequential=sequential),
         )
         low, high = scale(figure)
         assert low < high
@@ -127,8 +143,8 @@ def test_facets_share_one_scale_and_keep_their_order():
 def test_heatmap_refuses_what_it_cannot_draw(grid):
     with pytest.raises(ValueError, match=r"has dimensions .* select or average"):
         plots.heatmap(grid.expand_dims(head=2), x="position", y="layer", title="t")
-    with pytest.raises(ValueError, match="zmin < zmax"):
-        plots.heatmap(grid, x="position", y="layer", title="t", zmin=1.0, zmax=0.0)
+    with pytest.raises(ValueError, match="low < high"):
+        plots.heatmap(grid, x="position", y="layer", title="t", colours=Colours(low=1.0, high=0.0))
     with pytest.raises(ValueError, match="needs numbers"):
         plots.heatmap(grid.astype(str), x="position", y="layer", title="t")
 
@@ -153,10 +169,9 @@ def test_lines_draw_points_bands_and_references(curve):
         x="layer",
         y="value",
         group="group",
-        lower="lower",
-        upper="upper",
+        interval=("lower", "upper"),
         title="t",
-        y_label="probability",
+        labels={"value": "probability"},
         references={"clean": 0.9},
     )
     drawn = {trace.name: trace for trace in figure.data if trace.name}
@@ -177,14 +192,14 @@ def test_lines_draw_points_bands_and_references(curve):
 def test_a_gap_splits_the_band():
     x = np.arange(5.0)
     lower = np.array([0, 0, np.nan, 0, 0])
-    across, along = plots._band(x, lower, lower + 1)
+    across, along = band_outline(x, lower, lower + 1)
     assert across == [0, 1, 1, 0, None, 3, 4, 4, 3]
     assert along == [1, 1, 0, 0, None, 1, 1, 0, 0]
 
 
 def test_bars_have_error_bars_of_the_right_length(curve):
     figure = plots.bars(
-        curve, x="layer", y="value", group="group", lower="lower", upper="upper", title="t"
+        curve, x="layer", y="value", group="group", interval=("lower", "upper"), title="t"
     )
     passed, failed = figure.data
     np.testing.assert_array_equal(passed.y, [0.1, 0.2, 0.4])
@@ -201,8 +216,6 @@ def test_frames_that_cannot_be_drawn_are_refused(draw, curve):
         draw(curve, x="depth", y="value", title="t")
     with pytest.raises(ValueError, match="several rows at one 'layer'"):
         draw(curve, x="layer", y="value", title="t")
-    with pytest.raises(ValueError, match="both lower and upper"):
-        draw(curve, x="layer", y="value", group="group", lower="lower", title="t")
     with pytest.raises(ValueError, match="use bars"):
         plots.lines(curve, x="group", y="value", title="t")
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mi_hops.result import netcdf
+from mi_hops.result.plots import Colours
 from mi_hops.result.result import Result, bootstrap_ci
 
 PROVENANCE = {"model": "0f3a", "dtype": torch.float32, "seed": 0, "n": np.int64(3), "at": Path("x")}
@@ -89,7 +90,7 @@ def test_nonfinite_numbers_are_refused_with_their_place():
 
 
 def test_bad_parts_are_refused():
-    with pytest.raises(ValueError, match="no baseline"):
+    with pytest.raises(ValueError, match="not a baseline"):
         Result.from_arrays({}, baselines={"b": ("example", [1.0])}, provenance={})
     with pytest.raises(ValueError, match=r"units for \['q'\]"):
         Result.from_arrays({"p": ("example", [1.0])}, units={"q": "nats"}, provenance={})
@@ -333,13 +334,15 @@ def test_saving_does_not_change_the_result_or_replace_unasked(tmp_path):
     before = result.data.copy(deep=True)
     path = result.save(tmp_path / "r.nc")
     xr.testing.assert_identical(result.data, before)
-    with pytest.raises(ValueError, match="overwrite=True"):
+    with pytest.raises(FileExistsError, match="overwrite=True"):
         make(2).save(path)
     assert_same(Result.load(path), result)
     make(2).save(path, overwrite=True)
     assert Result.load(path).n_used == 2
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="no folder"):
         result.save(tmp_path / "no" / "r.nc")
+    with pytest.raises(ValueError, match="does not end in '.nc'"):
+        result.save(tmp_path / "r.csv")
 
 
 @pytest.mark.parametrize("stage", ["write", "replace"])
@@ -399,7 +402,7 @@ def test_plot_says_what_is_averaged_and_draws_the_mean():
 
 
 def test_one_example_shows_its_tokens():
-    figure = make(tokens=True).sel(example=["fact-3"]).plot(zmax=2.0)
+    figure = make(tokens=True).sel(example=["fact-3"]).plot(colours=Colours("effect", high=2.0))
     assert list(figure.layout.xaxis.ticktext) == [" of 0", " the 1", " of 2"]
     assert figure.layout.title.text == "Patching (example fact-3)"
     np.testing.assert_array_equal(figure.data[0].z, make().values[3])
@@ -454,3 +457,61 @@ def test_a_third_dimension_makes_panels_and_a_fourth_is_refused():
         result.plot(kind="pie")
     with pytest.raises(ValueError, match="needs 1 or 2"):
         result.mean(list(dims)).plot()
+
+
+class TestSubtraction:
+    def test_numbers_are_aligned_by_label_and_keep_unit_and_provenance(self):
+        left = make()
+        right = left.sel(example=left["example"].values[::-1]).assign(provenance={"seed": 7})
+        less = left - right
+        np.testing.assert_array_equal(less.values, np.zeros_like(left.values))
+        assert less[less.main].attrs["units"] == left[left.main].attrs["units"]
+        assert less["example"].values.tolist() == left["example"].values.tolist()
+        assert less.provenance["of"] == left.provenance
+        assert less.provenance["less"]["seed"] == 7
+        assert less.baselines == []
+        doubled = left.assign({left.main: left[left.main] * 2})
+        np.testing.assert_allclose((doubled - left).values, left.values)
+        assert left.skipped == (left - left).skipped
+
+    def test_what_does_not_fit_is_refused_with_a_sentence(self):
+        left = make()
+        with pytest.raises(ValueError, match="has the dimensions .*average or select"):
+            left - left.mean()
+        with pytest.raises(ValueError, match="cannot be paired|do not pair up"):
+            left - left.sel(example=left["example"].values[:1])
+        other = Result.from_arrays({"else": ("example", [1.0])}, provenance={})
+        with pytest.raises(ValueError, match="nothing to subtract"):
+            left - other
+        array = left[left.main].assign_attrs(units="nats")
+        with pytest.raises(ValueError, match="units must be equal"):
+            left - left.assign({left.main: array})
+        with pytest.raises(TypeError):
+            left - 1
+
+
+def test_assign_adds_labels_variables_and_provenance():
+    result = make()
+    n = len(result["example"])
+    more = result.assign(
+        {"twice": result[result.main] * 2},
+        coords={"half": ("example", ["a"] * n)},
+        provenance={"note": "x"},
+        title="Another",
+        main="twice",
+    )
+    assert more["half"].values.tolist() == ["a"] * n
+    assert more.provenance == {**result.provenance, "note": "x"}
+    assert (more.title, more.main, more.skipped) == ("Another", "twice", result.skipped)
+    assert result.title != "Another" and "twice" not in result.data
+
+
+def test_a_cell_is_never_flooded():
+    names = [f"variable {i} with a long name" for i in range(200)]
+    result = Result.from_arrays(
+        {name: (("example", "layer"), np.zeros((3, 4))) for name in names},
+        provenance={},
+        skipped=[(str(i), f"reason {i} of many") for i in range(300)],
+    )
+    assert len(repr(result)) < 2000
+    assert "variable 0" in repr(make(2).assign({"variable 0": make(2)[make(2).main]}))

@@ -138,7 +138,7 @@ def test_clopper_pearson():
     assert low == 0 and high == pytest.approx(1 - 0.025 ** (1 / 10))
     assert proportion_ci(3, 7)[0] == pytest.approx(scipy.stats.beta.ppf(0.025, 3, 5))
     assert proportion_ci(0, 0) == (0.0, 1.0)
-    with pytest.raises(ValueError, match="no proportion"):
+    with pytest.raises(ValueError, match="not a proportion"):
         proportion_ci(4, 3)
 
 

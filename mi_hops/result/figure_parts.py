@@ -1,0 +1,240 @@
+"""The parts that the figures of `plots` are made of: colour scales, ticks, bands, texts, style."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import ceil
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+    import xarray as xr
+
+FONT = "Helvetica, Arial, sans-serif"
+MAX_TICKS = 40
+
+
+@dataclass(frozen=True)
+class Colours:
+    """What the colours of a heatmap mean.
+
+    Attributes:
+        label: what is drawn, with its unit.
+        sequential: white to blue, for positive-only values, instead of red-white-blue.
+        midpoint: value drawn white on the diverging scale.
+        low, high: ends of the scale. Where one is missing the scale is symmetric about the midpoint;
+            where both are, it reaches the largest distance from it. A sequential scale starts at 0
+            (or the smallest value, if that is negative) and ends at the largest.
+    """
+
+    label: str = "effect"
+    sequential: bool = False
+    midpoint: float = 0.0
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def meaning(self) -> str:
+        """What light and dark, red and blue stand for."""
+        if self.sequential:
+            return "darker: higher"
+        if self.midpoint == 0:
+            return "blue: positive, red: negative"
+        return f"blue: above {self.midpoint:g}, red: below"
+
+
+def head_label(layer: object, head: object) -> str:
+    """``3, 11 -> "L3H11"``."""
+    return f"L{layer}H{head}"
+
+
+def as_text(value: Any) -> str:
+    """Label of a coordinate value: short for floats, plain otherwise."""
+    if isinstance(value, float | np.floating):
+        return f"{value:g}"
+    return str(value)
+
+
+def as_number(value: Any) -> str:
+    """A number with six significant digits; anything else as it is."""
+    return f"{value:.6g}" if isinstance(value, float | np.floating) else str(value)
+
+
+def hover_text(
+    panel: xr.DataArray,
+    x: str,
+    y: str,
+    i: int,
+    j: int,
+    x_ticks: Sequence[str],
+    y_ticks: Sequence[str],
+    head_grid: bool,
+    pieces: Mapping[str, np.ndarray],
+) -> str:
+    """Hover text of cell [i, j]: where it is, its value, and the further arrays."""
+    if head_grid:
+        cell = panel.isel({y: i, x: j})
+        layer = cell["layer"].item() if "layer" in cell.coords else (i if y == "layer" else j)
+        head = cell["head"].item() if "head" in cell.coords else (i if y == "head" else j)
+        where = [head_label(layer, head)]
+    else:
+        where = [f"{x}: {x_ticks[j]}", f"{y}: {y_ticks[i]}"]
+    value = f"<b>{as_number(panel.values[i, j])}</b>"
+    return "<br>".join([*where, value, *(f"{k}: {as_number(v[i, j])}" for k, v in pieces.items())])
+
+
+def colour_scale(values: np.ndarray, colours: Colours) -> dict[str, Any]:
+    """Colour scale and its ends; white stays at the midpoint even between unequal ends."""
+    from plotly.colors import sample_colorscale
+
+    midpoint, ends = colours.midpoint, (colours.low, colours.high)
+    finite = values[np.isfinite(values)].astype(float)
+    if colours.sequential:
+        low = min(0.0, finite.min(initial=0.0)) if colours.low is None else colours.low
+        high = finite.max(initial=low) if colours.high is None else colours.high
+        if colours.high is None and high <= low:
+            high = low + 1.0
+        scale: Any = "Blues"
+    else:
+        given = [abs(end - midpoint) for end in ends if end is not None]
+        extent = max(given) if given else np.abs(finite - midpoint).max(initial=0.0) or 1.0
+        low = midpoint - extent if colours.low is None else colours.low
+        high = midpoint + extent if colours.high is None else colours.high
+        scale = "RdBu"
+        if not np.isclose(high - midpoint, midpoint - low):
+            points = np.linspace(low, high, 33)
+            shades = np.clip(0.5 + (points - midpoint) / (2 * extent or 1.0), 0, 1)
+            steps = np.linspace(0, 1, len(points))
+            scale = list(
+                zip(steps.tolist(), sample_colorscale("RdBu", shades.tolist()), strict=True)
+            )
+    if not low < high:
+        raise ValueError(
+            f"the colour scale would run from {low} to {high}; give Colours with low < high"
+        )
+    return {"colorscale": scale, "cmin": float(low), "cmax": float(high)}
+
+
+def tick_settings(
+    labels: Sequence[str], limit: int = MAX_TICKS, *, slant: bool = True, room: int = 90
+) -> dict[str, Any]:
+    """Axis settings that paint labels on indices; every k-th where they would not all fit.
+
+    Labels that are longer together than `room` letters are slanted.
+    """
+    step = max(1, ceil(len(labels) / max(limit, 1)))
+    shown = list(range(0, len(labels), step))
+    long = max((len(label) for label in labels), default=0) * len(shown) > room
+    return {
+        "tickmode": "array",
+        "tickvals": shown,
+        "ticktext": [labels[index] for index in shown],
+        "tickangle": -40 if slant and long else 0,
+        "automargin": True,
+    }
+
+
+def as_frame(data: pd.DataFrame | Mapping[str, Any], *columns: str | None) -> pd.DataFrame:
+    """The data as a frame that has all the named columns."""
+    import pandas as pd
+
+    frame = pd.DataFrame(data)
+    missing = [name for name in columns if name is not None and name not in frame.columns]
+    if missing:
+        raise ValueError(f"no column {missing} in the data; there are {list(frame.columns)}")
+    return frame
+
+
+def by_group(frame: pd.DataFrame, group: str | None, x: str) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each line or set of bars, in order of appearance; each has one point at an x."""
+    parts = (
+        [("", frame)]
+        if group is None
+        else [
+            (as_text(name), part) for name, part in frame.groupby(group, sort=False, observed=True)
+        ]
+    )
+    for name, part in parts:
+        if part[x].duplicated().any():
+            raise ValueError(
+                f"{name or 'the data'} has several rows at one {x!r}; average them or name a group"
+            )
+    return parts
+
+
+def band_outline(
+    x: np.ndarray, lower: np.ndarray, upper: np.ndarray
+) -> tuple[list[float | None], list[float | None]]:
+    """Outline of the area between two curves: one closed polygon for each run of finite bounds."""
+    across: list[float | None] = []
+    along: list[float | None] = []
+    known = np.isfinite(lower) & np.isfinite(upper)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], known, [False]]).astype(int)))
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        if across:
+            across.append(None)
+            along.append(None)
+        run = slice(start, stop)
+        across += [*x[run].tolist(), *x[run][::-1].tolist()]
+        along += [*upper[run].tolist(), *lower[run][::-1].tolist()]
+    return across, along
+
+
+def interval_words(part: pd.DataFrame, interval: tuple[str, str] | None) -> list[str]:
+    """`` [0.1, 0.3]`` for each row, empty where there is no interval; ``n`` where the frame has it."""
+    words = []
+    for _, row in part.iterrows():
+        text = ""
+        if interval is not None and np.isfinite(ends := [row[end] for end in interval]).all():
+            text += f" [{ends[0]:.6g}, {ends[1]:.6g}]"
+        if "n" in part.columns:
+            text += f"<br>n: {row['n']:g}"
+        words.append(text)
+    return words
+
+
+def add_references(figure: go.Figure, references: Mapping[str, float] | None) -> None:
+    """Dotted horizontal lines with their names."""
+    for name, value in (references or {}).items():
+        figure.add_hline(
+            y=float(value),
+            line={"color": "#666666", "width": 1.4, "dash": "dot"},
+            annotation={
+                "text": f"{escape(name, quote=False)} {value:.3g}",
+                "font": {"size": 11, "color": "#444444"},
+            },
+            annotation_position="top right",
+        )
+
+
+def see_through(colour: str, opacity: float) -> str:
+    """A hexadecimal colour, made transparent."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {opacity})"
+
+
+def apply_style(figure: go.Figure, title: str, height: int, *, legend: str | None = None) -> None:
+    """Fonts, margins and a title of several lines if need be, on this figure alone."""
+    broken = [piece for line in title.split("\n") for piece in (wrap(line, 88) or [""])]
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        font={"family": FONT, "size": 13, "color": "#222222"},
+        title={
+            "text": "<br>".join(escape(line, quote=False) for line in broken),
+            "font": {"size": 16},
+            "x": 0.01,
+            "xanchor": "left",
+            "y": 1 - 16 / height,
+            "yanchor": "top",
+        },
+        margin={"l": 64, "r": 24, "t": 44 + 20 * len(broken), "b": 56},
+        hoverlabel={"font": {"family": FONT, "size": 12}, "align": "left"},
+        legend={"title": {"text": legend}, "font": {"size": 12}},
+    )
