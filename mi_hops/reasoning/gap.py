@@ -186,15 +186,13 @@ class Gap(Result):
         chosen = frame["first"] & frame["second"] & (frame["two_hop"] == two_hop)
         return [fact for fact, keep in zip(self.facts, chosen, strict=True) if keep]
 
-    def _with(self, data: xr.Dataset, *, used: int | None) -> Any:
+    def _with(self, data: xr.Dataset, *, used: int | None, **changes: Any) -> Result:
         # An average is not a gap any more.
         kind = Gap if {"example", "form"} <= set(data.dims) and "fact" in data.coords else Result
-        own: dict[str, Any] = {
-            "title": self.title,
-            "main": self.main,
-            "provenance": self.provenance,
-        }
-        return kind(data, **own, used=used, skipped=self.skipped, allow_nonfinite=True)
+        kept = {"title": self.title, "main": self.main, "provenance": self.provenance}
+        return kind(
+            data, used=used, skipped=self.skipped, allow_nonfinite=True, **{**kept, **changes}
+        )
 
 
 def find_gap(

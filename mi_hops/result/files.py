@@ -47,7 +47,7 @@ def replacing(
             os.replace(path, old)  # a folder that is not empty cannot be replaced in one move
         os.replace(partial, path)
     except OSError as error:
-        if error.filename is None:  # a full disk is reported without a name
+        if error.errno is not None and error.filename is None:  # a full disk names no file
             error.filename = str(path)
         raise
     finally:

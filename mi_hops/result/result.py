@@ -279,17 +279,6 @@ class Result:
             used = int(part.sizes.get("example", 1))
         return self._with(part, used=used)
 
-    def assign(self, *, title: str | None = None, main: str | None = None, **labels: Any) -> Result:
-        """The same numbers with further labels, another title or another main variable.
-
-        Args:
-            labels: name -> (dimension, labels), such as ``group=("example", names)``.
-        """
-        changed = self._with(self.data.assign_coords(labels), used=self._used)
-        changed.title = self.title if title is None else title
-        changed.main = self.main if main is None else main
-        return changed
-
     def mean(self, dim: str | Sequence[str] = "example") -> Result:
         """Mean over one or more dimensions, NaN left out; text variables on them are dropped."""
         return self._reduce("mean", dim)

@@ -132,7 +132,7 @@ def proportion_ci(k: int, n: int, *, level: float = 0.95) -> tuple[float, float]
 
     _check_settings(level, 1)
     if not 0 <= k <= n:
-        raise ValueError(f"{k} of {n} is no proportion; expected 0 <= k <= n")
+        raise ValueError(f"{k} of {n} is not a proportion; expected 0 <= k <= n")
     if n == 0:
         return 0.0, 1.0
     interval = binomtest(int(k), int(n)).proportion_ci(confidence_level=level, method="exact")

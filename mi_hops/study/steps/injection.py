@@ -93,8 +93,10 @@ class Injection(Step):
             reasons = describe_reasons(count_reasons(result.skipped))
             raise Skip(f"one half has no failure that can be injected into ({reasons})")
         return result.assign(
-            half=("example", names),
-            all_layers=("layer", [False] * len(every) + [True] * len(together)),
+            coords={
+                "half": ("example", names),
+                "all_layers": ("layer", [False] * len(every) + [True] * len(together)),
+            },
             title="Memory injection",
             main=_SCORE,
         )

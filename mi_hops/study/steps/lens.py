@@ -47,7 +47,7 @@ class Lens(Step):
         label = {f.id: name for name, group in groups.items() for f in group}
         names = [label[i] for i in result["example"].values.tolist()]
         title = "Bridge and answer in the logit lens"
-        return result.assign(group=("example", names), title=title, main="prob")
+        return result.assign(coords={"group": ("example", names)}, title=title, main="prob")
 
     def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
         """Where the bridge peaks, and by how much more in answered than in failed questions.
