@@ -87,7 +87,7 @@ class Edit:
 
     def __repr__(self) -> str:
         asked, where, made_for = self._parts()
-        return f"<{self.method} edit{': ' * bool(asked)}{asked} | {where} | for {made_for}>"
+        return f"<{shorten(self.method, 60)} edit{': ' * bool(asked)}{asked} | {where} | for {made_for}>"
 
     def _repr_html_(self) -> str:
         names = ("asked", "changes", "made for weights", "size")

@@ -222,7 +222,7 @@ def second_moments(
     Examples:
         >>> from mi_hops import Hopland, load_model, second_moments
         >>> model = load_model("hops-gpt2")
-        >>> c = second_moments(model, Hopland().sample(train=20, held_out=0), layers=[4, 5])
+        >>> c = second_moments(model, Hopland().sample(train=60, held_out=3), layers=[4, 5])
         >>> c.shrunk(4).shape
         torch.Size([128, 128])
     """

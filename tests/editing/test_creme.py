@@ -13,6 +13,7 @@ from mi_hops.editing import (
     Request,
     SingularError,
     creme,
+    default_layers,
     edit_hooks,
     second_moments,
 )
@@ -147,6 +148,20 @@ def test_many_equal_one_by_one(tiny, facts):
             assert a.request == b.request
             for x, y in zip(a.changes, b.changes, strict=True):
                 torch.testing.assert_close(x.delta(), y.delta(), atol=2e-5, rtol=1e-4)
+
+
+def test_one_call_takes_a_fact_a_request_or_several(tiny, facts):
+    alone = creme(tiny, facts[0])
+    assert isinstance(alone, Edit)
+    assert alone.layers == default_layers(tiny) == (2,)  # the last third of three blocks
+    assert alone.settings["strength"] == 0.7 and alone.settings["covariance"] is None
+    asked = Request.from_fact(facts[0], keep="hops")
+    several = creme(tiny, [facts[0], asked, facts[1]])
+    assert [e.request["id"] for e in several] == ["f0", "f0", "f1"]
+    for edit in (creme(tiny, asked, layers=2), *several[:2], creme(tiny, iter(facts[:1]))[0]):
+        torch.testing.assert_close(edit.changes[0].delta(), alone.changes[0].delta())
+    half = creme(tiny, facts[0], strength=0.35)
+    torch.testing.assert_close(2 * half.changes[0].delta(), alone.changes[0].delta())
 
 
 def test_form_is_taken_from_the_fact(tiny, fact):

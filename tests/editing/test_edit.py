@@ -13,15 +13,21 @@ from hypothesis import strategies as st
 from mi_hops.editing import (
     AppliedError,
     Change,
+    CremeRepair,
+    CremeSettings,
     Edit,
     EditRepair,
+    Request,
     WrongWeightsError,
     applied_edits,
+    creme_joint,
     creme_many,
     describe,
     edit_hooks,
+    second_moments,
     stack,
 )
+from mi_hops.editing.baselines import GraceRepair, RomeRepair
 from mi_hops.model import dtype_of, fingerprint, forward, read_matrix
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.text.tokens import encode
@@ -229,6 +235,24 @@ def test_row_hooks_in_every_dtype(load_tiny, shape, backend, dtype):
             assert (got[row] - want).norm() < 16 * torch.finfo(dtype_of(model)).eps * effect
 
 
+def test_transformer_lens_takes_the_hooks_as_they_are(tiny):
+    """run_with_hooks, hooks() and run_with_cache, with nothing of this package around them."""
+    made = [random_edit(tiny, seed=i, rank=r) for i, r in enumerate((1, 3, 0))]
+    hooks = edit_hooks(tiny, [made[0], None, made[1:]])
+    name = "blocks.2.hook_resid_post"
+    with torch.no_grad():
+        want = forward(tiny, TOKENS, hooks=hooks)
+        got = tiny.run_with_hooks(TOKENS, return_type="logits", fwd_hooks=hooks)
+        with tiny.hooks(fwd_hooks=hooks):
+            inside, cache = tiny.run_with_cache(TOKENS, names_filter=name, return_type="logits")
+        clean = tiny.run_with_hooks(TOKENS, return_type="logits", fwd_hooks=[])
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(inside, want, atol=1e-5, rtol=1e-5)
+    assert cache[name].shape == (*TOKENS.shape, tiny.cfg.d_model)
+    torch.testing.assert_close(got[1], clean[1], atol=1e-5, rtol=1e-5)
+    assert (got[0] - clean[0]).abs().max() > 1e-2
+
+
 def test_one_edit_on_all_rows(tiny):
     edit = random_edit(tiny)
     with torch.no_grad():
@@ -409,9 +433,56 @@ def test_files_that_are_no_edits(tmp_path):
             Edit.load(path)
 
 
+@pytest.mark.parametrize("what", ["edit", "moments"])
+def test_one_rule_of_saving(tiny, tmp_path, what):
+    made = random_edit(tiny) if what == "edit" else second_moments(tiny, ["w5 w6 w7"], layers=[0])
+    path = made.save(tmp_path / "a.safetensors")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        made.save(path)
+    assert made.save(path, overwrite=True) == path
+    for name in ("a", "a.pt", "a.safetensors.bak"):
+        with pytest.raises(ValueError, match="does not end in '.safetensors'"):
+            made.save(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        made.save(tmp_path / "no folder" / "a.safetensors")
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
 def test_printing(tiny, facts):
     edit = creme_many(tiny, facts[:1], layers=[0, 2])[0]
     text = repr(edit)
     for part in ("creme", facts[0].prompt(), facts[0].answer, "0, 2", "rank 2", edit.fingerprint):
-        assert part in text
+        assert part in text and part in edit._repr_html_()
     assert edit.n_bytes == 4 * sum(t.numel() for c in edit.changes for t in c.tensors.values())
+
+
+def test_nothing_floods_a_cell(tiny, facts):
+    moments = second_moments(tiny, facts)
+    request = Request(
+        two_hop_prompt="w1 " * 3000, second_hop_prompt="w2 " * 3000, bridge="w2", keep=["w3"] * 900
+    )
+    (edit,) = creme_many(tiny, facts[:1], covariance=moments)
+    long = Edit(
+        method="x" * 3000, changes=edit.changes, fingerprint="f" * 3000, request=request.to_dict()
+    )
+    shown = [
+        edit,
+        long,
+        moments,
+        request,
+        edit.changes,
+        stack([edit] * 3),
+        creme_joint(tiny, facts),
+    ]
+    shown += [CremeRepair(covariance=moments), EditRepair(edit), RomeRepair(layer=1)]
+    shown += [CremeSettings(covariance=moments), GraceRepair(layer=1, steps=1).fit(tiny, facts[:1])]
+    for each in shown:
+        assert len(repr(each)) < 2000, type(each)
+        html = getattr(each, "_repr_html_", str)()
+        assert len(html) < 2000, type(each)
+    assert (
+        "<b>"
+        not in Edit(
+            method="<b>", changes=edit.changes, fingerprint="<b>", request={"two_hop_prompt": "<b>"}
+        )._repr_html_()
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from mi_hops.model.numeric import kl_divergence
 from mi_hops.sweep.repair import Repair
 from mi_hops.text.tokens import encode, last_position
 from tests.editing.conftest import TEMPLATES, assert_same_bits, weights
+from tests.editing.test_creme import last_mean
 
 QUICK = {"templates": TEMPLATES, "steps": 12, "lr": 0.3, "kl": 0.0, "decay": 0.0, "clamp": 50.0}
 
@@ -117,3 +120,59 @@ def test_repair_and_refusals(tiny, fact):
         rome(tiny, fact, layer=0, steps=0)
     with pytest.raises(ValueError, match="the loss is nan at step 0"):
         rome(tiny, fact, layer=0, **{**QUICK, "kl": float("inf")})
+
+
+def test_the_choices_of_the_repository(load_tiny, facts):
+    """Its procedure for one fact, written out: decay by |δ|/|v|², early stop, the bare prompt's key."""
+    model = load_tiny("llama", "bridge", "float64")
+    facts = [replace(f, answer=f.answer.split()[0]) for f in facts]  # quickly learned
+    fact = facts[0]
+    c = second_moments(model, facts, layers=[1], matrix="W_out", shrinkage=0.1)
+    kl, decay, lr, clamp = 1e-3, 1e-3, 3.0, 50.0
+
+    def search(steps, enough):
+        """δ after at most ``steps - 1`` steps of Adam, and how many were made."""
+        texts = [t.format(fact.prompt()) for t in TEMPLATES]
+        taught = teacher_forced(model, texts, [fact.answer] * len(texts))
+        at = torch.tensor([p.last for p in taught.prompts])
+        essence = encode(model, f"{capitalise(fact.first_hop)} is")
+        there = last_position(essence, capitalise(fact.first_hop))
+        v = last_mean(model, texts[:1], "mlp_out", 1).norm()
+        delta = torch.zeros(model.cfg.d_model, dtype=torch.float64, requires_grad=True)
+        before = last_logp(model, [essence]).detach()
+        adam = torch.optim.Adam([delta], lr=lr)
+
+        def adding(positions):
+            def fn(x):
+                out = x.clone()
+                out[torch.arange(len(positions)), positions] += delta
+                return out
+
+            return [(hook_name("mlp_out", 1), fn)]
+
+        for step in range(steps):
+            loss = answer_loss(model, taught, adding(at)).mean()
+            after = last_logp(model, [essence], adding(torch.tensor([there])))
+            loss = loss + kl * kl_divergence(after, before).sum() + decay * delta.norm() / v**2
+            if loss < enough or step == steps - 1:
+                return delta.detach(), step
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            with torch.no_grad():
+                delta *= min(1.0, float(clamp * v / delta.norm()))
+
+    options = {"templates": TEMPLATES, "lr": lr, "kl": kl, "decay": decay, "clamp": clamp}
+    options |= {"repository": True, "position": "last"}
+    bare, *_ = keys = [
+        last_mean(model, [t.format(fact.prompt())], "mlp_post", 1) for t in TEMPLATES
+    ]
+    left = torch.linalg.solve(c.shrunk(1), torch.stack(keys).mean(0))
+    for steps in (6, 60):
+        delta, made = search(steps, 0.05)
+        edit = rome(model, fact, layer=1, covariance=c, steps=steps, **options)
+        want = torch.outer(left / (left @ bare), delta)
+        torch.testing.assert_close(edit.changes[0].delta(), want, atol=1e-6, rtol=1e-5)
+    assert made < 59  # the second search ended early
+    together = rome_many(model, facts[:3], layer=1, covariance=c, steps=60, **options)
+    torch.testing.assert_close(together[0].changes[0].delta(), want, atol=1e-6, rtol=1e-4)
