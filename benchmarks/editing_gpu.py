@@ -28,10 +28,17 @@ def build(small: bool, device: str) -> Any:
 
     sizes = (64, 176, 12, 4) if small else (4096, 11008, 32, 32)
     config = LlamaConfig(
-        hidden_size=sizes[0], intermediate_size=sizes[1], num_hidden_layers=sizes[2],
-        num_attention_heads=sizes[3], vocab_size=32000, max_position_embeddings=512,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=sizes[0],
+        intermediate_size=sizes[1],
+        num_hidden_layers=sizes[2],
+        num_attention_heads=sizes[3],
+        vocab_size=32000,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        attn_implementation="eager",
+    )
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

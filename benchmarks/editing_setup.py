@@ -89,9 +89,15 @@ def set_up(name: str, *, cases: int, seed: int = 0, world: Hopland | None = None
     corpus |= {f"{f.first_prompt(FORM)} {f.bridge}." for f in stated}
     corpus |= {f"{f.second_prompt(FORM)} {f.answer}." for f in stated}
     return Setup(
-        model, str(name), choose, report, queries, choosing.of("correction", "specificity"),
-        sorted(corpus), practice,
-    )  # fmt: skip
+        model,
+        str(name),
+        choose,
+        report,
+        queries,
+        choosing.of("correction", "specificity"),
+        sorted(corpus),
+        practice,
+    )
 
 
 def deal(world: Hopland, rng: random.Random) -> dict[tuple[str, str], str]:
@@ -154,11 +160,24 @@ def bytes_of(state: Any) -> int:
 
 
 COLUMNS = (
-    "repair", "n", "corrected (first token)", "whole answer", "paraphrase", "other order",
-    "same first hop: before", "after", "unrelated kept", "same relation kept", "first hop kept",
-    "second hop kept", "KL neutral", "perplexity x", "s / fact", "peak MiB",
+    "repair",
+    "n",
+    "corrected (first token)",
+    "whole answer",
+    "paraphrase",
+    "other order",
+    "same first hop: before",
+    "after",
+    "unrelated kept",
+    "same relation kept",
+    "first hop kept",
+    "second hop kept",
+    "KL neutral",
+    "perplexity x",
+    "s / fact",
+    "peak MiB",
     "bytes / fact",
-)  # fmt: skip
+)
 
 
 def score(setup: Setup, repairs: Sequence[Any]) -> list[list[str]]:

@@ -103,9 +103,14 @@ def scoring(pairs: int, n_edits: int, n_queries: int = 10) -> list[list[str]]:
     def batched() -> torch.Tensor:
         states = [edits[i // n_queries] for i in range(len(prompts))]
         return score_prompts(
-            model, prompts, targets, "first_prob", batch_size=128, repair=EditRepair(edits[0]),
+            model,
+            prompts,
+            targets,
+            "first_prob",
+            batch_size=128,
+            repair=EditRepair(edits[0]),
             states=states,
-        )["first_prob"]  # fmt: skip
+        )["first_prob"]
 
     def one_by_one(at_once: int) -> torch.Tensor:
         found = []

@@ -160,9 +160,13 @@ def chosen(setup: Setup, make: Callable[[Any], Any], options: Sequence[Any], n: 
         repair = make(option)
         states = repair.fit(model, facts)
         right = score_prompts(
-            model, prompts, targets, FIRST_RIGHT, repair=repair,
+            model,
+            prompts,
+            targets,
+            FIRST_RIGHT,
+            repair=repair,
             states=[states[place[q.case]] for q in queries],
-        )["first_right"]  # fmt: skip
+        )["first_right"]
         corrected, kept = float(right[own].mean()), float(right[~own].mean())
         return round(corrected + 4 * min(kept, ENOUGH), 6), round(kept, 6)
 

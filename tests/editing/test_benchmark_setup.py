@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import pytest
+
 from benchmarks.editing_setup import FORM, hops, set_up
 from mi_hops.editing import Request
 from mi_hops.worlds import Hopland
 
 
+@pytest.mark.slow
 def test_what_is_reported_chosen_on_and_learned_from_are_of_different_facts():
     setup = set_up("hops-gpt2", cases=30)
     by_id = {fact.id: fact for fact in Hopland().two_hop_facts()}
@@ -31,5 +34,7 @@ def test_what_is_reported_chosen_on_and_learned_from_are_of_different_facts():
         for q in sets:
             request = given[q.case]
             assert q.set == "correction" or q.prompt not in {
-                request.two_hop_prompt, request.second_hop_prompt, *request.keep,
-            }  # fmt: skip
+                request.two_hop_prompt,
+                request.second_hop_prompt,
+                *request.keep,
+            }

@@ -23,19 +23,12 @@ from mi_hops.text.tokens import encode, pad
 from tests.editing.conftest import (
     TEMPLATES,
     assert_same_bits,
+    cases,
     make_fact,
     paper,
     paper_many,
     weights,
 )
-
-CASES = [(s, b) for s in ("gpt2", "llama", "llama32") for b in ("hooked", "bridge")]
-
-
-@pytest.fixture(params=CASES, ids="-".join)
-def wide(request, load_tiny):
-    """A tiny float64 model."""
-    return load_tiny(*request.param, dtype="float64")
 
 
 def last_mean(model, texts, kind, layer, position=None):
@@ -66,8 +59,9 @@ def plain_creme(model, composite, guide, layers, templates, inverse=None, clean_
     return out
 
 
-@pytest.mark.parametrize("layers", [[1], [0, 2], [2, 0, 1]], ids=str)
-@pytest.mark.parametrize("target", ["edited", "clean"])
+@pytest.mark.parametrize(
+    "layers, target", [([1], "edited"), ([2, 0, 1], "edited"), ([2, 0, 1], "clean")], ids=str
+)
 def test_one_pass_equals_the_layer_by_layer_procedure(wide, fact, layers, target):
     before = weights(wide)
     edit = paper(wide, fact, layers=layers, templates=TEMPLATES, target=target)
@@ -75,9 +69,13 @@ def test_one_pass_equals_the_layer_by_layer_procedure(wide, fact, layers, target
     originals = {i: read_matrix(wide, "W_O", i) for i in layers}
     try:
         plain = plain_creme(
-            wide, fact.prompt("suffix"), fact.second_prompt("suffix"), layers, TEMPLATES,
+            wide,
+            fact.prompt("suffix"),
+            fact.second_prompt("suffix"),
+            layers,
+            TEMPLATES,
             clean_guide=target == "clean",
-        )  # fmt: skip
+        )
     finally:
         for i, w in originals.items():
             write_matrix(wide, "W_O", i, w)
@@ -222,7 +220,7 @@ def test_covering_the_answer_edits_every_answer_position(wide, fact):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("shape, backend", CASES, ids="-".join)
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama", "llama32"))
 def test_half_precision_is_solved_in_float32(load_tiny, fact, shape, backend, dtype):
     """What is left of the change at the key is the rounding of weights and activations."""
     model = load_tiny(shape, backend, dtype)

@@ -45,7 +45,7 @@ def check_same(pair, make):
     assert_same_bits(two, before)
 
 
-@pytest.mark.parametrize("match", ["residual", "attention"])
+@pytest.mark.parametrize("match", ["residual", pytest.param("attention", marks=pytest.mark.slow)])
 def test_creme(pair, fact, facts, match):
     options = {"layers": [0, 1, 2], "templates": TEMPLATES, "match": match}
 
@@ -57,6 +57,7 @@ def test_creme(pair, fact, facts, match):
     check_same(pair, lambda model: creme_joint(model, facts, **options))
 
 
+@pytest.mark.slow
 def test_searched_values(pair, facts):
     check_same(pair, lambda model: rome(model, facts[0], layer=1, **SEARCH))
     for layers in ([0, 1], [1, 2]):
@@ -64,6 +65,7 @@ def test_searched_values(pair, facts):
     check_same(pair, lambda model: finetune_many(model, facts[:1], layers=[0, 1], steps=3)[0])
 
 
+@pytest.mark.slow
 def test_knowledge_editor(pair, fact):
     def make(model):
         editor = KnowledgeEditor(model, EditorTraining(layers=(1, 2), width=4))

@@ -12,7 +12,7 @@ from mi_hops.editing import Edit, WrongWeightsError, creme, creme_many, export_h
 from mi_hops.model import forward, load_model
 from mi_hops.sweep.generate import generate
 from mi_hops.worlds.hopland import Hopland
-from tests.editing.conftest import assert_same_bits, weights
+from tests.editing.conftest import assert_same_bits, cases, weights
 from tests.editing.test_edit import TOKENS, random_edit
 
 
@@ -24,8 +24,7 @@ def plain_logits(folder):
         return model(TOKENS).logits, model
 
 
-@pytest.mark.parametrize("backend", ["hooked", "bridge"])
-@pytest.mark.parametrize("shape", ["gpt2", "llama", "llama32"])
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama", "llama32"))
 def test_plain_transformers_gives_the_edited_logits(
     load_tiny, checkpoints, tmp_path, shape, backend, facts
 ):
@@ -65,7 +64,9 @@ def test_everything_else_is_kept(load_tiny, checkpoints, tmp_path, fact):
     assert AutoTokenizer.from_pretrained(out)("w5 w6").input_ids == [1, 9, 10]
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama", "llama32"])
+@pytest.mark.parametrize(
+    "shape", ["llama", "llama32", pytest.param("gpt2", marks=pytest.mark.slow)]
+)
 def test_sharded(load_tiny, checkpoints, tmp_path, fact, shape):
     model = load_tiny(shape, "bridge")
     edit = creme(model, fact, layers=[0, 1])

@@ -35,7 +35,7 @@ from mi_hops.editing import export as export_module
 from mi_hops.editing import teaching as teaching_module
 from mi_hops.model import fingerprint, live_matrix
 from mi_hops.model import weights as weights_module
-from tests.editing.conftest import break_copies
+from tests.editing.conftest import break_copies, cases
 from tests.editing.test_edit import assert_same_edit, random_edit
 from tests.editing.test_moments import TEXTS
 
@@ -678,7 +678,7 @@ MADE = st.builds(
         ("llama", "bridge", "float32"),
     ],
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(made=st.lists(MADE, min_size=2, max_size=4), steps=st.lists(STEP, max_size=14))
 def test_random_programs(load_tiny, tmp_path_factory, shape, backend, dtype, made, steps):
     """Whatever is asked in whatever order, only the last edit comes off and weights return by bits."""
@@ -738,10 +738,9 @@ def test_random_programs(load_tiny, tmp_path_factory, shape, backend, dtype, mad
         assert bits(model) == below[-1][0] == seen.setdefault(tuple(force), below[-1][0])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(made=st.lists(MADE, min_size=1, max_size=3), data=st.data())
-@pytest.mark.parametrize("backend", ["hooked", "bridge"])
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
 def test_a_stack_from_files_comes_off_in_reverse_only(
     load_tiny, tmp_path_factory, shape, backend, made, data
 ):

@@ -9,7 +9,7 @@ from mi_hops.editing.baselines.finetune import FineTuneRepair, LoraRepair, finet
 from mi_hops.editing.teaching import answer_loss, teacher_forced
 from mi_hops.model import read_matrix
 from mi_hops.sweep.repair import Repair
-from tests.editing.conftest import assert_same_bits, weights
+from tests.editing.conftest import assert_same_bits, cases, weights
 
 
 def losses(model, facts, edits):
@@ -23,7 +23,7 @@ def losses(model, facts, edits):
     return found
 
 
-@pytest.mark.parametrize("matrix", ["W_out", "W_O"])
+@pytest.mark.parametrize("matrix", ["W_out", pytest.param("W_O", marks=pytest.mark.slow)])
 def test_ftl_learns_within_its_bound(tiny, facts, matrix):
     before = weights(tiny)
     edits = finetune_many(
@@ -55,8 +55,8 @@ def test_ftl_refusals(tiny, facts):
         finetune_many(tiny, facts, layers=[8])
 
 
-@pytest.mark.parametrize("backend", ["hooked", "bridge"])
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
 def test_lora_edits_are_what_peft_taught(load_tiny, checkpoints, facts, shape, backend):
     pytest.importorskip("peft")
     model = load_tiny(shape, backend)

@@ -16,17 +16,22 @@ from mi_hops.editing import (
 from mi_hops.editing.solve import solve_keys
 from mi_hops.model import read_matrix, write_matrix
 from tests.editing.conftest import assert_same_bits, paper, paper_joint, weights
-from tests.editing.test_creme import TEMPLATES, last_mean, wide  # noqa: F401
+from tests.editing.test_creme import TEMPLATES, last_mean
 
 
-def test_joint_equals_memits_normal_equations(wide, facts):  # noqa: F811
+def test_joint_equals_memits_normal_equations(wide, facts):
     """Layer by layer in the weights: (λC + K^T K)^-1 K^T R."""
     layers, ridge = [0, 2], 0.03
     moments = second_moments(wide, facts, layers=layers, shrinkage=0.1)
     edit = paper_joint(
-        wide, facts, layers=layers, ridge=ridge, templates=TEMPLATES, covariance=moments,
+        wide,
+        facts,
+        layers=layers,
+        ridge=ridge,
+        templates=TEMPLATES,
+        covariance=moments,
         batch_size=13,
-    )  # fmt: skip
+    )
     originals = {i: read_matrix(wide, "W_O", i) for i in layers}
     try:
         for layer, change in zip(layers, edit.changes, strict=True):
@@ -55,14 +60,14 @@ def test_joint_equals_memits_normal_equations(wide, facts):  # noqa: F811
 @pytest.mark.parametrize(
     "options", [{}, {"target": "clean", "match": "residual"}, {"strength": 0.5}], ids=str
 )
-def test_one_fact_alone_is_the_plain_edit(wide, fact, options):  # noqa: F811
+def test_one_fact_alone_is_the_plain_edit(wide, fact, options):
     joint = paper_joint(wide, [fact], layers=[0, 1], ridge=0, templates=TEMPLATES, **options)
     alone = paper(wide, fact, layers=[0, 1], templates=TEMPLATES, **options)
     for a, b in zip(joint.changes, alone.changes, strict=True):
         torch.testing.assert_close(a.delta(), b.delta(), atol=1e-9, rtol=1e-9)
 
 
-def test_without_ridge_every_key_is_met(wide, facts):  # noqa: F811
+def test_without_ridge_every_key_is_met(wide, facts):
     edit = paper_joint(wide, facts, layers=[1], ridge=0, templates=("{}",))
     want = [last_mean(wide, [f.second_prompt()], "attn_out", 1) for f in facts]
     with edit.applied(wide):
@@ -88,7 +93,7 @@ def test_bad_joint_input(tiny, facts):
         paper_joint(tiny, facts, layers=[1], ridge=-1)
 
 
-def test_sequential_edits_see_the_earlier_ones(wide, facts):  # noqa: F811
+def test_sequential_edits_see_the_earlier_ones(wide, facts):
     before = weights(wide)
     edits = creme_sequential(wide, facts[:3], layers=[0, 1], templates=("{}",), hold=False, **PAPER)
     assert_same_bits(wide, before)
@@ -108,7 +113,7 @@ def test_sequential_edits_see_the_earlier_ones(wide, facts):  # noqa: F811
             torch.testing.assert_close(read_matrix(wide, "W_O", i), w, atol=1e-9, rtol=1e-9)
 
 
-def test_later_edits_hold_what_earlier_ones_made(wide, facts):  # noqa: F811
+def test_later_edits_hold_what_earlier_ones_made(wide, facts):
     """The output at the first fact's key stays, to the slack; without holding it does not."""
     settings = {**PAPER, "layers": [1], "templates": ("{}",), "slack": 1e-7}
     prompt = [facts[0].prompt()]

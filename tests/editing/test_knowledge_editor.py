@@ -65,6 +65,7 @@ def practice():
     return facts
 
 
+@pytest.mark.slow
 def test_training_makes_edits_that_work(load_tiny, tmp_path):
     model = load_tiny("gpt2", "bridge")
     before = weights(model)

@@ -73,7 +73,7 @@ def test_memit_repair(tiny, facts):
     assert states[0] is states[1]
     alone = MemitRepair(layers=[0, 1], **BARE).fit(tiny, facts[:2])
     assert alone[0].changes[0].rank == 1
-    for edit, fact in zip(alone, facts, strict=False):
+    for edit, fact in zip(alone, facts[:1], strict=False):
         single = memit(tiny, [fact], layers=[0, 1], **BARE)
         for mine, other in zip(edit.changes, single.changes, strict=True):
             torch.testing.assert_close(mine.left, other.left, atol=1e-4, rtol=1e-3)
@@ -109,9 +109,9 @@ def test_the_codebooks_rule():
     assert book.n_bytes == 3 * (2 * 2 * 4 + 8)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_grace_corrects_its_facts_and_nothing_else(tiny, facts, shared):
-    repair = GraceRepair(layer=1, steps=150, lr=0.3, shared=shared)
+    repair = GraceRepair(layer=1, steps=80, lr=0.5, shared=shared)
     assert isinstance(repair, Repair)
     before = weights(tiny)
     books = repair.fit(tiny, facts[:3])
@@ -152,7 +152,7 @@ def test_a_shared_codebook_expands_splits_and_leaves_alone_what_is_correct(tiny,
     first = Request.from_fact(f, "suffix")
     same = Request(**again, target=f.answer)
     different = Request(**again, target=other.answer)
-    repair = GraceRepair(layer=2, steps=100, lr=0.3, radius=10.0)
+    repair = GraceRepair(layer=2, steps=50, lr=0.5, radius=10.0)
     book = repair.fit(tiny, [first, same])[0]  # the last layer's value says f's answer anywhere
     assert book.answers == [f.answer]
     before = list(book.radii)

@@ -97,8 +97,10 @@ def test_save_and_load(tiny, tmp_path):
     assert torch.equal(again.second[1], moments.second[1])
     assert again.fourth == dict(moments.fourth) and again.share(1) == 0.2
     assert (again.n, again.fingerprint, again.matrix) == (
-        moments.n, moments.fingerprint, moments.matrix,
-    )  # fmt: skip
+        moments.n,
+        moments.fingerprint,
+        moments.matrix,
+    )
     (tmp_path / "junk").write_bytes(b"junk")
     with pytest.raises(ValueError, match="not a file of moments"):
         Moments.load(tmp_path / "junk")

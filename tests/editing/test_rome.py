@@ -59,7 +59,7 @@ def test_the_edit_writes_the_value_at_the_key(load_tiny, fact, facts, with_c):
 def test_the_target_becomes_likely_and_the_model_stays(tiny, facts):
     before = weights(tiny)
     grads = [p.requires_grad for p in tiny.parameters()]
-    search = {**QUICK, "steps": 40, "position": "last"}
+    search = {**QUICK, "steps": 20, "lr": 0.6, "position": "last"}
     edits = rome_many(tiny, facts[:3], layer=1, batch_size=2, **search)
     assert_same_bits(tiny, before)
     assert grads == [p.requires_grad for p in tiny.parameters()]
@@ -122,6 +122,7 @@ def test_repair_and_refusals(tiny, fact):
         rome(tiny, fact, layer=0, **{**QUICK, "kl": float("inf")})
 
 
+@pytest.mark.slow
 def test_the_choices_of_the_repository(load_tiny, facts):
     """Its procedure for one fact, written out: decay by |δ|/|v|², early stop, the bare prompt's key."""
     model = load_tiny("llama", "bridge", "float64")
