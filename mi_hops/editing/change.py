@@ -79,6 +79,8 @@ class Change:
 
     def __post_init__(self) -> None:
         _kinds(self.matrix)
+        if not isinstance(self.layer, int):
+            raise ValueError(f"layer is {self.layer!r}; expected a number from 0")
         if self.left is not None and self.left.device != self.right.device:
             raise ValueError(
                 f"factors of {self} are on {self.left.device} and {self.right.device}; expected one "

@@ -276,7 +276,7 @@ class Edit:
                 for matrix, layer in head.pop("sites")
             )
             edit = cls(changes=changes, **head)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a readable edit file: {error!r}") from error
         if model is not None:
             edit.check(model)

@@ -103,7 +103,14 @@ def export_hf(
             else:
                 given = model if isinstance(model_or_path, str | Path) else model_or_path
                 _save_tokenizer(source, prepends_bos(given), folder)
-            (folder / "mi_hops_edit.json").write_text(json.dumps(_record(edit), indent=2))
+            record = {
+                "method": edit.method,
+                "changed": [str(c) for c in edit.changes],
+                "base_fingerprint": edit.fingerprint,
+                "request": edit.request,
+                "settings": edit.settings,
+            }
+            (folder / "mi_hops_edit.json").write_text(json.dumps(record, indent=2))
     except Exception as error:
         told = _as_os_error(error, Path(out))
         if told is error:
@@ -191,13 +198,3 @@ def _write(hf: Any, matrix: str, layer: int, value: Tensor) -> None:
         f"cannot tell where {type(hf).__name__} keeps {matrix} of layer {layer}; known are "
         f"{', '.join(_MODULES[matrix])} as Linear or Conv1D"
     )
-
-
-def _record(edit: Edit) -> dict[str, Any]:
-    return {
-        "method": edit.method,
-        "changed": [str(c) for c in edit.changes],
-        "base_fingerprint": edit.fingerprint,
-        "request": dict(edit.request),
-        "settings": dict(edit.settings),
-    }

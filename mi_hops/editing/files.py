@@ -51,8 +51,10 @@ def load_tensors(path: str | Path, key: str, what: str) -> tuple[dict[str, Any],
     try:
         with safe_open(path, framework="pt") as file:
             head = json.loads((file.metadata() or {})[key])
+            if not isinstance(head, dict):
+                raise KeyError(key)
             return head, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not {what} (a safetensors file with the key {key!r}): {error}"
         ) from error

@@ -39,7 +39,6 @@ from mi_hops.model import (
 from mi_hops.model.numeric import widen
 from mi_hops.result.progress import progress_bar
 from mi_hops.text.corpus import token_batches
-from mi_hops.text.tokens import Batch
 
 Positions = Literal["all", "last"]
 Shrinkage = float | Literal["ledoit-wolf"]
@@ -76,6 +75,11 @@ class Moments:
         ):
             raise ValueError(
                 f"shrinkage is {self.shrinkage!r}; expected 'ledoit-wolf' or a share from 0 to 1"
+            )
+        if self.n < 1 or set(self.second) != set(self.fourth):
+            raise ValueError(
+                f"{self.n} tokens counted, second moments of layers {sorted(self.second)} and fourth "
+                f"of {sorted(self.fourth)}; expected some tokens, and both of the same layers"
             )
 
     def __repr__(self) -> str:
@@ -167,7 +171,7 @@ class Moments:
             second = {int(k): c for k, c in tensors.items()}
             fourth = {int(k): v for k, v in head.pop("fourth").items()}
             return cls(second=second, fourth=fourth, **head)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a readable file of moments: {error!r}") from error
 
 
@@ -256,18 +260,33 @@ def second_moments(
         path = Path(cache) / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
         if path.is_file():
             return Moments.load(path).with_shrinkage(shrinkage)
-    sums = {layer: _Sum() for layer in wanted}
+    sums: dict[int, Float[Tensor, "d_in d_in"]] = {}
+    fourths: dict[int, Tensor] = {}
     n = 0
+
+    def adder(layer: int, mask: Bool[Tensor, "row pos"]) -> HookFn:
+        def add(x: Tensor) -> None:
+            rows = widen(x.flatten(2)[mask.to(x.device)])
+            second = einsum("token d, token e -> d e", rows, rows).double()
+            fourth = (rows * rows).sum(1).double().square().sum()
+            sums[layer] = sums[layer] + second if layer in sums else second
+            fourths[layer] = fourths[layer] + fourth if layer in fourths else fourth
+
+        return add
+
     batches = token_batches(model, corpus, max_tokens=max_tokens)
     for batch in progress_bar(batches, label="second moments", show=progress, unit="batch"):
-        mask = _counted(batch, positions)
+        mask = batch.mask
+        if positions == "last":
+            mask = torch.zeros_like(mask)
+            mask[torch.arange(len(batch.last)), batch.last] = True
         n += int(mask.sum())
         found: list[Hook] = [
-            (hook, sums[layer].adder(mask)) for hook, layer in zip(hooks, wanted, strict=True)
+            (hook, adder(layer, mask)) for hook, layer in zip(hooks, wanted, strict=True)
         ]
         run_blocks(model, batch.tokens, wanted[-1], found)
     dtype = str(dtype_of(model)).removeprefix("torch.")
-    second = {layer: s.second.cpu() / n for layer, s in sums.items()}
+    second = {layer: total.cpu() / n for layer, total in sums.items()}
     if wrong := [i for i, c in second.items() if not torch.isfinite(c).all()]:
         raise ValueError(
             f"the activations of layer(s) {wrong} are not finite (dtype of the run: {dtype}); use a "
@@ -276,7 +295,7 @@ def second_moments(
     moments = Moments(
         matrix=matrix,
         second=second,
-        fourth={layer: float(s.fourth) / n for layer, s in sums.items()},
+        fourth={layer: float(total) / n for layer, total in fourths.items()},
         n=n,
         fingerprint=made_for,
         processing=processing_of(model),
@@ -287,34 +306,6 @@ def second_moments(
         path.parent.mkdir(parents=True, exist_ok=True)
         moments.save(path, overwrite=True)  # another process may have been faster
     return moments
-
-
-class _Sum:
-    """Running sums of ``x x^T`` and ``|x|^4`` at one layer, on its device."""
-
-    second: Tensor
-    fourth: Tensor
-
-    def adder(self, mask: Bool[Tensor, "row pos"]) -> HookFn:
-        def add(x: Tensor) -> None:
-            rows = widen(x.flatten(2)[mask.to(x.device)])
-            second = einsum("token d, token e -> d e", rows, rows).double()
-            fourth = (rows * rows).sum(1).double().square().sum()
-            if hasattr(self, "second"):
-                self.second += second
-                self.fourth += fourth
-            else:
-                self.second, self.fourth = second, fourth
-
-        return add
-
-
-def _counted(batch: Batch, positions: Positions) -> Bool[Tensor, "row pos"]:
-    if positions == "all":
-        return batch.mask
-    mask = torch.zeros_like(batch.mask)
-    mask[torch.arange(len(batch.last)), batch.last] = True
-    return mask
 
 
 def _digested(corpus: Iterable[str | TwoHopFact], digest: Any) -> Iterator[str | TwoHopFact]:

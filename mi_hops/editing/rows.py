@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mi_hops.editing.change import Change, matrix_hooks, merge
 from mi_hops.editing.edit import AppliedError, Edit, applied_edits
@@ -130,20 +131,13 @@ def _batched(
     small: list[tuple[Tensor, Tensor, list[int]]],
 ) -> tuple[list[int], Float[Tensor, "row rank d_in"], Float[Tensor, "row rank d_out"]]:
     """Rows, and their factors padded with zeros to one rank."""
-    rank = max(len(right) for _, right, _ in small)
     wide = torch.float32
     for _, right, _ in small:
         wide = torch.promote_types(wide, right.dtype)
-    rows = [r for _, _, where in small for r in where]
-    first_left, first_right, _ = small[0]
-    lefts = first_left.new_zeros(len(rows), rank, first_left.shape[1], dtype=wide)
-    rights = first_right.new_zeros(len(rows), rank, first_right.shape[1], dtype=wide)
-    at = 0
-    for left, right, where in small:
-        lefts[at : at + len(where), : len(left)] = left
-        rights[at : at + len(where), : len(right)] = right
-        at += len(where)
-    return rows, lefts, rights
+    rows = [row for _, _, where in small for row in where]
+    lefts = [left.to(wide) for left, _, where in small for _ in where]
+    rights = [right.to(wide) for _, right, where in small for _ in where]
+    return rows, pad_sequence(lefts, batch_first=True), pad_sequence(rights, batch_first=True)
 
 
 # -- repairs --------------------------------------------------------------------------------------

@@ -435,7 +435,20 @@ def test_files_that_are_no_edits(tmp_path):
         "settings": {},
     }
     save_file({"x": torch.ones(1)}, lacking, {"mi_hops_edit": json.dumps(head)})
-    for path in (junk, bare, newer, lacking):
+    damaged = []
+    for i, change in enumerate(
+        [{"sites": 3}, {"sites": [["W_O", "1"]]}, {"sites": [[[], 1]]}, {"request": 3}, {"more": 1}]
+    ):
+        damaged.append(tmp_path / f"damaged{i}")
+        save_file(
+            {"W_O.1.right": torch.ones(1, 1)},
+            damaged[-1],
+            {"mi_hops_edit": json.dumps(head | change)},
+        )
+    for i, text in enumerate(["[]", "3", "{", "[" * 100_000]):
+        damaged.append(tmp_path / f"head{i}")
+        save_file({"x": torch.ones(1)}, damaged[-1], {"mi_hops_edit": text})
+    for path in (junk, bare, newer, lacking, *damaged):
         with pytest.raises(ValueError, match=path.name):
             Edit.load(path)
 

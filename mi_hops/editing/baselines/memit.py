@@ -10,7 +10,7 @@ layer from below, each layer writes its share of what is still missing there: wi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -30,144 +30,86 @@ from mi_hops.editing.teaching import chunks
 from mi_hops.model import HookedModel, hook_name
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemitSettings:
-    """Where and how MEMIT writes; the search aside.
-
-    Attributes:
-        layers: blocks whose MLPs are edited.
-        covariance: second moments of the input of W_out; None for C = I.
-        ridge: λ above, in units of the mean of the diagonal of ``K C^-1 K^T``.
-        batch_size: facts in one pass.
-    """
-
-    layers: Sequence[int]
-    covariance: Moments | None = None
-    ridge: float = 0.1
-    batch_size: int = 16
-
-
-def memit(
-    model: HookedModel,
-    asked: Iterable[Asked],
-    *,
-    layers: Sequence[int],
-    covariance: Moments | None = None,
-    ridge: float = 0.1,
-    batch_size: int = 16,
-    **search: Any,
-) -> Edit:
-    """One MEMIT edit for all facts together; the model is left as it is.
-
-    Args:
-        asked: facts or requests.
-        layers, covariance, ridge, batch_size: as `MemitSettings`.
-        search: of `rome.ValueSearch`.
-
-    Raises:
-        ValueError: no facts, a negative ridge, or as `rome.rome_many`.
-    """
-    where = MemitSettings(layers=layers, covariance=covariance, ridge=ridge, batch_size=batch_size)
-    return _write(model, asked, where, ValueSearch(**search), joint=True)[0]
+def memit(model: HookedModel, asked: Iterable[Asked], **settings: Any) -> Edit:
+    """One MEMIT edit for all facts together; the model is left as it is; arguments as `memit_many`."""
+    return memit_many(model, asked, joint=True, **settings)[0]
 
 
 def memit_many(
     model: HookedModel,
     asked: Iterable[Asked],
     *,
-    layers: Sequence[int],
+    layers: int | Sequence[int],
+    joint: bool = False,
     covariance: Moments | None = None,
     ridge: float = 0.1,
     batch_size: int = 16,
     **search: Any,
 ) -> list[Edit]:
-    """MEMIT edits of many facts, each for itself, searched for together; arguments as `memit`."""
-    where = MemitSettings(layers=layers, covariance=covariance, ridge=ridge, batch_size=batch_size)
-    return _write(model, asked, where, ValueSearch(**search), joint=False)
-
-
-class MemitRepair(EditorRepair):
-    """MEMIT as a repair.
+    """MEMIT edits of many facts, one each, or one for all of them; the model is left as it is.
 
     Args:
+        asked: facts or requests.
         layers: blocks whose MLPs are edited.
-        joint: one edit for all facts, on every row; else one edit per fact, on its own rows.
-        name: label in tables.
-        settings: of `memit`.
+        joint: solve the keys of all facts together; every fact gets the same edit.
+        covariance: second moments of the input of W_out; None for C = I.
+        ridge: λ above, in units of the mean of the diagonal of ``K C^-1 K^T``.
+        batch_size: facts searched for at a time.
+        search: of `rome.ValueSearch`.
+
+    Raises:
+        ValueError: no facts, a negative ridge, or as `rome.rome_many`.
     """
-
-    def __init__(
-        self, *, layers: Sequence[int], joint: bool = False, name: str = "MEMIT", **settings: Any
-    ) -> None:
-        editor = _one_for_all if joint else memit_many
-        super().__init__(editor, name=name, layers=layers, **settings)
-
-
-def _one_for_all(model: HookedModel, facts: Sequence[Asked], **settings: Any) -> list[Edit]:
-    return [memit(model, facts, **settings)] * len(facts)
-
-
-def _write(
-    model: HookedModel,
-    asked: Iterable[Asked],
-    where: MemitSettings,
-    how: ValueSearch,
-    *,
-    joint: bool,
-) -> list[Edit]:
-    """One edit for all facts, or one each."""
+    how = ValueSearch(**search)
     requests = requests_of(asked, how.form, taught=True)
-    if not requests or where.ridge < 0:
-        raise ValueError(
-            f"{len(requests)} facts and ridge {where.ridge}; expected some, and 0 or more"
-        )
-    editable = check_editable(model, where.layers, "W_out", where.covariance)
-    layers = editable.layers
-    end = hook_name("resid_post", layers[-1])
-    parts = list(chunks(len(requests), where.batch_size))
+    n = len(requests)
+    if not requests or ridge < 0:
+        raise ValueError(f"{n} facts and ridge {ridge}; expected some, and 0 or more")
+    editable = check_editable(model, layers, "W_out", covariance)
+    where = editable.layers
+    end = hook_name("resid_post", where[-1])
+    parts = [[requests[i] for i in part] for part in chunks(n, batch_size)]
     added = torch.cat(
-        [
-            search_values(model, [requests[i] for i in part], layers[-1], how, hook=end).values
-            for part in parts
-        ]
+        [search_values(model, part, where[-1], how, hook=end).values for part in parts]
     )
-    groups = [list(range(len(requests)))] if joint else [[i] for i in range(len(requests))]
-    settings = {
-        "layers": list(layers),
-        "ridge": where.ridge,
-        "c": where.covariance is not None,
-        **asdict(how),
-    }
+    groups = [list(range(n))] if joint else [[i] for i in range(n)]
+    settings = {"layers": list(where), "ridge": ridge, "c": covariance is not None, **asdict(how)}
 
     def edit(group: int) -> Edit:
         request = {"joint": [requests[i].to_dict() for i in groups[group]]}
         return editable.edit("memit", request, done[group], settings)
 
+    def edits() -> list[Edit]:
+        made = [edit(group) for group in range(len(groups))]
+        return made * n if joint else made
+
     done: list[list[Change]] = [[] for _ in groups]
     wanted: Tensor | None = None
-    for step, layer in enumerate(layers):
-        made = [edit(g) if step else None for g in range(len(groups))]
-        below = made * len(requests) if joint else made
+    for step, layer in enumerate(where):
+        below = iter(edits() if step else [None] * n)
         found = [
-            _read(
-                model,
-                [requests[i] for i in part],
-                (layer, layers[-1]),
-                how,
-                [below[i] for i in part],
-            )
+            _read(model, part, (layer, where[-1]), how, [next(below) for _ in part])
             for part in parts
         ]
         keys, stream = (torch.cat(pieces) for pieces in zip(*found, strict=True))
         if wanted is None:
             wanted = stream + added.double()
-        missing = (wanted - stream) / (len(layers) - step)
+        missing = (wanted - stream) / (len(where) - step)
         inverse = editable.inverse_times(layer, keys)
-        for g, members in enumerate(groups):
-            left = solve_keys(keys[members], inverse=inverse[members], ridge=where.ridge)
+        for group, members in enumerate(groups):
+            left = solve_keys(keys[members], inverse=inverse[members], ridge=ridge)
             right = missing[members].to(left.device)  # from the last layer's device
-            done[g].append(merge([editable.change(layer, left, right)]))
-    return [edit(g) for g in range(len(groups))]
+            done[group].append(merge([editable.change(layer, left, right)]))
+    return edits()
+
+
+class MemitRepair(EditorRepair):
+    """MEMIT as a repair; settings of `memit_many`."""
+
+    def __init__(
+        self, *, layers: int | Sequence[int], name: str = "MEMIT", **settings: Any
+    ) -> None:
+        super().__init__(memit_many, name=name, layers=layers, **settings)
 
 
 def _read(
