@@ -50,7 +50,7 @@ def request(i: int) -> Request:
 
 
 def layer_by_layer(model: Any, asked: Request) -> list[torch.Tensor]:
-    """The published procedure: three passes over the prompts a layer, full depth, weights edited."""
+    """The published procedure: three passes over the prompts per layer, full depth, weights edited."""
     comps = pad([encode(model, t.replace("{}", asked.two_hop_prompt)).ids for t in TEMPLATES])
     guides = pad([encode(model, t.replace("{}", asked.second_hop_prompt)).ids for t in TEMPLATES])
     rows = torch.arange(len(TEMPLATES))
@@ -165,7 +165,7 @@ def page(found: dict[str, list[list[str]]]) -> str:
     timed = [row for section in ("making", "scoring") for row in found.get(section, [])]
     parts = [
         "A LLaMA of about 100M parameters with random weights, 9 of 14 layers edited. The plain "
-        "making is the published procedure: three full passes over 22 prompts a layer. The plain "
+        "making is the published procedure: three full passes over 22 prompts per layer. The plain "
         "scoring applies an edit to the weights, scores its queries, and undoes it.",
         table(COLUMNS, timed),
     ]

@@ -112,17 +112,17 @@ def export_hf(
             }
             (folder / "mi_hops_edit.json").write_text(json.dumps(record, indent=2))
     except Exception as error:
-        told = _as_os_error(error, Path(out))
-        if told is error:
+        raised = _as_os_error(error, Path(out))
+        if raised is error:
             raise
-        raise told from error
+        raise raised from error
     return Path(out)
 
 
 def _as_os_error(error: Exception, out: Path) -> Exception:
     """What a writer raised, as an `OSError` with the folder's name where the system refused.
 
-    safetensors and tokenizers tell of a full disk by exceptions of their own, with the number of
+    safetensors and tokenizers report a full disk by exceptions of their own, with the number of
     the system's error in their text only.
     """
     number = re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error))
