@@ -246,7 +246,7 @@ def test_save_and_load_give_everything_back(scored, tmp_path):
     assert again.provenance == scored.provenance
     assert again.describe() == scored.describe()
     pd.testing.assert_frame_equal(again.table(n_resamples=50), scored.table(n_resamples=50))
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(FileExistsError, match="exists"):
         scored.save(path)
 
 
