@@ -34,22 +34,31 @@ def accuracies(model, world, form):
         singles[f.bridge, f.relation2] = (f.second_prompt(form), f.answer, f.answer_aliases)
     single = answered(model, *zip(*singles.values(), strict=True), batch_size=256)
     right = sum(a.right for a in single)
-    rows = [("single facts", right, len(single), np.mean([a.first_token for a in single]),
-             len(single) - right)]  # fmt: skip
+    rows = [
+        (
+            "single facts",
+            right,
+            len(single),
+            np.mean([a.first_token for a in single]),
+            len(single) - right,
+        )
+    ]
     for split in ("train", *SPLITS):
         part = frame[frame["split"] == split]
         known = part[part["first"] & part["second"]]
         rows.append(
-            (f"two-hop, {split}", int(known["two_hop"].sum()), len(known),
-             known["first_token"].mean(), int((~known["two_hop"]).sum()))
-        )  # fmt: skip
+            (
+                f"two-hop, {split}",
+                int(known["two_hop"].sum()),
+                len(known),
+                known["first_token"].mean(),
+                int((~known["two_hop"]).sum()),
+            )
+        )
     out = []
     for label, k, n, first, failed in rows:
         low, high = proportion_ci(k, n)
-        out.append(
-            [label, form, n, f"{k / n:.1%} [{low:.1%}, {high:.1%}]",
-             f"{first:.1%}", failed]
-        )  # fmt: skip
+        out.append([label, form, n, f"{k / n:.1%} [{low:.1%}, {high:.1%}]", f"{first:.1%}", failed])
     return out, gap
 
 
@@ -73,9 +82,15 @@ def curves(model, gap, form):
                 data = data.transpose("example", "layer").values
                 values[name, tracked, score] = data
                 rows.append(
-                    [form, position, name, f"{tracked} ({score})", len(data),
-                     " ".join(f"{v:.3f}" for v in data.mean(0))]
-                )  # fmt: skip
+                    [
+                        form,
+                        position,
+                        name,
+                        f"{tracked} ({score})",
+                        len(data),
+                        " ".join(f"{v:.3f}" for v in data.mean(0)),
+                    ]
+                )
         passed, failed = (values[n, "bridge", "mean_token_prob"] for n in ("passed", "failed"))
         peak = 1 + int(passed.mean(0)[1:].argmax())
         low, high = bootstrap_ci(passed[:, peak])
@@ -86,9 +101,12 @@ def curves(model, gap, form):
             f"- {form}, {position}: the bridge (mean over its tokens) peaks after {peak} block(s) "
             f"at {passed[:, peak].mean():.3f} [{low:.3f}, {high:.3f}] on answered questions; "
             f"answered less failed {gap_value:+.3f} [{gap_low:+.3f}, {gap_high:+.3f}]"
-            + (f"; the answer has half of its final probability after {half} blocks."
-               if position == "last" else ".")
-        )  # fmt: skip
+            + (
+                f"; the answer has half of its final probability after {half} blocks."
+                if position == "last"
+                else "."
+            )
+        )
     return rows, notes
 
 
@@ -115,14 +133,32 @@ def main() -> None:
             lens += more
             notes += words
         body += [
-            f"## {name}", "", f"Trained for {steps(record)} steps; see its card.", "",
-            table(["questions", "order", "n (both hops known)", "whole answer right",
-                   "first token right", "failed"], scores), "",
+            f"## {name}",
+            "",
+            f"Trained for {steps(record)} steps; see its card.",
+            "",
+            table(
+                [
+                    "questions",
+                    "order",
+                    "n (both hops known)",
+                    "whole answer right",
+                    "first token right",
+                    "failed",
+                ],
+                scores,
+            ),
+            "",
             "Lens (logit lens with the final norm), mean probability after 0, 1, ... blocks, of "
-            f"held-out questions (a sample of {SAMPLE} a group, seed {SEED}); `prob` is of the first token, `mean_token_prob` the mean over all tokens:", "",
-            table(["order", "position", "questions", "tracked", "n", "after 0, 1, ... blocks"], lens),
-            "", *notes, "",
-        ]  # fmt: skip
+            f"held-out questions (a sample of {SAMPLE} a group, seed {SEED}); `prob` is of the first token, `mean_token_prob` the mean over all tokens:",
+            "",
+            table(
+                ["order", "position", "questions", "tracked", "n", "after 0, 1, ... blocks"], lens
+            ),
+            "",
+            *notes,
+            "",
+        ]
     text = "\n".join(body)
     print(text)
     print(write("bundled-models", "The bundled models", text, script="bundled_models"))

@@ -76,14 +76,20 @@ def main() -> None:
                     f"{plain['ratio']:.1f}",
                     f"{whole['ours_s']:.2f}",
                     f"{whole['theirs_s']:.2f}",
-                ]  # fmt: skip
+                ]
             )
             print(rows[-1], flush=True)
     columns = [
-        "model (random weights, float32)", "positions", "cells", "passes", "largest difference",
+        "model (random weights, float32)",
+        "positions",
+        "cells",
+        "passes",
+        "largest difference",
         "times faster than TransformerLens's loop: median (range)",
-        "of which by reusing the prefix", "fan-out, s", "loop, s",
-    ]  # fmt: skip
+        "of which by reusing the prefix",
+        "fan-out, s",
+        "loop, s",
+    ]
     body = (
         "One clean and one corrupted prompt; every cell patches `resid_pre` at one layer and "
         "position and reads a logit difference at the last token. `get_act_patch_resid_pre` runs "

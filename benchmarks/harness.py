@@ -58,10 +58,17 @@ def llama_100m(seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=640, intermediate_size=1760, num_hidden_layers=14, num_attention_heads=10,
-        num_key_value_heads=5, vocab_size=32000, max_position_embeddings=512,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        hidden_size=640,
+        intermediate_size=1760,
+        num_hidden_layers=14,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        vocab_size=32000,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     return wrap(LlamaForCausalLM(config))
 
 
@@ -108,10 +115,13 @@ def paired(
         times.append((row[0], row[1]))
     ratios = [b / a for a, b in times]
     return {
-        "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
         "ours_s": statistics.median(a for a, _ in times),
-        "theirs_s": statistics.median(b for _, b in times), "pairs": pairs,
-    }  # fmt: skip
+        "theirs_s": statistics.median(b for _, b in times),
+        "pairs": pairs,
+    }
 
 
 class Peak:

@@ -85,9 +85,15 @@ def estimates(model: Any, pairs: Pairs) -> list[list[Any]]:
             found = attribute(model, pairs, Sites(kind, positions=roles(pairs)), method=method)
             check = found.verify(top=None)
             rows.append(
-                [kind, method, check.n_cells, f"{check.rank_correlation:.2f}",
-                 f"{check.sign_agreement:.0%}", f"{check.largest_error / check.largest_exact:.2f}"]
-            )  # fmt: skip
+                [
+                    kind,
+                    method,
+                    check.n_cells,
+                    f"{check.rank_correlation:.2f}",
+                    f"{check.sign_agreement:.0%}",
+                    f"{check.largest_error / check.largest_exact:.2f}",
+                ]
+            )
             print(rows[-1], flush=True)
     return rows
 
@@ -100,8 +106,10 @@ def circuit(model: Any, pairs: Pairs, sizes: Sequence[int]) -> list[list[Any]]:
     chosen, held = pairs.select(range(half)), pairs.select(range(half, len(pairs)))
     rows = []
     for name, steps, select in (
-        ("EAP, top", 1, "top"), ("EAP-IG, top", 5, "top"), ("EAP-IG, greedy", 5, "greedy"),
-    ):  # fmt: skip
+        ("EAP, top", 1, "top"),
+        ("EAP-IG, top", 5, "top"),
+        ("EAP-IG, greedy", 5, "greedy"),
+    ):
         scores = attribute_edges(model, chosen, steps=steps)
         found = [extract(model, scores, min(n, len(edges)), select=select) for n in sizes]
         rows += _faithful(model, held, name, sizes, found)
@@ -122,9 +130,15 @@ def _faithful(
         kept = (result["score"][:, j] - result["corrupted"]).values
         low, high = bootstrap_ci(kept / gap, statistic="median")
         rows.append(
-            [name, n, len(c), f"{kept.mean() / gap.mean():.2f}",
-             f"{np.median(kept / gap):.2f} ({float(low):.2f} to {float(high):.2f})", len(pairs)]
-        )  # fmt: skip
+            [
+                name,
+                n,
+                len(c),
+                f"{kept.mean() / gap.mean():.2f}",
+                f"{np.median(kept / gap):.2f} ({float(low):.2f} to {float(high):.2f})",
+                len(pairs),
+            ]
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -162,20 +176,40 @@ def main() -> None:
             + "\n\n### Estimates against exact patching\n\nAll cells at the named places, patched "
             "exactly beside the estimate.\n\n"
             + table(
-                ["kind", "method", "cells", "rank correlation", "equal signs",
-                 "largest error / largest effect"], estimates(model, pairs),
+                [
+                    "kind",
+                    "method",
+                    "cells",
+                    "rank correlation",
+                    "equal signs",
+                    "largest error / largest effect",
+                ],
+                estimates(model, pairs),
             )
             + f"\n\n### The circuit\n\nEdges ranked on one half of the pairs, scored on the other; "
             f"the model has {total} edges.\n\n"
             + table(
-                ["ranking", "edges asked for", "after pruning", "faithfulness of the means",
-                 "median (95% interval)", "pairs"], circuit(model, pairs, sizes),
+                [
+                    "ranking",
+                    "edges asked for",
+                    "after pruning",
+                    "faithfulness of the means",
+                    "median (95% interval)",
+                    "pairs",
+                ],
+                circuit(model, pairs, sizes),
             )
             + "\n\n### Heads\n\nOn random tokens said twice.\n\n"
             + table(["kind", "strongest head", "attention there"], heads(model))
-        )  # fmt: skip
-    print(write("patching-hopland", "Patching: what it finds on Hopland", "\n\n".join(parts),
-                script="patching_hopland"))  # fmt: skip
+        )
+    print(
+        write(
+            "patching-hopland",
+            "Patching: what it finds on Hopland",
+            "\n\n".join(parts),
+            script="patching_hopland",
+        )
+    )
 
 
 if __name__ == "__main__":

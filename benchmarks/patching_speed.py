@@ -169,17 +169,24 @@ def against_loops(
                 f"{few / times['ours_s'] / rate:.0%}",
                 f"{times['ours_s']:.2f}",
                 f"{times['theirs_s']:.2f}",
-            ]  # fmt: skip
+            ]
         )
         print(rows[-1], flush=True)
     return rows
 
 
 LOOP_COLUMNS = [
-    "model", "sweep", "positions", "prompt pairs", "largest difference",
-    "times faster: median (range)", "fewer operations, times", "of the matrix-product rate",
-    "ours, s", "loop, s",
-]  # fmt: skip
+    "model",
+    "sweep",
+    "positions",
+    "prompt pairs",
+    "largest difference",
+    "times faster: median (range)",
+    "fewer operations, times",
+    "of the matrix-product rate",
+    "ours, s",
+    "loop, s",
+]
 
 
 def against_libraries(model_hf: Any, n: int, pairs: int) -> list[list[Any]]:
@@ -205,7 +212,7 @@ def against_libraries(model_hf: Any, n: int, pairs: int) -> list[list[Any]]:
                 f"**{times['ratio']:.1f}** ({times['lowest']:.1f} to {times['highest']:.1f})",
                 f"{times['ours_s']:.2f}",
                 f"{times['theirs_s']:.2f}",
-            ]  # fmt: skip
+            ]
         )
         print(rows[-1], flush=True)
     return rows
@@ -261,7 +268,7 @@ def pyvene_sweep(model: Any, clean: Prompt, corrupted: Prompt) -> Callable[[], t
                 "intervention_type": pyvene.VanillaIntervention,
             },
             twin,
-        )  # fmt: skip
+        )
         for layer in range(layers)
     ]
 
@@ -306,20 +313,38 @@ def grown(size: dict[str, int]) -> list[str]:
     limits = Limits(batch_size=size["pairs"])
     planned = PatchJob(model, tuple(sides), "resid_pre", metric=difference, limits=limits).plan()
     return [
-        f"{planned.rows:,}", f"{few / 1e9:.0f}", f"{many / few:.1f}", f"{seconds:.2f}",
-        f"{few / seconds / rate:.0%}", f"{peak.mib:.0f}", f"{planned.bytes / 2**20:.0f}",
-    ]  # fmt: skip
+        f"{planned.rows:,}",
+        f"{few / 1e9:.0f}",
+        f"{many / few:.1f}",
+        f"{seconds:.2f}",
+        f"{few / seconds / rate:.0%}",
+        f"{peak.mib:.0f}",
+        f"{planned.bytes / 2**20:.0f}",
+    ]
 
 
 LIBRARY_COLUMNS = [
-    "library", "positions", "largest difference", "times faster: median (range)", "ours, s",
+    "library",
+    "positions",
+    "largest difference",
+    "times faster: median (range)",
+    "ours, s",
     "theirs, s",
-]  # fmt: skip
+]
 GROWTH_COLUMNS = [
-    "what grows", "layers", "vocabulary", "positions", "pairs", "rows", "Gflop",
-    "fewer operations, times", "seconds", "of the matrix-product rate", "peak MiB",
+    "what grows",
+    "layers",
+    "vocabulary",
+    "positions",
+    "pairs",
+    "rows",
+    "Gflop",
+    "fewer operations, times",
+    "seconds",
+    "of the matrix-product rate",
+    "peak MiB",
     "MiB by `PatchJob.plan`",
-]  # fmt: skip
+]
 SMALL = {"layers": 12, "vocabulary": 50257, "positions": 16, "pairs": 1}
 GROWTH = {
     "layers": (6, 12, 24),

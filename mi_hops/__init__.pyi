@@ -69,6 +69,7 @@ from .reasoning.sequential import evaluate_sequential as evaluate_sequential
 from .reasoning.sets import build_sets as build_sets
 from .reasoning.wordings import choose_wordings as choose_wordings
 from .result.result import Result as Result
+from .study import Sizes as Sizes
 from .study import Study as Study
 from .study import StudySettings as StudySettings
 from .study import run_study as run_study

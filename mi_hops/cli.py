@@ -102,6 +102,10 @@ def study(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use at most N facts; by default all.")
     ] = None,
+    sizes: Annotated[
+        Literal["quick", "default", "full"],
+        typer.Option(help="How many questions each step takes; full bounds nothing."),
+    ] = "default",
     force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -123,7 +127,7 @@ def study(
             model,
             given,
             out=out,
-            settings=StudySettings(seed=seed, limit=limit),
+            settings=StudySettings(seed=seed, limit=limit, sizes=sizes),
             device=device,
             dtype=dtype,
             backend=backend,

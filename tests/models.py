@@ -22,9 +22,12 @@ def tokenizer() -> Any:
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 1)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
         unk_token="<unk>",
-    )  # fmt: skip
+    )
 
 
 def config(shape: str) -> Any:
@@ -35,17 +38,26 @@ def config(shape: str) -> Any:
     if shape == "gpt2":
         return GPT2Config(n_positions=64, n_embd=32, n_layer=3, n_head=4, **ids)
     base = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5, **ids,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        **ids,
+    }
     if shape == "llama":
         rope = {"rope_type": "default", "rope_theta": 500000.0}
         return LlamaConfig(**base, rope_parameters=rope)
     rope = {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
-    }  # fmt: skip
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
     return LlamaConfig(**base, head_dim=16, tie_word_embeddings=True, rope_parameters=rope)
 
 

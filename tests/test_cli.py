@@ -93,10 +93,16 @@ TABLE = (
     "Ran was directed by,Akira Kurosawa was born in,Tokio,Edo\n"
 )
 COLUMNS = (
-    "subject=film", "first_hop=whose", "bridge=director", "answer=born", "prompts.prefix=question",
-    "first_prompts.prefix=first", "second_prompts.prefix=second", "answer_aliases=also",
+    "subject=film",
+    "first_hop=whose",
+    "bridge=director",
+    "answer=born",
+    "prompts.prefix=question",
+    "first_prompts.prefix=first",
+    "second_prompts.prefix=second",
+    "answer_aliases=also",
     "answer_aliases=too",
-)  # fmt: skip
+)
 
 
 def test_study_reads_any_table(calls, tmp_path):
@@ -136,17 +142,22 @@ def test_errors_name_options_not_keyword_arguments(monkeypatch):
 
 def test_study_reads_mquake_with_templates(calls, tmp_path):
     record = {
-        "case_id": 7, "questions": ["Who is the citizen?"], "answer": "USA", "answer_alias": [],
+        "case_id": 7,
+        "questions": ["Who is the citizen?"],
+        "answer": "USA",
+        "answer_alias": [],
         "single_hops": [
             {"question": "Who wrote Misery?", "answer": "Stephen King", "answer_alias": []},
             {"question": "Whose citizen is Stephen King?", "answer": "USA", "answer_alias": []},
         ],
         "orig": {
             "triples": [["Q1", "P50", "Q2"], ["Q2", "P27", "Q3"]],
-            "triples_labeled": [["Misery", "author", "Stephen King"],
-                                ["Stephen King", "country of citizenship", "USA"]],
+            "triples_labeled": [
+                ["Misery", "author", "Stephen King"],
+                ["Stephen King", "country of citizenship", "USA"],
+            ],
         },
-    }  # fmt: skip
+    }
     path = tmp_path / "facts.txt"
     path.write_text(json.dumps([record]))
     (tmp_path / "templates").mkdir()

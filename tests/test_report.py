@@ -13,13 +13,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from mi_hops.study import Study, StudySettings, run_study, write_report
+from mi_hops.study import Sizes, Study, StudySettings, run_study, write_report
 from mi_hops.study.numbers import figures, layers, number, percent
 from mi_hops.study.summary import headlines
 from tests.reasoning.tiny_facts import dictated, tiny_facts
 
 COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "choose": 3, "edits": 4}
-SMALL = StudySettings(**COUNTS, controls=1, strengths=(1.0, 4.0), per_case=1)
+SMALL = StudySettings(sizes=Sizes(**COUNTS, controls=1, strengths=(1.0, 4.0), per_case=1))
 SECTIONS = ("gap", "lens", "erasure", "locate", "injection", "editing")
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
@@ -289,12 +289,20 @@ def test_numbers_in_words():
     assert number(drop) == "−0.078 [−0.122, −0.034], n = 100"
     assert number({**drop, "high": float("nan")}, n=False) == "−0.078 (no interval)"
     assert [figures(v) for v in (0, 0.5, 60.806, 23957.7, 0.00067, 0.00002)] == [
-        "0.000", "0.500", "60.806", "23,958", "0.0007", "2.0e−05",
-    ]  # fmt: skip
+        "0.000",
+        "0.500",
+        "60.806",
+        "23,958",
+        "0.0007",
+        "2.0e−05",
+    ]
     assert figures(None) == figures(float("nan")) == "–"
     assert [layers(x) for x in ([], [3], [2, 3, 4], [1, 4])] == [
-        "no layer", "layer 3", "layers 2 to 4", "layers 1, 4",
-    ]  # fmt: skip
+        "no layer",
+        "layer 3",
+        "layers 2 to 4",
+        "layers 1, 4",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -337,8 +345,10 @@ def browse(chromium, path, profile, *options):
     """(DOM after drawing, lines that the page wrote to the console)."""
     done = subprocess.run(
         [chromium, *FLAGS.split(), OFFLINE, f"--user-data-dir={profile}", *options, path.as_uri()],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -384,7 +394,8 @@ def test_the_browser_test_sees_errors(chromium, tmp_path, fault):
 @pytest.mark.browser
 def test_a_browser_takes_a_picture(chromium, report, tmp_path):
     picture = tmp_path / "report.png"
-    browse(chromium, report, tmp_path / "profile", "--window-size=1200,1400",
-           f"--screenshot={picture}")  # fmt: skip
+    browse(
+        chromium, report, tmp_path / "profile", "--window-size=1200,1400", f"--screenshot={picture}"
+    )
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 20_000

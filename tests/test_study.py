@@ -11,14 +11,14 @@ import pytest
 
 from mi_hops.model import fingerprint
 from mi_hops.study import STEPS as ALL_STEPS
-from mi_hops.study import Study, StudySettings, run_study, write_report
+from mi_hops.study import Sizes, Study, StudySettings, run_study, write_report
 from mi_hops.study.choose import choose_edit, layer_spans
 from mi_hops.study.run import load_study_facts
 from tests.reasoning.tiny_facts import dictated, tiny_facts
 
 STEPS = [step.name for step in ALL_STEPS]
 COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "choose": 3, "edits": 4}
-SMALL = StudySettings(**COUNTS, controls=1, strengths=(1.0, 4.0), per_case=1)
+SMALL = StudySettings(sizes=Sizes(**COUNTS, controls=1, strengths=(1.0, 4.0), per_case=1))
 
 
 #: Each family and each class once: a study is many forward passes.
@@ -57,7 +57,10 @@ def knowing(tiny, dictate):
 
 
 def run(model, facts, out, **options):
-    settings = replace(SMALL, **options.pop("settings", {}))
+    given = options.pop("settings", {})
+    own = {key: given[key] for key in ("seed", "limit") if key in given}
+    sizes = replace(SMALL.size, **{key: given[key] for key in given if key not in own})
+    settings = replace(SMALL, sizes=sizes, **own)
     return run_study(model, facts, out=out, settings=settings, progress=False, **options)
 
 

@@ -236,9 +236,12 @@ def _load_hooked(source: str, tokenizer: Any, dtype: Any, device: Any, processin
     hf = _weights(source, dtype)
     shape = _HOOKED_FAMILIES[hf.config.model_type](hf.config)
     cfg = HookedTransformerConfig(
-        **shape, dtype=hf.dtype, device=str(device), init_weights=False,
+        **shape,
+        dtype=hf.dtype,
+        device=str(device),
+        init_weights=False,
         model_name=Path(source).name,
-    )  # fmt: skip
+    )
     convert = {"gpt2": convert_gpt2_weights, "llama": convert_llama_weights}[hf.config.model_type]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -248,23 +251,33 @@ def _load_hooked(source: str, tokenizer: Any, dtype: Any, device: Any, processin
     state = {k: v.detach().to(hf.dtype) for k, v in convert(hf, cfg).items()}
     fold = processing == "fold"
     model.load_and_process_state_dict(
-        state, fold_ln=fold, center_writing_weights=fold, center_unembed=fold,
+        state,
+        fold_ln=fold,
+        center_writing_weights=fold,
+        center_unembed=fold,
         fold_value_biases=fold,
-    )  # fmt: skip
+    )
     lay_out(model)
     return model.to(device, print_details=False)
 
 
 def _gpt2_shape(c: Any) -> dict[str, Any]:
     return {
-        "n_layers": c.n_layer, "d_model": c.n_embd, "n_ctx": c.n_positions, "n_heads": c.n_head,
-        "d_head": c.n_embd // c.n_head, "d_mlp": c.n_inner or 4 * c.n_embd,
-        "d_vocab": c.vocab_size, "act_fn": _GELU.get(c.activation_function, c.activation_function),
-        "eps": c.layer_norm_epsilon, "normalization_type": "LN",
+        "n_layers": c.n_layer,
+        "d_model": c.n_embd,
+        "n_ctx": c.n_positions,
+        "n_heads": c.n_head,
+        "d_head": c.n_embd // c.n_head,
+        "d_mlp": c.n_inner or 4 * c.n_embd,
+        "d_vocab": c.vocab_size,
+        "act_fn": _GELU.get(c.activation_function, c.activation_function),
+        "eps": c.layer_norm_epsilon,
+        "normalization_type": "LN",
         "use_attn_scale": c.scale_attn_weights,
         "scale_attn_by_inverse_layer_idx": c.scale_attn_by_inverse_layer_idx,
-        "positional_embedding_type": "standard", "original_architecture": "GPT2LMHeadModel",
-    }  # fmt: skip
+        "positional_embedding_type": "standard",
+        "original_architecture": "GPT2LMHeadModel",
+    }
 
 
 # The tanh approximation of GELU goes by two names; this one is a single kernel.
@@ -280,17 +293,27 @@ def _llama_shape(c: Any) -> dict[str, Any]:
     d_head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     rope = dict(getattr(c, "rope_parameters", None) or {})
     shape = {
-        "n_layers": c.num_hidden_layers, "d_model": c.hidden_size,
-        "n_ctx": c.max_position_embeddings, "n_heads": c.num_attention_heads, "d_head": d_head,
-        "d_mlp": c.intermediate_size, "d_vocab": c.vocab_size, "act_fn": c.hidden_act,
-        "eps": c.rms_norm_eps, "normalization_type": "RMS", "final_rms": True, "gated_mlp": True,
-        "positional_embedding_type": "rotary", "rotary_adjacent_pairs": False,
-        "rotary_dim": d_head, "rotary_base": float(rope.get("rope_theta", 10000.0)),
+        "n_layers": c.num_hidden_layers,
+        "d_model": c.hidden_size,
+        "n_ctx": c.max_position_embeddings,
+        "n_heads": c.num_attention_heads,
+        "d_head": d_head,
+        "d_mlp": c.intermediate_size,
+        "d_vocab": c.vocab_size,
+        "act_fn": c.hidden_act,
+        "eps": c.rms_norm_eps,
+        "normalization_type": "RMS",
+        "final_rms": True,
+        "gated_mlp": True,
+        "positional_embedding_type": "rotary",
+        "rotary_adjacent_pairs": False,
+        "rotary_dim": d_head,
+        "rotary_base": float(rope.get("rope_theta", 10000.0)),
         "original_architecture": "LlamaForCausalLM",
         "n_key_value_heads": (
             c.num_key_value_heads if c.num_key_value_heads != c.num_attention_heads else None
         ),
-    }  # fmt: skip
+    }
     kind = rope.get("rope_type", "default")
     if kind == "llama3":
         shape.update(

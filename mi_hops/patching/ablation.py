@@ -37,7 +37,8 @@ from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.sweep.interventions import ablate as zero
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import MetricLike, normalised
+from mi_hops.sweep.metrics import MetricLike
+from mi_hops.sweep.normalising import normalised
 from mi_hops.sweep.pairs import Pairs, PairsLike, Texts, as_prompts
 from mi_hops.sweep.scoring import score
 from mi_hops.sweep.sites import Cell, Grid, Sites, SitesLike

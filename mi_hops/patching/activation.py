@@ -38,7 +38,8 @@ from mi_hops.patching.core import (
 )
 from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import KL, MetricLike, Plan, normalised
+from mi_hops.sweep.metrics import KL, MetricLike, Plan
+from mi_hops.sweep.normalising import normalised
 from mi_hops.sweep.pairs import Pairs, PairsLike, as_prompts
 from mi_hops.sweep.passes import row_bytes
 from mi_hops.sweep.runs import Scored, Sweep

@@ -38,7 +38,8 @@ from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import MetricLike, normalised, require_finite
+from mi_hops.sweep.metrics import MetricLike, require_finite
+from mi_hops.sweep.normalising import normalised
 from mi_hops.sweep.pairs import PairsLike
 from mi_hops.sweep.runs import Scored, Sweep
 from mi_hops.sweep.scoring import score

@@ -44,7 +44,8 @@ from mi_hops.patching.verify import Attribution
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import MetricLike, score_gap
+from mi_hops.sweep.metrics import MetricLike
+from mi_hops.sweep.normalising import score_gap
 from mi_hops.sweep.pairs import PairsLike
 from mi_hops.sweep.runs import Scored, Sweep
 from mi_hops.sweep.scoring import score

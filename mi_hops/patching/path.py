@@ -35,7 +35,8 @@ from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.interventions import Change, Intervention, Site, add
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import MetricLike, normalised
+from mi_hops.sweep.metrics import MetricLike
+from mi_hops.sweep.normalising import normalised
 from mi_hops.sweep.pairs import PairsLike
 from mi_hops.sweep.passes import rows_within
 from mi_hops.sweep.runs import Scored, Scores, Sweep

@@ -24,7 +24,8 @@ from mi_hops.patching.core import GridSweep, Metrics, captured, put, require_eff
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.interventions import Intervention, Site
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import MetricLike, require_finite, score_gap
+from mi_hops.sweep.metrics import MetricLike, require_finite
+from mi_hops.sweep.normalising import score_gap
 from mi_hops.sweep.pairs import Pairs, PairsLike, Texts, as_prompts, one_each
 from mi_hops.sweep.runs import Sweep
 from mi_hops.sweep.scoring import score

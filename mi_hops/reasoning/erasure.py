@@ -257,12 +257,18 @@ def erase_bridge(
         baselines={"clean": ("example", found.base[:, 0].double())},
         units={"bridge": "probability", "control": "probability", "clean": "probability"},
         provenance=provenance(
-            model, method="erasure", form=form, controls=controls, recheck=recheck, seed=seed,
-            hook="resid_post", unembedding_rank=eraser.rank,
+            model,
+            method="erasure",
+            form=form,
+            controls=controls,
+            recheck=recheck,
+            seed=seed,
+            hook="resid_post",
+            unembedding_rank=eraser.rank,
         ),
         title="P(answer) after erasing the bridge",
         skipped=skipped,
-    )  # fmt: skip
+    )
 
 
 def _controls(

@@ -12,17 +12,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mi_hops.study.context import StudySettings
+    from mi_hops.study.context import Sizes, StudySettings
     from mi_hops.study.report.page import write_report
     from mi_hops.study.run import run_study
     from mi_hops.study.steps import STEPS
     from mi_hops.study.study import Study
 
-__all__ = ["STEPS", "Study", "StudySettings", "run_study", "write_report"]
+__all__ = ["STEPS", "Sizes", "Study", "StudySettings", "run_study", "write_report"]
 
 _HOME = {
     "STEPS": "steps",
     "Study": "study",
+    "Sizes": "context",
     "StudySettings": "context",
     "run_study": "run",
     "write_report": "report.page",

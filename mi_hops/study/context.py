@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,26 +24,17 @@ class Skip(Exception):  # noqa: N818
 
 
 @dataclass(frozen=True)
-class StudySettings:
-    """What a study draws and how much each step takes. All but the seed decide cost, not method.
+class Sizes:
+    """How much each step takes: what a study costs, not what it does.
 
     Attributes:
-        seed: of every draw.
-        limit: facts studied at most, a seeded sample with an equal share of each split.
         lens, erasure, locate, injection: facts (of each group) at most.
         choose, edits: failures edited on the choosing and on the reporting half at most.
         controls: draws of the erasure's control.
         strengths: of the injection grid.
         per_case: queries per case in each drawn set.
-
-    Examples:
-        >>> import mi_hops
-        >>> mi_hops.StudySettings(limit=200, edits=50).lens
-        300
     """
 
-    seed: int = 0
-    limit: int | None = None
     lens: int = 300
     erasure: int = 400
     locate: int = 100
@@ -53,6 +44,47 @@ class StudySettings:
     controls: int = 3
     strengths: tuple[float, ...] = (0.5, 1, 2, 3, 4, 6, 8, 10, 12, 15)
     per_case: int = 3
+
+
+_ALL = 10**9
+
+SizeName = Literal["quick", "default", "full"]
+
+#: Sizes by name: ``"quick"`` looks at some tens of questions, ``"full"`` bounds nothing.
+SIZES: dict[SizeName, Sizes] = {
+    "quick": Sizes(60, 40, 20, 40, 20, 40, 1, (1, 2, 4, 8), 1),
+    "default": Sizes(),
+    "full": Sizes(lens=_ALL, erasure=_ALL, locate=_ALL, injection=_ALL, choose=_ALL, edits=_ALL),
+}
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What a study draws, and how much each step takes.
+
+    Args:
+        seed: of every draw.
+        limit: facts studied at most, a seeded sample with an equal share of each split.
+        sizes: a name of `SIZES`, or `Sizes` of one's own.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    seed: int = 0
+    limit: int | None = None
+    sizes: Sizes | SizeName = "default"
+
+    @property
+    def size(self) -> Sizes:
+        """The sizes themselves."""
+        return self.sizes if isinstance(self.sizes, Sizes) else SIZES[self.sizes]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sizes, Sizes) and self.sizes not in SIZES:
+            raise ValueError(
+                f"sizes is {self.sizes!r}; expected one of {list(SIZES)}, or mi_hops.study.Sizes(...)"
+            )
 
 
 @dataclass

@@ -67,7 +67,7 @@ def run_study(
     Examples:
         >>> import mi_hops, tempfile
         >>> facts = mi_hops.Hopland().sample(train=4, held_out=4)
-        >>> few = mi_hops.StudySettings(lens=4, erasure=2, locate=2, injection=4, choose=2, edits=2)
+        >>> few = mi_hops.StudySettings(sizes="quick")
         >>> folder = tempfile.mkdtemp()
         >>> study = mi_hops.run_study("hops-gpt2", facts, out=folder, settings=few, progress=False)
         >>> len(study.result("gap").facts) == len(facts)
@@ -80,15 +80,14 @@ def run_study(
         else model
     )
     _check_prompts(loaded, chosen)
-    sizes = asdict(settings)
     asked = {
         **provenance(loaded),
         "facts": source,
         "facts_digest": _digest(chosen),
         "n_facts": len(chosen),
-        "seed": sizes.pop("seed"),
-        "limit": sizes.pop("limit"),
-        "sizes": sizes,
+        "seed": settings.seed,
+        "limit": settings.limit,
+        "sizes": asdict(settings.size),
         "steps": [step.name for step in STEPS],
         "mi_hops": __version__,
     }

@@ -19,11 +19,11 @@ from mi_hops.sweep.metrics import (
     FullLogits,
     Greedy,
     Metric,
-    Normalised,
     Target,
     get_metric,
     target_of,
 )
+from mi_hops.sweep.normalising import Normalised
 from mi_hops.sweep.pairs import Pairs
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.scoring import score_prompts

@@ -117,10 +117,17 @@ def fan_out(
                 if base is not None:
                     bases = sorted({row.base for row in members})
                 logits, parents = run_pass(
-                    model, prompts, members, step.start, bases, where, prefix, recorder,
+                    model,
+                    prompts,
+                    members,
+                    step.start,
+                    bases,
+                    where,
+                    prefix,
+                    recorder,
                     [*watching, *(recorder.hooks if recorder else [])] if base is None else [],
                     plain=plain,
-                )  # fmt: skip
+                )
                 if base is None:
                     base = reduce(logits[:n_bases], list(range(n_bases)))
                     prefix = None if recorder is None else recorder.prefix()

@@ -17,9 +17,19 @@ Change = Callable[[Tensor], Tensor]
 
 #: Kinds whose activations can be changed; the axis of heads where there is one.
 HEAD_AXIS: dict[str, int | None] = {
-    "resid_pre": None, "resid_mid": None, "resid_post": None, "attn_out": None, "mlp_out": None,
-    "mlp_pre": None, "mlp_post": None, "q": 2, "k": 2, "v": 2, "z": 2, "pattern": 1,
-}  # fmt: skip
+    "resid_pre": None,
+    "resid_mid": None,
+    "resid_post": None,
+    "attn_out": None,
+    "mlp_out": None,
+    "mlp_pre": None,
+    "mlp_post": None,
+    "q": 2,
+    "k": 2,
+    "v": 2,
+    "z": 2,
+    "pattern": 1,
+}
 
 
 @dataclass(frozen=True)

@@ -69,21 +69,37 @@ def tensors(model):
     c, state = model.config, {k: v.numpy() for k, v in model.state_dict().items()}
     found = {}
     if c.model_type == "gpt2":
-        parts = {"attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj",
-                 "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}  # fmt: skip
+        parts = {
+            "attn_norm": "ln_1",
+            "attn_qkv": "attn.c_attn",
+            "attn_output": "attn.c_proj",
+            "ffn_norm": "ln_2",
+            "ffn_up": "mlp.c_fc",
+            "ffn_down": "mlp.c_proj",
+        }
         for i in range(c.n_layer):
             for theirs, ours in parts.items():
                 for kind in ("weight", "bias"):
                     value = state[f"transformer.h.{i}.{ours}.{kind}"]
                     found[f"blk.{i}.{theirs}.{kind}"] = value.T
-        ends = {"token_embd.weight": "wte.weight", "position_embd.weight": "wpe.weight",
-                "output_norm.weight": "ln_f.weight", "output_norm.bias": "ln_f.bias"}  # fmt: skip
+        ends = {
+            "token_embd.weight": "wte.weight",
+            "position_embd.weight": "wpe.weight",
+            "output_norm.weight": "ln_f.weight",
+            "output_norm.bias": "ln_f.bias",
+        }
         return found | {k: state[f"transformer.{v}"] for k, v in ends.items()}
-    parts = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
-             "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-             "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-             "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-             "ffn_down": "mlp.down_proj"}  # fmt: skip
+    parts = {
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
     heads = {"attn_q": c.num_attention_heads, "attn_k": c.num_key_value_heads}
     for i in range(c.num_hidden_layers):
         for theirs, ours in parts.items():

@@ -295,10 +295,16 @@ class TestOtherFamilies:
 
         model, folder = load_other(
             GPTNeoXConfig(
-                vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                intermediate_size=48, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+                vocab_size=WORDS,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=48,
+                max_position_embeddings=64,
+                bos_token_id=1,
+                eos_token_id=2,
             )
-        )  # fmt: skip
+        )
         with torch.no_grad():
             assert torch.allclose(M.forward(model, TOKENS), hf(folder)(TOKENS).logits, atol=1e-4)
         before = M.fingerprint(model)
@@ -314,10 +320,17 @@ class TestOtherFamilies:
 
         model, _ = load_other(
             MambaConfig(
-                vocab_size=WORDS, hidden_size=32, state_size=4, num_hidden_layers=2, expand=2,
-                time_step_rank=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+                vocab_size=WORDS,
+                hidden_size=32,
+                state_size=4,
+                num_hidden_layers=2,
+                expand=2,
+                time_step_rank=4,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
             )
-        )  # fmt: skip
+        )
         for refused in (M.fingerprint, lambda m: M.w_o(m, 0)):
             with pytest.raises(M.MissingHookError, match=r"no weight blocks\.0\.attn"):
                 refused(model)

@@ -137,10 +137,14 @@ def test_unequal_prompts_by_role(tiny):
         metric="answer_logprob",
     )
     assert list(result["position"].values) == ["subject", "last", "from the end"]
-    takes = {0: {"subject": [2], "last": [3], "from the end": [2]},
-             1: {"subject": [3, 4], "last": [6], "from the end": [5]}}  # fmt: skip
-    puts = {0: {"subject": [3], "last": [6], "from the end": [4]},
-            1: {"subject": [3, 4], "last": [4], "from the end": [2]}}  # fmt: skip
+    takes = {
+        0: {"subject": [2], "last": [3], "from the end": [2]},
+        1: {"subject": [3, 4], "last": [6], "from the end": [5]},
+    }
+    puts = {
+        0: {"subject": [3], "last": [6], "from the end": [4]},
+        1: {"subject": [3, 4], "last": [4], "from the end": [2]},
+    }
     for i, answer in enumerate(["w11 w12", "w13"]):
         for kind in ("attn_out", "resid_post"):
             for layer in range(3):

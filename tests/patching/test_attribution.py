@@ -35,10 +35,14 @@ N = 7
 def slope(model, text, kind, layer, there, here, positions, head=None, eps=1e-4, extra=(), **score):
     """d metric / dt of the activation here + t * (there - here), by central differences."""
     ends = [
-        run(model, text, [*extra, put(kind, layer, here + t * (there - here), positions, head)],
-            **score)
+        run(
+            model,
+            text,
+            [*extra, put(kind, layer, here + t * (there - here), positions, head)],
+            **score,
+        )
         for t in (eps, -eps)
-    ]  # fmt: skip
+    ]
     return (ends[0] - ends[1]) / (2 * eps)
 
 
@@ -285,9 +289,17 @@ def test_integrated_gradient_is_the_mean_of_gradients_along_the_path(load_tiny):
         here = here[hook_name("mlp_out", 1)][0]
         moved = here + (outs[0] - outs[1])
         total += weight * slope(
-            model, PAIRS[0][1], "mlp_out", 1, moved, here, [4], extra=[begin], answer="w11",
+            model,
+            PAIRS[0][1],
+            "mlp_out",
+            1,
+            moved,
+            here,
+            [4],
+            extra=[begin],
+            answer="w11",
             wrong="w21",
-        )  # fmt: skip
+        )
     assert float(found[0, 1, 4]) == pytest.approx(total, abs=1e-6)
 
 

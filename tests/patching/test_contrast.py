@@ -12,9 +12,15 @@ from mi_hops.text.tokens import encode, last_position
 
 def fact(name, subject, bridge, answer, r1="of", r2="w80"):
     return TwoHopFact(
-        id=name, subject=subject, relation1=r1, bridge=bridge, relation2=r2, answer=answer,
-        first_hop=f"w70 w71 {subject}", prompts={"suffix": f"{r2} w72 w70 w71 {subject} w73"},
-    )  # fmt: skip
+        id=name,
+        subject=subject,
+        relation1=r1,
+        bridge=bridge,
+        relation2=r2,
+        answer=answer,
+        first_hop=f"w70 w71 {subject}",
+        prompts={"suffix": f"{r2} w72 w70 w71 {subject} w73"},
+    )
 
 
 FACTS = [

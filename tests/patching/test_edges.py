@@ -91,8 +91,12 @@ def test_integrated_edges_are_means_along_the_path(load_tiny):
     found = attribute_edges(model, FIRST, steps=3, rule="trapezoid")
     assert found.provenance["method"] == "EAP-IG"
     ends = [source(model, text, "resid_pre", 0) for text in PAIRS[0]]
-    for sender, receiver in (("L0H1", "L2H1.k"), ("MLP0", "MLP2"), ("embed", "L1H3.q"),
-                             ("L1H2", "logits")):  # fmt: skip
+    for sender, receiver in (
+        ("L0H1", "L2H1.k"),
+        ("MLP0", "MLP2"),
+        ("embed", "L1H3.q"),
+        ("L1H2", "logits"),
+    ):
         (u,), (v,) = writers(model, sender), readers(model, receiver)
         total = 0.0
         for point, weight in path_points(3, "trapezoid"):
@@ -247,11 +251,14 @@ def test_circuits_of_answers_of_several_tokens(tiny):
 def test_pruning(load_tiny):
     model = load_tiny("llama")
     edges = {
-        ("embed", "L0H0.q"), ("L0H0", "MLP1"), ("MLP1", "logits"),  # a way through
-        ("embed", "L1H1.k"), ("L1H3", "logits"),  # through a shared key head
+        ("embed", "L0H0.q"),
+        ("L0H0", "MLP1"),
+        ("MLP1", "logits"),  # a way through
+        ("embed", "L1H1.k"),
+        ("L1H3", "logits"),  # through a shared key head
         ("L0H2", "logits"),  # nothing feeds it
         ("embed", "MLP0"),  # it feeds nothing
-    }  # fmt: skip
+    }
     kept = Circuit(frozenset(edges)).pruned(model)
     assert kept.edges == edges - {("L0H2", "logits"), ("embed", "MLP0")}
     assert "L1H3" in kept.nodes

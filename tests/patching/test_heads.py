@@ -30,9 +30,10 @@ def test_scores_are_mean_attention_on_the_right_keys(tiny):
             induction = np.mean([float(p[i, i - 5]) for i in range(7, 13)])
             at = {"example": 0, "layer": layer, "head": head}
             for name, expected in (
-                ("previous_token", previous), ("duplicate_token", duplicate),
+                ("previous_token", previous),
+                ("duplicate_token", duplicate),
                 ("induction", induction),
-            ):  # fmt: skip
+            ):
                 assert float(found[name].sel(at)) == pytest.approx(expected, abs=1e-5), name
 
 

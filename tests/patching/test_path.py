@@ -107,9 +107,16 @@ def test_equals_transformer_lens(load_tiny):
             ours = path_patch(model, ONE, ["L0H1", "L1H2"], component)["score"]
             for layer, head in ((0, 1), (1, 2)):
                 theirs = patching.get_act_patch_direct_path(
-                    model, tokens[1], caches[0], caches[1], metric, layer, head, component,
+                    model,
+                    tokens[1],
+                    caches[0],
+                    caches[1],
+                    metric,
+                    layer,
+                    head,
+                    component,
                     verbose=False,
-                )  # fmt: skip
+                )
                 mine = ours.sel(sender=f"L{layer}H{head}")[0].values.reshape(3, 4)
                 assert np.allclose(mine[layer + 1 :], theirs[layer + 1 :].cpu(), atol=1e-5)
 
@@ -172,8 +179,10 @@ def test_order_of_nodes():
     assert Node("mlp", 1).reaches(Node("k", 2, 0))
     assert Node("mlp", 2).reaches(Node("logits", 3))
     assert [n.name for n in (Node("embed", 0), Node("attn", 2), Node("v", 1, 3))] == [
-        "embed", "ATTN2", "L1H3.v",
-    ]  # fmt: skip
+        "embed",
+        "ATTN2",
+        "L1H3.v",
+    ]
 
 
 def test_nothing_stays_behind(tiny):

@@ -56,22 +56,32 @@ def _fact(i):
     """w10 -w20-> w30 -w40-> 'w50 w51', and its neighbours for other i."""
     first, bridge = f"w1{i} w20", f"w3{i}"
     return TwoHopFact(
-        id=f"f{i}", subject=f"w1{i}", relation1="w20", bridge=bridge, relation2="w40",
-        answer=f"w5{i} w6{i}", first_hop=first,
+        id=f"f{i}",
+        subject=f"w1{i}",
+        relation1="w20",
+        bridge=bridge,
+        relation2="w40",
+        answer=f"w5{i} w6{i}",
+        first_hop=first,
         prompts={"suffix": f"w70 w40 {first}", "prefix": f"{first} w41"},
-        first_prompts={"suffix": first}, second_prompts={"suffix": f"w70 w40 {bridge}"},
+        first_prompts={"suffix": first},
+        second_prompts={"suffix": f"w70 w40 {bridge}"},
         answer_aliases=(f"w7{i}",),
-    )  # fmt: skip
+    )
 
 
 def _other(i, relation2="w44"):
     fact = _fact(i)
     first = fact.first_hop
     return replace(
-        fact, id=f"{fact.id}-{relation2}", relation2=relation2, answer=f"w8{i % 5}",
-        prompts={"suffix": f"w70 {relation2} w45 {first}"}, answer_aliases=(),
+        fact,
+        id=f"{fact.id}-{relation2}",
+        relation2=relation2,
+        answer=f"w8{i % 5}",
+        prompts={"suffix": f"w70 {relation2} w45 {first}"},
+        answer_aliases=(),
         second_prompts={"suffix": f"w70 {relation2} w3{i}"},
-    )  # fmt: skip
+    )
 
 
 CASES = [_fact(i) for i in range(3)]

@@ -29,12 +29,19 @@ def test_every_combination_is_counted(monkeypatch, load_tiny):
         right |= dict(zip(prompts, bits, strict=True))
         facts.append(
             TwoHopFact(
-                id=str(i), subject="s", relation1="a", bridge=f"b{i}", relation2="b",
-                answer=f"o{i}", first_hop=f"w{20 + i}", prompts={"suffix": prompts[2]},
-                first_prompts={"suffix": prompts[0]}, second_prompts={"suffix": prompts[1]},
+                id=str(i),
+                subject="s",
+                relation1="a",
+                bridge=f"b{i}",
+                relation2="b",
+                answer=f"o{i}",
+                first_hop=f"w{20 + i}",
+                prompts={"suffix": prompts[2]},
+                first_prompts={"suffix": prompts[0]},
+                second_prompts={"suffix": prompts[1]},
                 split="even" if i % 2 == 0 else "odd",
             )
-        )  # fmt: skip
+        )
 
     def dictated(model, prompts, answers, aliases, **options):
         return [

@@ -187,18 +187,27 @@ def test_draws_come_from_the_seed_and_the_case(built):
 
 def _fact(id="a", **changes):
     fields = {
-        "id": id, "subject": "Misery", "relation1": "author", "bridge": "King",
-        "relation2": "home", "answer": "Maine", "first_hop": "the author of Misery",
+        "id": id,
+        "subject": "Misery",
+        "relation1": "author",
+        "bridge": "King",
+        "relation2": "home",
+        "answer": "Maine",
+        "first_hop": "the author of Misery",
         "prompts": {"suffix": "The home of the author of Misery is"},
-    }  # fmt: skip
+    }
     return TwoHopFact(**{**fields, **changes})
 
 
 def test_known_second_hops_only_and_first_hops_put_in_place():
     other = _fact(
-        "b", subject="It", relation2="pet", answer="dog", first_hop="the author of It",
+        "b",
+        subject="It",
+        relation2="pet",
+        answer="dog",
+        first_hop="the author of It",
         prompts={"suffix": "The author of It keeps a"},
-    )  # fmt: skip
+    )
     sets = build_sets(None, [_fact()], known=Known(second_hop={"b"}), pool=[other])
     (query,) = sets.of("generalisation")
     assert (query.prompt, query.answer) == ("The author of Misery keeps a", "dog")

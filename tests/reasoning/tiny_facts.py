@@ -18,12 +18,19 @@ def tiny_facts(model, n=6):
         answer = said if i % 2 == 0 and said not in ("", bridge) else f"w{60 + i} w{70 + i}"
         facts.append(
             TwoHopFact(
-                id=str(i), subject=subject, relation1="r1", bridge=bridge, relation2="r2",
-                answer=answer, first_hop=hop, prompts=two_hop,
+                id=str(i),
+                subject=subject,
+                relation1="r1",
+                bridge=bridge,
+                relation2="r2",
+                answer=answer,
+                first_hop=hop,
+                prompts=two_hop,
                 first_prompts={"suffix": f"{hop} w13"},
-                second_prompts={**second, "prefix": f"{bridge} w14 w15"}, split="tiny",
+                second_prompts={**second, "prefix": f"{bridge} w14 w15"},
+                split="tiny",
             )
-        )  # fmt: skip
+        )
     return facts
 
 

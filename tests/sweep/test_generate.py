@@ -50,8 +50,13 @@ def test_each_row_is_under_its_own_repair(tiny, later):
 
 LEAD = "w7 w3 w9 w11 w2 w8 w5 w12 w30 w31 w32 w33"
 MANY = [f"{LEAD} w{i} {'w4 ' * (i % 4)}w{i + 1}" for i in range(20, 32)] + [
-    *TEXTS, LEAD, f"{LEAD} w40", f"w1 {LEAD}", f"w1 {LEAD} w2", f"w1 {LEAD} w2 w3",
-]  # fmt: skip
+    *TEXTS,
+    LEAD,
+    f"{LEAD} w40",
+    f"w1 {LEAD}",
+    f"w1 {LEAD} w2",
+    f"w1 {LEAD} w2 w3",
+]
 
 
 @pytest.mark.parametrize("pass_cost", [0, 3, 64])

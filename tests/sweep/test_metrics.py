@@ -13,14 +13,13 @@ from mi_hops.sweep.metrics import (
     METRICS,
     AnswerLogprob,
     Greedy,
-    Normalised,
     Plan,
     Target,
     get_metric,
     get_metrics,
-    normalised,
     target_of,
 )
+from mi_hops.sweep.normalising import Normalised, normalised
 from mi_hops.sweep.scoring import score_prompts
 from mi_hops.text.tokens import TokenError, encode
 from tests.repairs import AddVector
@@ -280,15 +279,21 @@ def test_runs_are_shared_between_metrics_and_rows(load_tiny):
         sizes.append(x.shape[0])
 
     score_prompts(
-        model, [prompt] * 4, targets, ["first_prob", "rank", "answer_logprob", "greedy"],
+        model,
+        [prompt] * 4,
+        targets,
+        ["first_prob", "rank", "answer_logprob", "greedy"],
         hooks=[("blocks.0.hook_resid_pre", count)],
-    )  # fmt: skip
+    )
     # prompt + "w5 w6" serves the prompt alone, + "w5", and all four rows
     assert sizes == [1]
     score_prompts(
-        model, [prompt] * 4, targets, [AnswerLogprob(), Greedy(ends=(2,))],
+        model,
+        [prompt] * 4,
+        targets,
+        [AnswerLogprob(), Greedy(ends=(2,))],
         hooks=[("blocks.0.hook_resid_pre", count)],
-    )  # fmt: skip
+    )
     assert sizes == [1, 4]
 
 

@@ -15,11 +15,17 @@ BOS = 1
 
 def fact(i):
     return TwoHopFact(
-        id=f"f{i}", subject=f"w{i}", relation1="r", bridge=f"w{i + 1}", relation2="s",
-        answer=f"w{i + 2} w{i + 3}", first_hop=f"r of w{i}",
+        id=f"f{i}",
+        subject=f"w{i}",
+        relation1="r",
+        bridge=f"w{i + 1}",
+        relation2="s",
+        answer=f"w{i + 2} w{i + 3}",
+        first_hop=f"r of w{i}",
         prompts={"suffix": f"s of r of w{i} is", "prefix": f"r of w{i} has s"},
-        first_prompts={"suffix": f"r of w{i} is"}, second_prompts={"suffix": f"s of w{i + 1} is"},
-    )  # fmt: skip
+        first_prompts={"suffix": f"r of w{i} is"},
+        second_prompts={"suffix": f"s of w{i + 1} is"},
+    )
 
 
 def words(i, n):

@@ -101,10 +101,10 @@ class Editing(Step):
         """Choose layers and strength, then score both edits."""
         (choose, not_choose), (report, not_report) = (_editable(run, half) for half in run.halves)
         moments, corpus = _moments(run)
-        choosing = run.draw(choose, run.settings.choose, "edits")
+        choosing = run.draw(choose, run.settings.size.choose, "edits")
         choices = _choose(run, choosing, moments, corpus)
         choices["left_out"] = not_choose + not_report
-        cases = run.draw(report, run.settings.edits, "edits")
+        cases = run.draw(report, run.settings.size.edits, "edits")
         queries = _queries(run, cases, corpus)
         repairs = [
             _repair(run, name, name, choice["layers"], choice["strength"], moments)
@@ -230,7 +230,7 @@ def _queries(run: Run, cases: list[TwoHopFact], corpus: list[TwoHopFact]) -> Que
         known=known,
         pool=[f for f in run.facts if f.id not in inside] or run.facts,
         form=run.form,
-        per_case=run.settings.per_case,
+        per_case=run.settings.size.per_case,
         seed=run.settings.seed,
     )
 

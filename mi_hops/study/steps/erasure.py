@@ -32,7 +32,7 @@ class Erasure(Step):
 
     def run(self, run: Run) -> Result:
         """Erase the bridge of a draw of the answered questions."""
-        facts = run.draw(run.passed, run.settings.erasure, "erasure")
+        facts = run.draw(run.passed, run.settings.size.erasure, "erasure")
         if not facts:
             raise Skip(
                 "no two-hop question is answered correctly with both hops known"
@@ -43,7 +43,7 @@ class Erasure(Step):
             run.model,
             facts,
             form=run.form,
-            controls=run.settings.controls,
+            controls=run.settings.size.controls,
             seed=run.settings.seed,
             limits=run.limits,
         )

@@ -71,7 +71,7 @@ class Injection(Step):
     def run(self, run: Run) -> Result:
         """Inject at the first hop: each layer and all together, every strength, three encodings."""
         settings = run.settings
-        halves = [run.draw(half, settings.injection // 2, "injection") for half in run.halves]
+        halves = [run.draw(half, settings.size.injection // 2, "injection") for half in run.halves]
         named = zip(("choose", "report"), halves, strict=True)
         half = {fact.id: name for name, part in named for fact in part}
         every = list(range(run.model.cfg.n_layers))
@@ -80,7 +80,7 @@ class Injection(Step):
             run.model,
             [f for part in halves for f in part],
             layers=[*every, *together],
-            strengths=settings.strengths,
+            strengths=settings.size.strengths,
             encodings=("unembed", "layerwise_code", "layerwise_text"),
             positions="first hop",
             controls=Controls(seed=settings.seed),

@@ -37,9 +37,9 @@ class Lens(Step):
 
     def run(self, run: Run) -> Result:
         """Read a draw of the answered and one of the failed questions."""
-        groups = {"passed": run.draw(run.passed, run.settings.lens, "lens passed")}
+        groups = {"passed": run.draw(run.passed, run.settings.size.lens, "lens passed")}
         if run.gap.failed:
-            groups["failed"] = run.draw(run.failed, run.settings.lens, "lens failed")
+            groups["failed"] = run.draw(run.failed, run.settings.size.lens, "lens failed")
         facts = [f for group in groups.values() for f in group]
         if not facts:
             raise Skip(run.none_known)

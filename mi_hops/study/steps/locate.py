@@ -32,7 +32,7 @@ class Locate(Step):
 
     def run(self, run: Run) -> Result:
         """Replace modules in a draw of the choosing half."""
-        facts = run.draw(run.halves[0], run.settings.locate, "locate")
+        facts = run.draw(run.halves[0], run.settings.size.locate, "locate")
         return locate(run.model, facts, form=run.form, limits=run.limits)
 
     def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
