@@ -4,7 +4,7 @@
 
 Failed held-out questions are halved. On the first half every setting (encoding, kind of place,
 positions, layers alone and in windows, strength) is tried; of each encoding's most promising cells the
-one is chosen that puts most questions right and is at least four times as good as every control; on the
+one is chosen that corrects most questions and is at least four times as good as every control; on the
 second half that cell is reported, with its controls and intervals.
 """
 
@@ -98,12 +98,12 @@ def at_cell(model, facts, settings):
 
 def worth(report):
     """Share corrected; less where it is not four times that of every control."""
-    right = report.loc["bridge", "right"]
-    worst = report.loc[list(FAIR), "right"].max()
+    right = report.loc["bridge", "correct"]
+    worst = report.loc[list(FAIR), "correct"].max()
     return right * min(1.0, right / (4 * worst)) if worst else right
 
 
-def share(row, name="right"):
+def share(row, name="correct"):
     """``23% [15, 33]``."""
     return f"{row[name]:.0%} [{row[f'{name}_lower']:.0%}, {row[f'{name}_upper']:.0%}]"
 
@@ -112,8 +112,8 @@ def rows_of(chosen):
     """One table row per encoding."""
     rows = []
     for encoding, (kind, place, settings, first, second) in chosen.items():
-        worst = second.loc[list(FAIR), "right"].max()
-        right = second.loc["bridge", "right"]
+        worst = second.loc[list(FAIR), "correct"].max()
+        right = second.loc["bridge", "correct"]
         rows.append(
             [
                 encoding,
@@ -121,12 +121,12 @@ def rows_of(chosen):
                 place,
                 "+".join(map(str, settings["layers"][0])),
                 f"{settings['strengths'][0]:g}",
-                f"{first.loc['bridge', 'right']:.0%}",
+                f"{first.loc['bridge', 'correct']:.0%}",
                 int(second.loc["bridge", "n"]),
                 share(second.loc["bridge"]),
-                *(f"{second.loc[c, 'right']:.0%}" for c in FAIR),
+                *(f"{second.loc[c, 'correct']:.0%}" for c in FAIR),
                 f"{right / worst:.1f}" if worst else "-",
-                f"{second.loc['answer', 'right']:.0%}",
+                f"{second.loc['answer', 'correct']:.0%}",
             ]  # fmt: skip
         )
     return rows

@@ -11,7 +11,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange, repeat
@@ -37,12 +37,11 @@ from mi_hops.text.tokens import Prompt, TokenError, batches, encode
 #: memory run alone with BOS (what the published code does); ``layerwise_text``: the residual stream
 #: that enters the layer there (what the thesis says).
 Encoding = Literal["unembed", "embed", "layerwise_code", "layerwise_text"]
-ENCODINGS: tuple[Encoding, ...] = ("unembed", "embed", "layerwise_code", "layerwise_text")
+ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 
 #: How the tokens of a memory make one vector: each distinct token once, summed (published); every
 #: token, summed; their mean. Layer-wise encodings read one token and ignore it.
 Pooling = Literal["set", "sum", "mean"]
-POOLINGS: tuple[Pooling, ...] = ("set", "sum", "mean")
 
 #: Heads of every layer, or layer -> its heads.
 Heads = Sequence[int] | Mapping[int, Sequence[int]]
@@ -70,17 +69,15 @@ class Encoder:
     heads: Heads | None = None
 
     def __post_init__(self) -> None:
-        for what, value, known in (
-            ("encoding", self.encoding, ENCODINGS),
-            ("pooling", self.pooling, POOLINGS),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {what} {value!r}; expected one of {list(known)}")
-        if isinstance(self.heads, Mapping):
-            each = {int(layer): tuple(chosen) for layer, chosen in self.heads.items()}
-            object.__setattr__(self, "heads", each)
-        elif self.heads is not None:
-            object.__setattr__(self, "heads", tuple(self.heads))
+        for name, known in (("encoding", ENCODINGS), ("pooling", get_args(Pooling))):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"unknown {name} {value!r}; expected one of {list(known)}")
+        heads: Any = self.heads
+        if isinstance(heads, Mapping):  # layers are texts where they come from a file
+            heads = {int(layer): list(chosen) for layer, chosen in heads.items()}
+        object.__setattr__(
+            self, "heads", heads if heads is None or isinstance(heads, dict) else list(heads)
+        )
 
     def __repr__(self) -> str:
         settings = [f"{name}={reprlib.repr(value)}" for name, value in vars(self).items()]
@@ -94,35 +91,13 @@ class Encoder:
     @property
     def name(self) -> str:
         """The encoding, with what departs from the published settings."""
-        parts = [str(self.encoding)]
-        if self.pooling != "set":
-            parts.append(self.pooling)
-        if self.leading_space:
-            parts.append("leading space")
-        if self.heads is not None:
-            parts.append(
-                f"heads {self.heads if isinstance(self.heads, Mapping) else list(self.heads)}"
-            )
-        return ", ".join(parts)
-
-    def as_json(self) -> dict[str, Any]:
-        """The settings as JSON holds them; ``Encoder(**settings)`` reads them."""
-        heads = self.heads
-        if isinstance(heads, Mapping):
-            heads = {str(layer): list(chosen) for layer, chosen in heads.items()}  # type: ignore[misc]
-        return vars(self) | {"heads": list(heads) if isinstance(heads, tuple) else heads}
-
-    def require_heads(self, layers: Sequence[int]) -> None:
-        """Refuse layers that are injected at but for which no heads are named.
-
-        Raises:
-            ValueError: with these layers.
-        """
-        if isinstance(self.heads, Mapping) and (missing := set(layers) - set(self.heads)):
-            raise ValueError(
-                f"heads are given for layers {sorted(self.heads)}, and none for layers "
-                f"{sorted(missing)}, which are injected; name heads for each of these"
-            )
+        parts = {
+            self.encoding: True,
+            self.pooling: self.pooling != "set",
+            "leading space": self.leading_space,
+            f"heads {self.heads}": self.heads is not None,
+        }
+        return ", ".join(part for part, told in parts.items() if told)
 
 
 #: What is accepted where an encoder is.
@@ -196,19 +171,18 @@ def _at_last_token(
     model: HookedModel, prompts: Sequence[Prompt], kind: str, batch_size: int
 ) -> Float[Tensor, "memory layer d_model"]:
     names = [hook_name(kind, layer) for layer in range(int(model.cfg.n_layers))]
-    wide = wide_dtype(dtype_of(model))
-    out = torch.empty(
-        len(prompts), len(names), int(model.cfg.d_model), dtype=wide, device=device_of(model)
-    )
+    place, wide = device_of(model), wide_dtype(dtype_of(model))
+    found: dict[int, Tensor] = {}
     with torch.no_grad():
         for chosen, batch in batches([p.ids for p in prompts], batch_size):
-            found, _ = capture(model, batch.tokens, names)
+            store, _ = capture(model, batch.tokens, names)
             rows = torch.arange(len(chosen))
-            for layer, name in enumerate(names):
-                x = found[name]
-                last = x[rows.to(x.device), batch.last.to(x.device)]
-                out[torch.tensor(chosen, device=out.device), layer] = last.to(out.device, wide)
-    return out
+            last = [
+                x[rows.to(x.device), batch.last.to(x.device)].to(place, wide)
+                for x in (store[name] for name in names)
+            ]
+            found |= zip(chosen, torch.stack(last, dim=1), strict=True)
+    return torch.stack([found[i] for i in range(len(prompts))])
 
 
 def restrict_to_heads(

@@ -7,6 +7,7 @@ the injected layer is computed twice (`mi_hops.sweep.fanout`). Controls run in t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import product
 
@@ -18,7 +19,7 @@ from mi_hops.facts.fact import TwoHopFact
 from mi_hops.injection.cases import DEFAULT_METRICS, Cases
 from mi_hops.injection.controls import CONTROLS, Controls, ControlsLike, norm_matched
 from mi_hops.injection.encodings import Encoder, EncoderLike, restrict_to_heads
-from mi_hops.injection.memory import require_encoder, require_finite_strengths
+from mi_hops.injection.memory import require_fit
 from mi_hops.injection.place import Place, PlaceLike
 from mi_hops.model import HookedModel, provenance, require_hooks, require_layers
 from mi_hops.model.hooks import hook_name
@@ -92,12 +93,11 @@ def injection_grid(
             f"strengths {factors} and encodings {list(encodings)}: expected at least one strength and "
             "one encoding, each once"
         )
-    require_finite_strengths(factors)
     groups = _layer_groups(model, layers)
     every = sorted({layer for group in groups.values() for layer in group})
     require_hooks(model, [hook_name(place.kind, layer) for layer in every])
     for encoder in encoders.values():
-        require_encoder(encoder, place, every)
+        require_fit(encoder, place, every, factors)
     cases = Cases.of(model, facts, place, form=form, metrics=metrics)
     texts = given.texts(model, cases.facts, facts)
     names = [*texts, *(["norm_matched"] if given.norm_matched else [])]
@@ -133,7 +133,7 @@ def injection_grid(
             method="injection_grid",
             **place.as_json(),
             layers={str(label): list(group) for label, group in groups.items()},
-            encoders={name: encoder.as_json() for name, encoder in encoders.items()},
+            encoders={name: vars(encoder) for name, encoder in encoders.items()},
             form=form,
             seed=given.seed,
         ),
@@ -174,21 +174,15 @@ def _with_random(
 def _explicit(cases: Cases, form: str | None) -> dict[str, Float[Tensor, "fact"]]:
     """Scores of the second-hop prompts, NaN where there is none or the answer merges with it."""
     model, metrics = cases.model, cases.scored[0].metrics
-    prompts, targets, rows = [], [], []
+    found = {}
     for i, fact in enumerate(cases.facts):
         key = form if form is not None else next(iter(fact.prompts))
-        if key not in fact.second_prompts:
-            continue
-        try:
+        with suppress(ValueError):
             prompt = encode(model, fact.second_prompt(key))
-            targets.append(target_of(model, prompt, fact.answer))
-        except ValueError:
-            continue
-        prompts.append(prompt)
-        rows.append(i)
-    nothing = torch.full((len(cases),), float("nan"), dtype=torch.float64)
-    out = {f"{m.name}_explicit": nothing.clone() for m in metrics}
-    if prompts:
-        for name, scores in score_prompts(model, prompts, targets, list(metrics)).items():
-            out[f"{name}_explicit"][rows] = scores.double()
-    return out
+            found[i] = (prompt, target_of(model, prompt, fact.answer))
+    out = {m.name: torch.full((len(cases),), float("nan"), dtype=torch.float64) for m in metrics}
+    if found:
+        prompts, targets = zip(*found.values(), strict=True)
+        for name, scores in score_prompts(model, prompts, targets, metrics).items():
+            out[name][list(found)] = scores.double()
+    return {f"{name}_explicit": scores for name, scores in out.items()}

@@ -129,7 +129,7 @@ def greedy_heads(
             model,
             method="greedy_heads",
             strengths={str(layer): s for layer, s in injection.strengths.items()},
-            encoder=encoder.as_json(),
+            encoder=vars(encoder),
             **place.as_json(),
             form=form,
             seed=given.seed,

@@ -8,8 +8,8 @@ which equals adding it at ``attn_out`` of that layer, at every position; that is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from operator import attrgetter
 from typing import Any, Literal
@@ -123,12 +123,12 @@ class MemoryInjection:
         layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
         if not layers or len(set(layers)) < len(layers):
             raise ValueError(f"layers is {self.layers}; expected one or more, each once")
-        one = isinstance(self.strength, int | float)
-        given: Sequence[float] = [self.strength] * len(layers) if one else self.strength  # type: ignore[list-item, assignment]
-        strengths = tuple(float(s) for s in given)
+        given: Any = self.strength
+        strengths = (
+            (float(given),) * len(layers) if isinstance(given, int | float) else tuple(given)
+        )
         if len(strengths) != len(layers):
             raise ValueError(f"{len(layers)} layers and {len(strengths)} strengths; give one each")
-        require_finite_strengths(strengths)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "strength", strengths)
         if self.absent not in ("raise", "leave"):
@@ -137,7 +137,7 @@ class MemoryInjection:
             raise ValueError(
                 f"memory is {self.memory!r}; expected 'bridge', 'answer' or a function of a fact"
             )
-        require_encoder(self.encoder, self.place, layers)
+        require_fit(self.encoder, self.place, layers, strengths)
 
     @property
     def name(self) -> str:
@@ -235,49 +235,41 @@ class MemoryInjection:
         """
         if len(states) != len(rows.prompts):
             raise ValueError(f"got {len(states)} states for {len(rows.prompts)} rows")
-        cells: list[tuple[int, int]] = []
-        given: list[Tensor] = []
+        cells: dict[tuple[int, int], Tensor] = {}
         for row, (state, prompt) in enumerate(zip(states, rows.prompts, strict=True)):
-            if state is None:
-                continue
-            where = set(self.where(prompt, state))
-            if self.place.everywhere:
-                where.update(range(len(prompt), rows.offset + rows.width))
-            here = [p - rows.offset for p in sorted(where)]
-            here = [p for p in here if 0 <= p < rows.width]
-            cells += [(row, p) for p in here]
-            given += [state.vectors] * len(here)
+            if state is not None:
+                where = set(self.where(prompt, state))
+                if self.place.everywhere:
+                    where.update(range(len(prompt), rows.offset + rows.width))
+                here = [p - rows.offset for p in sorted(where)]
+                cells |= {(row, p): state.vectors for p in here if 0 <= p < rows.width}
         if not cells:
             return []
-        settings: dict[str, Any] = {"relative": self.relative, "n_rows": len(states)}
-        return [
-            (
-                hook_name(self.kind, layer),
-                adding_at(cells, [vectors[layer] for vectors in given], strength, **settings),
-            )
-            for layer, strength in self.strengths.items()
-        ]
+        made: list[Hook] = []
+        for layer, strength in self.strengths.items():
+            vectors = {cell: every[layer] for cell, every in cells.items()}
+            add = adding_at(vectors, strength, relative=self.relative, n_rows=len(states))
+            made.append((hook_name(self.kind, layer), add))
+        return made
 
 
-def require_finite_strengths(strengths: Sequence[float]) -> None:
-    """Refuse strengths that are not numbers.
-
-    Raises:
-        ValueError: with the strengths.
-    """
-    if not all(map(math.isfinite, strengths)):
-        raise ValueError(f"strengths {list(strengths)}: expected finite numbers")
-
-
-def require_encoder(encoder: Encoder, place: Place, layers: Sequence[int]) -> None:
-    """Refuse heads that do not write where a memory is added.
+def require_fit(
+    encoder: Encoder, place: Place, layers: Iterable[int], strengths: Iterable[float]
+) -> None:
+    """Refuse strengths that are no numbers, and heads that do not write where a memory is added.
 
     Raises:
-        ValueError: heads with another kind than attn_out, or not for all of these layers.
+        ValueError: as said; heads with another kind than attn_out, or not for all of the layers.
     """
+    if wrong := [s for s in strengths if not math.isfinite(s)]:
+        raise ValueError(f"strengths {wrong}: expected finite numbers")
     if encoder.heads is not None and place.kind != "attn_out":
         raise ValueError(f"heads write to attn_out, not to {place.kind!r}")
-    encoder.require_heads(layers)
+    if isinstance(encoder.heads, Mapping) and (missing := set(layers) - set(encoder.heads)):
+        raise ValueError(
+            f"heads are given for layers {sorted(encoder.heads)}, and none for layers "
+            f"{sorted(missing)}, which are injected; name heads for each of these"
+        )
 
 
 def _texts(i: int, memory: MemoryLike) -> tuple[str, ...]:
@@ -311,16 +303,13 @@ class Injection(list[PlainHook]):
 
     def __init__(self, model: HookedModel, hooks: Sequence[Hook], prompts: list[Prompt]) -> None:
         super().__init__(plain_hooks(model, hooks))
-        self._attach: Callable[[], AbstractContextManager[None]] = lambda: _attached(
-            model, hooks, prompts
-        )
-        self._stack = ExitStack()
+        self._given, self._stack = (model, hooks, prompts), ExitStack()
 
     def __repr__(self) -> str:
         return f"Injection of {len(self)} hooks: {', '.join(str(name) for name, _ in self)[:200]}"
 
     def __enter__(self) -> Injection:
-        self._stack.enter_context(self._attach())
+        self._stack.enter_context(_attached(*self._given))
         return self
 
     def __exit__(self, *error: Any) -> bool | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -59,8 +59,8 @@ class Place:
     @property
     def parts(self) -> list[Where]:
         """The positions one by one."""
-        one = isinstance(self.positions, str) or not isinstance(self.positions, Sequence)
-        return [self.positions] if one else list(self.positions)  # type: ignore[list-item, arg-type]
+        given: Any = self.positions
+        return [given] if isinstance(given, str | int | slice) else list(given)
 
     @property
     def everywhere(self) -> bool:
@@ -78,10 +78,7 @@ class Place:
         """
         found: set[int] = set()
         for part in self.parts:
-            if absent == "leave":
-                with suppress(TokenError):
-                    found.update(_find(prompt, part, first_hop))
-            else:
+            with suppress(TokenError) if absent == "leave" else nullcontext():
                 found.update(_find(prompt, part, first_hop))
         if not found and absent == "raise":
             raise TokenError(f"{self.positions!r} names no position")
@@ -89,15 +86,18 @@ class Place:
 
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON holds them; `from_json` reads them."""
-        given = self.positions
-        plain = _plain(given) if isinstance(given, str | int | slice) else [*map(_plain, given)]
-        return vars(self) | {"positions": plain}
+        plain = [
+            {"slice": [p.start, p.stop, p.step]} if isinstance(p, slice) else p for p in self.parts
+        ]
+        one = isinstance(self.positions, str | int | slice)
+        return vars(self) | {"positions": plain[0] if one else plain}
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> Place:
         """The place that `as_json` wrote, from settings that may hold more."""
         given = settings["positions"]
-        read = [*map(_read, given)] if isinstance(given, list) else _read(given)
+        parts = given if isinstance(given, list) else [given]
+        read: list[Where] = [slice(*p["slice"]) if isinstance(p, Mapping) else p for p in parts]
         return cls(read, settings["kind"], settings["relative"])
 
 
@@ -116,14 +116,6 @@ def _find(prompt: Prompt, part: Where, first_hop: str) -> tuple[int, ...]:
         )
     find_text(prompt.text, first_hop)
     return (last_position(prompt, first_hop),)
-
-
-def _plain(part: Where) -> Any:
-    return {"slice": [part.start, part.stop, part.step]} if isinstance(part, slice) else part
-
-
-def _read(part: Any) -> Where:
-    return slice(*part["slice"]) if isinstance(part, Mapping) else part
 
 
 # -- adding vectors -------------------------------------------------------------------------------
@@ -156,8 +148,7 @@ def adding(vector: Float[Tensor, "d_model"], strength: float, *, relative: bool)
 
 
 def adding_at(
-    cells: Sequence[tuple[int, int]],
-    vectors: Sequence[Float[Tensor, "d_model"]],
+    vectors: Mapping[tuple[int, int], Float[Tensor, "d_model"]],
     strength: float,
     *,
     relative: bool,
@@ -168,8 +159,8 @@ def adding_at(
     Raises:
         ValueError: from the hook: another number of rows, or fewer positions.
     """
-    rows, columns = torch.tensor(list(cells)).T
-    stacked = torch.stack(list(vectors))
+    rows, columns = torch.tensor(list(vectors)).T
+    stacked = torch.stack(list(vectors.values()))
     width = int(columns.max()) + 1
 
     def add(x: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from mi_hops.result.result import Result, difference_ci, proportion_ci, summaris
 
 if TYPE_CHECKING:
     import pandas as pd
-    import xarray as xr
 
 
 @dataclass(frozen=True)
@@ -125,36 +124,25 @@ def select_cell(
     Raises:
         ValueError: an unknown metric, memory or encoding, or no example.
     """
-    means = _means(result, metric, examples, memory, encoding)
-    best = means.values == means.values.max()
-    if tie is not None and tie in result.data and best.sum() > 1:
-        second = _means(result, tie, examples, memory, encoding).values
-        best &= second == second[best].max()
-    at = np.unravel_index(int(np.flatnonzero(best)[0]), best.shape)
-    labels = {str(d): means[d].values[i].item() for d, i in zip(means.dims, at, strict=True)}
-    n = result.data.sizes["example"] if examples is None else len(examples)
-    return Cell(**labels, score=float(means.values[at]), n=n, settings=result.provenance)
-
-
-def _means(
-    result: Result,
-    metric: str,
-    examples: Sequence[Hashable] | None,
-    memory: str,
-    encoding: str | None,
-) -> xr.DataArray:
     if metric not in result.data:
         raise ValueError(
             f"no metric {metric!r} in the grid; there are {list(result.data.data_vars)}"
         )
     part = result.sel(memory=memory)
-    if examples is not None:
-        if not len(examples):
-            raise ValueError("examples is empty; there is nothing to choose a cell on")
-        part = part.sel(example=list(examples))
     if encoding is not None:
         part = part.sel(encoding=[encoding])
-    return part[metric].mean("example").transpose("encoding", "layer", "strength")
+    chosen = part["example"].values.tolist() if examples is None else list(examples)
+    if not chosen:
+        raise ValueError("examples is empty; there is nothing to choose a cell on")
+    dims = ("encoding", "layer", "strength")
+    means = part.sel(example=chosen).data.mean("example").transpose(*dims, ...)
+    scores = means[metric].values
+    best = scores == scores.max()
+    if tie is not None and tie in means and best.sum() > 1:
+        best &= means[tie].values == means[tie].values[best].max()
+    at = np.unravel_index(int(np.flatnonzero(best)[0]), best.shape)
+    labels = {d: means[d].values[i].item() for d, i in zip(dims, at, strict=True)}
+    return Cell(**labels, score=float(scores[at]), n=len(chosen), settings=result.provenance)
 
 
 def cell_report(
@@ -176,13 +164,13 @@ def cell_report(
         prob: the probability whose change is summarised.
 
     Returns:
-        Frame indexed by memory: ``n``; ``right_before`` and ``right``, the shares before and after,
-        with the exact interval ``right_lower``, ``right_upper``; ``difference`` of the share from
+        Frame indexed by memory: ``n``; ``correct_before`` and ``correct``, the shares before and after,
+        with the exact interval ``correct_lower``, ``correct_upper``; ``difference`` of the share from
         the bridge's (bridge less this memory, paired bootstrap ``difference_lower`` and
         ``difference_upper``); mean probability ``prob_before`` and ``prob``; where the grid has
         them, the median ``rank`` of the first token (1 = top) and the mean probability of the whole
         answer, ``answer_prob`` (from ``answer_logprob``), each with ``_before``; and all change
-        statistics of `results.summarise_change` (the thesis's mean within 2 SD among them).
+        statistics of `mi_hops.result.summarise_change` (the thesis's mean within 2 SD among them).
 
     Raises:
         ValueError: as `select_cell`.
@@ -197,20 +185,18 @@ def cell_report(
     rows = {}
     for name in chosen["memory"].values.tolist():
         mine = chosen.sel(memory=name)
-        right, after = mine[metric].values, mine[prob].values
+        correct, after = mine[metric].values, mine[prob].values
         bridge = chosen[metric].sel(memory="bridge").values
-        row = {"n": len(right), "right_before": was.mean(), "right": right.mean()}
-        row |= _ends("right", proportion_ci(int(right.sum()), len(right), level=level))
-        difference, *ends = difference_ci(bridge, right, paired=True, **settings)
+        row = {"n": len(correct), "correct_before": was.mean(), "correct": correct.mean()}
+        row |= _ends("correct", proportion_ci(int(correct.sum()), len(correct), level=level))
+        difference, *ends = difference_ci(bridge, correct, paired=True, **settings)
         row |= {"difference": difference, **_ends("difference", ends)}
         row |= {"prob_before": probable.mean(), "prob": after.mean()}
-        for score, column, typical in (
-            ("rank", "rank", np.median),
-            ("answer_logprob", "answer_prob", lambda x: np.exp(x).mean()),
-        ):
-            if score in mine.data:
-                row[f"{column}_before"] = typical(mine[f"{score}_before"].values)
-                row[column] = typical(mine[score].values)
+        for end in ("_before", ""):
+            if "rank" in mine.data:
+                row[f"rank{end}"] = np.median(mine[f"rank{end}"].values)
+            if "answer_logprob" in mine.data:
+                row[f"answer_prob{end}"] = np.exp(mine[f"answer_logprob{end}"].values).mean()
         change = summarise_change(probable, after, **settings).drop(index=["n"])
         for statistic, values in change.iterrows():
             row[str(statistic)] = values["value"]

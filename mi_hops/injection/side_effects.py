@@ -96,11 +96,11 @@ def side_effects(
         coords={"example": [fact.id for fact, _, _ in kept], "prompt": list(unrelated)},
         baselines={"explicit_prob_before": (one, before)},
         units={
-            **dict.fromkeys(("kl", "explicit_kl"), "nats"),
-            **dict.fromkeys(("explicit_prob", "explicit_prob_before"), "probability"),
-            **dict.fromkeys(("top_changed", "touched"), "share"),
-            **dict.fromkeys(("explicit_top_changed", "explicit_touched"), "share"),
-        },
+            f"{whose}{name}": unit
+            for whose in ("", "explicit_")
+            for name, unit in {"kl": "nats", "top_changed": "share", "touched": "share"}.items()
+        }
+        | dict.fromkeys(("explicit_prob", "explicit_prob_before"), "probability"),
         title=f"side effects of {injection.name}",
         skipped=skipped,
         provenance=provenance(model, method="side_effects", injection=injection.name, form=form),

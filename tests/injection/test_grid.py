@@ -36,12 +36,12 @@ METRICS = ("first_correct", "first_prob", "first_logprob", "rank", "answer_logpr
 
 def fact(i):
     """Prompts of three lengths, answers of one and two tokens."""
-    hop = f"w3 of w{i}"
+    hop = f"w3 w11 w{i}"
     return TwoHopFact(
         id=f"f{i}", subject=f"w{i}", relation1="r", bridge=f"w{20 + i} w{21 + i}", relation2="q",
         answer=f"w{40 + i}" + (" w50" if i % 2 else ""), first_hop=hop,
-        prompts={"suffix": "w1 w2 " + "w9 " * (i % 3) + f"{hop} is"},
-        second_prompts={"suffix": f"w1 w2 w{20 + i} w{21 + i} is"},
+        prompts={"suffix": "w1 w2 " + "w9 " * (i % 3) + f"{hop} w12"},
+        second_prompts={"suffix": f"w1 w2 w{20 + i} w{21 + i} w12"},
     )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_the_grid_equals_one_forward_a_cell(tiny, encodings, place):
     grid = injection_grid(
         tiny,
         FACTS,
-        layers=[0, 2, (0, 1)],
+        layers=[2, (0, 1)],
         strengths=(0.5, 4),
         encodings=encodings,
         positions=place,
@@ -322,14 +322,14 @@ def test_ties_are_settled_by_log_probability():
 def test_the_report_has_shares_intervals_and_the_papers_statistics():
     grid, cell = made_grid(), Cell("unembed", 1, 2.0, 1.0, 2)
     table = cell_report(grid, cell, n_resamples=200)
-    assert table.loc["bridge", "right"] == 0.5 and table.loc["answer", "right"] == 0.25
+    assert table.loc["bridge", "correct"] == 0.5 and table.loc["answer", "correct"] == 0.25
     assert table.loc["answer", "difference"] == 0.25
-    assert table.loc["bridge", "right_lower"] < 0.5 < table.loc["bridge", "right_upper"]
+    assert table.loc["bridge", "correct_lower"] < 0.5 < table.loc["bridge", "correct_upper"]
     want = summarise_change([0.1] * 4, [0.6, 0.6, 0.1, 0.1], n_resamples=10)["value"]
     for name in ("mean_relative_change_within_2sd", "ratio_of_means_change", "share_improved"):
         assert np.isclose(table.loc["bridge", name], want[name])
     half = cell_report(grid, cell, examples=["e2", "e3"], n_resamples=50)
-    assert half.loc["bridge", "right"] == 0 and half["n"].tolist() == [2, 2]
+    assert half.loc["bridge", "correct"] == 0 and half["n"].tolist() == [2, 2]
 
 
 def test_the_report_has_rank_and_the_whole_answers_probability_where_the_grid_has(tiny):
@@ -363,7 +363,7 @@ def test_the_report_has_rank_and_the_whole_answers_probability_where_the_grid_ha
 def test_the_chosen_cell_is_injected_as_the_grid_did(tiny, encoding, place, tmp_path):
     grid = injection_grid(
         tiny,
-        FACTS,
+        FACTS[:3],
         layers=[(0, 2), (2,)],
         strengths=(0.5, 3),
         encodings=[encoding],
@@ -373,7 +373,7 @@ def test_the_chosen_cell_is_injected_as_the_grid_did(tiny, encoding, place, tmp_
     cell = select_cell(Result.load(grid.save(tmp_path / "grid.nc")))
     want = grid["first_prob"].sel(memory="bridge", **cell.labels).values
     assert cell.injection().layers == cell.layers == {"0+2": (0, 2), "2": (2,)}[cell.layer]
-    assert np.allclose(one_by_one(tiny, FACTS, cell.injection(), "first_prob"), want, atol=1e-5)
+    assert np.allclose(one_by_one(tiny, FACTS[:3], cell.injection(), "first_prob"), want, atol=1e-5)
     assert cell.injection(memory="answer", absent="leave").memory == "answer"
     with pytest.raises(ValueError, match="choose it with select_cell"):
         Cell("unembed", 0, 1.0, 0.5, 4).injection()

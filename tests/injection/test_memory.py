@@ -292,7 +292,7 @@ def test_facts_get_their_bridge_answer_or_what_a_function_says(load_tiny):
     model = load_tiny()
     fact = TwoHopFact(
         id="f", subject="w5", relation1="r", bridge="w20", relation2="q", answer="w40",
-        first_hop="w3 of w5", prompts={"suffix": "w1 w3 of w5 is"},
+        first_hop="w3 w11 w5", prompts={"suffix": "w1 w3 w11 w5 w12"},
     )  # fmt: skip
     for memory, want in (
         ("bridge", "w20"),
@@ -303,7 +303,7 @@ def test_facts_get_their_bridge_answer_or_what_a_function_says(load_tiny):
         texts = [want] if want else ["w20", "w40"]
         assert state.texts == tuple(texts)
         assert torch.allclose(state.vectors, encode_memories(model, texts).sum(0))
-        assert state.first_hop == "w3 of w5"
+        assert state.first_hop == "w3 w11 w5"
     assert isinstance(MemoryInjection(1, 1.0), Repair)
 
 
@@ -481,3 +481,115 @@ def test_a_memory_longer_than_the_context_is_refused(load_tiny, encoding):
     text = " ".join(f"w{i}" for i in range(80))
     with pytest.raises(TokenError, match="context of 64"):
         encode_memories(load_tiny(), [text], encoding)
+
+
+# -- what a TransformerLens user types --
+
+
+@pytest.mark.parametrize("kind", ["attn_out", "resid_pre", "resid_mid", "resid_post", "mlp_out"])
+def test_a_vector_of_ones_own_in_transformer_lens_calls(tiny, kind):
+    tokens = torch.tensor([encode(tiny, TEXT).ids])
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    by_hand = run(
+        tiny, TEXT, hooks=[(hook_name(kind, i), lambda x: x + 2 * vector) for i in (0, 2)]
+    )
+    hooks = inject(tiny, vector, layers=[0, 2], strength=2.0, kind=kind)
+    with torch.no_grad():
+        found = [tiny.run_with_hooks(tokens, fwd_hooks=hooks)]
+        with tiny.hooks(fwd_hooks=hooks):
+            found.append(tiny(tokens))
+        with hooks:
+            found.append(tiny(tokens))
+        plain = tiny(tokens)
+    for logits in found:
+        assert torch.allclose(logits[0], by_hand, atol=1e-4)
+    assert torch.allclose(plain[0], run(tiny, TEXT), atol=1e-5)  # nothing stays behind
+    assert not torch.allclose(plain[0], by_hand, atol=1e-2)
+    assert len(repr(hooks)) < 300
+
+
+def test_a_vector_for_each_layer(tiny):
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    hooks = [(hook_name("attn_out", i), lambda x, v=vectors[i]: x + v) for i in (0, 2)]
+    want = run(tiny, TEXT, hooks=hooks)
+    tokens = torch.tensor([encode(tiny, TEXT).ids])
+    for memory, layers in (
+        (vectors, [0, 2]),
+        ({0: vectors[0], 2: vectors[2]}, None),
+        (vectors.numpy(), (0, 2)),
+    ):
+        with torch.no_grad():
+            logits = tiny.run_with_hooks(tokens, fwd_hooks=inject(tiny, memory, layers=layers))
+        assert torch.allclose(logits[0], want, atol=1e-4)
+    assert "a vector" in repr(MemoryInjection([0, 2], 1.0).fit_memories(tiny, [vectors])[0])
+
+
+def test_a_fact_may_get_a_vector(tiny):
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(2))
+    repair = MemoryInjection(1, 3.0, positions="last", memory=lambda fact: vector)
+    item = TwoHopFact(
+        id="f", subject="w5", relation1="r", bridge="w20", relation2="q", answer="w40",
+        first_hop="w3 w5", prompts={"suffix": TEXT},
+    )  # fmt: skip
+    prompt = encode(tiny, TEXT)
+    states = repair.fit(tiny, [item])
+    got = run(tiny, TEXT, hooks=repair.hooks(tiny, states, Rows((prompt,), len(prompt))))
+
+    def add(x):
+        return torch.cat([x[:, :-1], x[:, -1:] + 3 * vector], dim=1)
+
+    assert torch.allclose(got, run(tiny, TEXT, hooks=[(hook_name("attn_out", 1), add)]), atol=1e-4)
+
+
+def test_own_vectors_are_restricted_to_heads(load_tiny):
+    model = load_tiny()
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(3))
+    repair = MemoryInjection(1, 1.0, encoding=Encoder(heads=[2]))
+    (state,) = repair.fit_memories(model, [vector])
+    assert torch.allclose(state.vectors, restrict_to_heads(model, vector.expand(3, -1), [2]))
+
+
+def test_token_ids_and_prompts_are_prompts(tiny):
+    texts = ["w1 w2 w3", "w4 w5 w3"]
+    prompts = [encode(tiny, text) for text in texts]
+    batch = torch.tensor([prompt.ids for prompt in prompts])
+    settings = {"layers": 1, "strength": 4.0, "positions": "last"}
+    with torch.no_grad(), inject(tiny, "w20", prompts=texts, **settings):
+        want = tiny(batch)
+    for given in (batch, list(batch), prompts, [texts[0], batch[1]]):
+        hooks = inject(tiny, "w20", prompts=given, **settings)
+        with torch.no_grad():
+            assert torch.allclose(tiny.run_with_hooks(batch, fwd_hooks=hooks), want, atol=1e-5)
+        with pytest.raises(ValueError, match="made for 2 prompts"):
+            tiny.run_with_hooks(batch[:1], fwd_hooks=hooks)
+    with torch.no_grad(), inject(tiny, "w20", prompts=batch[0], **settings):
+        assert torch.allclose(tiny(batch[:1])[0], want[0], atol=1e-4)
+
+
+def test_everywhere_goes_on_behind_the_prompt_and_all_ends_with_it(load_tiny):
+    model = load_tiny()
+    prompt = encode(model, TEXT)
+    for positions, further in (("everywhere", 2), ("all", 0), (["everywhere", 0], 2)):
+        repair = MemoryInjection(1, 1.0, positions=positions)
+        rows = Rows((prompt,), len(prompt) + 2)  # two answer tokens follow
+        ((_, add),) = repair.hooks(model, repair.fit_memories(model, ["w20"]), rows)
+        touched = add(torch.zeros(1, len(prompt) + 2, 32)).abs().sum(-1) > 0
+        assert touched.sum() == len(prompt) + further
+
+
+@pytest.mark.parametrize(
+    ("memory", "settings", "message"),
+    [
+        (torch.ones(31), {"layers": 1}, r"shape \(32,\) or \(3, 32\)"),
+        (torch.ones(2, 32), {"layers": [0, 1]}, r"shape \(32,\) or \(3, 32\)"),
+        (torch.ones(32, dtype=torch.long), {"layers": 1}, "floating-point"),
+        (torch.full((32,), torch.inf), {"layers": 1}, "not finite"),
+        ({1: torch.ones(32)}, {"layers": [1, 2]}, r"no vector for layers \[2\]"),
+        ({5: torch.ones(32)}, {}, "0..2"),
+        (torch.ones(32), {}, "layers is missing"),
+        ("w20", {"layers": 1, "strength": float("nan")}, "finite"),
+    ],
+)
+def test_vectors_that_cannot_be_meant_are_refused(load_tiny, memory, settings, message):
+    with pytest.raises(ValueError, match=message):
+        inject(load_tiny(), memory, **settings)

@@ -108,7 +108,7 @@ class Injection(Step):
         memories = {}
         for name, record in _report(result, cell).iterrows():
             memories[str(name)] = {
-                _SCORE: _ends(record, "right"),
+                _SCORE: _ends(record, "correct"),
                 "bridge_minus_this": _ends(record, "difference"),
                 **{statistic: record[statistic] for statistic in statistics},
             }
@@ -217,7 +217,7 @@ def _memories(result: Result, cell: Mapping[str, Any]) -> Iterator[Figure | Tabl
     rest = result.sel(example=report)
     records = [(n, label, table.loc[n]) for n, label in _MEMORIES.items() if n in table.index]
     rows = [row(share_of(rest[f"{_SCORE}_before"].values), injected="nothing")]
-    rows += [row(_ends(record, "right"), injected=label) for _, label, record in records]
+    rows += [row(_ends(record, "correct"), injected=label) for _, label, record in records]
     named = share_of(rest[f"{_SCORE}_explicit"].values)
     if named["n"]:
         rows.append(row(named, injected="bridge in the prompt"))
@@ -241,7 +241,7 @@ def _memories(result: Result, cell: Mapping[str, Any]) -> Iterator[Figure | Tabl
     cells = []
     for name, label, record in records:
         gap = "–" if name == "bridge" else percent(_ends(record, "difference"), n=False)
-        right = percent(_ends(record, "right"), n=False)
+        right = percent(_ends(record, "correct"), n=False)
         cells.append([label, right, gap, str(int(record["n"]))])
     yield Table(
         "The chosen cell in numbers, reporting half",
