@@ -138,7 +138,7 @@ class RowCache:
         if self._hooked:
             cfg = self._model.cfg
             shape = (n_rows, length, n_kv_heads(self._model), int(cfg.d_head))
-            return _HookedPass(join, shape, ones)
+            return _HookedPass(join, shape, ones, seen)
         cache = bridge_cache(lambda layer, k, v: join(layer, (k, v)), length)
         # A mask of the positions themselves: made from a row of ones it would know no empty slots.
         cache.options = {
@@ -156,11 +156,12 @@ class _HookedPass:
         join: Callable[[int, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]],
         shape: tuple[int, ...],
         ones: Int[Tensor, "row slot"],
+        seen: Bool[Tensor, "row 1 pos slot"],
     ) -> None:
-        self._join, self._shape, self._ones = join, shape, ones
+        self._join, self._shape, self._ones, self._seen = join, shape, ones, seen
 
     def __getitem__(self, layer: int) -> _HookedPassEntry:
-        return _HookedPassEntry(self._join, self._shape, layer)
+        return _HookedPassEntry(self._join, self._shape, layer, self._seen)
 
     def append_attention_mask(self, mask: Tensor) -> Tensor:
         return self._ones
@@ -172,8 +173,9 @@ class _HookedPassEntry:
         join: Callable[[int, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]],
         shape: tuple[int, ...],
         layer: int,
+        seen: Bool[Tensor, "row 1 pos slot"],
     ) -> None:
-        self._join, self._layer = join, layer
+        self._join, self._layer, self.seen = join, layer, seen
         # A forward pass looks at the shape only; what it attends to is what `append` gives.
         self.past_keys = torch.empty(()).expand(shape)
 

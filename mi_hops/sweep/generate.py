@@ -18,6 +18,7 @@ from mi_hops.model import HookedModel, device_of, has_hooks
 from mi_hops.model.cache import new_cache
 from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.numeric import wide_dtype
+from mi_hops.model.plain_attention import plain_attention
 from mi_hops.model.row_cache import RowCache, takes_unequal_rows
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.scoring import check_states, logits_at
@@ -131,7 +132,8 @@ def _replies(
     replies = [_Reply() for _ in asks]
     with torch.no_grad(), pretransposed_weights(model):
         if repair is None and takes_unequal_rows(model) and not has_hooks(model):
-            _continue_together(model, asks, replies, batch_size)
+            with plain_attention(model):
+                _continue_together(model, asks, replies, batch_size)
         else:
             for chosen, batch in batches_by_length([ask.prompt.ids for ask in asks], batch_size):
                 some = [asks[i] for i in chosen]
