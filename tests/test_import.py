@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 import zipfile
@@ -67,6 +68,30 @@ def test_every_module_imports(name):
 def test_every_folder_with_code_is_a_package():
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
     assert [f for f in sorted(folders) if not (f / "__init__.py").exists()] == []
+
+
+def test_tests_touch_no_private_name():
+    """Neither `from mi_hops... import _name` nor `thing._name` of what came from there."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        ours = [
+            alias
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mi_hops")
+            for alias in node.names
+        ]
+        names = {alias.asname or alias.name for alias in ours}
+        found += [f"{path.name}: {name}" for name in names if re.match("_(?!_)", name)]
+        found += [
+            f"{path.name}: {node.value.id}.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and re.match("_(?!_)", node.attr)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in names
+        ]
+    assert found == []
 
 
 @pytest.mark.slow

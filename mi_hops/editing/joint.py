@@ -61,6 +61,14 @@ def creme_joint(
 
     Raises:
         ValueError: no facts, a negative ridge, or as `creme.creme_many`.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.load_facts("hopland")[:4]
+        >>> edit = mi_hops.creme_joint(model, facts, layers=[3])
+        >>> with edit.applied(model):
+        ...     said = mi_hops.generate(model, [facts[0].prompt()])
     """
     how = CremeSettings(strength=strength, **settings)
     requests = requests_of(asked, how.form, how.keep)

@@ -119,6 +119,12 @@ def permuted_bridges(facts: Sequence[TwoHopFact], rng: np.random.Generator) -> l
 
     Raises:
         ValueError: a fact for which no other bridge is left.
+
+    Examples:
+        >>> import mi_hops, numpy as np
+        >>> facts = mi_hops.load_facts("hopland")[::300]
+        >>> len(mi_hops.permuted_bridges(facts, np.random.default_rng(0))) == len(facts)
+        True
     """
     bridges = [fact.bridge for fact in facts]
     answers: dict[str, set[str]] = {}

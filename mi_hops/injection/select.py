@@ -89,6 +89,11 @@ def split_halves(ids: Sequence[Hashable], *, seed: int = 0) -> tuple[list[Any], 
 
     Raises:
         ValueError: fewer than two labels, or repeated ones.
+
+    Examples:
+        >>> import mi_hops
+        >>> mi_hops.split_halves(["a", "b", "c", "d"])
+        (['a', 'c'], ['b', 'd'])
     """
     labels = list(ids)
     if len(labels) < 2 or len(set(labels)) < len(labels):
@@ -123,6 +128,14 @@ def select_cell(
 
     Raises:
         ValueError: an unknown metric, memory or encoding, or no example.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.load_facts("hopland")[:4]
+        >>> grid = mi_hops.injection_grid(model, facts, strengths=(2, 4), layers=(1, 2))
+        >>> mi_hops.select_cell(grid).layer in (1, 2)
+        True
     """
     if metric not in result.data:
         raise ValueError(
@@ -174,6 +187,15 @@ def cell_report(
 
     Raises:
         ValueError: as `select_cell`.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.load_facts("hopland")[:4]
+        >>> grid = mi_hops.injection_grid(model, facts, strengths=(2, 4), layers=(1, 2))
+        >>> cell = mi_hops.select_cell(grid)
+        >>> list(mi_hops.cell_report(grid, cell, n_resamples=50))[:3]
+        ['n', 'right_before', 'right']
     """
     import pandas as pd
 

@@ -50,6 +50,15 @@ def side_effects(
     Raises:
         ValueError: no unrelated prompt.
         NoUsableFactError: no fact is left.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.load_facts("hopland")[:4]
+        >>> memory = mi_hops.MemoryInjection(layers=2, strength=4.0)
+        >>> found = mi_hops.side_effects(model, facts, memory, ["The spouse of Joren Ashby is"])
+        >>> found["kl"].dims
+        ('example', 'prompt')
     """
     if isinstance(unrelated, str) or not unrelated:
         raise ValueError("name at least one unrelated prompt, in a sequence")

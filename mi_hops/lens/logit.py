@@ -303,6 +303,12 @@ def read_vectors(
     Raises:
         ValueError: vectors of another shape, token ids outside the vocabulary, or a lens of
             another model.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> mi_hops.read_vectors(model, model.W_U[:, :2].T)["top_tokens"].sizes["vector"]
+        2
     """
     if vectors.ndim != 2 or vectors.shape[1] != model.cfg.d_model or not len(vectors):
         raise ValueError(

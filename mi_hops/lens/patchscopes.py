@@ -217,6 +217,15 @@ def patchscope_generate(
 
     Raises:
         ValueError, TokenError: as `patchscope`; or several prompts or layers.
+
+    Examples:
+        >>> import mi_hops
+        >>> from mi_hops.lens import Place
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> source = Place("The spouse of Joren Ashby is", "Joren Ashby", 2)
+        >>> target = Place("The spouse of Nadia del Brandt is", "Nadia del Brandt", 2)
+        >>> mi_hops.patchscope_generate(model, source, target).text
+        'Casper del Wexley'
     """
     states, origin, goal = _prepare(model, source, target, source_model, mapping)
     if len(origin.prompts) > 1 or len(origin.layers) > 1 or len(goal.layers) > 1:

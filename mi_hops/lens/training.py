@@ -62,6 +62,11 @@ class LensTraining:
 
     Raises:
         ValueError: a count below 1, a share outside (0, 1), or a learning rate that is not above 0.
+
+    Examples:
+        >>> import mi_hops
+        >>> mi_hops.LensTraining(steps=20, held_out=0.2).learning_rate
+        0.001
     """
 
     steps: int = 250

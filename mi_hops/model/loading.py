@@ -56,6 +56,12 @@ def load_model(
             TransformerLens or the family does not offer.
         OSError: a hub id that cannot be fetched (offline, private, or misspelt); a cache folder that
             cannot be written.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> model.cfg.n_layers, model.cfg.d_model
+        (6, 128)
     """
     from transformers import AutoConfig
 

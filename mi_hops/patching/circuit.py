@@ -205,7 +205,7 @@ def faithfulness(
         >>> import mi_hops
         >>> model = mi_hops.load_model("hops-gpt2")
         >>> pairs = mi_hops.contrast(model, mi_hops.Hopland().two_hop_facts("seen_parts")[:40])
-        >>> whole = Circuit(frozenset(all_edges(model)))
+        >>> whole = mi_hops.patching.Circuit(frozenset(mi_hops.patching.all_edges(model)))
         >>> kept = mi_hops.faithfulness(model, pairs.select([0]), [whole])
         >>> round(float(kept["faithfulness"][0, 0]), 2)
         1.0

@@ -46,7 +46,7 @@ def contrast(
         >>> import mi_hops
         >>> model = mi_hops.load_model("hops-gpt2")
         >>> facts = mi_hops.Hopland().two_hop_facts("seen_parts")[:40]
-        >>> list(contrast(model, facts, form="suffix").roles)
+        >>> list(mi_hops.contrast(model, facts, form="suffix").roles)
         ['subject', 'first hop', 'last']
     """
     sides, skipped = usable(model, facts, _side, purpose="pairing", form=form)

@@ -186,6 +186,14 @@ def erase_bridge(
     Raises:
         NoUsableFactError: no fact can be used.
         ValueError: a bad layer.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.load_facts("hopland")[:4]
+        >>> erased = mi_hops.erase_bridge(model, facts, variants=("exact",), layers=[0, 1])
+        >>> erased.difference_ci("control", variable="bridge").sizes["layer"]
+        2
     """
     layers = list(range(model.cfg.n_layers)) if layers is None else list(layers)
     require_layers(model, layers)

@@ -148,6 +148,13 @@ def located_layers(
     """The layers a repair should touch: those with at least `share` of the largest mean effect.
 
     The mean is over examples. If no layer has a positive mean effect the list is empty.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.load_facts("hopland")[:4]
+        >>> mi_hops.located_layers(mi_hops.locate(model, facts, form="suffix"))
+        [1]
     """
     effect = result.sel(kind=kind, position=position).mean().data["effect"]
     largest = float(effect.max())

@@ -83,6 +83,16 @@ def fan_out(
         ValueError: an unknown kind, a layer, head or position that does not exist, a base that is
             not there, or unequal numbers of scored positions.
         MissingHookError: a hook point the model does not have.
+
+    Examples:
+        >>> import mi_hops
+        >>> from mi_hops.sweep import ablate
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> prompt = mi_hops.encode(model, "The spouse of Joren Ashby is")
+        >>> rows = [mi_hops.Intervention.at("attn_out", i, ablate()) for i in range(3)]
+        >>> out = mi_hops.fan_out(model, mi_hops.pad([prompt.ids]), rows)
+        >>> out.rows.shape == (3, 1, model.cfg.d_vocab)  # [row, scored position, vocab]
+        True
     """
     where = _scored(prompts, scored)
     _check(model, prompts, interventions)

@@ -104,6 +104,12 @@ def generate(
         ValueError: a number of states that does not fit; ``max_new_tokens`` or ``batch_size``
             below 1; an empty stop string; logits with NaN.
         TokenError: a prompt that does not fit the context together with what is to come.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> mi_hops.generate(model, ["The spouse of Joren Ashby is"])[0].text
+        'Vera van Nystrom'
     """
     check_stop(stop)
     known = [encode(model, p) if isinstance(p, str) else p for p in prompts]
@@ -341,6 +347,14 @@ def answered(
     Raises:
         ValueError: unequal numbers of prompts, answers and aliases; see also `generate`.
         TokenError: see `generate` and `tokens.answer_ids`.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.load_facts("hopland")[:4]
+        >>> found = mi_hops.answered(model, [f.prompt() for f in facts], [f.answer for f in facts])
+        >>> [one.exact for one in found]
+        [True, True, True, True]
     """
     others = [()] * len(prompts) if aliases is None else list(aliases)
     if not len(prompts) == len(answers) == len(others):

@@ -58,6 +58,12 @@ class Intervention:
     ``[pos, head, d_head]`` or, one head named, ``[pos, d_head]``; patterns ``[head, query, key]``
     or ``[query, key]``. At the first site that is the base run's activation. A sequence of
     functions gives each site its own.
+
+    Examples:
+        >>> import mi_hops
+        >>> from mi_hops.sweep import ablate
+        >>> mi_hops.Intervention.at("attn_out", 2, ablate(), positions=[-1]).sites
+        (Site(kind='attn_out', layer=2, positions=(-1,), head=None),)
     """
 
     sites: tuple[Site, ...]

@@ -19,6 +19,11 @@ class Limits:
 
     Raises:
         ValueError: a bound that is not above 0.
+
+    Examples:
+        >>> import mi_hops
+        >>> mi_hops.Limits(batch_size=4, memory=2**28).reuse_prefix
+        True
     """
 
     batch_size: int = 16

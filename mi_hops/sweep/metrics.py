@@ -338,6 +338,15 @@ class FullLogits:
 
     Args:
         length: tokens of the prompt; whoever runs the metric gives it.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> right, wrong = 20, 21
+        >>> metric = mi_hops.FullLogits(lambda logits: logits[0, -1, right] - logits[0, -1, wrong])
+        >>> pair = ("The spouse of Joren Ashby is", "The friend of Joren Ashby is")
+        >>> mi_hops.patch(model, pair, metric=metric)["change"].dims
+        ('example', 'layer', 'position')
     """
 
     function: Callable[[Tensor], Tensor]

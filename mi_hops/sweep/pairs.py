@@ -64,7 +64,8 @@ class Pairs:
         ValueError: unequal numbers of prompts, answers or labels; or not a single prompt.
 
     Examples:
-        >>> pairs = Pairs("w1 w2 w3", "w1 w4 w3", answer="w5", wrong="w6")
+        >>> import mi_hops
+        >>> pairs = mi_hops.Pairs("w1 w2 w3", "w1 w4 w3", answer="w5", wrong="w6")
         >>> len(pairs)
         1
     """

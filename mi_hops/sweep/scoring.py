@@ -45,6 +45,16 @@ def score_prompts(
         ValueError: unequal numbers of prompts, targets and states; a repair without states or the
             other way round; a score that is not finite.
         TokenError: a prompt that does not fit the context together with its answer.
+
+    Examples:
+        >>> import mi_hops
+        >>> from mi_hops.sweep import target_of
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.load_facts("hopland")[:4]
+        >>> prompts = [mi_hops.encode(model, f.prompt()) for f in facts]
+        >>> targets = [target_of(model, p, f.answer) for p, f in zip(prompts, facts)]
+        >>> mi_hops.score_prompts(model, prompts, targets, "first_prob")["first_prob"].shape
+        torch.Size([4])
     """
     wanted = tuple(get_metrics(metrics))
     if len(targets) != len(prompts):

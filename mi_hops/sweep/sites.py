@@ -65,9 +65,10 @@ class Sites:
         window: blocks taken together, centred on the layer and cut off at the ends of the model.
 
     Examples:
-        >>> Sites("z", layers=[2, 3], positions={"last": -1}).kinds
+        >>> import mi_hops
+        >>> mi_hops.Sites("z", layers=[2, 3], positions={"last": -1}).kinds
         ('z',)
-        >>> Sites("blocks.3.hook_resid_pre").layers
+        >>> mi_hops.Sites("blocks.3.hook_resid_pre").layers
         (3,)
     """
 
