@@ -52,8 +52,8 @@ PAGE = "editing-table"
 
 RULE = (
     "Every repair is given the prompts of one form only (suffix). Its layers (for CREME and memory "
-    "injection its strength as well, for the joint edit its ridge, for LoRA its step size) are those that put most first "
-    "answer tokens right on 100 *other* failed questions (24 where fitting means gradient descent; the "
+    "injection its strength as well, for the joint edit its ridge, for LoRA its step size) are those that correct the most "
+    "first answer tokens on 100 *other* failed questions (24 where fitting means gradient descent; the "
     "joint edit: as many as are edited), where each unrelated question answered wrongly beyond "
     f"{1 - ENOUGH:.1%} of them (first token) weighs as much as four that are not corrected; of "
     "equals, those that keep most, then the fewest layers. The single facts of the world are dealt "

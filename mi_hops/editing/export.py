@@ -93,13 +93,17 @@ def export_hf(
             model = load_model(source, device="cpu", dtype=dtype)
             with edit.applied(model, check=check):
                 edited = {c.site: read_matrix(model, *c.site) for c in edit.changes}
-            hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+            hf = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or "auto", trust_remote_code=False
+            )
             for (matrix, layer), value in edited.items():
                 _write(hf, matrix, layer, value)
             folder.mkdir()
             hf.save_pretrained(folder, max_shard_size=max_shard_size)
             if keep_tokenizer:
-                AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+                AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(
+                    folder
+                )
             else:
                 given = model if isinstance(model_or_path, str | Path) else model_or_path
                 _save_tokenizer(source, prepends_bos(given), folder)
@@ -158,7 +162,7 @@ def _save_tokenizer(source: str, bos: bool, folder: Path) -> None:
     def adds_bos(tokenizer: Any) -> bool:
         return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if bos and not adds_bos(tokenizer):
         core, name = tokenizer.backend_tokenizer, tokenizer.bos_token
         adding: Any = TemplateProcessing(

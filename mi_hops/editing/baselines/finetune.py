@@ -193,6 +193,7 @@ def lora_many(
         bundled if (bundled / "config.json").exists() else source,
         dtype=place["dtype"],
         attn_implementation="eager",
+        trust_remote_code=False,
     )
     family = hf.config.model_type
     if family not in _TARGETS:
