@@ -195,7 +195,7 @@ def cell_report(
         >>> grid = mi_hops.injection_grid(model, facts, strengths=(2, 4), layers=(1, 2))
         >>> cell = mi_hops.select_cell(grid)
         >>> list(mi_hops.cell_report(grid, cell, n_resamples=50))[:3]
-        ['n', 'right_before', 'right']
+        ['n', 'correct_before', 'correct']
     """
     import pandas as pd
 

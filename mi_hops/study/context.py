@@ -33,6 +33,11 @@ class Sizes:
         controls: draws of the erasure's control.
         strengths: of the injection grid.
         per_case: queries per case in each drawn set.
+
+    Examples:
+        >>> import mi_hops
+        >>> mi_hops.Sizes(edits=50).lens
+        300
     """
 
     lens: int = 300
@@ -69,6 +74,11 @@ class StudySettings:
 
     Raises:
         ValueError: an unknown name.
+
+    Examples:
+        >>> import mi_hops
+        >>> mi_hops.StudySettings(limit=200, sizes="quick").size.lens
+        60
     """
 
     seed: int = 0
