@@ -312,8 +312,8 @@ class Injection(list[PlainHook]):
         self._stack.enter_context(_attached(*self._given))
         return self
 
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._stack.__exit__(*error)
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
 
 def inject(
