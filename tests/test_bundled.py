@@ -9,13 +9,14 @@ import pytest
 from mi_hops.model import CHECKPOINTS, bundled_models, hooked_class, load_model
 from mi_hops.reasoning.erasure import erase_bridge
 from mi_hops.reasoning.gap import find_gap
+from mi_hops.study import StudySettings
 from mi_hops.study.run import load_study_facts
 
 
 @pytest.fixture(scope="module", params=["hops-gpt2", "hops-llama"])
 def bundled(request):
     backend = "hooked" if hooked_class() and request.param == "hops-gpt2" else "bridge"
-    facts, _ = load_study_facts(None, 500, 0)
+    facts, _ = load_study_facts(None, StudySettings(seed=0, limit=500))
     model = load_model(request.param, device="cpu", backend=backend)
     return request.param, model, facts, find_gap(model, facts, form="suffix")
 
