@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import json
 import os
 import re
 from pathlib import Path
@@ -10,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_SHOWN = re.compile(r"^```py(?:thon)?\n(.*?)^```", re.DOTALL | re.MULTILINE)  # not run: ```py
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
@@ -28,6 +33,40 @@ def _code(page: Path) -> str:
 
 def test_there_are_pages_with_code():
     assert sum(bool(_code(page).strip()) for page in PAGES) >= 8
+
+
+def _shown(path: Path) -> str:
+    """All Python that a page or a notebook shows, whether it is run here or not."""
+    if path.suffix == ".md":
+        return "\n".join(_SHOWN.findall(path.read_text()))
+    cells = json.loads(path.read_text())["cells"]
+    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+
+
+def _imports(code: str):
+    """(module, name) of every import from the package; name is None in ``import module``."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    "path", [*PAGES, *NOTEBOOKS], ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_examples_import_from_the_package_and_its_wings_alone(path):
+    found = [(m, n) for m, n in _imports(_shown(path)) if m.split(".")[0] == "mi_hops"]
+    assert [m for m, _ in found if m.count(".") > 1] == []
+    for module, name in found:
+        there = importlib.import_module(module)
+        package = f"{module}.{name}" in _packages()
+        assert name is None or package or name in there.__all__, f"{module} does not list {name}"
+
+
+def _packages() -> set[str]:
+    inits = (ROOT / "mi_hops").rglob("__init__.py")
+    return {".".join(p.parent.relative_to(ROOT).parts) for p in inits}
 
 
 @pytest.mark.slow

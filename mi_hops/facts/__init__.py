@@ -8,11 +8,13 @@ from mi_hops.facts.mquake import load_mquake
 from mi_hops.facts.mquake_words import load_wordings
 from mi_hops.facts.reading import Facts, FactsFileError, RowNote
 from mi_hops.facts.tables import load_table
-from mi_hops.facts.templates import Wording
+from mi_hops.facts.templates import CONTEXTS, FORMS, Wording, capitalise
 from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.facts.wordings import WordedRelation, default_wordings, few_shot_lead, reword
 
 __all__ = [
+    "CONTEXTS",
+    "FORMS",
     "FactChain",
     "Facts",
     "FactsFileError",
@@ -21,6 +23,7 @@ __all__ = [
     "TwoHopFact",
     "WordedRelation",
     "Wording",
+    "capitalise",
     "default_wordings",
     "few_shot_lead",
     "load_chains",

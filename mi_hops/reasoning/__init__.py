@@ -1,1 +1,33 @@
 """Two-hop reasoning: the gap, erasure of the bridge, locating, and scoring repairs."""
+
+from mi_hops.reasoning.aggregate import aggregate
+from mi_hops.reasoning.erasure import erase_bridge
+from mi_hops.reasoning.evaluate import evaluate
+from mi_hops.reasoning.evaluation import Evaluation
+from mi_hops.reasoning.failures import FailureTypes, failure_types
+from mi_hops.reasoning.gap import Gap, find_gap
+from mi_hops.reasoning.locate import locate, located_layers
+from mi_hops.reasoning.queries import Query, QuerySets
+from mi_hops.reasoning.sequential import evaluate_sequential
+from mi_hops.reasoning.sets import Known, build_sets
+from mi_hops.reasoning.wordings import WordingChoice, choose_wordings
+
+__all__ = [
+    "Evaluation",
+    "FailureTypes",
+    "Gap",
+    "Known",
+    "Query",
+    "QuerySets",
+    "WordingChoice",
+    "aggregate",
+    "build_sets",
+    "choose_wordings",
+    "erase_bridge",
+    "evaluate",
+    "evaluate_sequential",
+    "failure_types",
+    "find_gap",
+    "locate",
+    "located_layers",
+]

@@ -1,6 +1,7 @@
 """Labelled results, their statistics, figures and files; free of torch."""
 
+from mi_hops.result import plots
 from mi_hops.result.result import Result
 from mi_hops.result.statistics import summarise_change
 
-__all__ = ["Result", "summarise_change"]
+__all__ = ["Result", "plots", "summarise_change"]

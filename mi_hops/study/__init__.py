@@ -12,19 +12,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mi_hops.study.choose import choose_edit, layer_spans
     from mi_hops.study.context import Sizes, StudySettings
     from mi_hops.study.report.page import write_report
     from mi_hops.study.run import run_study
     from mi_hops.study.steps import STEPS
     from mi_hops.study.study import Study
 
-__all__ = ["STEPS", "Sizes", "Study", "StudySettings", "run_study", "write_report"]
+__all__ = [
+    "STEPS",
+    "Sizes",
+    "Study",
+    "StudySettings",
+    "choose_edit",
+    "layer_spans",
+    "run_study",
+    "write_report",
+]
 
 _HOME = {
     "STEPS": "steps",
     "Study": "study",
     "Sizes": "context",
     "StudySettings": "context",
+    "choose_edit": "choose",
+    "layer_spans": "choose",
     "run_study": "run",
     "write_report": "report.page",
 }
