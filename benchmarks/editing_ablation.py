@@ -56,8 +56,8 @@ def variants(setup: Setup) -> Iterator[tuple[str, CremeRepair]]:
     for slack in (0.0, 1.0):
         yield "kept prompts", one(f"both hops kept, slack {slack}", slack=slack)
     yield "kept prompts", one("nothing kept", keep=None)
-    for position in ("last", "subject"):
-        name = f"first token covered, key at the {position} token"
+    for position, where in (("last", "last token"), ("first hop", "first hop's last token")):
+        name = f"first token covered, key at the {where}"
         yield "key", one(name, position=position, cover="first")
 
 

@@ -44,7 +44,7 @@ def request(i: int) -> Request:
         second_hop_prompt=" ".join([*words[:3], bridge, "w50"]),
         bridge=bridge,
         target=" ".join(words[12:14]),
-        subject=" ".join(words[3:9]),
+        first_hop=" ".join(words[3:9]),
         id=str(i),
     )
 

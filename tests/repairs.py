@@ -1,4 +1,4 @@
-"""A repair for tests: adds a vector of its own to each row, at one attention output."""
+"""Repairs for tests: one that does nothing, one that adds a vector of its own to each row."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ import torch
 
 from mi_hops.model import forward, hook_name
 from mi_hops.sweep.repair import Rows
+
+
+class NoRepair:
+    """The unrepaired model as a repair."""
+
+    name = "none"
+
+    def fit(self, model, facts):
+        return [None] * len(facts)
+
+    def hooks(self, model, states, rows):
+        return []
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ class CremeSettings:
         form: of the prompts edited (facts only); default the first a fact has of both hops.
         covariance: second moments of z at the layers edited; None for C = I.
         templates: context templates, each with one ``{}``; keys and values are averaged over them.
-        position: ``"last"`` token of the prompt, or the last one of the ``"subject"`` (the first-hop
-            phrase; in the second-hop prompt the bridge).
+        position: ``"last"`` token of the prompt, or the last one of the ``"first hop"`` (in the
+            second-hop prompt: of the bridge).
         target: where v* comes from: the second-hop prompt run on the model as ``"edited"`` at lower
             layers (the published code), or on the ``"clean"`` model.
         match: what the edited layer is to reproduce at the key: the second-hop prompt's
@@ -75,7 +75,7 @@ class CremeSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", check_templates(self.templates))
         for name, choices in (
-            ("position", ("last", "subject")),
+            ("position", ("last", "first hop")),
             ("target", ("edited", "clean")),
             ("match", ("attention", "residual")),
             ("cover", ("first", "answer")),
@@ -150,7 +150,7 @@ def plan_request(model: HookedModel, request: Request, how: CremeSettings) -> Pl
     rows: list[tuple[int, ...]] = []
     where: list[list[tuple[int, ...]]] = []
     for text, phrase in (
-        (request.two_hop_prompt, request.subject),
+        (request.two_hop_prompt, request.first_hop),
         (request.second_hop_prompt, request.bridge),
     ):
         at = []

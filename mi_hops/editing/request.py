@@ -13,7 +13,7 @@ from mi_hops.model import HookedModel
 from mi_hops.text.matching import ARTICLES
 from mi_hops.text.tokens import Prompt, encode, find_text, last_position
 
-Position = Literal["last", "subject"]
+Position = Literal["last", "first hop"]
 Keep = Literal["hops"] | Callable[[TwoHopFact], Sequence[str]] | None
 
 
@@ -26,14 +26,14 @@ class Request:
         second_hop_prompt: the same question about the bridge, "The nationality of Stephen King is".
         bridge: the entity between the hops, which the second-hop prompt names.
         target: the answer; a record, and needed where the whole answer is covered.
-        subject: the phrase in the two-hop prompt that the bridge replaces in the second-hop prompt.
+        first_hop: the phrase in the two-hop prompt that the bridge replaces in the second-hop prompt.
         keep: prompts whose last token should be answered as before (used where constraints are
             asked for).
         id: of the fact it came from.
 
     Raises:
         ValueError: an empty prompt, two prompts that are equal (such an edit changes nothing), a
-            bridge that does not appear in the second-hop prompt; with a subject, one that does not
+            bridge that does not appear in the second-hop prompt; with a first hop, one that does not
             appear in the two-hop prompt or appears there twice, or a second-hop prompt that is not
             the two-hop prompt with the bridge in its place (case, white space and an article before
             the name aside).
@@ -43,7 +43,7 @@ class Request:
     second_hop_prompt: str
     bridge: str
     target: str = ""
-    subject: str = ""
+    first_hop: str = ""
     keep: tuple[str, ...] = ()
     id: str = ""
 
@@ -63,28 +63,28 @@ class Request:
                 f"edit request {self.id!r}: the bridge {self.bridge!r} does not appear in the "
                 f"second-hop prompt {self.second_hop_prompt!r}; pass the one that names it"
             )
-        if self.subject:
+        if self.first_hop:
             self._check_frame()
 
     def _check_frame(self) -> None:
         """Refuse a second-hop prompt that asks another question about the bridge."""
-        subject, asked = _plain(self.subject), _plain(self.two_hop_prompt)
-        places = _places(subject, asked)
+        phrase, asked = _plain(self.first_hop), _plain(self.two_hop_prompt)
+        places = _places(phrase, asked)
         if len(places) != 1:
             how = f"appears {len(places)} times" if places else "does not appear"
             raise ValueError(
-                f"edit request {self.id!r}: the subject {self.subject!r} {how} in the two-hop prompt "
+                f"edit request {self.id!r}: the first hop {self.first_hop!r} {how} in the two-hop prompt "
                 f"{self.two_hop_prompt!r}; expected it there once, in the place of the bridge"
             )
         (start,) = places
-        before, after = asked[:start], asked[start + len(subject) :]
+        before, after = asked[:start], asked[start + len(phrase) :]
         article = next((a for a in ARTICLES if f" {before}".endswith(f" {a}")), "")
         stem = before.removesuffix(article)
         fitting = {f"{stem}{a}{_plain(self.bridge)}{after}" for a in ("", *ARTICLES)}
         if _plain(self.second_hop_prompt) not in fitting:
             raise ValueError(
                 f"edit request {self.id!r}: the second-hop prompt {self.second_hop_prompt!r} is not "
-                f"{self.two_hop_prompt!r} with {self.bridge!r} in the place of {self.subject!r}; both "
+                f"{self.two_hop_prompt!r} with {self.bridge!r} in the place of {self.first_hop!r}; both "
                 "must ask in the same words"
             )
 
@@ -123,25 +123,25 @@ class Request:
             second_hop_prompt=fact.second_prompt(form),
             bridge=fact.bridge,
             target=fact.answer,
-            subject=fact.first_hop,
+            first_hop=fact.first_hop,
             keep=tuple(dict.fromkeys(kept)),
             id=fact.id,
         )
 
     @classmethod
     def from_slot(
-        cls, prompt: str, *, subject: str, bridge: str, target: str = "", **more: Any
+        cls, prompt: str, *, first_hop: str, bridge: str, target: str = "", **more: Any
     ) -> Request:
-        """From one prompt with a ``{}``: `subject` goes into the two-hop prompt, `bridge` into the other.
+        """From one prompt with a ``{}``: `first_hop` goes into the two-hop prompt, `bridge` into the other.
 
         Raises:
             ValueError: a prompt without exactly one slot.
         """
         return cls(
-            two_hop_prompt=fill(prompt, subject, "the prompt of an edit request"),
+            two_hop_prompt=fill(prompt, first_hop, "the prompt of an edit request"),
             second_hop_prompt=fill(prompt, bridge),
             bridge=bridge,
-            subject=subject,
+            first_hop=first_hop,
             target=target,
             **more,
         )
@@ -222,10 +222,10 @@ def key_position(prompt: Prompt, phrase: str, position: Position) -> int:
     """The token an edit reads: the last one of the prompt, or of `phrase`."""
     if position == "last":
         return prompt.last
-    if position != "subject":
-        raise ValueError(f"position is {position!r}; expected 'last' or 'subject'")
+    if position != "first hop":
+        raise ValueError(f"position is {position!r}; expected 'last' or 'first hop'")
     if not phrase:
-        raise ValueError("position 'subject' needs a request that names its subject")
+        raise ValueError("position 'first hop' needs a request that names its first hop")
     return last_position(prompt, phrase)
 
 

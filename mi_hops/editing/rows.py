@@ -27,7 +27,9 @@ RowEdit = Edit | Sequence[Edit] | None
 _BATCHED_RANK = 8
 
 
-def edit_hooks(model: HookedModel, edits: Sequence[RowEdit], *, check: bool = False) -> list[Hook]:
+def edit_hooks(
+    model: HookedModel, edits: Sequence[RowEdit], *, check: bool = False
+) -> list[tuple[Any, Any]]:
     """Hooks for a forward pass whose row r is under ``edits[r]``.
 
     Equal to the weight form up to rounding; sums are made in the wider dtype of factors (float32

@@ -16,8 +16,8 @@ from mi_hops.model import HookedModel, provenance
 from mi_hops.result.result import Result
 from mi_hops.sweep.metrics import KL, METRICS, NextToken, Target, target_of
 from mi_hops.sweep.runs import Scored
-from mi_hops.sweep.scoring import logits_at, score
-from mi_hops.text.tokens import Prompt, batches, encode
+from mi_hops.sweep.scoring import next_token_logits, score
+from mi_hops.text.tokens import Prompt, encode
 
 
 def side_effects(
@@ -73,7 +73,7 @@ def side_effects(
     explicit = [(prompt, target) for _, prompt, target in kept]
     others = [(p, Target(p.ids[-1:])) for p in (encode(model, text) for text in unrelated)]
     asked = [*explicit, *others]
-    logits = _next_logits(model, [prompt for prompt, _ in asked], batch_size)
+    logits = next_token_logits(model, [p for p, _ in asked], batch_size=batch_size)
     scored = [
         Scored(prompt, target, (KL(before), _top_changed(before), METRICS["first_prob"]))
         for before, (prompt, target) in zip(logits, asked, strict=True)
@@ -114,17 +114,6 @@ def side_effects(
         skipped=skipped,
         provenance=provenance(model, method="side_effects", injection=injection.name, form=form),
     )
-
-
-def _next_logits(
-    model: HookedModel, prompts: Sequence[Prompt], batch_size: int
-) -> list[Float[Tensor, "vocab"]]:
-    found: dict[int, Tensor] = {}
-    with torch.no_grad():
-        for chosen, batch in batches([p.ids for p in prompts], batch_size):
-            rows = logits_at(model, batch.tokens, batch.last[:, None])[:, 0]
-            found |= zip(chosen, rows, strict=True)
-    return [found[i] for i in range(len(prompts))]
 
 
 def _top_changed(before: Float[Tensor, "vocab"]) -> NextToken:

@@ -31,7 +31,6 @@ from mi_hops.patching.core import (
     ChangeOf,
     GridSweep,
     Metrics,
-    next_token_logits,
     put,
     require_effect,
     taken,
@@ -43,7 +42,7 @@ from mi_hops.sweep.normalising import normalised
 from mi_hops.sweep.pairs import Pairs, PairsLike, as_prompts
 from mi_hops.sweep.passes import row_bytes
 from mi_hops.sweep.runs import Scored, Sweep
-from mi_hops.sweep.scoring import score
+from mi_hops.sweep.scoring import next_token_logits, score
 from mi_hops.sweep.sites import Cell, Direction, Sites, SitesLike, activation_width
 from mi_hops.text.tokens import Prompt
 

@@ -10,16 +10,14 @@ import numpy as np
 import torch
 from einops import rearrange, reduce
 
-from mi_hops.model import HookedModel, capture, dtype_of, provenance
-from mi_hops.model.numeric import wide_dtype
+from mi_hops.model import HookedModel, capture, provenance
 from mi_hops.result.result import Result
-from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.interventions import HEAD_AXIS, Change, Intervention, Site
 from mi_hops.sweep.interventions import replace as replaced
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import KL, Custom, FullLogits, Metric, MetricLike, Target, get_metrics
 from mi_hops.sweep.runs import Scored, run_sweep
-from mi_hops.sweep.scoring import logits_at
+from mi_hops.sweep.scoring import next_token_logits
 from mi_hops.sweep.sites import Cell, Grid
 from mi_hops.text.tokens import Prompt, pad
 
@@ -153,24 +151,6 @@ class Metrics:
     def baselines(self, model: HookedModel, prompts: Sequence[Prompt]) -> list[Tensor] | None:
         """The logits of `prompts` that ``"kl"`` compares with; None where it is not asked for."""
         return next_token_logits(model, prompts) if None in self.items else None
-
-
-def next_token_logits(
-    model: HookedModel, prompts: Sequence[Prompt]
-) -> list[Float[Tensor, "vocab"]]:
-    """Logits after each prompt, in float32 or wider, on the CPU."""
-    wide = wide_dtype(dtype_of(model))
-
-    def run(part: Sequence[int]) -> Tensor:
-        batch = pad([prompts[i].ids for i in part])
-        with torch.no_grad():
-            return logits_at(model, batch.tokens, batch.last[:, None])[:, 0].to("cpu", wide)
-
-    found: dict[int, Tensor] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for part, logits in batched_with_oom_backoff(order, 64, run):
-        found |= zip(part, logits, strict=True)
-    return [found[i] for i in range(len(prompts))]
 
 
 # -- running a grid -----------------------------------------------------------------------------------

@@ -55,17 +55,3 @@ class Repair(Protocol):
     def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
         """Hooks for a pass whose row r is under ``states[r]``; None leaves the row untouched."""
         ...
-
-
-class NoRepair:
-    """The unrepaired model, so that baselines go through the same code."""
-
-    name = "none"
-
-    def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> Sequence[Any]:
-        """No state."""
-        return [None] * len(facts)
-
-    def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
-        """No hooks."""
-        return []

@@ -131,6 +131,24 @@ def check_states(
     return list(states)
 
 
+def next_token_logits(
+    model: HookedModel, prompts: Sequence[Prompt], *, batch_size: int = 64
+) -> list[Float[Tensor, "vocab"]]:
+    """Logits after each prompt, in float32 or wider, on the CPU."""
+    wide = wide_dtype(dtype_of(model))
+
+    def run(part: Sequence[int]) -> Tensor:
+        batch = pad([prompts[i].ids for i in part])
+        with torch.no_grad():
+            return logits_at(model, batch.tokens, batch.last[:, None])[:, 0].to("cpu", wide)
+
+    found: dict[int, Tensor] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for part, logits in batched_with_oom_backoff(order, batch_size, run):
+        found |= zip(part, logits, strict=True)
+    return [found[i] for i in range(len(prompts))]
+
+
 def logits_at(
     model: HookedModel,
     tokens: Int[Tensor, "row pos"],

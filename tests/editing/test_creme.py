@@ -118,11 +118,11 @@ def lower_part(edit, layer):
     return Edit(method="part", changes=below, fingerprint=edit.fingerprint) if below else None
 
 
-@pytest.mark.parametrize("position", ["last", "subject"])
+@pytest.mark.parametrize("position", ["last", "first hop"])
 def test_the_edited_weight_maps_key_to_value(wide, fact, position):
     """With the whole edit, the composite's attention output is the guide's under the lower part."""
     edit = paper(wide, fact, layers=[0, 1, 2], templates=("{}",), position=position)
-    back = {"last": 0, "subject": 1}[position]  # tokens after the subject
+    back = {"last": 0, "first hop": 1}[position]  # tokens after the first hop
     where = [encode(wide, text).last - back for text in (fact.prompt(), fact.second_prompt())]
     for layer in (0, 1, 2):
         below = lower_part(edit, layer)
@@ -329,17 +329,23 @@ def request_with(**changes):
         (lambda: request_with(second_hop_prompt="w3 w4 w1 w5 w0"), "change nothing"),
         (lambda: request_with(bridge="w21"), "does not appear in the second-hop prompt"),
         (lambda: request_with(bridge=" "), "bridge is empty"),
-        (lambda: request_with(subject="w9 w9"), "does not appear in the two-hop prompt"),
-        (lambda: request_with(subject="w1 w5", two_hop_prompt="w1 w5 w4 w1 w5"), "appears 2 times"),
-        (lambda: request_with(subject="w1 w5", second_hop_prompt="w3 w20 w0"), "in the same words"),
+        (lambda: request_with(first_hop="w9 w9"), "does not appear in the two-hop prompt"),
         (
-            lambda: request_with(subject="w1 w5", second_hop_prompt="w3 w4 w20 w6"),
+            lambda: request_with(first_hop="w1 w5", two_hop_prompt="w1 w5 w4 w1 w5"),
+            "appears 2 times",
+        ),
+        (
+            lambda: request_with(first_hop="w1 w5", second_hop_prompt="w3 w20 w0"),
             "in the same words",
         ),
-        (lambda: Request.from_slot("w3 w4", subject="w5", bridge="w6"), "exactly one slot"),
-        (lambda: Request.from_slot("{} w3 {}", subject="w5", bridge="w6"), "exactly one slot"),
+        (
+            lambda: request_with(first_hop="w1 w5", second_hop_prompt="w3 w4 w20 w6"),
+            "in the same words",
+        ),
+        (lambda: Request.from_slot("w3 w4", first_hop="w5", bridge="w6"), "exactly one slot"),
+        (lambda: Request.from_slot("{} w3 {}", first_hop="w5", bridge="w6"), "exactly one slot"),
     ],
-    ids="null no-bridge empty no-subject two-subjects before behind no-slot two-slots".split(),
+    ids="null no-bridge empty no-first-hop two-first-hops before behind no-slot two-slots".split(),
 )
 def test_requests_that_cannot_be_met(make, words):
     with pytest.raises(ValueError, match=words):
@@ -347,7 +353,7 @@ def test_requests_that_cannot_be_met(make, words):
 
 
 @pytest.mark.parametrize(
-    "two_hop, second_hop, bridge, subject",
+    "two_hop, second_hop, bridge, first_hop",
     [
         ("The home of The author of It is", "the home of King is", "King", "the author of It"),
         ("The mayor of the birthplace of Ada", "The mayor of Adana", "Adana", "birthplace of Ada"),
@@ -355,8 +361,12 @@ def test_requests_that_cannot_be_met(make, words):
         ("The ruler of Ada, unlike Adana, is", "The ruler of Bo, unlike Adana, is", "Bo", "Ada"),
     ],
 )
-def test_case_articles_and_longer_words_are_no_other_question(two_hop, second_hop, bridge, subject):
-    Request(two_hop_prompt=two_hop, second_hop_prompt=second_hop, bridge=bridge, subject=subject)
+def test_case_articles_and_longer_words_are_no_other_question(
+    two_hop, second_hop, bridge, first_hop
+):
+    Request(
+        two_hop_prompt=two_hop, second_hop_prompt=second_hop, bridge=bridge, first_hop=first_hop
+    )
 
 
 @pytest.mark.parametrize(
@@ -369,7 +379,7 @@ def test_case_articles_and_longer_words_are_no_other_question(two_hop, second_ho
         (request_with(), {"layers": [1], "templates": ()}, "no context templates"),
         (request_with(), {"layers": [1], "templates": ("w1",)}, "exactly one slot"),
         (request_with(), {"layers": [1], "target": "dirty"}, "target is 'dirty'"),
-        (request_with(), {"layers": [1], "position": "subject"}, "names its subject"),
+        (request_with(), {"layers": [1], "position": "first hop"}, "names its first hop"),
         (request_with(), {"layers": [1], "cover": "answer"}, "needs the target"),
         (
             request_with(second_hop_prompt="w3 nowhere w0", bridge="nowhere"),
@@ -378,7 +388,7 @@ def test_case_articles_and_longer_words_are_no_other_question(two_hop, second_ho
         ),
         (request_with(two_hop_prompt="w3 " * 70 + "w0"), {"layers": [1]}, "context"),
     ],
-    ids="no-layer twice range negative no-template no-slot target subject answer unknown long".split(),
+    ids="no-layer twice range negative no-template no-slot target first-hop answer unknown long".split(),
 )
 def test_bad_input_leaves_the_model_alone(tiny, asked, settings, words):
     before = weights(tiny)

@@ -111,7 +111,7 @@ def test_repair_and_refusals(tiny, fact):
     with pytest.raises(ValueError, match="no target"):
         rome(
             tiny,
-            Request(two_hop_prompt="w3 w1", second_hop_prompt="w3 w2", bridge="w2", subject="w1"),
+            Request(two_hop_prompt="w3 w1", second_hop_prompt="w3 w2", bridge="w2", first_hop="w1"),
             layer=0,
         )
     with pytest.raises(ValueError, match="out of range"):

@@ -52,7 +52,7 @@ def test_layer_by_position_equals_the_loop(tiny, kind, direction):
                 assert float(result["score"].sel(at)) == pytest.approx(found, abs=1e-5)
                 assert float(result["change"].sel(at)) == pytest.approx(found - base, abs=1e-5)
                 effect = (found - base) / (other - base)
-                assert float(result["effect"].sel(at)) == pytest.approx(effect, abs=1e-4)
+                assert float(result["effect"].sel(at)) == pytest.approx(effect, abs=1e-4, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", [k for k, axis in HEAD_AXIS.items() if axis is not None])

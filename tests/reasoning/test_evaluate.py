@@ -16,9 +16,8 @@ from mi_hops.reasoning.evaluate import Evaluation, aggregate, evaluate
 from mi_hops.reasoning.sets import Known, Query, build_sets
 from mi_hops.sweep.generate import end_ids, generate
 from mi_hops.sweep.metrics import METRICS, Target, target_of
-from mi_hops.sweep.repair import NoRepair
 from mi_hops.text.tokens import encode
-from tests.repairs import AddVector
+from tests.repairs import AddVector, NoRepair
 
 
 @dataclass(frozen=True)

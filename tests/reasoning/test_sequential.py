@@ -8,8 +8,8 @@ from mi_hops.editing import AppliedError, EditRepair, creme_joint, creme_sequent
 from mi_hops.reasoning.evaluate import Evaluation, evaluate
 from mi_hops.reasoning.sequential import evaluate_sequential
 from mi_hops.reasoning.sets import Query, QuerySets
-from mi_hops.sweep.repair import NoRepair
 from tests.reasoning.tiny_facts import tiny_facts
+from tests.repairs import NoRepair
 
 
 @pytest.fixture

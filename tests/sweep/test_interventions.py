@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mi_hops.sweep.interventions import ablate, add, noise, replace, scale
-from mi_hops.sweep.repair import NoRepair, Repair
+from mi_hops.sweep.repair import Repair
+from tests.repairs import NoRepair
 
 X = torch.arange(6.0).reshape(2, 3)
 

@@ -36,3 +36,11 @@ kinds: Result = mi_hops.failure_types(model, gap)
 
 lens.save("lens.nc", overwrite=True)
 again: Result = Result.load("lens.nc")
+
+vector: torch.Tensor = torch.randn(model.cfg.d_model)
+with mi_hops.inject(model, vector, layers=[2, 3], kind="resid_pre", strength=4.0):
+    logits: torch.Tensor = model(tokens)
+with mi_hops.inject(model, {2: vector}, positions="last", prompts=[text]):
+    model(tokens)
+injected = model.run_with_hooks(tokens, fwd_hooks=mi_hops.inject(model, fact.bridge, layers=2))
+edited = model.run_with_hooks(tokens, fwd_hooks=mi_hops.edit_hooks(model, [edit]))

@@ -30,3 +30,12 @@ moments = mi_hops.second_moments(model, mi_hops.fact_texts(facts), layers=[0, 1]
 study: mi_hops.Study = mi_hops.run_study("hops-gpt2", facts, out="results")
 mi_hops.write_report(study, "report.html")
 mi_hops.save_jsonl(facts, "facts.jsonl")
+
+tokens: torch.Tensor = model.to_tokens(text)
+vectors: torch.Tensor = torch.randn(model.cfg.n_layers, model.cfg.d_model)
+with mi_hops.inject(model, vectors, layers=[2, 3], kind="resid_pre", strength=4.0):
+    logits: torch.Tensor = model(tokens)
+with mi_hops.inject(model, vectors[2], layers=2, positions="last", prompts=[text]):
+    model(tokens)
+hooks = mi_hops.inject(model, [fact.bridge, fact.answer], layers=2)
+injected = model.run_with_hooks(tokens, fwd_hooks=hooks)

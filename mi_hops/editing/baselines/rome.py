@@ -67,8 +67,8 @@ class ValueSearch:
     Attributes:
         form: of the prompt taught (facts only); default the first the fact has of both hops.
         templates: context templates the loss is averaged over.
-        position: where the key is read and the value written: the ``"subject"``'s last token or the
-            prompt's ``"last"``.
+        position: where the key is read and the value written: the last token of the ``"first hop"``
+            (what the paper calls the subject), or the prompt's ``"last"``.
         steps, lr: of Adam.
         kl, decay, clamp: weights and bound in the module's formula.
         repository: the choices of the published repository where they differ from the formula (see
@@ -77,7 +77,7 @@ class ValueSearch:
 
     form: str | None = None
     templates: tuple[str, ...] = CONTEXTS
-    position: Position = "subject"
+    position: Position = "first hop"
     steps: int = 25
     lr: float = 0.3
     kl: float = 0.0625
@@ -87,8 +87,8 @@ class ValueSearch:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", check_templates(self.templates))
-        if self.position not in ("last", "subject"):
-            raise ValueError(f"position is {self.position!r}; expected 'last' or 'subject'")
+        if self.position not in ("last", "first hop"):
+            raise ValueError(f"position is {self.position!r}; expected 'last' or 'first hop'")
         if self.steps < 1 or self.lr <= 0 or self.clamp <= 0 or min(self.kl, self.decay) < 0:
             raise ValueError(
                 f"steps {self.steps}, lr {self.lr}, clamp {self.clamp}, kl {self.kl}, decay "
@@ -115,8 +115,8 @@ def rome_many(
         search: of `ValueSearch`.
 
     Raises:
-        ValueError: as for CREME; a request without target or, for position ``"subject"``, without
-            subject; a search that diverges.
+        ValueError: as for CREME; a request without target or, for position ``"first hop"``,
+            without one; a search that diverges.
     """
     how = ValueSearch(**search)
     requests = requests_of(asked, how.form, taught=True)
@@ -198,8 +198,8 @@ def search_values(
     n = len(requests)
     batch, place = teach_requests(model, requests, how)
     essence = [encode(model, _essence(r)) for r in requests]
-    subjects = [p.last - _tail(p, r) for p, r in zip(essence, requests, strict=True)]
-    at_essence = Place(torch.arange(n), torch.tensor(subjects))
+    ends = [p.last - _tail(p, r) for p, r in zip(essence, requests, strict=True)]
+    at_essence = Place(torch.arange(n), torch.tensor(ends))
     at_key, at_output = (
         place.at_keys(x)
         for x in activations(model, batch.tokens, layer, (input_hook("W_out", layer), hook))
@@ -241,7 +241,7 @@ def teach_requests(
     rows = [(r, fill(t, r.two_hop_prompt)) for r in requests for t in how.templates]
     batch = teacher_forced(model, [text for _, text in rows], [r.target for r, _ in rows])
     positions = [
-        key_position(prompt, request.subject, how.position)
+        key_position(prompt, request.first_hop, how.position)
         for (request, _), prompt in zip(rows, batch.prompts, strict=True)
     ]
     facts = repeat(torch.arange(len(requests)), "fact -> (fact t)", t=len(how.templates))
@@ -254,11 +254,11 @@ def mean_by_fact(rows: Float[Tensor, "row d"], n: int) -> Float[Tensor, "fact d"
 
 
 def _essence(request: Request) -> str:
-    """The subject with a bare copula: what it is should stay."""
-    return f"{capitalise(request.subject or request.two_hop_prompt)} is"
+    """The first hop with a bare copula: what it is should stay."""
+    return f"{capitalise(request.first_hop or request.two_hop_prompt)} is"
 
 
 def _tail(prompt: Prompt, request: Request) -> int:
-    """Tokens of the essence prompt after the subject."""
-    subject = request.subject or request.two_hop_prompt
-    return prompt.last - key_position(prompt, capitalise(subject), "subject")
+    """Tokens of the essence prompt after the first hop."""
+    phrase = request.first_hop or request.two_hop_prompt
+    return prompt.last - key_position(prompt, capitalise(phrase), "first hop")
