@@ -41,6 +41,7 @@ from mi_hops.editing.solve import solve_keys
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel, hook_name
 from mi_hops.result.progress import progress_bar
+from mi_hops.sweep.keep import keep
 from mi_hops.text.tokens import pad
 
 
@@ -142,7 +143,9 @@ def creme_many(
     with progress_bar(total=len(plans), label="CREME edits", show=progress) as bar:
         for members in chunk_plans(plans, batch_size):
             run = CremeRun([plans[i] for i in members], model, editable, how)
-            changes.update(zip(members, run.changes(), strict=True))
+            said = [requests[i] for i in members], editable.layers, how.to_dict()
+            for i, factors in zip(members, keep(run.factors, "CREME", said), strict=True):
+                changes[i] = [editable.change(layer, *pair) for layer, pair in factors]
             bar.update(len(members))
     return [as_edit(editable, request, changes[i], how) for i, request in enumerate(requests)]
 
@@ -238,6 +241,10 @@ class CremeRun:
             hooks += matrix_hooks("W_O", layer, self._editor(layer))
         run_blocks(self._model, batch.tokens, self._editable.layers[-1], hooks)
         return self._found
+
+    def factors(self) -> list[list[tuple[int, tuple[Tensor | None, Tensor]]]]:
+        """The changes as layers and factors."""
+        return [[(c.layer, (c.left, c.right)) for c in each] for each in self.changes()]
 
     def _keep_stream(self, x: Tensor) -> None:
         self._before[:] = [x]

@@ -9,6 +9,7 @@ memory does not grow with the text.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ from mi_hops.model import (
 )
 from mi_hops.model.numeric import widen
 from mi_hops.result.progress import progress_bar
+from mi_hops.sweep.keep import Running
 from mi_hops.text.corpus import token_batches
 
 Positions = Literal["all", "last"]
@@ -260,22 +262,30 @@ def second_moments(
         path = Path(cache) / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
         if path.is_file():
             return Moments.load(path).with_shrinkage(shrinkage)
+    so_far = Running("moments", made_for, matrix, wanted, source, digest.hexdigest())
     sums: dict[int, Float[Tensor, "d_in d_in"]] = {}
     fourths: dict[int, Tensor] = {}
-    n = 0
+    n = n_batches = 0
+    if so_far.value is not None:
+        n, n_batches, sums, fourths = so_far.value
 
     def adder(layer: int, mask: Bool[Tensor, "row pos"]) -> HookFn:
         def add(x: Tensor) -> None:
             rows = widen(x.flatten(2)[mask.to(x.device)])
             second = einsum("token d, token e -> d e", rows, rows).double()
             fourth = (rows * rows).sum(1).double().square().sum()
-            sums[layer] = sums[layer] + second if layer in sums else second
-            fourths[layer] = fourths[layer] + fourth if layer in fourths else fourth
+            sums[layer] = sums[layer].to(second) + second if layer in sums else second
+            fourths[layer] = fourths[layer].to(fourth) + fourth if layer in fourths else fourth
 
         return add
 
     batches = token_batches(model, corpus, max_tokens=max_tokens)
-    for batch in progress_bar(batches, label="second moments", show=progress, unit="batch"):
+
+    def state() -> tuple[Any, ...]:
+        return n, n_batches, sums, fourths
+
+    bar = progress_bar(batches, label="second moments", show=progress, unit="batch")
+    for batch in itertools.islice(bar, n_batches, None):
         mask = batch.mask
         if positions == "last":
             mask = torch.zeros_like(mask)
@@ -285,6 +295,8 @@ def second_moments(
             (hook, adder(layer, mask)) for hook, layer in zip(hooks, wanted, strict=True)
         ]
         run_blocks(model, batch.tokens, wanted[-1], found)
+        n_batches += 1
+        so_far.put(state)
     dtype = str(dtype_of(model)).removeprefix("torch.")
     second = {layer: total.cpu() / n for layer, total in sums.items()}
     if wrong := [i for i, c in second.items() if not torch.isfinite(c).all()]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from mi_hops.model import HookedModel, fingerprint, provenance
 from mi_hops.result.files import replacing
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
+from mi_hops.sweep.keep import Running, keep
 from mi_hops.text.corpus import token_batches
 from mi_hops.text.tokens import Batch, batches_in_order
 
@@ -158,11 +160,14 @@ def train_lens(
         return list(found.values())
 
     try:
+        so_far = Running("lens", training.identity)
         if checkpoint is not None:
             training.resume(Path(checkpoint))
+        elif so_far.value is not None:
+            training.restore(*so_far.value)
         state = training.state
         if not state.before:
-            state.before = evaluate()
+            state.before = keep(evaluate, "evaluation", state.step)
             state.best = list(state.before)
         stream = _stream(train, settings, skip=state.step)
         with progress_bar(total=settings.steps, label=lens.name, show=progress) as bar:
@@ -170,12 +175,12 @@ def train_lens(
             while state.step < settings.steps and state.waited < settings.patience:
                 training.step(model, next(stream))
                 bar.update()
-                if state.step % settings.evaluate_every and state.step < settings.steps:
-                    continue
-                training.keep_best(evaluate())
-                bar.set_postfix(held_out=f"{np.mean(state.curve[-1]['held_out']):.4f}")
-                if checkpoint is not None:
-                    training.write(Path(checkpoint))
+                if not state.step % settings.evaluate_every or state.step >= settings.steps:
+                    training.keep_best(keep(evaluate, "evaluation", state.step))
+                    bar.set_postfix(held_out=f"{np.mean(state.curve[-1]['held_out']):.4f}")
+                    if checkpoint is not None:
+                        training.write(Path(checkpoint))
+                so_far.put(training.snapshot)
     finally:
         training.finish()
     lens.trained_on = fingerprint(model)
@@ -217,19 +222,26 @@ def evaluate_heldout(
     last_only: bool = False,
 ) -> dict[int, float]:
     """Layer -> mean loss of an objective over the real tokens of some batches, nats."""
-    sums = dict.fromkeys(lens.layers, 0.0)
-    count = 0
+
+    def losses(batch: Batch) -> tuple[int, list[float]]:
+        """Tokens of a batch, and the summed loss of each layer."""
+        count, sums = 0, [0.0] * len(lens.layers)
+        without = objective == "leave_one_out"
+        for (rows, _), example in examples_of(
+            model, lens, batch, last_only=last_only, without_heads=without
+        ):
+            count += len(rows)
+            for i, layer in enumerate(lens.layers):
+                parts = [p.sum().item() for p in lens.losses(example, layer, objective)]
+                sums[i] += sum(parts) / len(parts)
+        return count, sums
+
     with torch.no_grad():
-        for batch in batches:
-            without = objective == "leave_one_out"
-            for (rows, _), example in examples_of(
-                model, lens, batch, last_only=last_only, without_heads=without
-            ):
-                count += len(rows)
-                for layer in lens.layers:
-                    parts = [p.sum().item() for p in lens.losses(example, layer, objective)]
-                    sums[layer] += sum(parts) / len(parts)
-    return {layer: total / count for layer, total in sums.items()}
+        found = [
+            keep(partial(losses, batch), "held out", batch.tokens.tolist()) for batch in batches
+        ]
+    total = sum(count for count, _ in found)
+    return {layer: sum(sums[i] for _, sums in found) / total for i, layer in enumerate(lens.layers)}
 
 
 class _Training:
@@ -309,13 +321,9 @@ class _Training:
     def write(self, folder: Path) -> None:
         """The whole state in one file, so that a crash never leaves half of it."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in self.lens.parameters.items():
-            tensors |= {f"now.{name}": tensor.detach(), f"best.{name}": self.best[name]}
-            for key, value in self.optimiser.state[tensor].items():
-                tensors[f"adam.{key}.{name}"] = value
+        tensors, state = self.snapshot()
         plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        record = {"identity": self.identity, "state": asdict(self.state)}
+        record = {"identity": self.identity, "state": state}
         with replacing(folder / "training.safetensors", overwrite=True) as partial:
             save_file(plain, partial, metadata={"training": json.dumps(record)})
 
@@ -337,6 +345,19 @@ class _Training:
                 f"{folder} holds a training with another {', '.join(different)}; use another folder, "
                 "or delete it to start anew"
             )
+        self.restore(stored, record["state"])
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All tensors by name, and the state."""
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.lens.parameters.items():
+            tensors |= {f"now.{name}": tensor.detach(), f"best.{name}": self.best[name]}
+            for key, value in self.optimiser.state[tensor].items():
+                tensors[f"adam.{key}.{name}"] = value
+        return tensors, asdict(self.state)
+
+    def restore(self, stored: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Go on from a `snapshot`."""
         with torch.no_grad():
             for name, tensor in self.lens.parameters.items():
                 tensor.copy_(stored[f"now.{name}"])
@@ -345,7 +366,7 @@ class _Training:
                     key: stored[f"adam.{key}.{name}"].to(tensor.device if key != "step" else "cpu")
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
-        self.state = _State(**record["state"])
+        self.state = _State(**state)
 
 
 # -- the corpus -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -33,7 +34,9 @@ from mi_hops.model import (
     w_o,
 )
 from mi_hops.model.numeric import kl_divergence
+from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.interventions import Site
+from mi_hops.sweep.keep import keep
 from mi_hops.sweep.pairs import Activations
 from mi_hops.text.tokens import Prompt, batches
 
@@ -287,12 +290,14 @@ def in_batches(
         cache: activations of all prompts, which are then one batch.
     """
     parts, order = [], []
-    with torch.no_grad():
-        size = batch_size if cache is None else len(prompts)
+    size = batch_size if cache is None else len(prompts)
+    with torch.no_grad(), progress_bar(label="lens", total=len(prompts), unit="prompt") as bar:
         for chosen, batch in batches([p.ids for p in prompts], size):
             rows = torch.arange(len(chosen)) if cache is None else torch.tensor(chosen)
-            parts.append(read(chosen, batch.tokens, rows))
+            said = [prompts[i].ids for i in chosen]
+            parts.append(keep(partial(read, chosen, batch.tokens, rows), "read", said))
             order += chosen
+            bar.update(len(chosen))
     back = torch.tensor(order).argsort()
     return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
 

@@ -7,8 +7,9 @@ averages are made by `aggregate`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.queries import SETS, Query, QuerySets, require_unique
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.generate import answered, end_ids
+from mi_hops.sweep.keep import keep
 from mi_hops.sweep.metrics import (
     AnswerLogprob,
     Greedy,
@@ -316,25 +318,36 @@ class _Job:
         prompts = [self.prompts[i] for i in self.kl_rows]
         wide = wide_dtype(dtype_of(self.model))
         found = torch.empty(len(repairs), len(prompts), dtype=wide)
-        with torch.no_grad():
+        total = len(repairs) * len(prompts)
+        with torch.no_grad(), progress_bar(label="divergences", total=total, unit="query") as bar:
             for chosen, batch in batches([p.ids for p in prompts], self.batch_size):
+                own = [[given[self.kl_rows[i]] for i in chosen] for given in states]
                 rows = Rows(tuple(prompts[i] for i in chosen), batch.tokens.shape[1])
-
-                def logprobs(
-                    hooks: Sequence[Hook], batch: Batch = batch
-                ) -> Float[Tensor, "row vocab"]:
-                    logits = logits_at(self.model, batch.tokens, batch.last[:, None], hooks=hooks)
-                    return logits[:, 0].to(wide).log_softmax(-1)
-
-                before = logprobs(())
-                for r, repair in enumerate(repairs):
-                    given = [states[r][self.kl_rows[i]] for i in chosen]
-                    after = logprobs(repair.hooks(self.model, given, rows))
-                    found[r, chosen] = kl_divergence(before, after).cpu()
+                for r, kl in enumerate(self._divergences(batch, rows, repairs, own)):
+                    found[r, chosen] = kl.cpu()
+                    bar.update(len(chosen))
         require_finite("kl", found.flatten())
         whole = np.full((len(repairs), len(self.queries)), np.nan)
         whole[:, self.kl_rows] = found.double().numpy()
         return whole
+
+    def _divergences(
+        self, batch: Batch, rows: Rows, repairs: Sequence[Repair], states: Sequence[Sequence[Any]]
+    ) -> Iterator[Float[Tensor, "row"]]:
+        """Of one batch under each repair."""
+
+        def logprobs(hooks: Sequence[Hook]) -> Float[Tensor, "row vocab"]:
+            logits = logits_at(self.model, batch.tokens, batch.last[:, None], hooks=hooks)
+            return logits[:, 0].to(wide_dtype(dtype_of(self.model))).log_softmax(-1)
+
+        before = cache(partial(logprobs, ()))
+
+        def divergence(repair: Repair, given: Sequence[Any]) -> Tensor:
+            return kl_divergence(before(), logprobs(repair.hooks(self.model, given, rows)))
+
+        said = [prompt.ids for prompt in rows.prompts]
+        for repair, given in zip(repairs, states, strict=True):
+            yield keep(partial(divergence, repair, given), "kl", repair.name, said)
 
     def _said(
         self, states: Sequence[Any] | None, options: dict[str, Any]

@@ -3,39 +3,57 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 #: Seconds between two lines where the output is piped.
 LINE_EVERY = 30.0
+
+#: Seconds after which a bar of what runs inside other work is shown.
+_SHOWN_AFTER = 2.0
+
+_inside: ContextVar[bool] = ContextVar("inside", default=False)
+
+
+@contextmanager
+def showing_progress(show: bool = True) -> Iterator[None]:
+    """Show the bars of all that runs inside, while it runs and if it takes some seconds."""
+    token = _inside.set(show)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
 
 
 def progress_bar(
     items: Iterable[Any] | None = None,
     *,
     label: str,
-    show: bool,
+    show: bool = False,
     total: int | None = None,
     unit: str = "it",
 ) -> Any:
     """A tqdm bar over `items`, or one of `total` steps to be moved by ``update``.
 
     Args:
-        show: False gives a bar that prints nothing.
+        show: False gives a bar that prints nothing, but inside `showing_progress`.
     """
     from tqdm.auto import tqdm
 
-    piped = show and not sys.stderr.isatty() and "ipykernel" not in sys.modules
-    if not piped:
-        return tqdm(items, total=total, desc=label, unit=unit, disable=not show)
+    inside = _inside.get()
+    options: dict[str, Any] = {"total": total, "desc": label, "unit": unit, "leave": not inside}
+    options |= {"delay": _SHOWN_AFTER * inside, "disable": not (show or inside)}
+    if sys.stderr.isatty() or "ipykernel" in sys.modules or options["disable"]:
+        return tqdm(items, **options)
     from tqdm import tqdm as plain
 
     return plain(
         items,
-        total=total,
-        desc=label,
-        unit=unit,
+        **options,
         mininterval=LINE_EVERY,
+        maxinterval=LINE_EVERY,
         ascii=True,
         file=_Lines(),
         bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left",

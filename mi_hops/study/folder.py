@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from mi_hops.result.files import replacing
+from mi_hops.result.progress import showing_progress
+from mi_hops.sweep.keep import keeping
 
 
 @dataclass(repr=False)
@@ -47,32 +57,155 @@ class Folder:
     def choices(self) -> dict[str, Any]:
         """What was chosen for the edits, and from what; empty if none were made."""
         path = self.folder / "choices.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def write(self, name: str, text: str) -> None:
         """A text file of the folder, whole or not at all."""
         with replacing(self.folder / name, overwrite=True) as partial:
             partial.write_text(text)
 
+    @property
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What each step took and wrote.
 
-_OURS = ("settings.json", "summary.json", "choices.json", "report.html")
+        ``seconds``; ``peak_memory``, of the process up to its end, bytes; ``files``, name -> checksum.
+        """
+        try:
+            return dict(read_json(self.folder / "steps.json"))
+        except (OSError, ValueError):
+            return {}
+
+    def record(self, step: str, **more: Any) -> None:
+        """Write down that a step is done, with the checksums of its files."""
+        names = (f"{step}.nc", f"{step}.skipped", f"{step}.json", "choices.json")
+        files = {
+            name: checksum(self.folder / name) for name in names if (self.folder / name).exists()
+        }
+        told = self.records | {step: {**more, "files": files}}
+        self.write("steps.json", json.dumps(told, indent=1) + "\n")
+
+    def sound(self, step: str) -> bool:
+        """Whether all that a step wrote is there, as it was written."""
+        files = self.records.get(step, {}).get("files", {})
+        paths = {self.folder / name: was for name, was in files.items()}
+        return bool(files) and all(p.exists() and checksum(p) == was for p, was in paths.items())
+
+    def discard(self, step: str) -> None:
+        """Delete what a step wrote."""
+        for kind in ("nc", "skipped", "json"):
+            (self.folder / f"{step}.{kind}").unlink(missing_ok=True)
+
+    def kept(self, step: str) -> Path:
+        """The folder in which a step's finished parts lie while it runs."""
+        return self.folder / f".{step}.kept"
+
+    @contextmanager
+    def working(self, step: str, identity: Mapping[str, Any], *, progress: bool) -> Iterator[None]:
+        """What a step does is kept as it comes, until the block is done; its time is written down.
+
+        Args:
+            identity: all that the step's numbers depend on.
+            progress: show the bars of what the step does.
+        """
+        said = hashlib.sha256(json.dumps([step, identity]).encode()).hexdigest()
+        with keeping(self.kept(step), said) as keeper, showing_progress(progress):
+            yield
+            self.record(step, seconds=round(keeper.seconds, 1), peak_memory=peak_memory())
+
+
+def read_json(path: Path) -> Any:
+    """What a file of a study's folder says.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); run the study in another folder, or anew with force=True"
+        ) from None
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, its first half."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in bytes; NaN where it cannot be told."""
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # Windows
+        return float("nan")
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Nobody else writes to the folder inside the block; it is made if it is not there.
+
+    The system releases the lock of a process that ends, however it ends.
+
+    Raises:
+        BlockingIOError: somebody does.
+        FileExistsError: it is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; a study needs a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(
+            f"another process is running a study in {out}; wait for it, stop it, or choose another "
+            "folder"
+        ) from None
+    except OSError:  # a folder that can only be read may hold a finished study
+        yield
+        return
+    try:
+        for path in out.iterdir():  # of processes that were killed while they wrote
+            if _HALF_WRITTEN.fullmatch(path.name):
+                path.unlink()
+        yield
+    finally:
+        (out / _LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+_LOCK = ".lock"
+_HALF_WRITTEN = re.compile(r"\.\w+\.(nc|json|skipped|html)\.\d+\.[0-9a-f]{8}\.part")
+_OURS = ("settings.json", "steps.json", "choices.json", "report.html")
 # What may differ between two runs of the same study; every step's file remembers its own.
 _PLACE = ("device", "versions")
 
 
 def prepare(out: Path, settings: dict[str, Any], *, force: bool) -> None:
-    """Make the folder ready to be written to: new, or of a study with the same settings.
+    """Make a folder that is `locked` ready to be written to: of a study with the same settings.
 
     Raises:
         FileExistsError: it holds something else, and `force` is False.
     """
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; a study needs a folder")
-    present = {p.name for p in out.iterdir()} if out.exists() else set()
+    study = Folder(out, settings)
+    present = {p.name for p in out.iterdir()} - {_LOCK}
     if "settings.json" in present:
-        old = json.loads((out / "settings.json").read_text())
+        try:
+            old = read_json(out / "settings.json")
+        except ValueError:
+            if not force:
+                raise
+            old = {}
         differs = sorted(k for k in {*old, *settings} - {*_PLACE} if old.get(k) != settings.get(k))
         if not differs:
+            for step in settings["steps"]:
+                if study.sound(step):  # killed before it could tidy up
+                    shutil.rmtree(study.kept(step), ignore_errors=True)
+                elif study.done(step):
+                    study.discard(step)
+            if not study.sound("summary"):
+                study.discard("summary")
             return
         if not force:
             raise FileExistsError(
@@ -85,10 +218,9 @@ def prepare(out: Path, settings: dict[str, Any], *, force: bool) -> None:
             f"{out} is not empty and holds no study ({names}, ...); choose another folder, or "
             "write beside these files with force=True"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    for step in settings["steps"]:
-        (out / f"{step}.nc").unlink(missing_ok=True)
-        (out / f"{step}.skipped").unlink(missing_ok=True)
+    for step in (*settings["steps"], "summary"):
+        shutil.rmtree(study.kept(step), ignore_errors=True)
+        study.discard(step)
     for name in _OURS:
         (out / name).unlink(missing_ok=True)
-    Folder(out, settings).write("settings.json", json.dumps(settings, indent=1) + "\n")
+    study.write("settings.json", json.dumps(settings, indent=1) + "\n")

@@ -19,7 +19,7 @@ from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.model import HookedModel, load_model, provenance
 from mi_hops.result.progress import progress_bar
 from mi_hops.study.context import Run, Skip, StudySettings
-from mi_hops.study.folder import prepare
+from mi_hops.study.folder import locked, prepare
 from mi_hops.study.steps import STEPS
 from mi_hops.study.study import Study, made_with
 from mi_hops.study.summary import summarise
@@ -61,6 +61,7 @@ def run_study(
 
     Raises:
         FileExistsError: the folder holds other files, or a study with other settings.
+        BlockingIOError: another process is running a study there.
         TokenError: a prompt that is empty or longer than the model's context.
         ValueError: a facts file that cannot be read, no facts; see also `load_model`.
 
@@ -92,21 +93,24 @@ def run_study(
         "mi_hops": __version__,
     }
     asked = json.loads(json.dumps(asked))
-    prepare(Path(out), asked, force=force)
-    study = Study.open(out)
-    _warn_of_other_versions(study, asked)
-    run = Run(loaded, chosen, study, settings, progress)
-    with progress_bar(STEPS, label="study", show=progress) as bar:
-        for step in bar:
-            bar.set_postfix_str(step.name)
-            if study.done(step.name):
-                continue
-            try:
-                step.run(run).save(study.path(step.name), overwrite=True)
-            except (Skip, NoUsableFactError) as reason:
-                study.write(f"{step.name}.skipped", f"{reason}\n")
-    if not (study.folder / "summary.json").exists():
-        study.write("summary.json", json.dumps(summarise(study), indent=1) + "\n")
+    with locked(Path(out)):
+        prepare(Path(out), asked, force=force)
+        study = Study.open(out)
+        _warn_of_other_versions(study, asked)
+        run = Run(loaded, chosen, study, settings, progress)
+        with progress_bar(STEPS, label="study", show=progress) as bar:
+            for step in bar:
+                bar.set_postfix_str(step.name)
+                if study.done(step.name):
+                    continue
+                with study.working(step.name, asked, progress=progress):
+                    try:
+                        step.run(run).save(study.path(step.name), overwrite=True)
+                    except (Skip, NoUsableFactError) as reason:
+                        study.write(f"{step.name}.skipped", f"{reason}\n")
+        if not study.sound("summary"):
+            study.write("summary.json", json.dumps(summarise(study), indent=1) + "\n")
+            study.record("summary")
     return Study.open(out)
 
 

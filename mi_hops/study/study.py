@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mi_hops.result.display import html_table, shorten
 from mi_hops.result.result import Result
-from mi_hops.study.folder import Folder
+from mi_hops.study.folder import Folder, read_json
 from mi_hops.study.steps import STEPS
 
 if TYPE_CHECKING:
@@ -41,14 +40,14 @@ class Study(Folder):
         """Reopen a finished or unfinished study.
 
         Raises:
-            ValueError: the folder holds no study.
+            ValueError: the folder holds no study, or a damaged one.
         """
         folder = Path(folder)
         if not (folder / "settings.json").exists():
             raise ValueError(f"{folder} holds no study (no settings.json)")
-        settings = json.loads((folder / "settings.json").read_text())
+        settings = read_json(folder / "settings.json")
         summary = folder / "summary.json"
-        return cls(folder, settings, json.loads(summary.read_text()) if summary.exists() else {})
+        return cls(folder, settings, read_json(summary) if summary.exists() else {})
 
     def __repr__(self) -> str:
         lines = [f"Study of {self.settings['model']} in {self.folder}"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from mi_hops.model.cache import Prefix, Recorder, remembering
 from mi_hops.model.layout import pretransposed_weights
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.interventions import HEAD_AXIS, Intervention, Site
+from mi_hops.sweep.keep import keep
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.passes import Pass, entry_hook, make_row, plan_passes, run_pass
 from mi_hops.text.tokens import Batch
@@ -110,6 +112,38 @@ def fan_out(
     watching: list[Hook] = [(name, _of_first(n_bases, fn)) for name, fn in (observe or {}).items()]
     watching += remembering(seen, {name for row in rows for name in row.needs}, n_bases)
     entries = {entry_hook(row.join) for row in rows}
+
+    def attempt(step: Pass) -> list[Tensor]:
+        """Values of the pass's rows; nothing where memory runs out."""
+        nonlocal base, prefix
+        recorder = Recorder(model, n_bases, entries) if base is None and len(plan) > 1 else None
+        try:
+            members = [rows[i] for i in step.members]
+            bases = list(range(n_bases))
+            if base is not None:
+                bases = sorted({row.base for row in members})
+            logits, parents = run_pass(
+                model,
+                prompts,
+                members,
+                step.start,
+                bases,
+                where,
+                prefix,
+                recorder,
+                [*watching, *(recorder.hooks if recorder else [])] if base is None else [],
+                plain=plain,
+            )
+            found = None if base is not None else reduce(logits[:n_bases], list(range(n_bases)))
+            values = reduce(logits[-len(parents) :], parents) if parents else logits[:0]
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or len(step.members) < 2:
+                raise
+            return []
+        if found is not None:
+            base, prefix = found, None if recorder is None else recorder.prefix()
+        return [values]
+
     with (
         torch.no_grad(),
         pretransposed_weights(model),
@@ -118,44 +152,21 @@ def fan_out(
         stack = list(reversed(plan))
         while stack:
             step = stack.pop()
-            recorder = None
-            if base is None and len(plan) > 1:
-                recorder = Recorder(model, n_bases, entries)
-            try:
-                members = [rows[i] for i in step.members]
-                bases = list(range(n_bases))
-                if base is not None:
-                    bases = sorted({row.base for row in members})
-                logits, parents = run_pass(
-                    model,
-                    prompts,
-                    members,
-                    step.start,
-                    bases,
-                    where,
-                    prefix,
-                    recorder,
-                    [*watching, *(recorder.hooks if recorder else [])] if base is None else [],
-                    plain=plain,
-                )
-                if base is None:
-                    base = reduce(logits[:n_bases], list(range(n_bases)))
-                    prefix = None if recorder is None else recorder.prefix()
-                if parents:
-                    values = reduce(logits[-len(parents) :], parents)
-                    for i, value in zip(step.members, values, strict=True):
-                        out[i] = value
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not out_of_memory(error) or len(step.members) < 2:
-                    raise
+            first = base is None
+            # The first pass is made anew when work is resumed: the others need what it leaves.
+            values = attempt(step) if first else keep(partial(attempt, step), "pass", step.members)
+            if not values:
                 half = len(step.members) // 2
                 stack.append(Pass(step.start, step.members[half:]))
                 stack.append(Pass(step.start, step.members[:half]))
-                if base is None:
+                if first:
                     stack.append(Pass(0, ()))
                 continue
+            assert base is not None  # the first pass made it
+            for i, value in zip(step.members, values[0], strict=True):
+                out[i] = value.to(base.device)
             bar.update(len(step.members))
-    assert base is not None  # a plan has at least one pass
+    assert base is not None  # there is at least one pass
     found = [v for v in out if v is not None]
     return FanOut(base, torch.stack(found) if found else base[:0])
 

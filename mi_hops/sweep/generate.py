@@ -6,8 +6,8 @@ model goes on to say after the end (`STOP`) does not matter; a longer name does.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,11 @@ from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.model.plain_attention import plain_attention
 from mi_hops.model.row_cache import RowCache, takes_unequal_rows
+from mi_hops.result.progress import progress_bar
+from mi_hops.sweep.keep import keep
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.scoring import check_states, logits_at
-from mi_hops.sweep.together import plan_batches
+from mi_hops.sweep.together import Part, plan_batches
 from mi_hops.text.matching import STOP, check_stop, find_ends, matches
 from mi_hops.text.tokens import (
     Prompt,
@@ -74,6 +76,17 @@ class _Reply:
     said: Generation = Generation((), "", False)
     rank: int = 0
     prob: float = float("nan")
+
+    @classmethod
+    def of_list(cls, plain: Sequence[Any]) -> _Reply:
+        """From one of the lists of `_as_lists`."""
+        ids, text, finished, rank, prob = plain
+        return cls(ids, Generation(tuple(ids), text, finished), rank, prob)
+
+
+def _as_lists(say: Callable[[], Sequence[_Reply]]) -> list[list[Any]]:
+    """What is said, as `keep` can write it."""
+    return [[r.ids, r.said.text, r.said.finished, r.rank, r.prob] for r in say()]
 
 
 def generate(
@@ -135,17 +148,27 @@ def _replies(
                 f"prompt of {len(ask.prompt)} tokens and {ask.room} to come exceed the model's "
                 f"context of {model.cfg.n_ctx}: {ask.prompt.text[:60]!r}..."
             )
-    replies = [_Reply() for _ in asks]
-    with torch.no_grad(), pretransposed_weights(model):
-        if repair is None and takes_unequal_rows(model) and not has_hooks(model):
-            with plain_attention(model):
-                _continue_together(model, asks, replies, batch_size)
-        else:
-            for chosen, batch in batches_by_length([ask.prompt.ids for ask in asks], batch_size):
-                some = [asks[i] for i in chosen]
-                _continue_alike(model, batch.tokens, some, [replies[i] for i in chosen], repair)
-    return replies
+    together = repair is None and takes_unequal_rows(model) and not has_hooks(model)
+    batches = (
+        _together(model, asks, batch_size) if together else _alike(model, asks, batch_size, repair)
+    )
+    replies: dict[int, _Reply] = {}
+    with (
+        torch.no_grad(),
+        pretransposed_weights(model),
+        plain_attention(model) if together else nullcontext(),
+        progress_bar(total=len(asks), label="asking", unit="prompt") as bar,
+    ):
+        for rows, say in batches:
+            what = [(asks[i].prompt.ids, asks[i].room, asks[i].stop, asks[i].first) for i in rows]
+            said = keep(partial(_as_lists, say), "replies", what)
+            replies |= {i: _Reply.of_list(plain) for i, plain in zip(rows, said, strict=True)}
+            bar.update(len(rows))
+    return [replies[i] for i in range(len(asks))]
 
+
+#: Prompts by number, and what continues them.
+_Batch = tuple[Sequence[int], Callable[[], list[_Reply]]]
 
 #: What a pass costs besides its tokens, in tokens, by the kind of device: reading the weights, and
 #: on a GPU filling it.
@@ -153,15 +176,13 @@ _PASS_COST = {"cpu": 64}
 _PASS_COST_ELSEWHERE = 1024
 
 
-def _continue_together(
-    model: HookedModel, asks: Sequence[_Ask], replies: Sequence[_Reply], batch_size: int
-) -> None:
+def _together(model: HookedModel, asks: Sequence[_Ask], batch_size: int) -> Iterator[_Batch]:
     """Rows of unequal lengths: prompts part by part, then all of a batch step by step."""
     ids = [ask.prompt.ids for ask in asks]
     cost = _PASS_COST.get(device_of(model).type, _PASS_COST_ELSEWHERE)
     run: dict[tuple[int, ...], RowCache] = {}  # what the last rows started with
-    for parts in plan_batches(ids, batch_size, pass_cost=cost):
-        order = [i for part in parts for i in part.rows]
+
+    def say(parts: Sequence[Part], order: Sequence[int]) -> list[_Reply]:
         width = max(len(ids[i]) for i in order)
         cache = RowCache(model, len(order), width, max(asks[i].room for i in order))
         logits, first = [], 0
@@ -172,9 +193,11 @@ def _continue_together(
             view = cache.prompts(first, len(part.rows), batch.tokens.shape[1], start)
             logits.append(logits_at(model, batch.tokens, batch.last[:, None], cache=view)[:, 0])
             first += len(part.rows)
-        _step_by_step(
-            model, [asks[i] for i in order], [replies[i] for i in order], torch.cat(logits), cache
-        )
+        return _step_by_step(model, [asks[i] for i in order], torch.cat(logits), cache)
+
+    for parts in plan_batches(ids, batch_size, pass_cost=cost):
+        order = [i for part in parts for i in part.rows]
+        yield order, partial(say, parts, order)
 
 
 def _run_starts(
@@ -204,18 +227,19 @@ def _run_starts(
 def _step_by_step(
     model: HookedModel,
     asks: list[_Ask],
-    replies: list[_Reply],
     logits: Float[Tensor, "row vocab"],
     cache: RowCache,
-) -> None:
+) -> list[_Reply]:
+    replies = [_Reply() for _ in asks]
     lengths = torch.tensor([len(ask.prompt) for ask in asks])
     width = int(lengths.max())
     here = list(range(len(asks)))  # the rows that the cache still has
-    for step in itertools.count():
+    step = 0
+    while True:
         best = _take(model, [asks[r] for r in here], [replies[r] for r in here], logits)
         going = [k for k, r in enumerate(here) if _goes_on(asks[r], replies[r])]
         if not going:
-            return
+            return replies
         # Fewer rows are worth a copy of what is kept of them; and none may outgrow the context.
         if len(going) <= 0.75 * len(here) or int(lengths.max()) + step >= model.cfg.n_ctx:
             picked = torch.tensor(going)
@@ -227,27 +251,30 @@ def _step_by_step(
         view = cache.step(seen.to(place), (lengths + step).to(place))
         last = torch.zeros(len(here), 1, dtype=torch.long)
         logits = logits_at(model, best[:, None], last, cache=view)[:, 0]
+        step += 1
 
 
-def _continue_alike(
-    model: HookedModel,
-    tokens: Int[Tensor, "row pos"],
-    asks: list[_Ask],
-    replies: list[_Reply],
-    repair: Repair | None,
-) -> None:
+def _alike(
+    model: HookedModel, asks: Sequence[_Ask], batch_size: int, repair: Repair | None
+) -> Iterator[_Batch]:
     """Rows of one length, by the model's own cache."""
-    rows = Rows(tuple(ask.prompt for ask in asks), tokens.shape[1])
-    states = [ask.state for ask in asks]
-    cache = new_cache(model, len(tokens))
-    while True:
-        hooks = [] if repair is None else repair.hooks(model, states, rows)
-        last = torch.full((len(tokens), 1), rows.width - 1)
-        logits = logits_at(model, tokens, last, hooks=hooks, cache=cache)[:, 0]
-        tokens = _take(model, asks, replies, logits)[:, None]
-        if not any(_goes_on(ask, reply) for ask, reply in zip(asks, replies, strict=True)):
-            return
-        rows = rows.at(rows.offset + rows.width, 1)
+
+    def say(tokens: Int[Tensor, "row pos"], some: list[_Ask]) -> list[_Reply]:
+        replies = [_Reply() for _ in some]
+        rows = Rows(tuple(ask.prompt for ask in some), tokens.shape[1])
+        states = [ask.state for ask in some]
+        cache = new_cache(model, len(tokens))
+        while True:
+            hooks = [] if repair is None else repair.hooks(model, states, rows)
+            last = torch.full((len(tokens), 1), rows.width - 1)
+            logits = logits_at(model, tokens, last, hooks=hooks, cache=cache)[:, 0]
+            tokens = _take(model, some, replies, logits)[:, None]
+            if not any(_goes_on(ask, reply) for ask, reply in zip(some, replies, strict=True)):
+                return replies
+            rows = rows.at(rows.offset + rows.width, 1)
+
+    for chosen, batch in batches_by_length([ask.prompt.ids for ask in asks], batch_size):
+        yield chosen, partial(say, batch.tokens, [asks[i] for i in chosen])
 
 
 def _goes_on(ask: _Ask, reply: _Reply) -> bool:

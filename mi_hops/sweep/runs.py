@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -281,16 +282,19 @@ def run_sweep(
     inner = replace(limits, progress=limits.progress and not many)
     wanted = list(names)
 
-    def run(group: Sequence[int]) -> Scores:
+    def run(group: Sequence[int]) -> list[Any]:
         sweep = Sweep(
             model, [*(prompts[i] for i in group), *(sources[i] for i in group if sources)]
         )
         shown: dict[str, Tensor] = {}
         items = [item for base, i in enumerate(group) for item in rows_of(i, base, shown)]
-        counts[:] = [sum(item.base == base for item in items) for base in range(len(group))]
-        return sweep.run(items, inner, keep_in(shown, wanted, len(group)) if sources else None)
+        counts = [sum(item.base == base for item in items) for base in range(len(group))]
+        observe = keep_in(shown, wanted, len(group)) if sources else None
+        found = sweep.run(items, inner, observe)
+        return [counts, found.base, found.rows]
 
-    counts: list[int] = []
+    said = [(s.prompt.ids, s.target.answer, [m.name for m in s.metrics]) for s in prompts]
+    beside = [s.prompt.ids for s in sources]
     rows: dict[int, Tensor] = {}
     base: dict[int, Tensor] = {}
     others: dict[int, Tensor] = {}
@@ -298,11 +302,17 @@ def run_sweep(
         pretransposed_weights(model),  # once, not in every pass
         progress_bar(label=label, show=many, total=len(order)) as bar,
     ):
-        for group, found in batched_with_oom_backoff(order, limits.batch_size, run):
-            rows |= zip(group, found.rows.split(counts), strict=True)
-            base |= zip(group, found.base[: len(group)], strict=True)
+        parts = batched_with_oom_backoff(
+            order,
+            limits.batch_size,
+            run,
+            kept=(label, said, beside, wanted, replace(limits, progress=False)),
+        )
+        for group, (counts, bases, scores) in parts:
+            rows |= zip(group, scores.split(counts), strict=True)
+            base |= zip(group, bases[: len(group)], strict=True)
             if sources:
-                others |= zip(group, found.base[len(group) :], strict=True)
+                others |= zip(group, bases[len(group) :], strict=True)
             bar.update(len(group))
     every = range(len(prompts))
     return SweepScores(

@@ -86,7 +86,7 @@ def score(
     keys = [(s.prompt.text, s.prompt.ids, id(t)) for s, t in zip(prompts, given, strict=True)]
     runs = plan_runs(model, prompts, keys)
 
-    def run(part: Sequence[int]) -> list[tuple[int, int, Tensor]]:
+    def run(part: Sequence[int]) -> tuple[list[int], list[int], Tensor]:
         chosen = [runs[i] for i in part]
         batch = pad([run.tokens for run in chosen])
         of_rows = Rows(tuple(prompts[r.prompt].prompt for r in chosen), batch.tokens.shape[1])
@@ -96,17 +96,21 @@ def score(
         width = max(len(r.positions) for r in chosen)
         at = torch.tensor([r.scored(width) for r in chosen])
         logits = logits_at(model, batch.tokens, at, hooks=active)
-        return [
-            (prompt, metric, value[0])
+        found = [
+            each
             for run, row in zip(chosen, logits, strict=True)
-            for prompt, metric, value in run.scores(row[None], prompts)
+            for each in run.scores(row[None], prompts)
         ]
+        at_prompts, at_metrics, values = zip(*found, strict=True)
+        return list(at_prompts), list(at_metrics), torch.cat(values).to("cpu", wide)
 
     order = sorted(range(len(runs)), key=lambda i: (len(runs[i].tokens), i))
+    said = [(run.tokens, run.readings) for run in runs], [m.name for m in metrics]
     with torch.no_grad():
-        for _, found in batched_with_oom_backoff(order, batch_size, run):
-            for prompt, metric, value in found:
-                scores[prompt, metric] = value
+        for _, (at_prompts, at_metrics, values) in batched_with_oom_backoff(
+            order, batch_size, run, kept=("scores", said)
+        ):
+            scores[at_prompts, at_metrics] = values
     for m, each in enumerate(metrics):
         require_finite(each.name, scores[:, m])
     return scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def _page(study: Study) -> str:
         model=study.settings["model"],
         headlines=[(step, line) for step, line in headlines(study.summary) if line.text],
         about=_about(study.settings, study.summary["made_with"]),
-        settings=_settings(study.settings),
+        settings=_settings(study.settings, study.records),
         sections=_sections(study),
         draw=_draw,
         plotly=Markup(get_plotlyjs()),
@@ -147,10 +148,16 @@ def _about(
     ]
 
 
-def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """All that was asked for, flat, for the end of the page."""
+def _settings(
+    settings: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    """All that was asked for, flat, and what each step took, for the end of the page."""
     rows = [("facts digest", settings["facts_digest"])]
     for name, value in settings["sizes"].items():
         text = ", ".join(f"{v:g}" for v in value) if isinstance(value, list | tuple) else str(value)
         rows.append((f"size: {name.replace('_', ' ')}", text))
+    for step in settings["steps"]:
+        if took := records.get(step):
+            peak = f"memory at its peak so far {took.get('peak_memory', math.nan) / 2**30:.2f} GiB"
+            rows.append((f"time: {step}", f"{took.get('seconds', math.nan):,.1f} s; {peak}"))
     return rows
