@@ -105,12 +105,12 @@ def circuit(model: Any, pairs: Pairs, sizes: Sequence[int]) -> list[list[Any]]:
     half = len(pairs) // 2
     chosen, held = pairs.select(range(half)), pairs.select(range(half, len(pairs)))
     rows = []
-    for name, steps, select in (
-        ("EAP, top", 1, "top"),
-        ("EAP-IG, top", 5, "top"),
-        ("EAP-IG, greedy", 5, "greedy"),
+    for name, method, select in (
+        ("EAP, top", "gradient", "top"),
+        ("EAP-IG, top", "integrated", "top"),
+        ("EAP-IG, greedy", "integrated", "greedy"),
     ):
-        scores = attribute_edges(model, chosen, steps=steps)
+        scores = attribute_edges(model, chosen, method=method)
         found = [extract(model, scores, min(n, len(edges)), select=select) for n in sizes]
         rows += _faithful(model, held, name, sizes, found)
     lots = [

@@ -4,10 +4,11 @@ from mi_hops.patching.ablation import ablate
 from mi_hops.patching.acdc import AcdcRun, acdc
 from mi_hops.patching.activation import PatchJob, PatchPlan, patch
 from mi_hops.patching.attribution import attribute
-from mi_hops.patching.circuit import Circuit, all_edges, extract, faithfulness
+from mi_hops.patching.circuit import Circuit, extract, faithfulness
 from mi_hops.patching.contrast import contrast
 from mi_hops.patching.edges import attribute_edges
 from mi_hops.patching.heads import attention_to, composition, head_scores, icl_score
+from mi_hops.patching.nodes import all_edges
 from mi_hops.patching.path import path_patch
 from mi_hops.patching.tracing import subject_roles, trace
 from mi_hops.patching.verify import Attribution, Verification

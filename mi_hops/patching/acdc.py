@@ -1,27 +1,39 @@
 """ACDC: circuits by cutting edge after edge (Conmy et al. 2023, arXiv 2304.14997).
 
 The slow reference for edge attribution: readers are visited from the logits down, and an edge is cut
-for good if the circuit without it diverges from the clean run by less than `threshold` more. Every
-edge costs a run of every pair.
+for good if the circuit without it diverges from the clean run by less than `threshold` more.
+
+Most edges go, so a pass tries several at once: each row is the circuit without one edge more, as if
+all before it were cut. Rows count up to the first edge that stays; from there the next pass goes on.
+The decisions are those of one edge at a time. A pass starts at the block of the first reader it
+changes: what comes before is the same as in the circuit so far.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from mi_hops.model import HookedModel
-from mi_hops.patching.circuit import Circuit, CircuitRunner
+from mi_hops.patching.circuit import Circuit
+from mi_hops.patching.circuit_runs import CircuitRunner
 from mi_hops.patching.nodes import job_of_nodes
 from mi_hops.result.progress import progress_bar
+from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, get_metric
 from mi_hops.sweep.pairs import PairsLike
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
+
+    #: How bad each row is, and by pair ``[row, writer, pos, d_model]`` what its writers write.
+    _Tried = tuple[list[float], list[Tensor]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,7 +71,7 @@ def acdc(
         start: search among these edges only; default all.
         metric: what must stay; ``"kl"`` is the divergence from the clean run.
         prune: drop edges that lead nowhere in the end.
-        limits: its ``progress`` shows a bar; a pass holds one circuit.
+        limits: ``batch_size`` bounds the edges tried in one pass; fewer where memory runs out.
 
     Raises:
         ValueError: several metrics, or a threshold that is not positive.
@@ -76,11 +88,19 @@ def acdc(
         for base, corrupt in zip(job.scored(), job.corrupted, strict=True)
     ]
     begin = Circuit(frozenset(runner.edges)) if start is None else start
-    mask = runner.mask(begin)
+    mask = runner.mask(begin.edges)
 
-    def badness() -> float:
-        mean = torch.stack([pair.scores(mask[None])[0] for pair in ready]).mean()
-        return float(-mean if better else mean)
+    def tried(part: Sequence[tuple[int, int]], known: list[Tensor]) -> _Tried:
+        """How bad the circuit is with one edge more cut in each row, and its writes."""
+        masks = mask.repeat(max(1, len(part)), 1, 1)
+        for row, (i, j) in enumerate(part):
+            masks[row:, i, j] = False
+        first = runner.readers[part[-1][1]] if part else None
+        found = [
+            pair.run(masks, known[n] if known else None, first) for n, pair in enumerate(ready)
+        ]
+        mean = torch.stack([scores for scores, _ in found]).mean(0)
+        return (-mean if better else mean).tolist(), [changes for _, changes in found]
 
     edges = [
         (i, j)
@@ -88,17 +108,28 @@ def acdc(
         for i in sorted(range(len(runner.writers)), key=lambda i: -runner.writers[i].stage)
         if mask[i, j]
     ]
-    now = badness()
+    (now,), changes = tried([], [])
+    known = [change[0] for change in changes]
     rows = []
-    for i, j in progress_bar(edges, label="edges", show=limits.progress):
-        mask[i, j] = False
-        without = badness()
-        keep = without - now >= threshold
-        rows.append((runner.writers[i].name, runner.readers[j].name, without - now, keep))
-        if keep:
-            mask[i, j] = True
-        else:
-            now = without
+    size = most = limits.batch_size
+    done = 0
+    with progress_bar(label="edges", show=limits.progress, total=len(edges)) as bar:
+        while done < len(edges):
+            coming = edges[done : done + size]
+            part, (found, changes) = next(
+                batched_with_oom_backoff(coming, len(coming), partial(tried, known=known))
+            )
+            size = min(most, 2 * len(part))
+            for row, ((i, j), without) in enumerate(zip(part, found, strict=True)):
+                keep = without - now >= threshold
+                rows.append((runner.writers[i].name, runner.readers[j].name, without - now, keep))
+                if keep:  # the rows after it had cut it
+                    size = max(1, row + 1)
+                    break
+                mask[i, j], now = False, without
+                known = [change[row] for change in changes]
+            bar.update(len(rows) - done)
+            done = len(rows)
     import pandas as pd
 
     table = pd.DataFrame(rows, columns=["sender", "receiver", "harm", "kept"])

@@ -245,7 +245,7 @@ class PatchJob:
                 f"pairs (first: {own[:5]}; the name 'kl' measures from the clean run, which is the "
                 "base where direction is 'noise'): there it is at its minimum, its gradient is 0, "
                 "and estimates would rank rounding; average the gradient over the path "
-                "(method='integrated', of edges steps=5), or take the other direction or metric"
+                "(method='integrated'), or take the other direction or metric"
             )
 
     # -- what is run -----------------------------------------------------------------------------

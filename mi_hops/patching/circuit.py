@@ -11,45 +11,34 @@ al. 2022; Hanna et al. 2024)::
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from math import isfinite
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from einops import rearrange, repeat
-from fancy_einsum import einsum
 
 from mi_hops.model import (
-    Hook,
     HookedModel,
-    device_of,
     dtype_of,
-    forward,
-    hook_name,
     n_heads_of,
     provenance,
-    w_o,
 )
 from mi_hops.model.numeric import wide_dtype
-from mi_hops.patching.core import captured, require_effect
-from mi_hops.patching.nodes import Node, Writes, job_of_nodes, readers, writers
+from mi_hops.patching.circuit_runs import CircuitRunner, ReadyPair
+from mi_hops.patching.core import require_effect
+from mi_hops.patching.nodes import Edge, Node, job_of_nodes, readers
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import MetricLike, require_finite
+from mi_hops.sweep.metrics import MetricLike
 from mi_hops.sweep.normalising import normalised
 from mi_hops.sweep.pairs import PairsLike
-from mi_hops.sweep.runs import Scored, Sweep
 from mi_hops.sweep.scoring import score
-from mi_hops.text.tokens import Prompt
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
     from torch import Tensor
-
-Edge = tuple[str, str]
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,16 +82,6 @@ class Circuit:
                 break
             useful = found
         return Circuit(frozenset((u, v) for u, v in edges if v in useful))
-
-
-def all_edges(model: HookedModel) -> list[Edge]:
-    """Every edge between embedding, heads, MLPs and logits."""
-    return [
-        (u.name, v.name)
-        for u in writers(model, "all")
-        for v in readers(model, "all")
-        if u.reaches(v)
-    ]
 
 
 def extract(
@@ -216,12 +195,12 @@ def faithfulness(
         raise ValueError("got 0 circuits; need 1 or more")
     bases = job.scored()
     runner = CircuitRunner(model)
-    masks = torch.stack([runner.mask(c) for c in circuits])
+    masks = torch.stack([runner.mask(c.edges) for c in circuits])
     scores = torch.empty(len(bases), len(circuits), dtype=wide_dtype(dtype_of(model)))
     for i in progress_bar(range(len(bases)), label="pairs", show=limits.progress):
         ready = runner.prepare(bases[i], job.corrupted[i])
 
-        def run(part: Sequence[int], ready: _Ready = ready) -> Tensor:
+        def run(part: Sequence[int], ready: ReadyPair = ready) -> Tensor:
             return ready.scores(masks[list(part)])
 
         parts = batched_with_oom_backoff(range(len(circuits)), limits.batch_size, run)
@@ -255,198 +234,6 @@ def faithfulness(
         skipped=job.pairs.skipped,
         allow_nonfinite=True,  # no scale
     )
-
-
-# -- running a circuit ----------------------------------------------------------------------------
-
-
-class CircuitRunner:
-    """Runs circuits of one model."""
-
-    def __init__(self, model: HookedModel) -> None:
-        self.model = model
-        self.writers, self.readers = writers(model, "all"), readers(model, "all")
-        self.edges = set(all_edges(model))
-        self._row = {u.name: i for i, u in enumerate(self.writers)}
-        self._column = {v.name: j for j, v in enumerate(self.readers)}
-
-    def mask(self, circuit: Circuit) -> Bool[Tensor, "writer reader"]:
-        """True at the circuit's edges.
-
-        Raises:
-            ValueError: an edge the model does not have.
-        """
-        unknown = sorted(circuit.edges - self.edges)
-        if unknown:
-            raise ValueError(f"{len(unknown)} edges are not the model's, e.g. {unknown[:3]}")
-        mask = torch.zeros(len(self.writers), len(self.readers), dtype=torch.bool)
-        for u, v in circuit.edges:
-            mask[self._row[u], self._column[v]] = True
-        return mask
-
-    def prepare(self, clean: Scored, corrupted: Prompt) -> _Ready:
-        """One pair, with its corrupted run cached."""
-        return _Ready(self, clean, corrupted)
-
-
-class _Ready:
-    """A pair whose corrupted activations are at hand."""
-
-    def __init__(self, runner: CircuitRunner, clean: Scored, corrupted: Prompt) -> None:
-        self.runner, self.model = runner, runner.model
-        self.sweep = Sweep(self.model, [clean])
-        n_layers = int(self.model.cfg.n_layers)
-        ids = self.sweep.runs[0].tokens
-        extra = ids[len(clean.prompt) :]
-        both = (_longer(clean.prompt, extra), _longer(corrupted, extra))
-        self.corrupt = Writes(self.model, (both[1],), runner.writers)
-        kinds = [("resid_pre", i) for i in range(n_layers)]
-        kinds += [("resid_mid", i) for i in range(n_layers)] + [("resid_post", n_layers - 1)]
-        names = [hook_name(kind, layer) for kind, layer in kinds]
-        self.stream = captured(self.model, [both[1]], names)
-        first = hook_name("resid_pre", 0)
-        embedded = captured(self.model, [both[0]], [first])[first]
-        self.embed_change = (embedded - self.stream[first])[0]
-
-    def scores(self, masks: Bool[Tensor, "circuit writer reader"]) -> Float[Tensor, "circuit"]:
-        """Scores of circuits, in one pass.
-
-        Raises:
-            ValueError: a score that is not finite.
-        """
-        run = _CircuitPass(self, masks)
-        with torch.no_grad():
-            tokens = self.sweep.batch.tokens.to(device_of(self.model))
-            logits = forward(self.model, tokens, hooks=run.hooks(), grows=True)
-        item = self.sweep.prompts[0]
-        found = item.metrics[0].score(logits, item.target).cpu()
-        require_finite(item.metrics[0].name, found)
-        return found
-
-
-def _longer(prompt: Prompt, extra: Sequence[int]) -> Prompt:
-    """The prompt with an answer's tokens behind it."""
-    n = len(extra)
-    return replace(
-        prompt,
-        ids=(*prompt.ids, *extra),
-        labels=(*prompt.labels, *[""] * n),
-        offsets=(*prompt.offsets, *[(0, 0)] * n),
-    )
-
-
-class _CircuitPass:
-    """The hooks of one pass: K circuits, each with a row of its own and one for each reader.
-
-    At the input of a block the batch is made anew: K main rows, then, for every circuit, one row
-    with the input of each query, key and value head. Norm and projections run on all; then the main
-    rows take each head from its reader's row, and go on through attention and MLP.
-    """
-
-    def __init__(self, ready: _Ready, masks: Bool[Tensor, "circuit writer reader"]) -> None:
-        self.ready, self.model, self.n = ready, ready.model, len(masks)
-        self.wide = wide_dtype(dtype_of(self.model))
-        self.columns = {node: j for j, node in enumerate(ready.runner.readers)}
-        # What each writer writes beyond its corrupted write. Writers come in the order in which they
-        # act, so those a reader sees are the ones written so far.
-        change = ready.embed_change.to(self.wide)
-        self.masks = masks.to(change)
-        self.changes = change.new_zeros(self.n, len(ready.runner.writers), *change.shape)
-        self.written = 0
-        self._write(change)
-
-    def hooks(self) -> list[Hook]:
-        """All hooks, in order."""
-        n_layers = int(self.model.cfg.n_layers)
-        hooks: list[Hook] = []
-        for layer in range(n_layers):
-            inputs = [
-                Node(role, layer, head)
-                for role in _INPUTS
-                for head in range(n_heads_of(self.model, role))
-            ]
-            hooks.append((hook_name("resid_pre", layer), self._enter(layer, inputs)))
-            for role in _INPUTS:
-                rows = [(i, v) for i, v in enumerate(inputs) if v.role == role]
-                hooks.append((hook_name(role, layer), self._gather(rows, len(inputs))))
-            hooks.append((hook_name("z", layer), self._heads(layer)))
-            hooks.append((hook_name("resid_mid", layer), self._enter_mlp(layer)))
-            hooks.append((hook_name("mlp_out", layer), self._mlp(layer)))
-        hooks.append((hook_name("resid_post", n_layers - 1), self._leave(n_layers)))
-        where = self.ready.sweep.scored[0]
-        hooks.append(("unembed.hook_in", lambda x: x[:, where]))
-        return hooks
-
-    def _write(self, change: Tensor) -> None:
-        """What the next writer writes beyond its corrupted write, ``[circuit, pos, d_model]``."""
-        self.changes[:, self.written] = change
-        self.written += 1
-
-    def _inputs(self, found: Sequence[Node], stream: Tensor) -> Tensor:
-        """The stream that readers of one place see, ``[circuit, reader, pos, d_model]``."""
-        columns = [self.columns[reader] for reader in found]
-        weights = self.masks[:, : self.written, columns]
-        moved = einsum(
-            "circuit writer reader, circuit writer pos d -> circuit reader pos d",
-            weights,
-            self.changes[:, : self.written],
-        )
-        return moved.add_(stream.to(moved))
-
-    def _enter(self, layer: int, inputs: list[Node]) -> Any:
-        def fn(x: Tensor) -> Tensor:
-            stream = self.ready.stream[hook_name("resid_pre", layer)]
-            rows = rearrange(
-                self._inputs(inputs, stream), "circuit reader ... -> (circuit reader) ..."
-            )
-            main = repeat(stream, "1 pos d -> circuit pos d", circuit=self.n)
-            return torch.cat([main.to(x), rows.to(x)])
-
-        return fn
-
-    def _gather(self, rows: list[tuple[int, Node]], n_inputs: int) -> Any:
-        def fn(x: Tensor) -> Tensor:
-            x = x.clone()
-            for row, reader in rows:
-                own = slice(self.n + row, None, n_inputs)
-                x[: self.n, :, reader.head] = x[own][:, :, reader.head]
-            return x
-
-        return fn
-
-    def _heads(self, layer: int) -> Any:
-        def fn(x: Tensor) -> None:
-            weight = w_o(self.model, layer).detach().to(x.device, self.wide)
-            for head in range(x.shape[2]):
-                written = x[: self.n, :, head].to(self.wide) @ weight[head]
-                self._write(written - self.ready.corrupt(Node("head", layer, head), 0))
-
-        return fn
-
-    def _enter_mlp(self, layer: int) -> Any:
-        def fn(x: Tensor) -> Tensor:
-            x = x.clone()
-            stream = self.ready.stream[hook_name("resid_mid", layer)]
-            x[: self.n] = self._inputs([Node("mlp", layer)], stream)[:, 0].to(x)
-            return x
-
-        return fn
-
-    def _mlp(self, layer: int) -> Any:
-        def fn(x: Tensor) -> None:
-            self._write(x[: self.n].to(self.wide) - self.ready.corrupt(Node("mlp", layer), 0))
-
-        return fn
-
-    def _leave(self, n_layers: int) -> Any:
-        def fn(x: Tensor) -> Tensor:
-            stream = self.ready.stream[hook_name("resid_post", n_layers - 1)]
-            return self._inputs([Node("logits", n_layers)], stream)[:, 0].to(x)
-
-        return fn
-
-
-_INPUTS: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 
 
 def _next_writers(model: HookedModel) -> dict[str, list[str]]:

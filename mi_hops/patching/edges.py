@@ -6,33 +6,34 @@ What `path.path_patch` measures exactly for a writer u and a reader v is estimat
     change ~ sum of (u's write in the source run - in the base run) * d metric / d input of v
 
 where only v's own use of its input counts: through its norm and projection, not along the stream.
-With several steps the gradient is averaged over the straight path between the inputs of the two runs
-(EAP-IG: Hanna et al. 2024, arXiv 2403.17806). One forward and one backward pass per step give the
-gradients at queries, keys, values and MLP outputs; they are pulled back through each block's own norm
-and projections, so key/value heads shared by several query heads need no special case.
+Integrated, the gradient is averaged over the straight path between the inputs of the two runs
+(EAP-IG: Hanna et al. 2024, arXiv 2403.17806). One forward and one backward pass per point give the
+gradients at queries, keys, values and MLP outputs. From there each is pulled back, on the same graph,
+through its own block's norm and projection alone, so no weight is read and key/value heads shared by
+several query heads need no special case.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from einops import repeat
+from einops import rearrange
 from fancy_einsum import einsum
 
-from mi_hops.model import Hook, HookedModel, device_of, dtype_of, hook_name
+from mi_hops.model import HookedModel, dtype_of, hook_name, require_hooks
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.activation import PatchJob
-from mi_hops.patching.core import captured, require_effect
-from mi_hops.patching.gradients import overlaid, run_with_gradients
+from mi_hops.patching.core import require_effect
+from mi_hops.patching.gradients import Recorded, record
 from mi_hops.patching.nodes import (
     Node,
     Writes,
     edge_result,
     job_of_nodes,
-    probe,
     read_hooks,
     readers,
     writers,
@@ -47,10 +48,8 @@ from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike
 from mi_hops.sweep.normalising import score_gap
 from mi_hops.sweep.pairs import PairsLike
-from mi_hops.sweep.runs import Scored, Sweep
-from mi_hops.sweep.scoring import score
+from mi_hops.sweep.runs import Scored, score_and_capture
 from mi_hops.sweep.sites import Direction
-from mi_hops.text.tokens import Prompt
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -65,7 +64,8 @@ def attribute_edges(
     *,
     metric: MetricLike = "logit_diff",
     direction: Direction = "noise",
-    steps: int = 1,
+    method: Literal["gradient", "integrated"] = "gradient",
+    steps: int = 20,
     rule: Rule = "gauss",
     limits: Limits | None = None,
 ) -> Attribution:
@@ -74,22 +74,27 @@ def attribute_edges(
     Args:
         senders, receivers: as in `path.path_patch`.
         metric: one metric with a gradient; a divergence has none where it measures from the base
-            run (``"kl"`` with direction ``"noise"``), so there it takes more steps than one.
+            run (``"kl"`` with direction ``"noise"``), so there it takes ``"integrated"``.
         direction: ``"noise"`` corrupts an edge of the clean run (a negative change: the edge serves
             the answer), ``"denoise"`` restores one in the corrupted run.
-        steps: 1 takes the gradient in the base run (EAP); more average it over the path (EAP-IG).
+        method: ``"gradient"`` takes the gradient in the base run (EAP); ``"integrated"`` averages it
+            over the path (EAP-IG).
+        steps: points on the path, for ``"integrated"``.
         rule: quadrature of the path, as in `attribution.attribute`.
+        limits: ``batch_size`` (here 8 by default) bounds the rows, pairs times points, in one
+            backward pass; fewer run together where memory runs out.
 
     Returns:
         `Attribution`, a result with ``change`` (unit of the metric) and ``effect`` (over the
         difference of the two runs; NaN where that is 0) on ``example``, ``sender`` and
-        ``receiver``, NaN where there is no edge, and the baselines ``clean`` and ``corrupted``; in
+        ``receiver``, NaN where there is no edge, and the baselines ``clean`` and ``corrupted``; for
+        ``"integrated"`` also ``completeness_error``, as in `attribution.attribute`; in
         float32 or wider whatever the model's dtype. Its ``verify`` patches the top edges exactly,
         as `path.path_patch` does.
 
     Raises:
         ValueError: an unknown component, no edge between those named, a metric without a gradient
-            or with one that is not finite, several metrics, no steps.
+            or with one that is not finite, several metrics, an unknown method or rule.
         TokenError: pairs that do not correspond token by token.
 
     Examples:
@@ -99,45 +104,38 @@ def attribute_edges(
         >>> mi_hops.attribute_edges(model, pairs.select([0]), "heads", "logits")["change"].dims
         ('example', 'sender', 'receiver')
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; expected at least 1")
-    points = [(0.0, 1.0)] if steps == 1 else path_points(steps, rule)
+    if method not in ("gradient", "integrated"):
+        raise ValueError(f"method is {method!r}; expected 'gradient' or 'integrated'")
+    points = [(0.0, 1.0)] if method == "gradient" else path_points(steps, rule)
+    limits = limits or Limits(batch_size=8)
     job = job_of_nodes(model, pairs, metric=metric, direction=direction, limits=limits)
-    if steps == 1:
+    if method == "gradient":
         job.require_gradient()
-    sources, targets = nodes = writers(model, senders), readers(model, receivers)
+    nodes = writers(model, senders), readers(model, receivers)
     edge = reached(*nodes)
     if not edge.any():
         raise ValueError("no edge leads from any of the senders to any of the receivers")
-    bases = job.scored()
-    shape = (len(bases), len(sources), len(targets))
-    change = torch.empty(shape, dtype=wide_dtype(dtype_of(model)))
-    for i in progress_bar(range(len(bases)), label="pairs", show=job.limits.progress):
-        writes = Writes(model, (job.sources[i], job.bases[i]), sources)
-        slopes = input_gradients(model, bases[i], job.sources[i], targets, points)
-        moved = torch.stack([(writes(u, 0) - writes(u, 1)).to(slopes) for u in sources])
-        change[i] = einsum(
-            "sender pos d_model, receiver pos d_model -> sender receiver",
-            moved,
-            slopes[:, : moved.shape[1]],
-        ).cpu()
+    change, base, other, covered = _Estimator(job, *nodes, points).run()
     require_finite_estimates(change[:, edge])
     change.masked_fill_(~edge, float("nan"))
-    base, other = (score(model, run)[:, 0] for run in (bases, job.other_scored()))
     effect = change / score_gap(other, base)[:, None, None]
     require_effect(effect, job.why_no_effect(base, other))
-    method = "EAP" if steps == 1 else "EAP-IG"
+    name = "EAP" if method == "gradient" else "EAP-IG"
+    baselines = job.by_run(base, other)
+    settings: dict[str, object] = {"method": name}
+    if method == "integrated":
+        baselines["completeness_error"] = (covered / score_gap(other, base) - 1).abs()
+        settings |= {"steps": steps, "rule": rule}
     result = edge_result(
         job,
         {"change": change, "effect": effect},
-        job.by_run(base, other),
+        baselines,
         nodes,
-        title=f"Edge attribution ({method})",
-        method=method,
-        steps=steps,
-        rule=rule,
+        title=f"Edge attribution ({name})",
+        units={"completeness_error": "share of the difference"},
+        **settings,
     )
-    return Attribution(result, partial(_exact, job, sources, targets))
+    return Attribution(result, partial(_exact, job, *nodes))
 
 
 def _exact(
@@ -152,50 +150,133 @@ def _exact(
     return scores.flatten(1)[:, chosen] - base[:, None]
 
 
-def input_gradients(
-    model: HookedModel,
-    base: Scored,
-    source: Prompt,
-    targets: Sequence[Node],
-    points: Sequence[tuple[float, float]],
-) -> Float[Tensor, "reader pos d_model"]:
-    """Gradient of the metric at each reader's own input, averaged over points of the path.
+@dataclass(frozen=True)
+class _Estimator:
+    """Estimates of all edges of a job.
 
-    Args:
-        source: the prompt at the path's end.
+    Attributes:
+        points: (point, weight) on the path from the base run's input to the source run's.
     """
-    inputs = hook_name("resid_pre", 0)
-    sweep = Sweep(model, [base])
-    tokens = sweep.batch.tokens
-    begin = end = None
-    if any(point for point, _ in points):
-        begin = captured(model, [base.prompt], [inputs])[inputs]
-        end = captured(model, [source], [inputs])[inputs]
-    wide = wide_dtype(dtype_of(model))
-    shape = (len(targets), tokens.shape[1], int(model.cfg.d_model))
-    out = torch.zeros(shape, dtype=wide, device=device_of(model))
-    names = list(dict.fromkeys(_result_hook(v) for v in targets))
-    for point, weight in points:
-        start = None
-        if begin is not None and end is not None:
-            start = begin + point * (end - begin)
-        run = run_with_gradients(model, [base], names, start=start)
-        before: list[Hook] = [] if start is None else [(inputs, partial(overlaid, value=start))]
-        for layer, entry, members in _places(targets):
 
-            def pull(
-                part: Sequence[int],
-                layer: int = layer,
-                entry: str | None = entry,
-                gradients: dict[str, Tensor] = run.gradients,
-                before: Sequence[Hook] = before,
-            ) -> Tensor:
-                chosen = [targets[j] for j in part]
-                return _pull_back(model, tokens, layer, entry, chosen, gradients, before)
+    job: PatchJob
+    sources: Sequence[Node]
+    targets: Sequence[Node]
+    points: Sequence[tuple[float, float]]
 
-            for part, slope in batched_with_oom_backoff(members, len(members), pull):
-                out[list(part)] += weight * slope.to(out)
-    return out
+    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Changes ``[example, sender, receiver]``; by example the scores of both runs, the path's sum."""
+        job, n = self.job, len(self.job.bases)
+        wide = wide_dtype(dtype_of(job.model))
+        change = torch.zeros(n, len(self.sources), len(self.targets), dtype=wide)
+        base, other, covered = (torch.zeros(n, dtype=wide) for _ in range(3))
+        every = job.scored(), job.other_scored()
+
+        def run(group: Sequence[int]) -> tuple[Tensor, ...]:
+            return self._group(*([side[i] for i in group] for side in every))
+
+        for whole in progress_bar(job.sweep.groups(), label="groups", show=job.limits.progress):
+            for part, found in batched_with_oom_backoff(whole, len(whole), run):
+                change[part], base[part], other[part], covered[part] = found
+        return change, base, other, covered
+
+    def _group(self, bases: Sequence[Scored], others: Sequence[Scored]) -> tuple[Tensor, ...]:
+        model, inputs, n = self.job.model, hook_name("resid_pre", 0), len(bases)
+        # Senders in the order in which they act: those that reach a reader come first.
+        order = sorted(range(len(self.sources)), key=lambda i: self.sources[i].stage)
+        acting = [self.sources[i] for i in order]
+        both = [*bases, *others]
+        names = [*Writes.hook_names(acting), inputs]
+        scores, store = score_and_capture(model, both, list(dict.fromkeys(names)))
+        writes = Writes(model, [item.prompt for item in both], acting, store)
+        moved = writes.differences(acting, range(n, 2 * n), range(n))
+        begin = store[inputs][:n]
+        way = torch.zeros_like(begin)
+        for row, item in enumerate(bases):  # answer tokens and padding belong to no prompt
+            width = len(item.prompt)
+            way[row, :width] = store[inputs][n + row, :width] - begin[row, :width]
+        change = torch.zeros(n, len(acting), len(self.targets), dtype=moved.dtype)
+        covered = torch.zeros(n, dtype=moved.dtype)
+        rows = [(i, point, weight) for i in range(n) for point, weight in self.points]
+        alone = len(self.points) == 1 and not self.points[0][0]
+
+        def run(part: Sequence[tuple[int, float, float]]) -> tuple[list[int], Tensor, Tensor]:
+            start = None
+            if not alone:
+                at = torch.tensor([point for _, point, _ in part]).to(begin)
+                found = [i for i, _, _ in part]
+                start = begin[found] + at[:, None, None] * way[found]
+            return self._part(part, [bases[i] for i, _, _ in part], moved, start, way)
+
+        for _, (found, estimates, sums) in batched_with_oom_backoff(
+            rows, self.job.limits.batch_size, run
+        ):
+            change[found] += estimates
+            covered[found] += sums
+        sorted_back = torch.empty_like(change)
+        sorted_back[:, order] = change
+        return sorted_back, scores[:n, 0], scores[n:, 0], covered
+
+    def _part(
+        self,
+        part: Sequence[tuple[int, float, float]],
+        prompts: Sequence[Scored],
+        moved: Float[Tensor, "pair sender pos d_model"],
+        start: Tensor | None,
+        way: Tensor,
+    ) -> tuple[list[int], Float[Tensor, "pair sender receiver"], Float[Tensor, "pair"]]:
+        """Numbers of the pairs of some rows; what these rows add to their estimates and sums."""
+        model = self.job.model
+        pairs = sorted({i for i, _, _ in part})
+        # [pair, row]: how much each row counts for its pair.
+        share = torch.zeros(len(pairs), len(part), dtype=moved.dtype)
+        for row, (i, _, weight) in enumerate(part):
+            share[pairs.index(i), row] = weight
+        share = share.to(moved.device)
+        moved = moved if len(pairs) == len(moved) else moved[pairs]
+        stages = sorted(node.stage for node in self.sources)
+        places = _places(self.targets)
+        mlps = [hook_name("resid_mid", v.layer) for v in self.targets if v.role == "mlp"]
+        require_hooks(model, mlps)  # in parallel blocks the MLP reads no attention
+        results = list(dict.fromkeys(_result_hook(v) for v in self.targets))
+        entries = [entry for _, entry, _ in places if entry is not None]
+        run = record(model, prompts, list(dict.fromkeys([*results, *entries])), start=start)
+        slopes, stream = run.gradients(results)
+        change = moved.new_zeros(len(pairs), moved.shape[1], len(self.targets))
+        for stage, entry, members in places:
+            n = sum(s < stage for s in stages)
+            if not n:
+                continue
+            for chosen, slope in self._slopes(run, slopes, entry, members):
+                slope = slope[:, :, : moved.shape[2]].to(moved)
+                mean = einsum("pair row, reader row pos d -> pair reader pos d", share, slope)
+                change[:, :n, chosen] = torch.bmm(
+                    rearrange(moved[:, :n], "pair sender pos d -> pair sender (pos d)"),
+                    rearrange(mean, "pair reader pos d -> pair (pos d) reader"),
+                )
+        of_rows = way[[i for i, _, _ in part], : stream.shape[1]].to(share)
+        sums = einsum("row pos d, row pos d -> row", stream.to(share), of_rows)
+        return pairs, change.cpu(), (share @ sums).cpu()
+
+    def _slopes(
+        self, run: Recorded, slopes: dict[str, Tensor], entry: str | None, members: Sequence[int]
+    ) -> list[tuple[list[int], Float[Tensor, "reader row pos d_model"]]]:
+        """Gradients at the own inputs of readers of one place, those of one result together."""
+        by_result: dict[str, list[int]] = {}
+        for j in members:
+            by_result.setdefault(_result_hook(self.targets[j]), []).append(j)
+        found = []
+        for result, chosen in by_result.items():
+            slope = slopes[result]
+            if entry is None:  # the logits' input is the stream itself
+                found.append((chosen, slope[None]))
+                continue
+            heads = [self.targets[j].head for j in chosen]
+            each = slope.new_zeros(len(chosen), *slope.shape)
+            for way, head in enumerate(heads):
+                own = slice(None) if head is None else (slice(None), slice(None), head)
+                each[way][own] = slope[own]
+            found.append((chosen, run.pull_back(result, entry, each)))
+        return found
 
 
 def _result_hook(reader: Node) -> str:
@@ -206,51 +287,14 @@ def _result_hook(reader: Node) -> str:
 
 
 def _places(targets: Sequence[Node]) -> list[tuple[int, str | None, list[int]]]:
-    """Readers that one probe serves: (block, where their input enters, indices)."""
+    """Readers whose input enters at one hook point: (stage, the hook, indices)."""
     places: dict[tuple[int, str | None], list[int]] = {}
     for j, reader in enumerate(targets):
-        entry = None if reader.role == "logits" else read_hooks(reader)[0]
-        places.setdefault((reader.layer, entry), []).append(j)
-    return [(layer, entry, members) for (layer, entry), members in places.items()]
-
-
-def _pull_back(
-    model: HookedModel,
-    tokens: Tensor,
-    layer: int,
-    entry: str | None,
-    chosen: Sequence[Node],
-    gradients: dict[str, Tensor],
-    before: Sequence[Hook],
-) -> Float[Tensor, "reader pos d_model"]:
-    """Gradients at the results of readers of one place, as gradients at each one's own input.
-
-    Every reader has a copy of the stream to itself, and only its own result counts in that copy. The
-    logits' input is the stream itself.
-    """
-    if entry is None:
-        return gradients[_result_hook(chosen[0])]
-    copies: list[Tensor] = []
-
-    def copy(x: Tensor) -> Tensor:
-        copies[:] = [
-            repeat(x.detach(), "1 pos d -> reader pos d", reader=len(chosen))
-            .clone()
-            .requires_grad_()
-        ]
-        return copies[0]
-
-    names = list(dict.fromkeys(_result_hook(v) for v in chosen))
-    with torch.enable_grad():
-        found = probe(model, tokens, layer, entry, copy, names, before=before)
-        weights = {name: torch.zeros_like(found[name]) for name in names}
-        for row, reader in enumerate(chosen):
-            name = _result_hook(reader)
-            slope = gradients[name][0].to(found[name].device)
-            if reader.head is None:
-                weights[name][row] = slope
-            else:
-                weights[name][row, :, reader.head] = slope[:, reader.head]
-        total = torch.stack([(found[name] * weights[name]).sum() for name in names]).sum()
-        (at_inputs,) = torch.autograd.grad(total, copies)
-    return at_inputs
+        entry = None
+        if reader.role != "logits":
+            # The stream before the MLP is the attention's write plus what is left alone; where the
+            # Bridge has a hook point for it, that lies on another branch.
+            kind = "attn_out" if reader.role == "mlp" else "resid_pre"
+            entry = hook_name(kind, reader.layer)
+        places.setdefault((reader.stage, entry), []).append(j)
+    return [(stage, entry, members) for (stage, entry), members in places.items()]

@@ -7,7 +7,7 @@ lowest block asked for, and blocks below it keep nothing for the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,98 @@ class Gradients:
     stream: Tensor
 
 
+class Recorded:
+    """A forward pass whose graph still stands.
+
+    Attributes:
+        scores: the metric of each row, on the CPU, in float32 or wider.
+        live: activations at the named hook points, on the graph.
+        stream: the residual stream that the graph starts from.
+    """
+
+    def __init__(
+        self, metric: str, scores: Tensor, live: dict[str, Tensor], stream: Tensor, *, cut: bool
+    ) -> None:
+        self.scores, self.live, self.stream = scores, live, stream
+        self._metric, self._cut = metric, cut
+
+    def gradients(
+        self, names: Iterable[str], *, keep: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of each row's score at hook points, and at the stream.
+
+        Args:
+            keep: let the graph stand, which takes memory.
+
+        Raises:
+            ValueError: a gradient that is not finite.
+            RuntimeError: a hook point off the graph of this model class.
+        """
+        names = list(names)
+        at = [*(self.live[name] for name in names), self.stream]
+        slopes = _slopes(self.scores.sum(), at, keep)
+        found = {}
+        for name, slope in zip(names, slopes[:-1], strict=True):
+            if slope is None and not self._cut:
+                raise _off_the_graph(name)
+            found[name] = torch.zeros_like(self.live[name]) if slope is None else slope
+        stream = torch.zeros_like(self.stream) if slopes[-1] is None else slopes[-1]
+        _require_finite(self._metric, {**found, hook_name("resid_pre", 0): stream})
+        return found, stream
+
+    def pull_back(
+        self, result: str, entry: str, slopes: Float[Tensor, "way row *rest"]
+    ) -> Float[Tensor, "way row pos d_model"]:
+        """Gradients at `result` as gradients at `entry`, a hook point that it is made of.
+
+        Only what lies between the two is passed, each gradient by itself; the graph stays.
+
+        Raises:
+            RuntimeError: nothing leads from one to the other.
+        """
+        (found,) = torch.autograd.grad(
+            self.live[result],
+            self.live[entry],
+            slopes,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+        if found is None:
+            raise _off_the_graph(entry)
+        return found
+
+
+def record(
+    model: HookedModel,
+    prompts: Sequence[Scored],
+    names: Sequence[str],
+    *,
+    start: Float[Tensor, "row pos d_model"] | None = None,
+    drop_block: int | None = None,
+) -> Recorded:
+    """The forward pass of `run_with_gradients`, whose arguments these are.
+
+    Raises:
+        ValueError: a metric without a gradient, or one that is not finite.
+    """
+    sweep = Sweep(model, prompts)
+    lowest = 0 if start is not None else min((int(n.split(".")[1]) for n in names), default=0)
+    live: dict[str, Tensor] = {}
+    leaf: list[Tensor] = []
+    hooks: list[Hook] = [(hook_name("resid_pre", lowest), _start_graph(leaf, start))]
+    if drop_block is not None:
+        stop: Callable[[Tensor], Tensor] = torch.Tensor.detach
+        hooks += [(hook_name(kind, drop_block), stop) for kind in ("attn_out", "mlp_out")]
+    hooks += [(name, _keep(live, name)) for name in names]
+    positions = torch.tensor(sweep.scored)
+    with torch.enable_grad():
+        logits = logits_at(model, sweep.batch.tokens, positions, hooks=hooks)
+        scores = _scores(sweep, logits)
+    metric = sweep.prompts[0].metrics[0].name
+    return Recorded(metric, scores, live, leaf[0], cut=drop_block is not None)
+
+
 def run_with_gradients(
     model: HookedModel,
     prompts: Sequence[Scored],
@@ -62,32 +154,17 @@ def run_with_gradients(
             whose gradient is not.
         RuntimeError: a hook point off the graph of this model class.
     """
-    sweep = Sweep(model, prompts)
-    lowest = 0 if start is not None else min((int(n.split(".")[1]) for n in names), default=0)
-    live: dict[str, Tensor] = {}
-    leaf: list[Tensor] = []
-    hooks: list[Hook] = [(hook_name("resid_pre", lowest), _start_graph(leaf, start))]
-    if drop_block is not None:
-        stop: Callable[[Tensor], Tensor] = torch.Tensor.detach
-        hooks += [(hook_name(kind, drop_block), stop) for kind in ("attn_out", "mlp_out")]
-    hooks += [(name, _keep(live, name)) for name in names]
-    positions = torch.tensor(sweep.scored)
-    with torch.enable_grad():
-        logits = logits_at(model, sweep.batch.tokens, positions, hooks=hooks)
-        scores = _scores(sweep, logits)
-        slopes = _slopes(scores.sum(), [*(live[name] for name in names), leaf[0]])
-    gradients = {}
-    for name, slope in zip(names, slopes[:-1], strict=True):
-        if slope is None and drop_block is None:
-            raise RuntimeError(
-                f"no gradient reaches {name}: on this {type(model).__name__} the activation seen by "
-                "the hook is not the one the model goes on with"
-            )
-        gradients[name] = torch.zeros_like(live[name]) if slope is None else slope
-    stream = torch.zeros_like(leaf[0]) if slopes[-1] is None else slopes[-1]
-    _require_finite(sweep.prompts[0].metrics[0].name, {**gradients, hooks[0][0]: stream})
-    activations = {name: tensor.detach() for name, tensor in live.items()}
-    return Gradients(scores.detach(), activations, gradients, stream)
+    run = record(model, prompts, names, start=start, drop_block=drop_block)
+    gradients, stream = run.gradients(names, keep=False)
+    activations = {name: tensor.detach() for name, tensor in run.live.items()}
+    return Gradients(run.scores.detach(), activations, gradients, stream)
+
+
+def _off_the_graph(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"no gradient reaches {name}: on this model the activation seen by the hook is not the one "
+        "the model goes on with"
+    )
 
 
 def overlaid(x: Float[Tensor, "row pos *d"], value: Float[Tensor, "row pos *d"]) -> Tensor:
@@ -108,10 +185,12 @@ def _require_finite(metric: str, gradients: dict[str, Tensor]) -> None:
         )
 
 
-def _slopes(total: Tensor, at: Sequence[Tensor]) -> list[Tensor | None]:
+def _slopes(total: Tensor, at: Sequence[Tensor], keep: bool) -> list[Tensor | None]:
     """Gradients of `total`; None where it does not depend on a tensor."""
     on_graph = [i for i, tensor in enumerate(at) if tensor.requires_grad]
-    found = torch.autograd.grad(total, [at[i] for i in on_graph], allow_unused=True)
+    found = torch.autograd.grad(
+        total, [at[i] for i in on_graph], allow_unused=True, retain_graph=keep
+    )
     out: list[Tensor | None] = [None] * len(at)
     for i, slope in zip(on_graph, found, strict=True):
         out[i] = slope

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+#: (writer, reader) by name.
+Edge = tuple[str, str]
+
 Role = Literal["embed", "head", "attn", "mlp", "q", "k", "v", "logits"]
 
 
@@ -124,6 +127,16 @@ def readers(model: HookedModel, given: str | Iterable[str]) -> list[Node]:
     return _named("reader", given, groups, known)
 
 
+def all_edges(model: HookedModel) -> list[Edge]:
+    """Every edge between embedding, heads, MLPs and logits."""
+    return [
+        (u.name, v.name)
+        for u in writers(model, "all")
+        for v in readers(model, "all")
+        if u.reaches(v)
+    ]
+
+
 def _named(
     what: str, given: str | Iterable[str], groups: dict[str, list[Node]], known: dict[str, Node]
 ) -> list[Node]:
@@ -152,21 +165,34 @@ def _named(
 class Writes:
     """What writers add to the residual stream in some prompts.
 
+    Args:
+        store: activations of the prompts at `hook_names`, where they are at hand.
+
     Raises:
         ValueError: heads of a model in which attention writes anything but the sum of ``z @ W_O``
             and a constant (a norm after attention, for instance).
     """
 
     def __init__(
-        self, model: HookedModel, prompts: Sequence[Prompt], nodes: Iterable[Node]
+        self,
+        model: HookedModel,
+        prompts: Sequence[Prompt],
+        nodes: Iterable[Node],
+        store: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._model, self._prompts = model, list(prompts)
         nodes = list(nodes)
-        with_heads = sorted({n.layer for n in nodes if n.role == "head"})
-        names = {self._hook(n) for n in nodes} | {hook_name("attn_out", i) for i in with_heads}
-        self._store = captured(model, self._prompts, sorted(names))
-        for layer in with_heads:
+        if store is None:
+            store = captured(model, self._prompts, self.hook_names(nodes))
+        self._store = store
+        for layer in sorted({n.layer for n in nodes if n.role == "head"}):
             self._check(layer)
+
+    @classmethod
+    def hook_names(cls, nodes: Iterable[Node]) -> list[str]:
+        """Where activations are taken that the writes of these nodes are made of."""
+        names = {cls._hook(n) for n in nodes}
+        return sorted(names | {hook_name("attn_out", n.layer) for n in nodes if n.role == "head"})
 
     def __call__(self, node: Node, example: int) -> Float[Tensor, "pos d_model"]:
         """In float32 or wider."""
@@ -177,6 +203,37 @@ class Writes:
             return found
         weight = w_o(self._model, node.layer).detach()[node.head]
         return found[:, node.head] @ weight.to(found.device, wide)
+
+    def differences(
+        self, nodes: Sequence[Node], one: Sequence[int], other: Sequence[int]
+    ) -> Float[Tensor, "row sender pos d_model"]:
+        """What writers write in some prompts beyond what they write in others, pair by pair.
+
+        On the model's device; 0 behind a prompt.
+        """
+        device = device_of(self._model)
+        lengths = [
+            min(len(self._prompts[i]), len(self._prompts[j]))
+            for i, j in zip(one, other, strict=True)
+        ]
+        width = max(lengths)
+        real = torch.arange(width) < torch.tensor(lengths)[:, None]
+        parts: dict[str, Tensor] = {}
+        columns = []
+        for node in nodes:
+            name = self._hook(node)
+            if name not in parts:
+                found = self._store[name][:, :width]
+                found = found.to(wide_dtype(found.dtype))
+                moved = found[list(one)] - found[list(other)]
+                moved[~real.to(moved.device)] = 0
+                if node.role == "head":
+                    weight = w_o(self._model, node.layer).detach().to(moved)
+                    spec = "row pos head d_head, head d_head d_model -> row head pos d_model"
+                    moved = einsum(spec, moved, weight)
+                parts[name] = moved.to(device)
+            columns.append(parts[name] if node.role != "head" else parts[name][:, node.head])
+        return torch.stack(columns, 1)
 
     @staticmethod
     def _hook(node: Node) -> str:
@@ -309,6 +366,7 @@ def edge_result(
     nodes: tuple[Sequence[Node], Sequence[Node]],
     *,
     title: str,
+    units: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> Result:
     """A `Result` of one value per pair and edge, NaN where there is no edge.
@@ -317,6 +375,7 @@ def edge_result(
         values: ``effect``, in the job's share, and others in the unit of its metric.
         baselines: in the unit of the metric.
         nodes: senders and receivers.
+        units: of the baselines whose unit is another.
         settings: what else the provenance remembers.
     """
     senders, receivers = ([node.name for node in side] for side in nodes)
@@ -325,7 +384,9 @@ def edge_result(
         {name: (("example", "sender", "receiver"), value) for name, value in values.items()},
         baselines={name: (("example",), value) for name, value in baselines.items()},
         coords={"example": job.pairs.labels, "sender": senders, "receiver": receivers},
-        units=unit | {"effect": job.share},
+        units={
+            k: u for k, u in {**unit, "effect": job.share, **(units or {})}.items() if k in unit
+        },
         provenance=provenance(
             job.model, direction=job.direction, metrics=job.metrics.names, **settings
         ),

@@ -113,7 +113,8 @@ def path_patch(
 
 def reached(sources: Sequence[Node], targets: Sequence[Node]) -> Bool[Tensor, "sender receiver"]:
     """True where a path leads from sender to receiver."""
-    return torch.tensor([[u.reaches(v) for v in targets] for u in sources])
+    writing, reading = (torch.tensor([node.stage for node in side]) for side in (sources, targets))
+    return writing[:, None] < reading
 
 
 def exact_paths(

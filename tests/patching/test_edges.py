@@ -88,7 +88,7 @@ def test_every_edge_is_the_derivative_of_its_path(load_tiny, shape):
 
 def test_integrated_edges_are_means_along_the_path(load_tiny):
     model = load_tiny("llama", "hooked", "float64")
-    found = attribute_edges(model, FIRST, steps=3, rule="trapezoid")
+    found = attribute_edges(model, FIRST, method="integrated", steps=3, rule="trapezoid")
     assert found.provenance["method"] == "EAP-IG"
     ends = [source(model, text, "resid_pre", 0) for text in PAIRS[0]]
     for sender, receiver in (
@@ -107,10 +107,43 @@ def test_integrated_edges_are_means_along_the_path(load_tiny):
         assert got == pytest.approx(total, abs=1e-6), (sender, receiver)
 
 
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_integrated_edges_tell_how_complete_they_are(load_tiny, shape):
+    model = load_tiny(shape, "hooked", "float64")
+    options = {"metric": "answer_logprob", "direction": "noise", "method": "integrated"}
+    for steps in (2, 5):
+        edges = attribute_edges(model, ALL, "heads", "logits", steps=steps, **options)
+        whole = attribute(model, ALL, Sites(layers=0), steps=steps, **options)
+        error = edges["completeness_error"]
+        assert np.allclose(error, whole["completeness_error"], rtol=1e-6)
+    fine = attribute_edges(model, ALL, "heads", "logits", steps=60, **options)
+    assert float(fine["completeness_error"].median()) < 1e-4
+    assert "completeness_error" not in attribute_edges(model, ALL, "L0H0", "logits").data
+
+
+def test_no_batch_changes_an_estimate(tiny):
+    """Pairs and points share passes; order of nodes and size of a pass are not seen."""
+    options = {"method": "integrated", "steps": 3, "metric": "answer_logprob"}
+    found = attribute_edges(tiny, ALL, **options)["change"]
+    for i in range(len(ALL)):
+        limits = Limits(batch_size=2)
+        one = attribute_edges(tiny, ALL.select([i]), **options, limits=limits)["change"]
+        assert np.allclose(one[0], found[i], atol=2e-5, equal_nan=True)
+    some = ["MLP2", "L1H3", "embed", "ATTN0", "L0H2"], ["logits", "L2H0.q", "MLP1", "L1H1.v"]
+    part = attribute_edges(tiny, ALL, *some, **options)["change"]
+    for sender in set(some[0]) - {"ATTN0"}:
+        both = part.sel(sender=sender), found.sel(sender=sender, receiver=some[1])
+        assert np.allclose(*both, atol=2e-5, equal_nan=True)
+    heads = found.sel(sender=[f"L0H{h}" for h in range(4)], receiver=some[1]).sum(
+        "sender", skipna=False
+    )
+    assert np.allclose(part.sel(sender="ATTN0"), heads, atol=5e-5, equal_nan=True)
+
+
 def test_both_classes_agree(load_tiny):
     for shape in ("gpt2", "llama"):
         models = [load_tiny(shape, "bridge"), load_tiny(shape, "hooked", "float64")]
-        for options in ({}, {"direction": "denoise", "steps": 3}):
+        for options in ({}, {"direction": "denoise", "method": "integrated", "steps": 3}):
             found = [attribute_edges(model, ALL, **options)["change"] for model in models]
             assert np.allclose(*found, atol=3e-4, equal_nan=True), shape
 
@@ -156,7 +189,7 @@ def test_divergence_from_the_base_itself_has_no_slope(load_tiny):
     with pytest.raises(ValueError, match="its gradient is 0"):
         attribute_edges(model, PAIRS[0], metric="kl")
     attribute_edges(model, PAIRS[0], metric="kl", direction="denoise")
-    path = attribute_edges(model, PAIRS[0], metric="kl", steps=3).verify(top=20)
+    path = attribute_edges(model, PAIRS[0], metric="kl", method="integrated").verify(top=20)
     assert path.rank_correlation > 0.5
 
 
@@ -167,7 +200,7 @@ def test_half_precision_models_score_in_float32(load_tiny, backend):
     paths = {"senders": "all", "receivers": ["v", "mlps", "logits"]}
     for call, options in (
         (lambda *a, **o: attribute_edges(*a, **o)["change"], {}),
-        (lambda *a, **o: attribute_edges(*a, **o)["change"], {"steps": 3}),
+        (lambda *a, **o: attribute_edges(*a, **o)["change"], {"method": "integrated", "steps": 3}),
         (lambda *a, **o: path_patch(*a, **o)["change"], paths),
         (lambda *a, **o: faithfulness(*a, **o)["score"], full),
     ):
@@ -342,7 +375,9 @@ def test_nothing_stays_behind(tiny):
 
 def test_refuses(tiny):
     with pytest.raises(ValueError, match="steps is 0"):
-        attribute_edges(tiny, FIRST, steps=0)
+        attribute_edges(tiny, FIRST, method="integrated", steps=0)
+    with pytest.raises(ValueError, match="'gradient' or 'integrated'"):
+        attribute_edges(tiny, FIRST, method="eap")
     with pytest.raises(ValueError, match="no edge leads"):
         attribute_edges(tiny, FIRST, "L2H0", "L1H0.q")
     with pytest.raises(ValueError, match="top is 0"):
