@@ -183,10 +183,10 @@ def machines(page: str) -> str:
     return "; or ".join(sorted(found)) or machine()
 
 
-def write(name: str, title: str, body: str, *, script: str) -> Path:
+def write(name: str, title: str, body: str, *, script: str, folder: Path = DOCS) -> Path:
     """Write ``docs/benchmarks/<name>.md``, with what made it and where it ran."""
-    DOCS.mkdir(parents=True, exist_ok=True)
-    path = DOCS / f"{name}.md"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.md"
     path.write_text(
         f"# {title}\n\n*Written by `python -m benchmarks.{script}`. Machine: {machines(name)}.*\n\n"
         f"{body.strip()}\n"

@@ -7,6 +7,7 @@ marked ``mi_hops_cells="json"``). Token strings of byte-level vocabularies have 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Hashable, Mapping
@@ -43,8 +44,19 @@ def write(
         dataset[name] = _escape(dataset[name])
     dataset = dataset.assign_attrs({_HEADER: json.dumps(dict(header))})
     with replacing(path, suffix=".nc", overwrite=overwrite) as partial:
-        dataset.to_netcdf(partial, engine="h5netcdf")
+        partial.write_bytes(_image(dataset))
     return Path(path)
+
+
+def _image(dataset: xr.Dataset) -> bytes:
+    """The whole file, made in memory: HDF5 itself does not survive a disk that is full."""
+    import h5netcdf
+    from xarray.backends import H5NetCDFStore
+
+    image = io.BytesIO()
+    with h5netcdf.File(image, "w") as file:
+        dataset.dump_to_store(H5NetCDFStore(file))
+    return image.getvalue()
 
 
 def read(path: str | os.PathLike[str]) -> tuple[xr.Dataset, dict[str, Any]]:

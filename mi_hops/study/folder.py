@@ -149,6 +149,7 @@ def locked(out: Path) -> Iterator[None]:
 
     Raises:
         BlockingIOError: somebody does.
+        FileNotFoundError: the folder has been removed.
         FileExistsError: it is a file.
     """
     if out.exists() and not out.is_dir():
@@ -170,6 +171,12 @@ def locked(out: Path) -> Iterator[None]:
             if _HALF_WRITTEN.fullmatch(path.name):
                 path.unlink()
         yield
+    except Exception as error:
+        if (out / _LOCK).exists():
+            raise
+        raise FileNotFoundError(
+            f"{out} has been removed while a study was written to it"
+        ) from error
     finally:
         (out / _LOCK).unlink(missing_ok=True)
         lock.release()

@@ -1,0 +1,140 @@
+"""A study under faults: what was done is kept, what is damaged is made again, nothing is mixed up.
+
+At length, in processes that are killed: ``python -m benchmarks.faults``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from mi_hops.study import STEPS, Sizes, Study, StudySettings, run_study, write_report
+from mi_hops.study.folder import locked
+from mi_hops.sweep import keep as keep_module
+from tests.reasoning.tiny_facts import dictated, tiny_facts
+
+NAMES = [step.name for step in STEPS]
+COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "choose": 2, "edits": 2}
+SMALL = StudySettings(sizes=Sizes(**COUNTS, controls=1, strengths=(4.0,), per_case=1))
+
+
+@pytest.fixture
+def run(load_tiny, monkeypatch):
+    """Runs the study of one tiny model in a folder; every finished part is written at once."""
+    model = load_tiny("llama", "bridge")
+    facts = [replace(f, split="held") for f in tiny_facts(model, 12)]
+    dictated(monkeypatch)
+    monkeypatch.setattr(keep_module, "WRITE_EVERY", 0.0)
+
+    def run(out):
+        return run_study(model, facts, out=out, settings=SMALL, progress=False)
+
+    return run
+
+
+def assert_equal(study, other):
+    """Bit for bit, but for what the steps took."""
+    assert study.summary == other.summary
+    assert study.choices == other.choices
+    for name in NAMES:
+        a, b = study.result(name), other.result(name)
+        assert study.skipped(name) == other.skipped(name)
+        if name == "editing":
+            assert a.frame.equals(b.frame)
+        elif a is not None:
+            assert a.data.identical(b.data) and a.provenance == b.provenance
+
+
+@pytest.mark.slow
+def test_a_study_stopped_again_and_again_is_the_undisturbed_one(run, tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    made, stops = [], [3, 9, 20, 33]
+    real = keep_module.Keeper.make
+
+    def make(keeper, name, work):
+        made.append(name)
+        if stops and len(made) == stops[0]:
+            stops.pop(0)
+            raise KeyboardInterrupt
+        return real(keeper, name, work)
+
+    monkeypatch.setattr(keep_module.Keeper, "make", make)
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped")
+    resumed = run(tmp_path / "stopped")
+    assert_equal(resumed, whole)
+    assert not list(resumed.folder.glob(".*"))
+    stopped = len(made)
+    made.clear()
+    run(tmp_path / "counted")
+    # A part is made once, and a part around it begun anew at each stop.
+    assert stopped <= len(made) + 2 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["gap.nc", "lens.nc", "editing.nc", "choices.json", "summary.json"]
+)
+def test_a_damaged_file_is_made_again(run, tmp_path, name):
+    study = run(tmp_path / "study")
+    path = study.folder / name
+    good = {p.name: p.read_bytes() for p in study.folder.iterdir()}
+    data = bytearray(good[name])
+    data[len(data) // 2] ^= 1
+    for damaged in (bytes(data), good[name][:-100]):
+        path.write_bytes(damaged)
+        again = run(study.folder)
+        assert_equal(again, study)
+        assert all(again.sound(step) for step in (*NAMES, "summary"))
+
+
+def test_damaged_settings_are_refused_by_name(tmp_path):
+    (tmp_path / "settings.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"settings\.json is damaged"):
+        Study.open(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_study_stopped_before_it_had_settings(run, tmp_path):
+    (tmp_path / "study").mkdir()
+    left = tmp_path / "study" / ".settings.json.123.0123abcd.part"
+    left.write_text("{")
+    assert run(tmp_path / "study").summary
+    assert not left.exists()
+
+
+def test_two_runs_into_one_folder(run, tmp_path):
+    out = tmp_path / "study"
+    with locked(out), pytest.raises(BlockingIOError, match="another process is running"):
+        run(out)
+    assert not list(out.iterdir())
+    (out / ".lock").touch()  # of a process that was killed
+    assert run(out).summary
+    assert not (out / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_the_report_tells_what_each_step_took(run, tmp_path):
+    study = run(tmp_path / "study")
+    assert all(study.records[name]["seconds"] >= 0 for name in NAMES)
+    assert study.records["gap"]["peak_memory"] > 2**26
+    page = write_report(study).read_text(encoding="utf-8")
+    assert "time: editing" in page and "GiB" in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks processes")
+def test_real_faults_and_interrupts():
+    command = "-m benchmarks.faults --kills 2 --others 1 --interrupts 14 --dry"
+    done = subprocess.run(
+        [sys.executable, *command.split()], capture_output=True, text=True, timeout=500, check=True
+    )
+    counted = json.loads(done.stdout.splitlines()[-1])
+    assert {name: row["lost"] for name, row in counted["faults"].items() if row["lost"]} == {}
+    assert sum(hits for hits, _ in counted["interrupts"].values()) == 14
+    assert not any(changed for _, changed in counted["interrupts"].values())
