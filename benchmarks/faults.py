@@ -291,9 +291,9 @@ def calls(model: Any) -> dict[str, Callable[[], Any]]:
     """Public functions that run a model, each with something to do."""
     from mi_hops.editing.baselines import finetune_many, rome_many
 
-    facts = mi_hops.Hopland().sample(train=4, held_out=16)
+    facts = mi_hops.Hopland().sample(train=4, held_out=24)
     gap = mi_hops.find_gap(model, facts)
-    failed, known = gap.failed[:4], gap.passed[:4] or gap.failed[:4]
+    failed, known = gap.failed[:8], gap.passed[:4] or gap.failed[:4]
     pairs = mi_hops.Pairs([f.prompt() for f in known], answer=[f.answer for f in known])
     edit = mi_hops.creme(model, failed[0])
     repair = mi_hops.MemoryInjection(1, 4.0, positions="first hop", absent="leave")
@@ -414,20 +414,24 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print the counts, write no page")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    store = (lambda *_: None) if asked.dry else keep
     with tempfile.TemporaryDirectory() as folder:
         trials = Trials(Path(folder), asked.seed)
-        print(f"undisturbed: {trials.seconds:.1f} s", flush=True)
-        for name in ("SIGKILL", "SIGTERM", "SIGINT"):
-            trials.killed(name, asked.kills)
-        trials.killed_while_writing(asked.kills)
-        trials.damaged(2 * asked.others)
-        for fault in (trials.twice, trials.removed, trials.read_only, trials.full, trials.clock):
-            fault(asked.others)
+        store(PAGE, "study", {"seconds": trials.seconds})
+        todo: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
+            *((trials.killed, (name, asked.kills)) for name in ("SIGKILL", "SIGTERM", "SIGINT")),
+            (trials.killed_while_writing, (asked.kills,)),
+            (trials.damaged, (2 * asked.others,)),
+            *((fault, (asked.others,)) for fault in (trials.twice, trials.removed)),
+            *((fault, (asked.others,)) for fault in (trials.read_only, trials.full, trials.clock)),
+        ]
+        for fault, given in todo:
+            fault(*given)
+            store(PAGE, "faults", trials.counted)
+            print(json.dumps(trials.counted), flush=True)
     hit = interrupted(asked.interrupts, asked.seed) if asked.interrupts else {}
     print(json.dumps({"faults": trials.counted, "interrupts": hit}))
     if not asked.dry:
-        keep(PAGE, "study", {"seconds": trials.seconds})
-        keep(PAGE, "faults", trials.counted)
         keep(PAGE, "interrupts", hit)
         write(PAGE, "Reliability", page(), script="faults", folder=DOCS.parent)
 
