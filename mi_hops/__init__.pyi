@@ -82,6 +82,7 @@ from .sweep import Sites as Sites
 from .sweep import answered as answered
 from .sweep import fan_out as fan_out
 from .sweep import generate as generate
+from .sweep import sample as sample
 from .sweep import score_prompts as score_prompts
 from .text import Prompt as Prompt
 from .text import answer_ids as answer_ids

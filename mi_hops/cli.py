@@ -106,6 +106,24 @@ def study(
         Literal["quick", "default", "full"],
         typer.Option(help="How many questions each step takes; full bounds nothing."),
     ] = "default",
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Worked examples before every prompt; by default 0 or 3, whichever lets the model "
+            "know more, where the facts have several wordings.",
+        ),
+    ] = None,
+    score: Annotated[
+        Literal["answer", "first-token"],
+        typer.Option(help="What counts as answered: the whole answer and its end, or its start."),
+    ] = "answer",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Time the study may take, about: 20m, 2h. It chooses the sizes."
+        ),
+    ] = None,
     force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -127,7 +145,14 @@ def study(
             model,
             given,
             out=out,
-            settings=StudySettings(seed=seed, limit=limit, sizes=sizes),
+            settings=StudySettings(
+                seed=seed,
+                limit=limit,
+                sizes=sizes,
+                shots=shots,
+                score="answer" if score == "answer" else "first_token",
+                budget=None if budget is None else _minutes(budget),
+            ),
             device=device,
             dtype=dtype,
             backend=backend,
@@ -216,6 +241,21 @@ def _facts(
         templates=templates,
         on_error=on_error,
     )
+
+
+def _minutes(text: str) -> float:
+    """``"20m"``, ``"90s"`` or ``"1.5h"`` in minutes.
+
+    Raises:
+        ValueError: anything else, or no time at all.
+    """
+    found = re.fullmatch(r"([0-9.]+)\s*([smh])", text.strip())
+    try:
+        if found and (minutes := float(found[1]) * {"s": 1 / 60, "m": 1, "h": 60}[found[2]]) > 0:
+            return minutes
+    except ValueError:
+        pass
+    raise ValueError(f"--budget {text!r} is not a time; expected e.g. 20m, 90s or 2h")
 
 
 def _columns(pairs: list[str]) -> dict[str, str | list[str]]:

@@ -10,7 +10,13 @@ from mi_hops.facts.reading import Facts, FactsFileError, RowNote
 from mi_hops.facts.tables import load_table
 from mi_hops.facts.templates import CONTEXTS, FORMS, Wording, capitalise
 from mi_hops.facts.unusable import NoUsableFactError
-from mi_hops.facts.wordings import WordedRelation, default_wordings, few_shot_lead, reword
+from mi_hops.facts.wordings import (
+    WordedRelation,
+    default_wordings,
+    few_shot_lead,
+    reword,
+    with_lead,
+)
 
 __all__ = [
     "CONTEXTS",
@@ -35,5 +41,6 @@ __all__ = [
     "load_table",
     "load_wordings",
     "reword",
+    "with_lead",
     "save_jsonl",
 ]

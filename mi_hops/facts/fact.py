@@ -100,14 +100,13 @@ class TwoHopFact:
         """The second-hop prompt of `form` (answer: the answer)."""
         return _pick(self, self.second_prompts, form, "second-hop")
 
-    def with_wording(self, first: Wording, second: Wording, lead: str = "") -> TwoHopFact:
+    def with_wording(self, first: Wording, second: Wording) -> TwoHopFact:
         """The same fact asked otherwise: all prompts and the first-hop phrase are made anew.
 
         Args:
             first, second: how the first and the second relation are worded.
-            lead: put before every prompt as it is, worked examples say; see `few_shot_lead`.
 
-        Paraphrases stay as they are, without the lead.
+        Paraphrases stay as they are.
 
         Examples:
             >>> from mi_hops.facts import Wording, load_facts
@@ -120,20 +119,12 @@ class TwoHopFact:
         names: Mapping[str, str] = self.meta.get("in_text", {})
         subject = names.get("subject", self.subject)
         phrase = first_hop_phrase(first, subject)
-        tables = (
-            prompts_about(second, phrase),
-            prompts_about(first, subject),
-            prompts_about(second, names.get("bridge", self.bridge)),
-        )
-        two_hop, first_prompts, second_prompts = (
-            {form: lead + text for form, text in table.items()} for table in tables
-        )
         return replace(
             self,
             first_hop=phrase,
-            prompts=two_hop,
-            first_prompts=first_prompts,
-            second_prompts=second_prompts,
+            prompts=prompts_about(second, phrase),
+            first_prompts=prompts_about(first, subject),
+            second_prompts=prompts_about(second, names.get("bridge", self.bridge)),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.templates import FORMS, Wording
@@ -79,16 +79,11 @@ class WordedRelation:
         return tuple(self.wording(**{form: i}) for i, _ in enumerate(self._texts(form)))
 
 
-def reword(
-    fact: TwoHopFact,
-    wordings: Mapping[str, Wording],
-    lead: str = "",
-) -> TwoHopFact:
+def reword(fact: TwoHopFact, wordings: Mapping[str, Wording]) -> TwoHopFact:
     """The fact under the wordings that were chosen for its two relations.
 
     Args:
         wordings: relation -> wording.
-        lead: put before every prompt as it is.
 
     Raises:
         ValueError: a relation without a wording.
@@ -99,7 +94,7 @@ def reword(
                 f"fact {fact.id!r}: no wording was given for the relation {relation!r}; there are "
                 f"{sorted(wordings)}"
             )
-    return fact.with_wording(wordings[fact.relation1], wordings[fact.relation2], lead)
+    return fact.with_wording(wordings[fact.relation1], wordings[fact.relation2])
 
 
 def default_wordings(relations: Mapping[str, WordedRelation]) -> dict[str, Wording]:
@@ -167,6 +162,28 @@ def few_shot_lead(
         )
     lines = (_example(other, _HOPS[i % len(_HOPS)], form) for i, other in enumerate(taken))
     return "".join(f"{line}\n" for line in lines)
+
+
+def with_lead(
+    fact: TwoHopFact, others: Sequence[TwoHopFact], *, shots: int, seed: int = 0
+) -> TwoHopFact:
+    """The fact with worked examples before every prompt, each form with its own (`few_shot_lead`).
+
+    All three prompts of a form get the same lead. Paraphrases stay as they are.
+
+    Raises:
+        ValueError: see `few_shot_lead`.
+    """
+    if not shots:
+        return fact
+    leads = {
+        form: few_shot_lead(fact, others, shots=shots, form=form, seed=seed)
+        for form in {form: None for table in _asked(fact) for form in table}
+    }
+    first, second, two_hop = (
+        {form: leads[form] + text for form, text in table.items()} for table in _asked(fact)
+    )
+    return replace(fact, prompts=two_hop, first_prompts=first, second_prompts=second)
 
 
 def _asked(fact: TwoHopFact) -> tuple[Mapping[str, str], ...]:

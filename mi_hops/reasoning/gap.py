@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -33,16 +33,39 @@ HOPS = ("first", "second", "two_hop")
 #: Label of the form where each fact is asked in its own first.
 AS_GIVEN = "as given"
 
+#: Variable of a `Gap` -> what it is of an `Answered`.
+_READ = {
+    "answer": "right",
+    "first_token": "first_token",
+    "rank": "rank",
+    "prob": "prob",
+    "said": "text",
+}
+
+Score = Literal["answer", "first_token"]
+
+
+def check_score(score: str) -> None:
+    """Refuse what is not a `Score`.
+
+    Raises:
+        ValueError: with what there is.
+    """
+    if score not in get_args(Score):
+        raise ValueError(f"score is {score!r}; expected one of {list(get_args(Score))}")
+
 
 class Gap(Result):
     """Per-fact outcome of the three questions, in one form or several (from `find_gap`).
 
-    Variables on (example, form), shares of 0 or 1: ``first``, ``second`` and ``two_hop`` (answered
-    correctly: greedily, the whole answer and its end, aliases allowed), ``first_token`` (the two-hop
-    answer's first token is correct) and ``says_bridge`` (the two-hop answer given is the bridge); and
-    the text ``said``, the two-hop answer given. The facts are saved along with them.
+    Variables on (example, form, asked), where ``asked`` is the first hop, the second hop or the
+    two-hop question: ``answer`` (0 or 1: the whole answer and its end come out greedily, aliases
+    allowed), ``first_token`` (0 or 1: the answer's first token is the most probable), its ``rank``
+    and ``prob``, and the text ``said``. On (example, form): ``says_bridge``, whether the two-hop
+    question was answered with the bridge. The facts are saved along with them.
 
-    Everything below is of the first form; `in_form` gives the gap of another.
+    Everything below is of the first form, and counts as correct what `score` names; `in_form` and
+    `scored_by` give the gap of another form or score.
     """
 
     @classmethod
@@ -86,15 +109,49 @@ class Gap(Result):
         return found
 
     @property
+    def score(self) -> Score:
+        """What counts as correct: the whole ``"answer"``, or its ``"first_token"``."""
+        return "first_token" if self.provenance["score"] == "first_token" else "answer"
+
+    def scored_by(self, score: Score) -> Gap:
+        """The same answers, counted as correct by the whole answer or by its first token.
+
+        Raises:
+            ValueError: another score.
+        """
+        check_score(score)
+        found = self._with(
+            self.data, used=self.n_used, provenance={**self.provenance, "score": score}
+        )
+        assert isinstance(found, Gap)
+        return found
+
+    @property
     def frame(self) -> pd.DataFrame:
-        """One row per fact: ``id``, ``split``, the outcomes as booleans, and ``said``."""
+        """One row per fact, in the first form.
+
+        ``id``, ``split``; ``first``, ``second``, ``two_hop``, whether each was answered correctly by
+        `score`; of the two-hop question ``answer``, ``first_token``, ``says_bridge``, ``rank``,
+        ``prob`` and ``said``; ``other_form``, whether it was answered correctly in another form;
+        ``said_first`` and ``said_second``.
+        """
         import pandas as pd
 
-        data = self.data.isel(form=0)
-        frame = pd.DataFrame({"id": data["example"].values, "split": data["split"].values})
-        for name in (*HOPS, "first_token", "says_bridge"):
-            frame[name] = data[name].values.astype(bool)
-        return frame.assign(said=data["said"].values)
+        correct = self.data[self.score].astype(bool)
+        here = self.data.isel(form=0)
+        frame = pd.DataFrame({"id": here["example"].values, "split": here["split"].values})
+        for hop in HOPS:
+            frame[hop] = correct.isel(form=0).sel(asked=hop).values
+        two_hop = here.sel(asked="two_hop")
+        for name in ("answer", "first_token", "says_bridge"):
+            frame[name] = two_hop[name].values.astype(bool)
+        for name in ("rank", "prob", "said"):
+            frame[name] = two_hop[name].values
+        others = correct.sel(asked="two_hop").isel(form=slice(1, None))
+        frame["other_form"] = others.any("form").values
+        for hop in ("first", "second"):
+            frame[f"said_{hop}"] = here["said"].sel(asked=hop).values
+        return frame
 
     @property
     def passed(self) -> list[TwoHopFact]:
@@ -157,7 +214,7 @@ class Gap(Result):
         rows = []
         for form in self.forms:
             for hop in HOPS:
-                correct = self.data[hop].sel(form=form).values.astype(bool)
+                correct = self.data[self.score].sel(form=form, asked=hop).values.astype(bool)
                 n, k = len(correct), int(correct.sum())
                 low, high = proportion_ci(k, n)
                 share = {"share": k / max(n, 1), "lower": low, "upper": high, "n": n}
@@ -188,7 +245,11 @@ class Gap(Result):
 
     def _with(self, data: xr.Dataset, *, used: int | None, **changes: Any) -> Result:
         # An average is not a gap any more.
-        kind = Gap if {"example", "form"} <= set(data.dims) and "fact" in data.coords else Result
+        kind = (
+            Gap
+            if {"example", "form", "asked"} <= set(data.dims) and "fact" in data.coords
+            else Result
+        )
         kept = {"title": self.title, "main": self.main, "provenance": self.provenance}
         return kind(
             data, used=used, skipped=self.skipped, allow_nonfinite=True, **{**kept, **changes}
@@ -200,6 +261,7 @@ def find_gap(
     facts: Sequence[TwoHopFact],
     *,
     form: str | Sequence[str | None] | None = None,
+    score: Score = "answer",
     batch_size: int = 64,
     max_new_tokens: int = 6,
     stop: Sequence[str] = STOP,
@@ -212,13 +274,15 @@ def find_gap(
     Args:
         form: template order of all three prompts, or several; default each fact's first. A hop that
             lacks the form is asked in the first form it has.
+        score: what counts as correct: the whole ``"answer"`` and its end, or its ``"first_token"``,
+            for models that do not end their answers. The result holds both.
         stop: strings that end an answer; see `generate.matches`.
 
     Returns:
         `Gap`: ``passed`` and ``failed`` facts, the ``gap`` with its interval, tables, a figure.
 
     Raises:
-        ValueError: no facts, or a form that no fact has.
+        ValueError: no facts, a form that no fact has, or an unknown score.
 
     Examples:
         >>> import mi_hops
@@ -230,55 +294,58 @@ def find_gap(
     """
     if not facts:
         raise ValueError("no facts to ask; load some with load_facts")
+    check_score(score)
     forms = [form] if form is None or isinstance(form, str) else list(form)
     for name in forms:
         require_form(facts, name)
     reasons = [(fact, _unaskable(fact, forms)) for fact in facts]
     asked = [fact for fact, reason in reasons if not reason]
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "stop": stop}
-    outcomes = [_outcomes(model, asked, name, options) for name in forms]
+    by_form = [_ask(model, asked, name, options) for name in forms]
+    # [form][hop][fact] -> (fact, form, hop)
     values = {
-        name: (("example", "form"), np.stack([found[name] for found in outcomes], 1))
-        for name in outcomes[0]
+        name: np.array([[[getattr(a, read) for a in hop] for hop in one] for one in by_form])
+        .reshape(len(forms), len(HOPS), len(asked))
+        .transpose(2, 0, 1)
+        for name, read in _READ.items()
     }
+    arrays: dict[str, Any] = {
+        name: (("example", "form", "asked"), v.astype(object if name == "said" else float))
+        for name, v in values.items()
+    }
+    bridge = [
+        [
+            matches(said, fact.bridge, fact.bridge_aliases, stop=stop)
+            for said in values["said"][i, :, HOPS.index("two_hop")]
+        ]
+        for i, fact in enumerate(asked)
+    ]
+    arrays["says_bridge"] = (
+        ("example", "form"),
+        np.array(bridge, dtype=float).reshape(len(asked), len(forms)),
+    )
     gap = Gap.from_arrays(
-        values,
+        arrays,
         coords={
             "example": [fact.id for fact in asked],
             "form": [name or AS_GIVEN for name in forms],
+            "asked": list(HOPS),
             "split": ("example", [fact.split for fact in asked]),
             "fact": ("example", [json.dumps(f.to_dict(), default=str) for f in asked]),
         },
-        units=dict.fromkeys((*HOPS, "first_token", "says_bridge"), "share"),
-        provenance=provenance(model, method="find_gap", decoding="greedy"),
+        units={
+            **dict.fromkeys(("answer", "first_token", "says_bridge"), "share"),
+            "prob": "probability",
+            "rank": "rank",
+        },
+        provenance=provenance(model, method="find_gap", decoding="greedy", score=score),
         title="Questions answered correctly",
-        main="two_hop",
+        main="answer",
         skipped=[(fact.id, reason) for fact, reason in reasons if reason],
     )
     assert isinstance(gap, Gap)
     gap.__dict__["facts"] = tuple(asked)  # the very ones, not what their JSON gives back
     return gap
-
-
-def _outcomes(
-    model: HookedModel, facts: Sequence[TwoHopFact], form: str | None, options: dict[str, Any]
-) -> dict[str, np.ndarray]:
-    """Outcome -> [fact], of one form."""
-    questions = {
-        "first": [(hop_prompt(f.first_prompts, form), f.bridge, f.bridge_aliases) for f in facts],
-        "second": [(hop_prompt(f.second_prompts, form), f.answer, f.answer_aliases) for f in facts],
-        "two_hop": [(f.prompt(form), f.answer, f.answer_aliases) for f in facts],
-    }
-    found = {hop: _ask(model, items, options) for hop, items in questions.items()}
-    said = [a.text for a in found["two_hop"]]
-    outcomes: dict[str, list[bool]] = {hop: [a.right for a in found[hop]] for hop in HOPS}
-    outcomes["first_token"] = [a.first_token for a in found["two_hop"]]
-    outcomes["says_bridge"] = [
-        matches(text, f.bridge, f.bridge_aliases, stop=options["stop"])
-        for text, f in zip(said, facts, strict=True)
-    ]
-    numbers = {name: np.array(values, dtype=float) for name, values in outcomes.items()}
-    return {**numbers, "said": np.array(said, dtype=object)}
 
 
 def hop_prompt(prompts: Mapping[str, str], form: str | None) -> str:
@@ -296,13 +363,17 @@ def _unaskable(fact: TwoHopFact, forms: Sequence[str | None]) -> str:
 
 
 def _ask(
-    model: HookedModel,
-    items: Sequence[tuple[str, str, tuple[str, ...]]],
-    options: dict[str, Any],
-) -> list[Answered]:
-    """Answers to (prompt, answer, aliases); equal ones are asked once (hops are shared)."""
-    distinct = list(dict.fromkeys(items))
+    model: HookedModel, facts: Sequence[TwoHopFact], form: str | None, options: dict[str, Any]
+) -> list[list[Answered]]:
+    """[hop][fact], in one form; equal questions are asked once (hops are shared)."""
+    questions = [
+        *((hop_prompt(f.first_prompts, form), f.bridge, f.bridge_aliases) for f in facts),
+        *((hop_prompt(f.second_prompts, form), f.answer, f.answer_aliases) for f in facts),
+        *((f.prompt(form), f.answer, f.answer_aliases) for f in facts),
+    ]
+    distinct = list(dict.fromkeys(questions))
     prompts, answers, aliases = zip(*distinct, strict=True) if distinct else ((), (), ())
     given = answered(model, list(prompts), list(answers), list(aliases), **options)
     known = dict(zip(distinct, given, strict=True))
-    return [known[item] for item in items]
+    n = len(facts)
+    return [[known[q] for q in questions[i * n : (i + 1) * n]] for i in range(len(HOPS))]

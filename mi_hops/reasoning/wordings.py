@@ -11,20 +11,19 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.reading import Facts
 from mi_hops.facts.templates import FORMS, Wording
-from mi_hops.facts.wordings import few_shot_lead, reword
+from mi_hops.facts.wordings import few_shot_lead, reword, with_lead
 from mi_hops.model import HookedModel, provenance
+from mi_hops.reasoning.gap import Score
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.generate import answered
-
-Score = Literal["answer", "first_token"]
 
 #: Split of the facts that wordings are chosen on; they also give the worked examples.
 CHOOSING = "choosing"
@@ -33,7 +32,7 @@ CHOOSING = "choosing"
 class WordingChoice(Result):
     """What is known under each wording on the choosing facts (from `choose_wordings`).
 
-    Variables on (form, relation, option, shots), NaN where a relation has fewer wordings: ``known``
+    Variables on (form, relation, option, shots), NaN where a relation has fewer wordings: ``answer``
     and ``first_token``, shares of the single hops asked that are answered, wholly or in their first
     token. Coordinates: ``n`` (relation), hops asked; ``text`` (form, relation, option); ``chosen``
     (relation), the wording that was chosen, as JSON.
@@ -45,19 +44,23 @@ class WordingChoice(Result):
         return int(self.provenance["shots"])
 
     @property
+    def forms(self) -> list[str]:
+        """The forms that were chosen for, the one with the most single hops known first."""
+        best = self[self.provenance["score"]].sel(shots=self.shots).max("option")
+        share = (best * self["n"]).sum("relation") / self["n"].sum()
+        return share["form"].values[np.argsort(-share.values, kind="stable")].tolist()
+
+    @property
     def wordings(self) -> dict[str, Wording]:
         """Relation -> the wording chosen."""
         names, chosen = self["relation"].values.tolist(), self["chosen"].values.tolist()
         return {name: Wording(**json.loads(one)) for name, one in zip(names, chosen, strict=True)}
 
-    def apply(
-        self, facts: Sequence[TwoHopFact], *, form: str
-    ) -> tuple[list[TwoHopFact], list[tuple[str, str]]]:
+    def apply(self, facts: Sequence[TwoHopFact]) -> tuple[list[TwoHopFact], list[tuple[str, str]]]:
         """The facts that are not for choosing, asked as chosen; (id, reason) of those that cannot be.
 
         Args:
             facts: those that were chosen on, which give the examples, and those to be asked.
-            form: the form that worked examples are written in.
         """
         wordings, seed = self.wordings, int(self.provenance["seed"])
         examples = [reword(fact, wordings) for fact in facts if fact.split == CHOOSING]
@@ -67,8 +70,9 @@ class WordingChoice(Result):
             if fact.split == CHOOSING:
                 continue
             try:
-                lead = few_shot_lead(fact, examples, shots=self.shots, form=form, seed=seed)
-                asked.append(reword(fact, wordings, lead))
+                asked.append(
+                    with_lead(reword(fact, wordings), examples, shots=self.shots, seed=seed)
+                )
             except ValueError as error:
                 left_out.append((fact.id, str(error)))
         return asked, left_out
@@ -107,7 +111,7 @@ def choose_wordings(
         >>> facts = mi_hops.load_facts("geo")
         >>> model = mi_hops.load_model("smollm2-135m")  # doctest: +SKIP
         >>> choice = mi_hops.choose_wordings(model, facts, shots=(0, 4))  # doctest: +SKIP
-        >>> asked, left_out = choice.apply(facts, form="suffix")  # doctest: +SKIP
+        >>> asked, left_out = choice.apply(facts)  # doctest: +SKIP
     """
     relations = facts.relations
     hops = _single_hops(facts, per_relation, seed)
@@ -117,7 +121,7 @@ def choose_wordings(
             f"wordings; got {len(facts)} facts with {len(relations)} such relations, "
             f"{len(hops)} of them in choosing facts"
         )
-    if score not in ("answer", "first_token") or not set(forms) <= set(FORMS) or not forms:
+    if score not in get_args(Score) or not set(forms) <= set(FORMS) or not forms:
         raise ValueError(
             f"score is {score!r} and forms are {list(forms)}; expected 'answer' or 'first_token', "
             f"and forms of {list(FORMS)}"
@@ -125,7 +129,7 @@ def choose_wordings(
     names = sorted(hops)
     widest = max(len(relations[name].options(form)) for name in names for form in forms)
     shape = (len(forms), len(names), widest, len(shots))
-    values = {name: np.full(shape, np.nan) for name in ("known", "first_token")}
+    values = {name: np.full(shape, np.nan) for name in ("answer", "first_token")}
     texts = np.full(shape[:3], "", dtype=object)
     pool = [fact for fact in facts if fact.split == CHOOSING]
     with progress_bar(label="wordings", show=progress, total=len(forms) * len(names)) as bar:
@@ -144,10 +148,10 @@ def choose_wordings(
                         for key, share in found.items():
                             values[key][f, r, o, s] = share
                 bar.update(1)
-    best = np.nanmax(values["known" if score == "answer" else "first_token"], axis=2)
+    best = np.nanmax(values[score], axis=2)
     weights = np.array([len(hops[name]) for name in names])[None, :, None]
     s = int((best * weights).sum((0, 1)).argmax())
-    options = np.nanargmax(values["known" if score == "answer" else "first_token"][..., s], axis=2)
+    options = np.nanargmax(values[score][..., s], axis=2)
     chosen = [
         relations[name].wording(**{form: int(options[f, r]) for f, form in enumerate(forms)})
         for r, name in enumerate(names)
@@ -164,7 +168,7 @@ def choose_wordings(
             "text": (dims[:3], texts),
             "chosen": ("relation", [json.dumps(asdict(wording)) for wording in chosen]),
         },
-        units={"known": "share", "first_token": "share"},
+        units={"answer": "share", "first_token": "share"},
         provenance=provenance(
             model,
             method="choose_wordings",
@@ -213,13 +217,14 @@ def _asked(
 ) -> dict[str, float]:
     prompts, answers, aliases = [], [], []
     for fact, hop in hops:
-        plain = fact.with_wording(wording, wording, lead(fact))
-        prompts.append(plain.first_prompt(form) if hop == 1 else plain.second_prompt(form))
+        plain = fact.with_wording(wording, wording)
+        prompt = plain.first_prompt(form) if hop == 1 else plain.second_prompt(form)
+        prompts.append(lead(fact) + prompt)
         answers.append(fact.bridge if hop == 1 else fact.answer)
         aliases.append(fact.bridge_aliases if hop == 1 else fact.answer_aliases)
     found = answered(model, prompts, answers, aliases)
     return {
-        "known": float(np.mean([one.right for one in found])),
+        "answer": float(np.mean([one.right for one in found])),
         "first_token": float(np.mean([one.first_token for one in found])),
     }
 

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.reading import Facts
 from mi_hops.facts.unusable import count_reasons, describe_reasons
+from mi_hops.facts.wordings import with_lead
 from mi_hops.injection.select import split_halves
 from mi_hops.model import HookedModel
-from mi_hops.reasoning.gap import Gap
+from mi_hops.reasoning.gap import Gap, Score, check_score
+from mi_hops.reasoning.wordings import CHOOSING, WordingChoice
 from mi_hops.study.folder import Folder
 from mi_hops.sweep.limits import Limits
+
+if TYPE_CHECKING:
+    from mi_hops.study.step import Step
+
+#: Splits whose facts may be worked examples; a study never scores them then.
+EXAMPLES = (CHOOSING, "train")
+
+
+#: Facts that a trial under a time budget is made on, and the least a step takes then.
+_TRIAL, _LEAST = 4, 8
 
 
 class Skip(Exception):  # noqa: N818
@@ -28,7 +43,10 @@ class Sizes:
     """How much each step takes: what a study costs, not what it does.
 
     Attributes:
+        facts: facts asked at most, a seeded sample with an equal share of each split.
+        wordings: single hops per relation that each wording is tried on.
         lens, erasure, locate, injection: facts (of each group) at most.
+        tuned: updates of the tuned lens; 0 leaves it out.
         choose, edits: failures edited on the choosing and on the reporting half at most.
         controls: draws of the erasure's control.
         strengths: of the injection grid.
@@ -40,7 +58,10 @@ class Sizes:
         300
     """
 
+    facts: int = 2000
+    wordings: int = 24
     lens: int = 300
+    tuned: int = 150
     erasure: int = 400
     locate: int = 100
     injection: int = 200
@@ -57,23 +78,51 @@ SizeName = Literal["quick", "default", "full"]
 
 #: Sizes by name: ``"quick"`` looks at some tens of questions, ``"full"`` bounds nothing.
 SIZES: dict[SizeName, Sizes] = {
-    "quick": Sizes(60, 40, 20, 40, 20, 40, 1, (1, 2, 4, 8), 1),
+    "quick": Sizes(
+        facts=400,
+        wordings=10,
+        lens=60,
+        tuned=60,
+        erasure=40,
+        locate=20,
+        injection=40,
+        choose=20,
+        edits=40,
+        controls=1,
+        strengths=(1, 2, 4, 8),
+        per_case=1,
+    ),
     "default": Sizes(),
-    "full": Sizes(lens=_ALL, erasure=_ALL, locate=_ALL, injection=_ALL, choose=_ALL, edits=_ALL),
+    "full": Sizes(
+        facts=_ALL,
+        wordings=_ALL,
+        lens=_ALL,
+        tuned=500,
+        erasure=_ALL,
+        locate=_ALL,
+        injection=_ALL,
+        choose=_ALL,
+        edits=_ALL,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What a study draws, and how much each step takes.
+    """What a study draws, how it asks, and how much each step takes.
 
     Args:
         seed: of every draw.
-        limit: facts studied at most, a seeded sample with an equal share of each split.
+        limit: facts asked at most, instead of the ``facts`` of `sizes`.
         sizes: a name of `SIZES`, or `Sizes` of one's own.
+        shots: worked examples before every prompt. By default 0 or 3, whichever makes more single
+            hops known, where the facts come in several wordings; else none.
+        score: what counts as known and as answered: the whole answer and its end, or its first token.
+        budget: minutes that the study may take, about. Each step tries a few facts, and then takes as
+            many as its share of the budget allows, at most what `sizes` says.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name or score, a negative number of shots, a budget of nothing.
 
     Examples:
         >>> import mi_hops
@@ -84,6 +133,9 @@ class StudySettings:
     seed: int = 0
     limit: int | None = None
     sizes: Sizes | SizeName = "default"
+    shots: int | None = None
+    score: Score = "answer"
+    budget: float | None = None
 
     @property
     def size(self) -> Sizes:
@@ -95,6 +147,12 @@ class StudySettings:
             raise ValueError(
                 f"sizes is {self.sizes!r}; expected one of {list(SIZES)}, or mi_hops.study.Sizes(...)"
             )
+        check_score(self.score)
+        if (self.shots or 0) < 0 or (self.budget is not None and self.budget <= 0):
+            raise ValueError(
+                f"shots is {self.shots} and budget {self.budget}; expected 0 or more worked examples, "
+                "and minutes above 0"
+            )
 
 
 @dataclass
@@ -102,18 +160,49 @@ class Run:
     """One pass through the steps; what earlier steps found is read back from their files."""
 
     model: HookedModel
-    facts: list[TwoHopFact]
+    given: Facts
     study: Folder
     settings: StudySettings
     progress: bool
-    #: Forms that every fact has; where there is none, each fact is asked in its own first.
-    forms: list[str | None] = field(init=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def choice(self) -> WordingChoice | None:
+        """How the facts are worded, where they come in several wordings."""
+        if "wordings" not in self.study.settings["steps"]:
+            return None
+        found = WordingChoice.load(self.study.path("wordings"))
+        assert isinstance(found, WordingChoice)
+        return found
+
+    @cached_property
+    def facts(self) -> list[TwoHopFact]:
+        """The facts that are asked, in the wording and after the lead chosen.
+
+        Raises:
+            ValueError: worked examples are wanted, and there are no facts to take them from.
+        """
+        if self.choice is not None:
+            return self.choice.apply(self.given)[0]
+        shots = self.settings.shots or 0
+        if not shots:
+            return list(self.given)
+        pool = [fact for fact in self.given if fact.split in EXAMPLES]
+        asked = [fact for fact in self.given if fact.split not in EXAMPLES]
+        if not pool or not asked:
+            raise ValueError(
+                f"shots={shots} worked examples are taken from facts of the splits {EXAMPLES}, which "
+                f"are not scored then; {len(pool)} of these facts are of such a split, {len(asked)} of "
+                "another. Give some facts split 'choosing', or set shots=0"
+            )
+        return [with_lead(fact, pool, shots=shots, seed=self.settings.seed) for fact in asked]
+
+    @cached_property
+    def forms(self) -> list[str | None]:
+        """Forms to ask in, the main one first; where facts have none in common, each one's first."""
+        if self.choice is not None:
+            return list(self.choice.forms)
         first, facts = self.facts[0], self.facts
-        self.forms = [f for f in first.prompts if all(f in fact.prompts for fact in facts)] or [
-            None
-        ]
+        return [f for f in first.prompts if all(f in fact.prompts for fact in facts)] or [None]
 
     @property
     def limits(self) -> Limits:
@@ -169,6 +258,31 @@ class Run:
         rng = random.Random(f"{self.settings.seed}/{salt}")
         chosen = rng.sample(range(len(facts)), min(n, len(facts)))
         return [facts[i] for i in sorted(chosen)]
+
+    def affordable(
+        self,
+        step: Step,
+        facts: Sequence[TwoHopFact],
+        most: int,
+        trial: Callable[[list[TwoHopFact]], object],
+    ) -> int:
+        """How many facts the step may take: `most`, or what its share of the budget pays for.
+
+        A trial on a few facts tells what one costs. What was decided is kept in ``budget.json``, so
+        a study that is resumed takes the same.
+        """
+        if self.settings.budget is None or len(facts) <= _TRIAL:
+            return most
+        kept = self.study.budget
+        if step.name not in kept:
+            few = self.draw(facts, _TRIAL, "trial")
+            begun = time.perf_counter()
+            trial(few)
+            each = (time.perf_counter() - begun) / _TRIAL
+            n = int(60 * self.settings.budget * step.share / each)
+            kept[step.name] = {"seconds_each": each, "facts": min(max(n, _LEAST), most)}
+            self.study.write("budget.json", json.dumps(kept, indent=1) + "\n")
+        return int(kept[step.name]["facts"])
 
 
 def _held_out(facts: Sequence[TwoHopFact]) -> list[TwoHopFact]:

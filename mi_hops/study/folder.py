@@ -59,6 +59,12 @@ class Folder:
         path = self.folder / "choices.json"
         return read_json(path) if path.exists() else {}
 
+    @property
+    def budget(self) -> dict[str, Any]:
+        """Step -> seconds for one fact and facts taken, where a time budget decided."""
+        path = self.folder / "budget.json"
+        return read_json(path) if path.exists() else {}
+
     def write(self, name: str, text: str) -> None:
         """A text file of the folder, whole or not at all."""
         with replacing(self.folder / name, overwrite=True) as partial:
@@ -184,7 +190,7 @@ def locked(out: Path) -> Iterator[None]:
 
 _LOCK = ".lock"
 _HALF_WRITTEN = re.compile(r"\.\w+\.(nc|json|skipped|html)\.\d+\.[0-9a-f]{8}\.part")
-_OURS = ("settings.json", "steps.json", "choices.json", "report.html")
+_OURS = ("settings.json", "steps.json", "choices.json", "budget.json", "report.html")
 # What may differ between two runs of the same study; every step's file remembers its own.
 _PLACE = ("device", "versions")
 

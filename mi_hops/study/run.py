@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mi_hops._version import __version__
 from mi_hops.facts.fact import TwoHopFact
@@ -17,10 +17,11 @@ from mi_hops.facts.loaders import load_facts
 from mi_hops.facts.reading import Facts
 from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.model import HookedModel, load_model, provenance
+from mi_hops.reasoning.wordings import CHOOSING
 from mi_hops.result.progress import progress_bar
 from mi_hops.study.context import Run, Skip, StudySettings
 from mi_hops.study.folder import locked, prepare
-from mi_hops.study.steps import STEPS
+from mi_hops.study.steps import STEPS, steps_of
 from mi_hops.study.study import Study, made_with
 from mi_hops.study.summary import summarise
 from mi_hops.text.tokens import TokenError, encode
@@ -50,7 +51,7 @@ def run_study(
             their account along), or None for the bundled ones (Hopland).
         out: folder for the results; an unfinished study with the same settings is resumed, a
             finished one reopened.
-        settings: seed and limit of the facts, and how many facts each step takes.
+        settings: seed and limit of the facts, how they are asked, and how many each step takes.
         device, dtype, backend: for `load_model`.
         force: overwrite the files of a study with other settings, and write beside other files.
         progress: show progress bars.
@@ -86,10 +87,9 @@ def run_study(
         "facts": source,
         "facts_digest": _digest(chosen),
         "n_facts": len(chosen),
-        "seed": settings.seed,
-        "limit": settings.limit,
+        **{k: getattr(settings, k) for k in ("seed", "limit", "shots", "score", "budget")},
         "sizes": asdict(settings.size),
-        "steps": [step.name for step in STEPS],
+        "steps": [step.name for step in STEPS if step.wanted(chosen, settings)],
         "mi_hops": __version__,
     }
     asked = json.loads(json.dumps(asked))
@@ -98,7 +98,7 @@ def run_study(
         study = Study.open(out)
         _warn_of_other_versions(study, asked)
         run = Run(loaded, chosen, study, settings, progress)
-        with progress_bar(STEPS, label="study", show=progress) as bar:
+        with progress_bar(steps_of(study), label="study", show=progress) as bar:
             for step in bar:
                 bar.set_postfix_str(step.name)
                 if study.done(step.name):
@@ -116,7 +116,7 @@ def run_study(
 
 def _warn_of_other_versions(study: Study, now: Mapping[str, Any]) -> None:
     """Say that the steps left to do will be made with something else than those that are done."""
-    if all(study.done(step.name) for step in STEPS):
+    if all(study.done(step.name) for step in steps_of(study)):
         return
     other = [made for made in study.made_with() if made != made_with(now)]
     if other:
@@ -145,26 +145,33 @@ def _check_prompts(model: HookedModel, facts: Sequence[TwoHopFact]) -> None:
 
 def load_study_facts(
     facts: str | Path | pd.DataFrame | Sequence[TwoHopFact] | None, settings: StudySettings
-) -> tuple[list[TwoHopFact], dict[str, Any]]:
-    """The facts of a study (bundled ones for None), thinned to the limit, and their source."""
+) -> tuple[Facts, dict[str, Any]]:
+    """The facts of a study (bundled ones for None), thinned to the limit, and their source.
+
+    Facts for choosing wordings are kept besides.
+    """
     if facts is None:
         facts = "hopland"
     if isinstance(facts, str | Path) or not isinstance(facts, Sequence):
         facts = load_facts(facts)
-    chosen = list(facts)
-    source: dict[str, Any] = {"file": None, "report": f"{len(facts)} facts given"}
-    if isinstance(facts, Facts):  # the folder it lay in is private
-        file = Path(facts.source).name
-        source = {"file": file, "report": replace(facts, source=file).describe()}
-    if not chosen:
+    given = facts if isinstance(facts, Facts) else Facts(tuple(cast(Any, facts)), "", len(facts))
+    source: dict[str, Any] = {"file": None, "report": f"{len(given)} facts given"}
+    if given.source:  # the folder it lay in is private
+        file = Path(given.source).name
+        source = {"file": file, "report": replace(given, source=file).describe()}
+    if not given:
         raise ValueError(f"no usable fact in {source['file']}: {source['report']}")
-    if settings.limit is not None and settings.limit < len(chosen):
-        chosen = _thinned(chosen, settings.limit, settings.seed)
-    return chosen, source
+    limit = settings.size.facts if settings.limit is None else settings.limit
+    keep = {id(f) for f in given if given.relations and f.split == CHOOSING}
+    asked = [f for f in given if id(f) not in keep]
+    keep |= {id(f) for f in _thinned(asked, limit, settings.seed)}
+    return replace(given, facts=tuple(f for f in given if id(f) in keep)), source
 
 
 def _thinned(facts: list[TwoHopFact], limit: int, seed: int) -> list[TwoHopFact]:
     """A seeded sample with each split's share, in the given order."""
+    if limit >= len(facts):
+        return facts
     rng = random.Random(seed)
     splits: dict[str, list[int]] = {}
     for i, fact in enumerate(facts):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mi_hops.result.result import Result
 
 if TYPE_CHECKING:
+    from mi_hops.facts.reading import Facts
     from mi_hops.reasoning.evaluation import Evaluation
-    from mi_hops.study.context import Run
+    from mi_hops.study.context import Run, StudySettings
     from mi_hops.study.folder import Folder
     from mi_hops.study.numbers import Headline
     from mi_hops.study.parts import Block
@@ -25,6 +26,7 @@ class Step(ABC):
         short: what it is called where it was left out.
         shown_in: name of the step in whose section it is shown; its own by default.
         kind: what `run` returns and its file is loaded as.
+        share: of a study's time budget.
     """
 
     name: ClassVar[str]
@@ -33,6 +35,11 @@ class Step(ABC):
     short: ClassVar[str]
     shown_in: ClassVar[str] = ""
     kind: ClassVar[type[Result] | type[Evaluation]] = Result
+    share: ClassVar[float] = 0.0
+
+    def wanted(self, facts: Facts, settings: StudySettings) -> bool:
+        """Whether a study of these facts has this step."""
+        return True
 
     @abstractmethod
     def run(self, run: Run) -> Result | Evaluation:

@@ -73,7 +73,7 @@ class Study(Folder):
         More than one entry where a study was resumed with others.
         """
         found: dict[str, list[str]] = {}
-        for step in _KINDS:
+        for step in self.settings["steps"]:
             if self.path(step).exists():
                 made = made_with(Result.load(self.path(step)).provenance)
                 found.setdefault(made, []).append(step)

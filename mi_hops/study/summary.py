@@ -9,7 +9,8 @@ import numpy as np
 
 from mi_hops.facts.unusable import count_reasons
 from mi_hops.study.numbers import Headline
-from mi_hops.study.steps import STEPS
+from mi_hops.study.step import Step
+from mi_hops.study.steps import STEPS, steps_of
 from mi_hops.study.study import Study
 
 
@@ -23,7 +24,7 @@ def summarise(study: Study) -> dict[str, Any]:
     """
     summary: dict[str, Any] = {"model": study.settings["model"]}
     left_out = {}
-    for step in STEPS:
+    for step in steps_of(study):
         result = study.result(step.name)
         if result is None:
             summary[step.name] = {"skipped": study.skipped(step.name)}
@@ -38,7 +39,7 @@ def summarise(study: Study) -> dict[str, Any]:
 
 def headlines(summary: Mapping[str, Any]) -> Iterator[tuple[str, Headline]]:
     """(step, headline) in the study's order; steps without a result say why."""
-    for step in STEPS:
+    for step in _steps(summary):
         entry = summary[step.name]
         left_out = summary["left_out"].get(step.name, {})
         if "skipped" not in entry:
@@ -52,12 +53,16 @@ def _terminal(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if line.name:
             joint = " " if line.spread.startswith("[") else ", "
             yield line.name, joint.join(part for part in (line.value, line.spread) if part)
-    for step in STEPS:
+    for step in _steps(summary):
         if reason := summary[step.name].get("skipped"):
             yield step.name, f"left out: {reason}"
     if len(summary["made_with"]) > 1:
         mixed = (f"{', '.join(steps)}: {made}" for made, steps in summary["made_with"].items())
         yield "made with different versions", "; ".join(mixed)
+
+
+def _steps(summary: Mapping[str, Any]) -> list[Step]:
+    return [step for step in STEPS if step.name in summary]
 
 
 def _plain(value: Any) -> Any:

@@ -26,6 +26,7 @@ from mi_hops.sweep.metrics import (
 from mi_hops.sweep.normalising import Normalised
 from mi_hops.sweep.pairs import Pairs
 from mi_hops.sweep.repair import Repair, Rows
+from mi_hops.sweep.sample import sample
 from mi_hops.sweep.scoring import score_prompts
 from mi_hops.sweep.sites import Direction, Kind, Sites
 
@@ -60,6 +61,7 @@ __all__ = [
     "noise",
     "plan_fan_out",
     "replace",
+    "sample",
     "scale",
     "score_prompts",
     "target_of",

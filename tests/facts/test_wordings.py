@@ -11,6 +11,7 @@ from mi_hops.facts import (
     default_wordings,
     few_shot_lead,
     reword,
+    with_lead,
 )
 from mi_hops.facts.templates import FORMS
 from mi_hops.facts.wordings import alike
@@ -83,10 +84,14 @@ def test_an_example_has_its_articles():
 
 
 def test_a_lead_is_put_before_every_prompt():
-    fact = reword(FACTS[0], default_wordings(RELATIONS), "One two.\n")
-    for table in (fact.prompts, fact.first_prompts, fact.second_prompts):
-        assert all(text.startswith("One two.\n") for text in table.values())
-    assert fact.prompt("prefix") == "One two.\nThe owner of FirmA lives in"
+    plain = reword(FACTS[0], default_wordings(RELATIONS))
+    fact = with_lead(plain, FACTS, shots=2)
+    for form in ("prefix", "suffix"):
+        lead = few_shot_lead(plain, FACTS, shots=2, form=form)
+        for ask in ("prompt", "first_prompt", "second_prompt"):
+            assert getattr(fact, ask)(form) == lead + getattr(plain, ask)(form)
+    assert fact.first_hop == plain.first_hop
+    assert with_lead(plain, FACTS, shots=0) == plain
 
 
 def test_options_differ_in_their_form_alone():

@@ -112,7 +112,7 @@ def test_failure_types_follow_the_rule(tiny, monkeypatch):
     facts = tiny_facts(tiny)
     found = find_gap(tiny, facts)
     set_outcomes(found, [False, False, False, False, True, True])
-    found.data["said"][0, 0] = facts[0].bridge
+    found.data["said"][0, 0, 2] = facts[0].bridge
     frame = failure_types(tiny, found).frame
     assert frame["type"].isin(TYPES).all()
     assert frame.loc[0, "type"] == "incomplete"
@@ -165,8 +165,13 @@ def test_a_gap_is_a_result_that_is_saved_with_its_facts(tiny, tmp_path):
     assert other.table().equals(alone.table())
     share = found.mean()
     assert not isinstance(share, Gap)
-    assert float(share["two_hop"].sel(form="prefix")) == alone.frame["two_hop"].mean()
-    assert found["said"].sel(example="0", form="suffix").item() == found.frame.loc[0, "said"]
+    assert (
+        float(share["answer"].sel(form="prefix", asked="two_hop")) == alone.frame["two_hop"].mean()
+    )
+    assert (
+        found["said"].sel(example="0", form="suffix", asked="two_hop").item()
+        == found.frame.loc[0, "said"]
+    )
     assert found.provenance["method"] == "find_gap"
     with pytest.raises(ValueError, match="not a gap"):
         Gap.load(failure_like(tmp_path))

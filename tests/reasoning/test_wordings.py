@@ -58,11 +58,11 @@ def test_what_is_chosen_is_data(choice, tmp_path):
     again = WordingChoice.load(tmp_path / "wordings.nc")
     assert isinstance(again, WordingChoice)
     assert again.wordings == choice.wordings
-    assert again["known"].identical(choice["known"])
+    assert again["answer"].identical(choice["answer"])
 
 
 def test_only_facts_that_were_not_chosen_on_are_asked(choice, worded):
-    asked, left_out = choice.apply(worded, form="suffix")
+    asked, left_out = choice.apply(worded)
     assert {fact.id for fact in asked} | {who for who, _ in left_out} == {
         fact.id for fact in worded if fact.split != "choosing"
     }

@@ -36,8 +36,10 @@ def tiny_facts(model, n=6):
 
 def set_outcomes(gap, two_hop):
     """The gap with both hops of every fact known, and these two-hop questions answered."""
-    gap.data["first"][:] = gap.data["second"][:] = 1.0
-    gap.data["two_hop"][:] = [[float(answer)] * gap.data.sizes["form"] for answer in two_hop]
+    gap.data["answer"][:] = 1.0
+    gap.data["answer"].loc[{"asked": "two_hop"}] = [
+        [float(answer)] * gap.data.sizes["form"] for answer in two_hop
+    ]
     return gap
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from mi_hops.result.files import replacing
 from mi_hops.study.parts import Block, Text
-from mi_hops.study.steps import STEPS
+from mi_hops.study.steps import steps_of
 from mi_hops.study.summary import headlines
 
 if TYPE_CHECKING:
@@ -92,10 +92,13 @@ def _page(study: Study) -> str:
 
 def _sections(study: Study) -> list[_Section]:
     """One of each step, but for those that are shown in another's."""
-    sections: dict[str, _Section] = {}
-    for step in STEPS:
-        if not step.shown_in:
-            sections[step.name] = _Section(step.name, step.title, step.question, [])
+    steps = steps_of(study)
+    sections = {
+        step.name: _Section(step.name, step.title, step.question, [])
+        for step in steps
+        if not step.shown_in
+    }
+    for step in steps:
         result = study.result(step.name)
         if result is None:
             what = step.short if step.shown_in else "This step"

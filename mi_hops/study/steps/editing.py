@@ -89,7 +89,7 @@ _ACCURACIES = {
 class Editing(Step):
     """CREME as published and with C estimated, chosen on one half and scored on the other."""
 
-    name, short = "editing", "CREME"
+    name, short, share = "editing", "CREME", 0.25
     title = "CREME: repairing the weights"
     question = (
         "Does an edit of the located layers correct failed questions, does it spread, and does it "

@@ -16,6 +16,7 @@ from mi_hops.study.steps.lens import PLACES
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from mi_hops.facts.fact import TwoHopFact
     from mi_hops.study.context import Run
     from mi_hops.study.folder import Folder
 
@@ -26,27 +27,31 @@ _CHANGED = "layer whose output is changed"
 class Erasure(Step):
     """P(answer) after the bridge was erased, in both forms, at both positions, by layer."""
 
-    name, short = "erasure", "Erasing the bridge"
+    name, short, share = "erasure", "Erasing the bridge", 0.12
     title = "Erasing the bridge"
     question = "Does the bridge cause the answer, or does it merely appear beside it?"
 
     def run(self, run: Run) -> Result:
         """Erase the bridge of a draw of the answered questions."""
-        facts = run.draw(run.passed, run.settings.size.erasure, "erasure")
-        if not facts:
+        if not run.passed:
             raise Skip(
                 "no two-hop question is answered correctly with both hops known"
                 if run.gap.failed
                 else run.none_known
             )
-        return erase_bridge(
-            run.model,
-            facts,
-            form=run.form,
-            controls=run.settings.size.controls,
-            seed=run.settings.seed,
-            limits=run.limits,
-        )
+
+        def erase(facts: list[TwoHopFact]) -> Result:
+            return erase_bridge(
+                run.model,
+                facts,
+                form=run.form,
+                controls=run.settings.size.controls,
+                seed=run.settings.seed,
+                limits=run.limits,
+            )
+
+        n = run.affordable(self, run.passed, run.settings.size.erasure, erase)
+        return erase(run.draw(run.passed, n, "erasure"))
 
     def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
         """For each variant and position, the layer where the bridge's erasure costs most.

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 from mi_hops.facts.unusable import describe_reasons
-from mi_hops.reasoning.gap import HOPS, Gap, find_gap
+from mi_hops.reasoning.gap import HOPS, Gap, Score, find_gap, hop_prompt
 from mi_hops.study.numbers import Headline, left_out, percent, share, share_headline, share_of
 from mi_hops.study.parts import Block, Figure, Table, Text, bars, row
 from mi_hops.study.step import Step
 
 if TYPE_CHECKING:
+    from mi_hops.facts.fact import TwoHopFact
     from mi_hops.study.context import Run
     from mi_hops.study.folder import Folder
 
 _YES = {True: "yes", False: "no"}
+#: Questions that the section opens with.
+SHOWN_QUESTIONS = 10
+
+_WORDS = {"answer": "whole answer", "first_token": "first token"}
+_COUNTS = {
+    "answer": "It counts as answered when the whole answer and its end come out (aliases allowed).",
+    "first_token": "It counts as answered when the answer's first token comes out.",
+}
 _ASKED = {"first": "first hop alone", "second": "second hop alone", "two_hop": "two-hop question"}
 
 #: What the splits of Hopland mean; other facts have splits of their own, shown as they are named.
@@ -30,7 +39,7 @@ _SPLITS = {
 class GapStep(Step):
     """Which two-hop questions fail although both hops are known, in each form that all facts have."""
 
-    name, short = "gap", "The compositionality gap"
+    name, short, share = "gap", "The compositionality gap", 0.2
     title = "The compositionality gap"
     question = (
         "Which two-hop questions does the model fail although it answers both hops by themselves?"
@@ -39,12 +48,18 @@ class GapStep(Step):
 
     def run(self, run: Run) -> Gap:
         """Ask every fact in every form."""
-        return find_gap(run.model, run.facts, form=run.forms)
+
+        def ask(facts: list[TwoHopFact]) -> Gap:
+            return find_gap(run.model, facts, form=run.forms, score=run.settings.score)
+
+        n = run.affordable(self, run.facts, len(run.facts), ask)
+        return ask(run.draw(run.facts, n, "gap"))
 
     def summarise(self, result: Gap, study: Folder) -> dict[str, Any]:
         """Shares known and answered, by form and split, and the table of the main form."""
         frame = result.frame
-        failed = frame[frame["first"] & frame["second"] & ~frame["two_hop"]]
+        known = frame["first"] & frame["second"]
+        failed = frame[known & ~frame["two_hop"]]
         table = [
             {**record, "share": share(record["n"], len(frame))}
             for record in result.table().to_dict("records")
@@ -55,6 +70,11 @@ class GapStep(Step):
             "failed": len(result.failed),
             "passed": len(result.passed),
             "failed_saying_bridge": share_of(failed["says_bridge"]),
+            "failed_but_other_form": share_of(failed["other_form"]),
+            "score": result.score,
+            "by_score": {score: _of_score(result.scored_by(score)) for score in get_args(Score)},
+            "known_in_any_form": share_of(_known_in_any(result)),
+            "by_relations": _by_relations(result),
             "skipped_facts": len(result.skipped),
         }
 
@@ -99,23 +119,180 @@ class GapStep(Step):
         )
         left = left_out(study.summary["left_out"].get("gap", {}))
         yield Text(
-            "Every question is asked greedily over the whole vocabulary. It counts as answered when "
-            "the whole answer and its end come out (aliases allowed). A hop is known when its own "
+            f"Every question is asked greedily over the whole vocabulary. {_COUNTS[summary['score']]} A "
+            "hop is known when its own "
             f"question is answered. Of n = {main['two_hop']['n']} facts{left}, the model knows both "
             f"hops of {known} in the main form ({form}){fails}. Later steps use the main form."
         )
-        if not known:
-            why = (
-                "The model knows both hops of none of these facts"
-                if main["two_hop"]["n"]
-                else "None of these facts can be asked about both hops (a fact needs prompts of its "
-                "own for the first and for the second hop)"
+        yield from _examples(result)
+        if not main["two_hop"]["n"]:
+            text = (
+                "None of these facts can be asked about both hops (a fact needs prompts of its own for "
+                "the first and for the second hop), so there is no gap to study: the steps below have "
+                "nothing to work on."
             )
-            text = f"{why}, so there is no gap to study: the steps below have nothing to work on."
             yield Text(text, style="note")
+        elif not known:
+            yield Text(_none_known(summary), style="note")
         yield from _by_split(summary["forms"])
         yield _hops(summary["forms"])
         yield _table(summary, form)
+        yield _scores(summary)
+        if len(summary["by_relations"]) > 1:
+            yield _relations(summary["by_relations"])
+
+
+def _examples(gap: Gap) -> Iterator[Table]:
+    """Questions with what the model said: failures first, then what it knows less of."""
+    frame = gap.frame
+    if not len(frame):
+        return
+    known = frame["first"].astype(int) + frame["second"].astype(int)
+    # Failures with both hops known alternate with answered ones; then one hop known, then none.
+    order = frame.assign(known=known, turn=frame.groupby([known, "two_hop"]).cumcount())
+    order = order.sort_values(["known", "turn", "two_hop"], ascending=[False, True, True])
+    lead = _lead(gap.facts)
+    rows = []
+    for i in order.index[:SHOWN_QUESTIONS]:
+        fact, asked = gap.facts[i], frame.loc[i]
+        prompts = (
+            hop_prompt(fact.first_prompts, gap.form),
+            hop_prompt(fact.second_prompts, gap.form),
+            fact.prompt(gap.form),
+        )
+        said = (asked["said_first"], asked["said_second"], asked["said"])
+        wanted = (fact.bridge, fact.answer, fact.answer)
+        correct = [bool(asked[hop]) for hop in HOPS]
+        cells = [
+            f"{prompt.rpartition(chr(10))[2] if lead else prompt} {_said(text)} {_mark(ok, want)}"
+            for prompt, text, ok, want in zip(prompts, said, correct, wanted, strict=True)
+        ]
+        other = "–" if len(gap.forms) < 2 else _YES[bool(asked["other_form"])]
+        rows.append([*cells, f"{asked['rank']:,.0f}", f"{asked['prob']:.3f}", other])
+    after = (
+        f" Before each prompt stand worked examples, here those of the first question: {lead}"
+        if lead
+        else ""
+    )
+    columns = ("first hop", "second hop", "two-hop question", "answer's rank", "its probability")
+    yield Table(
+        f"{len(rows)} of the questions, and what the model says ({gap.forms[0]} form)",
+        (*columns, "answered in another form"),
+        rows,
+        texts=3,
+        note="Prompt, then in quotation marks what was said. ✓ correct; → what would have been. Rank "
+        "and probability are of the first token of the two-hop question's answer. Questions with "
+        f"both hops known come first, failed and answered in turn.{after}",
+    )
+
+
+def _said(text: str) -> str:
+    return f"“{text}”" if text else "“” (nothing)"
+
+
+def _mark(correct: bool, wanted: str) -> str:
+    return "✓" if correct else f"→ {wanted}"
+
+
+def _lead(facts: Sequence[TwoHopFact]) -> str:
+    """The worked examples before the first fact's prompts."""
+    return " / ".join(facts[0].prompt().split("\n")[:-1])
+
+
+def _none_known(summary: Mapping[str, Any]) -> str:
+    form, main = next(iter(summary["forms"].items()))
+    other = "first_token" if summary["score"] == "answer" else "answer"
+    hops = ", ".join(f"{hop} hop {percent(main[hop], n=False)}" for hop in ("first", "second"))
+    again = summary["by_score"][other]["both_known"]
+    ways = [
+        "worked examples before each question (shots=3, --shots 3)",
+        "other wordings, that end where the model would name the thing itself",
+        "facts about better known things",
+    ]
+    if again["value"]:
+        words = "first token" if other == "first_token" else "whole answer"
+        ways.insert(0, f'score="{other}" (by the {words} both hops of {percent(again)} are known)')
+    return (
+        f"The model knows both hops of none of these facts (answered in the {form} form: {hops}), so "
+        "there is no gap to study: the steps below have nothing to work on. What was asked and said "
+        f"stands above. What may help: {'; '.join(ways)}."
+    )
+
+
+def _known_in_any(gap: Gap) -> Any:
+    correct = gap[gap.score].sel(asked=["first", "second"])
+    return correct.max("form").min("asked").values
+
+
+def _of_score(gap: Gap) -> dict[str, Any]:
+    frame = gap.frame
+    known = frame["first"] & frame["second"]
+    return {
+        **{hop: share_of(frame[hop]) for hop in HOPS},
+        "both_known": share_of(known),
+        "gap": share_of(~frame["two_hop"][known]),
+    }
+
+
+def _by_relations(gap: Gap) -> list[dict[str, Any]]:
+    """By pair of relations: shares known and answered, most facts first."""
+    frame = gap.frame.assign(pair=[(f.relation1, f.relation2) for f in gap.facts])
+    found = []
+    for (first, second), part in frame.groupby("pair", sort=False):
+        known = part["first"] & part["second"]
+        shares = {hop: share_of(part[hop]) for hop in HOPS}
+        gap_of = share_of(~part["two_hop"][known])
+        found.append({"first_relation": first, "second_relation": second, **shares, "gap": gap_of})
+    return sorted(found, key=lambda r: -r["two_hop"]["n"])
+
+
+def _scores(summary: Mapping[str, Any]) -> Table:
+    rows = [
+        [
+            words,
+            *(
+                percent(summary["by_score"][score][k], n=False)
+                for k in (*HOPS, "both_known", "gap")
+            ),
+            str(summary["by_score"][score]["gap"]["n"]),
+        ]
+        for score, words in (("answer", "whole answer and its end"), ("first_token", "first token"))
+    ]
+    any_form = percent(summary["known_in_any_form"])
+    other = summary["failed_but_other_form"]
+    more = f" Of the failures, {percent(other)} are answered in another form." if other["n"] else ""
+    columns = ("counted by", "first hop", "second hop", "two-hop question", "both hops known")
+    return Table(
+        "By the whole answer and by its first token",
+        (*columns, "gap: failed of these", "n known"),
+        rows,
+        fold=True,
+        note=f"The main form. This study counts by the {_WORDS[summary['score']]}. Both hops known in "
+        f"any form asked: {any_form}.{more} Brackets: exact 95% intervals in percent.",
+    )
+
+
+def _relations(relations: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        [
+            r["first_relation"],
+            r["second_relation"],
+            *(percent(r[k], n=False) for k in (*HOPS, "gap")),
+            str(r["gap"]["n"]),
+            str(r["two_hop"]["n"]),
+        ]
+        for r in relations
+    ]
+    columns = ("first relation", "second relation", "first hop", "second hop", "two-hop question")
+    return Table(
+        "By pair of relations",
+        (*columns, "gap: failed of known", "n known", "n"),
+        rows,
+        texts=2,
+        fold=True,
+        note="The main form; brackets: exact 95% intervals in percent. The gap is of the facts with "
+        "both hops known.",
+    )
 
 
 def _of_form(gap: Gap) -> dict[str, Any]:
@@ -127,7 +304,7 @@ def _of_form(gap: Gap) -> dict[str, Any]:
         part = frame[known & inside]
         splits[split or "all"] = {
             "known": share_of(known[inside]),
-            "two_hop_of_known": share_of(part["two_hop"]),
+            "two_hop_of_known": share_of(part["answer"]),
             "first_token_of_known": share_of(part["first_token"]),
         }
     shares = {hop: share_of(frame[hop]) for hop in HOPS}

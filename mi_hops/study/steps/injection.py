@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.facts.unusable import count_reasons, describe_reasons
-from mi_hops.injection import Cell, Controls, cell_report, injection_grid, select_cell
+from mi_hops.facts.unusable import count_reasons
+from mi_hops.injection import CONTROLS, Cell, Controls, Encoder, cell_report, injection_grid, select_cell
 from mi_hops.result.result import Result
 from mi_hops.study.context import Skip
 from mi_hops.study.numbers import (
     Headline,
     estimate,
+    left_out,
     number,
     percent,
     share_headline,
@@ -35,10 +36,13 @@ from mi_hops.study.step import Step
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mi_hops.facts.fact import TwoHopFact
     from mi_hops.study.context import Run
     from mi_hops.study.folder import Folder
 
 _SCORE = "first_correct"
+_METRICS = (_SCORE, "first_prob", "first_logprob", "rank")
+_PLACE = "first hop"
 _MEMORIES = {
     "bridge": "the bridge",
     "random_word": "random words",
@@ -59,65 +63,103 @@ _CHANGES = {
 }
 
 
-class Injection(Step):
-    """A grid of memory injections, chosen on one half of the failures and reported on the other."""
+class InjectionGrid(Step):
+    """Injections of the bridge on the choosing half, to choose layer, strength and encoding by."""
 
-    name, short = "injection", "Memory injection"
+    name, short, shown_in = "injection_grid", "The grid of injections", "injection"
+    share = 0.12
+
+    def run(self, run: Run) -> Result:
+        """Inject at the first hop: each layer and all together, every strength, three encodings."""
+        every = list(range(run.model.cfg.n_layers))
+        together = [every] if len(every) > 1 else []
+
+        def inject(facts: list[TwoHopFact]) -> Result:
+            return injection_grid(
+                run.model,
+                facts,
+                layers=[*every, *together],
+                strengths=run.settings.size.strengths,
+                encodings=("unembed", "layerwise_code", "layerwise_text"),
+                positions=_PLACE,
+                controls=(),
+                form=run.form,
+                metrics=_METRICS,
+                limits=run.limits,
+            )
+
+        choose = run.halves[0]
+        n = run.affordable(self, choose, run.settings.size.injection // 2, inject)
+        result = inject(run.draw(choose, n, "injection"))
+        marks = [False] * len(every) + [True] * len(together)
+        coords = {"all_layers": ("layer", marks)}
+        return result.assign(coords=coords, title="Memory injection", main=_SCORE)
+
+    def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
+        """The chosen cell."""
+        return _describe(result, select_cell(result, metric=_SCORE))
+
+    def section(self, result: Result, study: Folder) -> Iterator[Block]:
+        """The grid."""
+        where = result.provenance.get("positions", "the chosen positions")
+        yield Text(
+            "A vector that stands for the bridge is multiplied by a strength and added to the "
+            f"attention output of one layer, or of all (positions: {where}), after arXiv 2309.05605. "
+            "Encodings: the bridge's unembedding vectors (as published); or, layerwise, what the "
+            "model makes of the bridge alone at the same layer: its attention output there (as the "
+            "published code does) or the stream that enters the layer (as the text says). The best "
+            "of all layers, strengths and encodings is chosen on one half "
+            f"of the failures, {used(result)}, and reported on the other."
+        )
+        yield _grid(result, study.summary["injection_grid"])
+
+
+class Injection(Step):
+    """The chosen injection and its controls, on the half of the failures that it was not chosen on."""
+
+    name, short, share = "injection", "Memory injection", 0.03
     title = "Memory injection"
     question = (
         "Can a failed question be corrected while it runs, by adding the bridge inside the model?"
     )
 
     def run(self, run: Run) -> Result:
-        """Inject at the first hop: each layer and all together, every strength, three encodings."""
-        settings = run.settings
-        halves = [run.draw(half, settings.size.injection // 2, "injection") for half in run.halves]
-        named = zip(("choose", "report"), halves, strict=True)
-        half = {fact.id: name for name, part in named for fact in part}
-        every = list(range(run.model.cfg.n_layers))
-        together = [every] if len(every) > 1 else []
-        result = injection_grid(
+        """Inject the bridge and every control in the one cell."""
+        path = run.study.path("injection_grid")
+        if not path.exists():
+            raise Skip(run.study.skipped("injection_grid"))
+        grid = Result.load(path)
+        cell = select_cell(grid, metric=_SCORE)
+        facts = run.draw(run.halves[1], run.settings.size.injection // 2, "injection")
+        alone = len({fact.bridge for fact in facts}) < 2
+        controls = [name for name in CONTROLS if not (alone and name == "permuted_bridge")]
+        found = injection_grid(
             run.model,
-            [f for part in halves for f in part],
-            layers=[*every, *together],
-            strengths=settings.size.strengths,
-            encodings=("unembed", "layerwise_code", "layerwise_text"),
-            positions="first hop",
-            controls=Controls(seed=settings.seed),
+            facts,
+            layers=[cell.layers],
+            strengths=(cell.strength,),
+            encodings=(Encoder(**cell.settings["encoders"][cell.encoding]),),
+            positions=_PLACE,
+            controls=Controls(controls, seed=run.settings.seed),
             form=run.form,
-            metrics=(_SCORE, "first_prob", "first_logprob", "rank"),
+            metrics=_METRICS,
             limits=run.limits,
         )
-        names = [half[i] for i in result["example"].values.tolist()]
-        if len(set(names)) < 2:
-            reasons = describe_reasons(count_reasons(result.skipped))
-            raise Skip(f"one half has no failure that can be injected into ({reasons})")
-        return result.assign(
-            coords={
-                "half": ("example", names),
-                "all_layers": ("layer", [False] * len(every) + [True] * len(together)),
-            },
-            title="Memory injection",
-            main=_SCORE,
-        )
+        return found.assign(title="Memory injection", main=_SCORE)
 
     def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
-        """The chosen cell, and what each memory does in it on the reporting half."""
-        cell = _chosen(result)
+        """The chosen cell, and what each memory does in it."""
+        grid = Result.load(study.path("injection_grid"))
         statistics = [*_CHANGES, "share_improved"]
         memories = {}
-        for name, record in _report(result, cell).iterrows():
+        for name, record in _report(result).iterrows():
             memories[str(name)] = {
                 _SCORE: _ends(record, "correct"),
                 "bridge_minus_this": _ends(record, "difference"),
                 **{statistic: record[statistic] for statistic in statistics},
             }
-        every = bool(result["all_layers"].sel(layer=cell.layer))
-        chosen = {**cell.labels, "all_layers": every}
-        return {
-            "cell": {**chosen, "score_on_choosing_half": cell.score, "n_choose": cell.n},
-            "memories": memories,
-        }
+        cell = _describe(grid, select_cell(grid, metric=_SCORE))
+        return {"cell": cell, "memories": memories}
 
     def headlines(self, entry: dict[str, Any], left_out: dict[str, int]) -> Iterator[Headline]:
         """The share corrected by the bridge, and by another fact's."""
@@ -139,32 +181,22 @@ class Injection(Step):
         )
 
     def section(self, result: Result, study: Folder) -> Iterator[Block]:
-        """The grid on the choosing half, and the chosen cell on the other."""
-        cell = study.summary["injection"]["cell"]
-        where = result.provenance.get("positions", "the chosen positions")
-        yield Text(
-            "A vector that stands for the bridge is multiplied by a strength and added to the "
-            f"attention output of one layer, or of all (positions: {where}), after arXiv 2309.05605. "
-            "Encodings: the bridge's unembedding vectors (as published); or, layerwise, what the "
-            "model makes of the bridge alone at the same layer: its attention output there (as the "
-            "published code does) or the stream that enters the layer (as the text says). The best "
-            "of all layers, strengths and encodings is chosen on one half "
-            f"of the failures and reported on the other; {used(result)} in both halves."
-        )
-        yield _grid(result, cell)
-        yield from _memories(result, cell)
+        """The chosen cell beside its controls."""
+        yield from _memories(result, study.summary["injection"]["cell"])
 
 
-def _half(result: Result, name: str) -> list[Any]:
-    return result["example"].values[result["half"].values == name].tolist()
+def _describe(grid: Result, cell: Cell) -> dict[str, Any]:
+    every = bool(grid["all_layers"].sel(layer=cell.layer))
+    return {
+        **cell.labels,
+        "all_layers": every,
+        "score_on_choosing_half": cell.score,
+        "n_choose": cell.n,
+    }
 
 
-def _chosen(result: Result) -> Cell:
-    return select_cell(result, examples=_half(result, "choose"), metric=_SCORE)
-
-
-def _report(result: Result, cell: Cell) -> pd.DataFrame:
-    return cell_report(result, cell, examples=_half(result, "report"), metric=_SCORE)
+def _report(result: Result) -> pd.DataFrame:
+    return cell_report(result, select_cell(result, metric=_SCORE), metric=_SCORE)
 
 
 def _place(cell: Mapping[str, Any]) -> str:
@@ -177,10 +209,10 @@ def _ends(record: pd.Series, name: str) -> dict[str, Any]:
 
 
 def _grid(result: Result, cell: Mapping[str, Any]) -> Figure:
-    choose = _half(result, "choose")
-    ends = result.sel(memory="bridge", example=choose).ci(variable=_SCORE)
+    n = result.data.sizes["example"]
+    ends = result.sel(memory="bridge").ci(variable=_SCORE)
     most = max(float(ends["estimate"].max()), 0.05)
-    before = share_of(result.sel(example=choose)[f"{_SCORE}_before"].values)
+    before = share_of(result[f"{_SCORE}_before"].values)
     rows, columns = (ends[dim].values.tolist() for dim in ("layer", "strength"))
     box = (rows.index(cell["layer"]), columns.index(cell["strength"]))
     every = result["all_layers"].values
@@ -201,7 +233,7 @@ def _grid(result: Result, cell: Mapping[str, Any]) -> Figure:
     return Figure(
         "Choosing half: questions corrected by the bridge, layer by strength",
         panels,
-        f"Share of n = {len(choose)} failed questions whose first answer token is the model's first "
+        f"Share of n = {n} failed questions whose first answer token is the model's first "
         "choice after the bridge was injected, in percent, for every layer and strength "
         f"({percent(before, n=False)} without injection: a failed answer can begin correctly); darker "
         "is more, one scale for all panels, intervals on hover. The box is the chosen cell: the "
@@ -212,13 +244,14 @@ def _grid(result: Result, cell: Mapping[str, Any]) -> Figure:
 
 
 def _memories(result: Result, cell: Mapping[str, Any]) -> Iterator[Figure | Table]:
-    report = _half(result, "report")
-    table = _report(result, _chosen(result))
-    rest = result.sel(example=report)
-    records = [(n, label, table.loc[n]) for n, label in _MEMORIES.items() if n in table.index]
-    rows = [row(share_of(rest[f"{_SCORE}_before"].values), injected="nothing")]
+    n, table = result.data.sizes["example"], _report(result)
+    left = left_out(count_reasons(result.skipped))
+    records = [
+        (name, label, table.loc[name]) for name, label in _MEMORIES.items() if name in table.index
+    ]
+    rows = [row(share_of(result[f"{_SCORE}_before"].values), injected="nothing")]
     rows += [row(_ends(record, "correct"), injected=label) for _, label, record in records]
-    named = share_of(rest[f"{_SCORE}_explicit"].values)
+    named = share_of(result[f"{_SCORE}_explicit"].values)
     if named["n"]:
         rows.append(row(named, injected="bridge in the prompt"))
     plot = bars(rows, x="injected", y_label="first token correct", height=380)
@@ -230,7 +263,7 @@ def _memories(result: Result, cell: Mapping[str, Any]) -> Iterator[Figure | Tabl
         yield Figure(
             "Reporting half: the chosen cell beside its controls",
             [("", plot)],
-            f"Share of n = {len(report)} failed questions whose first answer token is correct "
+            f"Share of n = {n} failed questions{left} whose first answer token is correct "
             f"with this memory injected at {where}; whiskers are exact 95% intervals. The bridge "
             "helps for what it says only if it helps more than random words, another fact's "
             "bridge and a random vector. The answer itself shows what writing it in directly "

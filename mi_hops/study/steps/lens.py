@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mi_hops.lens import fact_trajectories
+from mi_hops.lens.vectors import LensLike
 from mi_hops.result.result import Result
 from mi_hops.result.statistics import difference_ci
 from mi_hops.study.context import Skip, choosing
-from mi_hops.study.numbers import Headline, estimate, mean, number, number_headline, sign
+from mi_hops.study.numbers import (
+    Headline,
+    estimate,
+    mean,
+    number,
+    number_headline,
+    percent,
+    share_of,
+    sign,
+)
 from mi_hops.study.parts import Block, Figure, Table, Text, curves, frame, used
 from mi_hops.study.step import Step
 
@@ -22,7 +32,7 @@ if TYPE_CHECKING:
     from mi_hops.study.folder import Folder
 
 PLACES = {"first hop": "first hop's last token", "last": "last token", "between": "between"}
-_GROUPS = {"passed": "answered correctly", "failed": "failed"}
+GROUPS = {"passed": "answered correctly", "failed": "failed"}
 #: The bridge by the papers' score (mean over its tokens), the answer by its first token.
 _SCORES = {"bridge": "mean_token_prob", "answer": "prob"}
 _BLOCKS = "blocks passed (0 = embedding)"
@@ -31,23 +41,13 @@ _BLOCKS = "blocks passed (0 = embedding)"
 class Lens(Step):
     """Bridge and answer by layer, at the first hop's last token and at the last."""
 
-    name, short = "lens", "The logit lens"
+    name, short, share = "lens", "The logit lens", 0.05
     title = "Bridge and answer in the logit lens"
     question = "Where does the bridge, which never appears in the prompt, show up inside the model?"
 
     def run(self, run: Run) -> Result:
         """Read a draw of the answered and one of the failed questions."""
-        groups = {"passed": run.draw(run.passed, run.settings.size.lens, "lens passed")}
-        if run.gap.failed:
-            groups["failed"] = run.draw(run.failed, run.settings.size.lens, "lens failed")
-        facts = [f for group in groups.values() for f in group]
-        if not facts:
-            raise Skip(run.none_known)
-        result = fact_trajectories(run.model, facts, form=run.form)
-        label = {f.id: name for name, group in groups.items() for f in group}
-        names = [label[i] for i in result["example"].values.tolist()]
-        title = "Bridge and answer in the logit lens"
-        return result.assign(coords={"group": ("example", names)}, title=title, main="prob")
+        return read_groups(run, "logit")
 
     def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
         """Where the bridge peaks, and by how much more in answered than in failed questions.
@@ -59,12 +59,17 @@ class Lens(Step):
         data = result.data
         groups = data["group"].values
         half = choosing(data["example"].values)
+        last = data[_SCORES["answer"]].sel(tracked="answer", position="last")
+        final = last.transpose("example", "layer").values
         found: dict[str, Any] = {}
         for position in data["position"].values.tolist():
             here = data.sel(position=position).transpose("example", "layer", ...)
             bridge, answer = (here[s].sel(tracked=t).values for t, s in _SCORES.items())
             entry = found[position] = {
-                group: _peaks(bridge[groups == group], answer[groups == group])
+                group: {
+                    **_peaks(bridge[groups == group], answer[groups == group]),
+                    **comes_first(bridge[groups == group], final[groups == group]),
+                }
                 for group in dict.fromkeys(groups.tolist())
             }
             sides = [groups == "passed", groups == "failed"]
@@ -102,8 +107,8 @@ class Lens(Step):
     def section(self, result: Result, study: Folder) -> Iterator[Block]:
         """The curves of both groups, and their difference."""
         groups = result["group"].values
-        names = [name for name in _GROUPS if (groups == name).any()]
-        counts = " and ".join(f"n = {(groups == g).sum()} questions {_GROUPS[g]}" for g in names)
+        names = [name for name in GROUPS if (groups == name).any()]
+        counts = " and ".join(f"n = {(groups == g).sum()} questions {GROUPS[g]}" for g in names)
         yield Text(
             "After every block the hidden state is read as if it were the last (final norm, "
             "unembedding, softmax): the mean probability of the bridge's tokens (the papers' score; a "
@@ -123,7 +128,7 @@ class Lens(Step):
             "answer's final rise, and more of it where it answers correctly.",
         )
         if len(names) < 2:
-            only = _GROUPS[names[0]] if names else "known"
+            only = GROUPS[names[0]] if names else "known"
             text = f"All questions read here are {only}, so there is nothing to compare them with."
             yield Text(text, style="note")
             return
@@ -138,6 +143,76 @@ class Lens(Step):
             "is answered correctly.",
         )
         yield _peak_table(study.summary["lens"])
+        yield first_table(study.summary["lens"])
+
+
+def read_groups(run: Run, lens: LensLike) -> Result:
+    """Bridge and answer by layer, of a draw of the answered and one of the failed questions.
+
+    The groups are named in the coordinate ``group``.
+    """
+    groups = {"passed": run.passed, "failed": run.failed if run.gap.failed else []}
+    label: dict[str, str] = {}
+    facts = []
+    for name, group in groups.items():
+        most = run.settings.size.lens
+        facts += run.draw(group, most, f"lens {name}")
+        label |= {fact.id: name for fact in group}
+    if not facts:
+        raise Skip(run.none_known)
+    result = fact_trajectories(run.model, facts, form=run.form, lens=lens)
+    names = [label[i] for i in result["example"].values.tolist()]
+    title = "Bridge and answer in the lens"
+    return result.assign(coords={"group": ("example", names)}, title=title, main="prob")
+
+
+def comes_first(bridge: np.ndarray, answer: np.ndarray) -> dict[str, Any]:
+    """Of arrays [example, layer], which of the two reaches half of its own peak at a lower layer.
+
+    The embedding (layer 0) is left out. Shares of the questions; what is left to 1 is a tie.
+    """
+    half = [
+        1 + (x[:, 1:] >= 0.5 * x[:, 1:].max(1, keepdims=True)).argmax(1) for x in (bridge, answer)
+    ]
+    return {
+        "bridge_half_layer": mean(half[0]),
+        "answer_half_layer": mean(half[1]),
+        "bridge_first": share_of(half[0] < half[1]),
+        "answer_first": share_of(half[0] > half[1]),
+    }
+
+
+def first_table(summary: Mapping[str, Any]) -> Table:
+    """Who comes first, by position and group."""
+    rows = []
+    for place, group, entry in _entries(summary):
+        layers = [
+            number(entry[k], n=False, signed=False)
+            for k in ("bridge_half_layer", "answer_half_layer")
+        ]
+        shares = [percent(entry[k], n=False) for k in ("bridge_first", "answer_first")]
+        rows.append(
+            [PLACES[place], GROUPS[group], *layers, *shares, str(entry["bridge_first"]["n"])]
+        )
+    columns = ["bridge read at", "questions", "bridge: layer of half its peak", "answer: layer"]
+    return Table(
+        "Who comes first",
+        [*columns, "bridge first", "answer first", "n"],
+        rows,
+        texts=2,
+        note="For each question, the first layer (blocks passed, embedding left out) at which bridge "
+        "and answer reach half of their own largest probability; the answer is read at the last "
+        "token. Layers: means with 95% bootstrap intervals. Shares: of the questions, exact 95% "
+        "intervals in percent; the rest are ties. A peak can be tiny: the shares say who is first, "
+        "not that either is there.",
+    )
+
+
+def _entries(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    for place in PLACES:
+        for group in GROUPS:
+            if group in summary.get(place, {}):
+                yield place, group, summary[place][group]
 
 
 def _peaks(bridge: np.ndarray, answer: np.ndarray) -> dict[str, Any]:
@@ -159,7 +234,7 @@ def _trajectory(result: Result, names: list[str], place: str, tracked: str) -> g
     for name in names:
         examples = result["example"].values[groups == name].tolist()
         ends = here.sel(example=examples).ci(variable=_SCORES[tracked])
-        parts.append(frame(ends, group=_GROUPS[name]))
+        parts.append(frame(ends, group=GROUPS[name]))
     plot = curves(parts, group="group", x_label=_BLOCKS, y_label="probability")
     return plot.update_yaxes(rangemode="tozero")
 
@@ -177,14 +252,12 @@ def _peak_table(summary: Mapping[str, Any]) -> Table:
     rows = [
         [
             PLACES[place],
-            name,
-            str(entry[group]["bridge_peak_layer_of_mean"]),
-            *(number(entry[group][key], n=False, signed=False) for key in numbers),
-            str(entry[group]["bridge_peak"]["n"]),
+            GROUPS[group],
+            str(entry["bridge_peak_layer_of_mean"]),
+            *(number(entry[key], n=False, signed=False) for key in numbers),
+            str(entry["bridge_peak"]["n"]),
         ]
-        for place, entry in summary.items()
-        for group, name in _GROUPS.items()
-        if group in entry
+        for place, group, entry in _entries(summary)
     ]
     columns = ["position", "questions", "layer", "bridge at that layer", "bridge, own peak"]
     return Table(

@@ -15,6 +15,7 @@ from mi_hops.study.step import Step
 from mi_hops.study.steps.lens import PLACES
 
 if TYPE_CHECKING:
+    from mi_hops.facts.fact import TwoHopFact
     from mi_hops.study.context import Run
     from mi_hops.study.folder import Folder
 
@@ -24,7 +25,7 @@ _KINDS = {"attn_out": "Attention output", "mlp_out": "MLP output", "resid_post":
 class Locate(Step):
     """Which modules carry the second hop, on the choosing half of the failures."""
 
-    name, short = "locate", "Locating the second hop"
+    name, short, share = "locate", "Locating the second hop", 0.08
     title = "Locating the second hop"
     question = (
         "Which modules, given what they compute for the plain second hop, correct the answer?"
@@ -32,8 +33,13 @@ class Locate(Step):
 
     def run(self, run: Run) -> Result:
         """Replace modules in a draw of the choosing half."""
-        facts = run.draw(run.halves[0], run.settings.size.locate, "locate")
-        return locate(run.model, facts, form=run.form, limits=run.limits)
+        half = run.halves[0]
+
+        def find(facts: list[TwoHopFact]) -> Result:
+            return locate(run.model, facts, form=run.form, limits=run.limits)
+
+        n = run.affordable(self, half, run.settings.size.locate, find)
+        return find(run.draw(half, n, "locate"))
 
     def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
         """The located layers, and the strongest cell of each kind of module."""

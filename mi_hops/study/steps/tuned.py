@@ -1,0 +1,201 @@
+"""A tuned lens for the model studied, beside the logit lens: which of the two reads what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from mi_hops.lens import LensTraining, TunedLens, train_lens
+from mi_hops.result import plots
+from mi_hops.result.result import Result
+from mi_hops.study.context import EXAMPLES
+from mi_hops.study.numbers import Headline, figures, mean
+from mi_hops.study.parts import Block, Figure, Table, Text, panel
+from mi_hops.study.step import Step
+from mi_hops.study.steps.lens import GROUPS, PLACES, comes_first, first_table, read_groups
+from mi_hops.sweep.sample import sample
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from mi_hops.facts.reading import Facts
+    from mi_hops.study.context import Run, StudySettings
+    from mi_hops.study.folder import Folder
+
+#: Texts the lens is trained on, and the tokens of each that the model writes itself.
+TEXTS, WRITTEN = 160, 16
+
+#: Products of d_model and vocabulary that an update may cost: positions learned from, over layers.
+_WORK = 3e10
+_BATCH = 512
+
+
+class Tuned(Step):
+    """Trains a tuned lens on text that the model writes, and reads what the logit lens read."""
+
+    name, short, shown_in, share = "tuned", "The tuned lens", "lens", 0.12
+
+    def wanted(self, facts: Facts, settings: StudySettings) -> bool:
+        """Unless the study's sizes leave it out."""
+        return settings.size.tuned > 0
+
+    def run(self, run: Run) -> Result:
+        """Train on continuations of questions that are not scored where there are such."""
+        pool = [f for f in run.given if f.split in EXAMPLES] or run.facts
+        starts = [fact.prompt() for fact in run.draw(pool, TEXTS, "tuned")]
+        seed = run.settings.seed
+        texts = sample(run.model, starts, n_tokens=WRITTEN, seed=seed)
+        cfg = run.model.cfg
+        cells = int(_WORK / (cfg.n_layers * cfg.d_model * cfg.d_vocab))
+        steps = run.settings.size.tuned
+        plan = LensTraining(
+            steps=steps,
+            max_tokens=_BATCH,
+            cells=min(max(cells, 16), _BATCH),
+            evaluate_every=max(1, steps // 3),
+            seed=seed,
+        )
+        lens = TunedLens(run.model)
+        trained = train_lens(run.model, lens, texts, plan, progress=run.progress)
+        found = read_groups(run, lens)
+        lens.save(run.study.folder / "tuned_lens", overwrite=True)
+        loss = {name: trained[name].values.tolist() for name in ("before", "after")}
+        return found.assign(provenance={"training": loss, "n_texts": len(texts), "steps": steps})
+
+    def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
+        """The best median rank of the bridge in either lens, and who comes first in this one."""
+        plain = Result.load(study.path("lens"))
+        answer = _values(result, "prob", "answer", "last")
+        groups = result["group"].values
+        found: dict[str, Any] = {}
+        for place in PLACES:
+            if place not in result["position"].values:
+                continue
+            bridge = _values(result, "mean_token_prob", "bridge", place)
+            found[place] = {
+                name: comes_first(bridge[groups == name], answer[groups == name])
+                for name in dict.fromkeys(groups.tolist())
+            }
+        reads = [
+            {"tracked": tracked, "position": place, "lens": name, **_best(which, tracked, place)}
+            for tracked in ("bridge", "answer")
+            for place in found
+            for name, which in (("logit", plain), ("tuned", result))
+        ]
+        training = result.provenance["training"]
+        return {**found, "reads": reads, **{k: mean(v) for k, v in training.items()}}
+
+    def headlines(self, entry: dict[str, Any], left_out: dict[str, int]) -> Iterator[Headline]:
+        """Where each lens reads the bridge best."""
+        best = {
+            name: min(
+                (r for r in entry["reads"] if (r["lens"], r["tracked"]) == (name, "bridge")),
+                key=lambda r: r["median_rank"],
+            )
+            for name in ("logit", "tuned")
+        }
+        words = {
+            name: f"{figures(b['median_rank'])} (after {b['layer']} blocks, {PLACES[b['position']]})"
+            for name, b in best.items()
+        }
+        yield Headline(
+            "",
+            f"{words['tuned']} against {words['logit']}",
+            f"n = {best['tuned']['n']} questions answered correctly",
+            "is the bridge's best median rank in the tuned lens against the logit lens.",
+        )
+
+    def section(self, result: Result, study: Folder) -> Iterator[Block]:
+        """Ranks by layer in both lenses, and the table."""
+        entry, provenance = study.summary["tuned"], result.provenance
+        yield Text(
+            "The logit lens assumes that every layer already speaks the last layer's language. A tuned "
+            "lens (arXiv 2303.08112) learns one affine map per layer to the model's own output: "
+            f"{provenance['steps']} updates on {provenance['n_texts']} texts that the model wrote "
+            "itself as continuations of such questions. Its KL divergence from the output, over "
+            f"held-out tokens and layers, fell from {figures(entry['before']['value'])} to "
+            f"{figures(entry['after']['value'])} nats. It is kept in the folder as tuned_lens."
+        )
+        plain = Result.load(study.path("lens"))
+        panels = [
+            (
+                f"{tracked.capitalize()} at the {PLACES[place]}",
+                _ranks(plain, result, tracked, place),
+            )
+            for tracked in ("bridge", "answer")
+            for place in PLACES
+            if place in entry
+        ]
+        n = int((result["group"].values == "passed").sum()) or result.data.sizes["example"]
+        yield Figure(
+            "Median rank in either lens, layer by layer",
+            panels,
+            f"Median rank (1 = most probable of the vocabulary) of the first token over n = {n} "
+            f"questions {_group(result)}; logarithmic axis, lower is better read. Where only the tuned "
+            "lens reads a name, the state holds it in another basis than the unembedding's.",
+        )
+        rows = [
+            [
+                r["tracked"],
+                PLACES[r["position"]],
+                f"{r['lens']} lens",
+                figures(r["median_rank"]),
+                str(r["layer"]),
+                str(r["n"]),
+            ]
+            for r in entry["reads"]
+        ]
+        yield Table(
+            "Which lens reads what",
+            ("tracked", "position", "lens", "best median rank", "after blocks", "n"),
+            rows,
+            texts=3,
+            note=f"The layer with the lowest median rank over questions {_group(result)} (the last "
+            "layer, which both lenses read alike, and the embedding are left out).",
+        )
+        yield first_table(entry)
+
+
+def _group(result: Result) -> str:
+    return GROUPS["passed"] if (result["group"].values == "passed").any() else GROUPS["failed"]
+
+
+def _values(result: Result, variable: str, tracked: str, place: str) -> np.ndarray:
+    """[example, layer]."""
+    found = result[variable].sel(tracked=tracked, position=place)
+    return found.transpose("example", "layer").values
+
+
+def _medians(result: Result, tracked: str, place: str) -> np.ndarray:
+    """Median rank by layer, of the answered questions where there are any."""
+    groups = result["group"].values
+    chosen = groups == "passed" if (groups == "passed").any() else groups != ""
+    return np.median(_values(result, "rank", tracked, place)[chosen], axis=0)
+
+
+def _best(result: Result, tracked: str, place: str) -> dict[str, Any]:
+    medians = _medians(result, tracked, place)[1:-1]
+    if not len(medians):
+        return {"median_rank": None, "layer": None, "n": 0}
+    groups = result["group"].values
+    at = int(medians.argmin())
+    n = int((groups == "passed").sum()) or len(groups)
+    return {"median_rank": float(medians[at]), "layer": at + 1, "n": n}
+
+
+def _ranks(plain: Result, tuned: Result, tracked: str, place: str) -> go.Figure:
+    rows = [
+        {"layer": layer, "rank": rank, "lens": f"{name} lens"}
+        for name, result in (("logit", plain), ("tuned", tuned))
+        for layer, rank in zip(
+            result["layer"].values.tolist(), _medians(result, tracked, place).tolist(), strict=True
+        )
+    ]
+    labels = {"layer": "blocks passed (0 = embedding)", "rank": "median rank"}
+    plot = plots.lines(
+        pd.DataFrame(rows), x="layer", y="rank", group="lens", title="", labels=labels
+    )
+    return panel(plot).update_yaxes(type="log")
