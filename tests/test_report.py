@@ -18,7 +18,7 @@ from mi_hops.study.numbers import figures, layers, number, percent
 from mi_hops.study.summary import headlines
 from tests.reasoning.tiny_facts import dictated, tiny_facts
 
-COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "choose": 3, "edits": 4}
+COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "choose": 3, "edits": 4, "tuned": 3}
 SMALL = StudySettings(sizes=Sizes(**COUNTS, controls=1, strengths=(1.0, 4.0), per_case=1))
 SECTIONS = ("gap", "lens", "erasure", "locate", "injection", "editing")
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -130,14 +130,14 @@ def test_every_step_has_its_section_in_order_and_in_the_contents(page):
 
 def test_every_figure_has_a_title_a_caption_with_n_and_plots(report, page):
     parts = report.read_text(encoding="utf-8").split("<figure>")[1:]
-    assert len(parts) == 3 + 2 + 2 + 1 + 2 + 2
+    assert len(parts) == 3 + 3 + 2 + 1 + 2 + 2
     for part in parts:
         inside = part.split("</figure>")[0]
         assert re.search(r"<h3>\S.*</h3>", inside)
         caption = re.search(r"<figcaption>(.*)</figcaption>", inside).group(1)
         assert re.search(r"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}\d+", caption), caption
         assert inside.count('class="plot"') == inside.count("data-plot=") >= 1
-    assert len(page.plots) == 3 + (4 + 2) + (4 + 2) + 3 + (3 + 1) + 2
+    assert len(page.plots) == 3 + (4 + 2 + 4) + (4 + 2) + 3 + (3 + 1) + 2
     assert set(page.plots) <= set(page.ids)
 
 
@@ -185,7 +185,7 @@ def test_the_plots_show_what_the_files_hold(study, page):
     assert [len(p["layout"].get("shapes", [])) for p in panels] == [len(located), 0, 0]
 
     gap = next(iter(study.summary["gap"]["forms"].values()))["by_split"]
-    bars = page.plots["plot-gap-2-1"]["data"][0]
+    bars = page.plots["plot-gap-3-1"]["data"][0]
     assert np.allclose(array(bars["y"]), [s["two_hop_of_known"]["value"] for s in gap.values()])
 
 
@@ -234,7 +234,7 @@ def test_text_of_models_and_facts_is_escaped(study, tmp_path):
     plain = Page(write_report(study, tmp_path / "plain.html").read_text(encoding="utf-8"))
     assert EVIL in page.words
     assert page.tags == plain.tags
-    labels = json.dumps(page.plots["plot-gap-2-1"])
+    labels = json.dumps(page.plots["plot-gap-3-1"])
     assert "&lt;script" in labels and "<script" not in labels
 
 

@@ -112,7 +112,7 @@ def test_facts_that_a_step_cannot_use_are_left_out_of_it(knowing, tmp_path):
     assert left["failures"] == ["1", "3", "5"]
     assert sorted(left["lens"]) == ["0", "1", "2", "3", "5"]
     assert left["erasure"] == ["0", "2"]
-    assert sorted(left["injection"]) == ["1", "3", "5"]
+    assert sorted(left["injection_grid"] + left["injection"]) == ["1", "3", "5"]
     counts = study.summary["left_out"]
     assert counts["gap"] == {"no first-hop prompt": 1}
     assert counts["failures"] == {

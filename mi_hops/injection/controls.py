@@ -79,7 +79,8 @@ class Controls:
         """Texts to inject for each fact, by the memory's name; ``bridge`` comes first.
 
         Args:
-            given: the facts that `memories` are given for, in order; default `facts`.
+            given: the facts that `memories` are given for, in order, and that a fact may get its
+                permuted bridge from where `facts` have none for it; default `facts`.
 
         Raises:
             ValueError: a vocabulary without whole words, another number of memories than facts, or a
@@ -93,7 +94,7 @@ class Controls:
             drawn = rng.integers(len(pool), size=len(facts))
             texts[f"random_{name}"] = [str(pool[i]) for i in drawn]
         if "permuted_bridge" in self.names:
-            texts["permuted_bridge"] = permuted_bridges(facts, rng)
+            texts["permuted_bridge"] = permuted_bridges(facts, rng, given)
         if "answer" in self.names:
             texts["answer"] = [fact.answer for fact in facts]
         row = {id(fact): i for i, fact in enumerate(facts if given is None else given)}
@@ -110,12 +111,16 @@ class Controls:
 ControlsLike = Sequence[str] | Controls
 
 
-def permuted_bridges(facts: Sequence[TwoHopFact], rng: np.random.Generator) -> list[str]:
+def permuted_bridges(
+    facts: Sequence[TwoHopFact],
+    rng: np.random.Generator,
+    more: Sequence[TwoHopFact] | None = None,
+) -> list[str]:
     """For each fact another fact's bridge: not its own, not its answer, none that leads to it.
 
     The bridges are randomly permuted among the facts. Where that leaves a fact with a bridge it may
     not have, and none can be swapped for it, one is drawn for it from all that it may have; where
-    all other bridges lead to its answer, from these.
+    all other bridges lead to its answer, from these; and where there is none, from those of `more`.
 
     Raises:
         ValueError: a fact for which no other bridge is left.
@@ -146,7 +151,12 @@ def permuted_bridges(facts: Sequence[TwoHopFact], rng: np.random.Generator) -> l
                 permuted[i], permuted[j] = permuted[j], permuted[i]
                 break
         else:
-            others = [b for b in bridges if may(i, b)] or [b for b in bridges if differs(i, b)]
+            further = [fact.bridge for fact in more or ()]
+            others = (
+                [b for b in bridges if may(i, b)]
+                or [b for b in bridges if differs(i, b)]
+                or [b for b in further if differs(i, b)]
+            )
             if not others:
                 raise ValueError(
                     f"no other bridge is left for fact {facts[i].id!r}; permuting bridges needs "

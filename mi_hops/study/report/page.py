@@ -70,6 +70,7 @@ def write_report(study: Study, path: str | Path | None = None, *, overwrite: boo
 def _page(study: Study) -> str:
     from plotly.offline import get_plotlyjs
 
+    places = {step.name: step.shown_in or step.name for step in steps_of(study)}
     environment = Environment(
         loader=PackageLoader("mi_hops.study", "report"),
         autoescape=True,
@@ -80,7 +81,7 @@ def _page(study: Study) -> str:
     environment.filters["together"] = _together
     return environment.get_template("report.html.jinja").render(
         model=study.settings["model"],
-        headlines=[(step, line) for step, line in headlines(study.summary) if line.text],
+        headlines=[(places[step], line) for step, line in headlines(study.summary) if line.text],
         about=_about(study.settings, study.summary["made_with"]),
         settings=_settings(study.settings, study.records),
         sections=_sections(study),

@@ -6,7 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mi_hops.facts.unusable import count_reasons
-from mi_hops.injection import CONTROLS, Cell, Controls, Encoder, cell_report, injection_grid, select_cell
+from mi_hops.injection import (
+    CONTROLS,
+    Cell,
+    Controls,
+    Encoder,
+    cell_report,
+    injection_grid,
+    select_cell,
+)
 from mi_hops.result.result import Result
 from mi_hops.study.context import Skip
 from mi_hops.study.numbers import (
