@@ -18,8 +18,8 @@ from mi_hops.study.numbers import figures, layers, number, percent
 from mi_hops.study.summary import headlines
 from tests.reasoning.tiny_facts import dictated, tiny_facts
 
-COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "choose": 3, "edits": 4, "tuned": 3}
-SMALL = StudySettings(sizes=Sizes(**COUNTS, controls=1, strengths=(1.0, 4.0), per_case=1))
+COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "edits": 4, "tuned": 3}
+SMALL = StudySettings(sizes=Sizes(**COUNTS, draws=1, strengths=(1.0, 4.0)))
 SECTIONS = ("gap", "lens", "erasure", "locate", "injection", "editing")
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 

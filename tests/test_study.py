@@ -18,8 +18,8 @@ from tests.reasoning.tiny_facts import dictated, tiny_facts
 
 #: Those of facts that come in one wording.
 STEPS = [step.name for step in ALL_STEPS if step.name != "wordings"]
-COUNTS = {"lens": 4, "tuned": 3, "erasure": 3, "locate": 3, "injection": 4, "choose": 3, "edits": 4}
-SMALL = StudySettings(sizes=Sizes(**COUNTS, controls=1, strengths=(1.0, 4.0), per_case=1))
+COUNTS = {"lens": 4, "tuned": 3, "erasure": 3, "locate": 3, "injection": 4, "edits": 4}
+SMALL = StudySettings(sizes=Sizes(**COUNTS, draws=1, strengths=(1.0, 4.0)))
 
 
 #: Each family and each class once: a study is many forward passes.
@@ -103,7 +103,7 @@ def test_facts_that_a_step_cannot_use_are_left_out_of_it(knowing, tmp_path):
     facts = [replace(f, **changes.get(i, {})) for i, f in enumerate(facts)]
     facts[7] = replace(facts[7], second_prompts={"prefix": facts[7].second_prompts["prefix"]})
     facts[8] = replace(facts[8], first_prompts={})
-    counts = {"lens": 16, "erasure": 16, "locate": 16, "injection": 16, "choose": 8, "edits": 8}
+    counts = {"lens": 16, "erasure": 16, "locate": 16, "injection": 16, "edits": 8}
     study = run(model, facts, tmp_path / "study", settings=counts)
     assert [study.skipped(step) for step in STEPS] == [None] * len(STEPS)
     left = {step: [i for i, _ in study.result(step).skipped] for step in STEPS[:-1]}

@@ -21,6 +21,7 @@ from mi_hops.model import HookedModel
 from mi_hops.reasoning.gap import Gap, Score, check_score
 from mi_hops.reasoning.wordings import CHOOSING, WordingChoice
 from mi_hops.study.folder import Folder
+from mi_hops.sweep.keep import keeping_nothing
 from mi_hops.sweep.limits import Limits
 
 if TYPE_CHECKING:
@@ -47,10 +48,9 @@ class Sizes:
         wordings: single hops per relation that each wording is tried on.
         lens, erasure, locate, injection: facts (of each group) at most.
         tuned: updates of the tuned lens; 0 leaves it out.
-        choose, edits: failures edited on the choosing and on the reporting half at most.
-        controls: draws of the erasure's control.
+        edits: failures of the reporting half edited at most; a quarter as many of the choosing half.
+        draws: of the erasure's control, and of queries per case in each set that is drawn.
         strengths: of the injection grid.
-        per_case: queries per case in each drawn set.
 
     Examples:
         >>> import mi_hops
@@ -65,11 +65,9 @@ class Sizes:
     erasure: int = 400
     locate: int = 100
     injection: int = 200
-    choose: int = 80
     edits: int = 300
-    controls: int = 3
+    draws: int = 3
     strengths: tuple[float, ...] = (0.5, 1, 2, 3, 4, 6, 8, 10, 12, 15)
-    per_case: int = 3
 
 
 _ALL = 10**9
@@ -86,11 +84,9 @@ SIZES: dict[SizeName, Sizes] = {
         erasure=40,
         locate=20,
         injection=40,
-        choose=20,
         edits=40,
-        controls=1,
+        draws=1,
         strengths=(1, 2, 4, 8),
-        per_case=1,
     ),
     "default": Sizes(),
     "full": Sizes(
@@ -101,7 +97,6 @@ SIZES: dict[SizeName, Sizes] = {
         erasure=_ALL,
         locate=_ALL,
         injection=_ALL,
-        choose=_ALL,
         edits=_ALL,
     ),
 }
@@ -265,11 +260,16 @@ class Run:
         facts: Sequence[TwoHopFact],
         most: int,
         trial: Callable[[list[TwoHopFact]], object],
+        *,
+        times: float = 1.0,
     ) -> int:
         """How many facts the step may take: `most`, or what its share of the budget pays for.
 
         A trial on a few facts tells what one costs. What was decided is kept in ``budget.json``, so
         a study that is resumed takes the same.
+
+        Args:
+            times: how often what the trial does is done for each fact.
         """
         if self.settings.budget is None or len(facts) <= _TRIAL:
             return most
@@ -277,9 +277,10 @@ class Run:
         if step.name not in kept:
             few = self.draw(facts, _TRIAL, "trial")
             begun = time.perf_counter()
-            trial(few)
+            with keeping_nothing():
+                trial(few)
             each = (time.perf_counter() - begun) / _TRIAL
-            n = int(60 * self.settings.budget * step.share / each)
+            n = int(60 * self.settings.budget * step.share / (times * each))
             kept[step.name] = {"seconds_each": each, "facts": min(max(n, _LEAST), most)}
             self.study.write("budget.json", json.dumps(kept, indent=1) + "\n")
         return int(kept[step.name]["facts"])

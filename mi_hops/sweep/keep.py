@@ -139,6 +139,16 @@ _keeper: ContextVar[Keeper | None] = ContextVar("keeper", default=None)
 
 
 @contextmanager
+def keeping_nothing() -> Iterator[None]:
+    """Nothing is kept or given back inside, so that what work costs can be measured."""
+    token = _keeper.set(None)
+    try:
+        yield
+    finally:
+        _keeper.reset(token)
+
+
+@contextmanager
 def keeping(folder: Path, identity: str) -> Iterator[Keeper]:
     """Keep what `keep` makes in a folder, until the block is done; then the folder is removed.
 

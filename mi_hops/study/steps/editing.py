@@ -49,6 +49,10 @@ if TYPE_CHECKING:
     from mi_hops.study.context import Run
     from mi_hops.study.folder import Folder
 
+#: Cases reported for each case that is used for choosing, and what one of these costs: all
+#: candidates, on two sets of queries and without generation, against two edits on all sets.
+_CHOOSING, _CHOOSING_COST = 4, 6.0
+
 #: Cases that the page shows one by one.
 SHOWN_CASES = 30
 
@@ -101,10 +105,18 @@ class Editing(Step):
         """Choose layers and strength, then score both edits."""
         (choose, not_choose), (report, not_report) = (_editable(run, half) for half in run.halves)
         moments, corpus = _moments(run)
-        choosing = run.draw(choose, run.settings.size.choose, "edits")
+
+        def trial(few: list[TwoHopFact]) -> Evaluation:
+            middle = layer_spans([], run.model.cfg.n_layers)[0]
+            repairs = [_repair(run, k, k, middle, 1.0, moments) for k in STRENGTHS]
+            return evaluate(run.model, repairs, _queries(run, few, corpus), few)
+
+        most = run.settings.size.edits
+        n = run.affordable(self, report, most, trial, times=1 + _CHOOSING_COST / _CHOOSING)
+        choosing = run.draw(choose, max(2, n // _CHOOSING), "edits")
         choices = _choose(run, choosing, moments, corpus)
         choices["left_out"] = not_choose + not_report
-        cases = run.draw(report, run.settings.size.edits, "edits")
+        cases = run.draw(report, n, "edits")
         queries = _queries(run, cases, corpus)
         repairs = [
             _repair(run, name, name, choice["layers"], choice["strength"], moments)
@@ -230,7 +242,7 @@ def _queries(run: Run, cases: list[TwoHopFact], corpus: list[TwoHopFact]) -> Que
         known=known,
         pool=[f for f in run.facts if f.id not in inside] or run.facts,
         form=run.form,
-        per_case=run.settings.size.per_case,
+        per_case=run.settings.size.draws,
         seed=run.settings.seed,
     )
 

@@ -45,7 +45,7 @@ class Erasure(Step):
                 run.model,
                 facts,
                 form=run.form,
-                controls=run.settings.size.controls,
+                controls=run.settings.size.draws,
                 seed=run.settings.seed,
                 limits=run.limits,
             )
