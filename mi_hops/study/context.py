@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 EXAMPLES = (CHOOSING, "train")
 
 
-#: Facts that a trial under a time budget is made on, and the least a step takes then.
-_TRIAL, _LEAST = 4, 8
+#: Facts that a step takes at least under a time budget.
+_LEAST = 8
 
 
 class Skip(Exception):  # noqa: N818
@@ -261,6 +261,7 @@ class Run:
         most: int,
         trial: Callable[[list[TwoHopFact]], object],
         *,
+        few: int = 4,
         times: float = 1.0,
     ) -> int:
         """How many facts the step may take: `most`, or what its share of the budget pays for.
@@ -269,17 +270,18 @@ class Run:
         a study that is resumed takes the same.
 
         Args:
+            few: facts of the trial; what gains from company needs more.
             times: how often what the trial does is done for each fact.
         """
-        if self.settings.budget is None or len(facts) <= _TRIAL:
+        if self.settings.budget is None or len(facts) <= few:
             return most
         kept = self.study.budget
         if step.name not in kept:
-            few = self.draw(facts, _TRIAL, "trial")
+            chosen = self.draw(facts, few, "trial")
             begun = time.perf_counter()
             with keeping_nothing():
-                trial(few)
-            each = (time.perf_counter() - begun) / _TRIAL
+                trial(chosen)
+            each = (time.perf_counter() - begun) / few
             n = int(60 * self.settings.budget * step.share / (times * each))
             kept[step.name] = {"seconds_each": each, "facts": min(max(n, _LEAST), most)}
             self.study.write("budget.json", json.dumps(kept, indent=1) + "\n")

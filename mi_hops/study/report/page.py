@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mi_hops.result.files import replacing
+from mi_hops.study.numbers import figures
 from mi_hops.study.parts import Block, Text
 from mi_hops.study.steps import steps_of
 from mi_hops.study.summary import headlines
@@ -83,7 +84,7 @@ def _page(study: Study) -> str:
         model=study.settings["model"],
         headlines=[(places[step], line) for step, line in headlines(study.summary) if line.text],
         about=_about(study.settings, study.summary["made_with"]),
-        settings=_settings(study.settings, study.records),
+        settings=_settings(study.settings, study.records, study.budget),
         sections=_sections(study),
         draw=_draw,
         plotly=Markup(get_plotlyjs()),
@@ -143,23 +144,35 @@ def _about(
         processing += " (norms folded into the weights, these centred)"
     limit = "" if settings["limit"] is None else f" (limit {settings['limit']})"
     return [
-        ("Model", f"{settings['model']} (weights {settings['fingerprint']})"),
+        ("Model", f"{settings['model']} (weights {settings['fingerprint']}{_made(settings)})"),
         ("Facts", f"n = {settings['n_facts']}{limit}; {settings['facts']['report']}"),
         ("Precision", f"{settings['dtype']} on {settings['device']}"),
         ("Backend", f"{settings['backend']}; weight processing: {processing}"),
         ("Seed", str(settings["seed"])),
+        ("BOS", "before every prompt" if settings["bos"] else "not prepended"),
         ("Versions", made),
     ]
 
 
+def _made(settings: Mapping[str, Any]) -> str:
+    return f", {settings['weights']}" if "weights" in settings else ""
+
+
 def _settings(
-    settings: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, Any],
+    records: Mapping[str, Mapping[str, Any]],
+    budget: Mapping[str, Mapping[str, Any]],
 ) -> list[tuple[str, str]]:
     """All that was asked for, flat, and what each step took, for the end of the page."""
     rows = [("facts digest", settings["facts_digest"])]
     for name, value in settings["sizes"].items():
         text = ", ".join(f"{v:g}" for v in value) if isinstance(value, list | tuple) else str(value)
         rows.append((f"size: {name.replace('_', ' ')}", text))
+    if settings["budget"] is not None:
+        rows.append(("time budget", f"{settings['budget']:g} minutes"))
+    for step, tried in budget.items():
+        price = f"{tried['facts']} facts, by a trial at {figures(tried['seconds_each'])} s each"
+        rows.append((f"budget: {step}", price))
     for step in settings["steps"]:
         if took := records.get(step):
             peak = f"memory at its peak so far {took.get('peak_memory', math.nan) / 2**30:.2f} GiB"

@@ -52,7 +52,7 @@ class GapStep(Step):
         def ask(facts: list[TwoHopFact]) -> Gap:
             return find_gap(run.model, facts, form=run.forms, score=run.settings.score)
 
-        n = run.affordable(self, run.facts, len(run.facts), ask)
+        n = run.affordable(self, run.facts, len(run.facts), ask, few=32)
         return ask(run.draw(run.facts, n, "gap"))
 
     def summarise(self, result: Gap, study: Folder) -> dict[str, Any]:
