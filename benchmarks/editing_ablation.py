@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="+", default=["hops-gpt2", "hops-llama"])
     parser.add_argument("--cases", type=int, default=100)
-    parser.add_argument("--only", nargs="+", help="groups to make anew")
+    parser.add_argument("--only", nargs="+", help="groups to measure again")
     given = parser.parse_args()
     for name in given.model:
         setup = set_up(name, cases=given.cases)

@@ -27,7 +27,7 @@ PARTS = {"report": (0.55, 0.35), "choose": (0.45, 0.30), "practice": (0.0, 0.35)
 class Setup:
     """A model, failed held-out questions to report and to choose settings on, and facts to learn from.
 
-    The single facts of the world are dealt into three parts, and every question is made of facts of
+    The single facts of the world are divided into three parts, and every question is made of facts of
     one part: those scored for the report, those scored for a choice, and those learned from share
     none, whichever set a question is in.
 

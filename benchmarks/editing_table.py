@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.editing_table [--model hops-gpt2 hops-llama] [--cases 300]`` writes
 ``docs/benchmarks/editing-table.md`` from the rows kept in ``benchmarks/results/editing-table/``, of
-which ``--only NAME ...`` makes some anew. Layers and strengths are chosen on other failed questions
+which ``--only NAME ...`` measures some again. Layers and strengths are chosen on other failed questions
 than those reported, by the rule that stands on the page.
 """
 
@@ -56,13 +56,13 @@ RULE = (
     "first answer tokens on 100 *other* failed questions (24 where fitting means gradient descent; the "
     "joint edit: as many as are edited), where each unrelated question answered wrongly beyond "
     f"{1 - ENOUGH:.1%} of them (first token) weighs as much as four that are not corrected; of "
-    "equals, those that keep most, then the fewest layers. The single facts of the world are dealt "
+    "equals, those that keep most, then the fewest layers. The single facts of the world are divided "
     "into three parts, and each question is made of facts of one part: what is reported (every set of "
     "queries), what settings are chosen on, and what C is counted on or a repair is trained on share "
     "no fact. GRACE keeps one codebook for all questions. The single hops, which CREME is held to keep "
-    "in the form it edits, are scored in the other two. An earlier rule, which went on rewarding kept "
+    "in the form it edits, are scored in the other two. An earlier rule, which kept rewarding kept "
     "questions up to 100%, chose weaker CREME edits (94.7% and 91.0% corrected on the questions "
-    "reported here) and was given up after that was seen. *Peak MiB* is the memory that fitting all "
+    "reported here) and was abandoned after that was seen. *Peak MiB* is the memory that fitting all "
     "questions took beyond what the process held before."
 )
 
@@ -117,7 +117,7 @@ class Together:
     """CREME edits of many facts applied at once: solved jointly, or made one after the other.
 
     Args:
-        size: facts in one model; more are dealt into parts, each with a model of its own.
+        size: facts in one model; more are divided into parts, each with a model of its own.
         ridge: of the joint edit; None makes them in sequence.
     """
 

@@ -93,7 +93,7 @@ def main() -> None:
     body = (
         "One clean and one corrupted prompt; every cell patches `resid_pre` at one layer and "
         "position and reads a logit difference at the last token. `get_act_patch_resid_pre` runs "
-        f"one forward pass a cell. Ratios are medians of {asked.pairs} interleaved pairs in one "
+        f"one forward pass per cell. Ratios are medians of {asked.pairs} interleaved pairs in one "
         "process; seconds are that run's and say little about another machine.\n\n"
         + table(columns, rows)
     )

@@ -1,4 +1,4 @@
-"""The layer x strength grid of one prompt: fan-out against one forward a cell; and long prompts.
+"""The layer x strength grid of one prompt: fan-out against one forward pass per cell; and long prompts.
 
 ``python -m benchmarks.injection_speed [--tokens 16] [--pairs 5] [--long 1000]``
 """
@@ -28,7 +28,7 @@ def fact(n_tokens: int) -> TwoHopFact:
 
 
 def sweep(model, item, positions):
-    """(our grid, one hooked forward a cell): both give first-token probabilities [layer, strength]."""
+    """(our grid, one hooked forward pass per cell): both give first-token probabilities [layer, strength]."""
     prompt = encode(model, item.prompt())
     first = target_of(model, prompt, item.answer).answer[0]
     tokens = torch.tensor([prompt.ids])
@@ -116,7 +116,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     columns = [
         "tokens", "positions injected", "largest difference of probabilities",
-        "times faster: median (range)", "fan-out grid, s", "one forward a cell, s",
+        "times faster: median (range)", "fan-out grid, s", "one forward pass per cell, s",
     ]  # fmt: skip
     long_rows = long_prompt(model, asked.long)
     long_columns = [
@@ -126,7 +126,7 @@ def main() -> None:
     body = (
         "A model of GPT-2 small's size (random weights, float32), one prompt, 12 layers x 15 "
         "strengths = 180 cells, Unembed. The other side is TransformerLens's `run_with_hooks`, one "
-        "forward a cell, with the memory encoded once. A memory *everywhere* changes every "
+        "forward pass per cell, with the memory encoded once. A memory *everywhere* changes every "
         "token from its layer on, so nothing of the prefix can be reused: what is saved is the "
         "layers below, the unembedding of unscored positions, and the cost of small matrix "
         f"products.\n\n{table(columns, rows)}\n\n## Long prompts\n\n{table(long_columns, long_rows)}"

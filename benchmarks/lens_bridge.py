@@ -35,7 +35,7 @@ def probe_facts(facts, n, bridges=20):
 
 
 def probe_rows(model, facts):
-    """A row a layer: accuracy, control, selectivity [95%], first hops not seen."""
+    """One row per layer: accuracy, control, selectivity [95%], first hops not seen."""
     result = fact_probes(model, facts)
     selectivity = result.ci(variable="selectivity")
     unseen = result["unseen_correct"].mean("unseen_example")

@@ -36,7 +36,7 @@ def interval(ci, digits=3):
 
 
 def tuned_rows(model, lens, evaluated):
-    """A row a layer: KL of the tuned lens, of the logit lens, and the difference."""
+    """One row per layer: KL of the tuned lens, of the logit lens, and the difference."""
     result = evaluate_lens(model, lens, evaluated)
     rows = []
     for layer in lens.layers:

@@ -171,7 +171,7 @@ def main() -> None:
             f"## {Path(name).name}\n\n{len(pairs)} pairs of held-out two-hop questions (form *{asked.form}*) that "
             "differ in their first hop and are both answered; metric: logit difference of the two "
             "answers' first tokens.\n\n### Where patching restores most\n\nMean change over the "
-            "mean difference of the two runs, clean into corrupted; the three largest of a kind.\n\n"
+            "mean difference of the two runs, clean into corrupted; the three largest of each kind.\n\n"
             + table(["kind", "cell", "share restored"], maps(model, pairs))
             + "\n\n### Estimates against exact patching\n\nAll cells at the named places, patched "
             "exactly beside the estimate.\n\n"
@@ -199,7 +199,7 @@ def main() -> None:
                 ],
                 circuit(model, pairs, sizes),
             )
-            + "\n\n### Heads\n\nOn random tokens said twice.\n\n"
+            + "\n\n### Heads\n\nOn random tokens, repeated once.\n\n"
             + table(["kind", "strongest head", "attention there"], heads(model))
         )
     print(

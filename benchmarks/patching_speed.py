@@ -71,7 +71,7 @@ def theirs(
             _, cache = model.run_with_cache(
                 tokens[0], names_filter=lambda n: n.endswith(f"hook_{kind}")
             )
-            # It keeps one number a cell: the mean over pairs.
+            # It keeps one number per cell: the mean over pairs.
             return sweep(model, tokens[1], cache, lambda x: difference(x[:, -1]).mean())
 
     return call
@@ -227,7 +227,7 @@ def hugging_face_twin(model: Any) -> Any:
 
 
 def nnsight_sweep(model: Any, clean: Prompt, corrupted: Prompt) -> Callable[[], torch.Tensor]:
-    """One trace a cell: set a block's input at a position, save the last logits."""
+    """One trace per cell: set a block's input at a position, save the last logits."""
     from nnsight import NNsight
 
     wrapped = NNsight(hugging_face_twin(model))
@@ -386,7 +386,7 @@ def page(found: dict[str, list[list[Any]]]) -> str:
     parts = []
     if loops := [row for name in (*LOOPS, "llama") for row in found.get(name, [])]:
         parts.append(
-            "## Against TransformerLens's loops\n\nOne full forward pass a cell there; `patch` "
+            "## Against TransformerLens's loops\n\nOne full forward pass per cell there; `patch` "
             "here, as a user calls it, the clean run's activations and all labels included. "
             "*Fewer operations* counts the multiplications of both; that ratio is what an ideal "
             "machine would gain. Models have random weights; a cell's value is a logit difference at "
@@ -396,14 +396,14 @@ def page(found: dict[str, list[list[Any]]]) -> str:
     if found.get("libraries"):
         parts.append(
             "## Against other libraries\n\nThe residual sweep of GPT-2 small in each one's natural "
-            "code: one traced or intervened call a cell.\n\n"
+            "code: one traced or intervened call per cell.\n\n"
             + table(LIBRARY_COLUMNS, found["libraries"])
         )
     if found.get("growth"):
         parts.append(
             "## How cost grows\n\nThe residual sweep of a GPT-2 of width 768, one run each. *Peak* is "
             "the memory the process takes at the most during its first sweep, beyond what it held "
-            "before; `PatchJob.plan` tells beforehand what its rows and its copies of weights will take.\n\n"
+            "before; `PatchJob.plan` says beforehand what its rows and its copies of weights will take.\n\n"
             + table(GROWTH_COLUMNS, found["growth"])
         )
     return "\n\n".join(parts)

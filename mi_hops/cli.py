@@ -71,7 +71,7 @@ def study(
         str | None,
         typer.Option(
             help="How --facts is read: jsonl, geo, mquake, memory_injections or table; by default "
-            "told from the file."
+            "inferred from the file."
         ),
     ] = None,
     columns: Annotated[
@@ -80,7 +80,7 @@ def study(
             metavar="FIELD=COLUMN",
             help="A table's column for a fact's field, once for each: bridge=director, "
             "prompts.suffix=question (prompts take their form after a dot). By default the "
-            "columns that are called like a field.",
+            "columns that are named like a field.",
         ),
     ] = None,
     templates: Annotated[
@@ -104,7 +104,7 @@ def study(
     ] = None,
     sizes: Annotated[
         Literal["quick", "default", "full"],
-        typer.Option(help="How many questions each step takes; full bounds nothing."),
+        typer.Option(help="How many questions each step takes; full sets no bound."),
     ] = "default",
     shots: Annotated[
         int | None,

@@ -76,7 +76,7 @@ def creme(
     unrelated prompts less.
 
     Args:
-        asked: a fact or a `Request`, or several of them, each edited for itself.
+        asked: a fact or a `Request`, or several of them, each edited on its own.
         layers: blocks to edit; default the last third.
         settings: of `CremeSettings`: covariance, form, strength, match, cover, keep, ...
 
@@ -110,7 +110,7 @@ def creme_many(
     progress: bool = False,
     **settings: Any,
 ) -> list[Edit]:
-    """CREME edits of many facts, each for itself, many in one pass; the model is left as it is.
+    """CREME edits of many facts, each on its own, many in one pass; the model is left as it is.
 
     Args:
         asked: facts, or requests.

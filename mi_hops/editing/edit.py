@@ -359,7 +359,7 @@ def check_weights(model: HookedModel, made_for: str, what: str = "the edit was")
     if made_for not in (now, base):
         under = "" if now == base else f" (under the edits applied: {base})"
         raise WrongWeightsError(
-            f"{what} made for weights {made_for}, this model's are {now}{under}; make it anew on "
+            f"{what} made for weights {made_for}, this model's are {now}{under}; make it again on "
             "this model, or load the model it was made on with the same dtype and weight processing"
         )
     return now
@@ -385,7 +385,7 @@ def _put_back(
 ) -> None:
     """Originals back into the weights, and `stack` as what is applied.
 
-    Copying twice does no harm, so whatever stops it in the midst (an interrupt, a device's error)
+    Copying twice does no harm, so whatever stops it midway (an interrupt, a device's error)
     is met by doing all of it once more. Only what fails twice leaves the stack as it was.
     """
     try:

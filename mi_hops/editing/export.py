@@ -16,7 +16,7 @@ from mi_hops.editing.edit import Edit, stack
 from mi_hops.model import CHECKPOINTS, HookedModel, dtype_of, load_model, prepends_bos, read_matrix
 from mi_hops.result.files import replacing
 
-#: Matrix -> where families keep it; ``{}`` is the layer. The module's class tells the order: a
+#: Matrix -> where families keep it; ``{}`` is the layer. The module's class decides the order: a
 #: Conv1D stores [d_in, d_out], a Linear [d_out, d_in].
 _MODULES = {
     "W_O": ("transformer.h.{}.attn.c_proj", "model.layers.{}.self_attn.o_proj"),
@@ -37,7 +37,7 @@ def export_hf(
 ) -> Path:
     """Write the edited model as a checkpoint folder that plain ``transformers`` loads.
 
-    The checkpoint is read anew from where it lies, so a loaded model is not touched, and everything
+    The checkpoint is read again from its source, so a loaded model is not touched, and everything
     in it but the edited matrices is kept: tied weights, tokenizer, configuration. Weights are
     summed in float32 or wider and cast once. Nothing of a remote repository's code is run.
 
@@ -148,7 +148,7 @@ def _source(
     source = str(getattr(model_or_path.tokenizer, "name_or_path", ""))
     if not source:
         raise ValueError(
-            "the model does not tell where its checkpoint lies; pass the folder or the hub id"
+            "the model does not say where its checkpoint is; pass the folder or the hub id"
         )
     return source, dtype or dtype_of(model_or_path)
 

@@ -198,7 +198,7 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_bridge_known(model: HookedModel, request: Request) -> None:
-    """Refuse a bridge the tokenizer has no words for.
+    """Refuse a bridge with tokens that the tokenizer does not know.
 
     Raises:
         ValueError: one of its tokens is the unknown token.

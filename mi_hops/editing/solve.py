@@ -51,7 +51,7 @@ def solve_keys(
     penalty = torch.full((len(a),), slack, dtype=torch.float64, device=a.device)
     penalty[:n] = ridge
     m = m + torch.diag(penalty * scale)
-    # Scaled to a unit diagonal, the factor's smallest pivot tells dependence, not size.
+    # Scaled to a unit diagonal, the factor's smallest pivot measures dependence, not size.
     unit = m.diagonal().clamp_min(torch.finfo(m.dtype).tiny).rsqrt()
     factor, info = torch.linalg.cholesky_ex(m * unit[:, None] * unit[None])
     if info or factor.diagonal().min() ** 2 < len(a) * 1e-12:

@@ -25,7 +25,7 @@ class TeacherForcedBatch:
         tokens: prompt and answer but its last token, right-padded.
         scored: positions whose next token is an answer token; rows with shorter answers repeat
             their last.
-        answers: the tokens to be said there.
+        answers: the tokens to be predicted there.
         weights: one over the answer's length at real tokens, 0 at repeats.
     """
 

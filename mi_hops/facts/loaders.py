@@ -47,7 +47,7 @@ def load_jsonl(path: str | Path, *, on_error: OnError = "raise") -> Facts:
     """Facts from a file of one JSON object per line, as `save_jsonl` writes it.
 
     Args:
-        path: the file; blank lines are passed over.
+        path: the file; blank lines are skipped.
         on_error: what to do with a line that is not a fact: "raise", or "drop" with a note.
 
     Raises:
@@ -186,7 +186,7 @@ def load_facts(
         format: "jsonl" (our own), "geo" (gzipped JSON with wordings), "memory_injections" (CSV),
             "mquake" (JSON) or "table" (CSV). By default: "table" for a frame and where `columns` are
             given; otherwise by the name's ending, ``.jsonl``, ``.gz``, ``.csv`` or ``.tsv`` (a
-            table if its columns are called like a fact's fields, else memory injections); any other
+            table if its columns are named like a fact's fields, else memory injections); any other
             file by its first character, "[" being MQuAKE's list and "{" our objects.
         on_error: what to do with malformed records: "raise", or "drop" with a note.
         columns, separator: of a table; see `load_table`.
@@ -198,7 +198,7 @@ def load_facts(
 
     Raises:
         FileNotFoundError: no such file.
-        FactsFileError: an empty or malformed file, or one whose format cannot be told.
+        FactsFileError: an empty or malformed file, or one whose format cannot be inferred.
         ValueError: an unknown format, or an option that this format does not have.
 
     Examples:

@@ -55,7 +55,7 @@ def load_table(
             column's name. For the prompts, the table and the form, ``"prompts.suffix": "query"``
             (one form of ``prompts`` is needed; ``first_prompts`` and ``second_prompts`` alike). For
             ``paraphrases``, ``bridge_aliases``, ``answer_aliases`` and ``meta``: a column or
-            several. By default, the columns that are called like a field.
+            several. By default, the columns named like a field.
         separator: splits a cell of a list field into several texts, e.g. ``"|"``.
         on_error: what to do with a malformed row (an empty cell where a value is needed):
             "raise", or "drop" with a note.
@@ -124,7 +124,7 @@ def load_table(
 
 
 def _named_like_fields(frame: pd.DataFrame, source: str) -> dict[str, str]:
-    """The columns called like a field, each under its own name."""
+    """The columns named like a field, each under its own name."""
     names = [str(c) for c in frame.columns]
     if not has_fields(names):
         raise FactsFileError(
@@ -174,7 +174,7 @@ def read_frame(path: str | Path) -> pd.DataFrame:
 
     path = existing_file(path)
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    # pandas numbers records and pads short ones with NaN; the csv module tells lines, so that an
+    # pandas numbers records and pads short ones with NaN; the csv module knows lines, so that an
     # error can point at one.
     rows: list[list[str]] = []
     try:

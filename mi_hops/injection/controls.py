@@ -1,6 +1,6 @@
 """What a memory is compared with: other memories, and other vectors, that should not help.
 
-A curated memory is the fact's bridge. It helps for what it says only if it helps more than a random
+A curated memory is the fact's bridge. It helps because of what it says only if it helps more than a random
 word, another fact's bridge, or a random vector of the same length. The answer itself is the upper
 bound: injecting it may simply write it out.
 """

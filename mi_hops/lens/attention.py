@@ -1,7 +1,7 @@
 """The attention lens: a learned map from each head's output to the vocabulary.
 
 Source: *Attention Lens* (Sakarvadia et al. 2023, arXiv 2310.16270). The published lens of a head is
-an affine map d -> V of its own (38.6M numbers a head for GPT-2 small), started at W_U and trained so
+an affine map d -> V of its own (38.6M numbers per head for GPT-2 small), started at W_U and trained so
 that the *sum* of a layer's heads gives the model's output. That supervises the sum only; how it is
 split among heads is left to the start. Two other objectives are offered, and two smaller layouts:
 

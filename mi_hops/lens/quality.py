@@ -1,6 +1,6 @@
 """How well a lens reads a model: held-out KL beside the logit lens, cross-entropy, agreement.
 
-The same numbers answer what becomes of a lens on another layer or another model of the same width
+The same numbers say what becomes of a lens on another layer or another model of the same width
 (`TrainedLens.moved`): evaluate the moved lens on that model.
 """
 
@@ -120,7 +120,7 @@ def evaluate_heads(
     max_tokens: int = 1024,
     max_length: int | None = None,
 ) -> Result:
-    """What single heads' readings are worth, by two standards.
+    """How good single heads' readings are, by two measures.
 
     Args:
         lens: an attention lens; compare it with ``AttentionLens(model)``, untrained, which is the
@@ -130,7 +130,7 @@ def evaluate_heads(
         Result on ``layer, head``, means over all tokens: ``kl`` = KL(output || the head's reading)
         and ``leave_one_out_kl`` = KL(output || logits without the head, plus its reading), both in
         nats, with the baseline ``without_kl`` = KL(output || logits without the head): a reading
-        that tells what the head adds brings the second below the third.
+        that captures what the head adds brings the second below the third.
 
     Raises:
         ValueError: a lens of another model, a lens that does not read heads, or an empty corpus.

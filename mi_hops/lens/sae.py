@@ -58,10 +58,10 @@ def train_sae(
     Activations at BOS, which are like no others, are left out; so is padding.
 
     Args:
-        corpus: texts, facts or a file, gone through in random order as often as it takes.
+        corpus: texts, facts or a file, visited in random order, repeatedly if need be.
         d_sae: features; default 8 d_model.
         k: features active at a time.
-        samples: activations that are learnt from, in batches of `batch_size`.
+        samples: activations to train on, in batches of `batch_size`.
 
     Returns:
         An inference autoencoder of SAELens (``sae.encode``, ``sae.decode``, ``sae.W_dec``,
@@ -195,7 +195,7 @@ def fact_features(
 def bridge_features(
     features: Result, *, min_count: int = 4, threshold: float = 0.0, seed: int = 0
 ) -> pd.DataFrame:
-    """For each bridge the feature that tells it best, chosen on one half, evaluated on the other.
+    """For each bridge the feature that identifies it best, chosen on one half, evaluated on the other.
 
     "Active" (above `threshold`) is taken as saying "this bridge".
 
@@ -340,7 +340,7 @@ def _hook_of(model: HookedModel, layer: int) -> str:
 
 
 def _check_reads(model: HookedModel, sae: Any, layer: int) -> None:
-    """Refuse an autoencoder that is known to read something else than this stream."""
+    """Refuse an autoencoder that is known to read something other than this stream."""
     resolve_layers(model, "resid", layer)
     width = int(sae.W_dec.shape[1])
     metadata = getattr(getattr(sae, "cfg", None), "metadata", None) or {}

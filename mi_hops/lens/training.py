@@ -118,7 +118,7 @@ def train_lens(
     """Train a lens in place, to match the output of `model` on a corpus.
 
     Texts (pieces as long as the context, each once) are shuffled and split into training and
-    held-out ones by the seed. Padding is never learnt from. The lens ends up with each layer's best
+    held-out ones by the seed. Padding is never trained on. The lens ends up with each layer's best
     parameters on the held-out texts.
 
     Args:
@@ -343,7 +343,7 @@ class _Training:
         if different := [key for key in own if known.get(key) != own[key]]:
             raise ValueError(
                 f"{folder} holds a training with another {', '.join(different)}; use another folder, "
-                "or delete it to start anew"
+                "or delete it to start over"
             )
         self.restore(stored, record["state"])
 
@@ -398,7 +398,7 @@ def _split(
 
 
 def _stream(rows: Sequence[TokenRow], plan: LensTraining, *, skip: int) -> Iterator[Batch]:
-    """Batches without end, in a new order at each round; the first `skip` are passed over."""
+    """Batches without end, in a new order at each round; the first `skip` are skipped."""
     n, rounds = 0, 0
     while True:
         order = np.random.default_rng([plan.seed, rounds]).permutation(len(rows))

@@ -126,7 +126,7 @@ def bridge_cache(join: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]], l
 class Prefix:
     """What a pass over base prompts leaves for others: keys and values, and the residual stream.
 
-    Made by `Recorder`; keys and values a layer, ``[base, pos, kv_head, d_head]`` for
+    Made by `Recorder`; keys and values per layer, ``[base, pos, kv_head, d_head]`` for
     HookedTransformer and ``[base, kv_head, pos, d_head]`` for the Bridge, and ``[base, pos,
     d_model]`` at each hook where rows join.
     """

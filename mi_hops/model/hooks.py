@@ -80,7 +80,7 @@ def require_layers(model: HookedModel, layers: Iterable[int]) -> None:
 def plain_hooks(model: HookedModel, hooks: Sequence[Hook]) -> list[PlainHook]:
     """Hooks as TransformerLens takes them, in ``run_with_hooks(fwd_hooks=...)`` and ``hooks(...)``.
 
-    ``hook_resid_mid`` is changed truly on both classes: on the Bridge that hook sits on the MLP's
+    ``hook_resid_mid`` is really changed on both classes: on the Bridge that hook sits on the MLP's
     branch only, so the change is made at ``hook_attn_out``, after all hooks given for that name.
 
     Raises:

@@ -36,7 +36,7 @@ def dtype_of(model: HookedModel) -> torch.dtype:
 
 
 def processing_of(model: HookedModel) -> Literal["none", "fold"]:
-    """Whether TransformerLens's weight processing (folding, centring) is in force."""
+    """Whether TransformerLens's weight processing (folding, centring) was applied."""
     if backend_of(model) == "bridge":
         return "fold" if getattr(model, "_weights_processed", False) else "none"
     return "fold" if str(model.cfg.normalization_type).endswith("Pre") else "none"
@@ -46,7 +46,7 @@ def prepends_bos(model: HookedModel) -> bool:
     """Whether prompts of this model begin with BOS.
 
     It is TransformerLens's own setting, ``cfg.default_prepend_bos``. `load_model` sets it to what the
-    tokenizer does, or as it was told; a model that was loaded otherwise keeps what it has.
+    tokenizer does, or to its own ``bos=``; a model loaded in another way keeps what it has.
     """
     wanted = bool(getattr(model.cfg, "default_prepend_bos", True))
     return wanted and getattr(model.tokenizer, "bos_token_id", None) is not None

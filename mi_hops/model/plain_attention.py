@@ -24,8 +24,8 @@ _ARCHITECTURES = ("GPT2LMHeadModel", "LlamaForCausalLM")
 def plain_attention(model: HookedModel) -> Iterator[None]:
     """For the length of the block, passes over a `RowCache` attend without hook points.
 
-    HookedTransformer rotates all keys anew in every pass, repeats them for every head that shares
-    them, and lays scores and pattern open. Here keys are kept as they are rotated, and what stays is
+    HookedTransformer rotates all keys again in every pass, repeats them for every head that shares
+    them, and exposes scores and pattern. Here keys are cached already rotated, and what remains is
     a difference of rounding. Nothing changes for a Bridge, in half precision (where the order of
     summation shows) and for other families.
     """

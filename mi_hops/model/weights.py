@@ -52,7 +52,7 @@ def read_matrix(model: HookedModel, matrix: str, layer: int) -> Float[Tensor, "d
     weight = live_matrix(model, matrix, layer).detach()
     if not torch.isfinite(weight).all():
         raise ValueError(
-            f"{matrix} of layer {layer} holds non-finite values; the model is damaged, load it anew"
+            f"{matrix} of layer {layer} holds non-finite values; the model is damaged, load it again"
         )
     return rearrange(weight, "... d_out -> (...) d_out").clone()
 

@@ -9,7 +9,7 @@ difference of Wang et al. 2022, arXiv 2211.00593, for any metric)::
 
     effect = (score - score of the base) / (score of the other run - score of the base)
 
-so 0 means that nothing changed and 1 that the whole way was gone: restored when denoising (base =
+so 0 means that nothing changed and 1 that the score became the other run's: restored when denoising (base =
 corrupted), as broken as the corrupted run when noising (base = clean).
 """
 
@@ -289,7 +289,7 @@ class PatchJob:
         return self.metrics.scored(self.sources, self.base_targets, known)
 
     def score_other(self) -> Float[Tensor, "example metric"] | None:
-        """Scores of the other run by itself; None where what is given does not tell them."""
+        """Scores of the other run by itself; None where what is given does not determine them."""
         others = self.other_scored()
         return score(self.model, others) if others else self._given_score()
 
@@ -456,7 +456,7 @@ class PatchJob:
         return logits
 
     def _given_score(self) -> Float[Tensor, "example metric"] | None:
-        """Scores of the given activations' run; None where they do not tell them."""
+        """Scores of the given activations' run; None where they do not determine them."""
         logits = self._given_logits()
         items = self.scored()
         plain = all(m.plan(i.target) == Plan() for i in items for m in i.metrics)

@@ -130,7 +130,7 @@ def _longer(prompt: Prompt, extra: Sequence[int]) -> Prompt:
 class _CircuitPass:
     """The hooks of one pass: K circuits, each with a row of its own and one for each reader.
 
-    At the input of a block the batch is made anew: K main rows, then, for every circuit, one row
+    At the input of a block the batch is rebuilt: K main rows, then, for every circuit, one row
     with the input of each query, key and value head. Norm and projections run on all; then the main
     rows take each head from its reader's row, and go on through attention and MLP. Where the class
     lets them (`splits_blocks`), the readers' rows end there.

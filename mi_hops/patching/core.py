@@ -278,4 +278,4 @@ def require_effect(effect: Tensor, why: str) -> None:
         ValueError: with the reason.
     """
     if effect.isnan().all():
-        raise ValueError(f"no effect can be told: {why}")
+        raise ValueError(f"no effect is defined: {why}")

@@ -59,7 +59,7 @@ def aggregate(
         frame: one row per query. Columns ``case``, ``set``, ``before`` and ``after`` (probability of
             the right answer, unrepaired and repaired); optionally ``wrong_before`` and
             ``wrong_after`` (of a competing answer, NaN where there is none) and ``repair``. Other
-            columns are passed over.
+            columns are ignored.
         level, n_resamples, seed: of the bootstrap over cases.
 
     Returns:

@@ -208,7 +208,7 @@ def _checked(
     asked = list(queries)
     if not asked:
         raise ValueError(
-            "there are no queries to score; build_sets(...).describe() tells why sets are empty"
+            "there are no queries to score; build_sets(...).describe() says why sets are empty"
         )
     unknown_cases = sorted({q.case for q in asked} - set(ids))
     if unknown_cases:

@@ -321,7 +321,7 @@ class Evaluation:
 
 
 def _with_perplexity(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of mean loss a token, as perplexity."""
+    """The rows of mean loss per token, as perplexity."""
     import pandas as pd
 
     name = table.index.get_level_values("statistic")

@@ -266,7 +266,7 @@ def find_gap(
     max_new_tokens: int = 6,
     stop: Sequence[str] = STOP,
 ) -> Gap:
-    """Ask all three questions of each fact greedily and tell which facts fall into the gap.
+    """Ask all three questions of each fact greedily and determine which facts fall into the gap.
 
     A fact without a first-hop or second-hop prompt, or without a two-hop prompt of a form asked, is
     skipped, with its reason.

@@ -33,7 +33,7 @@ def evaluate_sequential(
     """Score the model with the first n edits all applied, on the queries of their n facts.
 
     Each size is a repair of its own in the result (``"1 edit"``, ``"10 edits"``, ...), asked for its
-    own cases (`Evaluation.case_ids_of`). Its correction tells how many of the first n edits survive
+    own cases (`Evaluation.case_ids_of`). Its correction shows how many of the first n edits survive
     the later ones, its specificity what all of them together cost. The evaluation's ``frame`` has a
     column ``edit`` besides: the place of the query's case among the edits, from 1, so that old and
     new ones can be told apart.

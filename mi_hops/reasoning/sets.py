@@ -99,7 +99,7 @@ def build_sets(
         facts: the cases.
         gap: what the unrepaired model answers, from `find_gap`.
         known: the same, of one's own, instead of a gap.
-        pool: facts that the other questions are drawn from; cases in it are welcome. By default the
+        pool: facts that the other questions are drawn from; it may contain the cases. By default the
             facts of the gap, else the cases.
         form: of the correction prompt and of the two-hop questions drawn; by default the gap's, else
             each fact's first.

@@ -240,7 +240,7 @@ class Result:
 
     @property
     def n_used(self) -> int | None:
-        """How many examples the numbers rest on; None where it was not given and no dimension tells."""
+        """How many examples the numbers rest on; None where it was not given and no dimension says."""
         return self._used if self._used is not None else self.data.sizes.get("example")
 
     def describe(self) -> str:

@@ -1,4 +1,4 @@
-"""Statistics over examples: bootstrap and exact intervals, and ways to tell a heavy-tailed change.
+"""Statistics over examples: bootstrap and exact intervals, and ways to report a heavy-tailed change.
 
 Plain arrays in, plain arrays (or a small frame) out. Intervals are percentile bootstraps over
 examples: a whole example is resampled with all its cells, so that cells stay comparable, and every
@@ -147,9 +147,9 @@ def summarise_change(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Change of positive numbers (probabilities) from `before` to `after`, told in several ways.
+    """Change of positive numbers (probabilities) from `before` to `after`, summarised in several ways.
 
-    Relative change r = (after - before) / before is unbounded above and ruled by tiny denominators,
+    Relative change r = (after - before) / before is unbounded above and dominated by tiny denominators,
     so its mean never stands alone. r is 0 where before is 0, as in the published CREME code.
 
     Args:
@@ -293,7 +293,7 @@ def _statistic(statistic: Statistic, values: np.ndarray, axis: int) -> np.ndarra
 def _index_chunks(
     n: int, n_resamples: int, rng: np.random.Generator, width: int
 ) -> Iterator[np.ndarray]:
-    """Resampled indices [some resamples, n], few enough at once for `width` numbers a resample."""
+    """Resampled indices [some resamples, n], few enough at once for `width` numbers per resample."""
     size = max(1, _CHUNK // max(width, 1))
     for start in range(0, n_resamples, size):
         yield rng.integers(0, n, size=(min(size, n_resamples - start), n))

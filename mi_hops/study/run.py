@@ -47,8 +47,8 @@ def run_study(
 
     Args:
         model: a name or path for `load_model`, or a loaded model.
-        facts: a file, name or frame for `load_facts`, facts (those that `load_facts` gives bring
-            their account along), or None for the bundled ones (Hopland).
+        facts: a file, name or frame for `load_facts`, facts (those of `load_facts` keep their
+            record of dropped rows), or None for the bundled ones (Hopland).
         out: folder for the results; an unfinished study with the same settings is resumed, a
             finished one reopened.
         settings: seed and limit of the facts, how they are asked, and how many each step takes.
@@ -58,7 +58,7 @@ def run_study(
 
     Warns:
         UserWarning: an unfinished study is resumed with other versions of its libraries, or on
-            another device; `Study.made_with` tells which step was made with which.
+            another device; `Study.made_with` says which step was made with which.
 
     Raises:
         FileExistsError: the folder holds other files, or a study with other settings.

@@ -22,7 +22,7 @@ def batched_with_oom_backoff(
 ) -> Iterator[tuple[Sequence[Item], Found]]:
     """Each part of at most `size` items, in order, with what `run` makes of it.
 
-    Where memory runs out, this part and those after it are half as long. A part is run anew as a
+    Where memory runs out, this part and those after it are half as long. A part is run again as a
     whole, so `run` should only return what it finds; what is done with it outside runs once.
 
     Args:

@@ -1,6 +1,6 @@
 """Greedy generation, and when a generated text counts as the answer.
 
-Answered rightly means: greedily, over the whole vocabulary, the whole answer and its end. What a
+Answered correctly means: greedily, over the whole vocabulary, the whole answer and its end. What a
 model goes on to say after the end (`STOP`) does not matter; a longer name does.
 """
 
@@ -109,8 +109,8 @@ def generate(
 
     Args:
         batch_size: rows that run together, at most.
-        repair: acts on row r by ``states[r]`` at every step; needs `states`, one a prompt.
-        stop: strings that end a generation, wherever they stand in the generated text; may be
+        repair: acts on row r by ``states[r]`` at every step; needs `states`, one per prompt.
+        stop: strings that end a generation, wherever they occur in the generated text; may be
             empty.
 
     Raises:
@@ -311,7 +311,7 @@ def _read(model: HookedModel, ids: list[int], stop: Sequence[str]) -> Generation
 def end_ids(model: HookedModel, stop: Sequence[str] = STOP) -> tuple[int, ...]:
     """Tokens that end an answer: EOS, and every token whose text starts with a stop string.
 
-    Spaces at the start of a token are passed over. For `metrics.Greedy`; reads the whole
+    Spaces at the start of a token are ignored. For `metrics.Greedy`; reads the whole
     vocabulary, so call it once.
     """
     check_stop(stop)
@@ -365,7 +365,7 @@ def answered(
     """Generate from each prompt and compare with its answer.
 
     Args:
-        answers, aliases: one answer, and one (possibly empty) sequence of aliases, a prompt.
+        answers, aliases: one answer, and one (possibly empty) sequence of aliases, per prompt.
         max_new_tokens: raised, for a row whose answer or alias needs it, to the longest of them
             and three more, so that its article and its end can be seen.
         stop: a stop string that an answer or alias holds itself does not end that row's

@@ -49,7 +49,7 @@ class Repair(Protocol):
         ...
 
     def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> Sequence[Any]:
-        """One state a fact, in order; the model is left as it was."""
+        """One state per fact, in order; the model is left as it was."""
         ...
 
     def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:

@@ -63,7 +63,7 @@ def token_batches(
     Args:
         texts: an iterable (a generator will do) of texts or facts, which become their statements
             (`fact_texts`); or the path of a file: JSON Lines with a ``text`` key where its name
-            ends in ``.jsonl``, else plain text, one text per line. Blank texts are passed over.
+            ends in ``.jsonl``, else plain text, one text per line. Blank texts are skipped.
         max_tokens: bound on rows times width of a batch, padding included.
         max_length: longer texts are cut into pieces of as many tokens, BOS included; default the
             model's context, or `max_tokens` where that is less.

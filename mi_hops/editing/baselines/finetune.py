@@ -46,7 +46,7 @@ def finetune_many(
     bound: float = 0.5,
     batch_size: int = 8,
 ) -> list[Edit]:
-    """FT+L edits of many facts, each for itself; the model is left as it is.
+    """FT+L edits of many facts, each on its own; the model is left as it is.
 
     The steps are those of Adam on a deep copy of the matrix, made side by side for the facts of a
     batch.

@@ -1,7 +1,7 @@
 """MEMIT: many facts written into the MLPs of several layers at once (arXiv 2210.07229).
 
 For each fact a vector δ is searched for (as in `rome`) that, added to the residual stream behind the
-last of the layers at the subject's last token, makes the prompt be answered correctly. Then, layer by
+last of the layers at the subject's last token, makes the model answer the prompt correctly. Then, layer by
 layer from below, each layer writes its share of what is still missing there: with keys K as rows and
 ``R = (z - h) / (layers left)``, z the stream wanted and h the stream as edited so far,
 ``W_out <- W_out + (λ C + K^T K)^-1 K^T R``.

@@ -105,7 +105,7 @@ def rome_many(
     batch_size: int = 16,
     **search: Any,
 ) -> list[Edit]:
-    """ROME edits of many facts, each for itself; the model is left as it is.
+    """ROME edits of many facts, each on its own; the model is left as it is.
 
     Args:
         asked: facts or requests; the two-hop prompt is taught its target.

@@ -396,13 +396,13 @@ def _relative(scores: Mapping[str, Any]) -> Table:
             rows.append([_name(name), repair, *cells, str(mine["mean_before"]["n"])])
     columns = ["asked", "edit", "score before", "after", "share raised", "relative change, median"]
     return Table(
-        "The CREME paper's score, and what stands behind its mean",
+        "The CREME paper's score, and what lies behind its mean",
         [*columns, "relative change, mean", "mean ln(after / before)", "n cases"],
         rows,
         texts=2,
         fold=True,
         note="The score is the mean probability over the answer's tokens. Its mean relative change "
-        "is the paper's number; a few tiny probabilities before the edit rule it, so the median, "
+        "is the paper's number; a few tiny probabilities before the edit dominate it, so the median, "
         "the share raised and the mean logarithm stand beside it. Brackets: 95% bootstrap intervals.",
     )
 

@@ -304,6 +304,6 @@ def _memories(result: Result, cell: Mapping[str, Any]) -> Iterator[Figure | Tabl
         note="Relative change is (after − before) / before of the first answer token's "
         "probability: 1 means doubled. It has a heavy tail (a tiny probability before makes a "
         "huge ratio), so its mean must not be read alone: the median and the mean logarithm "
-        "tell the usual case. Within 2 SD: without ratios beyond two standard deviations. Brackets: "
+        "show the usual case. Within 2 SD: without ratios beyond two standard deviations. Brackets: "
         "95% bootstrap intervals, exact ones for shares.",
     )
