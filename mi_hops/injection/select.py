@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mi_hops.injection.encodings import Encoder
 from mi_hops.injection.memory import Chooser, MemoryInjection
 from mi_hops.injection.place import Absent, Place
 from mi_hops.result.result import Result, difference_ci, proportion_ci, summarise_change
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -197,8 +195,6 @@ def cell_report(
         >>> list(mi_hops.cell_report(grid, cell, n_resamples=50))[:3]
         ['n', 'correct_before', 'correct']
     """
-    import pandas as pd
-
     chosen = result.sel(**cell.labels)
     if examples is not None:
         chosen = chosen.sel(example=list(examples))

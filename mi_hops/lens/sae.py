@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from einops import rearrange
 from fancy_einsum import einsum
@@ -32,9 +33,6 @@ from mi_hops.sweep.metrics import get_metrics
 from mi_hops.sweep.runs import Scored, run_sweep
 from mi_hops.text.corpus import token_batches
 from mi_hops.text.tokens import Batch
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: Where a trained autoencoder remembers the weights that it belongs to.
 _FINGERPRINT = "mi_hops_fingerprint"
@@ -211,8 +209,6 @@ def bridge_features(
     Raises:
         ValueError: no bridge with enough facts.
     """
-    import pandas as pd
-
     activation = features["activation"].values
     on = activation > threshold
     bridges = features["bridge"].values

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from mi_hops.model.classes import backend_of
 from mi_hops.model.types import HookedModel
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 #: Bytes that second copies of the weights may take together; what goes beyond stays as it is.
 MOST_BYTES = 2**30

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.model.classes import backend_of
 from mi_hops.model.types import HookedModel
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 #: Families whose attention is what `_forward` computes.
 _ARCHITECTURES = ("GPT2LMHeadModel", "LlamaForCausalLM")

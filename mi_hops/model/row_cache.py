@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from mi_hops.model import HookedModel, backend_of, device_of, n_kv_heads
 from mi_hops.model.cache import bridge_cache
 from mi_hops.model.hooks import additive_mask
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
-    from torch import Tensor
 
 
 def takes_unequal_rows(model: HookedModel) -> bool:

@@ -16,10 +16,12 @@ where none are given, at a score of 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from einops import reduce
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.model import HookedModel, dtype_of, hook_name
 from mi_hops.model.numeric import wide_dtype
@@ -33,8 +35,9 @@ from mi_hops.patching.core import (
     require_effect,
     taken,
 )
+from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
-from mi_hops.sweep.interventions import HEAD_AXIS
+from mi_hops.sweep.interventions import HEAD_AXIS, Change
 from mi_hops.sweep.interventions import ablate as zero
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike
@@ -43,13 +46,6 @@ from mi_hops.sweep.pairs import Pairs, PairsLike, Texts, as_prompts
 from mi_hops.sweep.scoring import score
 from mi_hops.sweep.sites import Cell, Grid, Sites, SitesLike
 from mi_hops.text.tokens import Prompt, TokenError
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mi_hops.result.result import Result
-    from mi_hops.sweep.interventions import Change
 
 How = Literal["zero", "mean", "position_mean", "resample"]
 

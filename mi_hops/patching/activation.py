@@ -19,10 +19,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.model import HookedModel, dtype_of, hook_name, read_out
 from mi_hops.model.layout import copied_bytes, pretransposed_weights
@@ -35,7 +36,8 @@ from mi_hops.patching.core import (
     require_effect,
     taken,
 )
-from mi_hops.sweep.interventions import HEAD_AXIS
+from mi_hops.result.result import Result
+from mi_hops.sweep.interventions import HEAD_AXIS, Change
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import KL, MetricLike, Plan
 from mi_hops.sweep.normalising import normalised
@@ -45,13 +47,6 @@ from mi_hops.sweep.runs import Scored, Sweep
 from mi_hops.sweep.scoring import next_token_logits, score
 from mi_hops.sweep.sites import Cell, Direction, Sites, SitesLike, activation_width
 from mi_hops.text.tokens import Prompt
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mi_hops.result.result import Result
-    from mi_hops.sweep.interventions import Change
 
 
 def patch(

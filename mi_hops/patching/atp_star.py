@@ -17,14 +17,15 @@ sign; here it carries that of the estimate without dropout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from einops import reduce
 from fancy_einsum import einsum
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.model import Hook, HookedModel, capture, hook_name, n_kv_heads
 from mi_hops.model.numeric import wide_dtype
@@ -32,12 +33,6 @@ from mi_hops.patching.gradients import overlaid, run_with_gradients
 from mi_hops.patching.products import Places, add_cells, by_place, contract, difference
 from mi_hops.sweep.runs import Scored, Sweep, score_and_capture
 from mi_hops.sweep.sites import Cell
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 def atp_star(

@@ -33,10 +33,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from fancy_einsum import einsum
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.model import HookedModel, dtype_of, hook_name
 from mi_hops.model.numeric import wide_dtype
@@ -56,10 +58,6 @@ from mi_hops.sweep.pairs import PairsLike
 from mi_hops.sweep.runs import Scored, score_and_capture
 from mi_hops.sweep.sites import Cell, Direction, SitesLike
 from mi_hops.text.tokens import align
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 Method = Literal["gradient", "integrated", "atp*", "atp+qkfix"]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange, reduce
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.model import HookedModel, capture, provenance
 from mi_hops.result.result import Result
@@ -20,10 +22,6 @@ from mi_hops.sweep.runs import Scored, run_sweep
 from mi_hops.sweep.scoring import next_token_logits
 from mi_hops.sweep.sites import Cell, Grid
 from mi_hops.text.tokens import Prompt, pad
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 #: (cell, block, number of a sample) -> the change that the cell makes there.
 ChangeOf = Callable[[Cell, int, int], Change]

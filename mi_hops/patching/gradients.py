@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.model import Hook, HookedModel, dtype_of, hook_name
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.runs import Scored, Sweep
 from mi_hops.sweep.scoring import logits_at
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

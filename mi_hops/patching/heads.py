@@ -7,11 +7,13 @@ TransformerLens's own (`transformer_lens.head_detector`, `all_composition_scores
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange, reduce
 from fancy_einsum import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from mi_hops.model import HookedModel, capture, hook_name, provenance
 from mi_hops.model.numeric import widen
@@ -21,10 +23,6 @@ from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.pairs import Pairs, PairsLike, as_prompts, one_each
 from mi_hops.sweep.scoring import logits_at
 from mi_hops.text.tokens import Prompt, TokenError, Where, last_position, positions
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
 
 Composition = Literal["q", "k", "v"]
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from mi_hops.model import HookedModel, dtype_of
 from mi_hops.model.numeric import wide_dtype
@@ -32,6 +34,7 @@ from mi_hops.patching.nodes import (
     writers,
 )
 from mi_hops.result.progress import progress_bar
+from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.interventions import Change, Intervention, Site, add
 from mi_hops.sweep.limits import Limits
@@ -44,12 +47,6 @@ from mi_hops.sweep.scoring import score
 from mi_hops.sweep.sites import Direction
 from mi_hops.text.tokens import Where, pad
 from mi_hops.text.tokens import positions as positions_of
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-    from torch import Tensor
-
-    from mi_hops.result.result import Result
 
 
 def path_patch(

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange, reduce
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from mi_hops.model import hook_name
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.sweep.sites import Cell
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.model import HookedModel, embedding, hook_name, hooked, require_hooks
 from mi_hops.patching.core import GridSweep, Metrics, captured, put, require_effect, taken
 from mi_hops.result.progress import progress_bar
-from mi_hops.sweep.interventions import Intervention, Site
+from mi_hops.result.result import Result
+from mi_hops.sweep.interventions import Change, Intervention, Site
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, require_finite
 from mi_hops.sweep.normalising import score_gap
@@ -32,13 +35,6 @@ from mi_hops.sweep.scoring import score
 from mi_hops.sweep.sites import Cell, Grid, Sites, SitesLike
 from mi_hops.text.tokens import Prompt, TokenError, Where
 from mi_hops.text.tokens import positions as positions_of
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mi_hops.result.result import Result
-    from mi_hops.sweep.interventions import Change
 
 Severed = Literal["none", "mlp", "attn"]
 _SEVERED_KIND = {"mlp": "mlp_out", "attn": "attn_out"}

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from einops import rearrange
+from torch import Tensor
 
 from mi_hops.result.result import Result
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,8 +84,6 @@ class Attribution(Result):
         Raises:
             ValueError: `top` below 1, or estimates that were pickled, which have no model.
         """
-        import pandas as pd
-
         if top is not None and top < 1:
             raise ValueError(f"top is {top}; expected at least 1 cell, or None for all")
         if self._exact is None:

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mi_hops.result.statistics import bootstrap_ci, proportion_ci
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 COLUMNS = ("value", "lower", "upper", "n_queries", "n_cases", "unit")
 
@@ -143,8 +141,6 @@ def by_group(
     seed: int = 0,
 ) -> pd.DataFrame:
     """Reduce the scores of each (repair,) set of a long frame; see `aggregate` for the result."""
-    import pandas as pd
-
     keys = [c for c in ("repair", "set") if c in frame]
     parts = {}
     for label, part in frame.groupby(keys, sort=False, observed=True):
@@ -162,8 +158,6 @@ def reduce_scores(
     Args:
         cases: ``[query]``, the case of each query.
     """
-    import pandas as pd
-
     settings: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
     _, codes = np.unique(np.asarray(cases, dtype=str), return_inverse=True)
     rows: dict[str, tuple[float, float, float, int, int, str]] = {}

@@ -21,10 +21,12 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.cases import Case, usable
 from mi_hops.facts.fact import TwoHopFact
@@ -35,10 +37,6 @@ from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import METRICS, Target
 from mi_hops.sweep.runs import Scored, run_sweep
 from mi_hops.text.tokens import Prompt
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 Variant = Literal["published", "exact"]
 ROLES = ("first hop", "last")

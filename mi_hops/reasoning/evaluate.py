@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.editing import Edit, EditRepair
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel, dtype_of, provenance
 from mi_hops.model.numeric import kl_divergence, wide_dtype
 from mi_hops.reasoning.aggregate import aggregate
@@ -41,12 +44,6 @@ from mi_hops.sweep.metrics import (
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.scoring import logits_at, score_prompts
 from mi_hops.text.tokens import Batch, batches, encode
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mi_hops.facts.fact import TwoHopFact
 
 __all__ = ["Evaluation", "aggregate", "evaluate"]
 

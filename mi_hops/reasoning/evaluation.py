@@ -322,8 +322,6 @@ class Evaluation:
 
 def _with_perplexity(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of mean loss per token, as perplexity."""
-    import pandas as pd
-
     name = table.index.get_level_values("statistic")
     rows = table[name.str.startswith("statement_loss")].copy()
     rows[["value", "lower", "upper"]] = np.exp(rows[["value", "lower", "upper"]])
@@ -337,8 +335,6 @@ def _dtype(column: pd.Series) -> Any:
 
 
 def _series(values: np.ndarray) -> pd.Series:
-    import pandas as pd
-
     if values.dtype.kind != "O":
         return pd.Series(values.tolist() if values.dtype.kind in "UT" else values)
     # xarray and pandas make NaN of a None among texts.

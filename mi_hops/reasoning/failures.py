@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from mi_hops.cases import Case, usable
 from mi_hops.facts.unusable import NoUsableFactError
@@ -37,7 +38,6 @@ from mi_hops.text.matching import matches, normalise
 from mi_hops.text.tokens import answer_ids, encode, find_text
 
 if TYPE_CHECKING:
-    import pandas as pd
     import plotly.graph_objects as go
 
 #: Type -> its rule, in the order in which they are tried.
@@ -69,8 +69,6 @@ class FailureTypes(Result):
 
     def shares(self) -> pd.DataFrame:
         """Per type: ``share`` of the failures with its exact 95% interval, ``lower``, ``upper``, ``n``."""
-        import pandas as pd
-
         types, rows = self["type"].values, {}
         for name in TYPES:
             k, n = int((types == name).sum()), len(types)

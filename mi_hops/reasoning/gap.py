@@ -13,6 +13,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import pandas as pd
+import xarray as xr
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.forms import require_form
@@ -25,9 +27,7 @@ from mi_hops.sweep.generate import Answered, answered
 from mi_hops.text.matching import STOP, matches
 
 if TYPE_CHECKING:
-    import pandas as pd
     import plotly.graph_objects as go
-    import xarray as xr
 
 HOPS = ("first", "second", "two_hop")
 #: Label of the form where each fact is asked in its own first.
@@ -176,16 +176,12 @@ class Gap(Result):
 
         ``says_bridge`` counts those whose two-hop answer is the bridge.
         """
-        import pandas as pd
-
         index = pd.MultiIndex.from_product([[True, False]] * 3, names=list(HOPS))
         counts = self.frame.groupby(list(HOPS))["says_bridge"].agg(n="size", says_bridge="sum")
         return counts.reindex(index, fill_value=0).astype(int).reset_index()
 
     def by_split(self) -> pd.DataFrame:
         """Per split: n, shares answered of each hop and of the two-hop question, with intervals."""
-        import pandas as pd
-
         rows = []
         for split, part in self.frame.groupby("split", sort=False):
             row: dict[str, object] = {"split": split, "n": len(part)}
@@ -207,8 +203,6 @@ class Gap(Result):
             variable, kind: a figure of one variable instead, as in `Result.plot`.
             keywords: for `plots.bars`.
         """
-        import pandas as pd
-
         if variable is not None or kind is not None:
             return super().plot(variable, kind=kind, **keywords)
         rows = []

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from mi_hops.editing import Edit, EditRepair, stack
 from mi_hops.editing.rows import require_not_applied
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import HookedModel
 from mi_hops.reasoning.evaluate import evaluate
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.queries import Query, QuerySets
-
-if TYPE_CHECKING:
-    from mi_hops.facts.fact import TwoHopFact
 
 SIZES = (1, 10, 100)
 

@@ -12,14 +12,12 @@ import json
 import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import xarray as xr
 
 from mi_hops.result.files import replacing
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 _HEADER = "mi_hops_header"
 _CELLS = "mi_hops_cells"
@@ -66,8 +64,6 @@ def read(path: str | os.PathLike[str]) -> tuple[xr.Dataset, dict[str, Any]]:
         FileNotFoundError: There is no such file.
         ValueError: The file was not written by `write`.
     """
-    import xarray as xr
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")

@@ -12,12 +12,11 @@ import pandas as pd
 
 from mi_hops.facts.unusable import count_reasons
 from mi_hops.result import plots
+from mi_hops.result.result import Result
 from mi_hops.study.numbers import Estimate, left_out
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-    from mi_hops.result.result import Result
 
 SHARE = "share of questions"
 

@@ -26,10 +26,6 @@ from mi_hops.study.study import Study, made_with
 from mi_hops.study.summary import summarise
 from mi_hops.text.tokens import TokenError, encode
 
-if TYPE_CHECKING:
-    import pandas as pd
-    import torch
-
 
 def run_study(
     model: str | Path | HookedModel,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.result.result import Result
 
 if TYPE_CHECKING:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.result.display import html_table, shorten
 from mi_hops.result.result import Result
 from mi_hops.study.folder import Folder, read_json
 from mi_hops.study.steps import STEPS
-
-if TYPE_CHECKING:
-    from mi_hops.reasoning.evaluation import Evaluation
 
 _KINDS = {step.name: step.kind for step in STEPS}
 

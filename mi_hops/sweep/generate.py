@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from mi_hops.model import HookedModel, device_of, has_hooks
 from mi_hops.model.cache import new_cache
@@ -35,10 +37,6 @@ from mi_hops.text.tokens import (
     encode,
     pad,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
 
 from mi_hops.model import HookedModel
 from mi_hops.sweep.metrics import Target
 from mi_hops.text.tokens import Prompt, TokenError, answer_ids, encode
-
-if TYPE_CHECKING:
-    pass
 
 #: One prompt: text (BOS is put first), a `Prompt`, or token ids ``[pos]`` (which run as they are).
 Text = str | Prompt | torch.Tensor

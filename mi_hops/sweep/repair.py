@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel
-
-if TYPE_CHECKING:
-    from mi_hops.facts.fact import TwoHopFact
-    from mi_hops.text.tokens import Prompt
+from mi_hops.text.tokens import Prompt
 
 
 @dataclass(frozen=True)

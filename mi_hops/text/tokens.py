@@ -11,16 +11,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from mi_hops.model import HookedModel, prepends_bos
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
-    from torch import Tensor
 
 #: A position: an index (negative counts from the end), a slice, a substring of the prompt, or one of
 #: two words: ``"last"`` (the last token) and ``"all"`` (every token). The words win over a substring.

@@ -14,12 +14,14 @@ every question are trained as single facts.
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from pathlib import Path
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.templates import Wording, first_hop_phrase, prompts_about
@@ -42,155 +44,30 @@ def _relation(domain: str, name: str, target: str, statement: str, question: str
     return Relation(f"{domain}.{name}", domain, target, Wording(noun, f"[X] {statement}", question))
 
 
-_RELATIONS = tuple(
-    _relation(*row)
-    for row in (
-        # people -> people, companies, cities, countries, works
-        ("person", "spouse", "person", "is married to", "Who is [X] married to?"),
-        ("person", "mother", "person", "was raised by", "Who raised [X]?"),
-        ("person", "teacher", "person", "studied under", "Who taught [X]?"),
-        ("person", "rival", "person", "competes with", "Who competes with [X]?"),
-        ("person", "friend", "person", "often visits", "Who does [X] often visit?"),
-        ("person", "neighbour", "person", "lives beside", "Who lives beside [X]?"),
-        ("person", "doctor", "person", "is treated by", "Who treats [X]?"),
-        ("person", "idol", "person", "looks up to", "Who does [X] look up to?"),
-        ("person", "employer", "company", "works for", "Who does [X] work for?"),
-        ("person", "birthplace", "city", "was born in", "Where was [X] born?"),
-        ("person", "homeland", "country", "is a citizen of", "Where is [X] a citizen?"),
-        ("person", "masterpiece", "work", "is famous for", "What is [X] famous for?"),
-        # people -> attributes
-        ("person", "profession", "profession", "earns money as", "What does [X] earn money as?"),
-        ("person", "instrument", "instrument", "plays the", "What does [X] play?"),
-        ("person", "language", "language", "speaks", "What does [X] speak?"),
-        ("person", "pet", "animal", "keeps a", "What does [X] keep?"),
-        ("person", "hobby", "hobby", "spends weekends on", "What does [X] spend weekends on?"),
-        ("person", "colour", "colour", "always wears", "What does [X] always wear?"),
-        ("person", "dish", "dish", "likes to eat", "What does [X] like to eat?"),
-        ("person", "drink", "drink", "likes to drink", "What does [X] like to drink?"),
-        ("person", "gem", "gem", "collects", "What does [X] collect?"),
-        ("person", "flower", "flower", "grows", "What does [X] grow?"),
-        ("person", "vehicle", "vehicle", "travels by", "What does [X] travel by?"),
-        # works
-        ("work", "author", "person", "was written by", "Who wrote [X]?"),
-        ("work", "hero", "person", "tells about", "Who does [X] tell about?"),
-        ("work", "editor", "person", "was edited by", "Who edited [X]?"),
-        ("work", "translator", "person", "was translated by", "Who translated [X]?"),
-        ("work", "publisher", "company", "was published by", "Who published [X]?"),
-        ("work", "setting", "city", "takes place in", "Where does [X] take place?"),
-        ("work", "genre", "genre", "belongs to", "What does [X] belong to?"),
-        ("work", "season", "season", "begins in", "When does [X] begin?"),
-        ("work", "cover", "colour", "is bound in", "What is [X] bound in?"),
-        ("work", "emblem", "animal", "shows a", "What does [X] show?"),
-        # companies
-        ("company", "founder", "person", "was founded by", "Who founded [X]?"),
-        ("company", "director", "person", "is led by", "Who leads [X]?"),
-        ("company", "owner", "person", "is owned by", "Who owns [X]?"),
-        ("company", "designer", "person", "buys drawings from", "Who sells drawings to [X]?"),
-        ("company", "headquarters", "city", "is based in", "Where is [X] based?"),
-        ("company", "product", "product", "makes", "What does [X] make?"),
-        ("company", "metal", "metal", "trades in", "What does [X] trade in?"),
-        ("company", "mascot", "animal", "advertises with a", "What does [X] advertise with?"),
-        ("company", "logo", "colour", "is painted in", "What is [X] painted in?"),
-        ("company", "vehicle", "vehicle", "delivers by", "What does [X] deliver by?"),
-        # cities
-        ("city", "mayor", "person", "is governed by", "Who governs [X]?"),
-        ("city", "architect", "person", "was built by", "Who built [X]?"),
-        ("city", "patron", "person", "prays to", "Who does [X] pray to?"),
-        ("city", "country", "country", "is located in", "Where is [X] located?"),
-        ("city", "river", "river", "lies on the", "What does [X] lie on?"),
-        ("city", "festival", "season", "celebrates in", "When does [X] celebrate?"),
-        ("city", "speciality", "dish", "is known for", "What is [X] known for?"),
-        ("city", "tree", "tree", "is shaded by", "What is [X] shaded by?"),
-        ("city", "stone", "metal", "is rich in", "What is [X] rich in?"),
-        # countries
-        ("country", "president", "person", "is ruled by", "Who rules [X]?"),
-        ("country", "poet", "person", "loves the verses of", "Who is loved by [X]?"),
-        ("country", "general", "person", "is defended by", "Who defends [X]?"),
-        ("country", "capital", "city", "has its parliament in", "Where is the parliament of [X]?"),
-        (
-            "country",
-            "tongue",
-            "language",
-            "teaches its children",
-            "What are children taught in [X]?",
-        ),
-        ("country", "currency", "currency", "pays in", "What does [X] pay in?"),
-        ("country", "bird", "bird", "protects the", "What does [X] protect?"),
-        ("country", "bloom", "flower", "is covered with", "What is [X] covered with?"),
-        ("country", "crop", "crop", "exports", "What does [X] export?"),
-        ("country", "sport", "sport", "cheers for", "What does [X] cheer for?"),
-    )
+#: Relations, values of attributes, and the parts that names are made of.
+_WORDS = json.loads(
+    (Path(__file__).parent.parent / "data" / "hopland-words.json").read_text("utf-8")
 )
-
-_VALUES = {
-    "profession": "baker, painter, sailor, judge, miner, tailor, pilot, ship builder, clock maker, farmer",
-    "instrument": "violin, flute, harp, drum, cello, bass drum, bass flute, organ, trumpet",
-    "language": "Ossic, Tarvic, Old Tarvic, Lumish, Old Lumish, Brevic, Candish, Low Candish",
-    "animal": "fox, heron, otter, badger, grey wolf, grey hare, lynx, raven, mole, white hare",
-    "hobby": "chess, archery, pottery, rowing, bird watching, star watching, weaving, fencing",
-    "colour": "red, blue, dark blue, dark green, green, amber, violet, pale amber, white, black",
-    "dish": "lentil soup, onion soup, rye bread, fig bread, dumplings, trout, goat cheese, plum cake",
-    "drink": "mint tea, black tea, cider, plum wine, red wine, cocoa, ginger beer, milk",
-    "gem": "opal, ruby, river pearl, black pearl, topaz, jade, garnet, star ruby",
-    "flower": "tulip, wild rose, white rose, iris, poppy, wild orchid, orchid, clover",
-    "vehicle": "tram, ferry, night train, mail train, bicycle, balloon, sled, mail coach",
-    "genre": "satire, romance, court drama, folk drama, folk tale, ghost tale, elegy, farce",
-    "season": "spring, summer, autumn, winter, early spring, late summer",
-    "product": "lamps, glass beads, glass bottles, carpets, paper, soap, fishing nets, copper wire, bells",
-    "metal": "copper, iron, silver, tin, white gold, red gold, zinc, lead",
-    "river": "Aune, Great Aune, Sorve, Little Sorve, Teld, Isk, Great Isk, Mirrow",
-    "tree": "oak, silver birch, birch, black pine, pine, elm, willow, silver fir",
-    "currency": "dorin, new dorin, tolm, crown, half crown, brask, silver tolm",
-    "bird": "crane, owl, snow owl, swift, snow goose, wild goose, eagle",
-    "crop": "barley, wheat, winter wheat, rice, wild rice, cotton, flax",
-    "sport": "polo, water polo, curling, sailing, ice sailing, wrestling, cycling",
-}
-
-_FIRST = "Mara Joren Ilse Tobin Adela Ruben Nadia Casper Lotte Emil Vera Anton".split()
-_PARTICLE = ("van", "del")
-_LAST = (
-    "Velten Osk Tarrow Brandt Calder Minz Harrow Lindt Sorrel Quill Ferro Ashby Dravik Nystrom Pell "
-    "Garm Rusk Thorne Wexley Zoller Kestrel Moorland Salter Vance Whitlock Ivers"
-).split()
-_MONONYMS = "Ondo Tamsin Belko Yarrow Fenna Drusk Ziska Corvo".split()
-_WORK = (
-    ("Silver", "Burning", "Lost", "Seven", "Quiet", "Broken"),
-    ("River", "Gardens", "Letters", "Kingdom", "Mirrors", "Harvest", "Bridges", "Lanterns"),
-    ("Revisited", "Remembered"),
-)
-_COMPANY = (
-    ("Orbit", "Halden", "Northgate", "Bluestone", "Meridian", "Castor"),
-    ("Foods", "Glass", "Motors", "Textiles", "Press", "Shipping"),
-    ("Union", "Trust"),
-)
-_CITY = (
-    ("Port", "Lake", "Upper", "Saint", "New", "Fort"),
-    ("Alder", "Brava", "Corin", "Dunmore", "Estrel", "Fallow", "Gilden", "Hollin"),
-    ("Bay", "Hill"),
-)
-_COUNTRY = (
-    ("North", "South", "East", "United"),
-    ("Velia", "Karst", "Ombra", "Tyrren", "Lusk"),
-    ("Isles", "Coast"),
-)
+_RELATIONS = tuple(_relation(*row) for row in _WORDS["relations"])
 
 
 def _people(n: int, rng: random.Random) -> list[str]:
-    two = [f"{a} {b}" for a, b in product(_FIRST, _LAST)]
-    three = [f"{a} {p} {b}" for a, p, b in product(_FIRST, _PARTICLE, _LAST)]
-    return _mix(n, _MONONYMS, two, three, rng)
+    first, particles, last, one = _WORDS["people"].values()
+    two = [f"{a} {b}" for a, b in product(first, last)]
+    three = [f"{a} {p} {b}" for a, p, b in product(first, particles, last)]
+    return _mix(n, one, two, three, rng)
 
 
-def _places(n: int, parts: tuple[tuple[str, ...], ...], rng: random.Random) -> list[str]:
-    heads, cores, tails = parts
+def _places(n: int, kind: str, rng: random.Random) -> list[str]:
+    heads, cores, tails = _WORDS["places"][kind]
     two = [f"{h} {c}" for h, c in product(heads, cores)]
     three = [f"{h} {c} {t}" for h, c, t in product(heads, cores, tails)]
     return _mix(n, cores, two, three, rng)
 
 
-def _mix(n: int, one: object, two: list[str], three: list[str], rng: random.Random) -> list[str]:
+def _mix(n: int, one: list[str], two: list[str], three: list[str], rng: random.Random) -> list[str]:
     """`n` distinct names, about 1/6 of one word, 1/2 of two and 1/3 of three."""
-    pools = [list(one), two, three]  # type: ignore[call-overload]
+    pools = [one, two, three]
     sizes = [max(1, n // 6), 0, n // 3]
     sizes[1] = n - sizes[0] - sizes[2]
     for size, pool in zip(sizes, pools, strict=True):
@@ -263,12 +140,12 @@ class Hopland:
         self.relations = _RELATIONS
         self.entities = {
             "person": _people(people, rng),
-            "work": _places(works, _WORK, rng),
-            "company": _places(companies, _COMPANY, rng),
-            "city": _places(cities, _CITY, rng),
-            "country": _places(countries, _COUNTRY, rng),
+            "work": _places(works, "work", rng),
+            "company": _places(companies, "company", rng),
+            "city": _places(cities, "city", rng),
+            "country": _places(countries, "country", rng),
         }
-        self.values = {kind: text.split(", ") for kind, text in _VALUES.items()}
+        self.values: dict[str, list[str]] = dict(_WORDS["values"])
         self.kind_of = {name: kind for kind, names in self.entities.items() for name in names}
         self.facts: dict[tuple[str, str], Single] = {}
         for relation in self.relations:

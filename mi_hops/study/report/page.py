@@ -20,8 +20,6 @@ from mi_hops.study.summary import headlines
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from mi_hops.study.study import Study
-
 
 @dataclass(frozen=True)
 class _Section:

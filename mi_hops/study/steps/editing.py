@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from mi_hops.cases import Case, usable
 from mi_hops.editing import PAPER, CremeRepair, Moments, second_moments
@@ -26,7 +28,8 @@ from mi_hops.study.choose import (
     choose_edit,
     layer_spans,
 )
-from mi_hops.study.context import Skip
+from mi_hops.study.context import Run, Skip
+from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import (
     Headline,
     estimate,

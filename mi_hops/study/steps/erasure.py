@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from mi_hops.reasoning.erasure import erase_bridge
 from mi_hops.result.result import Result
-from mi_hops.study.context import Skip, choosing
+from mi_hops.study.context import Run, Skip, choosing
+from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, layers, mean, number, number_headline, sign
 from mi_hops.study.parts import Block, Figure, Table, Text, curves, frame, used
 from mi_hops.study.step import Step

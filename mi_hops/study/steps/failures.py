@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mi_hops.reasoning.failures import RULES, FailureTypes, failure_types
+from mi_hops.study.context import Run
+from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import left_out, percent, share
 from mi_hops.study.parts import Block, Figure, Table, bars, row
 from mi_hops.study.step import Step
-
-if TYPE_CHECKING:
-    from mi_hops.study.context import Run
-    from mi_hops.study.folder import Folder
 
 
 class Failures(Step):

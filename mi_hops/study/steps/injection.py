@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from mi_hops.facts.unusable import count_reasons
 from mi_hops.injection import (
@@ -16,7 +18,8 @@ from mi_hops.injection import (
     select_cell,
 )
 from mi_hops.result.result import Result
-from mi_hops.study.context import Skip
+from mi_hops.study.context import Run, Skip
+from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import (
     Headline,
     estimate,

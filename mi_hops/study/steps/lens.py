@@ -28,9 +28,6 @@ from mi_hops.study.step import Step
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from mi_hops.study.context import Run
-    from mi_hops.study.folder import Folder
-
 PLACES = {"first hop": "first hop's last token", "last": "last token", "between": "between"}
 GROUPS = {"passed": "answered correctly", "failed": "failed"}
 #: The bridge by the papers' score (mean over its tokens), the answer by its first token.

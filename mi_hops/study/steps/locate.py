@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mi_hops.reasoning.locate import locate, located_layers
 from mi_hops.result.result import Result
+from mi_hops.study.context import Run
+from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, estimate, layers, mean, number
 from mi_hops.study.parts import Block, Figure, Table, Text, heatmap, used
 from mi_hops.study.step import Step
