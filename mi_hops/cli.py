@@ -34,7 +34,7 @@ app = typer.Typer(
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default CUDA where there is one.")
 ]
-Seed = Annotated[int, typer.Option(help="Decides everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what the folder holds.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -65,7 +65,10 @@ def study(
         str, typer.Option(help="A bundled model, a Hugging Face folder, or a hub id.")
     ] = "hops-gpt2",
     facts: Annotated[
-        Path | None, typer.Option(help="A file of two-hop facts; by default the bundled ones.")
+        Path | None,
+        typer.Option(
+            help="A file of two-hop facts, or the name of bundled ones (hopland, geo); by default hopland."
+        ),
     ] = None,
     format: Annotated[
         str | None,
@@ -174,7 +177,7 @@ def train_world(
         int | None,
         typer.Option(min=1, help="Updates, in one cycle; by default those of the recipe."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of weights and batch order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batch order.")] = 0,
     device: Device = None,
     limit: Annotated[
         int | None,
