@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
+from torch import Tensor
 
 from mi_hops.model import HookedModel
 from mi_hops.patching.circuit import Circuit
@@ -28,12 +29,8 @@ from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, get_metric
 from mi_hops.sweep.pairs import PairsLike
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
-
-    #: How bad each row is, and by pair ``[row, writer, pos, d_model]`` what its writers write.
-    _Tried = tuple[list[float], list[Tensor]]
+#: How bad each row is, and by pair ``[row, writer, pos, d_model]`` what its writers write.
+_Tried = tuple[list[float], list[Tensor]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,8 +127,6 @@ def acdc(
                 known = [change[row] for change in changes]
             bar.update(len(rows) - done)
             done = len(rows)
-    import pandas as pd
-
     table = pd.DataFrame(rows, columns=["sender", "receiver", "harm", "kept"])
     circuit = Circuit(frozenset((r.sender, r.receiver) for r in table.itertuples() if r.kept))
     return AcdcRun(circuit.pruned(model) if prune else circuit, table)

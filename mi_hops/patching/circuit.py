@@ -14,9 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import isfinite
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from mi_hops.model import (
     HookedModel,
@@ -36,9 +37,6 @@ from mi_hops.sweep.metrics import MetricLike
 from mi_hops.sweep.normalising import normalised
 from mi_hops.sweep.pairs import PairsLike
 from mi_hops.sweep.scoring import score
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, repr=False)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange, repeat
 from fancy_einsum import einsum
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from mi_hops.model import (
     Hook,
@@ -27,10 +29,6 @@ from mi_hops.patching.nodes import Edge, Node, Writes, all_edges, readers, write
 from mi_hops.sweep.metrics import require_finite
 from mi_hops.sweep.runs import Scored, Sweep
 from mi_hops.text.tokens import Prompt
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-    from torch import Tensor
 
 
 class CircuitRunner:

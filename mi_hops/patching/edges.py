@@ -18,11 +18,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
 from fancy_einsum import einsum
+from jaxtyping import Float
+from torch import Tensor
 
 from mi_hops.model import HookedModel, dtype_of, hook_name, require_hooks
 from mi_hops.model.numeric import wide_dtype
@@ -50,10 +52,6 @@ from mi_hops.sweep.normalising import score_gap
 from mi_hops.sweep.pairs import PairsLike
 from mi_hops.sweep.runs import Scored, score_and_capture
 from mi_hops.sweep.sites import Direction
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 def attribute_edges(

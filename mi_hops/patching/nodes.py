@@ -8,13 +8,15 @@ Readers: ``"L3H2.q"``, ``"L3H2.k"``, ``"L3H2.v"`` (key/value heads as they are c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from einops import repeat
 from fancy_einsum import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from mi_hops.model import (
     Hook,
@@ -37,12 +39,6 @@ from mi_hops.sweep.metrics import MetricLike
 from mi_hops.sweep.pairs import Pairs, PairsLike
 from mi_hops.sweep.sites import Direction, Sites
 from mi_hops.text.tokens import Prompt
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from jaxtyping import Float, Int
-    from torch import Tensor
 
 #: (writer, reader) by name.
 Edge = tuple[str, str]
