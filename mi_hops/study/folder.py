@@ -129,7 +129,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}); run the study in another folder, or anew with force=True"
+            f"{path} is damaged ({error}); run the study in another folder, or again with force=True"
         ) from None
 
 
@@ -139,7 +139,7 @@ def checksum(path: Path) -> str:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held so far, in bytes; NaN where it cannot be told."""
+    """The most memory that this process has held so far, in bytes; NaN where it cannot be determined."""
     try:
         from resource import RUSAGE_SELF, getrusage
     except ImportError:  # Windows

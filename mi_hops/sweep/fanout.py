@@ -153,7 +153,7 @@ def fan_out(
         while stack:
             step = stack.pop()
             first = base is None
-            # The first pass is made anew when work is resumed: the others need what it leaves.
+            # The first pass is run again when work is resumed: the others need what it leaves.
             values = attempt(step) if first else keep(partial(attempt, step), "pass", step.members)
             if not values:
                 half = len(step.members) // 2

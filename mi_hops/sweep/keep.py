@@ -2,7 +2,7 @@
 
 Inside ``with keeping(folder, identity)`` every value that `keep` makes is written, some seconds'
 worth at a time, and a later process that does the same work in the same order is given it instead of
-making it anew. A part is known by what its caller says of it, by the part it belongs to, and by how
+making it again. A part is known by what its caller says of it, by the part it belongs to, and by how
 often the same was asked for before; what else decides the values (weights, facts, settings,
 versions) belongs into `identity`. Outside of such a block nothing is kept.
 
