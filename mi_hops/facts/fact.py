@@ -101,7 +101,7 @@ class TwoHopFact:
         return _pick(self, self.second_prompts, form, "second-hop")
 
     def with_wording(self, first: Wording, second: Wording) -> TwoHopFact:
-        """The same fact asked otherwise: all prompts and the first-hop phrase are made anew.
+        """The same fact in other words: all prompts and the first-hop phrase are rebuilt.
 
         Args:
             first, second: how the first and the second relation are worded.

@@ -135,8 +135,6 @@ class Gap(Result):
         ``prob`` and ``said``; ``other_form``, whether it was answered correctly in another form;
         ``said_first`` and ``said_second``.
         """
-        import pandas as pd
-
         correct = self.data[self.score].astype(bool)
         here = self.data.isel(form=0)
         frame = pd.DataFrame({"id": here["example"].values, "split": here["split"].values})

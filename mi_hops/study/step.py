@@ -6,16 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from mi_hops.facts.reading import Facts
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.result.result import Result
-
-if TYPE_CHECKING:
-    from mi_hops.facts.reading import Facts
-    from mi_hops.reasoning.evaluation import Evaluation
-    from mi_hops.study.context import Run, StudySettings
-    from mi_hops.study.folder import Folder
-    from mi_hops.study.numbers import Headline
-    from mi_hops.study.parts import Block
+from mi_hops.study.context import Run, StudySettings
+from mi_hops.study.folder import Folder
+from mi_hops.study.numbers import Headline
+from mi_hops.study.parts import Block
 
 
 class Step(ABC):

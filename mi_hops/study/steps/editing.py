@@ -46,12 +46,6 @@ from mi_hops.study.parts import FAINT, Block, Figure, Table, Text, bars, row
 from mi_hops.study.step import Step
 from mi_hops.text.corpus import fact_texts
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from mi_hops.study.context import Run
-    from mi_hops.study.folder import Folder
-
 #: Cases reported for each case that is used for choosing, and what one of these costs: all
 #: candidates, on two sets of queries and without generation, against two edits on all sets.
 _CHOOSING, _CHOOSING_COST = 4, 6.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.reasoning.erasure import erase_bridge
 from mi_hops.result.result import Result
 from mi_hops.study.context import Run, Skip, choosing
@@ -16,10 +17,6 @@ from mi_hops.study.steps.lens import PLACES
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-    from mi_hops.facts.fact import TwoHopFact
-    from mi_hops.study.context import Run
-    from mi_hops.study.folder import Folder
 
 _VARIANTS = {"published": "published form", "exact": "exact form"}
 _CHANGED = "layer whose output is changed"

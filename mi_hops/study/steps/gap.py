@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.unusable import describe_reasons
 from mi_hops.reasoning.gap import HOPS, Gap, Score, find_gap, hop_prompt
+from mi_hops.study.context import Run
+from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, left_out, percent, share, share_headline, share_of
 from mi_hops.study.parts import Block, Figure, Table, Text, bars, row
 from mi_hops.study.step import Step
-
-if TYPE_CHECKING:
-    from mi_hops.facts.fact import TwoHopFact
-    from mi_hops.study.context import Run
-    from mi_hops.study.folder import Folder
 
 _YES = {True: "yes", False: "no"}
 #: Questions that the section opens with.

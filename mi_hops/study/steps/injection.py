@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.unusable import count_reasons
 from mi_hops.injection import (
     CONTROLS,
@@ -43,13 +44,6 @@ from mi_hops.study.parts import (
     used,
 )
 from mi_hops.study.step import Step
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from mi_hops.facts.fact import TwoHopFact
-    from mi_hops.study.context import Run
-    from mi_hops.study.folder import Folder
 
 _SCORE = "first_correct"
 _METRICS = (_SCORE, "first_prob", "first_logprob", "rank")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.reasoning.locate import locate, located_layers
 from mi_hops.result.result import Result
 from mi_hops.study.context import Run
@@ -15,11 +16,6 @@ from mi_hops.study.numbers import Headline, estimate, layers, mean, number
 from mi_hops.study.parts import Block, Figure, Table, Text, heatmap, used
 from mi_hops.study.step import Step
 from mi_hops.study.steps.lens import PLACES
-
-if TYPE_CHECKING:
-    from mi_hops.facts.fact import TwoHopFact
-    from mi_hops.study.context import Run
-    from mi_hops.study.folder import Folder
 
 _KINDS = {"attn_out": "Attention output", "mlp_out": "MLP output", "resid_post": "Block output"}
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from mi_hops.facts.reading import Facts
 from mi_hops.lens import LensTraining, TunedLens, train_lens
 from mi_hops.result import plots
 from mi_hops.result.result import Result
-from mi_hops.study.context import EXAMPLES
+from mi_hops.study.context import EXAMPLES, Run, StudySettings
+from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, figures, mean
 from mi_hops.study.parts import Block, Figure, Table, Text, panel
 from mi_hops.study.step import Step
@@ -20,10 +22,6 @@ from mi_hops.sweep.sample import sample
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-    from mi_hops.facts.reading import Facts
-    from mi_hops.study.context import Run, StudySettings
-    from mi_hops.study.folder import Folder
 
 #: Texts the lens is trained on, and the tokens of each that the model writes itself.
 TEXTS, WRITTEN = 160, 16

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from mi_hops.facts.reading import Facts
 from mi_hops.reasoning.wordings import CHOOSING, WordingChoice, choose_wordings
 from mi_hops.result.result import Result
+from mi_hops.study.context import Run, StudySettings
+from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, percent, share
 from mi_hops.study.parts import Block, Table, Text
 from mi_hops.study.step import Step
-
-if TYPE_CHECKING:
-    from mi_hops.facts.reading import Facts
-    from mi_hops.study.context import Run, StudySettings
-    from mi_hops.study.folder import Folder
 
 #: Worked examples tried where their number is not given.
 SHOTS = (0, 3)
