@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.geo import BUNDLED, load_geo
@@ -27,6 +25,9 @@ from mi_hops.facts.reading import (
 from mi_hops.facts.tables import Columns, has_fields, load_table, read_frame
 from mi_hops.facts.templates import Wording
 from mi_hops.result.files import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: How a file of facts is read.
 Format = Literal["geo", "jsonl", "memory_injections", "mquake", "table"]

@@ -6,9 +6,7 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.reading import (
@@ -23,6 +21,9 @@ from mi_hops.facts.reading import (
     not_utf8,
     refuse_same,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: The relations of a table that does not name them.
 UNNAMED_RELATIONS = ("first hop", "second hop")
@@ -169,6 +170,8 @@ def read_frame(path: str | Path) -> pd.DataFrame:
         FileNotFoundError: no such file.
         FactsFileError: not UTF-8, no header, two columns of one name, rows of unequal length.
     """
+    import pandas as pd
+
     path = existing_file(path)
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     # pandas numbers records and pads short ones with NaN; the csv module knows lines, so that an
@@ -256,6 +259,8 @@ def _open(table: str | Path | pd.DataFrame) -> tuple[pd.DataFrame, str, str]:
 
 def _missing(value: Any) -> bool:
     """None, NaN and pandas's NA, the ways in which a cell of a frame can be empty."""
+    import pandas as pd
+
     return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 

@@ -1,5 +1,6 @@
 """Which activation causes the answer: patching, ablation, tracing, attribution, paths and edges."""
 
+from mi_hops.patching import tasks
 from mi_hops.patching.ablation import ablate
 from mi_hops.patching.acdc import AcdcRun, acdc
 from mi_hops.patching.activation import PatchJob, PatchPlan, patch
@@ -35,5 +36,6 @@ __all__ = [
     "patch",
     "path_patch",
     "subject_roles",
+    "tasks",
     "trace",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from mi_hops.result.statistics import to_numpy
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def as_labels(given: Any) -> Any:

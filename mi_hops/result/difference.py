@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import xarray as xr
-
 from mi_hops.result.intervals import interval
 from mi_hops.result.statistics import difference_ci
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from mi_hops.result.result import Result
 
 
 def subtract(a: Result, b: Result) -> dict[str, Any]:
     """What `Result.__sub__` makes its result of."""
+    import xarray as xr
+
     shared = [
         str(name)
         for name, array in a.data.data_vars.items()
@@ -64,6 +66,8 @@ def difference(
     Raises:
         ValueError: labels or lengths that do not match.
     """
+    import xarray as xr
+
     if paired:
         right = matched(right, left, dim, "; pass paired=False")
     try:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import xarray as xr
-
 from mi_hops.result import plots
 from mi_hops.result.intervals import averaging_note, interval
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    import xarray as xr
 
     from mi_hops.result.result import Result
 

@@ -10,11 +10,11 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-import xarray as xr
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
+    import xarray as xr
 
 FONT = "Helvetica, Arial, sans-serif"
 MAX_TICKS = 40
@@ -142,6 +142,8 @@ def tick_settings(
 
 def as_frame(data: pd.DataFrame | Mapping[str, Any], *columns: str | None) -> pd.DataFrame:
     """The data as a frame that has all the named columns."""
+    import pandas as pd
+
     frame = pd.DataFrame(data)
     missing = [name for name in columns if name is not None and name not in frame.columns]
     if missing:

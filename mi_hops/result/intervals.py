@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from mi_hops.result.statistics import Statistic, bootstrap_ci, point_estimate
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def interval(
     array: xr.DataArray, dim: str, level: float, n_resamples: int, seed: int, statistic: Statistic
 ) -> xr.Dataset:
     """estimate, lower, upper and n of an array of floats over one of its dimensions."""
+    import xarray as xr
+
     array = array.transpose(dim, ...)
     lower, upper = bootstrap_ci(
         array.values, level=level, n_resamples=n_resamples, seed=seed, statistic=statistic

@@ -12,12 +12,14 @@ import json
 import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from mi_hops.result.files import replacing
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 _HEADER = "mi_hops_header"
 _CELLS = "mi_hops_cells"
@@ -64,6 +66,8 @@ def read(path: str | os.PathLike[str]) -> tuple[xr.Dataset, dict[str, Any]]:
         FileNotFoundError: There is no such file.
         ValueError: The file was not written by `write`.
     """
+    import xarray as xr
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")

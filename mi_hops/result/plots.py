@@ -19,8 +19,6 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-import xarray as xr
 
 from mi_hops.result.figure_parts import (
     MAX_TICKS,
@@ -40,7 +38,9 @@ from mi_hops.result.figure_parts import (
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
+    import xarray as xr
 
 #: Colours that stay apart for colour-blind readers (Okabe and Ito), darkest contrast first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

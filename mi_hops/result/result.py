@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
-import xarray as xr
 
 from mi_hops.result import intervals, netcdf
 from mi_hops.result.checks import as_labels, check_finite
@@ -44,7 +42,9 @@ from mi_hops.result.statistics import (
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
+    import xarray as xr
 
 __all__ = ["Result", "bootstrap_ci", "difference_ci", "proportion_ci", "summarise_change"]
 
@@ -99,6 +99,8 @@ class Result:
         skipped: Iterable[tuple[str, str]] = (),
         allow_nonfinite: bool = False,
     ) -> None:
+        import xarray as xr
+
         dataset = data if isinstance(data, xr.Dataset) else xr.Dataset(dict(data))
         self.data: xr.Dataset = dataset.map(netcdf.storable, keep_attrs=True).assign_coords(
             {
@@ -151,6 +153,8 @@ class Result:
             ValueError: As in `Result`; or two arrays differ in the length of a dimension, a name is
                 used twice, or a unit is given for no variable.
         """
+        import xarray as xr
+
         baselines = dict(baselines or {})
         both = {**values, **baselines}
         if len(both) < len(values) + len(baselines):
@@ -360,6 +364,8 @@ class Result:
         Columns: ``variable``, ``role`` (value or baseline), the dimensions and further labels (empty
         where a variable does not have them), ``value``.
         """
+        import pandas as pd
+
         frames = []
         for name, variable in self.data.data_vars.items():
             if variable.ndim:
@@ -461,6 +467,8 @@ class Result:
         return array.astype(float)
 
     def _reduce(self, statistic: Literal["mean", "median"], dim: str | Sequence[str]) -> Result:
+        import xarray as xr
+
         dims = [dim] if isinstance(dim, str) else list(dim)
         unknown = set(dims) - set(self.data.dims)
         if unknown:

@@ -10,10 +10,12 @@ missing values, single values and empty samples are answered rather than refused
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: ``"mean"``, ``"median"`` (both skip NaN), or a function ``f(array, axis=...)`` that reduces the axis.
 Statistic = Literal["mean", "median"] | Callable[..., Any]
@@ -172,6 +174,8 @@ def summarise_change(
     Raises:
         ValueError: Shapes differ or are not [example], or a number is negative or not finite.
     """
+    import pandas as pd
+
     _check_settings(level, n_resamples)
     pre, post = (np.asarray(to_numpy(side), dtype=float) for side in (before, after))
     if pre.ndim != 1 or pre.shape != post.shape:

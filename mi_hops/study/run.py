@@ -11,6 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
+import pandas as pd
+import torch
+
 from mi_hops._version import __version__
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.loaders import load_facts

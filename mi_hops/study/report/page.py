@@ -15,6 +15,7 @@ from mi_hops.result.files import replacing
 from mi_hops.study.numbers import figures
 from mi_hops.study.parts import Block, Text
 from mi_hops.study.steps import steps_of
+from mi_hops.study.study import Study
 from mi_hops.study.summary import headlines
 
 if TYPE_CHECKING:

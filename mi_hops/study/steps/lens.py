@@ -11,7 +11,8 @@ from mi_hops.lens import fact_trajectories
 from mi_hops.lens.vectors import LensLike
 from mi_hops.result.result import Result
 from mi_hops.result.statistics import difference_ci
-from mi_hops.study.context import Skip, choosing
+from mi_hops.study.context import Run, Skip, choosing
+from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import (
     Headline,
     estimate,
