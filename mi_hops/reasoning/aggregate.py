@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mi_hops.result.statistics import bootstrap_ci, proportion_ci
+from mi_hops.result.statistics import NO_INTERVAL, bootstrap_ci, proportion_ci
 
 COLUMNS = ("value", "lower", "upper", "n_queries", "n_cases", "unit")
 
@@ -63,7 +63,7 @@ def aggregate(
     Returns:
         Frame indexed by (repair where given,) set and statistic, with columns ``value``, ``lower``,
         ``upper``, ``n_queries`` and ``n_cases`` (which have a value), ``unit``. Intervals are NaN
-        below two cases. With r = (after - before) / before, 0 where before is 0:
+        below two cases, and for means of r (see `NO_INTERVAL`). With r = (after - before) / before, 0 where before is 0:
 
         - ``mean_before``, ``mean_after``, ``mean_change``;
         - ``mean_relative_change``: mean r, the CREME paper's number (17.03 is +1703 %);
@@ -182,6 +182,8 @@ def reduce_scores(
             ends = (lower[i], upper[i])
             if unit == "share" and not name.endswith("_change"):
                 ends = exact(grid[:, i], ends)
+            if name.endswith("mean_relative_change"):
+                ends = NO_INTERVAL
             add(name, values, unit, _nan_mean(grid[:, i]), ends)
     for name, (values, unit, reduce) in scores.spreads.items():
         found = _case_means(codes, values)

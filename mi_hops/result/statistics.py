@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 #: ``"mean"``, ``"median"`` (both skip NaN), or a function ``f(array, axis=...)`` that reduces the axis.
 Statistic = Literal["mean", "median"] | Callable[..., Any]
 
+#: Of a mean of relative changes: there is none. A few of the values carry such a mean, a sample
+#: mostly lacks them, and no bootstrap knows what is not in its sample: intervals "of 95%" hold the true
+#: mean far less often (``docs/benchmarks/interval-coverage.md``). Medians, trimmed means and mean log
+#: changes have honest ones.
+NO_INTERVAL = (np.nan, np.nan)
+
 _CHUNK = 2**22  # numbers held at once while resampling
 
 
@@ -159,7 +165,8 @@ def summarise_change(
     Returns:
         Frame indexed by statistic with columns ``value``, ``lower``, ``upper``, ``n`` (examples that
         enter) and ``unit``. The interval of ``share_improved`` is Clopper-Pearson's, the others are
-        percentile bootstraps over examples, NaN below two examples. Rows:
+        percentile bootstraps over examples, NaN below two examples and for means of r (see
+        `NO_INTERVAL`). Rows:
 
         - ``n``, ``n_zero_before``: how many examples, and how many with before = 0;
         - ``mean_relative_change``: mean r, the CREME paper's number;
@@ -221,7 +228,7 @@ def summarise_change(
     for name, (statistic, count, unit) in statistics.items():
         value = float(statistic(everyone)) if n else np.nan
         lower, upper = nothing
-        if count > 1:
+        if count > 1 and not name.startswith("mean_relative_change"):
             ends = _percentiles(np.concatenate(draws[name])[:, None], level, np.array([False]))
             lower, upper = float(ends[0][0]), float(ends[1][0])
         table[name] = (value, lower, upper, count, unit)

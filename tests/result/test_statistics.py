@@ -167,7 +167,9 @@ def test_every_way_to_tell_a_change_by_hand():
     assert table.loc["mean_log_change", "n"] == 10
     assert value["ratio_of_means_change"] == pytest.approx(2.2 / 3.601 - 1)
     assert value["mean_change"] == pytest.approx((2.2 - 3.601) / 11)
-    told = table.drop(["n", "n_zero_before"])
+    means = ["mean_relative_change", "mean_relative_change_within_2sd"]
+    assert table.loc[means, ["lower", "upper"]].isna().all(axis=None)  # no honest one
+    told = table.drop(["n", "n_zero_before", *means])
     assert ((told["lower"] <= told["value"]) & (told["value"] <= told["upper"])).all()
 
 

@@ -400,7 +400,8 @@ def _relative(scores: Mapping[str, Any]) -> Table:
         fold=True,
         note="The score is the mean probability over the answer's tokens. Its mean relative change "
         "is the paper's number; a few tiny probabilities before the edit dominate it, so the median, "
-        "the share raised and the mean logarithm stand beside it. Brackets: 95% bootstrap intervals.",
+        "the share raised and the mean logarithm stand beside it. Brackets: 95% bootstrap intervals; the "
+        "mean of ratios has none.",
     )
 
 

@@ -302,5 +302,5 @@ def _memories(result: Result, cell: Mapping[str, Any]) -> Iterator[Figure | Tabl
         "probability: 1 means doubled. It has a heavy tail (a tiny probability before makes a "
         "huge ratio), so its mean must not be read alone: the median and the mean logarithm "
         "show the usual case. Within 2 SD: without ratios beyond two standard deviations. Brackets: "
-        "95% bootstrap intervals, exact ones for shares.",
+        "95% bootstrap intervals, exact ones for shares; means of ratios have none.",
     )
