@@ -149,7 +149,7 @@ def _examples(gap: Gap) -> Iterator[Table]:
     # Failures with both hops known alternate with answered ones; then one hop known, then none.
     order = frame.assign(known=known, turn=frame.groupby([known, "two_hop"]).cumcount())
     order = order.sort_values(["known", "turn", "two_hop"], ascending=[False, True, True])
-    lead = _lead(gap.facts)
+    lead = _lead(gap)
     rows = []
     for i in order.index[:SHOWN_QUESTIONS]:
         fact, asked = gap.facts[i], frame.loc[i]
@@ -192,9 +192,9 @@ def _mark(correct: bool, wanted: str) -> str:
     return "✓" if correct else f"→ {wanted}"
 
 
-def _lead(facts: Sequence[TwoHopFact]) -> str:
+def _lead(gap: Gap) -> str:
     """The worked examples before the first fact's prompts."""
-    return " / ".join(facts[0].prompt().split("\n")[:-1])
+    return " / ".join(gap.facts[0].prompt(gap.form).split("\n")[:-1])
 
 
 def _none_known(summary: Mapping[str, Any]) -> str:

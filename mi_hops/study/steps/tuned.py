@@ -95,15 +95,15 @@ class Tuned(Step):
             )
             for name in ("logit", "tuned")
         }
-        words = {
-            name: f"{figures(b['median_rank'])} (after {b['layer']} blocks, {PLACES[b['position']]})"
-            for name, b in best.items()
-        }
+        tuned, plain = best["tuned"], best["logit"]
         yield Headline(
             "",
-            f"{words['tuned']} against {words['logit']}",
-            f"n = {best['tuned']['n']} questions answered correctly",
-            "is the bridge's best median rank in the tuned lens against the logit lens.",
+            f"rank {tuned['median_rank']:,.0f}",
+            f"n = {tuned['n']}",
+            f"is the bridge's median rank in the tuned lens where it reads it best (at the "
+            f"{PLACES[tuned['position']]}, after {tuned['layer']} blocks); the logit lens gets to "
+            f"rank {plain['median_rank']:,.0f} at best (at the {PLACES[plain['position']]}, after "
+            f"{plain['layer']} blocks).",
         )
 
     def section(self, result: Result, study: Folder) -> Iterator[Block]:
@@ -175,9 +175,8 @@ def _medians(result: Result, tracked: str, place: str) -> np.ndarray:
 
 
 def _best(result: Result, tracked: str, place: str) -> dict[str, Any]:
-    medians = _medians(result, tracked, place)[1:-1]
-    if not len(medians):
-        return {"median_rank": None, "layer": None, "n": 0}
+    medians = _medians(result, tracked, place)[1:]
+    medians = medians[:-1] if len(medians) > 1 else medians
     groups = result["group"].values
     at = int(medians.argmin())
     n = int((groups == "passed").sum()) or len(groups)
