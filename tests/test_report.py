@@ -309,8 +309,8 @@ def test_numbers_in_words():
     ("low", "high", "says"),
     [
         (-0.2, -0.1, "The answer rests on the bridge there."),
-        (-0.2, 0.1, "no clear difference"),
-        (None, None, "no clear difference"),
+        (-0.2, 0.1, "not a clear difference"),
+        (None, None, "not a clear difference"),
     ],
 )
 def test_findings_claim_only_what_the_interval_allows(study, low, high, says):

@@ -1,6 +1,6 @@
 """Wordings for the Wikidata relations of the MQuAKE benchmark: our own, and a user's templates.
 
-Every noun phrase ends in its slot, so that in the suffix order the first hop stands at the end of
+Every noun phrase ends in its slot, so that in the suffix order the first hop comes at the end of
 the prompt, right before "is". Statements and questions can be replaced by the benchmark's template
 files (``cloze_templates.json`` and ``question_templates.json``: relation id -> template); noun
 phrases are in neither of them.

@@ -1,7 +1,7 @@
 """Wordings: how two relations become prompts in both template orders, and neutral contexts.
 
 The two orders are those of CREME (arXiv 2402.14328): *suffix* puts the relation first, so that the
-first hop stands at the end; *prefix* puts the first hop at the start.
+first hop comes at the end; *prefix* puts the first hop at the start.
 """
 
 from __future__ import annotations

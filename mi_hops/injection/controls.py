@@ -19,7 +19,7 @@ from mi_hops.facts.fact import TwoHopFact
 from mi_hops.injection.encodings import memory_prompt
 from mi_hops.model import HookedModel
 
-#: Built-in memories. ``norm_matched`` is no text: a random direction of the bridge vector's length.
+#: Built-in memories. ``norm_matched`` is not a text: a random direction of the bridge vector's length.
 CONTROLS = ("random_word", "permuted_bridge", "answer", "norm_matched")
 
 

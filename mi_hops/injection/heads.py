@@ -72,7 +72,9 @@ def greedy_heads(
         )
     given, encoder, place = Controls.of(controls), injection.encoder, injection.place
     if given.norm_matched:
-        raise ValueError("a random direction is no memory of a head; leave norm_matched out")
+        raise ValueError(
+            "a random direction cannot be a memory of single heads; leave norm_matched out"
+        )
     if encoder.heads is not None or injection.memory != "bridge" or place.kind != "attn_out":
         raise ValueError(
             "heads are searched for an injection of the bridge at attn_out, without heads"

@@ -428,7 +428,7 @@ def get_metric(metric: MetricLike) -> Metric:
     """A metric by name, as it is, or made of a user's function of the last position's logits.
 
     Raises:
-        ValueError: an unknown name, or something that is no metric.
+        ValueError: an unknown name, or something that is not a metric.
     """
     if isinstance(metric, str):
         if metric in METRICS:
@@ -440,7 +440,7 @@ def get_metric(metric: MetricLike) -> Metric:
         raise ValueError(f"unknown metric {metric!r}; expected one of {list(METRICS)}")
     if isinstance(metric, type) or not (isinstance(metric, Metric) or callable(metric)):
         raise ValueError(
-            f"{metric!r} is no metric; expected a name from {list(METRICS)}, an object with plan "
+            f"{metric!r} is not a metric; expected a name from {list(METRICS)}, an object with plan "
             "and score, or a function from logits [row, vocab] to [row]"
         )
     if isinstance(metric, Metric):

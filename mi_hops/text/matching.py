@@ -18,7 +18,7 @@ ARTICLES = ("the ", "a ", "an ")
 
 
 def find_ends(text: str, stop: Sequence[str]) -> list[int]:
-    """Where stop strings stand in a text, in order; blank text at the start ends nothing."""
+    """Where stop strings occur in a text, in order; blank text at the start ends nothing."""
     start = len(text) - len(text.lstrip())
     found = set()
     for mark in stop:

@@ -125,7 +125,7 @@ def test_targets_and_metrics_that_make_no_sense_are_refused(load_tiny):
     with pytest.raises(ValueError, match=r"KL\(baseline_logits\)"):
         get_metric("kl")
     for wrong in (3, Greedy):
-        with pytest.raises(ValueError, match="is no metric"):
+        with pytest.raises(ValueError, match="is not a metric"):
             get_metric(wrong)
     with pytest.raises(ValueError, match="each under its own name"):
         get_metrics(["greedy", Greedy(ends=(2,))])

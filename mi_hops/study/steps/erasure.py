@@ -85,7 +85,7 @@ class Erasure(Step):
         change, variant, place = (best[k] for k in ("bridge_minus_control", "variant", "position"))
         verdict = {
             -1: "The answer rests on the bridge there.",
-            0: "That is no clear difference.",
+            0: "That is not a clear difference.",
             1: "There the control costs more.",
         }[sign(change)]
         yield number_headline(

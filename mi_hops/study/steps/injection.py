@@ -270,7 +270,7 @@ def _memories(result: Result, cell: Mapping[str, Any]) -> Iterator[Figure | Tabl
             [("", plot)],
             f"Share of n = {n} failed questions{left} whose first answer token is correct "
             f"with this memory injected at {where}; whiskers are exact 95% intervals. The bridge "
-            "helps for what it says only if it helps more than random words, another fact's "
+            "helps because of what it says only if it helps more than random words, another fact's "
             "bridge and a random vector. The answer itself shows what writing it in directly "
             "does here; the last bar, if there is one, asks the second hop with the bridge "
             "spelled out.",
