@@ -4,9 +4,11 @@ from mi_hops.patching import tasks
 from mi_hops.patching.ablation import ablate
 from mi_hops.patching.acdc import AcdcRun, acdc
 from mi_hops.patching.activation import PatchJob, PatchPlan, patch
+from mi_hops.patching.areas import MIB_SHARES, Areas, faithfulness_areas
 from mi_hops.patching.attribution import attribute
 from mi_hops.patching.back import back_patch
 from mi_hops.patching.circuit import Circuit, extract, faithfulness
+from mi_hops.patching.circuit_files import load_eap_ig, save_eap_ig
 from mi_hops.patching.contrast import contrast
 from mi_hops.patching.edges import attribute_edges
 from mi_hops.patching.heads import attention_to, composition, head_scores, icl_score
@@ -18,8 +20,10 @@ from mi_hops.patching.verify import Attribution, Verification
 
 __all__ = [
     "AcdcRun",
+    "Areas",
     "Attribution",
     "Circuit",
+    "MIB_SHARES",
     "PatchJob",
     "PatchPlan",
     "Verification",
@@ -34,11 +38,14 @@ __all__ = [
     "contrast",
     "extract",
     "faithfulness",
+    "faithfulness_areas",
     "head_scores",
     "icl_score",
     "knockout",
+    "load_eap_ig",
     "patch",
     "path_patch",
+    "save_eap_ig",
     "subject_roles",
     "tasks",
     "trace",

@@ -10,6 +10,8 @@ al. 2022; Hanna et al. 2024)::
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -29,6 +31,7 @@ from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.circuit_runs import CircuitRunner, ReadyPair
 from mi_hops.patching.core import require_effect
 from mi_hops.patching.nodes import Edge, Node, job_of_nodes, readers
+from mi_hops.result.files import read_object, replacing
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
@@ -37,6 +40,8 @@ from mi_hops.sweep.metrics import MetricLike
 from mi_hops.sweep.normalising import normalised
 from mi_hops.sweep.pairs import PairsLike
 from mi_hops.sweep.scoring import score
+
+_FORMAT = "mi_hops circuit 1"
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,6 +62,35 @@ class Circuit:
         """Names of the components the edges join, in alphabetical order."""
         ends = {name for edge in self.edges for name in edge}
         return sorted({name.split(".")[0] for name in ends})
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the edges as JSON.
+
+        Raises:
+            FileExistsError: `path` exists and `overwrite` is False.
+            ValueError: another suffix than ``.json``.
+        """
+        content = {"format": _FORMAT, "edges": sorted(map(list, self.edges))}
+        with replacing(path, suffix=".json", overwrite=overwrite) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Circuit:
+        """A circuit that `save` wrote.
+
+        Raises:
+            ValueError: a file that is none.
+        """
+        found = read_object(path)
+        edges = found.get("edges")
+        if found.get("format") != _FORMAT or not isinstance(edges, list):
+            raise ValueError(
+                f"{path} is no saved Circuit (its keys: {sorted(found)[:5]}); a graph of EAP-IG's code "
+                "is read by load_eap_ig"
+            )
+        if not all(isinstance(e, list) and [type(x) for x in e] == [str, str] for e in edges):
+            raise ValueError(f"{path} has edges that are not pairs of names")
+        return cls(frozenset((u, v) for u, v in edges))
 
     def pruned(self, model: HookedModel) -> Circuit:
         """Without edges that lead nowhere: every kept one lies on a way from embedding to logits.

@@ -1,0 +1,97 @@
+"""Circuits as the graph JSON of EAP-IG's code, which MIB takes as well; our own is `Circuit.save`'s."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from mi_hops.model import HookedModel, n_heads_of
+from mi_hops.patching.circuit import Circuit
+from mi_hops.patching.nodes import Edge, all_edges
+from mi_hops.result.files import read_object, replacing
+
+if TYPE_CHECKING:
+    from mi_hops.result.result import Result
+
+
+def save_eap_ig(
+    model: HookedModel,
+    circuit: Circuit,
+    path: str | os.PathLike[str],
+    *,
+    scores: Result | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a circuit as the graph JSON of EAP-IG's code: every edge, its score, whether it is in.
+
+    That graph has keys and values of every query head; where heads share theirs, each gets the same
+    edge. So what was one edge counts as several there.
+
+    Args:
+        scores: of edges, as for `extract` (the mean of ``change``); without them every score is 0.
+
+    Raises:
+        FileExistsError: `path` exists and `overwrite` is False.
+        ValueError: another suffix than ``.json``, or edges that are not the model's.
+    """
+    known = all_edges(model)
+    if unknown := sorted(circuit.edges - set(known)):
+        raise ValueError(f"{len(unknown)} edges are not the model's, e.g. {unknown[:3]}")
+    mean = None if scores is None else scores["change"].mean("example")
+    edges: dict[str, dict[str, Any]] = {}
+    for u, v in known:
+        score = 0.0 if mean is None else float(mean.sel(sender=u, receiver=v))
+        for name in _their_edges(model, (u, v)):
+            edges[name] = {"score": score, "in_graph": (u, v) in circuit.edges}
+    used = {_their_node(name) for name in circuit.nodes}
+    nodes = dict.fromkeys(re.split(r"->|<", name)[part] for name in edges for part in (0, 1))
+    cfg = {
+        "n_layers": int(model.cfg.n_layers),
+        "n_heads": int(model.cfg.n_heads),
+        "d_model": int(model.cfg.d_model),
+        "parallel_attn_mlp": bool(getattr(model.cfg, "parallel_attn_mlp", False)),
+    }
+    graph = {"cfg": cfg, "nodes": {n: {"in_graph": n in used} for n in nodes}, "edges": edges}
+    with replacing(path, suffix=".json", overwrite=overwrite) as partial:
+        partial.write_text(json.dumps(graph), encoding="utf-8")
+
+
+def load_eap_ig(model: HookedModel, path: str | os.PathLike[str]) -> Circuit:
+    """The edges that are in a graph of EAP-IG's code; an edge to any head of a shared key is ours.
+
+    Raises:
+        ValueError: a file that is no such graph, or a graph of another model's shape.
+    """
+    found = read_object(path)
+    edges = found.get("edges")
+    if not isinstance(edges, dict):
+        raise ValueError(f"{path} is no graph of EAP-IG's code: it has no table of edges")
+    ours = {name: edge for edge in all_edges(model) for name in _their_edges(model, edge)}
+    if edges.keys() != ours.keys():
+        other = sorted(edges.keys() ^ ours.keys())
+        raise ValueError(
+            f"{path} has {len(edges)} edges and the model {len(ours)}, not the same ones, e.g. "
+            f"{other[:3]}; is it a graph of this model?"
+        )
+    return Circuit(frozenset(ours[name] for name, edge in edges.items() if edge["in_graph"]))
+
+
+def _their_node(name: str) -> str:
+    """A component's name in EAP-IG's code."""
+    if match := re.fullmatch(r"L(\d+)H(\d+)", name):
+        return f"a{match[1]}.h{match[2]}"
+    return {"embed": "input"}.get(name, name.replace("MLP", "m"))
+
+
+def _their_edges(model: HookedModel, edge: Edge) -> list[str]:
+    """The names of an edge in EAP-IG's code: one, or one for each query head that shares its reader."""
+    sender, receiver = _their_node(edge[0]), edge[1]
+    match = re.fullmatch(r"L(\d+)H(\d+)\.([qkv])", receiver)
+    if match is None:
+        return [f"{sender}->{_their_node(receiver)}"]
+    layer, head, role = match.groups()
+    shared = int(model.cfg.n_heads) // n_heads_of(model, role)
+    heads = range(int(head) * shared, (int(head) + 1) * shared)
+    return [f"{sender}->a{layer}.h{h}<{role}>" for h in heads]
