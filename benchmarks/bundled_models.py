@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.harness import table, write
 from mi_hops.lens import fact_trajectories
-from mi_hops.model import CHECKPOINTS, bundled_models, load_model
+from mi_hops.model import CHECKPOINTS, load_model
 from mi_hops.reasoning.gap import find_gap
 from mi_hops.result.statistics import bootstrap_ci, difference_ci, proportion_ci
 from mi_hops.sweep.generate import answered
@@ -122,7 +122,7 @@ def main() -> None:
     """Measure, print, and write the page."""
     world = Hopland()
     body = []
-    for name in bundled_models():
+    for name in ("hops-gpt2", "hops-llama"):
         model = load_model(name, device="cpu")
         record = json.loads((CHECKPOINTS / name / "training.json").read_text())
         scores, lens, notes = [], [], []

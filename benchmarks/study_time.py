@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import table, write
-from mi_hops.model import bundled_models
 from mi_hops.study import Study, run_study, write_report
 
 
@@ -34,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(parser.parse_args().threads)
     times: dict[str, dict[str, float]] = {}
     found: list[str] = []
-    for name in bundled_models():
+    for name in ("hops-gpt2", "hops-llama"):
         with tempfile.TemporaryDirectory() as folder:
             study, times[name] = timed_study(name, Path(folder) / "study")
         found += [f"## What the study says of {name}", ""]

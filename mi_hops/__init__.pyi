@@ -91,3 +91,6 @@ from .text import fact_texts as fact_texts
 from .text import pad as pad
 from .text import positions as positions
 from .worlds import Hopland as Hopland
+from .worlds import planted_facts as planted_facts
+from .worlds import planted_models as planted_models
+from .worlds import planted_truth as planted_truth

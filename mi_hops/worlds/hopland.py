@@ -51,15 +51,19 @@ _WORDS = json.loads(
 _RELATIONS = tuple(_relation(*row) for row in _WORDS["relations"])
 
 
-def _people(n: int, rng: random.Random) -> list[str]:
+def _people(n: int, rng: random.Random, one_word: bool) -> list[str]:
     first, particles, last, one = _WORDS["people"].values()
+    if one_word:
+        return _some(n, [*one, *first, *last], rng)
     two = [f"{a} {b}" for a, b in product(first, last)]
     three = [f"{a} {p} {b}" for a, p, b in product(first, particles, last)]
     return _mix(n, one, two, three, rng)
 
 
-def _places(n: int, kind: str, rng: random.Random) -> list[str]:
+def _places(n: int, kind: str, rng: random.Random, one_word: bool) -> list[str]:
     heads, cores, tails = _WORDS["places"][kind]
+    if one_word:
+        return _some(n, cores, rng)
     two = [f"{h} {c}" for h, c in product(heads, cores)]
     three = [f"{h} {c} {t}" for h, c, t in product(heads, cores, tails)]
     return _mix(n, cores, two, three, rng)
@@ -70,14 +74,18 @@ def _mix(n: int, one: list[str], two: list[str], three: list[str], rng: random.R
     pools = [one, two, three]
     sizes = [max(1, n // 6), 0, n // 3]
     sizes[1] = n - sizes[0] - sizes[2]
-    for size, pool in zip(sizes, pools, strict=True):
-        if size > len(pool):
-            raise ValueError(f"{n} names of a kind were asked for, the word lists give fewer")
     names = [
-        name for size, pool in zip(sizes, pools, strict=True) for name in rng.sample(pool, size)
+        name for size, pool in zip(sizes, pools, strict=True) for name in _some(size, pool, rng)
     ]
     rng.shuffle(names)
     return names
+
+
+def _some(n: int, pool: list[str], rng: random.Random) -> list[str]:
+    """`n` names of the pool."""
+    if n > len(pool):
+        raise ValueError(f"{n} names of a kind were asked for, the word lists give {len(pool)}")
+    return rng.sample(pool, n)
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,8 @@ class Hopland:
         people, works, companies, cities, countries: how many entities of each kind.
         barred: share of single facts that take part in no trained composition.
         held_out: share of the other compositions that is not trained.
+        one_word: every name has one word, as a token of its own in a word-level vocabulary; the
+            word lists then give few places of a kind (five countries).
 
     Attributes:
         relations: all `Relation` objects.
@@ -131,6 +141,7 @@ class Hopland:
         countries: int = 14,
         barred: float = 0.12,
         held_out: float = 0.10,
+        one_word: bool = False,
     ) -> None:
         for name, share in (("barred", barred), ("held_out", held_out)):
             if not 0 <= share < 1:
@@ -139,13 +150,16 @@ class Hopland:
         self.seed = seed
         self.relations = _RELATIONS
         self.entities = {
-            "person": _people(people, rng),
-            "work": _places(works, "work", rng),
-            "company": _places(companies, "company", rng),
-            "city": _places(cities, "city", rng),
-            "country": _places(countries, "country", rng),
+            "person": _people(people, rng, one_word),
+            "work": _places(works, "work", rng, one_word),
+            "company": _places(companies, "company", rng, one_word),
+            "city": _places(cities, "city", rng, one_word),
+            "country": _places(countries, "country", rng, one_word),
         }
-        self.values: dict[str, list[str]] = dict(_WORDS["values"])
+        self.values: dict[str, list[str]] = {
+            kind: [value for value in values if not (one_word and " " in value)]
+            for kind, values in _WORDS["values"].items()
+        }
         self.kind_of = {name: kind for kind, names in self.entities.items() for name in names}
         self.facts: dict[tuple[str, str], Single] = {}
         for relation in self.relations:

@@ -90,7 +90,7 @@ def test_sample_brings_whole_first_hops(world):
 def test_refuses():
     with pytest.raises(ValueError, match="barred is 1"):
         Hopland(barred=1)
-    with pytest.raises(ValueError, match="word lists give fewer"):
+    with pytest.raises(ValueError, match="word lists give 8"):
         Hopland(people=5000)
     with pytest.raises(ValueError, match=r"unknown split\(s\) \['test'\]"):
         Hopland().two_hop_facts("test")
