@@ -239,13 +239,16 @@ class _Estimator:
         entries = [entry for _, entry, _ in places if entry is not None]
         run = record(model, prompts, list(dict.fromkeys([*results, *entries])), start=start)
         slopes, stream = run.gradients(results)
+        # Other pairs of the group may be longer; behind its prompt nothing of a pair moves.
+        width = min(moved.shape[2], stream.shape[1])
+        moved = moved[:, :, :width]
         change = moved.new_zeros(len(pairs), moved.shape[1], len(self.targets))
         for stage, entry, members in places:
             n = sum(s < stage for s in stages)
             if not n:
                 continue
             for chosen, slope in self._slopes(run, slopes, entry, members):
-                slope = slope[:, :, : moved.shape[2]].to(moved)
+                slope = slope[:, :, :width].to(moved)
                 mean = einsum("pair row, reader row pos d -> pair reader pos d", share, slope)
                 change[:, :n, chosen] = torch.bmm(
                     rearrange(moved[:, :n], "pair sender pos d -> pair sender (pos d)"),

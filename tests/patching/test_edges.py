@@ -20,10 +20,21 @@ from mi_hops.patching import (
 )
 from mi_hops.patching.nodes import readers, writers
 from mi_hops.patching.quadrature import path_points
-from mi_hops.sweep import Limits, Sites
+from mi_hops.sweep import Limits, Pairs, Sites
 from mi_hops.sweep.metrics import NextToken
 from mi_hops.text.tokens import encode
-from tests.patching.loops import ALL, ANSWERS, CORRUPTED, PAIRS, WRONGS, changed, put, run, source
+from tests.patching.loops import (
+    ALL,
+    ANSWERS,
+    CLEAN,
+    CORRUPTED,
+    PAIRS,
+    WRONGS,
+    changed,
+    put,
+    run,
+    source,
+)
 from tests.patching.test_path import write
 
 FIRST = ALL.select([0])
@@ -138,6 +149,22 @@ def test_no_batch_changes_an_estimate(tiny):
         "sender", skipna=False
     )
     assert np.allclose(part.sel(sender="ATTN0"), heads, atol=5e-5, equal_nan=True)
+
+
+def test_pairs_of_unequal_lengths_share_passes(tiny):
+    short, long = "w1 w7 w8", "w1 w7 w8 w9 w30 w31 w5 w6"
+    pairs = Pairs(
+        [short, CLEAN[0], long],
+        ["w1 w9 w8", CORRUPTED[0], long.replace("w9", "w12")],
+        answer=["w11 w12", "w11", "w11"],
+        wrong="w21",
+    )
+    for options in ({}, {"method": "integrated", "steps": 3}):
+        options["metric"] = "answer_logprob"
+        each = [attribute_edges(tiny, pairs.select([i]), **options)["change"][0] for i in range(3)]
+        for size in (1, 2, 4, 8):
+            found = attribute_edges(tiny, pairs, **options, limits=Limits(batch_size=size))
+            assert np.allclose(found["change"], each, atol=2e-5, equal_nan=True), size
 
 
 def test_both_classes_agree(load_tiny):
