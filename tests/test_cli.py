@@ -314,3 +314,29 @@ def test_train_world_writes_a_checkpoint_that_transformers_loads(tmp_path, famil
     assert {scores["n"] for scores in record["measured"].values()} == {8}
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(out))
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"), [("20m", 20), ("90s", 1.5), ("2h", 120), (" 1.5h ", 90)]
+)
+def test_a_budget_of_time(text, minutes, monkeypatch):
+    seen = {}
+
+    def run_study(model, facts, **options):
+        seen.update(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("mi_hops.study.run_study", run_study)
+    found = CliRunner().invoke(
+        app, ["study", "--budget", text, "--score", "first-token", "--shots", "2"]
+    )
+    assert found.exit_code == 2
+    settings = seen["settings"]
+    assert (settings.budget, settings.score, settings.shots) == (minutes, "first_token", 2)
+
+
+@pytest.mark.parametrize("text", ["20", "m", "0m", "soon"])
+def test_a_budget_that_is_no_time(text):
+    found = CliRunner().invoke(app, ["study", "--budget", text])
+    assert found.exit_code == 2
+    assert "is not a time; expected e.g. 20m" in found.output

@@ -116,8 +116,9 @@ def few_shot_lead(
 ) -> str:
     """Worked examples to put before all three prompts of a fact.
 
-    The examples are facts of the same two relations about other things: none of their names is one
-    of the fact's, nor, as far as there are enough, of another example's; no two share a subject.
+    The examples are facts of the same two relations about other things (where these are too few, of
+    the same second relation, and then of any): none of their names is one of the fact's, nor, as far
+    as there are enough, of another example's; no two share a subject.
     They ask for a first hop, a second hop and a two-hop question in turn. The order of `others` is
     shuffled once per seed and pair of relations, so facts of a pair share their lead unless it
     names them.
@@ -138,15 +139,27 @@ def few_shot_lead(
     if shots < 0:
         raise ValueError(f"shots is {shots}; expected 0 or more worked examples")
     pair = (fact.relation1, fact.relation2)
-    pool = [
-        other
-        for other in others
-        if (other.relation1, other.relation2) == pair
-        and all(form in table for table in _asked(other))
-    ]
-    pool.sort(key=lambda other: other.id)
-    random.Random(f"{seed}/{pair}").shuffle(pool)
-    pool = [other for other in pool if other.id != fact.id and not _meet(other, fact)]
+    askable = [other for other in others if all(form in table for table in _asked(other))]
+    askable.sort(key=lambda other: other.id)
+    same = [other for other in askable if (other.relation1, other.relation2) == pair]
+    random.Random(f"{seed}/{pair}").shuffle(same)
+    taken = _taken(fact, same, shots)
+    if len(taken) < shots:
+        random.Random(f"{seed}/{pair}").shuffle(askable)
+        alike = sorted(askable, key=lambda other: other.relation2 != fact.relation2)
+        taken = _taken(fact, [*same, *alike], shots)
+    if len(taken) < shots:
+        raise ValueError(
+            f"fact {fact.id!r}: a lead of {shots} worked examples needs as many facts about other "
+            f"things; there are {len(taken)}, so ask for fewer shots or give more facts"
+        )
+    lines = (_example(other, _HOPS[i % len(_HOPS)], form) for i, other in enumerate(taken))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _taken(fact: TwoHopFact, others: Sequence[TwoHopFact], shots: int) -> list[TwoHopFact]:
+    """The first of the others, `shots` at most, that have no name of the fact."""
+    pool = [other for other in others if other.id != fact.id and not _meet(other, fact)]
     taken: list[TwoHopFact] = []
     for other in pool:  # all names differ, first
         if len(taken) < shots and not any(_meet(other, one) for one in taken):
@@ -154,14 +167,7 @@ def few_shot_lead(
     for other in pool:  # there are but six continents
         if len(taken) < shots and other.subject not in {one.subject for one in taken}:
             taken.append(other)
-    if len(taken) < shots:
-        raise ValueError(
-            f"fact {fact.id!r}: a lead of {shots} worked examples needs as many facts of "
-            f"{pair[0]!r} and {pair[1]!r} about other things; there are {len(taken)}, so ask for "
-            "fewer shots or give more facts"
-        )
-    lines = (_example(other, _HOPS[i % len(_HOPS)], form) for i, other in enumerate(taken))
-    return "".join(f"{line}\n" for line in lines)
+    return taken
 
 
 def with_lead(

@@ -165,12 +165,22 @@ def test_facts_share_their_lead_where_they_can():
     assert len(seeds) > 1
 
 
+def test_other_relations_stand_in_where_there_are_too_few():
+    river = [TwoHopFact(**{**fact.to_dict(), "relation2": "river"}) for fact in FACTS[1:3]]
+    both = TwoHopFact(**{**FACTS[3].to_dict(), "relation1": "maker"})
+    lead = few_shot_lead(FACTS[0], [*river, both, FACTS[4]], shots=3, form="prefix")
+    lines = lead.splitlines()
+    assert FACTS[4].subject in lines[0] and FACTS[3].bridge in lines[1]
+    assert len(lines) == 3
+
+
 def test_too_few_others():
-    with pytest.raises(ValueError, match="lead of 8 worked examples needs as many .*; there are 7"):
+    with pytest.raises(
+        ValueError, match="lead of 8 worked examples needs as many facts .*; there are 7"
+    ):
         few_shot_lead(FACTS[0], FACTS, shots=8, form="prefix")
-    other = TwoHopFact(**{**FACTS[1].to_dict(), "relation2": "river"})
     with pytest.raises(ValueError, match="there are 0, so ask for fewer shots or give more facts"):
-        few_shot_lead(FACTS[0], [other], shots=1, form="prefix")
+        few_shot_lead(FACTS[0], [FACTS[0]], shots=1, form="prefix")
     with pytest.raises(ValueError, match="shots is -1"):
         few_shot_lead(FACTS[0], FACTS, shots=-1, form="prefix")
 

@@ -204,3 +204,22 @@ def test_figures_and_cells_are_small(tiny, tmp_path):
 def test_a_form_that_no_fact_has_is_refused_with_a_hint(tiny):
     with pytest.raises(ValueError, match="'sufix'; they have .*; did you mean 'suffix'"):
         find_gap(tiny, tiny_facts(tiny, 2), form="sufix")
+
+
+def test_both_scores_are_kept(tiny):
+    facts = tiny_facts(tiny, 8)
+    found = find_gap(tiny, facts, form=FORMS, score="first_token")
+    assert found.score == "first_token"
+    first = found["first_token"].sel(asked="two_hop", form=FORMS[0]).values.astype(bool)
+    assert found.frame["two_hop"].tolist() == first.tolist()
+    whole = found.scored_by("answer")
+    assert (
+        whole.frame["two_hop"].tolist()
+        == find_gap(tiny, facts, form=FORMS).frame["two_hop"].tolist()
+    )
+    # The first token is the most probable one where its rank is 1, and never without it.
+    assert (found["rank"].values == 1).tolist() == found["first_token"].values.astype(bool).tolist()
+    other = found["first_token"].sel(asked="two_hop").isel(form=1).values.astype(bool)
+    assert found.frame["other_form"].tolist() == other.tolist()
+    with pytest.raises(ValueError, match="score is 'rank'; expected one of"):
+        find_gap(tiny, facts, score="rank")

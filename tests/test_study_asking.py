@@ -1,0 +1,112 @@
+"""How a study asks: wordings, worked examples, what counts as answered, and a budget of time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mi_hops import Sizes, StudySettings, load_model
+from mi_hops.facts import Facts
+from mi_hops.reasoning.gap import find_gap
+from mi_hops.study import run_study, write_report
+from mi_hops.study.context import Run
+from mi_hops.study.steps import STEPS
+from tests.reasoning.worded_facts import worded_facts
+
+COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "edits": 4, "tuned": 3}
+SIZES = Sizes(**COUNTS, wordings=2, draws=1, strengths=(1.0, 4.0))
+
+
+@pytest.fixture(scope="module")
+def worded():
+    facts = worded_facts()
+    return replace(facts, facts=facts.facts[:240])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("hops-gpt2")
+
+
+@pytest.mark.slow
+def test_wordings_and_lead_are_chosen_first(model, worded, tmp_path):
+    settings = StudySettings(sizes=SIZES, limit=40, shots=2, score="first_token")
+    study = run_study(model, worded, out=tmp_path / "s", settings=settings, progress=False)
+    assert study.settings["steps"][0] == "wordings"
+    choice, gap = study.result("wordings"), study.result("gap")
+    assert study.summary["wordings"]["shots"] == choice.shots == 2
+    assert gap.forms == choice.forms and gap.score == "first_token"
+    assert not {f.id for f in gap.facts} & {f.id for f in worded if f.split == "choosing"}
+    for fact in gap.facts:
+        first, second, question = (
+            ask(gap.form).splitlines()
+            for ask in (fact.first_prompt, fact.second_prompt, fact.prompt)
+        )
+        assert first[:2] == second[:2] == question[:2] and len(question) == 3
+        lead = "\n".join(question[:2])
+        assert not any(name in lead for name in (fact.subject, fact.bridge, fact.answer))
+    assert study.summary["gap"]["score"] == "first_token"
+    text = write_report(study, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "The wordings chosen" in text and "2 worked examples" in text
+    assert "of the questions, and what the model says" in text
+    # The same facts, asked by hand, give the same gap.
+    again = find_gap(model, gap.facts, form=gap.form, score="first_token")
+    assert [f.id for f in again.failed] == [f.id for f in gap.failed]
+
+
+def test_a_lead_without_facts_to_take_it_from_is_refused(worded):
+    plain = Facts(tuple(f for f in worded if f.split != "choosing"), "made", 1)
+    run = Run(None, plain, _folder(), StudySettings(shots=2), False)
+    with pytest.raises(ValueError, match="0 of these facts are of such a split"):
+        _ = run.facts
+
+
+def test_a_lead_for_facts_in_one_wording(worded):
+    marked = Facts(worded.facts, "made", len(worded))
+    run = Run(None, marked, _folder(), StudySettings(shots=1), False)
+    assert {f.split for f in run.facts} == {"reported"}
+    assert all(f.prompt().count("\n") == 1 for f in run.facts)
+
+
+def test_a_budget_is_spent_once(tmp_path, worded):
+    """The trial of a step decides its facts; a study that is resumed takes as many."""
+
+    class Kept:
+        budget: dict = {}
+        settings = {"steps": []}
+
+        def write(self, name, text):
+            assert name == "budget.json"
+
+    (step,) = (s for s in STEPS if s.name == "erasure")
+    facts, tried = list(worded), []
+    run = Run(None, worded, Kept(), StudySettings(budget=1e-9), False)
+    assert run.affordable(step, facts, 100, tried.append) == 8
+    assert run.affordable(step, facts, 100, tried.append) == 8
+    assert [len(few) for few in tried] == [4]
+    rich = Run(None, worded, Kept(), StudySettings(budget=1e9), False)
+    rich.study.budget = {}
+    assert rich.affordable(step, facts, 100, tried.append) == 100
+    free = Run(None, worded, Kept(), StudySettings(), False)
+    assert free.affordable(step, facts, 100, None) == 100
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"shots": -1}, "shots is -1"),
+        ({"budget": 0}, "minutes above 0"),
+        ({"score": "rank"}, "score is 'rank'"),
+    ],
+)
+def test_settings_that_make_no_sense(given, said):
+    with pytest.raises(ValueError, match=said):
+        StudySettings(**given)
+
+
+def _folder():
+    class Nothing:
+        settings = {"steps": []}
+
+    return Nothing()
