@@ -31,12 +31,12 @@ import torch
 import mi_hops
 from benchmarks.harness import DOCS, keep, kept, table, write
 from mi_hops.model import fingerprint
-from mi_hops.study import STEPS, Sizes, Study, StudySettings, choose, run_study
+from mi_hops.study import Sizes, Study, StudySettings, choose, run_study
 from mi_hops.sweep import keep as keep_module
 
 PAGE = "reliability"
-COUNTS = {"lens": 4, "erasure": 2, "locate": 2, "injection": 8, "choose": 2, "edits": 2}
-SETTINGS = StudySettings(sizes=Sizes(**COUNTS, controls=1, strengths=(4.0,), per_case=1))
+COUNTS = {"lens": 4, "tuned": 3, "erasure": 2, "locate": 2, "injection": 8, "edits": 2}
+SETTINGS = StudySettings(sizes=Sizes(**COUNTS, draws=1, strengths=(4.0,)))
 #: Seconds between two writes of what is finished: short, so that many kills meet a write.
 WRITE_EVERY = 0.02
 
@@ -265,15 +265,15 @@ def numbers(out: Path) -> Any:
     except ValueError as error:
         return str(error)
     found: dict[str, Any] = {"summary": study.summary, "choices": study.choices}
-    for step in STEPS:
-        result = study.result(step.name)
+    for step in study.settings["steps"]:
+        result = study.result(step)
         if result is None:
-            found[step.name] = study.skipped(step.name)
-        elif step.name == "editing":
-            found[step.name] = result.frame.to_json(double_precision=15), repr(result.skipped)
+            found[step] = study.skipped(step)
+        elif step == "editing":
+            found[step] = result.frame.to_json(double_precision=15), repr(result.skipped)
         else:
             values = {k: v.values for k, v in result.data.variables.items()}
-            found[step.name] = (
+            found[step] = (
                 {k: v.tobytes() if v.dtype != object else v.tolist() for k, v in values.items()},
                 result.provenance,
             )

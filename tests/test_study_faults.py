@@ -12,14 +12,13 @@ from dataclasses import replace
 
 import pytest
 
-from mi_hops.study import STEPS, Sizes, Study, StudySettings, run_study, write_report
+from mi_hops.study import Sizes, Study, StudySettings, run_study, write_report
 from mi_hops.study.folder import locked
 from mi_hops.sweep import keep as keep_module
 from tests.reasoning.tiny_facts import dictated, tiny_facts
 
-NAMES = [step.name for step in STEPS]
-COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "choose": 2, "edits": 2}
-SMALL = StudySettings(sizes=Sizes(**COUNTS, controls=1, strengths=(4.0,), per_case=1))
+COUNTS = {"lens": 4, "tuned": 3, "erasure": 3, "locate": 3, "injection": 4, "edits": 2}
+SMALL = StudySettings(sizes=Sizes(**COUNTS, draws=1, strengths=(4.0,)))
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def assert_equal(study, other):
     """Bit for bit, but for what the steps took."""
     assert study.summary == other.summary
     assert study.choices == other.choices
-    for name in NAMES:
+    for name in study.settings["steps"]:
         a, b = study.result(name), other.result(name)
         assert study.skipped(name) == other.skipped(name)
         if name == "editing":
@@ -90,7 +89,7 @@ def test_a_damaged_file_is_made_again(run, tmp_path, name):
         path.write_bytes(damaged)
         again = run(study.folder)
         assert_equal(again, study)
-        assert all(again.sound(step) for step in (*NAMES, "summary"))
+        assert all(again.sound(step) for step in (*again.settings["steps"], "summary"))
 
 
 def test_damaged_settings_are_refused_by_name(tmp_path):
@@ -121,7 +120,7 @@ def test_two_runs_into_one_folder(run, tmp_path):
 @pytest.mark.slow
 def test_the_report_tells_what_each_step_took(run, tmp_path):
     study = run(tmp_path / "study")
-    assert all(study.records[name]["seconds"] >= 0 for name in NAMES)
+    assert all(study.records[name]["seconds"] >= 0 for name in study.settings["steps"])
     assert study.records["gap"]["peak_memory"] > 2**26
     page = write_report(study).read_text(encoding="utf-8")
     assert "time: editing" in page and "GiB" in page
