@@ -30,6 +30,7 @@ COLUMNS = [
     "times faster: median (range)",
     "ours, s",
     "loop, s",
+    "timings",
 ]
 
 
@@ -189,7 +190,7 @@ def of_acdc(name: str, count: int, pairs: int) -> list[Any]:
 def _row(name: str, label: str, count: int, error: str, times: dict[str, Any]) -> list[Any]:
     ratio = f"**{times['ratio']:.1f}** ({times['lowest']:.1f} to {times['highest']:.1f})"
     seconds = (f"{times['ours_s']:.2f}", f"{times['theirs_s']:.2f}")
-    row = [name, label, count, error, ratio, *seconds]
+    row = [name, label, count, error, ratio, *seconds, times["pairs"]]
     print(row, flush=True)
     return row
 
