@@ -22,6 +22,7 @@ from mi_hops.lens.sae import (
     sae_quality,
     train_sae,
 )
+from mi_hops.lens.similarity import similarity
 from mi_hops.lens.target_prompts import entity_description_prompt, next_token_prompt
 from mi_hops.lens.trained import TrainedLens, load_lens
 from mi_hops.lens.training import LensTraining, train_lens
@@ -62,6 +63,7 @@ __all__ = [
     "plot_map",
     "read_vectors",
     "sae_quality",
+    "similarity",
     "token_map",
     "train_lens",
     "train_sae",
