@@ -110,7 +110,7 @@ def circuit(model: Any, pairs: Pairs, sizes: Sequence[int]) -> list[list[Any]]:
         ("EAP-IG, top", "integrated", "top"),
         ("EAP-IG, greedy", "integrated", "greedy"),
     ):
-        scores = attribute_edges(model, chosen, method=method)
+        scores = attribute_edges(model, chosen, method=method, steps=5)
         found = [extract(model, scores, min(n, len(edges)), select=select) for n in sizes]
         rows += _faithful(model, held, name, sizes, found)
     lots = [

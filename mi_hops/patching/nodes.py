@@ -270,8 +270,6 @@ def probe(
     entry: str,
     change: Callable[[Tensor], Tensor],
     names: Sequence[str],
-    *,
-    before: Sequence[Hook] = (),
 ) -> dict[str, Tensor]:
     """What a block's norm and projections make of changed inputs, exactly.
 
@@ -281,7 +279,6 @@ def probe(
     Args:
         entry: ``"resid_pre"`` (queries, keys, values) or ``"resid_mid"`` (the MLP).
         change: from the stream at `entry`, ``[1, pos, d_model]``, to inputs ``[row, pos, d_model]``.
-        before: hooks on the way up.
 
     Returns:
         By name, ``[row, pos, ...]``.
@@ -304,7 +301,7 @@ def probe(
 
         return fn
 
-    hooks: list[Hook] = [*before, (hook_name("resid_pre", layer), copy)]
+    hooks: list[Hook] = [(hook_name("resid_pre", layer), copy)]
     if entry == "resid_mid":
         hooks.append((hook_name("resid_mid", layer), alter))
     hooks += [(name, keep(name)) for name in names]
