@@ -17,6 +17,7 @@ from mi_hops.study.parts import Block, Text
 from mi_hops.study.steps import steps_of
 from mi_hops.study.study import Study
 from mi_hops.study.summary import headlines
+from mi_hops.study.trust import how_far
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -107,6 +108,8 @@ def _sections(study: Study) -> list[_Section]:
             blocks: list[Block] = [Text(why, style="note")]
         else:
             blocks = list(step.section(result, study))
+            if trusted := how_far(step.name):
+                blocks.append(Text(trusted, style="note"))
         sections[step.shown_in or step.name].blocks.extend(blocks)
     return list(sections.values())
 
