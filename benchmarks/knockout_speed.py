@@ -27,6 +27,7 @@ COLUMNS = [
     "times faster: median (range)",
     "ours, s",
     "loop, s",
+    "timings",
 ]
 
 
@@ -92,6 +93,7 @@ def compared(label: str, sweep: str, model: Any, prompt: Prompt, pairs: int) -> 
         f"**{times['ratio']:.1f}** ({times['lowest']:.1f} to {times['highest']:.1f})",
         f"{times['ours_s']:.2f}",
         f"{times['theirs_s']:.2f}",
+        pairs,
     ]
     print(row, flush=True)
     return row
