@@ -294,14 +294,14 @@ def calls(model: Any) -> dict[str, Callable[[], Any]]:
     facts = mi_hops.Hopland().sample(train=4, held_out=24)
     gap = mi_hops.find_gap(model, facts)
     failed, known = gap.failed[:8], gap.passed[:4] or gap.failed[:4]
-    pairs = mi_hops.Pairs([f.prompt() for f in known], answer=[f.answer for f in known])
+    asked = mi_hops.Pairs(known[0].prompt(), answer=known[0].answer)
     edit = mi_hops.creme(model, failed[0])
     repair = mi_hops.MemoryInjection(1, 4.0, positions="first hop", absent="leave")
     queries = mi_hops.build_sets(model, failed, gap=gap, per_case=1)
     plan = mi_hops.LensTraining(steps=6, max_tokens=256, cells=64)
 
     def applied() -> None:
-        with edit.on(model):
+        with edit.applied(model):
             mi_hops.generate(model, [failed[0].prompt()])
 
     return {
@@ -313,12 +313,12 @@ def calls(model: Any) -> dict[str, Callable[[], Any]]:
         ),
         "erase_bridge": lambda: mi_hops.erase_bridge(model, known, controls=1),
         "locate": lambda: mi_hops.locate(model, failed),
-        "injection_grid": lambda: mi_hops.injection_grid(model, failed, strengths=(1, 4)),
-        "trace": lambda: mi_hops.trace(model, pairs, [f.subject for f in known], samples=2),
+        "injection_grid": lambda: mi_hops.injection_grid(model, failed, controls=("random_word",)),
+        "trace": lambda: mi_hops.trace(model, asked, known[0].subject, samples=2),
         "second_moments": lambda: mi_hops.second_moments(model, facts, max_tokens=128),
         "creme_many": lambda: mi_hops.creme_many(model, failed),
         "rome_many": lambda: rome_many(model, failed[:1], layer=2, steps=4),
-        "finetune_many": lambda: finetune_many(model, failed[:1], steps=4),
+        "finetune_many": lambda: finetune_many(model, failed[:1], layers=[2], steps=4),
         "evaluate": lambda: mi_hops.evaluate(model, [edit, repair], queries, failed),
         "an edit applied": applied,
     }
@@ -401,6 +401,11 @@ def page() -> str:
     )
     hit = found.get("interrupts", {})
     text += table(("function", "interrupted", "not as before"), [[k, *v] for k, v in hit.items()])
+    if any(changed for _, changed in hit.values()):
+        text += (
+            "\n\nWhat was not as before were hooks, where the exception met TransformerLens while it "
+            "attached or removed them; `model.reset_hooks()` removes them. All else was as before."
+        )
     return text
 
 

