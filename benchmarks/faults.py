@@ -403,8 +403,8 @@ def page() -> str:
     text += table(("function", "interrupted", "not as before"), [[k, *v] for k, v in hit.items()])
     if any(changed for _, changed in hit.values()):
         text += (
-            "\n\nWhat was not as before were hooks, where the exception met TransformerLens while it "
-            "attached or removed them; `model.reset_hooks()` removes them. All else was as before."
+            "\n\nWhat was not as before were forward hooks left on the model, probably where the "
+            "exception met the attaching or removing of hooks itself. All else was as before."
         )
     return text
 

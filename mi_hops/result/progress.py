@@ -12,7 +12,7 @@ from typing import Any
 LINE_EVERY = 30.0
 
 #: Seconds after which a bar of what runs inside other work is shown.
-_SHOWN_AFTER = 2.0
+SHOWN_AFTER = 2.0
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
 
@@ -44,7 +44,7 @@ def progress_bar(
 
     inside = _inside.get()
     options: dict[str, Any] = {"total": total, "desc": label, "unit": unit, "leave": not inside}
-    options |= {"delay": _SHOWN_AFTER * inside, "disable": not (show or inside)}
+    options |= {"delay": SHOWN_AFTER * inside, "disable": not (show or inside)}
     if sys.stderr.isatty() or "ipykernel" in sys.modules or options["disable"]:
         return tqdm(items, **options)
     from tqdm import tqdm as plain
@@ -64,7 +64,7 @@ class _Lines:
     """Standard error without the control codes that a bar redraws itself with."""
 
     def write(self, text: str) -> None:
-        line = text.strip("\r\n ").removeprefix("\x1b[A")
+        line = text.replace("\x1b[A", "").strip("\r\n ")
         if line:
             sys.stderr.write(f"{line}\n")
 

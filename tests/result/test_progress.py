@@ -1,0 +1,30 @@
+"""Bars inside bars, piped: lines without control codes."""
+
+from __future__ import annotations
+
+from mi_hops.result import progress
+from mi_hops.result.progress import progress_bar, showing_progress
+
+
+def work():
+    with showing_progress():
+        for _ in progress_bar(range(3), label="outer"):
+            for _ in progress_bar(range(3), label="inner"):
+                pass
+
+
+def test_piped_bars_are_lines(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "SHOWN_AFTER", 1e-9)
+    with progress_bar(total=2, label="whole", show=True) as bar:
+        work()
+        bar.update()
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "\r" not in said
+    assert "whole: 1 of 2" in said and "outer: 1 of 3" in said and "inner: 2 of 3" in said
+
+
+def test_nothing_is_shown_unasked(capsys):
+    for _ in progress_bar(range(3), label="quiet"):
+        pass
+    assert capsys.readouterr().err == ""
