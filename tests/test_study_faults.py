@@ -129,10 +129,10 @@ def test_the_report_tells_what_each_step_took(run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks processes")
 def test_real_faults():
-    command = "-m benchmarks.faults --kills 2 --others 1 --interrupts 0 --dry"
+    command = "-m benchmarks.faults --kills 1 --others 1 --interrupts 0 --dry"
     done = subprocess.run(
         [sys.executable, *command.split()], capture_output=True, text=True, timeout=500, check=True
     )
     counted = json.loads(done.stdout.splitlines()[-1])["faults"]
-    assert len(counted) > 6
+    assert len(counted) > 6  # kinds of faults
     assert {name: row["lost"] for name, row in counted.items() if row["lost"]} == {}
