@@ -136,7 +136,8 @@ class Injection(Step):
         grid = Result.load(path)
         cell = select_cell(grid, metric=_SCORE)
         facts = run.draw(run.halves[1], run.settings.size.injection // 2, "injection")
-        alone = len({fact.bridge for fact in facts}) < 2
+        bridges = {fact.bridge for fact in facts}
+        alone = any(bridges <= {fact.bridge, fact.answer} for fact in facts)
         controls = [name for name in CONTROLS if not (alone and name == "permuted_bridge")]
         found = injection_grid(
             run.model,
