@@ -220,7 +220,8 @@ on two models, as is said there).
 Small models, one-word names, one template order; the plants are cleaner than anything that training on
 text makes. A linear probe (and so the tuned lens) reads the bridge in earlier blocks than the planted one: the
 strict training says nothing about what else a state may hold, and a first hop that is computed early and
-written later is still computed early. So a probe's layer error is no fault of the probe. Attention lenses,
+written later is still computed early. So a probe's layer error is no fault of the probe. Seconds
+were taken on a machine that did other work as well. `decoy` comes in one seed only. Attention lenses,
 sparse autoencoders, path patching and attention knockout were not asked, nor were models whose mechanism nobody
 knows. Where no
 `shortcut` model is among the models above, the decoy stands for those that have no use for the bridge.
