@@ -390,6 +390,8 @@ def _parts(found: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield "Not measured yet: the study was stopped before this step."
     yield "## Time and memory"
+    if found.get("note"):
+        yield found["note"]
     rows = [
         [step, f"{r['seconds']:,.0f}", f"{r['peak_memory'] / 2**30:.1f}"]
         for step, r in found["records"].items()
@@ -425,12 +427,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--facts", type=int, default=1900)
     parser.add_argument("--folder", type=Path, default=Path("real-study"))
+    parser.add_argument("--note", default="", help="on how it was run, for the section on time")
     parser.add_argument("--page-only", action="store_true", help="of what was kept or the folder")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if not given.page_only or given.folder.exists():
         stopped = given.page_only
         found = numbers(Study.open(given.folder)) if stopped else measure(given.folder, given.facts)
+        found["note"] = given.note
         keep(PAGE, "study", json.loads(json.dumps(found, default=float)))
     print(write(PAGE, "A real model, real facts", page(kept(PAGE)["study"]), script="real_model"))
 
