@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +238,6 @@ def localisation(study: Study, *, seed: int = 0) -> dict[str, Any]:
 
 def measure(folder: Path, facts: int) -> dict[str, Any]:
     """Run or resume the study; its summary and what the page adds."""
-    from dataclasses import replace
-
     settings = StudySettings(sizes=replace(SIZES, facts=facts))
     study = run_study(MODEL, FACTS, out=folder, settings=settings)
     write_report(study, overwrite=True)

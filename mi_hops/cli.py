@@ -252,12 +252,10 @@ def _minutes(text: str) -> float:
     Raises:
         ValueError: anything else, or no time at all.
     """
-    found = re.fullmatch(r"([0-9.]+)\s*([smh])", text.strip())
-    try:
-        if found and (minutes := float(found[1]) * {"s": 1 / 60, "m": 1, "h": 60}[found[2]]) > 0:
-            return minutes
-    except ValueError:
-        pass
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([smh])", text.strip())
+    minutes = float(found[1]) * {"s": 1 / 60, "m": 1, "h": 60}[found[2]] if found else 0
+    if minutes > 0:
+        return minutes
     raise ValueError(f"--budget {text!r} is not a time; expected e.g. 20m, 90s or 2h")
 
 

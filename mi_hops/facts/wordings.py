@@ -139,14 +139,12 @@ def few_shot_lead(
     if shots < 0:
         raise ValueError(f"shots is {shots}; expected 0 or more worked examples")
     pair = (fact.relation1, fact.relation2)
-    askable = [other for other in others if all(form in table for table in _asked(other))]
-    askable.sort(key=lambda other: other.id)
-    same = [other for other in askable if (other.relation1, other.relation2) == pair]
-    random.Random(f"{seed}/{pair}").shuffle(same)
+    same = [other for other in others if (other.relation1, other.relation2) == pair]
+    same = _shuffled(same, form, f"{seed}/{pair}")
     taken = _taken(fact, same, shots)
     if len(taken) < shots:
-        random.Random(f"{seed}/{pair}").shuffle(askable)
-        alike = sorted(askable, key=lambda other: other.relation2 != fact.relation2)
+        alike = _shuffled(others, form, f"{seed}/{pair}")
+        alike.sort(key=lambda other: other.relation2 != fact.relation2)
         taken = _taken(fact, [*same, *alike], shots)
     if len(taken) < shots:
         raise ValueError(
@@ -155,6 +153,14 @@ def few_shot_lead(
         )
     lines = (_example(other, _HOPS[i % len(_HOPS)], form) for i, other in enumerate(taken))
     return "".join(f"{line}\n" for line in lines)
+
+
+def _shuffled(facts: Iterable[TwoHopFact], form: str, seed: str) -> list[TwoHopFact]:
+    """Those that can be asked in the form, in an order that depends on the seed alone."""
+    askable = [fact for fact in facts if all(form in table for table in _asked(fact))]
+    askable.sort(key=lambda fact: fact.id)
+    random.Random(seed).shuffle(askable)
+    return askable
 
 
 def _taken(fact: TwoHopFact, others: Sequence[TwoHopFact], shots: int) -> list[TwoHopFact]:

@@ -136,7 +136,7 @@ def choose_wordings(
         for f, form in enumerate(forms):
             for r, name in enumerate(names):
                 for o, wording in enumerate(relations[name].options(form)):
-                    texts[f, r, o] = _text(wording, form)
+                    texts[f, r, o] = wording_text(wording, form)
                     for s, n in enumerate(shots):
                         found = _asked(
                             model,
@@ -229,7 +229,8 @@ def _asked(
     }
 
 
-def _text(wording: Wording, form: str) -> str:
+def wording_text(wording: Wording, form: str) -> str:
+    """The text by which a wording asks in a form."""
     if form == "suffix":
         return f"{wording.noun} {wording.verb}"
     return wording.statement if form == "prefix" else wording.question

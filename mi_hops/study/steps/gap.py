@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
+import pandas as pd
+
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.unusable import describe_reasons
 from mi_hops.reasoning.gap import HOPS, Gap, Score, find_gap, hop_prompt
@@ -70,7 +72,9 @@ class GapStep(Step):
             "failed_saying_bridge": share_of(failed["says_bridge"]),
             "failed_but_other_form": share_of(failed["other_form"]),
             "score": result.score,
-            "by_score": {score: _of_score(result.scored_by(score)) for score in get_args(Score)},
+            "by_score": {
+                score: _shares(result.scored_by(score).frame) for score in get_args(Score)
+            },
             "known_in_any_form": share_of(_known_in_any(result)),
             "by_relations": _by_relations(result),
             "skipped_facts": len(result.skipped),
@@ -222,8 +226,8 @@ def _known_in_any(gap: Gap) -> Any:
     return correct.max("form").min("asked").values
 
 
-def _of_score(gap: Gap) -> dict[str, Any]:
-    frame = gap.frame
+def _shares(frame: pd.DataFrame) -> dict[str, Any]:
+    """Of the rows of a gap's frame: each question answered, both hops known, failed of these."""
     known = frame["first"] & frame["second"]
     return {
         **{hop: share_of(frame[hop]) for hop in HOPS},
@@ -237,10 +241,7 @@ def _by_relations(gap: Gap) -> list[dict[str, Any]]:
     frame = gap.frame.assign(pair=[(f.relation1, f.relation2) for f in gap.facts])
     found = []
     for (first, second), part in frame.groupby("pair", sort=False):
-        known = part["first"] & part["second"]
-        shares = {hop: share_of(part[hop]) for hop in HOPS}
-        gap_of = share_of(~part["two_hop"][known])
-        found.append({"first_relation": first, "second_relation": second, **shares, "gap": gap_of})
+        found.append({"first_relation": first, "second_relation": second, **_shares(part)})
     return sorted(found, key=lambda r: -r["two_hop"]["n"])
 
 
@@ -305,8 +306,7 @@ def _of_form(gap: Gap) -> dict[str, Any]:
             "two_hop_of_known": share_of(part["answer"]),
             "first_token_of_known": share_of(part["first_token"]),
         }
-    shares = {hop: share_of(frame[hop]) for hop in HOPS}
-    return {**shares, "gap": share_of(~frame["two_hop"][known]), "by_split": splits}
+    return {**_shares(frame), "by_split": splits}
 
 
 def _by_split(forms: Mapping[str, Any]) -> Iterator[Figure | Table]:

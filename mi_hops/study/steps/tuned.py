@@ -127,12 +127,12 @@ class Tuned(Step):
             for place in PLACES
             if place in entry
         ]
-        n = int((result["group"].values == "passed").sum()) or result.data.sizes["example"]
+        shown, which = _shown(result)
         yield Figure(
             "Median rank in either lens, layer by layer",
             panels,
-            f"Median rank (1 = most probable of the vocabulary) of the first token over n = {n} "
-            f"questions {_group(result)}; logarithmic axis, lower is better read. Where only the tuned "
+            f"Median rank (1 = most probable of the vocabulary) of the first token over n = {which.sum()} "
+            f"questions {shown}; logarithmic axis, lower is better read. Where only the tuned "
             "lens reads a name, the state holds it in another basis than the unembedding's.",
         )
         rows = [
@@ -151,14 +151,17 @@ class Tuned(Step):
             ("tracked", "position", "lens", "best median rank", "after blocks", "n"),
             rows,
             texts=3,
-            note=f"The layer with the lowest median rank over questions {_group(result)} (the last "
+            note=f"The layer with the lowest median rank over questions {shown} (the last "
             "layer, which both lenses read alike, and the embedding are left out).",
         )
         yield first_table(entry)
 
 
-def _group(result: Result) -> str:
-    return GROUPS["passed"] if (result["group"].values == "passed").any() else GROUPS["failed"]
+def _shown(result: Result) -> tuple[str, np.ndarray]:
+    """The answered questions where there are any, else all: what they are called, and which."""
+    groups = result["group"].values
+    passed = groups == "passed"
+    return (GROUPS["passed"], passed) if passed.any() else (GROUPS["failed"], groups != "")
 
 
 def _values(result: Result, variable: str, tracked: str, place: str) -> np.ndarray:
@@ -168,18 +171,15 @@ def _values(result: Result, variable: str, tracked: str, place: str) -> np.ndarr
 
 
 def _medians(result: Result, tracked: str, place: str) -> np.ndarray:
-    """Median rank by layer, of the answered questions where there are any."""
-    groups = result["group"].values
-    chosen = groups == "passed" if (groups == "passed").any() else groups != ""
-    return np.median(_values(result, "rank", tracked, place)[chosen], axis=0)
+    """Median rank by layer, of the questions shown."""
+    return np.median(_values(result, "rank", tracked, place)[_shown(result)[1]], axis=0)
 
 
 def _best(result: Result, tracked: str, place: str) -> dict[str, Any]:
     medians = _medians(result, tracked, place)[1:]
     medians = medians[:-1] if len(medians) > 1 else medians
-    groups = result["group"].values
     at = int(medians.argmin())
-    n = int((groups == "passed").sum()) or len(groups)
+    n = int(_shown(result)[1].sum())
     return {"median_rank": float(medians[at]), "layer": at + 1, "n": n}
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from mi_hops.facts.reading import Facts
-from mi_hops.reasoning.wordings import CHOOSING, WordingChoice, choose_wordings
+from mi_hops.reasoning.wordings import CHOOSING, WordingChoice, choose_wordings, wording_text
 from mi_hops.result.result import Result
 from mi_hops.study.context import Run, StudySettings
 from mi_hops.study.folder import Folder
@@ -61,12 +59,13 @@ class Wordings(Step):
     def summarise(self, result: WordingChoice, study: Folder) -> dict[str, Any]:
         """The number of worked examples, the forms by what is known, the wording of each relation."""
         best = result[result.provenance["score"]].sel(shots=result.shots)
+        wordings = result.wordings
         n = dict(zip(result["relation"].values.tolist(), result["n"].values.tolist(), strict=True))
         relations = [
             {
                 "relation": relation,
                 "form": form,
-                "text": _text(result, form, relation),
+                "text": wording_text(wordings[relation], form),
                 "known": share(round(float(at.max()) * n[relation]), n[relation]),
                 "worst": float(at.min()),
                 "without_lead": _without_lead(result, form, relation),
@@ -117,13 +116,6 @@ class Wordings(Step):
             "Worst wording: the same under the relation's least understood wording. No lead: under "
             "its best wording without worked examples.",
         )
-
-
-def _text(choice: WordingChoice, form: str, relation: str) -> str:
-    known = choice[choice.provenance["score"]].sel(shots=choice.shots, form=form, relation=relation)
-    return str(
-        choice["text"].sel(form=form, relation=relation).values[int(np.argmax(known.values))]
-    )
 
 
 def _without_lead(choice: WordingChoice, form: str, relation: str) -> float | None:
