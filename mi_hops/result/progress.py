@@ -45,7 +45,7 @@ def progress_bar(
     inside = _inside.get()
     options: dict[str, Any] = {"total": total, "desc": label, "unit": unit, "leave": not inside}
     options |= {"delay": SHOWN_AFTER * inside, "disable": not (show or inside)}
-    if sys.stderr.isatty() or "ipykernel" in sys.modules or options["disable"]:
+    if sys.stderr.isatty() or _in_notebook() or options["disable"]:
         return tqdm(items, **options)
     from tqdm import tqdm as plain
 
@@ -58,6 +58,12 @@ def progress_bar(
         file=_Lines(),
         bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left",
     )
+
+
+def _in_notebook() -> bool:
+    # That ipykernel was imported is not enough: whoever starts kernels imports it as well.
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 class _Lines:
