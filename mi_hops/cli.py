@@ -73,8 +73,8 @@ def study(
     format: Annotated[
         str | None,
         typer.Option(
-            help="How --facts is read: jsonl, geo, mquake, memory_injections or table; by default "
-            "inferred from the file."
+            help="How --facts is read: jsonl, geo, mquake, memory_injections, two_hop_fact, musique, "
+            "hotpotqa or table; by default inferred from the file."
         ),
     ] = None,
     columns: Annotated[

@@ -15,6 +15,7 @@ from mi_hops.editing.joint import creme_joint, creme_sequential
 from mi_hops.editing.moments import Moments, second_moments
 from mi_hops.editing.plans import PAPER, CremeSettings, default_layers
 from mi_hops.editing.request import Request
+from mi_hops.editing.request_files import Requests, load_requests
 from mi_hops.editing.rows import EditorRepair, EditRepair, edit_hooks
 from mi_hops.editing.solve import SingularError
 
@@ -29,6 +30,7 @@ __all__ = [
     "Moments",
     "PAPER",
     "Request",
+    "Requests",
     "SingularError",
     "WrongWeightsError",
     "applied_edits",
@@ -40,6 +42,7 @@ __all__ = [
     "describe",
     "edit_hooks",
     "export_hf",
+    "load_requests",
     "second_moments",
     "stack",
 ]

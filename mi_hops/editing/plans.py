@@ -138,9 +138,15 @@ def plan_request(model: HookedModel, request: Request, how: CremeSettings) -> Pl
     """The tokens and positions of a request.
 
     Raises:
-        ValueError: a bridge unknown to the tokenizer, or an answer that is needed and lacking.
+        ValueError: no second-hop prompt, a bridge unknown to the tokenizer, or an answer that is needed
+            and lacking.
         TokenError: a prompt that does not fit the context, or a span that cannot be found.
     """
+    if not request.second_hop_prompt:
+        raise ValueError(
+            f"edit request {request.id!r} has no second-hop prompt, whose computation CREME moves into "
+            "the two-hop prompt; give it and its bridge, or take an editor that teaches an answer"
+        )
     check_bridge_known(model, request)
     if how.cover == "answer" and not request.target:
         raise ValueError(

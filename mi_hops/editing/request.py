@@ -21,18 +21,23 @@ Keep = Literal["hops"] | Callable[[TwoHopFact], Sequence[str]] | None
 class Request:
     """A two-hop prompt, and the second-hop prompt whose computation it is to take over.
 
+    Editors that teach an answer need neither second-hop prompt nor bridge: with both left empty, a
+    request is one prompt, its subject (``first_hop``) and its target.
+
     Attributes:
         two_hop_prompt: "The nationality of the author of Misery is".
-        second_hop_prompt: the same question about the bridge, "The nationality of Stephen King is".
+        second_hop_prompt: the same question about the bridge, "The nationality of Stephen King is";
+            what CREME needs.
         bridge: the entity between the hops, which the second-hop prompt names.
-        target: the answer; a record, and needed where the whole answer is covered.
+        target: the answer; a record, and needed where the whole answer is covered or taught.
         first_hop: the phrase in the two-hop prompt that the bridge replaces in the second-hop prompt.
         keep: prompts whose last token should be answered as before (used where constraints are
             asked for).
         id: of the fact it came from.
 
     Raises:
-        ValueError: an empty prompt, two prompts that are equal (such an edit changes nothing), a
+        ValueError: an empty prompt (a second-hop prompt may be left out where there is a target), a
+            second-hop prompt without bridge or the other way round, two prompts that are equal (such an edit changes nothing), a
             bridge that does not appear in the second-hop prompt; with a first hop, one that does not
             appear in the two-hop prompt or appears there twice, or a second-hop prompt that is not
             the two-hop prompt with the bridge in its place (case, white space and an article before
@@ -40,8 +45,8 @@ class Request:
     """
 
     two_hop_prompt: str
-    second_hop_prompt: str
-    bridge: str
+    second_hop_prompt: str = ""
+    bridge: str = ""
     target: str = ""
     first_hop: str = ""
     keep: tuple[str, ...] = ()
@@ -49,9 +54,14 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))
-        for name in ("two_hop_prompt", "second_hop_prompt", "bridge"):
+        second = (self.second_hop_prompt, self.bridge)
+        needed = ("two_hop_prompt", *(("second_hop_prompt", "bridge") if any(second) else ()))
+        for name in needed:
             if not getattr(self, name).strip():
                 raise ValueError(f"edit request {self.id!r}: {name} is empty")
+        if not any(second):
+            self._check_taught()
+            return
         if _plain(self.two_hop_prompt) == _plain(self.second_hop_prompt):
             raise ValueError(
                 f"edit request {self.id!r}: both prompts are {self.second_hop_prompt!r}, so the edit "
@@ -66,17 +76,30 @@ class Request:
         if self.first_hop:
             self._check_frame()
 
-    def _check_frame(self) -> None:
-        """Refuse a second-hop prompt that asks another question about the bridge."""
-        phrase, asked = _plain(self.first_hop), _plain(self.two_hop_prompt)
-        places = _places(phrase, asked)
+    def _check_taught(self) -> None:
+        """Refuse a request without second-hop prompt that does not say what is to be taught."""
+        if not self.target.strip():
+            raise ValueError(
+                f"edit request {self.id!r}: neither a second-hop prompt nor a target; give the prompt "
+                "whose computation is to be taken over, or the answer that is to be taught"
+            )
+        if self.first_hop:
+            self._start()
+
+    def _start(self) -> int:
+        """Where the first hop begins in the two-hop prompt; refuses one that is not there once."""
+        places = _places(_plain(self.first_hop), _plain(self.two_hop_prompt))
         if len(places) != 1:
             how = f"appears {len(places)} times" if places else "does not appear"
             raise ValueError(
                 f"edit request {self.id!r}: the first hop {self.first_hop!r} {how} in the two-hop prompt "
                 f"{self.two_hop_prompt!r}; expected it there once, in the place of the bridge"
             )
-        (start,) = places
+        return places[0]
+
+    def _check_frame(self) -> None:
+        """Refuse a second-hop prompt that asks another question about the bridge."""
+        phrase, asked, start = _plain(self.first_hop), _plain(self.two_hop_prompt), self._start()
         before, after = asked[:start], asked[start + len(phrase) :]
         article = next((a for a in ARTICLES if f" {before}".endswith(f" {a}")), "")
         stem = before.removesuffix(article)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.geo import BUNDLED, load_geo
+from mi_hops.facts.hotpot import load_hotpot
 from mi_hops.facts.memory_injections import load_memory_injections
 from mi_hops.facts.mquake import load_mquake
+from mi_hops.facts.musique import load_musique
 from mi_hops.facts.reading import (
     BadRow,
     Facts,
@@ -19,22 +21,38 @@ from mi_hops.facts.reading import (
     RowFixes,
     collect,
     existing_file,
+    line_object,
     not_utf8,
+    read_lines,
     refuse_same,
 )
 from mi_hops.facts.tables import Columns, has_fields, load_table, read_frame
 from mi_hops.facts.templates import Wording
+from mi_hops.facts.twohopfact import TWO_HOP, load_two_hop_fact
 from mi_hops.result.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
 
 #: How a file of facts is read.
-Format = Literal["geo", "jsonl", "memory_injections", "mquake", "table"]
+Format = Literal[
+    "geo",
+    "hotpotqa",
+    "jsonl",
+    "memory_injections",
+    "mquake",
+    "musique",
+    "table",
+    "two_hop_fact",
+]
 
 _TABLES = ("prompts", "first_prompts", "second_prompts")
 _LISTS = ("paraphrases", "bridge_aliases", "answer_aliases")
 _LINE_START = 200
+
+# Fields that open a record of these sets, and no other's.
+_HOTPOT = ('"_id"', '"supporting_facts"')
+_MUSIQUE = ('"paragraphs"', '"question_decomposition"')
 
 #: Name -> file of the bundled facts.
 BUNDLED_FACTS: Mapping[str, Path] = {
@@ -56,27 +74,11 @@ def load_jsonl(path: str | Path, *, on_error: OnError = "raise") -> Facts:
             its answer, an id used twice; the message names the line, from 1.
     """
     path = existing_file(path)
-    return collect(_lines(path), _from_line, source=str(path), on_error=on_error)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    try:
-        # Only "\n" ends a line: a name may hold another of Unicode's line breaks.
-        with path.open(encoding="utf-8-sig", newline="\n") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"line {number}", line
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from error
+    return collect(read_lines(path), _from_line, source=str(path), on_error=on_error)
 
 
 def _from_line(row: int, line: str, fixes: RowFixes) -> TwoHopFact:
-    try:
-        record = json.loads(line.rstrip())
-    except json.JSONDecodeError as error:
-        raise BadRow("broken JSON", f"column {error.colno}: not JSON ({error.msg})") from error
-    if not isinstance(record, dict):
-        raise BadRow("not an object", f"expected an object, found {line.strip():.80}")
+    record = line_object(line)
     _check_types(record)
     if {"bridge", "answer"} <= set(record):
         try:
@@ -160,10 +162,13 @@ def _to_line(fact: TwoHopFact) -> str:
 #: Format -> the options that are its own.
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "geo": (),
+    "hotpotqa": (),
     "jsonl": (),
     "memory_injections": ("strict_reference",),
     "mquake": ("templates", "wordings"),
+    "musique": (),
     "table": ("columns", "separator"),
+    "two_hop_fact": (),
 }
 
 
@@ -184,10 +189,11 @@ def load_facts(
         facts: a data frame, a file, or the name of bundled facts: ``"hopland"`` (a made-up world)
             or ``"geo"`` (geography and chemistry; see `load_geo`).
         format: "jsonl" (our own), "geo" (gzipped JSON with wordings), "memory_injections" (CSV),
-            "mquake" (JSON) or "table" (CSV). By default: "table" for a frame and where `columns` are
-            given; otherwise by the name's ending, ``.jsonl``, ``.gz``, ``.csv`` or ``.tsv`` (a
-            table if its columns are named like a fact's fields, else memory injections); any other
-            file by its first character, "[" being MQuAKE's list and "{" our objects.
+            "mquake" (JSON), "musique" (JSON Lines), "hotpotqa" (JSON, 2WikiMultiHopQA too),
+            "two_hop_fact" (a table, SOCRATES too) or "table" (CSV). By default: "table" where
+            `columns` are given; a frame, ``.csv`` or ``.tsv`` by its columns (TwoHopFact's, a
+            fact's fields, else memory injections); other files by their ending (``.jsonl``,
+            ``.gz``) and by their first characters.
         on_error: what to do with malformed records: "raise", or "drop" with a note.
         columns, separator: of a table; see `load_table`.
         templates, wordings: of MQuAKE; see `load_mquake`.
@@ -227,13 +233,21 @@ def load_facts(
         )
     if found == "table":
         return load_table(source, columns=columns, separator=separator, on_error=on_error)
+    if found == "two_hop_fact":
+        return load_two_hop_fact(source, on_error=on_error)
     if not isinstance(source, Path):
         raise ValueError(f"format is {found!r}, which is a file's; a data frame is a 'table'")
     if found == "mquake":
         return load_mquake(source, templates=templates, wordings=wordings, on_error=on_error)
     if found == "memory_injections":
         return load_memory_injections(source, strict_reference=strict_reference, on_error=on_error)
-    return (load_geo if found == "geo" else load_jsonl)(source, on_error=on_error)
+    plain = {
+        "geo": load_geo,
+        "hotpotqa": load_hotpot,
+        "jsonl": load_jsonl,
+        "musique": load_musique,
+    }
+    return plain[found](source, on_error=on_error)
 
 
 def facts_path(name_or_path: str | Path) -> Path:
@@ -242,22 +256,28 @@ def facts_path(name_or_path: str | Path) -> Path:
 
 
 def _guess_format(source: Path | pd.DataFrame, has_columns: bool) -> str:
-    if has_columns or not isinstance(source, Path):
+    if has_columns:
         return "table"
+    if not isinstance(source, Path):
+        return "two_hop_fact" if TWO_HOP in map(str, source.columns) else "table"
     ending = existing_file(source).suffix.lower()
     if ending in (".csv", ".tsv"):
-        return "table" if has_fields(map(str, read_frame(source).columns)) else "memory_injections"
-    if ending in (".jsonl", ".gz"):
-        return {".jsonl": "jsonl", ".gz": "geo"}[ending]
+        names = list(map(str, read_frame(source).columns))
+        if TWO_HOP in names:
+            return "two_hop_fact"
+        return "table" if has_fields(names) else "memory_injections"
+    if ending == ".gz":
+        return "geo"
     try:
         with source.open(encoding="utf-8-sig") as text:
             start = text.read(_LINE_START).lstrip()
     except UnicodeDecodeError as error:
         raise not_utf8(source, error) from error
-    by_start = {"[": "mquake", "{": "jsonl"}
-    if start[:1] not in by_start:
-        raise FactsFileError(
-            f"{source}: cannot tell its format from {start[:40]!r}; name it with format=, one of "
-            f"{sorted(_OPTIONS)}"
-        )
-    return by_start[start[:1]]
+    if start.startswith("[") and ending != ".jsonl":
+        return "hotpotqa" if any(name in start for name in _HOTPOT) else "mquake"
+    if ending == ".jsonl" or start.startswith("{"):
+        return "musique" if any(name in start for name in _MUSIQUE) else "jsonl"
+    raise FactsFileError(
+        f"{source}: cannot tell its format from {start[:40]!r}; name it with format=, one of "
+        f"{sorted(_OPTIONS)}"
+    )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.phrases import counterpart, form_of
 from mi_hops.facts.reading import (
     BadRow,
     DropRow,
@@ -136,7 +137,7 @@ def load_memory_injections(
 def _as_published(raw: _Row, fixes: RowFixes) -> dict[str, Any]:
     obscure = fixes.changed(WHITE_SPACE, "obscure prompt", raw.obscure, raw.obscure.rstrip())
     explicit = fixes.changed(WHITE_SPACE, "explicit prompt", raw.explicit, raw.explicit.rstrip())
-    form = _form(find(raw.phrase.strip(), obscure))
+    form = form_of(obscure, find(raw.phrase.strip(), obscure))
     return {
         "bridge": raw.bridge,
         "answer": raw.answer,
@@ -171,7 +172,7 @@ def _repaired(
     obscure = row.obscure
     span = find(row.phrase, obscure)
     if span is None:
-        span = _counterpart(obscure, explicit, named)
+        span = counterpart(obscure, explicit, named)
         if span is None:
             raise DropRow("first hop not in its prompt", f"{row.phrase!r} in {obscure!r}")
         fixes.changed(
@@ -190,7 +191,7 @@ def _repaired(
     if triples is not None:
         _alias(bridge, triples[0][2], bridge_aliases, "bridge", fixes)
         _alias(row.answer, triples[1][2], answer_aliases, "answer", fixes)
-    form = _form(span)
+    form = form_of(obscure, span)
     return {
         "bridge": bridge,
         "answer": row.answer,
@@ -201,20 +202,6 @@ def _repaired(
         "bridge_aliases": tuple(bridge_aliases),
         "answer_aliases": tuple(answer_aliases),
     }
-
-
-def _form(span: tuple[int, int] | None) -> str:
-    return "prefix" if span is not None and span[0] == 0 else "suffix"
-
-
-def _counterpart(obscure: str, explicit: str, named: tuple[int, int]) -> tuple[int, int] | None:
-    """The part of the obscure prompt in the place of ``explicit[named]``, the rest being equal."""
-    left, right = explicit[: named[0]], explicit[named[1] :]
-    start, end = len(left), len(obscure) - len(right)
-    whole = right[:1].isspace() and (not left or left[-1:].isspace())
-    if whole and start < end and obscure.startswith(left) and obscure.endswith(right):
-        return start, end
-    return None
 
 
 def _alias(name: str, other: str, aliases: list[str], what: str, fixes: RowFixes) -> None:

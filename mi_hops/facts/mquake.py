@@ -17,20 +17,20 @@ from mi_hops.facts.reading import (
     BadRow,
     DropRow,
     Facts,
-    FactsFileError,
     OnError,
     RowFixes,
     collect,
     existing_file,
-    read_json,
+    field_of,
+    read_records,
     refuse_same,
+    texts_of,
     triple,
 )
 from mi_hops.facts.tables import find, refuse_named
 from mi_hops.facts.templates import SLOT, Wording, capitalise
 
 _ARTICLE = "the "
-_ABSENT = object()
 
 
 def load_mquake(
@@ -74,26 +74,21 @@ def load_mquake(
         FactsFileError: not a JSON list of such records; the message has the line or the record.
     """
     table = load_wordings(templates) | dict(wordings or {})
-    records = read_json(existing_file(path))
-    if not isinstance(records, list):
-        raise FactsFileError(
-            f"{path}: expected a JSON list of records, found {type(records).__name__}"
-        )
+    records = read_records(existing_file(path))
 
     def build(row: int, record: Any, fixes: RowFixes) -> TwoHopFact:
         return _fact(row, record, table, fixes)
 
-    numbered = ((f"record {row}", record) for row, record in enumerate(records))
-    return collect(numbered, build, source=str(path), on_error=on_error)
+    return collect(records, build, source=str(path), on_error=on_error)
 
 
 def _fact(row: int, record: Any, table: Mapping[str, Wording], fixes: RowFixes) -> TwoHopFact:
-    hops = _field(record, "single_hops", list)
-    original = _field(record, "orig", dict)
-    triples = _field(original, "triples", list)
+    hops = field_of(record, "single_hops", list)
+    original = field_of(record, "orig", dict)
+    triples = field_of(original, "triples", list)
     if (len(hops), len(triples)) != (2, 2):
         raise DropRow("not two hops", f"{len(hops)} single hops and {len(triples)} triples")
-    labels = [triple(t) for t in _field(original, "triples_labeled", list)]
+    labels = [triple(t) for t in field_of(original, "triples_labeled", list)]
     (subject_id, relation1, bridge_id), (meets, relation2, answer_id) = map(triple, triples)
     if len(labels) != 2:
         raise BadRow("unreadable record", f"{len(labels)} labelled triples for two hops")
@@ -104,13 +99,13 @@ def _fact(row: int, record: Any, table: Mapping[str, Wording], fixes: RowFixes) 
             raise DropRow("relation without wording", f"no noun phrase for {relation}")
 
     (subject, _, bridge), (_, _, label) = labels
-    answer = _field(record, "answer", str).strip()
+    answer = field_of(record, "answer", str).strip()
     refuse_same(bridge, answer)
     builder = _Prompts(fixes)
     first, second = table[relation1], table[relation2]
     phrase = builder.fill(first.noun, subject)
     prompts = builder.about(second, phrase)
-    questions = [q.strip() for q in _texts(record, "questions") if q.strip()]
+    questions = [q.strip() for q in texts_of(record, "questions") if q.strip()]
     asked = next((q for q in questions if find(phrase, q) is not None), None)
     prompts["question"] = asked or prompts["question"]
     for prompt in prompts.values():
@@ -129,7 +124,7 @@ def _fact(row: int, record: Any, table: Mapping[str, Wording], fixes: RowFixes) 
         second_prompts=builder.about(second, bridge) | _asked(hops[1]),
         paraphrases=_without_bridge([q for q in questions if q != asked], bridge, fixes),
         bridge_aliases=_others(bridge, hops[0]),
-        answer_aliases=_others(answer, hops[1], *_texts(record, "answer_alias"), label),
+        answer_aliases=_others(answer, hops[1], *texts_of(record, "answer_alias"), label),
         meta={
             "dataset": "mquake",
             "row": row,
@@ -167,13 +162,13 @@ class _Prompts:
 
 
 def _asked(hop: Any) -> dict[str, str]:
-    question = _field(hop, "question", str).strip()
+    question = field_of(hop, "question", str).strip()
     return {"question": question} if question else {}
 
 
 def _others(name: str, hop: Any, *more: str) -> tuple[str, ...]:
     """Every other spelling of `name`, in order, each once."""
-    spellings = (_field(hop, "answer", str), *_texts(hop, "answer_alias"), *more)
+    spellings = (field_of(hop, "answer", str), *texts_of(hop, "answer_alias"), *more)
     others = dict.fromkeys(text.strip() for text in spellings)
     return tuple(text for text in others if text and text != name)
 
@@ -184,21 +179,3 @@ def _without_bridge(questions: list[str], bridge: str, fixes: RowFixes) -> tuple
         if question not in kept:
             fixes.note("paraphrase names the bridge", f"left out {question!r}")
     return kept
-
-
-def _field(record: Any, name: str, kind: type) -> Any:
-    if not isinstance(record, Mapping):
-        raise BadRow("unreadable record", f"expected an object, found {record!r:.80}")
-    value = record.get(name, _ABSENT)
-    if value is _ABSENT:
-        raise BadRow("field missing", f"no field {name!r}; there are {sorted(record)}")
-    if not isinstance(value, kind):
-        raise BadRow("unreadable record", f"{name!r} is {value!r:.80}; expected {kind.__name__}")
-    return value
-
-
-def _texts(record: Any, name: str) -> list[str]:
-    values = _field(record, name, list)
-    if not all(isinstance(value, str) for value in values):
-        raise BadRow("unreadable record", f"{name!r} is {values!r:.80}; expected a list of texts")
-    return values

@@ -13,13 +13,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, Protocol, TypeVar, overload
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.wordings import WordedRelation
 from mi_hops.result.display import html_table
 
 Record = TypeVar("Record")
+
+
+class HasId(Protocol):
+    """What a loader makes of a record."""
+
+    @property
+    def id(self) -> str:
+        """Unique within its file."""
+
+
+Made = TypeVar("Made", bound=HasId)
 
 #: What to do with a malformed record: raise an error, or drop it with a note.
 OnError = Literal["raise", "drop"]
@@ -111,10 +122,14 @@ class Facts(Sequence[TwoHopFact]):
         Rows are counted, not notes: a row repaired twice counts once in the total and once for
         each of its reasons.
         """
-        return (
-            f"{self.source}: {self.read} read / {_count(self.dropped, 'dropped')} / "
-            f"{_count(self.repaired, 'repaired')}"
-        )
+        return describe_rows(self.source, self.read, self.dropped, self.repaired)
+
+
+def describe_rows(
+    source: str, read: int, dropped: Sequence[RowNote], repaired: Sequence[RowNote]
+) -> str:
+    """How many rows were read, dropped and repaired, and why, in one line."""
+    return f"{source}: {read} read / {_count(dropped, 'dropped')} / {_count(repaired, 'repaired')}"
 
 
 def _count(notes: Sequence[RowNote], what: str) -> str:
@@ -150,13 +165,28 @@ def collect(
     source: str,
     on_error: OnError = "raise",
 ) -> Facts:
-    """Build a fact from every record and record those that gave none.
+    """Build a fact from every record and record those that gave none; see `collect_rows`."""
+    facts, read, dropped, repaired = collect_rows(records, build, source=source, on_error=on_error)
+    return Facts(tuple(facts), source, read, dropped, repaired)
+
+
+def collect_rows(
+    records: Iterable[tuple[str, Record]],
+    build: Callable[[int, Record, RowFixes], Made],
+    *,
+    source: str,
+    on_error: OnError = "raise",
+) -> tuple[list[Made], int, tuple[RowNote, ...], tuple[RowNote, ...]]:
+    """Build something with an id from every record, and note those that gave none.
 
     Args:
         records: pairs of a place ("row 3", "line 4"; for error messages) and a record.
-        build: makes a fact of (row number from 0, record), noting its changes in the third.
+        build: makes one thing of (row number from 0, record), noting its changes in the third.
         source: names the file in messages.
         on_error: "raise", or "drop" for malformed records too.
+
+    Returns:
+        What was built, the number of records read, notes on those dropped and on those repaired.
 
     Raises:
         FactsFileError: a malformed record or an id used twice (with ``on_error="raise"``), or no
@@ -165,7 +195,7 @@ def collect(
     """
     if on_error not in ("raise", "drop"):
         raise ValueError(f'on_error is {on_error!r}; give "raise" or "drop"')
-    facts: list[TwoHopFact] = []
+    made: list[Made] = []
     dropped: list[RowNote] = []
     repaired: list[RowNote] = []
     places: dict[str, str] = {}
@@ -173,21 +203,21 @@ def collect(
     for row, (place, record) in enumerate(records):
         fixes = RowFixes()
         try:
-            fact = build(row, record, fixes)
-            if fact.id in places:
-                raise BadRow("id used twice", f"the id {fact.id!r} was used in {places[fact.id]}")
+            one = build(row, record, fixes)
+            if one.id in places:
+                raise BadRow("id used twice", f"the id {one.id!r} was used in {places[one.id]}")
         except ValueError as error:
             if on_error == "raise" and not isinstance(error, DropRow):
                 raise FactsFileError(f"{source}: {place}: {error}") from error
-            reason = error.reason if isinstance(error, BadRow) else "not a usable fact"
+            reason = error.reason if isinstance(error, BadRow) else "not usable"
             dropped.append(RowNote(row, reason, f"{place} dropped: {error}"))
             continue
-        places[fact.id] = place
-        facts.append(fact)
+        places[one.id] = place
+        made.append(one)
         repaired.extend(RowNote(row, *note) for note in fixes.notes)
     if row < 0:
-        raise FactsFileError(f"{source}: no records in it; at least one fact is needed")
-    return Facts(tuple(facts), source, row + 1, tuple(dropped), tuple(repaired))
+        raise FactsFileError(f"{source}: no records in it; at least one is needed")
+    return made, row + 1, tuple(dropped), tuple(repaired)
 
 
 def existing_file(path: str | Path) -> Path:
@@ -217,6 +247,76 @@ def read_json(path: Path) -> Any:
         raise FactsFileError(
             f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
         ) from error
+
+
+def read_records(path: Path) -> list[tuple[str, Any]]:
+    """The records of a JSON list, each with its place ("record 3") for messages.
+
+    Raises:
+        FactsFileError: broken JSON, or anything but a list.
+    """
+    records = read_json(path)
+    if not isinstance(records, list):
+        raise FactsFileError(
+            f"{path}: expected a JSON list of records, found {type(records).__name__}"
+        )
+    return [(f"record {row}", record) for row, record in enumerate(records)]
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a file that are not blank, each with its place ("line 4", from 1)."""
+    try:
+        # Only "\n" ends a line: a name may hold another of Unicode's line breaks.
+        with path.open(encoding="utf-8-sig", newline="\n") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"line {number}", line
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from error
+
+
+def line_object(line: str) -> dict[str, Any]:
+    """The JSON object that a line holds.
+
+    Raises:
+        BadRow: not JSON, or not an object.
+    """
+    try:
+        record = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        raise BadRow("broken JSON", f"column {error.colno}: not JSON ({error.msg})") from error
+    if not isinstance(record, dict):
+        raise BadRow("not an object", f"expected an object, found {line.strip():.80}")
+    return record
+
+
+def field_of(record: Any, name: str, kind: type | tuple[type, ...]) -> Any:
+    """A record's field of that name and type.
+
+    Raises:
+        BadRow: no object, no such field, or a value of another type.
+    """
+    if not isinstance(record, Mapping):
+        raise BadRow("unreadable record", f"expected an object, found {record!r:.80}")
+    if name not in record:
+        raise BadRow("field missing", f"no field {name!r}; there are {sorted(record)}")
+    value = record[name]
+    if not isinstance(value, kind):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise BadRow("unreadable record", f"{name!r} is {value!r:.80}; expected {kinds}")
+    return value
+
+
+def texts_of(record: Any, name: str) -> list[str]:
+    """A record's field of that name, a list of texts.
+
+    Raises:
+        BadRow: no such field, or anything but a list of texts.
+    """
+    values = field_of(record, name, list)
+    if not all(isinstance(value, str) for value in values):
+        raise BadRow("unreadable record", f"{name!r} is {values!r:.80}; expected a list of texts")
+    return values
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> FactsFileError:

@@ -82,7 +82,7 @@ def load_table(
         >>> mi_hops.load_table(films, columns={**columns, "prompts.prefix": "query"})
         Facts(1 from table: 1 read / 0 dropped / 0 repaired)
     """
-    frame, name, stem = _open(table)
+    frame, name, stem = open_table(table)
     wanted = _wanted(_named_like_fields(frame, name) if columns is None else columns)
     require_columns(frame, [c for spec in wanted.values() for c in spec.values()], source=name)
 
@@ -250,8 +250,8 @@ def refuse_named(bridge: str, prompt: str) -> None:
         raise DropRow("bridge named in its prompt", f"{bridge!r} appears in {prompt!r}")
 
 
-def _open(table: str | Path | pd.DataFrame) -> tuple[pd.DataFrame, str, str]:
-    """The frame, its name in messages and the beginning of its facts' ids."""
+def open_table(table: str | Path | pd.DataFrame) -> tuple[pd.DataFrame, str, str]:
+    """A frame or a file's, with its name in messages and the beginning of its facts' ids."""
     if isinstance(table, (str, Path)):
         return read_frame(table), str(table), Path(table).stem
     return table, "table", "table"
