@@ -32,6 +32,7 @@ from mi_hops.model import (
     HookedModel,
     hook_name,
     hooked,
+    nothing_stays,
     plain_hooks,
     require_hooks,
     require_layers,
@@ -411,7 +412,7 @@ def _attached(
                 "right (mi_hops.generate takes an injection as a repair, with its cache)"
             )
 
-    with ExitStack() as stack:
+    with nothing_stays(model), ExitStack() as stack:
         if prompts:
             embed: Any = model.embed
             stack.callback(embed.register_forward_pre_hook(check, with_kwargs=True).remove)

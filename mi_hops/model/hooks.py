@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 from mi_hops.model.classes import backend_of
@@ -117,14 +118,68 @@ def hooked(model: HookedModel, hooks: Sequence[Hook], *, must_fire: bool = True)
         return
     fired = [False] * len(hooks)
     watched = [(name, _flagged(fn, fired, i)) for i, (name, fn) in enumerate(hooks)]
-    with model.hooks(fwd_hooks=plain_hooks(model, watched)):
-        yield
+    attached = model.hooks(fwd_hooks=plain_hooks(model, watched))
+    with nothing_stays(model):
+        try:
+            with attached:
+                yield
+        except BaseException:
+            attached.gen.close()  # an exception may have come before it was told of its end
+            raise
     if must_fire and not all(fired):
         silent = sorted({hooks[i][0] for i, f in enumerate(fired) if not f})
         raise RuntimeError(
             f"hook(s) {silent} never fired, so the intervention did nothing; was the forward pass "
             "stopped before that layer, or does the model skip this hook point?"
         )
+
+
+@contextmanager
+def nothing_stays(model: HookedModel) -> Iterator[None]:
+    """Take off what hooks a block put on and left, where it is ended by an exception.
+
+    An exception may come at any line, such as that of Ctrl-C: between the one that attaches a hook
+    and the one that notes it down. Hooks that were there before, and permanent ones, stay.
+    """
+    first, level = RemovableHandle.next_id, getattr(model, "context_level", None)
+    try:
+        yield
+    except BaseException:
+        for module in model.modules():
+            _take_off(module, first)
+        if level is not None:
+            setattr(model, "context_level", level)  # noqa: B010 (both classes have it, the protocol not)
+        raise
+
+
+def _take_off(module: Any, first: int) -> None:
+    """Hooks with numbers from `first` on, which torch gives in the order of attaching."""
+    permanent: set[int] = set()
+    for side in ("fwd_hooks", "bwd_hooks"):
+        kept = []
+        for handle in getattr(module, side, ()):
+            if handle.is_permanent:
+                permanent.add(handle.hook.id)
+            if handle.is_permanent or handle.hook.id < first:
+                kept.append(handle)
+        if hasattr(module, side):
+            setattr(module, side, kept)
+    for name in _HOOK_TABLES:
+        table = getattr(module, name)
+        for number in [n for n in table if n >= first and n not in permanent]:
+            del table[number]
+
+
+#: Where a torch module has its hooks, by number.
+_HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def has_hooks(model: HookedModel) -> bool:
@@ -142,12 +197,13 @@ def picking(model: HookedModel, pick: Callable[[Tensor], Tensor]) -> Iterator[No
     point = getattr(model.unembed, "hook_in", None)
     if point is None:
         raise MissingHookError(f"this {type(model).__name__} has no hook point unembed.hook_in")
-    # Right before the unembedding: the GPT-2 Bridge reshapes what its final norm returns.
-    handle = point.register_forward_hook(lambda _, given, x: pick(x))
-    try:
-        yield
-    finally:
-        handle.remove()
+    with nothing_stays(model):
+        # Right before the unembedding: the GPT-2 Bridge reshapes what its final norm returns.
+        handle = point.register_forward_hook(lambda _, given, x: pick(x))
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def _flagged(fn: HookFn, fired: list[bool], i: int) -> HookFn:

@@ -42,8 +42,8 @@ def plain_attention(model: HookedModel) -> Iterator[None]:
     with ExitStack() as stack:
         for block in model.blocks:
             # On the instance, before the class's own; taken off again, the class's own is back.
+            stack.callback(block.attn.__dict__.pop, "forward", None)
             block.attn.forward = _forward(block.attn)
-            stack.callback(block.attn.__dict__.pop, "forward")
         yield
 
 
