@@ -12,6 +12,7 @@ from mi_hops.patching.circuit_files import load_eap_ig, save_eap_ig
 from mi_hops.patching.contrast import contrast
 from mi_hops.patching.edges import attribute_edges
 from mi_hops.patching.heads import attention_to, composition, head_scores, icl_score
+from mi_hops.patching.inputs import attribute_inputs
 from mi_hops.patching.knockout import knockout
 from mi_hops.patching.nodes import all_edges
 from mi_hops.patching.path import path_patch
@@ -33,6 +34,7 @@ __all__ = [
     "attention_to",
     "attribute",
     "attribute_edges",
+    "attribute_inputs",
     "back_patch",
     "composition",
     "contrast",

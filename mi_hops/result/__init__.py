@@ -1,7 +1,8 @@
 """Labelled results, their statistics, figures and files; free of torch."""
 
 from mi_hops.result import plots
+from mi_hops.result.coloured import ColouredText, coloured_text
 from mi_hops.result.result import Result
 from mi_hops.result.statistics import summarise_change
 
-__all__ = ["Result", "plots", "summarise_change"]
+__all__ = ["ColouredText", "Result", "coloured_text", "plots", "summarise_change"]
