@@ -2,6 +2,7 @@
 
 from mi_hops.lens.attention import AttentionLens
 from mi_hops.lens.direct import fact_attribution, logit_attribution
+from mi_hops.lens.head_weights import copying, read_head
 from mi_hops.lens.jacobian import JacobianReading, fit_jacobian_lens
 from mi_hops.lens.logit import (
     Readout,
@@ -11,6 +12,7 @@ from mi_hops.lens.logit import (
     read_vectors,
     token_map,
 )
+from mi_hops.lens.neurons import neuron_attribution, top_texts
 from mi_hops.lens.patchscopes import Affine, Place, fit_affine, patchscope, patchscope_generate
 from mi_hops.lens.probes import ProbeTraining, fact_probes
 from mi_hops.lens.quality import evaluate_heads, evaluate_lens
@@ -45,6 +47,7 @@ __all__ = [
     "bridge_features",
     "clamp",
     "clamp_effect",
+    "copying",
     "entity_description_prompt",
     "evaluate_heads",
     "evaluate_lens",
@@ -57,14 +60,17 @@ __all__ = [
     "load_lens",
     "logit_attribution",
     "logit_lens",
+    "neuron_attribution",
     "next_token_prompt",
     "patchscope",
     "patchscope_generate",
     "plot_map",
+    "read_head",
     "read_vectors",
     "sae_quality",
     "similarity",
     "token_map",
+    "top_texts",
     "train_lens",
     "train_sae",
 ]

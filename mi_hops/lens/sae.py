@@ -118,7 +118,7 @@ def sae_quality(model: HookedModel, sae: Any, corpus: Corpus, *, layer: int) -> 
     Raises:
         ValueError: an empty corpus, or an autoencoder of another model or layer.
     """
-    _check_reads(model, sae, layer)
+    check_reads(model, sae, layer)
     squares, active, fired = 0.0, 0.0, torch.zeros(0)
     every: list[Tensor] = []
     for batch in token_batches(model, corpus):
@@ -170,7 +170,7 @@ def fact_features(
         ValueError: another role, or an autoencoder of another model or layer.
         NoUsableFactError: no fact can be read.
     """
-    _check_reads(model, sae, layer)
+    check_reads(model, sae, layer)
     cases, places, skipped = at_role(model, facts, role, form=form, purpose="an autoencoder")
     prompts = [case.prompt for case in cases]
     states = states_at(model, prompts, places, layers=[layer], batch_size=batch_size)[:, 0]
@@ -277,7 +277,7 @@ def clamp_effect(
             no value, or an autoencoder of another model or layer.
         NoUsableFactError: no fact is left.
     """
-    _check_reads(model, sae, layer)
+    check_reads(model, sae, layer)
     check_role(role)
     n_features = int(sae.W_dec.shape[0])
     if wrong := {b: k for b, k in feature_of.items() if not 0 <= k < n_features}:
@@ -335,7 +335,7 @@ def _hook_of(model: HookedModel, layer: int) -> str:
     return hook_name(site.kind, site.layer)
 
 
-def _check_reads(model: HookedModel, sae: Any, layer: int) -> None:
+def check_reads(model: HookedModel, sae: Any, layer: int) -> None:
     """Refuse an autoencoder that is known to read something other than this stream."""
     resolve_layers(model, "resid", layer)
     width = int(sae.W_dec.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -145,6 +146,27 @@ def final_norm(
     return model.ln_final(flat).reshape(residual.shape)
 
 
+def norm_parts(
+    model: HookedModel, norm: Any, like: Tensor
+) -> tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model"], bool]:
+    """Gain and shift of a norm (ones and zeros where folded away), and whether it takes the mean out.
+
+    Args:
+        like: a tensor ``[..., d_model]`` whose dtype and device they get.
+    """
+    gain, shift = (make(like.shape[-1:]).to(like) for make in (torch.ones, torch.zeros))
+    # The classes name them differently.
+    for name in ("w", "weight"):
+        if torch.is_tensor(getattr(norm, name, None)):
+            gain = getattr(norm, name).detach().to(like)
+            break
+    for name in ("b", "bias"):
+        if torch.is_tensor(getattr(norm, name, None)):
+            shift = getattr(norm, name).detach().to(like)
+            break
+    return gain, shift, str(getattr(model.cfg, "normalization_type", "LN")).startswith("LN")
+
+
 def linear_read_out(
     model: HookedModel,
     residual: Float[Tensor, "row d_model"],
@@ -165,18 +187,7 @@ def linear_read_out(
         ValueError: a final norm that is neither LayerNorm nor RMSNorm.
     """
     weight, bias = (t.to(residual.dtype) for t in unembedding(model))
-    norm = model.ln_final
-    layer_norm = str(getattr(model.cfg, "normalization_type", "LN")).startswith("LN")
-    gain, shift = torch.ones_like(residual[0]), torch.zeros_like(residual[0])
-    # A folded norm has neither; the classes name them differently.
-    for name in ("w", "weight"):
-        if torch.is_tensor(getattr(norm, name, None)):
-            gain = getattr(norm, name).detach().to(residual)
-            break
-    for name in ("b", "bias"):
-        if torch.is_tensor(getattr(norm, name, None)):
-            shift = getattr(norm, name).detach().to(residual)
-            break
+    gain, shift, layer_norm = norm_parts(model, model.ln_final, residual)
     centred = residual - residual.mean(-1, keepdim=True) if layer_norm else residual
     normed = final_norm(model, residual).to(residual)
     # The scale as the norm applied it, whatever its epsilon.

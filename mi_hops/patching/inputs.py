@@ -118,7 +118,7 @@ def attribute_inputs(
     if method == "integrated":
         baselines["completeness_error"] = (found.nansum(1) / (score - empty) - 1).abs()
         units["completeness_error"] = "share of the difference"
-    tokens = [[*p.labels, *[""] * (width - len(p))] for p in prompts]
+    tokens = [[*p.pieces, *[""] * (width - len(p))] for p in prompts]
     return Result.from_arrays(
         {"attribution": (("example", "position"), found)},
         baselines={name: (("example",), value) for name, value in baselines.items()},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,24 @@ def coloured_text(
         unit=str(array.attrs.get("units", "")),
         limit=limit,
     )
+
+
+def coloured_texts(result: Result, variable: str | None = None) -> list[ColouredText]:
+    """Every example of a result on positions, as coloured texts under one limit: the largest number of all.
+
+    Raises:
+        ValueError: as in `coloured_text`.
+    """
+    array = result.numbers(variable)
+    largest = float(abs(array).max()) if array.notnull().any() else 0.0
+    labels = array["example"].values.tolist() if "example" in array.dims else [None]
+    return [
+        replace(
+            coloured_text(result, variable, example=label, limit=largest or None),
+            title="" if label is None else str(label),
+        )
+        for label in labels
+    ]
 
 
 def save_page(texts: Sequence[ColouredText], path: str | Path, *, overwrite: bool = False) -> Path:

@@ -112,6 +112,18 @@ class Prompt:
         """Index of the last token."""
         return len(self.ids) - 1
 
+    @property
+    def pieces(self) -> list[str]:
+        """Each token's part of the text with the white space before it; of BOS its label.
+
+        Put together they are the text, which labels need not be: some tokenizers leave spaces out.
+        """
+        found, end = [], 0
+        for label, (start, stop) in zip(self.labels, self.offsets, strict=True):
+            found.append(label if start == stop else self.text[end:stop])
+            end = max(end, stop)
+        return found
+
 
 def encode(
     model: HookedModel, text: str, *, prepend_bos: bool | None = None, max_extra: int = 0

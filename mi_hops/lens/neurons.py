@@ -1,0 +1,271 @@
+"""Neurons: how much of a token's logit each one wrote, and the texts that drive a unit most.
+
+A neuron writes its activation times its row of W_out to the stream, so that direct logit attribution divides
+an MLP's share among its neurons as it divides a logit among heads and MLPs.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from fancy_einsum import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from mi_hops.lens.examples import real_cells
+from mi_hops.lens.sae import check_reads
+from mi_hops.lens.tracking import (
+    Prompts,
+    Track,
+    labelled_prompts,
+    resolve,
+    spell_all,
+    tracked_tokens,
+)
+from mi_hops.lens.training import Corpus
+from mi_hops.lens.vectors import Layers, activations, gather, in_batches, resolve_layers
+from mi_hops.model import (
+    HookedModel,
+    hook_name,
+    linear_read_out,
+    live_matrix,
+    provenance,
+    unembedding,
+)
+from mi_hops.model.numeric import widen
+from mi_hops.result.result import Result
+from mi_hops.text.corpus import token_batches
+from mi_hops.text.tokens import Batch, Prompt, Where
+
+
+def neuron_attribution(
+    model: HookedModel,
+    prompts: Prompts,
+    track: Track,
+    *,
+    layers: Layers = None,
+    position: Where | Sequence[Where] = -1,
+    centre: bool = True,
+    batch_size: int = 8,
+) -> Result:
+    """Shares of the first tokens' logits that single neurons wrote, at one position of each prompt.
+
+    Args:
+        prompts, track, position, centre: as in `logit_attribution`.
+        layers: default all; each holds ``d_mlp`` numbers per prompt and tracked name.
+
+    Returns:
+        `Result`, in logits: ``neurons`` (``example, layer, neuron, tracked``) and ``biases`` (what b_out
+        wrote; ``example, layer, tracked``). Over a layer they add up to its ``mlps`` in
+        `logit_attribution`.
+
+    Raises:
+        ValueError: nothing to track, positions that do not fit the prompts, a layer out of range.
+        MissingHookError: a model whose MLPs have no hidden layer to read (mixtures of experts).
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> asked = "The spouse of Ondo is", {"a name": "Mara"}
+        >>> mi_hops.lens.neuron_attribution(model, *asked, layers=5)["neurons"].dims
+        ('example', 'layer', 'neuron', 'tracked')
+    """
+    labels, known, alone = labelled_prompts(model, prompts)
+    if not track:
+        raise ValueError("name something to track, e.g. {'answer': 'American'}")
+    _, places = resolve(known, {"here": position}, alone=alone)
+    tracked = tracked_tokens(spell_all(model, known, track, alone=alone))
+    assert tracked is not None  # something is tracked
+    firsts, at = tracked.ids[..., 0], torch.tensor([place[0] for place in places])
+    _, wanted = resolve_layers(model, "mlp_out", layers)
+    end = hook_name("resid_post", int(model.cfg.n_layers) - 1)
+    kinds = ("mlp_post", "mlp_out")
+
+    def read(chosen: list[int], tokens: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        names = [hook_name(kind, layer) for kind in kinds for layer in wanted]
+        found = activations(model, tokens, (rows, at[chosen]), [*names, end])
+        place = unembedding(model)[0].device
+        directions, _ = linear_read_out(
+            model, widen(found[end]).to(place), firsts[chosen], centre=centre
+        )
+        shares, biases = [], []
+        for layer in wanted:
+            hidden, out = (widen(found[hook_name(kind, layer)]).to(place) for kind in kinds)
+            weight = live_matrix(model, "W_out", layer).detach().to(hidden)
+            along = einsum("n d, row token d -> row n token", weight, directions)
+            shares.append(hidden[:, :, None] * along)
+            rest = out - hidden @ weight
+            biases.append(einsum("row d, row token d -> row token", rest, directions))
+        return {
+            "neurons": torch.stack(shares, 1).cpu(),
+            "biases": torch.stack(biases, 1).cpu(),
+        }
+
+    shares = in_batches(known, batch_size, read)
+    return Result.from_arrays(
+        {
+            "neurons": (("example", "layer", "neuron", "tracked"), shares["neurons"]),
+            "biases": (("example", "layer", "tracked"), shares["biases"]),
+        },
+        coords={
+            "example": labels,
+            "layer": wanted,
+            "neuron": range(shares["neurons"].shape[2]),
+            "tracked": list(track),
+        },
+        units={"neurons": "logits", "biases": "logits"},
+        provenance=provenance(model, method="neuron_attribution", centre=centre),
+        title="direct logit attribution of neurons",
+    )
+
+
+def top_texts(
+    model: HookedModel,
+    corpus: Corpus,
+    *,
+    layer: int,
+    neuron: int | None = None,
+    head: int | None = None,
+    feature: int | None = None,
+    sae: Any = None,
+    top: int = 10,
+    context: int = 40,
+    max_tokens: int = 4096,
+) -> Result:
+    """The texts of a corpus in which a unit is most active, each around its most active token.
+
+    The corpus is streamed: one batch and the best texts so far are held.
+
+    Args:
+        corpus: texts, facts, or a file (see `train_lens`); a text counts once, at its largest token.
+        layer: the block of a neuron or head; of a feature, the blocks passed (as `train_sae` counts).
+        neuron: a hidden unit of the MLP; its activation counts. Give one of the three.
+        head: the size (norm) of what the head writes counts, b_O left out.
+        feature: of the autoencoder `sae`.
+        top: texts kept.
+        context: tokens shown before the most active one, and a quarter as many behind it.
+        max_tokens: of one batch.
+
+    Returns:
+        `Result` ``activation`` on ``example`` (from the most active text on) and ``position`` (NaN behind
+        the end of shorter ones) with the label ``token``, and the baseline ``peak`` per example;
+        `mi_hops.result.coloured_texts` shows them. Tokens at BOS do not count.
+
+    Raises:
+        ValueError: not exactly one unit, or one that does not exist; an empty corpus; an
+            autoencoder of another model or layer.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.Hopland().two_hop_facts("seen_parts")[:20]
+        >>> found = mi_hops.lens.top_texts(model, facts, layer=3, neuron=7, top=3)
+        >>> found.data.sizes["example"]
+        3
+    """
+    unit = _Unit(model, layer, neuron, head, feature, sae)
+    if top < 1 or context < 0:
+        raise ValueError(f"top is {top} and context {context}; expected at least 1 and 0")
+    best: list[tuple[float, int, list[int], list[float]]] = []
+    n = n_tokens = 0
+    bos = None if model.tokenizer is None else model.tokenizer.bos_token_id
+    for batch in token_batches(model, corpus, max_tokens=max_tokens):
+        values = unit.values(batch)
+        for row, length in enumerate(batch.lengths.tolist()):
+            ids, found = batch.tokens[row, :length].tolist(), values[row, :length]
+            first = int(ids[0] == bos and length > 1)
+            at = first + int(found[first:].argmax())
+            left, right = max(0, at - context), at + context // 4 + 1
+            # Of two texts alike the earlier one stays: its number is larger when negated.
+            item = (float(found[at]), -n, ids[left:right], found[left:right].tolist())
+            n, n_tokens = n + 1, n_tokens + length
+            if len(best) < top:
+                heapq.heappush(best, item)
+            elif item[:2] > best[0][:2]:
+                heapq.heapreplace(best, item)
+    best.sort(key=lambda item: item[:2], reverse=True)
+    width = max(len(ids) for _, _, ids, _ in best)
+    shown = np.full((len(best), width), np.nan)
+    tokens = np.full((len(best), width), "", dtype=object)
+    for i, (_, _, ids, activity) in enumerate(best):
+        shown[i, : len(ids)] = activity
+        tokens[i, : len(ids)] = Prompt.from_tokens(model, ids).pieces
+    return Result.from_arrays(
+        {"activation": (("example", "position"), shown)},
+        baselines={"peak": (("example",), [peak for peak, *_ in best])},
+        coords={
+            "example": [f"text {-number}" for _, number, _, _ in best],
+            "position": range(width),
+            "token": (("example", "position"), tokens),
+        },
+        units={"activation": "activation", "peak": "activation"},
+        provenance=provenance(model, method="top texts", unit=unit.name, texts=n, tokens=n_tokens),
+        title=f"{unit.name}: the {len(best)} most active of {n} texts",
+        allow_nonfinite=True,  # texts of several lengths
+    )
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One neuron, head or feature, and how active it is at each token."""
+
+    model: HookedModel
+    layer: int
+    neuron: int | None
+    head: int | None
+    feature: int | None
+    sae: Any
+
+    def __post_init__(self) -> None:
+        units = {"neuron": self.neuron, "head": self.head, "feature": self.feature}
+        given = {name: number for name, number in units.items() if number is not None}
+        if len(given) != 1 or (self.sae is None) != (self.feature is None):
+            raise ValueError(
+                f"got {given or 'no unit'}; give one neuron, one head, or one feature with its sae"
+            )
+        ((name, number),) = given.items()
+        if self.feature is not None:
+            check_reads(self.model, self.sae, self.layer)
+            size = int(self.sae.W_dec.shape[0])
+        else:
+            resolve_layers(self.model, "mlp_out", self.layer)
+            weight = live_matrix(self.model, "W_out" if name == "neuron" else "W_O", self.layer)
+            size = int(weight.shape[0])
+        if not 0 <= number < size:
+            raise ValueError(f"no {name} {number}; there are 0..{size - 1}")
+
+    @property
+    def name(self) -> str:
+        """For titles."""
+        if self.neuron is not None:
+            return f"neuron {self.neuron} of layer {self.layer}"
+        if self.head is not None:
+            return f"L{self.layer}H{self.head}"
+        return f"feature {self.feature} after {self.layer} blocks"
+
+    def values(self, batch: Batch) -> Float[Tensor, "row pos"]:
+        """Activity at every real token; -inf on padding."""
+        cells = real_cells(batch)
+        kind = "mlp_post" if self.neuron is not None else "z"
+        if self.feature is not None:
+            read = gather(self.model, batch.tokens, cells, kind="resid", layers=[self.layer]).read
+            with torch.no_grad():
+                rows = read[self.layer].to(self.sae.W_dec.device, self.sae.W_dec.dtype)
+                found = self.sae.encode(rows)[:, self.feature]
+        else:
+            with torch.no_grad():
+                name = hook_name(kind, self.layer)
+                x = activations(self.model, batch.tokens, cells, [name])[name]
+                if self.head is None:
+                    found = x[:, self.neuron]
+                else:
+                    weight = live_matrix(self.model, "W_O", self.layer)[self.head]
+                    found = (widen(x[:, self.head]) @ widen(weight.to(x.device))).norm(dim=-1)
+        values = torch.full(batch.tokens.shape, float("-inf"))
+        values[cells] = found.float().cpu()
+        return values
