@@ -2,6 +2,7 @@
 
 from mi_hops.lens.attention import AttentionLens
 from mi_hops.lens.direct import fact_attribution, logit_attribution
+from mi_hops.lens.flow import logit_flow
 from mi_hops.lens.head_weights import copying, read_head
 from mi_hops.lens.jacobian import JacobianReading, fit_jacobian_lens
 from mi_hops.lens.logit import (
@@ -59,6 +60,7 @@ __all__ = [
     "fit_jacobian_lens",
     "load_lens",
     "logit_attribution",
+    "logit_flow",
     "logit_lens",
     "neuron_attribution",
     "next_token_prompt",

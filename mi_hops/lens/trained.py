@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mi_hops.lens import tuned_files
+from mi_hops.lens.tuned_files import is_tuned_lens, read_tuned_lens, reads_through
 from mi_hops.lens.vectors import resolve_layers
 from mi_hops.model import (
     HookedModel,
@@ -193,7 +195,9 @@ def load_lens(model: HookedModel, source: str | Path, *, transfer: bool = False)
     """A saved lens, bound to `model`.
 
     Args:
-        source: a folder written by `TrainedLens.save`, or a hub id of a repository with its files.
+        source: a folder written by `TrainedLens.save`, or by the tuned-lens package (``params.pt`` beside
+            ``config.json``); or on the hub ``"owner/name"``, or a folder of a repository,
+            ``"owner/name/folder"``, of a space, ``"spaces/owner/name/folder"``.
         transfer: accept a lens of another model of the same shape; else it is refused, because its
             readings would mean nothing.
 
@@ -209,6 +213,8 @@ def load_lens(model: HookedModel, source: str | Path, *, transfer: bool = False)
         TunedLens(layers=[3], kind='resid', rank=2, norm=True)
     """
     folder = _folder(source)
+    if not (folder / CONFIG).exists() and is_tuned_lens(folder):
+        return _from_tuned_lens(model, folder, transfer)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind, settings, version = config["type"], config["settings"], config["format"]
@@ -234,21 +240,53 @@ def load_lens(model: HookedModel, source: str | Path, *, transfer: bool = False)
     return lens
 
 
+def _from_tuned_lens(model: HookedModel, folder: Path, transfer: bool) -> TrainedLens:
+    config, stored = read_tuned_lens(folder)
+    if not transfer and not (reads_through(config, model) and processing_of(model) == "none"):
+        raise ValueError(
+            f"this lens was trained for {config.get('base_model_name_or_path')!r}, with another "
+            f"unembedding than this model's (weight processing {processing_of(model)!r}; such a lens "
+            "reads unprocessed weights); pass transfer=True to read one model with another's lens"
+        )
+    (tuned,) = (cls for cls in TrainedLens.__subclasses__() if cls.type_name == "tuned")
+    if len(stored["weight"]) > int(model.cfg.n_layers):
+        raise ValueError(
+            f"the lens was made for a model of another shape: it has {len(stored['weight'])} layers, "
+            f"this model {model.cfg.n_layers}; give lens.moved(layers=...) of a model that fits"
+        )
+    lens = tuned(model, layers=list(range(len(stored["weight"]))))  # type: ignore[call-arg]
+    lens.fill(stored)
+    if transfer:
+        lens.trained_on = f"tuned-lens: {config.get('base_model_name_or_path')}"
+    lens.notes = {"from": "tuned-lens", "config": config}
+    return lens
+
+
 def _folder(source: str | Path) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
     text = str(source)
-    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+    parts = text.split("/")
+    space = parts[0] == "spaces"
+    owner_name, within = parts[space : space + 2], "/".join(parts[space + 2 :])
+    if folder.is_absolute() or text.startswith((".", "~")) or len(owner_name) != 2 or "" in parts:
         raise FileNotFoundError(f"there is no folder {text!r}")
     from huggingface_hub import snapshot_download
 
+    names = [CONFIG, WEIGHTS, tuned_files.CONFIG, tuned_files.PARAMS]
+    patterns = [f"{within}/{name}" if within else name for name in names]
     try:
-        return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS]))
+        fetched = snapshot_download(
+            "/".join(owner_name),
+            repo_type="space" if space else None,
+            allow_patterns=patterns,
+        )
     except OSError as error:
         raise FileNotFoundError(
             f"{text!r} is no local folder and could not be fetched from the hub ({error})"
         ) from error
+    return Path(fetched) / within
 
 
 def unembedding_hash(model: HookedModel) -> str:

@@ -1,0 +1,139 @@
+"""Logit flow: from which tokens, in which layers, attention moved a token's logit to where it is read.
+
+At the position read, a head writes the sum over earlier tokens of (its attention to the token) times (what the
+token's value becomes through W_O). With the final norm's scale frozen each term is a share of the logit, so the
+head's share in direct logit attribution is divided among the tokens it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from fancy_einsum import einsum
+from torch import Tensor
+
+from mi_hops.lens.tracking import (
+    Prompts,
+    Track,
+    labelled_prompts,
+    resolve,
+    spell_all,
+    tracked_tokens,
+)
+from mi_hops.lens.vectors import in_batches
+from mi_hops.model import (
+    HookedModel,
+    capture,
+    hook_name,
+    linear_read_out,
+    provenance,
+    unembedding,
+    w_o,
+)
+from mi_hops.model.numeric import widen
+from mi_hops.result.result import Result
+from mi_hops.text.tokens import Where
+
+
+def logit_flow(
+    model: HookedModel,
+    prompts: Prompts,
+    track: Track,
+    *,
+    position: Where | Sequence[Where] = -1,
+    by_head: bool = False,
+    centre: bool = True,
+    batch_size: int = 16,
+) -> Result:
+    """Shares of the first tokens' logits by the layer that moved them and the token they came from.
+
+    Args:
+        prompts, track, position, centre: as in `logit_attribution`; prompts of any lengths.
+        by_head: each head by itself, not all of a layer together.
+
+    Returns:
+        `Result`, in logits: ``flow`` (``example, layer, position, tracked``, with `by_head` ``head`` behind
+        layer; NaN behind the end of shorter prompts) with the label ``token``, and ``mlps`` (``example,
+        layer, tracked``), what the MLPs wrote at the position read. Over positions ``flow`` adds up to the
+        ``heads`` of `logit_attribution`.
+
+    Raises:
+        ValueError: nothing to track, or positions that do not fit the prompts.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> asked = "The spouse of Ondo is", {"a name": "Mara"}
+        >>> mi_hops.lens.logit_flow(model, *asked)["flow"].dims
+        ('example', 'layer', 'position', 'tracked')
+    """
+    labels, known, alone = labelled_prompts(model, prompts)
+    if not track:
+        raise ValueError("name something to track, e.g. {'answer': 'American'}")
+    _, places = resolve(known, {"here": position}, alone=alone)
+    tracked = tracked_tokens(spell_all(model, known, track, alone=alone))
+    assert tracked is not None  # something is tracked
+    firsts, at = tracked.ids[..., 0], torch.tensor([place[0] for place in places])
+    layers = range(int(model.cfg.n_layers))
+    width = max(map(len, known))
+
+    def read(chosen: list[int], tokens: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        end = hook_name("resid_post", layers[-1])
+        names = [hook_name(kind, i) for kind in ("pattern", "v", "mlp_out") for i in layers]
+        found, _ = capture(model, tokens, [*names, end])
+        where = at[chosen]
+        place = unembedding(model)[0].device
+
+        def there(x: Tensor) -> Tensor:
+            return widen(x[rows.to(x.device), where.to(x.device)]).to(place)
+
+        directions, _ = linear_read_out(model, there(found[end]), firsts[chosen], centre=centre)
+        flow, mlps = [], []
+        for i in layers:
+            pattern = widen(found[hook_name("pattern", i)]).to(place)
+            looked = pattern[rows.to(place), :, where.to(place)]
+            value = widen(found[hook_name("v", i)]).to(place)
+            value = value.repeat_interleave(looked.shape[1] // value.shape[2], dim=2)
+            weight = w_o(model, i).detach().to(value)
+            along = einsum("head e d, row token d -> row head e token", weight, directions)
+            moved = einsum("row pos head e, row head e token -> row head pos token", value, along)
+            flow.append(looked[..., None] * moved)
+            mlps.append(
+                einsum(
+                    "row d, row token d -> row token",
+                    there(found[hook_name("mlp_out", i)]),
+                    directions,
+                )
+            )
+        stacked = torch.stack(flow, 1)
+        stacked = stacked if by_head else stacked.sum(2)
+        room = stacked.new_full((*stacked.shape[:-2], width, stacked.shape[-1]), float("nan"))
+        room[..., : stacked.shape[-2], :] = stacked
+        for row, number in enumerate(chosen):
+            room[row, ..., len(known[number]) :, :] = float("nan")
+        return {"flow": room.cpu(), "mlps": torch.stack(mlps, 1).cpu()}
+
+    found = in_batches(known, batch_size, read)
+    tokens = [[*p.pieces, *[""] * (width - len(p))] for p in known]
+    head = ("head",) if by_head else ()
+    coords = {"head": range(int(model.cfg.n_heads))} if by_head else {}
+    return Result.from_arrays(
+        {
+            "flow": (("example", "layer", *head, "position", "tracked"), found["flow"]),
+            "mlps": (("example", "layer", "tracked"), found["mlps"]),
+        },
+        coords={
+            "example": labels,
+            "layer": layers,
+            "position": range(width),
+            "tracked": list(track),
+            "token": (("example", "position"), np.asarray(tokens, dtype=object)),
+            **coords,
+        },
+        units={"flow": "logits", "mlps": "logits"},
+        provenance=provenance(model, method="logit_flow", centre=centre),
+        title="Logit moved by attention, from each token",
+        allow_nonfinite=True,  # prompts of several lengths
+    )
