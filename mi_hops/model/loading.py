@@ -71,7 +71,7 @@ def load_model(
     device = usable_device(device)
     dtype = _dtype(dtype)
     with _reading(source, "config.json"):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     family = config.model_type
     with _reading(source, "tokenizer"):
         tokenizer = _tokenizer(source)
@@ -191,7 +191,7 @@ def _dtype(dtype: torch.dtype | str | None) -> Any:
 def _tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -215,7 +215,9 @@ def _weights(source: str, dtype: Any, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with _reading(source, "weights"):
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        return AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, **options
+        )
 
 
 def _load_bridge(source: str, tokenizer: Any, dtype: Any, device: Any, processing: str) -> Any:
