@@ -1,6 +1,6 @@
 """The picture of README and landing page, drawn from what `benchmarks.real_model` measured.
 
-    python -m benchmarks.front_picture
+python -m benchmarks.front_picture
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@ Exit codes: 0 done; 2 bad input or a file or model that cannot be loaded (one li
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
@@ -19,9 +21,8 @@ import typer
 from mi_hops._version import __version__
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from mi_hops.facts import Facts
+    from mi_hops.study import StudyPlan
 
 app = typer.Typer(
     name="mi-hops",
@@ -36,7 +37,9 @@ Device = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what the folder holds.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no table.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress bars, no table: the result's path alone.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -127,6 +130,12 @@ def study(
             metavar="TIME", help="Time the study may take, about: 20m, 2h. It chooses the sizes."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show steps, rows, memory and minutes; run nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The summary (of --dry-run: the plan) as JSON.")
+    ] = False,
     force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -137,35 +146,43 @@ def study(
     """
     resume = "What is done is kept in the folder; the same command resumes."
     with _friendly(context, debug=debug, stopped=resume):
-        if quiet:
+        from mi_hops.study.reopen import remember, reopened
+
+        call = _asked(context)
+        if not dry_run and (summary := reopened(out, call)) is not None:
+            return _told(out / "report.html", summary, as_json=as_json, quiet=quiet)
+        if quiet or as_json:
             _no_loading_bar()
         given = _facts(
             facts, format=format, columns=columns, templates=templates, on_error=on_error
         )
-        from mi_hops.study import StudySettings, run_study, write_report
+        from mi_hops.study import StudySettings, plan_study, run_study, write_report
 
+        settings = StudySettings(
+            seed=seed,
+            limit=limit,
+            sizes=sizes,
+            shots=shots,
+            score="answer" if score == "answer" else "first_token",
+            budget=None if budget is None else _minutes(budget),
+        )
+        where: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend}
+        if dry_run:
+            plan = plan_study(model, given, out=out, settings=settings, **where)
+            return typer.echo(json.dumps(plan.to_dict())) if as_json else _show_plan(plan)
         done = run_study(
             model,
             given,
             out=out,
-            settings=StudySettings(
-                seed=seed,
-                limit=limit,
-                sizes=sizes,
-                shots=shots,
-                score="answer" if score == "answer" else "first_token",
-                budget=None if budget is None else _minutes(budget),
-            ),
-            device=device,
-            dtype=dtype,
-            backend=backend,
+            settings=settings,
+            **where,
             force=force,
             progress=not quiet,
         )
         report = write_report(done, out / "report.html", overwrite=True)
-        if not quiet:
-            _print(_two_columns("Study", done.headlines()))
-            typer.echo(f"Report: {report}")
+        if inputs := _inputs(model, facts, templates):
+            remember(out, call, inputs)
+        _told(report, done.summary, as_json=as_json, quiet=quiet)
 
 
 @app.command(name="train-world")
@@ -207,9 +224,60 @@ def train_world(
         trained, tokenizer, log = train(world, family, recipe, device=where, progress=not quiet)
         measured = measure(trained, tokenizer, world, limit=limit)
         save(out, trained, tokenizer, recipe=recipe, world=world, log=log, measured=measured)
-        if not quiet:
-            _print(_accuracy_table(family, recipe.steps, measured))
+        if quiet:
+            typer.echo(str(out))
+        else:
+            _show_accuracy(family, recipe.steps, measured)
             typer.echo(f"Model: {out}")
+
+
+#: Options of `study` on which its numbers do not depend.
+_MANNERS = ("out", "dry_run", "as_json", "force", "quiet", "debug")
+
+
+def _asked(context: typer.Context) -> dict[str, Any]:
+    """The options that decide what a study finds, paths in full."""
+    kept = {k: v for k, v in context.params.items() if k not in _MANNERS}
+    for name in ("model", "facts", "templates"):
+        if kept[name] is not None and Path(kept[name]).exists():
+            kept[name] = Path(kept[name]).resolve()
+    return {k: str(v) if isinstance(v, Path) else v for k, v in kept.items()}
+
+
+def _inputs(model: str, facts: Path | None, templates: Path | None) -> list[Path]:
+    """The files that decide what a study finds; none if its model comes from a hub."""
+    from mi_hops.facts.loaders import facts_path
+    from mi_hops.model import model_files
+
+    files = model_files(model)
+    more = [facts_path("hopland" if facts is None else facts)]
+    more += sorted(templates.iterdir()) if templates else []
+    return files and [*files, *(path.resolve() for path in more)]
+
+
+def _told(report: Path, summary: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
+    """Say what a finished study found, on stdout."""
+    if as_json:
+        typer.echo(json.dumps({"report": str(report), **summary}))
+    elif quiet:
+        typer.echo(str(report))
+    else:
+        rows = [(line["name"], line["text"]) for line in summary.get("headlines", [])]
+        _show("Study", ("", ""), rows)
+        typer.echo(f"Report: {report}")
+
+
+def _show_plan(plan: StudyPlan) -> None:
+    rows = [
+        [step.name, f"{step.rows:,}", "done" if step.done else f"{step.minutes:.1f} min"]
+        for step in plan.steps
+    ]
+    note = (
+        f"Rows are at most. About {plan.minutes:.1f} min in all; memory up to "
+        f"{plan.bytes / 1e9:.1f} GB."
+    )
+    title = f"{plan.model}, {plan.facts} facts: what would run"
+    _show(title, ("step", "rows", "about"), rows, note)
 
 
 def _facts(
@@ -311,33 +379,37 @@ def _no_loading_bar() -> None:
     logging.disable_progress_bar()
 
 
-def _accuracy_table(family: str, steps: int, measured: dict[str, dict[str, Any]]) -> Table:
-    from rich.table import Table
+def _show(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    note: str = "",
+    words: int = 1,
+) -> None:
+    """A table on a terminal; elsewhere lines with tabs between the cells.
 
-    table = Table(title=f"{family} after {steps} steps: greedy accuracy, whole vocabulary")
-    for column in ("split", "form"):
-        table.add_column(column)
-    for column in ("n", "first token", "whole answer"):
-        table.add_column(column, justify="right")
-    for key, scores in measured.items():
-        split, form = key.rsplit("/", 1)
-        shares = (f"{scores[k]:.1%}" for k in ("first_token", "whole"))
-        table.add_row(split, form, str(scores["n"]), *shares)
-    return table
-
-
-def _two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
-
-
-def _print(table: Table) -> None:
+    Args:
+        words: columns from the left that hold words; the others are numbers, set right.
+    """
+    if not sys.stdout.isatty():
+        for line in (title, *map("\t".join, rows), *([note] if note else [])):
+            typer.echo(line)
+        return
     from rich.console import Console
+    from rich.table import Table
 
+    table = Table(title=title, caption=note or None, show_header=any(columns))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < words else "right")
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
+
+
+def _show_accuracy(family: str, steps: int, measured: dict[str, dict[str, Any]]) -> None:
+    rows = []
+    for key, scores in measured.items():
+        shares = (f"{scores[k]:.1%}" for k in ("first_token", "whole"))
+        rows.append([*key.rsplit("/", 1), str(scores["n"]), *shares])
+    title = f"{family} after {steps} steps: greedy accuracy, whole vocabulary"
+    _show(title, ("split", "form", "n", "first token", "whole answer"), rows, words=2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,11 @@ runner = CliRunner()
 
 
 class FakeStudy:
-    def headlines(self) -> list[tuple[str, str]]:
-        return [("two-hop questions answered", "61.0% (n = 100)")]
+    summary = {"headlines": [{"name": "two-hop questions answered", "text": "61.0% (n = 100)"}]}
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict]:
     """Put recorders in the place of the study and of the report; returns what they were given."""
     seen: list[dict] = []
 
@@ -36,16 +34,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         assert isinstance(study, FakeStudy)
         assert overwrite
         seen.append({"report": path})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("the report")
         return path
+
+    monkeypatch.chdir(tmp_path)
 
     _install(monkeypatch, run_study, write_report)
     return seen
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, run_study, write_report=None) -> None:
-    module = types.ModuleType("mi_hops.study")
-    vars(module).update(run_study=run_study, write_report=write_report, StudySettings=StudySettings)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("mi_hops.study.run_study", run_study)
+    if write_report is not None:
+        monkeypatch.setattr("mi_hops.study.write_report", write_report)
 
 
 def test_study_defaults(calls):
@@ -69,12 +71,12 @@ def test_study_defaults(calls):
 
 def test_study_hands_every_option_on(calls, tmp_path):
     facts, out = tmp_path / "facts.jsonl", tmp_path / "out"
-    options = f"--model m --facts {facts} --out {out} --device cuda:1 --dtype bfloat16"
+    options = f"--model org/m --facts {facts} --out {out} --device cuda:1 --dtype bfloat16"
     options += " --backend bridge --seed 7 --limit 12 --force --quiet"
     result = runner.invoke(app, ["study", *options.split()])
     assert result.exit_code == 0, result.output
     assert calls[0] == {
-        "model": "m",
+        "model": "org/m",
         "facts": facts,
         "out": out,
         "device": "cuda:1",
@@ -84,7 +86,12 @@ def test_study_hands_every_option_on(calls, tmp_path):
         "force": True,
         "progress": False,
     }
-    assert result.output == ""
+    assert result.output == f"{out / 'report.html'}\n"
+
+
+def test_json_is_the_summary_and_nothing_else(calls):
+    said = json.loads(runner.invoke(app, ["study", "--json"]).stdout)
+    assert said == {"report": "study/report.html", **FakeStudy.summary}
 
 
 TABLE = (
@@ -314,6 +321,57 @@ def test_train_world_writes_a_checkpoint_that_transformers_loads(tmp_path, famil
     assert {scores["n"] for scores in record["measured"].values()} == {8}
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(out))
+
+
+def test_a_dry_run_tells_what_would_run_and_writes_nothing(tmp_path):
+    out = tmp_path / "out"
+    options = ["study", "--sizes", "quick", "--limit", "20", "--out", str(out), "--dry-run"]
+    shown = runner.invoke(app, options).stdout
+    assert "gap" in shown and "editing" in shown and "min in all" in shown
+    plan = json.loads(runner.invoke(app, [*options, "--json"]).stdout)
+    assert not out.exists()
+    assert plan["facts"] == 20 and plan["bytes"] > 0
+    rows = {step["name"]: step["rows"] for step in plan["steps"]}
+    assert 0 < rows["gap"] < 9 * 20  # three questions in three forms; some hops are shared
+    # Two forms at two positions of each of six layers, for the bridge and one control.
+    assert rows["erasure"] == 20 * 6 * 2 * 2 * 2
+    assert all(step["minutes"] > 0 and not step["done"] for step in plan["steps"])
+
+
+def _study(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """A study as from a shell; says on stderr whether torch was loaded."""
+    code = (
+        "import sys\nfrom mi_hops.cli import app\n"
+        "try:\n    app(sys.argv[1:])\n"
+        "finally:\n    print('torch' in sys.modules, file=sys.stderr)"
+    )
+    options = ["study", "--sizes", "quick", "--limit", "16", "--out", str(out), "-q", *more]
+    return subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_finished_study_is_reopened_without_torch_until_something_changes(tmp_path):
+    out = tmp_path / "out"
+    first = _study(out)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == f"{out / 'report.html'}\n"
+
+    again = _study(out)
+    assert (again.stdout, again.stderr) == (first.stdout, "False\n")
+    said = json.loads(_study(out, "--json").stdout)
+    assert said["headlines"] == json.loads((out / "summary.json").read_text())["headlines"]
+
+    other = _study(out, "--seed", "1")  # another study, which must not overwrite this one
+    assert other.returncode == 2 and "other settings (" in other.stderr
+    (out / "report.html").write_text("changed")
+    mended = _study(out)
+    assert mended.stderr.endswith("True\n")
+    assert (out / "report.html").read_text() != "changed"
+
+
+def test_piped_output_has_no_control_codes(calls):
+    result = runner.invoke(app, ["study"])
+    assert "\x1b" not in result.output and "\r" not in result.output
 
 
 @pytest.mark.parametrize(

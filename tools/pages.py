@@ -137,7 +137,8 @@ def _table(text: str) -> str:
     text = re.sub(r"<style.*?</style>", "", text, flags=re.S)
     text = re.sub(r"<table[^>]*>", "<table>", text)
     text = re.sub(r'<tr style="[^"]*">', "<tr>", text)
-    return f'<div class="table">{re.sub(r">[ ]*\n[ ]*", ">", text).strip()}</div>'
+    text = re.sub(r">[ ]*\n[ ]*", ">", text).strip()
+    return f'<div class="table">{text}</div>'
 
 
 def gallery() -> str:
@@ -168,10 +169,12 @@ def gallery() -> str:
 
 def public_names(module: str) -> dict[str, str]:
     """Public name of a package -> the module that defines it."""
-    init = ROOT.joinpath(*module.split("."), "__init__.py")
+    folder = ROOT.joinpath(*module.split("."))
+    init = folder / "__init__.pyi"  # where the names are loaded lazily
+    init = init if init.exists() else folder / "__init__.py"
     tree = ast.parse(init.read_text(encoding="utf-8"))
     return {
-        alias.asname or alias.name: node.module or ""
+        alias.asname or alias.name: f"{module}." * bool(node.level) + (node.module or "")
         for node in tree.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
@@ -179,7 +182,7 @@ def public_names(module: str) -> dict[str, str]:
 
 
 def _entries(module: str, first: list[str]) -> str:
-    """mkdocstrings' directives for all public names: those given, functions, classes, constants.
+    """The directives for all public names: those given, functions, classes, constants.
 
     Raises:
         ValueError: a name given that the module does not list.

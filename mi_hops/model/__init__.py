@@ -26,7 +26,13 @@ from mi_hops.model.identity import (
     provenance,
     takes_jacobian_lens,
 )
-from mi_hops.model.loading import CHECKPOINTS, bundled_models, load_model, usable_device
+from mi_hops.model.loading import (
+    CHECKPOINTS,
+    bundled_models,
+    load_model,
+    model_files,
+    usable_device,
+)
 from mi_hops.model.types import Backend, Hook, HookedModel, HookFn, MissingHookError
 from mi_hops.model.weights import (
     MATRICES,
@@ -70,6 +76,7 @@ __all__ = [
     "linear_read_out",
     "live_matrix",
     "load_model",
+    "model_files",
     "n_heads_of",
     "n_kv_heads",
     "norm_parts",

@@ -40,7 +40,7 @@ def gguf_checkpoint(name_or_path: str | Path) -> Path:
             architecture; no `gguf` package to read it with.
         OSError: the cache folder cannot be written.
     """
-    file = _file(name_or_path)
+    file = gguf_file(name_or_path)
     digest = _sha256(file)
     folder = cache_folder() / "gguf" / f"{file.stem}-{digest[:12]}-{_LAYOUT}"
     if not (folder / "config.json").exists():
@@ -58,7 +58,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mi_hops"
 
 
-def _file(name_or_path: str | Path) -> Path:
+def gguf_file(name_or_path: str | Path) -> Path:
+    """The GGUF file that this names.
+
+    Raises:
+        ValueError: there is none.
+    """
     packaged = PACKAGED.get(str(name_or_path))
     if packaged is None:
         path = Path(name_or_path).expanduser()

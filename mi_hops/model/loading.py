@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from mi_hops.model.classes import hooked_class
-from mi_hops.model.gguf import PACKAGED, gguf_checkpoint, is_gguf
+from mi_hops.model.gguf import PACKAGED, gguf_checkpoint, gguf_file, is_gguf
 from mi_hops.model.layout import lay_out
 from mi_hops.model.types import Backend, HookedModel
 
@@ -103,6 +103,22 @@ def load_model(
     if "gguf" in origin:
         model.cfg.model_name = Path(origin["gguf"]["name"]).stem
     return model.eval()
+
+
+def model_files(name_or_path: str | Path) -> list[Path]:
+    """The files on this machine that decide what `load_model` gives; none for a hub id.
+
+    Raises:
+        ValueError: as `load_model`.
+
+    Examples:
+        >>> from mi_hops.model import model_files
+        >>> sorted(path.name for path in model_files("hops-gpt2"))[0]
+        'README.md'
+    """
+    source = Path(_source(name_or_path))
+    given = [gguf_file(name_or_path)] if is_gguf(name_or_path) else []
+    return given + sorted(p.resolve() for p in source.rglob("*") if p.is_file())
 
 
 def usable_device(device: str | torch.device | None = None) -> torch.device:

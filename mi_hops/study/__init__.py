@@ -4,22 +4,11 @@ gap -> failure types -> lens -> erasure -> locate -> inject -> edit and evaluate
 one NetCDF file into the study's folder as it ends, so a stopped study resumes where it stopped.
 What is *chosen* (layers, an injection's cell, an edit's covariance) is chosen on one half of the
 failures and reported on the other.
+
+The public names are listed in ``__init__.pyi`` and loaded when they are first used, so that a finished
+study is reopened without loading torch.
 """
 
-from mi_hops.study.choose import choose_edit, layer_spans
-from mi_hops.study.context import Sizes, StudySettings
-from mi_hops.study.report.page import write_report
-from mi_hops.study.run import run_study
-from mi_hops.study.steps import STEPS
-from mi_hops.study.study import Study
+import lazy_loader
 
-__all__ = [
-    "STEPS",
-    "Sizes",
-    "Study",
-    "StudySettings",
-    "choose_edit",
-    "layer_spans",
-    "run_study",
-    "write_report",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

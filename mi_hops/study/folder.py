@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from mi_hops.result.files import replacing
 from mi_hops.result.progress import showing_progress
+from mi_hops.study.reopen import checksum
 from mi_hops.sweep.keep import keeping
 
 
@@ -133,11 +134,6 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, its first half."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-
-
 def peak_memory() -> float:
     """The most memory that this process has held so far, in bytes; NaN where it cannot be determined."""
     try:
@@ -190,9 +186,23 @@ def locked(out: Path) -> Iterator[None]:
 
 _LOCK = ".lock"
 _HALF_WRITTEN = re.compile(r"\.\w+\.(nc|json|skipped|html)\.\d+\.[0-9a-f]{8}\.part")
-_OURS = ("settings.json", "steps.json", "choices.json", "budget.json", "report.html")
+_OURS = ("call.json", "settings.json", "steps.json", "choices.json", "budget.json", "report.html")
 # What may differ between two runs of the same study; every step's file remembers its own.
 _PLACE = ("device", "versions")
+
+
+def _differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Settings in which two studies differ."""
+    return sorted(k for k in {*old, *new} - {*_PLACE} if old.get(k) != new.get(k))
+
+
+def same_study(out: Path, settings: dict[str, Any]) -> Folder | None:
+    """The folder, if it holds a study with these settings."""
+    try:
+        old = read_json(out / "settings.json")
+    except (OSError, ValueError):
+        return None
+    return None if _differs(old, settings) else Folder(out, settings)
 
 
 def prepare(out: Path, settings: dict[str, Any], *, force: bool) -> None:
@@ -210,7 +220,7 @@ def prepare(out: Path, settings: dict[str, Any], *, force: bool) -> None:
             if not force:
                 raise
             old = {}
-        differs = sorted(k for k in {*old, *settings} - {*_PLACE} if old.get(k) != settings.get(k))
+        differs = _differs(old, settings)
         if not differs:
             for step in settings["steps"]:
                 if study.sound(step):  # killed before it could tidy up

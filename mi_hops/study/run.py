@@ -74,24 +74,7 @@ def run_study(
         >>> len(study.result("gap").facts) == len(facts)
         True
     """
-    chosen, source = load_study_facts(facts, settings)
-    loaded = (
-        load_model(model, device=device, dtype=dtype, backend=backend)
-        if isinstance(model, str | Path)
-        else model
-    )
-    _check_prompts(loaded, chosen)
-    asked = {
-        **provenance(loaded),
-        "facts": source,
-        "facts_digest": _digest(chosen),
-        "n_facts": len(chosen),
-        **{k: getattr(settings, k) for k in ("seed", "limit", "shots", "score", "budget")},
-        "sizes": asdict(settings.size),
-        "steps": [step.name for step in STEPS if step.wanted(chosen, settings)],
-        "mi_hops": __version__,
-    }
-    asked = json.loads(json.dumps(asked))
+    loaded, chosen, asked = begin(model, facts, settings, device, dtype, backend)
     with locked(Path(out)):
         prepare(Path(out), asked, force=force)
         study = Study.open(out)
@@ -111,6 +94,40 @@ def run_study(
             study.write("summary.json", json.dumps(summarise(study), indent=1) + "\n")
             study.record("summary")
     return Study.open(out)
+
+
+def begin(
+    model: str | Path | HookedModel,
+    facts: str | Path | pd.DataFrame | Sequence[TwoHopFact] | None,
+    settings: StudySettings,
+    device: str | torch.device | None,
+    dtype: torch.dtype | str | None,
+    backend: Any,
+) -> tuple[HookedModel, Facts, dict[str, Any]]:
+    """The model, the facts, and what a study's folder says was asked for.
+
+    Raises:
+        TokenError: a prompt that is empty or longer than the model's context.
+        ValueError: a facts file that cannot be read, no facts; see also `load_model`.
+    """
+    chosen, source = load_study_facts(facts, settings)
+    loaded = (
+        load_model(model, device=device, dtype=dtype, backend=backend)
+        if isinstance(model, str | Path)
+        else model
+    )
+    _check_prompts(loaded, chosen)
+    asked = {
+        **provenance(loaded),
+        "facts": source,
+        "facts_digest": _digest(chosen),
+        "n_facts": len(chosen),
+        **{k: getattr(settings, k) for k in ("seed", "limit", "shots", "score", "budget")},
+        "sizes": asdict(settings.size),
+        "steps": [step.name for step in STEPS if step.wanted(chosen, settings)],
+        "mi_hops": __version__,
+    }
+    return loaded, chosen, json.loads(json.dumps(asked))
 
 
 def _warn_of_other_versions(study: Study, now: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mi_hops.facts.reading import Facts
@@ -13,6 +14,53 @@ from mi_hops.study.context import Run, StudySettings
 from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline
 from mi_hops.study.parts import Block
+
+#: Tokens of an answer that is written out, about.
+ANSWER = 6
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is known of a study before it runs; any of its questions may fail or be answered.
+
+    Attributes:
+        facts: facts asked.
+        prompts: different prompts of all of them, in all forms.
+        wordings: wordings of all relations together, in the forms tried.
+        question, length, tail: tokens of a question, of a prompt with its worked examples, and of
+            a prompt from its first hop's last token on; means.
+        n_layers: of the model.
+        reading: products that reading one position through all layers takes.
+        params: of the model, the products that a token takes.
+        settings: the study's.
+    """
+
+    facts: int
+    prompts: int
+    wordings: int
+    question: float
+    length: float
+    tail: float
+    n_layers: int
+    reading: int
+    params: int
+    settings: StudySettings
+
+    def most(self, n: int) -> int:
+        """Facts that a step takes at most."""
+        return min(n, self.facts)
+
+    def swept(self, rows: int) -> Work:
+        """Interventions at the first hop or behind it: the tail is run, from half of the layers on average."""
+        return Work(rows, rows * self.tail / 2)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Rows of forward passes, at most, and what they cost: tokens run through the whole model."""
+
+    rows: int
+    tokens: float
 
 
 class Step(ABC):
@@ -47,6 +95,10 @@ class Step(ABC):
             Skip: there is nothing to work on.
             NoUsableFactError: likewise, counted by reason.
         """
+
+    @abstractmethod
+    def work(self, asked: Asked) -> Work:
+        """What it will take, roughly; nothing runs."""
 
     @abstractmethod
     def summarise(self, result: Any, study: Folder) -> dict[str, Any]:

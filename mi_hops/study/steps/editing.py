@@ -24,6 +24,7 @@ from mi_hops.study.choose import (
     CHOICE_RULE,
     ESTIMATED,
     IDENTITY,
+    MOST_STARTS,
     STRENGTHS,
     choose_edit,
     layer_spans,
@@ -43,7 +44,7 @@ from mi_hops.study.numbers import (
     span,
 )
 from mi_hops.study.parts import FAINT, Block, Figure, Table, Text, bars, row
-from mi_hops.study.step import Step
+from mi_hops.study.step import ANSWER, Asked, Step, Work
 from mi_hops.text.corpus import fact_texts
 
 #: Cases reported for each case that is used for choosing, and what one of these costs: all
@@ -122,6 +123,16 @@ class Editing(Step):
         run.study.write("choices.json", json.dumps(choices, indent=1) + "\n")
         seed, progress = run.settings.seed, run.progress
         return evaluate(run.model, repairs, queries, cases, seed=seed, progress=progress)
+
+    def work(self, asked: Asked) -> Work:
+        """All candidates on two sets, then both edits on all sets, before and after, generated."""
+        size = asked.settings.size
+        edits, draws = asked.most(size.edits), size.draws
+        candidates = MOST_STARTS * sum(map(len, STRENGTHS.values()))
+        tried = edits // _CHOOSING * candidates * (1 + draws)
+        scored = edits * (1 + len(STRENGTHS)) * (len(_SETS) + 4 * draws)
+        rows = tried + 2 * scored
+        return Work(rows, tried * asked.question + scored * (2 * asked.question + ANSWER))
 
     def summarise(self, result: Evaluation, study: Folder) -> dict[str, Any]:
         """What was chosen, and every statistic of each repair and set."""

@@ -12,7 +12,7 @@ from mi_hops.study.context import Run, Skip, choosing
 from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, layers, mean, number, number_headline, sign
 from mi_hops.study.parts import Block, Figure, Table, Text, curves, frame, used
-from mi_hops.study.step import Step
+from mi_hops.study.step import Asked, Step, Work
 from mi_hops.study.steps.lens import PLACES
 
 if TYPE_CHECKING:
@@ -50,6 +50,12 @@ class Erasure(Step):
 
         n = run.affordable(self, run.passed, run.settings.size.erasure, erase)
         return erase(run.draw(run.passed, n, "erasure"))
+
+    def work(self, asked: Asked) -> Work:
+        """Two forms at two positions of every layer, for the bridge and each draw of the control."""
+        size = asked.settings.size
+        rows = asked.most(size.erasure) * asked.n_layers * 2 * len(_VARIANTS) * (1 + size.draws)
+        return asked.swept(rows)
 
     def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
         """For each variant and position, the layer where the bridge's erasure costs most.

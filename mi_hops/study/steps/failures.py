@@ -10,7 +10,7 @@ from mi_hops.study.context import Run
 from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import left_out, percent, share
 from mi_hops.study.parts import Block, Figure, Table, bars, row
-from mi_hops.study.step import Step
+from mi_hops.study.step import Asked, Step, Work
 
 
 class Failures(Step):
@@ -23,6 +23,10 @@ class Failures(Step):
         """Assign a type to every failure."""
         _ = run.failed
         return failure_types(run.model, run.gap, form=run.form)
+
+    def work(self, asked: Asked) -> Work:
+        """Every question read by the lens, every failure asked about its subject."""
+        return Work(2 * asked.facts, 2 * asked.facts * asked.length)
 
     def summarise(self, result: FailureTypes, study: Folder) -> dict[str, Any]:
         """The share of each type."""

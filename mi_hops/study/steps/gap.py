@@ -14,7 +14,7 @@ from mi_hops.study.context import Run
 from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, left_out, percent, share, share_headline, share_of
 from mi_hops.study.parts import Block, Figure, Table, Text, bars, row
-from mi_hops.study.step import Step
+from mi_hops.study.step import ANSWER, Asked, Step, Work
 
 _YES = {True: "yes", False: "no"}
 #: Questions that the section opens with.
@@ -54,6 +54,10 @@ class GapStep(Step):
 
         n = run.affordable(self, run.facts, len(run.facts), ask, few=32)
         return ask(run.draw(run.facts, n, "gap"))
+
+    def work(self, asked: Asked) -> Work:
+        """Every different prompt, answered."""
+        return Work(asked.prompts, asked.prompts * (asked.question + ANSWER))
 
     def summarise(self, result: Gap, study: Folder) -> dict[str, Any]:
         """Shares known and answered, by form and split, and the table of the main form."""

@@ -43,7 +43,7 @@ from mi_hops.study.parts import (
     row,
     used,
 )
-from mi_hops.study.step import Step
+from mi_hops.study.step import Asked, Step, Work
 
 _SCORE = "first_correct"
 _METRICS = (_SCORE, "first_prob", "first_logprob", "rank")
@@ -100,6 +100,12 @@ class InjectionGrid(Step):
         coords = {"all_layers": ("layer", marks)}
         return result.assign(coords=coords, title="Memory injection", main=_SCORE)
 
+    def work(self, asked: Asked) -> Work:
+        """Every layer and all together, every strength, three encodings."""
+        size = asked.settings.size
+        cells = (asked.n_layers + 1) * len(size.strengths) * len(_ENCODINGS)
+        return asked.swept(asked.most(size.injection // 2) * cells)
+
     def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
         """The chosen cell."""
         return _describe(result, select_cell(result, metric=_SCORE))
@@ -152,6 +158,10 @@ class Injection(Step):
             limits=run.limits,
         )
         return found.assign(title="Memory injection", main=_SCORE)
+
+    def work(self, asked: Asked) -> Work:
+        """The bridge and the controls, in one cell."""
+        return asked.swept(asked.most(asked.settings.size.injection // 2) * (1 + len(CONTROLS)))
 
     def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
         """The chosen cell, and what each memory does in it."""

@@ -24,7 +24,7 @@ from mi_hops.study.numbers import (
     sign,
 )
 from mi_hops.study.parts import Block, Figure, Table, Text, curves, frame, used
-from mi_hops.study.step import Step
+from mi_hops.study.step import Asked, Step, Work
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -46,6 +46,10 @@ class Lens(Step):
     def run(self, run: Run) -> Result:
         """Read a draw of the answered and one of the failed questions."""
         return read_groups(run, "logit")
+
+    def work(self, asked: Asked) -> Work:
+        """Two groups, read once."""
+        return reading(asked)
 
     def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
         """Where the bridge peaks, and by how much more in answered than in failed questions.
@@ -162,6 +166,12 @@ def read_groups(run: Run, lens: LensLike) -> Result:
     names = [label[i] for i in result["example"].values.tolist()]
     title = "Bridge and answer in the lens"
     return result.assign(coords={"group": ("example", names)}, title=title, main="prob")
+
+
+def reading(asked: Asked) -> Work:
+    """What `read_groups` takes."""
+    rows = 2 * asked.most(asked.settings.size.lens)
+    return Work(rows, rows * asked.length)
 
 
 def comes_first(bridge: np.ndarray, answer: np.ndarray) -> dict[str, Any]:

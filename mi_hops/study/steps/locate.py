@@ -14,7 +14,7 @@ from mi_hops.study.context import Run
 from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, estimate, layers, mean, number
 from mi_hops.study.parts import Block, Figure, Table, Text, heatmap, used
-from mi_hops.study.step import Step
+from mi_hops.study.step import Asked, Step, Work
 from mi_hops.study.steps.lens import PLACES
 
 _KINDS = {"attn_out": "Attention output", "mlp_out": "MLP output", "resid_post": "Block output"}
@@ -38,6 +38,11 @@ class Locate(Step):
 
         n = run.affordable(self, half, run.settings.size.locate, find)
         return find(run.draw(half, n, "locate"))
+
+    def work(self, asked: Asked) -> Work:
+        """Every kind of module at two positions of every layer."""
+        most = asked.most(asked.settings.size.locate)
+        return asked.swept(most * asked.n_layers * 2 * len(_KINDS))
 
     def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
         """The located layers, and the strongest cell of each kind of module."""

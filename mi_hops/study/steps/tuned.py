@@ -16,8 +16,15 @@ from mi_hops.study.context import EXAMPLES, Run, StudySettings
 from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, figures, mean
 from mi_hops.study.parts import Block, Figure, Table, Text, panel
-from mi_hops.study.step import Step
-from mi_hops.study.steps.lens import GROUPS, PLACES, comes_first, first_table, read_groups
+from mi_hops.study.step import Asked, Step, Work
+from mi_hops.study.steps.lens import (
+    GROUPS,
+    PLACES,
+    comes_first,
+    first_table,
+    read_groups,
+    reading,
+)
 from mi_hops.sweep.sample import sample
 
 if TYPE_CHECKING:
@@ -47,12 +54,11 @@ class Tuned(Step):
         seed = run.settings.seed
         texts = sample(run.model, starts, n_tokens=WRITTEN, seed=seed)
         cfg = run.model.cfg
-        cells = int(_WORK / (cfg.n_layers * cfg.d_model * cfg.d_vocab))
         steps = run.settings.size.tuned
         plan = LensTraining(
             steps=steps,
             max_tokens=_BATCH,
-            cells=min(max(cells, 16), _BATCH),
+            cells=_cells(cfg.n_layers * cfg.d_model * cfg.d_vocab),
             evaluate_every=max(1, steps // 3),
             seed=seed,
         )
@@ -62,6 +68,13 @@ class Tuned(Step):
         lens.save(run.study.folder / "tuned_lens", overwrite=True)
         loss = {name: trained[name].values.tolist() for name in ("before", "after")}
         return found.assign(provenance={"training": loss, "n_texts": len(texts), "steps": steps})
+
+    def work(self, asked: Asked) -> Work:
+        """Writing the texts, training, reading."""
+        read, texts = reading(asked), TEXTS * (asked.length + WRITTEN)
+        learned = 3 * _cells(asked.reading) * asked.reading / asked.params  # forward and back
+        trained = asked.settings.size.tuned * (_BATCH + learned)
+        return Work(read.rows + TEXTS, read.tokens + texts + trained)
 
     def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
         """The best median rank of the bridge in either lens, and who comes first in this one."""
@@ -155,6 +168,11 @@ class Tuned(Step):
             "layer, which both lenses read alike, and the embedding are left out).",
         )
         yield first_table(entry)
+
+
+def _cells(reading: int) -> int:
+    """Positions that an update learns from, where reading one takes so many products."""
+    return min(max(int(_WORK / reading), 16), _BATCH)
 
 
 def _shown(result: Result) -> tuple[str, np.ndarray]:

@@ -12,7 +12,7 @@ from mi_hops.study.context import Run, StudySettings
 from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, percent, share
 from mi_hops.study.parts import Block, Table, Text
-from mi_hops.study.step import Step
+from mi_hops.study.step import ANSWER, Asked, Step, Work
 
 #: Worked examples tried where their number is not given.
 SHOTS = (0, 3)
@@ -55,6 +55,12 @@ class Wordings(Step):
         _, skipped = choice.apply(run.given)
         choice.skipped.extend(skipped)
         return choice
+
+    def work(self, asked: Asked) -> Work:
+        """Every wording, with and without a lead."""
+        tried = len(SHOTS) if asked.settings.shots is None else 1
+        rows = asked.wordings * tried * asked.settings.size.wordings
+        return Work(rows, rows * (asked.question + ANSWER))
 
     def summarise(self, result: WordingChoice, study: Folder) -> dict[str, Any]:
         """The number of worked examples, the forms by what is known, the wording of each relation."""

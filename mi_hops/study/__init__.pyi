@@ -1,0 +1,10 @@
+from .choose import choose_edit as choose_edit
+from .choose import layer_spans as layer_spans
+from .context import Sizes as Sizes
+from .context import StudySettings as StudySettings
+from .plan import StudyPlan as StudyPlan
+from .plan import plan_study as plan_study
+from .report.page import write_report as write_report
+from .run import run_study as run_study
+from .steps import STEPS as STEPS
+from .study import Study as Study
