@@ -34,21 +34,21 @@ def picture() -> str:
 
     def box(x: int, text: str, kind: str = "") -> str:
         return (
-            f'<rect class="b {kind}" x="{x}" y="16" width="120" height="40" rx="8"/>'
-            f'<text x="{x + 60}" y="41" text-anchor="middle">{text}</text>'
+            f'<rect class="b {kind}" x="{x}" y="16" width="110" height="40" rx="8"/>'
+            f'<text x="{x + 55}" y="41" text-anchor="middle">{text}</text>'
         )
 
     def arrow(x: int, text: str) -> str:
         return (
-            f'<path class="b" d="M{x} 36h158m-8 -5l8 5l-8 5"/>'
-            f'<text class="s" x="{x + 79}" y="28" text-anchor="middle">{text} '
+            f'<path class="b" d="M{x} 36h173m-8 -5l8 5l-8 5"/>'
+            f'<text class="s" x="{x + 86}" y="28" text-anchor="middle">{text} '
             '<tspan class="y">✓ known</tspan></text>'
         )
 
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 208" role="img">
 <title>A model that knows both hops fails the two-hop question</title>
 <style>{STYLE}</style>
-{box(10, subject)}{arrow(136, first)}{box(300, bridge, "h")}{arrow(426, second)}{box(590, answer)}
+{box(10, subject)}{arrow(126, first)}{box(305, bridge, "h")}{arrow(421, second)}{box(600, answer)}
 <text class="s q" x="360" y="74" text-anchor="middle">the bridge: not in the prompt</text>
 <text x="10" y="112">“{question} ___”</text>
 <text x="710" y="112" text-anchor="end">{said} <tspan class="n">✗</tspan></text>

@@ -1,7 +1,7 @@
 """What mkdocs cannot make by itself (``hooks`` in mkdocs.yml).
 
-The notebooks as pages, with their figures; the gallery of these figures; the public names of each part
-on the API pages; ``llms.txt``. The address of the repository is read from pyproject.toml.
+The notebooks as pages, with their figures; the public names of each part on the API pages;
+``llms.txt``. The address of the repository is read from pyproject.toml.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PLOTLY = "application/vnd.plotly.v1+json"
 _NAMES = re.compile(r"^\{\{ names (?P<module>[\w.]+)(?P<first>[\w. ]*) \}\}$", re.M)
-_FIGURES = "{{ figures }}"
+#: Of a figure's layout, what the page decides.
+_OWN_LOOK = {"width", "template", "plot_bgcolor", "paper_bgcolor"}
+_FIGURE = re.compile(r'<div class="figure".*?</script></div>')
 #: Schemes of the theme -> plotly's templates.
 _LOOKS = {"default": "plotly_white", "slate": "plotly_dark"}
 _kept: dict[str, Any] = {}
@@ -53,9 +55,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put in a module's public names, the calls that the page names first, and the gallery."""
-    if _FIGURES in markdown:
-        markdown = markdown.replace(_FIGURES, gallery())
+    """Put in a module's public names, the calls that the page names first."""
     return _NAMES.sub(lambda m: _entries(m["module"], m["first"].split()), markdown)
 
 
@@ -72,7 +72,7 @@ def on_post_build(config: MkDocsConfig) -> None:
     section = ""
     for page in _kept["nav"].pages:
         source = page.file.src_uri
-        text = page.file.content_string
+        text = _FIGURE.sub("(a figure)", page.markdown or "")
         (site / source).parent.mkdir(parents=True, exist_ok=True)
         (site / source).write_text(text, encoding="utf-8")
         top = page.ancestors[-1].title if page.ancestors else "Start"
@@ -86,10 +86,11 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 def first_sentence(text: str) -> str:
     """The first sentence of a page's first paragraph, without markup."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
     paragraphs = (p for p in re.split(r"\n\s*\n", text) if re.match(r"\s*[\w*\"`(\[]", p))
     flat = " ".join(next(paragraphs, "").split())
     flat = re.sub(r"\[([^\]]*)\][\[(][^\])]*[\])]", r"\1", flat).replace("*", "").replace("`", "")
-    return re.split(r"(?<=[.?!])\s", flat)[0]
+    return re.split(r"(?<=[^.][.?!])\s", flat)[0]
 
 
 # -- notebooks --------------------------------------------------------------------------------
@@ -124,8 +125,11 @@ def _output(output: dict[str, Any]) -> str:
 
 def figure(plotted: dict[str, Any]) -> str:
     """A place for a figure, with its data; one line, so that Markdown leaves it as it is."""
-    held = json.dumps({k: plotted[k] for k in ("data", "layout")}).replace("<", "\\u003c")
-    height = plotted["layout"].get("height", 450)
+    layout = {k: v for k, v in plotted["layout"].items() if k not in _OWN_LOOK}
+    layout["font"] = {k: v for k, v in layout.get("font", {}).items() if k != "color"}
+    shown = {"data": plotted["data"], "layout": layout}
+    held = json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c")
+    height = layout.get("height", 450)
     return (
         f'<div class="figure" style="min-height:{height}px">'
         f'<script type="application/json">{held}</script></div>'
@@ -139,29 +143,6 @@ def _table(text: str) -> str:
     text = re.sub(r'<tr style="[^"]*">', "<tr>", text)
     text = re.sub(r">[ ]*\n[ ]*", ">", text).strip()
     return f'<div class="table">{text}</div>'
-
-
-def gallery() -> str:
-    """Every figure of the notebooks, under its heading, above the code that draws it."""
-    parts = []
-    for path in NOTEBOOKS:
-        heading = title = ""
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            source = "".join(cell["source"]).strip()
-            if cell["cell_type"] == "markdown":
-                heads = re.findall(r"^#+ (.+)$", source, re.M)
-                heading = heads[-1] if heads else heading
-                title = title or heading
-                continue
-            drawn = [o for o in map(_output, cell.get("outputs", [])) if 'class="figure"' in o]
-            if not drawn:
-                continue
-            if title:
-                parts.append(f"## {title}\n\n[The notebook](notebooks/{path.stem}.md)")
-                title = ""
-            code = "\n".join(f"    {line}".rstrip() for line in f"```py\n{source}\n```".split("\n"))
-            parts += [f"### {heading}", *drawn, f'??? note "The code"\n\n{code}']
-    return "\n\n".join(parts)
 
 
 # -- the API ----------------------------------------------------------------------------------
@@ -181,6 +162,9 @@ def public_names(module: str) -> dict[str, str]:
     }
 
 
+_ENTRY = "{show_root_heading: true, show_root_full_path: false, show_root_toc_entry: true, heading_level: 3}"
+
+
 def _entries(module: str, first: list[str]) -> str:
     """The directives for all public names: those given, functions, classes, constants.
 
@@ -193,6 +177,5 @@ def _entries(module: str, first: list[str]) -> str:
     kind = {name: (name.isupper(), not name.islower()) for name in names}
     rest = sorted((n for n in names if n not in first), key=lambda n: (kind[n], n.lower()))
     return "\n\n".join(
-        f"### `{name}`\n\n::: {names[name]}.{name}\n    options: {{heading_level: 4}}"
-        for name in [*first, *rest]
+        f"::: {names[name]}.{name}\n    options: {_ENTRY}" for name in [*first, *rest]
     )

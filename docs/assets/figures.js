@@ -13,9 +13,8 @@
     // Panels side by side need room; on a phone the figure scrolls.
     canvas.style.minWidth = `${Math.min(200 * panels, 720)}px`;
     place.append(canvas);
-    delete layout.width;
     const drawn = { ...layout, template: look(), autosize: true };
-    window.Plotly.newPlot(canvas, data, drawn, { responsive: true, displaylogo: false });
+    window.Plotly.newPlot(canvas, data, drawn, { responsive: true, displayModeBar: false });
     place.canvas = canvas;
   };
   const start = () => {
