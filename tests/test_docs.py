@@ -19,7 +19,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _SHOWN = re.compile(r"^```py(?:thon)?\n(.*?)^```", re.DOTALL | re.MULTILINE)  # not run: ```py
-_LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
 def _code(page: Path) -> str:
@@ -84,10 +83,3 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         require_real_model()
     monkeypatch.chdir(tmp_path)  # examples write files
     exec(compile(code, str(page), "exec"), {"__name__": "__page__"})
-
-
-def test_links_of_the_readme_lead_somewhere():
-    # mkdocs checks those of the documentation; the README is not part of it.
-    links = _LINK.findall((ROOT / "README.md").read_text())
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -336,3 +338,14 @@ class TestOtherFamilies:
                 refused(model)
         with pytest.raises(M.MissingHookError, match=r"no hook point blocks\.0\.attn\.hook_z"):
             M.capture(model, TOKENS, [M.hook_name("z", 0)])
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path):
+    mark = tmp_path / "was-run"
+    (tmp_path / "stranger.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    config = {"model_type": "stranger", "auto_map": {"AutoConfig": "stranger.Stranger"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="custom code"):
+        M.load_model(tmp_path)
+    assert not mark.exists()
