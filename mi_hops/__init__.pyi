@@ -20,9 +20,12 @@ from .editing import creme_joint as creme_joint
 from .editing import creme_many as creme_many
 from .editing import edit_hooks as edit_hooks
 from .editing import export_hf as export_hf
+from .editing import hop_requests as hop_requests
 from .editing import second_moments as second_moments
 from .facts import Facts as Facts
+from .facts import HopEdit as HopEdit
 from .facts import TwoHopFact as TwoHopFact
+from .facts import hop_edits as hop_edits
 from .facts import load_facts as load_facts
 from .facts import load_table as load_table
 from .facts import save_jsonl as save_jsonl
@@ -68,6 +71,7 @@ from .reasoning import failure_types as failure_types
 from .reasoning import find_gap as find_gap
 from .reasoning import locate as locate
 from .reasoning import located_layers as located_layers
+from .reasoning import portability_sets as portability_sets
 from .result import Result as Result
 from .study import Sizes as Sizes
 from .study import Study as Study

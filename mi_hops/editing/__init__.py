@@ -11,6 +11,7 @@ from mi_hops.editing.edit import (
     stack,
 )
 from mi_hops.editing.export import export_hf
+from mi_hops.editing.hops import HopRepair, OnTop, hop_requests
 from mi_hops.editing.joint import creme_joint, creme_sequential
 from mi_hops.editing.moments import Moments, second_moments
 from mi_hops.editing.plans import PAPER, CremeSettings, default_layers
@@ -27,7 +28,9 @@ __all__ = [
     "Edit",
     "EditRepair",
     "EditorRepair",
+    "HopRepair",
     "Moments",
+    "OnTop",
     "PAPER",
     "Request",
     "Requests",
@@ -43,6 +46,7 @@ __all__ = [
     "edit_hooks",
     "export_hf",
     "load_requests",
+    "hop_requests",
     "second_moments",
     "stack",
 ]

@@ -9,6 +9,7 @@ from textwrap import shorten
 from typing import Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.hop_edits import SingleFact
 from mi_hops.model import HookedModel
 from mi_hops.text.matching import ARTICLES
 from mi_hops.text.tokens import Prompt, encode, find_text, last_position
@@ -169,6 +170,25 @@ class Request:
             **more,
         )
 
+    @classmethod
+    def of_single(cls, single: SingleFact, form: str | None = None, *, id: str = "") -> Request:
+        """The request to teach a single fact its object.
+
+        Args:
+            form: of the prompt taught; default the first the fact has.
+
+        Raises:
+            ValueError: no prompt of that form, or one that does not name the subject once.
+        """
+        name = next(iter(single.prompts), "") if form is None else form
+        if name not in single.prompts:
+            raise ValueError(
+                f"edit request {id!r}: {single.relation!r} of {single.subject!r} has no prompt of form "
+                f"{name!r}; it has {sorted(single.prompts)}"
+            )
+        prompt = single.prompts[name]
+        return cls(two_hop_prompt=prompt, target=single.object, first_hop=single.named, id=id)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types; what is empty is left out."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v}
@@ -194,6 +214,23 @@ def requests_of(
         if not request.target:
             raise ValueError(f"edit request {request.id!r} has no target answer to teach")
     return found
+
+
+def check_together(requests: Sequence[Request]) -> None:
+    """Refuse requests that one model cannot meet together.
+
+    Raises:
+        ValueError: two that teach one prompt different answers, with both.
+    """
+    taught: dict[str, Request] = {}
+    for request in (r for r in requests if r.target):
+        other = taught.setdefault(_plain(request.two_hop_prompt), request)
+        if _plain(other.target) != _plain(request.target):
+            raise ValueError(
+                f"edit requests {other.id!r} and {request.id!r} contradict one another: "
+                f"{request.two_hop_prompt!r} is to be answered {other.target!r} and "
+                f"{request.target!r}; leave one of them out"
+            )
 
 
 def fill(template: str, text: str, what: str = "a context template") -> str:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mi_hops.editing.change import Change, matrix_hooks, merge
 from mi_hops.editing.edit import AppliedError, Edit, applied_edits
-from mi_hops.facts.fact import TwoHopFact
+from mi_hops.editing.request import Asked
 from mi_hops.model import Hook, HookedModel
 from mi_hops.sweep.repair import Rows
 
@@ -54,7 +54,7 @@ def edit_hooks(
     by_site: dict[tuple[str, int], dict[int, list[Change]]] = {}
     seen: set[int] = set()
     for row, item in enumerate(edits):
-        for edit in _edits_of(item):
+        for edit in edits_of(item):
             if id(edit) not in seen:
                 seen.add(id(edit))
                 if check:
@@ -84,7 +84,8 @@ def require_not_applied(model: HookedModel, edits: Sequence[Edit]) -> None:
             )
 
 
-def _edits_of(item: RowEdit) -> tuple[Edit, ...]:
+def edits_of(item: RowEdit) -> tuple[Edit, ...]:
+    """The edits of one row."""
     if item is None:
         return ()
     return (item,) if isinstance(item, Edit) else tuple(item)
@@ -177,8 +178,8 @@ class EditorRepair:
         """Label in tables."""
         return self._name
 
-    def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[RowEdit]:
-        """One edit per fact, as the editor makes it."""
+    def fit(self, model: HookedModel, facts: Sequence[Asked]) -> list[RowEdit]:
+        """One edit per fact (or request), as the editor makes it."""
         return list(self._editor(model, facts, **self.options))
 
     def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
@@ -199,7 +200,7 @@ class EditRepair(EditorRepair):
         super().__init__(self._given, name=name)
         self._edits = edits
 
-    def _given(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[RowEdit]:
+    def _given(self, model: HookedModel, facts: Sequence[Asked]) -> list[RowEdit]:
         """The edits given; nothing is made.
 
         Raises:
@@ -208,9 +209,9 @@ class EditRepair(EditorRepair):
         """
         given = self._edits
         states = [given if isinstance(given, Edit) else given.get(f.id) for f in facts]
-        require_not_applied(model, [edit for state in states for edit in _edits_of(state)])
+        require_not_applied(model, [edit for state in states for edit in edits_of(state)])
         # Of edits made one after the other only the first is for the model's own weights.
-        bottom = {id(found[0]): found[0] for found in map(_edits_of, states) if found}
+        bottom = {id(found[0]): found[0] for found in map(edits_of, states) if found}
         for edit in bottom.values():
             edit.check(model)
         return states

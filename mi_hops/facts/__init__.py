@@ -2,10 +2,12 @@
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.geo import FactChain, load_chains, load_geo
+from mi_hops.facts.hop_edits import HopEdit, SingleFact, hop_edits, single_fact
 from mi_hops.facts.hotpot import load_hotpot
 from mi_hops.facts.loaders import load_facts, load_jsonl, save_jsonl
 from mi_hops.facts.memory_injections import load_memory_injections
 from mi_hops.facts.mquake import load_mquake
+from mi_hops.facts.mquake_edits import load_mquake_edits
 from mi_hops.facts.mquake_words import load_wordings
 from mi_hops.facts.musique import load_musique
 from mi_hops.facts.reading import Facts, FactsFileError, RowNote
@@ -27,14 +29,17 @@ __all__ = [
     "FactChain",
     "Facts",
     "FactsFileError",
+    "HopEdit",
     "NoUsableFactError",
     "RowNote",
+    "SingleFact",
     "TwoHopFact",
     "WordedRelation",
     "Wording",
     "capitalise",
     "default_wordings",
     "few_shot_lead",
+    "hop_edits",
     "load_chains",
     "load_facts",
     "load_geo",
@@ -42,6 +47,7 @@ __all__ = [
     "load_jsonl",
     "load_memory_injections",
     "load_mquake",
+    "load_mquake_edits",
     "load_musique",
     "load_table",
     "load_two_hop_fact",
@@ -49,4 +55,5 @@ __all__ = [
     "reword",
     "with_lead",
     "save_jsonl",
+    "single_fact",
 ]

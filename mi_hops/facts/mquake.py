@@ -3,6 +3,7 @@
 The benchmark's records hold chains of two to four facts, questions about them, and counterfactual
 edits. The chains of two become facts as the world has them; the edits are not read. Their prompts
 are built by the rule of CREME (arXiv 2402.14328), in both template orders.
+`mquake_edits` reads what the edits make of them.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def load_mquake(
     *,
     templates: str | Path | None = None,
     wordings: Mapping[str, Wording] | None = None,
+    edited: bool = False,
     on_error: OnError = "raise",
 ) -> Facts:
     """The two-hop facts of a file of MQuAKE-CF's form.
@@ -66,6 +68,10 @@ def load_mquake(
         path: the JSON file.
         templates: folder of the benchmark's cloze and question templates, instead of our own
             statements and questions (see `load_wordings`).
+        edited: the chains as each record's edits leave them: ``new_single_hops``, ``new_answer``,
+            ``new_answer_alias``, ``new_triples`` and ``new_triples_labeled`` in the place of the
+            fields above. The facts' ids end in the new answer, and ``meta["edited"]`` numbers the hops
+            that an edit (``edit_triples``) gave their object, from 1.
         wordings: relation id -> wording, added to the table and winning over it.
         on_error: what to do with a record that lacks a field: "raise", or "drop" with a note.
 
@@ -77,7 +83,7 @@ def load_mquake(
     records = read_records(existing_file(path))
 
     def build(row: int, record: Any, fixes: RowFixes) -> TwoHopFact:
-        return _fact(row, record, table, fixes)
+        return _fact(row, _edited(record) if edited else record, table, fixes)
 
     return collect(records, build, source=str(path), on_error=on_error)
 
@@ -112,7 +118,7 @@ def _fact(row: int, record: Any, table: Mapping[str, Wording], fixes: RowFixes) 
         refuse_named(bridge, prompt)
 
     return TwoHopFact(
-        id=f"mquake-{record.get('case_id', row)}",
+        id=f"mquake-{record.get('case_id', row)}{record.get('id_suffix', '')}",
         subject=subject,
         relation1=relation1,
         bridge=bridge,
@@ -131,8 +137,30 @@ def _fact(row: int, record: Any, table: Mapping[str, Wording], fixes: RowFixes) 
             "subject_id": subject_id,
             "bridge_id": bridge_id,
             "answer_id": answer_id,
+            **({"edited": record["edited"]} if "edited" in record else {}),
         },
     )
+
+
+def _edited(record: Any) -> dict[str, Any]:
+    """The record as its edits leave it, with which hops they are about."""
+    original = field_of(record, "orig", dict)
+    triples = [triple(t) for t in field_of(original, "new_triples", list)]
+    changed = {triple(t) for t in field_of(original, "edit_triples", list)}
+    answer = field_of(record, "new_answer", str).strip()
+    return {
+        **record,
+        "single_hops": field_of(record, "new_single_hops", list),
+        "answer": answer,
+        "answer_alias": texts_of(record, "new_answer_alias"),
+        "orig": {
+            **original,
+            "triples": triples,
+            "triples_labeled": field_of(original, "new_triples_labeled", list),
+        },
+        "edited": [k for k, hop in enumerate(triples, start=1) if hop in changed],
+        "id_suffix": f" -> {answer}",
+    }
 
 
 class _Prompts:

@@ -1,4 +1,4 @@
-"""Two-hop reasoning: the gap, erasure of the bridge, locating, and scoring repairs."""
+"""Two-hop reasoning: the gap, erasure of the bridge, locating, and scoring repairs and edits of single facts."""
 
 from mi_hops.reasoning.aggregate import aggregate
 from mi_hops.reasoning.erasure import erase_bridge
@@ -7,6 +7,7 @@ from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.failures import FailureTypes, failure_types
 from mi_hops.reasoning.gap import Gap, find_gap
 from mi_hops.reasoning.locate import locate, located_layers
+from mi_hops.reasoning.portability import chain_scores, portability_sets
 from mi_hops.reasoning.queries import Query, QuerySets
 from mi_hops.reasoning.sequential import evaluate_sequential
 from mi_hops.reasoning.sets import Known, build_sets
@@ -22,6 +23,7 @@ __all__ = [
     "WordingChoice",
     "aggregate",
     "build_sets",
+    "chain_scores",
     "choose_wordings",
     "erase_bridge",
     "evaluate",
@@ -30,4 +32,5 @@ __all__ = [
     "find_gap",
     "locate",
     "located_layers",
+    "portability_sets",
 ]

@@ -24,7 +24,7 @@ from mi_hops.model import Hook, HookedModel, dtype_of, provenance
 from mi_hops.model.numeric import kl_divergence, wide_dtype
 from mi_hops.reasoning.aggregate import aggregate
 from mi_hops.reasoning.evaluation import Evaluation
-from mi_hops.reasoning.queries import SETS, Query, QuerySets, require_unique
+from mi_hops.reasoning.queries import PLACE, Query, QuerySets, require_unique
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.generate import answered, end_ids
 from mi_hops.sweep.keep import keep
@@ -110,8 +110,8 @@ def evaluate(
 
     Args:
         repairs: one or several, each with its own name; an `Edit` stands for itself on every row.
-        queries: from `build_sets`, or one's own.
-        facts: the cases; every query's ``case`` is the id of one of them.
+        queries: from `build_sets`, from `portability_sets` where single facts are edited, or one's own.
+        facts: the cases (of edited single facts the `HopEdit.after`); every query's ``case`` is the id of one of them.
         metrics: further metrics to record; their mean before, after and change is in the table.
         generate: also generate texts, for ``said`` and ``generation_correct`` (aliases count there).
             All other columns need no generation.
@@ -214,8 +214,7 @@ def _checked(
             f"of the {len(ids)} facts given, which begin with {ids[:5]}"
         )
     require_unique("query ids", (q.query_id for q in asked))
-    place = {name: i for i, name in enumerate(SETS)}
-    asked.sort(key=lambda q: place.get(q.set, len(SETS)))  # stable
+    asked.sort(key=lambda q: PLACE.get(q.set, len(PLACE)))  # stable
     if isinstance(queries, QuerySets):
         return asked, tuple(entry for entry in queries.skipped if entry[1] in set(ids))
     has = {(q.set, q.case) for q in asked}

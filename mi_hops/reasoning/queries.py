@@ -15,6 +15,8 @@ the repair of its case is on, and belongs to one of these sets (after CREME, arX
 ``second_hop``                 its second hop by itself, likewise
 ``neutral``                    statements of single facts that no case is made of, or given texts
 =============================  ===================================================================
+
+Where a case is an edited single fact, other sets are asked: those of `portability`.
 """
 
 from __future__ import annotations
@@ -39,6 +41,24 @@ SETS = (
     "second_hop",
     "neutral",
 )
+
+#: Sets asked besides where the cases are edited single facts (`portability`).
+EDIT_SETS = (
+    "efficacy",
+    "wordings",
+    "portability",
+    "portability_own",
+    "portability_wordings",
+    "portability_chains",
+    "old_answer",
+    "reverse",
+    "other_hop",
+    "same_subject",
+    "same_relation",
+)
+
+#: Set -> its place in tables and figures.
+PLACE = {name: i for i, name in enumerate((*EDIT_SETS, *SETS))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +175,7 @@ class QuerySets:
         )
 
     def counts(self) -> dict[str, SetCount]:
-        """Set -> how many queries and cases it has, and why cases have none; in the order of `SETS`."""
+        """Set -> how many queries and cases it has, and why cases have none; in the order of tables."""
         asked = [(q.set, q.case) for q in self.queries]
         return count_sets(asked, self.skipped)
 
@@ -213,9 +233,8 @@ def count_sets(
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of sets in the order of `SETS`, one's own last."""
-    place = {name: i for i, name in enumerate(SETS)}
-    return sorted(names, key=lambda name: (place.get(name, len(SETS)), name))
+    """Names of sets in the order of tables, one's own last."""
+    return sorted(names, key=lambda name: (PLACE.get(name, len(PLACE)), name))
 
 
 def require_unique(what: str, ids: Iterable[str]) -> None:

@@ -290,18 +290,18 @@ class _Makers:
     def _unrelated(
         self, case: TwoHopFact, facts: Sequence[TwoHopFact], rng: random.Random
     ) -> list[_Draft]:
-        mine = _names(case)
+        mine = names_of(case)
 
         def draft(other: TwoHopFact) -> tuple[str, _Draft] | None:
             prompt = other.prompts.get(self._form_of(other))
-            if not prompt or prompt in self.corrections or mine & _names(other):
+            if not prompt or prompt in self.corrections or mine & names_of(other):
                 return None
             return prompt, _Draft.of(other, prompt)
 
         return self._drawn(facts, draft, rng)
 
     def _neutral(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
-        mine = _names(case)
+        mine = names_of(case)
 
         def of_text(text: _Draft) -> tuple[str, _Draft] | None:
             said = normalise(f"{text.prompt} {text.answer}")
@@ -331,7 +331,7 @@ class _Makers:
     ) -> list[_Draft]:
         """The first `per_case` drafts of shuffled items, one for each key."""
         found: dict[str, _Draft] = {}
-        for item in _shuffled(items, rng):
+        for item in shuffled(items, rng):
             if len(found) == self.per_case:
                 break
             made = draft(item)
@@ -344,12 +344,16 @@ class _Makers:
         text = other.prompts.get(self._form_of(other))
         if text is None or (other.subject, other.relation1) == (case.subject, case.relation1):
             return text
-        try:
-            start, end = find_text(text, other.first_hop)
-        except TokenError:
-            return None
-        phrase = capitalise(case.first_hop) if text[start].isupper() else case.first_hop
-        return text[:start] + phrase + text[end:]
+        return with_first_hop(text, other.first_hop, case.first_hop)
+
+
+def with_first_hop(text: str, old: str, new: str) -> str | None:
+    """A prompt with another first-hop phrase in the place of its own; None where it has none."""
+    try:
+        start, end = find_text(text, old)
+    except TokenError:
+        return None
+    return text[:start] + (capitalise(new) if text[start].isupper() else new) + text[end:]
 
 
 def _split_text(text: str, i: int) -> _Draft:
@@ -367,12 +371,13 @@ def _hops(fact: TwoHopFact) -> tuple[tuple[str, str], tuple[str, str]]:
     )
 
 
-def _names(fact: TwoHopFact) -> set[str]:
+def names_of(fact: TwoHopFact) -> set[str]:
+    """Every spelling of subject, bridge and answer, as compared."""
     named = (fact.subject, fact.bridge, *fact.bridge_aliases, fact.answer, *fact.answer_aliases)
     return {normalise(name) for name in named if name.strip()}
 
 
-def _shuffled(items: Sequence[_Item], rng: random.Random) -> Iterator[_Item]:
+def shuffled(items: Sequence[_Item], rng: random.Random) -> Iterator[_Item]:
     """The items in random order, drawn one by one, so that a few of many cost little."""
     moved: dict[int, int] = {}
     for last in range(len(items) - 1, -1, -1):

@@ -23,7 +23,7 @@ from mi_hops.editing.checks import check_editable
 from mi_hops.editing.edit import Edit
 from mi_hops.editing.moments import Moments
 from mi_hops.editing.passes import activations
-from mi_hops.editing.request import Asked, Request, requests_of
+from mi_hops.editing.request import Asked, Request, check_together, requests_of
 from mi_hops.editing.rows import EditorRepair, edit_hooks
 from mi_hops.editing.solve import solve_keys
 from mi_hops.editing.teaching import chunks
@@ -58,13 +58,15 @@ def memit_many(
         search: of `rome.ValueSearch`.
 
     Raises:
-        ValueError: no facts, a negative ridge, or as `rome.rome_many`.
+        ValueError: no facts, a negative ridge, requests that contradict one another (`joint`), or as `rome.rome_many`.
     """
     how = ValueSearch(**search)
     requests = requests_of(asked, how.form, taught=True)
     n = len(requests)
     if not requests or ridge < 0:
         raise ValueError(f"{n} facts and ridge {ridge}; expected some, and 0 or more")
+    if joint:
+        check_together(requests)
     editable = check_editable(model, layers, "W_out", covariance)
     where = editable.layers
     end = hook_name("resid_post", where[-1])
