@@ -1,8 +1,9 @@
 """Two-hop facts: the record, its wordings, and loaders from files."""
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.facts.geo import FactChain, load_chains, load_geo
+from mi_hops.facts.geo import load_chains, load_geo
 from mi_hops.facts.hop_edits import HopEdit, SingleFact, hop_edits, single_fact
+from mi_hops.facts.hops import Hop
 from mi_hops.facts.hotpot import load_hotpot
 from mi_hops.facts.loaders import load_facts, load_jsonl, save_jsonl
 from mi_hops.facts.memory_injections import load_memory_injections
@@ -26,9 +27,9 @@ from mi_hops.facts.wordings import (
 __all__ = [
     "CONTEXTS",
     "FORMS",
-    "FactChain",
     "Facts",
     "FactsFileError",
+    "Hop",
     "HopEdit",
     "NoUsableFactError",
     "RowNote",

@@ -107,6 +107,11 @@ class HopEdit:
     def __post_init__(self) -> None:
         object.__setattr__(self, "hops", tuple(self.hops))
         old, new = self.before, self.after
+        if longer := [f.n_hops for f in (old, new) if f.chain]:
+            raise ValueError(
+                f"edit {self.id!r}: the fact has {longer[0]} hops; an edit is of a two-hop fact, so take "
+                "a part of it, `fact.part(1, 2)`"
+            )
         if not self.hops or len(set(self.hops)) < len(self.hops) or set(self.hops) - set(HOPS):
             raise ValueError(f"edit {self.id!r}: hops are {self.hops}; expected some of {HOPS}")
         asked = [(f.subject, f.relation1, f.relation2, dict(f.prompts)) for f in (old, new)]
@@ -233,11 +238,14 @@ def hop_edits(
         >>> all(e.before.bridge != e.after.bridge for e in edits)
         True
     """
-    donors = _Donors(facts if pool is None else pool, hop)
+    donors = _Donors([f for f in (facts if pool is None else pool) if not f.chain], hop)
     given: dict[tuple[str, str], str] = {}
     edits: list[HopEdit] = []
     left_out: list[tuple[str, str]] = []
     for fact in facts:
+        if fact.chain:
+            left_out.append((fact.id, "more than two hops"))
+            continue
         single = single_fact(fact, hop)
         names = donors.names(fact)
         random.Random(f"{seed}/{hop}/{single.key}").shuffle(names)

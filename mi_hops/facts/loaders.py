@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.geo import BUNDLED, load_geo
+from mi_hops.facts.hops import Hop
 from mi_hops.facts.hotpot import load_hotpot
 from mi_hops.facts.memory_injections import load_memory_injections
 from mi_hops.facts.mquake import load_mquake
@@ -99,12 +100,27 @@ def _check_types(record: Mapping[str, Any]) -> None:
         elif name in _LISTS:
             good = isinstance(value, list) and all(isinstance(v, str) for v in value)
             kind = "a list of texts"
+        elif name == "chain":
+            good = isinstance(value, list) and all(map(_is_hop, value))
+            kind = "a list of hops, objects with the fields of a Hop"
         elif name in TwoHopFact.__dataclass_fields__:
             good, kind = isinstance(value, str), "a text"
         else:
             continue  # an unknown name; `from_dict` lists the known ones
         if not good:
             raise BadRow("field of another type", f"{name} is {value!r:.80}; expected {kind}")
+
+
+def _is_hop(value: Any) -> bool:
+    """Whether a value of JSON has the fields of a `Hop`, and their types."""
+    kinds = {"prompts": dict, "aliases": list}
+    return (
+        isinstance(value, dict)
+        and {"relation", "object"} <= set(value) <= set(Hop.__dataclass_fields__)
+        and all(isinstance(part, kinds.get(name, str)) for name, part in value.items())
+        and all(isinstance(t, str) for t in value.get("prompts", {}).values())
+        and all(isinstance(t, str) for t in value.get("aliases", ()))
+    )
 
 
 def save_jsonl(facts: Iterable[TwoHopFact], path: str | Path, *, overwrite: bool = False) -> Path:

@@ -1,18 +1,20 @@
-"""Two-hop facts from the JSON of MQuAKE-CF (Zhong et al. 2023, arXiv 2305.14795).
+"""Facts of two to four hops from the JSON of MQuAKE-CF (Zhong et al. 2023, arXiv 2305.14795).
 
-The benchmark's records hold chains of two to four facts, questions about them, and counterfactual
-edits. The chains of two become facts as the world has them; the edits are not read. Their prompts
-are built by the rule of CREME (arXiv 2402.14328), in both template orders.
-`mquake_edits` reads what the edits make of them.
+The benchmark's records hold chains of facts, questions about them, and counterfactual edits. The
+chains become facts as the world has them; `mquake_edits` reads what the edits make of them. Their
+prompts are built by the rule of CREME (arXiv 2402.14328), in both template orders, for longer chains
+over and over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.hops import Hop
 from mi_hops.facts.mquake_words import load_wordings
 from mi_hops.facts.reading import (
     BadRow,
@@ -24,6 +26,7 @@ from mi_hops.facts.reading import (
     existing_file,
     field_of,
     read_records,
+    refuse_repeated,
     refuse_same,
     texts_of,
     triple,
@@ -42,7 +45,7 @@ def load_mquake(
     edited: bool = False,
     on_error: OnError = "raise",
 ) -> Facts:
-    """The two-hop facts of a file of MQuAKE-CF's form.
+    """The facts of a file of MQuAKE-CF's form, of as many hops as each record has.
 
     The file is a list of records of which these fields are read: ``questions``, ``answer``,
     ``answer_alias``, ``single_hops`` (``question``, ``answer``, ``answer_alias``), and in ``orig``
@@ -50,19 +53,22 @@ def load_mquake(
     fact's id where it is there.
 
     With the noun phrase of each relation ("the author of [X]") and its statement ("[X] is a citizen
-    of"), hop1 being the first relation's noun phrase about the subject:
+    of"), and with *phrase* k being the k-th relation's noun phrase about phrase k - 1 (phrase 0 the
+    subject), which describes bridge k:
 
-    * ``prompts["suffix"]`` is the second noun phrase about hop1, and " is";
-    * ``prompts["prefix"]`` is the second statement about hop1, left out where that is the same;
-    * ``prompts["question"]`` is the first of the record's questions that has hop1 in it, otherwise
-      the second relation's question about hop1; the record's other questions are paraphrases;
-    * the prompts of single hops are the same wordings about the subject and about the bridge, with
+    * ``prompts["suffix"]`` is the last noun phrase about the last bridge's phrase, and " is";
+    * ``prompts["prefix"]`` is the last statement about it, left out where that is the same;
+    * ``prompts["question"]`` is the first of the record's questions that has that phrase in it,
+      otherwise the last relation's question about it; the record's other questions are paraphrases;
+    * the prompts of single hops are the same wordings about the subject and about each bridge, with
       the record's question of that hop.
 
-    Dropped and reported: a chain that does not have two hops or whose facts do not meet in one entity; a
-    relation without wording; a bridge that equals the answer or appears in a two-hop prompt.
-    Repaired and reported: a paraphrase that names the bridge is left out; an article doubled by a
-    template ("the [X]" about "the author ...") is removed.
+    A fact of more than two hops is seen from its last bridge (see `TwoHopFact.at`).
+
+    Dropped and reported: a chain of fewer than two hops, or whose facts do not meet in one entity; a
+    relation without wording; an entity that occurs twice; a bridge that appears in a prompt of the
+    whole question. Repaired and reported: a paraphrase that names a bridge is left out; an article
+    doubled by a template ("the [X]" about "the author ...") is removed.
 
     Args:
         path: the JSON file.
@@ -89,54 +95,67 @@ def load_mquake(
 
 
 def _fact(row: int, record: Any, table: Mapping[str, Wording], fixes: RowFixes) -> TwoHopFact:
-    hops = field_of(record, "single_hops", list)
+    singles = field_of(record, "single_hops", list)
     original = field_of(record, "orig", dict)
-    triples = field_of(original, "triples", list)
-    if (len(hops), len(triples)) != (2, 2):
-        raise DropRow("not two hops", f"{len(hops)} single hops and {len(triples)} triples")
+    triples = [triple(t) for t in field_of(original, "triples", list)]
     labels = [triple(t) for t in field_of(original, "triples_labeled", list)]
-    (subject_id, relation1, bridge_id), (meets, relation2, answer_id) = map(triple, triples)
-    if len(labels) != 2:
-        raise BadRow("unreadable record", f"{len(labels)} labelled triples for two hops")
-    if bridge_id != meets:
-        raise DropRow("hops do not meet", f"one ends in {bridge_id}, the next starts from {meets}")
-    for relation in (relation1, relation2):
+    if len(singles) != len(triples) or len(triples) < 2:
+        raise DropRow("no chain of hops", f"{len(singles)} single hops and {len(triples)} triples")
+    if len(labels) != len(triples):
+        raise BadRow("unreadable record", f"{len(labels)} labelled triples for {len(triples)} hops")
+    for (_, _, end), (start, _, _) in pairwise(triples):
+        if end != start:
+            raise DropRow("hops do not meet", f"one ends in {end}, the next starts from {start}")
+    for _, relation, _ in triples:
         if relation not in table:
             raise DropRow("relation without wording", f"no noun phrase for {relation}")
 
-    (subject, _, bridge), (_, _, label) = labels
     answer = field_of(record, "answer", str).strip()
-    refuse_same(bridge, answer)
+    names = [labels[0][0], *(name for _, _, name in labels[:-1]), answer]
+    refuse_same(names[-2], answer)
+    refuse_repeated(names)
+    relations = [relation for _, relation, _ in triples]
     builder = _Prompts(fixes)
-    first, second = table[relation1], table[relation2]
-    phrase = builder.fill(first.noun, subject)
-    prompts = builder.about(second, phrase)
+    phrases = [names[0]]  # what the next hop is asked about
+    for relation in relations[:-1]:
+        phrases.append(builder.fill(table[relation].noun, phrases[-1]))
+    prompts = builder.about(table[relations[-1]], phrases[-1])
     questions = [q.strip() for q in texts_of(record, "questions") if q.strip()]
-    asked = next((q for q in questions if find(phrase, q) is not None), None)
-    prompts["question"] = asked or prompts["question"]
+    chosen = next((q for q in questions if find(phrases[-1], q) is not None), None)
+    prompts["question"] = chosen or prompts["question"]
+    bridges = names[1:-1]
     for prompt in prompts.values():
-        refuse_named(bridge, prompt)
+        for bridge in bridges:
+            refuse_named(bridge, prompt)
 
-    return TwoHopFact(
+    more: list[tuple[str, ...]] = [()] * len(bridges)
+    more.append((*texts_of(record, "answer_alias"), labels[-1][2]))
+    hops = [
+        Hop(
+            relation=relation,
+            object=name,
+            phrase=phrase,
+            prompts=builder.about(table[relation], before) | _asked(single),
+            aliases=_others(name, single, *others),
+        )
+        for relation, before, name, phrase, single, others in zip(
+            relations, names, names[1:], [*phrases[1:], ""], singles, more, strict=False
+        )
+    ]
+    ids = [triples[0][0], *(end for _, _, end in triples)]
+    between = {"bridge_id": ids[1]} if len(bridges) == 1 else {"bridge_ids": ids[1:-1]}
+    return TwoHopFact.from_hops(
+        hops,
         id=f"mquake-{record.get('case_id', row)}{record.get('id_suffix', '')}",
-        subject=subject,
-        relation1=relation1,
-        bridge=bridge,
-        relation2=relation2,
-        answer=answer,
-        first_hop=phrase,
+        subject=names[0],
         prompts=prompts,
-        first_prompts=builder.about(first, subject) | _asked(hops[0]),
-        second_prompts=builder.about(second, bridge) | _asked(hops[1]),
-        paraphrases=_without_bridge([q for q in questions if q != asked], bridge, fixes),
-        bridge_aliases=_others(bridge, hops[0]),
-        answer_aliases=_others(answer, hops[1], *texts_of(record, "answer_alias"), label),
+        paraphrases=_without([q for q in questions if q != chosen], bridges, fixes),
         meta={
             "dataset": "mquake",
             "row": row,
-            "subject_id": subject_id,
-            "bridge_id": bridge_id,
-            "answer_id": answer_id,
+            "subject_id": ids[0],
+            **between,
+            "answer_id": ids[-1],
             **({"edited": record["edited"]} if "edited" in record else {}),
         },
     )
@@ -201,8 +220,9 @@ def _others(name: str, hop: Any, *more: str) -> tuple[str, ...]:
     return tuple(text for text in others if text and text != name)
 
 
-def _without_bridge(questions: list[str], bridge: str, fixes: RowFixes) -> tuple[str, ...]:
-    kept = tuple(q for q in questions if find(bridge, q) is None)
+def _without(questions: list[str], bridges: list[str], fixes: RowFixes) -> tuple[str, ...]:
+    """The questions that name no bridge."""
+    kept = tuple(q for q in questions if not any(find(bridge, q) for bridge in bridges))
     for question in questions:
         if question not in kept:
             fixes.note("paraphrase names the bridge", f"left out {question!r}")

@@ -29,7 +29,7 @@ def load_mquake_edits(
 
     Returns:
         The edits, and (record, reason) of the records that give none: those that `load_mquake` drops
-        before or after, chains of more than two hops, and edits that change nothing.
+        before or after, longer chains than of two hops, and edits that change nothing.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -47,8 +47,8 @@ def load_mquake_edits(
         if row not in new:
             continue
         edited = new[row].meta["edited"]
-        if set(edited) - {1, 2}:
-            reasons[row] = "an edit of a later hop than the second"
+        if old.n_hops > 2:
+            reasons[row] = "more than two hops"
             continue
         try:
             hops = tuple(HOPS[k - 1] for k in edited)

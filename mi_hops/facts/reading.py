@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, overload
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.hops import repeated
 from mi_hops.facts.wordings import WordedRelation
 from mi_hops.result.display import html_table
 
@@ -328,6 +329,12 @@ def refuse_same(bridge: str, answer: str) -> None:
     """Drop a question that its first hop alone answers."""
     if bridge.strip().casefold() == answer.strip().casefold():
         raise DropRow("bridge equals answer", f"bridge and answer are both {answer!r}")
+
+
+def refuse_repeated(names: Sequence[str]) -> None:
+    """Drop a chain that comes back to an entity."""
+    if twice := repeated(names):
+        raise DropRow("entity occurs twice", f"{twice!r} occurs twice in {' -> '.join(names)}")
 
 
 def triple(value: Any) -> tuple[str, str, str]:

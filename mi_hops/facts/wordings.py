@@ -12,7 +12,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.templates import FORMS, Wording
@@ -80,7 +80,7 @@ class WordedRelation:
 
 
 def reword(fact: TwoHopFact, wordings: Mapping[str, Wording]) -> TwoHopFact:
-    """The fact under the wordings that were chosen for its two relations.
+    """The fact under the wordings that were chosen for its relations.
 
     Args:
         wordings: relation -> wording.
@@ -88,13 +88,14 @@ def reword(fact: TwoHopFact, wordings: Mapping[str, Wording]) -> TwoHopFact:
     Raises:
         ValueError: a relation without a wording.
     """
-    for relation in (fact.relation1, fact.relation2):
+    relations = [hop.relation for hop in fact.hops]
+    for relation in relations:
         if relation not in wordings:
             raise ValueError(
                 f"fact {fact.id!r}: no wording was given for the relation {relation!r}; there are "
                 f"{sorted(wordings)}"
             )
-    return fact.with_wording(wordings[fact.relation1], wordings[fact.relation2])
+    return fact.with_wording(*(wordings[relation] for relation in relations))
 
 
 def default_wordings(relations: Mapping[str, WordedRelation]) -> dict[str, Wording]:
@@ -114,7 +115,7 @@ def few_shot_lead(
     form: str,
     seed: int = 0,
 ) -> str:
-    """Worked examples to put before all three prompts of a fact.
+    """Worked examples to put before all prompts of a fact.
 
     The examples are facts of the same two relations about other things (where these are too few, of
     the same second relation, and then of any): none of their names is one of the fact's, nor, as far
@@ -181,7 +182,7 @@ def with_lead(
 ) -> TwoHopFact:
     """The fact with worked examples before every prompt, each form with its own (`few_shot_lead`).
 
-    All three prompts of a form get the same lead. Paraphrases stay as they are.
+    All prompts of a form get the same lead. Paraphrases stay as they are.
 
     Raises:
         ValueError: see `few_shot_lead`.
@@ -192,10 +193,7 @@ def with_lead(
         form: few_shot_lead(fact, others, shots=shots, form=form, seed=seed)
         for form in {form: None for table in _asked(fact) for form in table}
     }
-    first, second, two_hop = (
-        {form: leads[form] + text for form, text in table.items()} for table in _asked(fact)
-    )
-    return replace(fact, prompts=two_hop, first_prompts=first, second_prompts=second)
+    return fact.with_prompts(lambda form, text: leads[form] + text)
 
 
 def _asked(fact: TwoHopFact) -> tuple[Mapping[str, str], ...]:
@@ -214,7 +212,8 @@ def _meet(one: TwoHopFact, other: TwoHopFact) -> bool:
 
 
 def _names(fact: TwoHopFact) -> set[str]:
-    names = (fact.subject, fact.bridge, *fact.bridge_aliases, fact.answer, *fact.answer_aliases)
+    names = [fact.subject, fact.bridge, *fact.bridge_aliases, fact.answer, *fact.answer_aliases]
+    names += [name for hop in fact.chain for name in (hop.object, *hop.aliases)]
     return {" ".join(_words(name)) or name for name in names}
 
 

@@ -14,6 +14,7 @@ from mi_hops.lens.logit import (
     token_map,
 )
 from mi_hops.lens.neurons import neuron_attribution, top_texts
+from mi_hops.lens.order import who_comes_first
 from mi_hops.lens.patchscopes import Affine, Place, fit_affine, patchscope, patchscope_generate
 from mi_hops.lens.probes import ProbeTraining, fact_probes
 from mi_hops.lens.quality import evaluate_heads, evaluate_lens
@@ -75,4 +76,5 @@ __all__ = [
     "top_texts",
     "train_lens",
     "train_sae",
+    "who_comes_first",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from mi_hops.lens.vectors import (
 from mi_hops.model import HookedModel, provenance, read_out
 from mi_hops.result.result import Result
 from mi_hops.sweep.pairs import Activations
-from mi_hops.text.tokens import Prompt
+from mi_hops.text.tokens import Prompt, last_position
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -153,6 +153,7 @@ def fact_trajectories(
     facts: Sequence[TwoHopFact],
     *,
     form: str | None = None,
+    bridges: Literal["seen", "all"] = "seen",
     kind: str = "resid",
     layers: Layers = None,
     lens: LensLike = "logit",
@@ -168,6 +169,10 @@ def fact_trajectories(
 
     Args:
         form: form of the two-hop prompt; default each fact's first.
+        bridges: of longer chains, the bridge that each is ``"seen"`` from, or ``"all"``: then
+            ``tracked`` = bridge 1, bridge 2, ..., answer and ``position`` = hop 1, hop 2, ..., last,
+            hop k being the last token of the phrase that describes bridge k (of nested phrases that
+            end alike it is the same token). All facts then have one number of hops.
         kind, layers, lens, readout: as in `logit_lens`; layer 0 of ``"resid"`` is the embedding.
         aliases: let aliases count in ``any_prob``.
 
@@ -177,7 +182,8 @@ def fact_trajectories(
         mean curve with its interval.
 
     Raises:
-        NoUsableFactError: no fact is left to read; see also `logit_lens`.
+        NoUsableFactError: no fact is left to read.
+        ValueError: all bridges of facts with different numbers of hops; see also `logit_lens`.
 
     Examples:
         >>> import mi_hops
@@ -187,19 +193,39 @@ def fact_trajectories(
         >>> curve.sel(tracked="bridge", position="first hop").dims
         ('layer',)
     """
+    roles = _roles(facts, bridges)
 
     def prepare(case: Case) -> Row:
-        fact = case.fact
-        more = (fact.bridge_aliases, fact.answer_aliases) if aliases else ((), ())
-        names = {"bridge": (fact.bridge, *more[0]), "answer": (fact.answer, *more[1])}
-        tracked = {name: spell(model, case.prompt, said) for name, said in names.items()}
-        return Row(fact.id, case.prompt, [case.positions(r)[-1] for r in ROLES], tracked)
+        hops, fact = case.fact.hops, case.fact
+        read = hops[:-1] if bridges == "all" else hops[fact.at_bridge - 1 : fact.at_bridge]
+        tracked = {
+            name: spell(model, case.prompt, (hop.object, *(hop.aliases if aliases else ())))
+            for name, hop in zip(roles, (*read, hops[-1]), strict=True)
+        }
+        places = [*(last_position(case.prompt, hop.phrase) for hop in read), case.prompt.last]
+        return Row(fact.id, case.prompt, places, tracked)
 
     rows, skipped = usable(model, facts, prepare, purpose="the lens", form=form)
     reader = _Reader.of(model, kind, layers, lens, readout)
     found = reader.read(rows, batch_size)
-    coords = {"position": list(ROLES)}
+    coords = {"position": list(roles.values())}
     return _result(reader, rows, found, coords, method="fact_trajectories", skipped=skipped)
+
+
+def _roles(facts: Sequence[TwoHopFact], bridges: str) -> dict[str, str]:
+    """What is tracked -> the position that is read for it."""
+    if bridges == "seen":
+        return dict(zip(("bridge", "answer"), ROLES, strict=True))
+    if bridges != "all":
+        raise ValueError(f"bridges is {bridges!r}; expected 'seen' or 'all'")
+    lengths = sorted({fact.n_hops for fact in facts})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"these facts have {lengths} hops; all bridges are read of facts with one number of hops, "
+            "so pass those of each number by themselves"
+        )
+    numbers = range(1, max(lengths, default=2))
+    return {**{f"bridge {k}": f"hop {k}" for k in numbers}, "answer": "last"}
 
 
 def token_map(

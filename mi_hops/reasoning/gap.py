@@ -1,4 +1,4 @@
-"""The compositionality gap: which two-hop questions fail although both hops are known.
+"""The compositionality gap: which questions of several hops fail although every hop is known.
 
 Source: arXiv 2402.14328, section 3 of its paper and its released inference code; decoding here is
 greedy, so the classification is reproducible.
@@ -29,7 +29,9 @@ from mi_hops.text.matching import STOP, matches
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+#: What is asked of a two-hop fact; `asked_of` has the names for longer chains.
 HOPS = ("first", "second", "two_hop")
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 #: Label of the form where each fact is asked in its own first.
 AS_GIVEN = "as given"
 
@@ -41,6 +43,9 @@ _READ = {
     "prob": "prob",
     "said": "text",
 }
+
+#: The same of a hop that a fact does not have.
+_UNASKED = {**dict.fromkeys(_READ, float("nan")), "said": ""}
 
 Score = Literal["answer", "first_token"]
 
@@ -63,6 +68,11 @@ class Gap(Result):
     allowed), ``first_token`` (0 or 1: the answer's first token is the most probable), its ``rank``
     and ``prob``, and the text ``said``. On (example, form): ``says_bridge``, whether the two-hop
     question was answered with the bridge. The facts are saved along with them.
+
+    With longer chains among the facts, ``asked`` has every single hop by itself (``"third"`` and so
+    on; NaN, and nothing said, where a fact has fewer) and ``"two_hop"`` is the whole question. Below,
+    ``first`` then means that *every* single hop up to the bridge that the fact is seen from is
+    answered, and ``second`` every one from there on; `by_hops` parts the facts by their hops.
 
     Everything below is of the first form, and counts as correct what `score` names; `in_form` and
     `scored_by` give the gap of another form or score.
@@ -130,16 +140,23 @@ class Gap(Result):
     def frame(self) -> pd.DataFrame:
         """One row per fact, in the first form.
 
-        ``id``, ``split``; ``first``, ``second``, ``two_hop``, whether each was answered correctly by
-        `score`; of the two-hop question ``answer``, ``first_token``, ``says_bridge``, ``rank``,
-        ``prob`` and ``said``; ``other_form``, whether it was answered correctly in another form;
-        ``said_first`` and ``said_second``.
+        ``id``, ``split``, ``hops`` (how many); ``first``, ``second``, ``two_hop``, whether each was
+        answered correctly by `score`; of the two-hop question ``answer``, ``first_token``,
+        ``says_bridge``, ``rank``, ``prob`` and ``said``; ``other_form``, whether it was answered
+        correctly in another form; ``said_first`` and ``said_second`` (of several hops: all of it).
         """
-        correct = self.data[self.score].astype(bool)
+        correct = self.data[self.score].fillna(0).astype(bool)
         here = self.data.isel(form=0)
         frame = pd.DataFrame({"id": here["example"].values, "split": here["split"].values})
-        for hop in HOPS:
-            frame[hop] = correct.isel(form=0).sel(asked=hop).values
+        frame["hops"] = [fact.n_hops for fact in self.facts]
+        by_itself = correct.isel(form=0).drop_sel(asked="two_hop").values
+        said = here["said"].drop_sel(asked="two_hop").values
+        for hop, part in (("first", self._first_part), ("second", self._hops & ~self._first_part)):
+            frame[hop] = (by_itself | ~part).all(1)
+            frame[f"said_{hop}"] = [
+                " / ".join(texts[which]) for texts, which in zip(said, part, strict=True)
+            ]
+        frame["two_hop"] = correct.isel(form=0).sel(asked="two_hop").values
         two_hop = here.sel(asked="two_hop")
         for name in ("answer", "first_token", "says_bridge"):
             frame[name] = two_hop[name].values.astype(bool)
@@ -147,9 +164,19 @@ class Gap(Result):
             frame[name] = two_hop[name].values
         others = correct.sel(asked="two_hop").isel(form=slice(1, None))
         frame["other_form"] = others.any("form").values
-        for hop in ("first", "second"):
-            frame[f"said_{hop}"] = here["said"].sel(asked=hop).values
         return frame
+
+    @property
+    def _hops(self) -> np.ndarray:
+        """[example, hop], whether the fact has that hop."""
+        n = np.array([fact.n_hops for fact in self.facts], dtype=int)
+        return np.arange(self.data.sizes["asked"] - 1) < n[:, None]
+
+    @property
+    def _first_part(self) -> np.ndarray:
+        """[example, hop], whether the hop comes before the bridge that the fact is seen from."""
+        at = np.array([fact.at_bridge for fact in self.facts], dtype=int)
+        return np.arange(self.data.sizes["asked"] - 1) < at[:, None]
 
     @property
     def passed(self) -> list[TwoHopFact]:
@@ -179,17 +206,26 @@ class Gap(Result):
         return counts.reindex(index, fill_value=0).astype(int).reset_index()
 
     def by_split(self) -> pd.DataFrame:
-        """Per split: n, shares answered of each hop and of the two-hop question, with intervals."""
+        """Per split: n, shares answered of each hop and of the two-hop question, and the gap.
+
+        Shares and ``gap`` (of the ``n_known``) come with exact 95% intervals.
+        """
+        return self._by("split")
+
+    def by_hops(self) -> pd.DataFrame:
+        """The same per number of hops: the gap counts facts whose every single hop is known."""
+        return self._by("hops")
+
+    def _by(self, column: str) -> pd.DataFrame:
         rows = []
-        for split, part in self.frame.groupby("split", sort=False):
-            row: dict[str, object] = {"split": split, "n": len(part)}
+        for value, part in self.frame.groupby(column, sort=column == "hops"):
+            row: dict[str, object] = {column: value, "n": len(part)}
             for hop in HOPS:
-                correct = int(part[hop].sum())
-                low, high = proportion_ci(correct, len(part))
-                row |= {hop: correct / len(part), f"{hop}_low": low, f"{hop}_high": high}
+                row |= _share(hop, part[hop])
             known = part[part["first"] & part["second"]]
             row |= {"first_token": float(part["first_token"].mean()), "n_known": len(known)}
-            rows.append({**row, "n_failed": int((~known["two_hop"]).sum())})
+            row |= {"n_failed": int((~known["two_hop"]).sum()), **_share("gap", ~known["two_hop"])}
+            rows.append(row)
         return pd.DataFrame(rows)
 
     def plot(
@@ -205,8 +241,8 @@ class Gap(Result):
             return super().plot(variable, kind=kind, **keywords)
         rows = []
         for form in self.forms:
-            for hop in HOPS:
-                correct = self.data[self.score].sel(form=form, asked=hop).values.astype(bool)
+            for hop in self["asked"].values.tolist():
+                correct = self.data[self.score].sel(form=form, asked=hop).dropna("example").values
                 n, k = len(correct), int(correct.sum())
                 low, high = proportion_ci(k, n)
                 share = {"share": k / max(n, 1), "lower": low, "upper": high, "n": n}
@@ -220,7 +256,8 @@ class Gap(Result):
         """The gap in one line, then how many were asked and why others were not."""
         share, low, high = self.gap
         known = len(self.passed) + len(self.failed)
-        gap = f"{len(self.failed)} failed of {known} questions with both hops known"
+        hops = "every hop" if any(fact.chain for fact in self.facts) else "both hops"
+        gap = f"{len(self.failed)} failed of {known} questions with {hops} known"
         if known:
             gap += f": {share:.1%} [{low:.1%}, {high:.1%}]"
         return f"{gap} ({self.forms[0]})\n{super().describe()}"
@@ -260,7 +297,8 @@ def find_gap(
 ) -> Gap:
     """Ask all three questions of each fact greedily and determine which facts fall into the gap.
 
-    A fact without a first-hop or second-hop prompt, or without a two-hop prompt of a form asked, is
+    Of a longer chain every single hop is asked by itself, and the whole; it is in the gap when all
+    hops are known and the whole question fails. A fact without a first-hop or second-hop prompt, or without a two-hop prompt of a form asked, is
     skipped, with its reason.
 
     Args:
@@ -293,11 +331,14 @@ def find_gap(
     reasons = [(fact, _unaskable(fact, forms)) for fact in facts]
     asked = [fact for fact, reason in reasons if not reason]
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "stop": stop}
-    by_form = [_ask(model, asked, name, options) for name in forms]
+    names = asked_of(max((fact.n_hops for fact in asked), default=2))
+    by_form = [_ask(model, asked, name, len(names), options) for name in forms]
     # [form][hop][fact] -> (fact, form, hop)
     values = {
-        name: np.array([[[getattr(a, read) for a in hop] for hop in one] for one in by_form])
-        .reshape(len(forms), len(HOPS), len(asked))
+        name: np.array(
+            [[[getattr(a, read, _UNASKED[name]) for a in hop] for hop in one] for one in by_form]
+        )
+        .reshape(len(forms), len(names), len(asked))
         .transpose(2, 0, 1)
         for name, read in _READ.items()
     }
@@ -307,8 +348,8 @@ def find_gap(
     }
     bridge = [
         [
-            matches(said, fact.bridge, fact.bridge_aliases, stop=stop)
-            for said in values["said"][i, :, HOPS.index("two_hop")]
+            any(matches(said, hop.object, hop.aliases, stop=stop) for hop in fact.hops[:-1])
+            for said in values["said"][i, :, -1]
         ]
         for i, fact in enumerate(asked)
     ]
@@ -321,7 +362,7 @@ def find_gap(
         coords={
             "example": [fact.id for fact in asked],
             "form": [name or AS_GIVEN for name in forms],
-            "asked": list(HOPS),
+            "asked": list(names),
             "split": ("example", [fact.split for fact in asked]),
             "fact": ("example", [json.dumps(f.to_dict(), default=str) for f in asked]),
         },
@@ -334,6 +375,7 @@ def find_gap(
         title="Questions answered correctly",
         main="answer",
         skipped=[(fact.id, reason) for fact, reason in reasons if reason],
+        allow_nonfinite=len(names) > len(HOPS),
     )
     assert isinstance(gap, Gap)
     gap.__dict__["facts"] = tuple(asked)  # the very ones, not what their JSON gives back
@@ -345,27 +387,52 @@ def hop_prompt(prompts: Mapping[str, str], form: str | None) -> str:
     return prompts[form] if form is not None and form in prompts else next(iter(prompts.values()))
 
 
+def asked_of(n_hops: int) -> tuple[str, ...]:
+    """Names of what is asked where a fact has so many hops: each hop by itself, then the whole.
+
+    Examples:
+        >>> asked_of(3)
+        ('first', 'second', 'third', 'two_hop')
+    """
+    further = (f"hop {k}" for k in range(len(_ORDINALS) + 1, n_hops + 1))
+    return (*_ORDINALS[:n_hops], *further, "two_hop")
+
+
+def _share(name: str, correct: pd.Series) -> dict[str, float]:
+    """A share and its exact 95% interval as columns; NaN of nothing."""
+    n, k = len(correct), int(correct.sum())
+    low, high = proportion_ci(k, n) if n else (float("nan"), float("nan"))
+    return {name: k / n if n else float("nan"), f"{name}_low": low, f"{name}_high": high}
+
+
 def _unaskable(fact: TwoHopFact, forms: Sequence[str | None]) -> str:
-    if not fact.first_prompts:
-        return "no first-hop prompt"
-    if not fact.second_prompts:
-        return "no second-hop prompt"
+    for hop, name in zip(fact.hops, asked_of(fact.n_hops), strict=False):
+        if not hop.prompts:
+            return f"no {name}-hop prompt"
     lacking = [form for form in forms if form is not None and form not in fact.prompts]
     return f"no two-hop prompt of form {lacking[0]!r}" if lacking else ""
 
 
 def _ask(
-    model: HookedModel, facts: Sequence[TwoHopFact], form: str | None, options: dict[str, Any]
-) -> list[list[Answered]]:
-    """[hop][fact], in one form; equal questions are asked once (hops are shared)."""
-    questions = [
-        *((hop_prompt(f.first_prompts, form), f.bridge, f.bridge_aliases) for f in facts),
-        *((hop_prompt(f.second_prompts, form), f.answer, f.answer_aliases) for f in facts),
-        *((f.prompt(form), f.answer, f.answer_aliases) for f in facts),
-    ]
-    distinct = list(dict.fromkeys(questions))
+    model: HookedModel,
+    facts: Sequence[TwoHopFact],
+    form: str | None,
+    n_asked: int,
+    options: dict[str, Any],
+) -> list[list[Answered | None]]:
+    """[asked][fact], in one form; equal questions are asked once (hops are shared).
+
+    None where a fact has fewer hops.
+    """
+    questions: list[list[tuple[str, str, tuple[str, ...]] | None]] = []
+    for k in range(n_asked - 1):
+        hops = [fact.hops[k] if k < fact.n_hops else None for fact in facts]
+        questions.append(
+            [(hop_prompt(h.prompts, form), h.object, h.aliases) if h else None for h in hops]
+        )
+    questions.append([(f.prompt(form), f.answer, f.answer_aliases) for f in facts])
+    distinct = list(dict.fromkeys(q for row in questions for q in row if q))
     prompts, answers, aliases = zip(*distinct, strict=True) if distinct else ((), (), ())
     given = answered(model, list(prompts), list(answers), list(aliases), **options)
     known = dict(zip(distinct, given, strict=True))
-    n = len(facts)
-    return [[known[q] for q in questions[i * n : (i + 1) * n]] for i in range(len(HOPS))]
+    return [[known[q] if q else None for q in row] for row in questions]

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -185,8 +185,8 @@ def choose_wordings(
     return result
 
 
-#: A single hop: the fact that asks it, and which of its hops it is.
-_Hop = tuple[TwoHopFact, Literal[1, 2]]
+#: A single hop: the fact that asks it, and which of its hops it is, counted from 0.
+_Hop = tuple[TwoHopFact, int]
 
 
 def _single_hops(facts: Facts, most: int, seed: int) -> dict[str, list[_Hop]]:
@@ -195,12 +195,9 @@ def _single_hops(facts: Facts, most: int, seed: int) -> dict[str, list[_Hop]]:
     for fact in facts:
         if fact.split != CHOOSING:
             continue
-        for hop, relation, thing in (
-            (1, fact.relation1, fact.subject),
-            (2, fact.relation2, fact.bridge),
-        ):
-            if relation in facts.relations:
-                found.setdefault(relation, {}).setdefault(thing, (fact, 1 if hop == 1 else 2))
+        for k, (hop, thing) in enumerate(zip(fact.hops, fact.names, strict=False)):
+            if hop.relation in facts.relations:
+                found.setdefault(hop.relation, {}).setdefault(thing, (fact, k))
     rng = random.Random(seed)
     return {
         name: [things[key] for key in rng.sample(sorted(things), min(most, len(things)))]
@@ -216,12 +213,11 @@ def _asked(
     lead: Callable[[TwoHopFact], str],
 ) -> dict[str, float]:
     prompts, answers, aliases = [], [], []
-    for fact, hop in hops:
-        plain = fact.with_wording(wording, wording)
-        prompt = plain.first_prompt(form) if hop == 1 else plain.second_prompt(form)
-        prompts.append(lead(fact) + prompt)
-        answers.append(fact.bridge if hop == 1 else fact.answer)
-        aliases.append(fact.bridge_aliases if hop == 1 else fact.answer_aliases)
+    for fact, k in hops:
+        hop = fact.with_wording(*[wording] * fact.n_hops).hops[k]
+        prompts.append(lead(fact) + hop.prompts[form])
+        answers.append(hop.object)
+        aliases.append(hop.aliases)
     found = answered(model, prompts, answers, aliases)
     return {
         "answer": float(np.mean([one.right for one in found])),

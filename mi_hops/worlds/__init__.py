@@ -1,6 +1,6 @@
 """Made-up worlds with known ground truth, and the training of small models on them."""
 
-from mi_hops.worlds.hopland import SPLITS, Hopland, Relation, Single
+from mi_hops.worlds.hopland import CHAIN_SPLITS, SPLITS, Hopland, Relation, Single
 from mi_hops.worlds.planted import (
     PlantedTruth,
     planted_facts,
@@ -10,6 +10,7 @@ from mi_hops.worlds.planted import (
 )
 
 __all__ = [
+    "CHAIN_SPLITS",
     "SPLITS",
     "Hopland",
     "PlantedTruth",

@@ -10,6 +10,9 @@ of several tokens are real. The facts are split so that the cause of a failure i
 
 Questions with exactly one barred fact are ``first_unseen`` or ``second_unseen``; both facts of
 every question are trained as single facts.
+
+Longer chains are never trained: they are held out by construction. Their splits say what became of
+the two-hop questions inside them (`CHAIN_SPLITS`).
 """
 
 from __future__ import annotations
@@ -20,13 +23,19 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.facts.templates import Wording, first_hop_phrase, prompts_about
+from mi_hops.facts.hops import Hop, worded
+from mi_hops.facts.templates import Wording, prompts_about
 
 SPLITS = ("train", "seen_parts", "first_unseen", "second_unseen", "both_unseen")
+
+#: Of chains of three hops or more: every two-hop question that two consecutive hops make up was
+#: trained; some of them was held out, though all facts are in other trained compositions; some fact is
+#: barred.
+CHAIN_SPLITS = ("trained_parts", "held_out_part", "unseen_part")
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,10 @@ class Single:
     def prompts(self) -> dict[str, str]:
         """Form -> prompt that asks for the object."""
         return prompts_about(self.relation.wording, self.subject)
+
+
+def _key(single: Single) -> tuple[str, str]:
+    return single.subject, single.relation.name
 
 
 class Hopland:
@@ -211,7 +224,7 @@ class Hopland:
         if unknown:
             raise ValueError(f"unknown split(s) {unknown}; Hopland has {list(SPLITS)}")
         return [
-            self.record(first, second, split)
+            self.record(first, second, split=split)
             for first, second, split in self.compositions()
             if not splits or split in splits
         ]
@@ -242,21 +255,71 @@ class Hopland:
         chosen["train"] = rng.sample(trained, min(train, len(trained)))
         return [fact for split in ("train", *wanted) for fact in chosen[split]]
 
+    def chains(self, hops: int = 3) -> Iterator[tuple[tuple[Single, ...], str]]:
+        """Every chain of three hops or more with its split (`CHAIN_SPLITS`), in a fixed order.
+
+        No entity occurs twice in a chain. By default there are some 180,000 chains of three, and
+        nearly ten times as many with each further hop.
+
+        Raises:
+            ValueError: fewer than three hops (`compositions` has those of two).
+        """
+        if hops < 3:
+            raise ValueError(f"hops is {hops}; expected 3 or more, `compositions` has those of 2")
+        split_of = {
+            (*_key(first), second.relation.name): s for first, second, s in self.compositions()
+        }
+
+        def longer(chain: tuple[Single, ...]) -> Iterator[tuple[Single, ...]]:
+            if len(chain) == hops:
+                yield chain
+                return
+            met = {chain[0].subject, *(single.object for single in chain)}
+            for single in self._by_subject.get(chain[-1].object, ()):
+                if single.object not in met:
+                    yield from longer((*chain, single))
+
+        for key in sorted(self.facts):
+            for chain in longer((self.facts[key],)):
+                if any(_key(single) in self.barred for single in chain):
+                    yield chain, "unseen_part"
+                else:
+                    parts = {split_of[(*_key(a), b.relation.name)] for a, b in pairwise(chain)}
+                    yield chain, "trained_parts" if parts == {"train"} else "held_out_part"
+
+    def chain_facts(self, hops: int = 3, *, n: int = 300, seed: int = 0) -> list[TwoHopFact]:
+        """A seeded sample of the chains of three hops or more, `n` of each split (or all there are).
+
+        Raises:
+            ValueError: fewer than three hops.
+
+        Examples:
+            >>> import mi_hops
+            >>> fact = mi_hops.Hopland().chain_facts(3, n=1)[0]
+            >>> fact.n_hops, fact.split, fact.prompt("suffix")
+            (3, 'trained_parts', 'The director of the employer of the author of Kingdom is')
+        """
+        found: dict[str, list[tuple[Single, ...]]] = {split: [] for split in CHAIN_SPLITS}
+        for chain, split in self.chains(hops):
+            found[split].append(chain)
+        rng = random.Random(seed)
+        return [
+            self.record(*chain, split=split)
+            for split, chains in found.items()
+            for chain in rng.sample(chains, min(n, len(chains)))
+        ]
+
     @staticmethod
-    def record(first: Single, second: Single, split: str = "") -> TwoHopFact:
-        """The two-hop fact that two single facts make up."""
-        phrase = first_hop_phrase(first.relation.wording, first.subject)
-        return TwoHopFact(
-            id=f"{first.subject}/{first.relation.name}/{second.relation.name}",
-            subject=first.subject,
-            relation1=first.relation.name,
-            bridge=first.object,
-            relation2=second.relation.name,
-            answer=second.object,
-            first_hop=phrase,
-            prompts=prompts_about(second.relation.wording, phrase),
-            first_prompts=first.prompts(),
-            second_prompts=second.prompts(),
+    def record(*singles: Single, split: str = "") -> TwoHopFact:
+        """The fact that two or more single facts make up, each about the object of the one before."""
+        hops = [Hop(relation=single.relation.name, object=single.object) for single in singles]
+        subject = singles[0].subject
+        asked, prompts = worded(hops, [single.relation.wording for single in singles], subject)
+        return TwoHopFact.from_hops(
+            asked,
+            id="/".join((subject, *(hop.relation for hop in hops))),
+            subject=subject,
+            prompts=prompts,
             split=split,
         )
 

@@ -8,6 +8,7 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 
@@ -97,8 +98,7 @@ def test_answers_that_look_like_their_bridge_are_marked(facts):
 def test_splits_share_no_subject(facts, chains):
     subjects = defaultdict(set)
     for item in (*facts, *chains):
-        subject = item.subject if hasattr(item, "subject") else item.names[0]
-        subjects[item.split].add(subject)
+        subjects[item.split].add(item.subject)
     assert set(subjects) == {"choosing", "reported"}
     assert not subjects["choosing"] & subjects["reported"]
     # An element is asked by symbol and by number, an airport by name and by code.
@@ -217,32 +217,58 @@ def test_a_lead_of_four_for_every_pair_of_relations(facts, form):
 
 def test_chains_agree_with_the_facts(facts, chains):
     assert len(chains) >= 1_000
-    assert {c.relations[0] for c in chains} >= {"city of airport", "city of landmark"}
-    first = {(f.relation1, f.subject): (f.bridge, f.bridge_aliases) for f in facts}
-    second = {(f.relation2, f.bridge): (f.answer, f.answer_aliases) for f in facts}
+    assert chains.relations == facts.relations
+    assert {c.hops[0].relation for c in chains} >= {"city of airport", "city of landmark"}
+    first = {(f.relation1, f.subject): f.hops[0] for f in facts}
+    second = {(f.relation2, f.bridge): f.hops[1] for f in facts}
     splits = {(f.relation1, f.subject): f.split for f in facts}
     for c in chains:
-        assert len(c.names) == 4 and len(set(c.names)) == 4, c.id
-        assert first[c.relations[0], c.names[0]] == (c.names[1], c.aliases[0])
-        assert splits[c.relations[0], c.names[0]] == c.split
+        assert c.n_hops == 3 and len(set(c.names)) == 4, c.id
+        assert first[c.hops[0].relation, c.names[0]] == c.hops[0]
+        assert splits[c.hops[0].relation, c.names[0]] == c.split
         for hop in (1, 2):
-            assert second[c.relations[hop], c.names[hop]] == (c.names[hop + 1], c.aliases[hop])
-        assert c.phrases[0] in c.phrases[1]
+            alone = second[c.hops[hop].relation, c.names[hop]]
+            assert replace(alone, phrase=c.hops[hop].phrase) == c.hops[hop]
+        assert c.hops[0].phrase in c.hops[1].phrase
         for text in c.prompts.values():
-            assert c.phrases[1][1:] in text
+            assert c.hops[1].phrase[1:] in text
             assert not any(contains(text, name) for name in c.names[1:]), c.id
     assert len({c.id for c in chains}) == len(chains)
+
+
+def test_a_part_of_a_chain_is_the_fact_of_its_hops(facts, chains):
+    """Landmark, city, country is a fact of its own; made from the chain's texts it is the same."""
+    own = {f.id: f for f in facts}
+    met = 0
+    for c in chains:
+        alone = own.get("/".join([c.subject, *(hop.relation for hop in c.hops[:2])]))
+        if alone is not None:
+            met += 1
+            assert replace(c.part(1, 2), id=alone.id, meta=alone.meta) == alone
+    assert met > 1_000
 
 
 def test_chain_prompts(chains):
     by_id = {c.id: c for c in chains}
     c = by_id["Haneda Airport/city of airport/country of city/currency"]
     assert c.names == ("Haneda Airport", "Tokyo", "Japan", "yen")
-    assert c.answer == "yen"
+    assert (c.bridges, c.bridge, c.answer) == (("Tokyo", "Japan"), "Japan", "yen")
     assert c.prompts["prefix"] == (
         "The country that contains the city served by Haneda Airport uses a currency called the"
     )
-    assert c.hop_prompts[1]["suffix"] == "The country that contains Tokyo is"
+    assert c.hops[1].prompts["suffix"] == "The country that contains Tokyo is"
+    assert c.first_prompts["suffix"] == (
+        "The country that contains the city served by Haneda Airport is"
+    )
+    assert c.second_prompts == c.hops[2].prompts
+
+
+def test_articles_of_bridges_come_along(chains):
+    c = next(c for c in chains if c.bridges[-1] == "Netherlands")
+    assert c.second_prompts["prefix"].startswith("The Netherlands ")
+    assert c.at(1).second_prompts["prefix"] == c.prompts["prefix"].replace(
+        c.hops[0].phrase, c.bridges[0]
+    )
 
 
 # --- bad files --------------------------------------------------------------------------------------
@@ -324,6 +350,20 @@ def test_a_bad_fact_can_be_dropped(tmp_path):
     facts = load_geo(write(tmp_path / "bad.json.gz", content), on_error="drop")
     assert len(facts) == 1
     assert facts.describe().endswith("2 read / 1 dropped (1 single fact missing) / 0 repaired")
+
+
+def test_a_chain_that_comes_back_is_dropped_and_reported(tmp_path):
+    content = small()
+    content["relations"]["mint"] = {
+        **content["relations"]["land"],
+        "domain": "money",
+        "range": "town",
+    }
+    content["objects"]["mint"] = {"crown": ["Ayr"]}
+    content["chains"] = [["Ayr", "reported", "land", "money", ["mint"]]]
+    facts = load_chains(write(tmp_path / "ring.json.gz", content))
+    assert facts.describe().endswith("1 read / 1 dropped (1 entity occurs twice) / 0 repaired")
+    assert "'Ayr' occurs twice in Ayr -> Isles -> crown -> Ayr" in facts.dropped[0].done
 
 
 def test_a_bad_chain(tmp_path):

@@ -5,11 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mi_hops.facts import FactsFileError, Wording, load_facts, load_mquake, load_wordings
+from mi_hops.facts import (
+    FactsFileError,
+    Wording,
+    load_facts,
+    load_mquake,
+    load_wordings,
+    save_jsonl,
+)
 from mi_hops.facts.mquake_words import WORDINGS
 from mi_hops.facts.templates import SLOT, capitalise
 
@@ -109,6 +117,91 @@ def test_a_record_becomes_a_fact_in_both_orders(tmp_path):
     assert "Sudland" not in json.dumps(fact.to_dict())
 
 
+#: As RECORD, with a third and a fourth hop.
+LONGER = copy.deepcopy(RECORD)
+LONGER["case_id"] = 90
+LONGER["questions"] = [
+    "What is the capital of the country of citizenship of the author of The Salt Road?",
+    "In which city is the government of the writer's country, Norland?",
+    "From where is the homeland of the writer of The Salt Road ruled?",
+]
+LONGER["answer"], LONGER["answer_alias"] = "Port Ost", ["Ost"]
+LONGER["single_hops"] += [
+    {"question": "Where is Norland ruled from?", "answer": "Port Ost", "answer_alias": []}
+]
+LONGER["orig"]["triples"] += [["Q3", "P36", "Q5"]]
+LONGER["orig"]["triples_labeled"] += [["Norland", "capital", "Port Ost"]]
+
+
+def test_a_record_of_three_hops_becomes_a_fact_of_three(tmp_path):
+    two, three = load(tmp_path, RECORD, LONGER)
+    assert (two.n_hops, three.n_hops) == (2, 3)
+    assert three.names == ("The Salt Road", "Ada Moss", "Norland", "Port Ost")
+    assert [hop.relation for hop in three.hops] == ["P50", "P27", "P36"]
+    assert [hop.phrase for hop in three.hops] == [
+        "the author of The Salt Road",
+        "the country of citizenship of the author of The Salt Road",
+        "",
+    ]
+    assert three.prompts["suffix"] == (
+        "The capital of the country of citizenship of the author of The Salt Road is"
+    )
+    assert three.prompts["question"] == LONGER["questions"][0]
+    # The second question names a bridge.
+    assert three.paraphrases == (LONGER["questions"][2],)
+    assert three.answer_aliases == ("Ost",)
+    assert three.meta["bridge_ids"] == ["Q2", "Q3"]
+    # Seen from its last bridge, the second hop is asked as the record asks it.
+    assert three.bridge == "Norland"
+    assert three.second_prompts["question"] == "Where is Norland ruled from?"
+    first = three.at(1)
+    assert (first.bridge, first.bridge_aliases) == ("Ada Moss", ("A. Moss",))
+    assert (
+        first.second_prompts["suffix"] == "The capital of the country of citizenship of Ada Moss is"
+    )
+    assert first.second_prompts["question"] == (
+        "What is the capital of the country of citizenship of Ada Moss?"
+    )
+    # Its first two hops are the shorter record's fact.
+    part = three.part(1, 2)
+    own = two.hops
+    assert part.hops == (own[0], replace(own[1], aliases=()))  # the aliases of the answer
+    assert {**part.prompts, "question": ""} == {**two.prompts, "question": ""}
+
+
+def test_a_record_of_four_hops(tmp_path):
+    record = copy.deepcopy(LONGER)
+    record["answer"], record["answer_alias"] = "the Ostward", []
+    record["single_hops"] += [{"question": "Where is it?", "answer": "Ostward", "answer_alias": []}]
+    record["orig"]["triples"] += [["Q5", "P30", "Q6"]]
+    record["orig"]["triples_labeled"] += [["Port Ost", "continent", "Ostward"]]
+    (fact,) = load(tmp_path, record)
+    assert (fact.n_hops, fact.bridges) == (4, ("Ada Moss", "Norland", "Port Ost"))
+    assert fact.at(2).first_prompts == fact.part(1, 2).prompts
+    assert fact.at(2).second_prompts == fact.part(3, 4).prompts
+    path = save_jsonl([fact], tmp_path / "four.jsonl")
+    assert list(load_facts(path)) == [fact]
+
+
+def test_a_longer_record_that_is_no_chain_is_dropped_and_reported(tmp_path):
+    back = copy.deepcopy(LONGER)
+    back["orig"]["triples_labeled"][-1][2] = back["answer"] = "Ada Moss"
+    apart = copy.deepcopy(LONGER)
+    apart["orig"]["triples"][2][0] = "Q9"
+    named = copy.deepcopy(LONGER)
+    named["orig"]["triples_labeled"][0][0] = "Norland, My Love"
+    facts = load(tmp_path, back, apart, named, LONGER)
+    assert [note.reason for note in facts.dropped] == [
+        "entity occurs twice",
+        "hops do not meet",
+        "bridge named in its prompt",
+    ]
+    assert (
+        "'Ada Moss' occurs twice in The Salt Road -> Ada Moss -> Norland" in facts.dropped[0].done
+    )
+    assert [fact.n_hops for fact in facts] == [3]
+
+
 def test_without_a_question_that_holds_the_phrase_one_is_built(tmp_path):
     fact = load(tmp_path, record(questions=["Where is she from?"]))[0]
     assert fact.prompts["question"] == "Of which country is the author of The Salt Road a citizen?"
@@ -146,8 +239,9 @@ def test_the_file_is_known_by_its_content(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"single_hops": RECORD["single_hops"] * 2}, "not two hops"),
-        ({"orig": {"triples": [["Q1", "P50", "Q2"]] * 3}}, "not two hops"),
+        ({"single_hops": RECORD["single_hops"] * 2}, "no chain of hops"),
+        ({"orig": {"triples": [["Q1", "P50", "Q2"]] * 3}}, "no chain of hops"),
+        ({"answer": "the salt road"}, "entity occurs twice"),
         ({"orig": {"triples": [["Q1", "P50", "Q2"], ["Q9", "P27", "Q3"]]}}, "hops do not meet"),
         ({"orig": relations("P999", "P27")}, "relation without wording"),
         ({"orig": relations("P50", "P999")}, "relation without wording"),
@@ -264,3 +358,15 @@ def test_the_templates_of_the_benchmark_fit_our_noun_phrases():
     assert set(words) == set(clozes)
     for relation, wording in words.items():
         assert f"{wording.statement} __" == clozes[relation]
+
+
+def test_longer_records_are_asked_in_the_benchmarks_templates(tmp_path):
+    folder = os.environ.get("MI_HOPS_DATA")
+    if not folder:
+        pytest.skip("MI_HOPS_DATA is not set; it names the folder with mquake/")
+    (fact,) = load(tmp_path, LONGER, templates=Path(folder) / "mquake")
+    assert fact.hops[1].prompts["prefix"] == "Ada Moss is a citizen of"
+    assert fact.part(1, 2).prompts["prefix"] == "The author of The Salt Road is a citizen of"
+    # One wording only: the prefix order would repeat the suffix order.
+    assert set(fact.prompts) == {"suffix", "question"}
+    assert fact.at(1).second_prompts["suffix"].startswith("The capital of the country of citizen")

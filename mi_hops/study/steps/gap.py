@@ -161,17 +161,11 @@ def _examples(gap: Gap) -> Iterator[Table]:
     rows = []
     for i in order.index[:SHOWN_QUESTIONS]:
         fact, asked = gap.facts[i], frame.loc[i]
-        prompts = (
-            hop_prompt(fact.first_prompts, gap.form),
-            hop_prompt(fact.second_prompts, gap.form),
-            fact.prompt(gap.form),
-        )
         said = (asked["said_first"], asked["said_second"], asked["said"])
-        wanted = (fact.bridge, fact.answer, fact.answer)
         correct = [bool(asked[hop]) for hop in HOPS]
         cells = [
-            f"{prompt.rpartition(chr(10))[2] if lead else prompt} {_said(text)} {_mark(ok, want)}"
-            for prompt, text, ok, want in zip(prompts, said, correct, wanted, strict=True)
+            f"{prompt} {_said(text)} {_mark(ok, want)}"
+            for (prompt, want), text, ok in zip(_asked(fact, gap, lead), said, correct, strict=True)
         ]
         other = "–" if len(gap.forms) < 2 else _YES[bool(asked["other_form"])]
         rows.append([*cells, f"{asked['rank']:,.0f}", f"{asked['prob']:.3f}", other])
@@ -190,6 +184,18 @@ def _examples(gap: Gap) -> Iterator[Table]:
         "and probability are of the first token of the two-hop question's answer. Questions with "
         f"both hops known come first, failed and answered in turn.{after}",
     )
+
+
+def _asked(fact: TwoHopFact, gap: Gap, lead: str) -> Iterator[tuple[str, str]]:
+    """(prompt, answer) of the three questions, without the lead; of several hops, all of them."""
+
+    def own(prompt: str) -> str:
+        return prompt.rpartition("\n")[2] if lead else prompt
+
+    for part in (fact.hops[: fact.at_bridge], fact.hops[fact.at_bridge :]):
+        prompts = (own(hop_prompt(hop.prompts, gap.form)) for hop in part)
+        yield " / ".join(prompts), " / ".join(hop.object for hop in part)
+    yield own(fact.prompt(gap.form)), fact.answer
 
 
 def _said(text: str) -> str:
@@ -226,7 +232,7 @@ def _none_known(summary: Mapping[str, Any]) -> str:
 
 
 def _known_in_any(gap: Gap) -> Any:
-    correct = gap[gap.score].sel(asked=["first", "second"])
+    correct = gap[gap.score].drop_sel(asked="two_hop")
     return correct.max("form").min("asked").values
 
 

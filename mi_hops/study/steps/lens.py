@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mi_hops.lens import fact_trajectories
+from mi_hops.lens.order import SCORES, half_layers
 from mi_hops.lens.vectors import LensLike
 from mi_hops.result.result import Result
 from mi_hops.result.statistics import difference_ci
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 PLACES = {"first hop": "first hop's last token", "last": "last token", "between": "between"}
 GROUPS = {"passed": "answered correctly", "failed": "failed"}
-#: The bridge by the papers' score (mean over its tokens), the answer by its first token.
-_SCORES = {"bridge": "mean_token_prob", "answer": "prob"}
 _BLOCKS = "blocks passed (0 = embedding)"
 
 
@@ -61,12 +60,12 @@ class Lens(Step):
         data = result.data
         groups = data["group"].values
         half = choosing(data["example"].values)
-        last = data[_SCORES["answer"]].sel(tracked="answer", position="last")
+        last = data[SCORES["answer"]].sel(tracked="answer", position="last")
         final = last.transpose("example", "layer").values
         found: dict[str, Any] = {}
         for position in data["position"].values.tolist():
             here = data.sel(position=position).transpose("example", "layer", ...)
-            bridge, answer = (here[s].sel(tracked=t).values for t, s in _SCORES.items())
+            bridge, answer = (here[s].sel(tracked=t).values for t, s in SCORES.items())
             entry = found[position] = {
                 group: {
                     **_peaks(bridge[groups == group], answer[groups == group]),
@@ -119,7 +118,7 @@ class Lens(Step):
         )
         panels = [
             (f"{t.capitalize()} at the {PLACES[place]}", _trajectory(result, names, place, t))
-            for t in _SCORES
+            for t in SCORES
             for place in ("first hop", "last")
         ]
         yield Figure(
@@ -135,7 +134,7 @@ class Lens(Step):
             yield Text(text, style="note")
             return
         passed = groups == "passed"
-        panels = [(t.capitalize(), _difference(result, passed, t)) for t in _SCORES]
+        panels = [(t.capitalize(), _difference(result, passed, t)) for t in SCORES]
         yield Figure(
             "Answered correctly minus failed",
             panels,
@@ -179,9 +178,7 @@ def comes_first(bridge: np.ndarray, answer: np.ndarray) -> dict[str, Any]:
 
     The embedding (layer 0) is left out. Shares of the questions; what is left to 1 is a tie.
     """
-    half = [
-        1 + (x[:, 1:] >= 0.5 * x[:, 1:].max(1, keepdims=True)).argmax(1) for x in (bridge, answer)
-    ]
+    half = [half_layers(x) for x in (bridge, answer)]
     return {
         "bridge_half_layer": mean(half[0]),
         "answer_half_layer": mean(half[1]),
@@ -241,14 +238,14 @@ def _trajectory(result: Result, names: list[str], place: str, tracked: str) -> g
     parts = []
     for name in names:
         examples = result["example"].values[groups == name].tolist()
-        ends = here.sel(example=examples).ci(variable=_SCORES[tracked])
+        ends = here.sel(example=examples).ci(variable=SCORES[tracked])
         parts.append(frame(ends, group=GROUPS[name]))
     plot = curves(parts, group="group", x_label=_BLOCKS, y_label="probability")
     return plot.update_yaxes(rangemode="tozero")
 
 
 def _difference(result: Result, passed: np.ndarray, tracked: str) -> go.Figure:
-    ends = result.difference_ci(groups=passed, variable=_SCORES[tracked]).sel(tracked=tracked)
+    ends = result.difference_ci(groups=passed, variable=SCORES[tracked]).sel(tracked=tracked)
     data = frame(ends)
     data["position"] = data["position"].map(lambda name: f"at the {PLACES[name]}")
     label = "difference of probability"

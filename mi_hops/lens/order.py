@@ -1,0 +1,96 @@
+"""Who comes first: the layers at which tracked names rise, and their order in each question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mi_hops.result.result import Result
+from mi_hops.result.statistics import proportion_ci
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: A bridge is read by the mean probability of all its tokens (the papers' score: it may show by any of
+#: its words), the answer by its first token, which is what the last position is to say.
+SCORES = {"bridge": "mean_token_prob", "answer": "prob"}
+
+
+def half_layers(values: np.ndarray) -> np.ndarray:
+    """Of probabilities ``[..., layer]``, the first layer with half of their own peak, ``[...]``.
+
+    The embedding (layer 0) is left out: it is the prompt's own, nothing recalled.
+
+    Examples:
+        >>> import numpy as np
+        >>> half_layers(np.array([[0.9, 0.1, 0.3, 0.5]])).tolist()
+        [2]
+    """
+    later = values[..., 1:]
+    return 1 + (later >= 0.5 * later.max(-1, keepdims=True)).argmax(-1)
+
+
+def who_comes_first(result: Result, *, position: str | Mapping[str, str] = "last") -> pd.DataFrame:
+    """For each two of the tracked names, in how many questions the one rises before the other.
+
+    A name has risen at the first layer at which it reaches half of its own largest probability over
+    layers. Of a chain this is the order of all bridges and the answer.
+
+    Args:
+        result: of `fact_trajectories`; with ``bridges="all"`` for all bridges of longer chains.
+        position: where all names are read, or name -> position; a name that is not in it is read at
+            the last token.
+
+    Returns:
+        One row per pair: ``one``, ``other``; ``layer_one`` and ``layer_other``, the mean layers (blocks
+        passed); ``one_first`` and ``other_first``, shares of the ``n`` questions with their exact 95%
+        intervals (``one_first_low``, ...); what is left to 1 are ties. A peak may be tiny: the shares
+        say who is first, not that either is there.
+
+    Raises:
+        ValueError: a result without tracked names on several layers, or a position that it lacks.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> facts = mi_hops.Hopland().chain_facts(3, n=2)
+        >>> read = mi_hops.fact_trajectories(model, facts, bridges="all")
+        >>> mi_hops.lens.who_comes_first(read)[["one", "other"]].values.tolist()
+        [['bridge 1', 'bridge 2'], ['bridge 1', 'answer'], ['bridge 2', 'answer']]
+    """
+    import pandas as pd
+
+    data = result.data
+    if not {"tracked", "layer", "example", "position"} <= set(data.dims) or data.sizes["layer"] < 2:
+        raise ValueError(
+            "this result has no names tracked through layers, example by example; make it with "
+            "fact_trajectories"
+        )
+    risen = {}
+    for name in data["tracked"].values.tolist():
+        at = position if isinstance(position, str) else position.get(name, "last")
+        if at not in data["position"].values.tolist():
+            raise ValueError(
+                f"{name!r} is to be read at {at!r}; the result has {data['position'].values.tolist()}"
+            )
+        values = data[SCORES.get(name.partition(" ")[0], "prob")].sel(tracked=name, position=at)
+        risen[name] = half_layers(values.transpose("example", "layer").values)
+    rows = []
+    for one, other in combinations(risen, 2):
+        row: dict[str, object] = {"one": one, "other": other}
+        row |= {"layer_one": float(risen[one].mean()), "layer_other": float(risen[other].mean())}
+        for name, first in (
+            ("one", risen[one] < risen[other]),
+            ("other", risen[one] > risen[other]),
+        ):
+            low, high = proportion_ci(int(first.sum()), len(first))
+            row |= {
+                f"{name}_first": float(first.mean()),
+                f"{name}_first_low": low,
+                f"{name}_first_high": high,
+            }
+        rows.append({**row, "n": len(risen[one])})
+    return pd.DataFrame(rows)
