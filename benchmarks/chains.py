@@ -64,6 +64,12 @@ def asked_facts(name: str, n: int) -> tuple[list[TwoHopFact], list[TwoHopFact]]:
     return [], [with_lead(fact, examples, shots=SHOTS) for fact in drawn]
 
 
+def drawn(facts: Sequence[TwoHopFact], n_hops: int, most: int) -> list[TwoHopFact]:
+    """At most so many of the facts of a number of hops, parts left out, of all splits alike."""
+    whole = [fact for fact in facts if fact.n_hops == n_hops and "[" not in fact.id]
+    return random.Random(4).sample(whole, min(most, len(whole)))
+
+
 def parts_of(chains: Sequence[TwoHopFact]) -> list[TwoHopFact]:
     """Every shorter chain inside each."""
     return [
@@ -147,7 +153,6 @@ def lens_part(model: Any, groups: dict[str, list[TwoHopFact]], form: str) -> str
     """Who comes first, and how much there is of it, for each group of facts."""
     rows, peaks = [], []
     for group, facts in groups.items():
-        facts = facts[:LENS_MOST]
         if len(facts) < 10:
             continue
         read = fact_trajectories(model, facts, form=form, bridges="all")
@@ -189,7 +194,7 @@ def repair_part(model: Any, gap: Gap, form: str) -> str:
     kept_ones = [f for f in gap.passed if f.n_hops == 2 and "[" not in f.id]
     creme_rows, injected = [], []
     for hops in (2, 3, 4):
-        failed = [f for f in gap.failed if f.n_hops == hops and "[" not in f.id][:REPAIR_MOST]
+        failed = drawn(gap.failed, hops, REPAIR_MOST)
         if len(failed) < 10:
             continue
         for k in range(1, hops):
@@ -298,7 +303,7 @@ def main() -> None:
                 text = f"Form: {form}.\n\n{text}"
             elif section == "lens":
                 groups = {
-                    f"{n} hops, {outcome}": [f for f in facts if f.n_hops == n and "[" not in f.id]
+                    f"{n} hops, {outcome}": drawn(facts, n, LENS_MOST)
                     for n in (2, 3, 4)
                     for outcome, facts in (("answered", gap.passed), ("failed", gap.failed))
                 }

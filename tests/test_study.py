@@ -14,6 +14,7 @@ from mi_hops.study import STEPS as ALL_STEPS
 from mi_hops.study import Sizes, Study, StudySettings, run_study, write_report
 from mi_hops.study.choose import choose_edit, layer_spans
 from mi_hops.study.run import load_study_facts
+from tests.reasoning.tiny_chains import tiny_chains
 from tests.reasoning.tiny_facts import dictated, tiny_facts
 
 #: Those of facts that come in one wording.
@@ -125,6 +126,23 @@ def test_facts_that_a_step_cannot_use_are_left_out_of_it(knowing, tmp_path):
     assert ("facts that cannot be asked", "1: no first-hop prompt") in study.headlines()
     text = write_report(study, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "left out (1: no first-hop prompt)" in text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_chains_stand_among_the_facts(knowing, tmp_path):
+    """Every step takes them, seen from their last bridge; the report shows every single hop."""
+    model, facts = knowing
+    chains = [replace(f, split="held") for f in tiny_chains(6)]
+    counts = {"lens": 20, "erasure": 20, "locate": 20, "injection": 20, "edits": 8}
+    study = run(model, [*chains, *facts[:8]], tmp_path / "study", settings=counts)
+    assert [study.skipped(step) for step in STEPS] == [None] * len(STEPS)
+    found = study.result("gap")
+    assert found.by_hops()["n"].tolist() == [8, 6]
+    ids = {fact.id for fact in chains}
+    for step in ("lens", "erasure", "locate"):
+        assert ids & set(study.result(step)["example"].values.tolist()), step
+    text = write_report(study, tmp_path / "report.html").read_text(encoding="utf-8")
+    first, second = (hop.prompts["suffix"] for hop in chains[0].hops[:2])
+    assert f"{first} / {second}" in text
 
 
 def test_a_step_that_can_use_no_fact_is_left_out(knowing, tmp_path):
