@@ -197,3 +197,16 @@ def test_records_without_edits_are_told(tmp_path):
     assert [e.id for e in edits] == ["mquake-12 -> Sudland"]
     assert [name for name, _ in left_out] == ["record 1", "record 2"]
     assert "hops are ()" in left_out[0][1]
+
+
+def test_longer_chains_are_left_out_with_their_reason():
+    world = Hopland()
+    chain, two = world.chain_facts(3, n=1)[0], world.two_hop_facts("seen_parts")[0]
+    pool = world.two_hop_facts("seen_parts")[:200]
+    edits, left_out = hop_edits([chain, two], "second", pool=[chain, *pool])
+    assert left_out[0] == (chain.id, "more than two hops")
+    assert [edit.before for edit in edits] == [two][: len(edits)]
+    with pytest.raises(ValueError, match="the fact has 3 hops; an edit is of a two-hop fact"):
+        HopEdit(before=chain, after=replace(chain, id="new"), hops=("second",))
+    part = chain.part(1, 2)
+    assert HopEdit.of(part, "second", "Nowhere").after.answer == "Nowhere"
