@@ -6,8 +6,10 @@ from mi_hops.patching.acdc import AcdcRun, acdc
 from mi_hops.patching.activation import PatchJob, PatchPlan, patch
 from mi_hops.patching.areas import MIB_SHARES, Areas, faithfulness_areas
 from mi_hops.patching.attribution import attribute
+from mi_hops.patching.attribution_graph import AttributionGraph, load_attribution_graph
 from mi_hops.patching.back import back_patch
 from mi_hops.patching.circuit import Circuit, extract, faithfulness
+from mi_hops.patching.circuit_figure import circuit_figure
 from mi_hops.patching.circuit_files import load_eap_ig, save_eap_ig
 from mi_hops.patching.contrast import contrast
 from mi_hops.patching.edges import attribute_edges
@@ -23,6 +25,7 @@ __all__ = [
     "AcdcRun",
     "Areas",
     "Attribution",
+    "AttributionGraph",
     "Circuit",
     "MIB_SHARES",
     "PatchJob",
@@ -36,6 +39,7 @@ __all__ = [
     "attribute_edges",
     "attribute_inputs",
     "back_patch",
+    "circuit_figure",
     "composition",
     "contrast",
     "extract",
@@ -44,6 +48,7 @@ __all__ = [
     "head_scores",
     "icl_score",
     "knockout",
+    "load_attribution_graph",
     "load_eap_ig",
     "patch",
     "path_patch",

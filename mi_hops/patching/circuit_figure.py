@@ -1,0 +1,235 @@
+"""A circuit as a picture: components in rows by layer, edges from writer to reader."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import TYPE_CHECKING
+
+from mi_hops.model import HookedModel, n_heads_of
+from mi_hops.patching.circuit import Circuit
+from mi_hops.patching.nodes import Edge, all_edges
+from mi_hops.result.figure_parts import apply_style
+from mi_hops.result.plots import COLOURS
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from mi_hops.result.result import Result
+
+#: What a reader takes the write for -> colour and words of the legend, where edges have no scores.
+_INPUTS = {
+    "q": (COLOURS[0], "into a query"),
+    "k": (COLOURS[1], "into a key"),
+    "v": (COLOURS[2], "into a value"),
+    "": ("#666666", "into an MLP or the logits"),
+}
+_SIGNS = {
+    "+": ("#2166ac", "patching it raises the metric"),
+    "-": ("#b2182b", "patching it lowers the metric"),
+}
+_WIDEST, _THINNEST = 6.0, 1.0
+
+
+def circuit_figure(
+    model: HookedModel,
+    circuit: Circuit,
+    *,
+    scores: Result | None = None,
+    most: int = 60,
+    title: str = "Circuit",
+) -> go.Figure:
+    """A layered graph: the embedding at the bottom, then heads and MLP of each layer, the logits on top.
+
+    Args:
+        scores: of edges, as for `extract`: an edge's width is then the size of its mean ``change``, its
+            colour the sign. Without them the colour tells what the edge is read as.
+        most: edges drawn; of more, those of the largest scores, and the title says so.
+        title: of the figure.
+
+    A key or value head that several query heads share is drawn as an edge into each of those that are in the
+    circuit.
+
+    Returns:
+        A plotly figure; hovering tells an edge's ends and score.
+
+    Raises:
+        ValueError: an empty circuit, edges that are not the model's, `most` below 1, or more edges than
+            `most` without scores to choose by.
+
+    Examples:
+        >>> import mi_hops
+        >>> from mi_hops.patching import Circuit, circuit_figure
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> way = {("embed", "L1H0.v"), ("L1H0", "MLP2"), ("MLP2", "logits")}
+        >>> len(circuit_figure(model, Circuit(frozenset(way))).data[-1].x)
+        4
+    """
+    if unknown := sorted(circuit.edges - set(all_edges(model))):
+        raise ValueError(f"{len(unknown)} edges are not the model's, e.g. {unknown[:3]}")
+    if not circuit.edges or most < 1:
+        raise ValueError(f"{len(circuit)} edges and most={most}; expected at least 1 of each")
+    weights = dict.fromkeys(circuit.edges, 0.0)
+    if scores is not None:
+        mean = scores["change"].mean("example")
+        weights = {(u, v): float(mean.sel(sender=u, receiver=v)) for u, v in circuit.edges}
+    elif len(circuit) > most:
+        raise ValueError(
+            f"the circuit has {len(circuit)} edges and most is {most}; give scores= to draw the "
+            "largest, or a larger most="
+        )
+    drawn = sorted(circuit.edges, key=lambda e: (-abs(weights[e]), e))[:most]
+    ends = _ends(model, circuit, drawn)
+    places = _places({end for pairs in ends.values() for pair in pairs for end in pair}, ends)
+    figure = _drawn(drawn, weights, ends, places, scored=scores is not None)
+    cut = f"\nthe {len(drawn)} largest of {len(circuit)} edges" if len(drawn) < len(circuit) else ""
+    rows = {y for _, y in places.values()}
+    apply_style(figure, f"{title}{cut}", 160 + 52 * len(rows))
+    figure.update_layout(showlegend=True, hovermode="closest")
+    figure.update_xaxes(visible=False)
+    ticks = {y: _row_label(name) for name, (_, y) in places.items()}
+    figure.update_yaxes(
+        tickvals=sorted(ticks),
+        ticktext=[ticks[y] for y in sorted(ticks)],
+        showgrid=False,
+        zeroline=False,
+    )
+    return figure
+
+
+def _ends(
+    model: HookedModel, circuit: Circuit, edges: Iterable[Edge]
+) -> dict[Edge, list[tuple[str, str]]]:
+    """For each edge the components it is drawn between."""
+    heads = {
+        name for u, v in circuit.edges for name in (u, v.removesuffix(".q")) if "." not in name
+    }
+    found = {}
+    for u, v in edges:
+        component, _, role = v.partition(".")
+        into = [component]
+        if role in ("k", "v"):
+            shared = int(model.cfg.n_heads) // n_heads_of(model, role)
+            match = re.fullmatch(r"L(\d+)H(\d+)", component)
+            assert match is not None  # keys and values are heads'
+            layer, head = int(match[1]), int(match[2])
+            group = [f"L{layer}H{h}" for h in range(head * shared, (head + 1) * shared)]
+            into = [name for name in group if name in heads] or group[:1]
+        found[u, v] = [(u, name) for name in into]
+    return found
+
+
+def _row(name: str) -> tuple[int, int]:
+    """Order of a component's row from the bottom."""
+    if name == "embed":
+        return (-1, 0)
+    if name == "logits":
+        return (10**6, 0)
+    layer = int(re.findall(r"\d+", name)[0])
+    return (layer, int(name.startswith("MLP")))
+
+
+def _row_label(name: str) -> str:
+    if name in ("embed", "logits"):
+        return {"embed": "embedding", "logits": "logits"}[name]
+    layer, mlp = _row(name)
+    return f"MLP {layer}" if mlp else f"heads {layer}"
+
+
+def _places(
+    names: Iterable[str], ends: Mapping[Edge, list[tuple[str, str]]]
+) -> dict[str, tuple[float, float]]:
+    """Where components stand: evenly in their rows, each row ordered to lie under what it is joined to."""
+    rows: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name in sorted(names, key=lambda n: [int(d) for d in re.findall(r"\d+", n)]):
+        rows[_row(name)].append(name)
+    near: dict[str, list[str]] = defaultdict(list)
+    for pairs in ends.values():
+        for u, v in pairs:
+            near[u].append(v)
+            near[v].append(u)
+    x = {name: i - (len(row) - 1) / 2 for row in rows.values() for i, name in enumerate(row)}
+    order = sorted(rows)
+    for sweep in range(6):  # by the mean of the neighbours, up and down in turn
+        for key in order if sweep % 2 else reversed(order):
+            row = rows[key]
+            pulled = {
+                n: sum(x[m] for m in near[n]) / len(near[n]) if near[n] else x[n] for n in row
+            }
+            row.sort(key=lambda n: (pulled[n], n))
+            x |= {name: i - (len(row) - 1) / 2 for i, name in enumerate(row)}
+    return {name: (x[name], float(y)) for y, key in enumerate(order) for name in rows[key]}
+
+
+def _drawn(
+    edges: Iterable[Edge],
+    weights: Mapping[Edge, float],
+    ends: Mapping[Edge, list[tuple[str, str]]],
+    places: Mapping[str, tuple[float, float]],
+    *,
+    scored: bool,
+) -> go.Figure:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    largest = max(map(abs, weights.values())) or 1.0
+    named: set[str] = set()
+    middles: list[tuple[float, float, str]] = []
+    for u, v in edges:
+        weight = weights[u, v]
+        key = ("+" if weight >= 0 else "-") if scored else v.partition(".")[2]
+        colour, words = (_SIGNS if scored else _INPUTS)[key]
+        width = _THINNEST + (_WIDEST - _THINNEST) * abs(weight) / largest if scored else 2.0
+        told = f"{u} → {v}" + (f"<br><b>{weight:.4g}</b>" if scored else "")
+        for one, other in ends[u, v]:
+            (x0, y0), (x1, y1) = places[one], places[other]
+            # An edge over several rows is bent, so that it passes beside what stands in between.
+            bend = 0.18 * (y1 - y0 - 1) * (1 if x0 + x1 >= 0 else -1)
+            middle = ((x0 + x1) / 2 + bend, (y0 + y1) / 2)
+            figure.add_trace(
+                go.Scatter(
+                    x=[x0, middle[0], x1],
+                    y=[y0, middle[1], y1],
+                    mode="lines",
+                    line={"color": colour, "width": width, "shape": "spline"},
+                    opacity=0.75,
+                    name=words,
+                    legendgroup=words,
+                    showlegend=words not in named,
+                    hoverinfo="skip",
+                )
+            )
+            named.add(words)
+            middles.append((*middle, told))
+    figure.add_trace(
+        go.Scatter(
+            x=[m[0] for m in middles],
+            y=[m[1] for m in middles],
+            mode="markers",
+            marker={"size": 9, "color": "rgba(0,0,0,0)"},
+            text=[m[2] for m in middles],
+            hovertemplate="%{text}<extra></extra>",
+            showlegend=False,
+        )
+    )
+    shown = sorted(places)
+    figure.add_trace(
+        go.Scatter(
+            x=[places[n][0] for n in shown],
+            y=[places[n][1] for n in shown],
+            mode="markers+text",
+            marker={
+                "size": 34,
+                "symbol": ["square" if not n.startswith("L") else "circle" for n in shown],
+                "color": "#f5f5f5",
+                "line": {"color": "#444444", "width": 1.2},
+            },
+            text=[escape(n, quote=False) for n in shown],
+            textfont={"size": 10, "color": "#222222"},
+            hoverinfo="text",
+            showlegend=False,
+        )
+    )
+    return figure
