@@ -71,6 +71,7 @@ from .reasoning import failure_types as failure_types
 from .reasoning import find_gap as find_gap
 from .reasoning import locate as locate
 from .reasoning import located_layers as located_layers
+from .reasoning import merge as merge
 from .reasoning import portability_sets as portability_sets
 from .result import Result as Result
 from .study import Sizes as Sizes
@@ -88,6 +89,7 @@ from .sweep import fan_out as fan_out
 from .sweep import generate as generate
 from .sweep import sample as sample
 from .sweep import score_prompts as score_prompts
+from .sweep import spread as spread
 from .text import Prompt as Prompt
 from .text import answer_ids as answer_ids
 from .text import encode as encode

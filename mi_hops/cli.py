@@ -136,6 +136,16 @@ def study(
     as_json: Annotated[
         bool, typer.Option("--json", help="The summary (of --dry-run: the plan) as JSON.")
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes of this machine that do the work, each with the model."
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Of a Dask cluster whose workers do the work."),
+    ] = None,
     force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -170,15 +180,17 @@ def study(
         if dry_run:
             plan = plan_study(model, given, out=out, settings=settings, **where)
             return typer.echo(json.dumps(plan.to_dict())) if as_json else _show_plan(plan)
-        done = run_study(
-            model,
-            given,
-            out=out,
-            settings=settings,
-            **where,
-            force=force,
-            progress=not quiet,
-        )
+        with _executor(workers, scheduler) as executor:
+            done = run_study(
+                model,
+                given,
+                out=out,
+                settings=settings,
+                **where,
+                force=force,
+                progress=not quiet,
+                executor=executor,
+            )
         report = write_report(done, out / "report.html", overwrite=True)
         if inputs := _inputs(model, facts, templates):
             remember(out, call, inputs)
@@ -232,7 +244,7 @@ def train_world(
 
 
 #: Options of `study` on which its numbers do not depend.
-_MANNERS = ("out", "dry_run", "as_json", "force", "quiet", "debug")
+_MANNERS = ("out", "dry_run", "as_json", "workers", "scheduler", "force", "quiet", "debug")
 
 
 def _asked(context: typer.Context) -> dict[str, Any]:
@@ -312,6 +324,54 @@ def _facts(
         templates=templates,
         on_error=on_error,
     )
+
+
+@app.command()
+def merge(
+    context: typer.Context,
+    parts: Annotated[
+        list[Path],
+        typer.Argument(help="Files of results, evaluations (.nc) or moments (.safetensors)."),
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Join what was measured on different facts, with the same model and settings, into one file."""
+    with _friendly(context, debug=debug, stopped="Nothing was written."):
+        from mi_hops.reasoning.merge import load_part
+        from mi_hops.reasoning.merge import merge as join
+
+        merged = join([load_part(path) for path in parts])
+        merged.save(out, overwrite=force)
+        if not quiet:
+            typer.echo(merged.describe() if hasattr(merged, "describe") else repr(merged))
+
+
+@contextmanager
+def _executor(workers: int | None, scheduler: str | None) -> Iterator[Any]:
+    """What `run_study` takes as its executor.
+
+    Raises:
+        ValueError: both are given, or Dask is not installed.
+        OSError: nobody answers at the address.
+    """
+    if scheduler is None:
+        yield workers
+        return
+    if workers is not None:
+        raise ValueError(
+            "--workers are processes of this machine, --scheduler has its own; give one"
+        )
+    try:
+        from dask.distributed import Client
+    except ImportError:
+        raise ValueError(
+            "--scheduler needs Dask: install it with 'pip install mi-hops[scale]'"
+        ) from None
+    with Client(scheduler, timeout=30) as client:
+        yield client.get_executor()
 
 
 def _minutes(text: str) -> float:

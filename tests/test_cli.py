@@ -63,6 +63,7 @@ def test_study_defaults(calls):
         "settings": StudySettings(seed=0, limit=None),
         "force": False,
         "progress": True,
+        "executor": None,
     }
     assert calls[1] == {"report": Path("study/report.html")}
     assert "61.0% (n = 100)" in result.output
@@ -72,7 +73,7 @@ def test_study_defaults(calls):
 def test_study_hands_every_option_on(calls, tmp_path):
     facts, out = tmp_path / "facts.jsonl", tmp_path / "out"
     options = f"--model org/m --facts {facts} --out {out} --device cuda:1 --dtype bfloat16"
-    options += " --backend bridge --seed 7 --limit 12 --force --quiet"
+    options += " --backend bridge --seed 7 --limit 12 --workers 3 --force --quiet"
     result = runner.invoke(app, ["study", *options.split()])
     assert result.exit_code == 0, result.output
     assert calls[0] == {
@@ -85,6 +86,7 @@ def test_study_hands_every_option_on(calls, tmp_path):
         "settings": StudySettings(seed=7, limit=12),
         "force": True,
         "progress": False,
+        "executor": 3,
     }
     assert result.output == f"{out / 'report.html'}\n"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -29,8 +30,8 @@ def run(load_tiny, monkeypatch):
     dictated(monkeypatch)
     monkeypatch.setattr(keep_module, "WRITE_EVERY", 0.0)
 
-    def run(out):
-        return run_study(model, facts, out=out, settings=SMALL, progress=False)
+    def run(out, executor=None):
+        return run_study(model, facts, out=out, settings=SMALL, progress=False, executor=executor)
 
     return run
 
@@ -73,6 +74,26 @@ def test_a_study_stopped_again_and_again_is_the_undisturbed_one(run, tmp_path, m
     run(tmp_path / "counted")
     # A part is made once, and a part around it begun anew at each stop.
     assert stopped <= len(made) + 2 * 4
+
+
+@pytest.mark.slow
+def test_workers_make_the_same_study_and_one_may_go_on_without_them(run, tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    with ThreadPoolExecutor(2) as executor:
+        assert_equal(run(tmp_path / "workers", executor), whole)
+        made = []
+        real = keep_module.Keeper.make
+
+        def make(keeper, name, work):
+            made.append(name)
+            if len(made) == 12:
+                raise KeyboardInterrupt
+            return real(keeper, name, work)
+
+        monkeypatch.setattr(keep_module.Keeper, "make", make)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped", executor)
+    assert_equal(run(tmp_path / "stopped"), whole)
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def _attributed(
     def read(chosen: list[int], tokens: Tensor, where: Tensor) -> dict[str, Tensor]:
         return _shares(model, tokens, (where, at[chosen]), firsts[chosen], centre, cache)
 
-    shares = in_batches([row.prompt for row in rows], batch_size, read, cache)
+    shares = in_batches(model, [row.prompt for row in rows], batch_size, read, cache)
     values: dict[str, Any] = {name: (dims, shares[name]) for name, dims in _DIMS.items()}
     logit = values.pop("logit")
     return Result.from_arrays(

@@ -115,7 +115,7 @@ def logit_flow(
             room[row, ..., len(known[number]) :, :] = float("nan")
         return {"flow": room.cpu(), "mlps": torch.stack(mlps, 1).cpu()}
 
-    found = in_batches(known, batch_size, read)
+    found = in_batches(model, known, batch_size, read)
     tokens = [[*p.pieces, *[""] * (width - len(p))] for p in known]
     head = ("head",) if by_head else ()
     coords = {"head": range(int(model.cfg.n_heads))} if by_head else {}

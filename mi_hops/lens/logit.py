@@ -390,7 +390,7 @@ class _Reader:
             vectors = gather(self.model, tokens, cells, final=self.readout.kl, **options)
             return self.values(vectors, [row.tracked for row in part for _ in row.places])
 
-        return in_batches([row.prompt for row in rows], batch_size, read, cache)
+        return in_batches(self.model, [row.prompt for row in rows], batch_size, read, cache)
 
     def values(self, vectors: Vectors, names: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """``[row, layer, position, ...]`` (and head, before what a variable has of its own).

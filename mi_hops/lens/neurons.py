@@ -106,7 +106,7 @@ def neuron_attribution(
             "biases": torch.stack(biases, 1).cpu(),
         }
 
-    shares = in_batches(known, batch_size, read)
+    shares = in_batches(model, known, batch_size, read)
     return Result.from_arrays(
         {
             "neurons": (("example", "layer", "neuron", "tracked"), shares["neurons"]),

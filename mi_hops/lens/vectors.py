@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -35,8 +34,8 @@ from mi_hops.model import (
 )
 from mi_hops.model.numeric import kl_divergence
 from mi_hops.result.progress import progress_bar
+from mi_hops.sweep.batching import each_part
 from mi_hops.sweep.interventions import Site
-from mi_hops.sweep.keep import keep
 from mi_hops.sweep.pairs import Activations
 from mi_hops.text.tokens import Prompt, batches
 
@@ -274,10 +273,11 @@ def states_at(
         place = device_of(model)  # layers may lie on several devices
         return {"states": torch.stack([found[layer].to(place) for layer in layers], dim=1)}
 
-    return in_batches(prompts, batch_size, read)["states"]
+    return in_batches(model, prompts, batch_size, read)["states"]
 
 
 def in_batches(
+    model: HookedModel,
     prompts: Sequence[Prompt],
     batch_size: int,
     read: Callable[[list[int], Tensor, Tensor], Mapping[str, Tensor]],
@@ -291,11 +291,19 @@ def in_batches(
     """
     parts, order = [], []
     size = batch_size if cache is None else len(prompts)
+
+    def rows_of(chosen: list[int]) -> Tensor:
+        return torch.arange(len(chosen)) if cache is None else torch.tensor(chosen)
+
     with torch.no_grad(), progress_bar(label="lens", total=len(prompts), unit="prompt") as bar:
-        for chosen, batch in batches([p.ids for p in prompts], size):
-            rows = torch.arange(len(chosen)) if cache is None else torch.tensor(chosen)
-            said = [prompts[i].ids for i in chosen]
-            parts.append(keep(partial(read, chosen, batch.tokens, rows), "read", said))
+        for (chosen, _), found in each_part(
+            model if cache is None else None,  # workers do not have the cache
+            batches([p.ids for p in prompts], size),
+            lambda part: read(part[0], part[1].tokens, rows_of(part[0])),
+            kept=lambda part: ("read", [prompts[i].ids for i in part[0]]),
+            texts=lambda part: [prompts[i].text for i in part[0]],
+        ):
+            parts.append(found)
             order += chosen
             bar.update(len(chosen))
     back = torch.tensor(order).argsort()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -30,6 +32,8 @@ def load_model(
     backend: Backend | None = None,
     processing: Literal["none", "fold"] = "none",
     bos: bool | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> HookedModel:
     """Load a TransformerLens model in evaluation mode with frozen weights.
 
@@ -48,6 +52,10 @@ def load_model(
             numbers and is recorded in every result.
         bos: whether prompts begin with the BOS token; default what the tokenizer does by itself. Kept
             as the model's ``cfg.default_prepend_bos`` and recorded in every result.
+        device_map: spreads the model over several devices, instead of `device`: ``"auto"``,
+            ``"balanced"``, ``"sequential"``, or module of the checkpoint -> device, as accelerate takes
+            it. Bridge only.
+        max_memory: device -> what `device_map` may put there, such as ``{0: "70GiB", 1: "70GiB"}``.
 
     Raises:
         ValueError: unknown dtype, backend or processing; a device that is not there; a folder that
@@ -68,8 +76,19 @@ def load_model(
 
     if processing not in ("none", "fold"):
         raise ValueError(f"processing is {processing!r}; expected 'none' or 'fold'")
+    if device_map is not None:
+        if device is not None or backend == "hooked":
+            raise ValueError(
+                "device_map spreads a model over devices, which only the Bridge does, and stands in place "
+                f"of one device; got device={str(device)!r} and backend={backend!r}"
+            )
+        backend = "bridge"
+    elif max_memory is not None:
+        raise ValueError(
+            "max_memory bounds what device_map puts on a device; give device_map='auto'"
+        )
     source = _source(name_or_path)
-    device = usable_device(device)
+    device = None if device_map is not None else usable_device(device)
     dtype = _dtype(dtype)
     with _reading(source, "config.json"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -92,7 +111,8 @@ def load_model(
             )
         model = _load_hooked(source, tokenizer, dtype, device, processing)
     elif backend == "bridge":
-        model = _load_bridge(source, tokenizer, dtype, device, processing)
+        spread = {"device_map": device_map, "max_memory": max_memory} if device_map else {}
+        model = _load_bridge(source, tokenizer, dtype, device, processing, **spread)
     else:
         raise ValueError(f"backend is {backend!r}; expected 'hooked', 'bridge' or None")
     for parameter in model.parameters():
@@ -103,6 +123,17 @@ def load_model(
     model.cfg.dequantised_from = origin.get("dequantised_from")
     if "gguf" in origin:
         model.cfg.model_name = Path(origin["gguf"]["name"]).stem
+    _LOADED[model] = partial(
+        load_model,
+        str(Path(name_or_path).resolve() if Path(name_or_path).exists() else name_or_path),
+        device=None if device is None else str(device),
+        dtype=None if dtype == "auto" else dtype,
+        backend=backend,
+        processing=processing,
+        bos=bos,
+        device_map=device_map,
+        max_memory=max_memory,
+    )
     return model.eval()
 
 
@@ -120,6 +151,15 @@ def model_files(name_or_path: str | Path) -> list[Path]:
     source = Path(_source(name_or_path))
     given = [gguf_file(name_or_path)] if is_gguf(name_or_path) else []
     return given + sorted(p.resolve() for p in source.rglob("*") if p.is_file())
+
+
+#: How each model that is in use was loaded.
+_LOADED: WeakKeyDictionary[Any, Callable[[], HookedModel]] = WeakKeyDictionary()
+
+
+def loader_of(model: HookedModel) -> Callable[[], HookedModel] | None:
+    """What loads the same model again; None for one that `load_model` has not loaded."""
+    return _LOADED.get(model)
 
 
 def usable_device(device: str | torch.device | None = None) -> torch.device:
@@ -228,7 +268,7 @@ def _with_bos(tokenizer: Any, bos: bool) -> bool:
 
 
 def _weights(source: str, dtype: Any, **options: Any) -> Any:
-    """The checkpoint as transformers loads it, on the CPU."""
+    """The checkpoint as transformers loads it, on the CPU if `options` do not say otherwise."""
     from transformers import AutoModelForCausalLM
 
     with _reading(source, "weights"):
@@ -237,12 +277,17 @@ def _weights(source: str, dtype: Any, **options: Any) -> Any:
         )
 
 
-def _load_bridge(source: str, tokenizer: Any, dtype: Any, device: Any, processing: str) -> Any:
+def _load_bridge(
+    source: str, tokenizer: Any, dtype: Any, device: Any, processing: str, **spread: Any
+) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    hf = _weights(source, dtype, attn_implementation="eager")
+    hf = _weights(source, dtype, attn_implementation="eager", **spread)
+    where: dict[str, Any] = {}
+    if device is not None:
+        hf, where = hf.to(device), {"device": str(device)}
     bridge = TransformerBridge.boot_transformers(
-        source, hf_model=hf.to(device).eval(), tokenizer=tokenizer, device=str(device)
+        source, hf_model=hf.eval(), tokenizer=tokenizer, **where
     )
     if processing == "fold":
         bridge.enable_compatibility_mode()

@@ -25,6 +25,7 @@ from mi_hops.model import HookedModel, embedding, hook_name, hooked, require_hoo
 from mi_hops.patching.core import GridSweep, Metrics, captured, put, require_effect, taken
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
+from mi_hops.sweep.batching import each_part
 from mi_hops.sweep.interventions import Change, Intervention, Site
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, require_finite
@@ -53,7 +54,7 @@ def trace(
     sites: SitesLike = "resid_post",
     *,
     severed: Severed | Sequence[Severed] = "none",
-    noise: float = 3.0,
+    noise: float | str = 3.0,
     samples: int = 10,
     seed: int = 0,
     metric: MetricLike | Sequence[MetricLike] = "first_prob",
@@ -70,7 +71,8 @@ def trace(
             attention and MLP outputs of a model of 48 blocks.
         severed: ``"none"``, ``"mlp"``, ``"attn"``, or several (then the result has an axis
             ``severed``).
-        noise: standard deviation, in units of that of the token embedding's entries.
+        noise: standard deviation, in units of that of the token embedding's entries; ``"s3"`` takes
+            three times that of the subjects' own embeddings, as the published repository does.
         samples: noisy runs per prompt.
         seed: of the noise; each prompt draws its own, whatever else is traced.
 
@@ -96,7 +98,8 @@ def trace(
         >>> mi_hops.trace(model, asked, fact.subject, samples=2)["indirect"].dims
         ('example', 'layer', 'position')
     """
-    if not noise > 0 or samples < 1:
+    times, of_subjects = _strength(noise)
+    if not times > 0 or samples < 1:
         raise ValueError(f"noise is {noise} and samples {samples}; expected more than 0 of both")
     variants = (severed,) if isinstance(severed, str) else tuple(severed)
     known = ("none", *_SEVERED_KIND)
@@ -113,20 +116,38 @@ def trace(
     targets = pairs.targets(model, bases, metrics.reading_answers)
     scored = metrics.scored(bases, targets, metrics.baselines(model, bases))
     clean = score(model, scored)
-    std = noise * float(embedding(model).float().std())
+    table = embedding(model).float()
+    if of_subjects:
+        ids = [bases[i].ids[p] for i, span in enumerate(noised) for p in span]
+        table = table[torch.tensor(ids, device=table.device)]
+    std = times * float(table.std())
 
     n_rows, n_metrics = len(variants) * len(grid.cells), len(metrics.items)
     restored = torch.empty(len(bases), samples, n_rows, n_metrics, dtype=clean.dtype)
     noisy = torch.empty(len(bases), samples, n_metrics, dtype=clean.dtype)
     quiet = replace(limits, progress=False)
-    for i in progress_bar(range(len(bases)), label="prompts", show=limits.progress):
+
+    def run(i: int) -> list[Tensor]:
         states = captured(model, [bases[i]], grid.hook_names())
         tracer = _Tracer(model, bases[i], grid.base[i], grid, variants, states)
         sweep = Sweep(model, [scored[i]])
-        for s, draw in enumerate(noise_draws(model, len(noised[i]), std, samples, (seed, i))):
+        found = []
+        for draw in noise_draws(model, len(noised[i]), std, samples, (seed, i)):
             with add_noise(model, sweep.batch.tokens.shape[1], noised[i], draw):
-                found = sweep.run(tracer.interventions(), quiet)
-            restored[i, s], noisy[i, s] = found.rows, found.base[0]
+                found.append(sweep.run(tracer.interventions(), quiet))
+        return [torch.stack([f.rows for f in found]), torch.stack([f.base[0] for f in found])]
+
+    said = pairs.labels, variants, noise, samples, seed, metrics.names
+    parts = each_part(
+        model,
+        range(len(bases)),
+        run,
+        kept=lambda i: ("trace", said, bases[i].ids, noised[i]),
+        texts=lambda i: [bases[i].text],
+    )
+    bar = progress_bar(parts, label="prompts", total=len(bases), show=limits.progress)
+    for i, (rows, base) in bar:
+        restored[i], noisy[i] = rows, base
     for m, name in enumerate(metrics.names):
         require_finite(name, restored[..., m].flatten())
     indirect = restored - noisy[:, :, None]
@@ -165,6 +186,19 @@ def trace(
         window=sites.window,
         severed=list(variants),
     )
+
+
+def _strength(noise: float | str) -> tuple[float, bool]:
+    """The number of standard deviations, and whether they are those of the subjects' embeddings."""
+    if not isinstance(noise, str):
+        return noise, False
+    try:
+        return float(noise.removeprefix("s")), noise.startswith("s")
+    except ValueError:
+        raise ValueError(
+            f"noise is {noise!r}; expected a number, or one after an s, such as 's3', for standard "
+            "deviations of the subjects' embeddings"
+        ) from None
 
 
 def _standard_error(

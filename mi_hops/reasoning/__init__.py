@@ -7,6 +7,7 @@ from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.failures import FailureTypes, failure_types
 from mi_hops.reasoning.gap import Gap, find_gap
 from mi_hops.reasoning.locate import locate, located_layers
+from mi_hops.reasoning.merge import merge
 from mi_hops.reasoning.portability import chain_scores, portability_sets
 from mi_hops.reasoning.queries import Query, QuerySets
 from mi_hops.reasoning.sequential import evaluate_sequential
@@ -33,4 +34,5 @@ __all__ = [
     "locate",
     "located_layers",
     "portability_sets",
+    "merge",
 ]

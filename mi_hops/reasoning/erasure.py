@@ -20,8 +20,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal
+from functools import cache, partial
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -55,6 +55,7 @@ class Eraser:
     """
 
     def __init__(self, model: HookedModel, *, recheck: float = 10.0) -> None:
+        self.model = model
         weight = unembedding(model)[0]
         wide = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
         self.rows = weight.T.to(wide)  # [vocab, d_model]; no float64 copy: it is a large matrix
@@ -65,6 +66,10 @@ class Eraser:
             gram += chunk.double().T @ chunk.double()
         self.inverse, self.rank = _pseudo_inverse(gram, torch.finfo(weight.dtype).eps)
         self.recheck = recheck
+
+    def __reduce__(self) -> Any:
+        # A worker makes its own: W_U is large, and the worker has it.
+        return partial(type(self), recheck=self.recheck), (self.model,)
 
     def erasure(self, variant: Variant, lower: Sequence[int], keep: Sequence[int]) -> Erasure:
         """How `lower` is brought down to the minimum while `keep` is held (see the variants)."""

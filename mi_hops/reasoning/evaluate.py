@@ -7,9 +7,8 @@ averages are made by `aggregate`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,8 @@ from mi_hops.reasoning.aggregate import aggregate
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.queries import PLACE, Query, QuerySets, require_unique
 from mi_hops.result.progress import progress_bar
+from mi_hops.sweep.batching import each_part
 from mi_hops.sweep.generate import answered, end_ids
-from mi_hops.sweep.keep import keep
 from mi_hops.sweep.metrics import (
     AnswerLogprob,
     Greedy,
@@ -316,11 +315,19 @@ class _Job:
         found = torch.empty(len(repairs), len(prompts), dtype=wide)
         total = len(repairs) * len(prompts)
         with torch.no_grad(), progress_bar(label="divergences", total=total, unit="query") as bar:
-            for chosen, batch in batches([p.ids for p in prompts], self.batch_size):
-                own = [[given[self.kl_rows[i]] for i in chosen] for given in states]
-                rows = Rows(tuple(prompts[i] for i in chosen), batch.tokens.shape[1])
-                for r, kl in enumerate(self._divergences(batch, rows, repairs, own)):
-                    found[r, chosen] = kl.cpu()
+            for (chosen, _), kl in each_part(
+                self.model,
+                batches([p.ids for p in prompts], self.batch_size),
+                lambda part: self._divergences(*part, repairs, states),
+                kept=lambda part: (
+                    "kl",
+                    [repair.name for repair in repairs],
+                    [prompts[i].ids for i in part[0]],
+                ),
+                texts=lambda part: [prompts[i].text for i in part[0]],
+            ):
+                for r, values in enumerate(kl):
+                    found[r, chosen] = values.cpu()
                     bar.update(len(chosen))
         require_finite("kl", found.flatten())
         whole = np.full((len(repairs), len(self.queries)), np.nan)
@@ -328,22 +335,26 @@ class _Job:
         return whole
 
     def _divergences(
-        self, batch: Batch, rows: Rows, repairs: Sequence[Repair], states: Sequence[Sequence[Any]]
-    ) -> Iterator[Float[Tensor, "row"]]:
+        self,
+        chosen: Sequence[int],
+        batch: Batch,
+        repairs: Sequence[Repair],
+        states: Sequence[Sequence[Any]],
+    ) -> list[Float[Tensor, "row"]]:
         """Of one batch under each repair."""
+        prompts = [self.prompts[self.kl_rows[i]] for i in chosen]
+        rows = Rows(tuple(prompts), batch.tokens.shape[1])
 
         def logprobs(hooks: Sequence[Hook]) -> Float[Tensor, "row vocab"]:
             logits = logits_at(self.model, batch.tokens, batch.last[:, None], hooks=hooks)
             return logits[:, 0].to(wide_dtype(dtype_of(self.model))).log_softmax(-1)
 
-        before = cache(partial(logprobs, ()))
-
-        def divergence(repair: Repair, given: Sequence[Any]) -> Tensor:
-            return kl_divergence(before(), logprobs(repair.hooks(self.model, given, rows)))
-
-        said = [prompt.ids for prompt in rows.prompts]
+        before = logprobs(())
+        found = []
         for repair, given in zip(repairs, states, strict=True):
-            yield keep(partial(divergence, repair, given), "kl", repair.name, said)
+            own = [given[self.kl_rows[i]] for i in chosen]
+            found.append(kl_divergence(before, logprobs(repair.hooks(self.model, own, rows))))
+        return found
 
     def _said(
         self, states: Sequence[Any] | None, options: dict[str, Any]

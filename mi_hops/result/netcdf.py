@@ -78,14 +78,15 @@ def read(path: str | os.PathLike[str]) -> tuple[xr.Dataset, dict[str, Any]]:
         ) as opened:
             dataset = opened.load()
         header = json.loads(dataset.attrs.pop(_HEADER))
-    except (OSError, KeyError, ValueError, TypeError) as error:
+        header["format"] = int(header["format"])
+        dataset = dataset.drop_encoding()
+        for name in dataset.variables:
+            dataset[name] = _unescape(dataset[name])
+    except Exception as error:  # h5netcdf passes on whatever meets it in a damaged file
         raise ValueError(
             f"{path} is not a result saved by mi_hops ({type(error).__name__}: {error}); "
             "use a file that Result.save wrote"
         ) from error
-    dataset = dataset.drop_encoding()
-    for name in dataset.variables:
-        dataset[name] = _unescape(dataset[name])
     return dataset, header
 
 

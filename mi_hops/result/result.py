@@ -409,7 +409,10 @@ class Result:
         if header.pop("format") > _FORMAT:
             raise ValueError(f"{path} was saved by a newer version of mi_hops; update mi_hops")
         # Whether the numbers are finite was checked when the result was made.
-        return cls(dataset, **header, allow_nonfinite=True)
+        try:
+            return cls(dataset, **header, allow_nonfinite=True)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a whole result: {error}") from error
 
     def plot(
         self, variable: str | None = None, *, kind: str | None = None, **keywords: Any

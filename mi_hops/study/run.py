@@ -7,6 +7,8 @@ import json
 import random
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +29,7 @@ from mi_hops.study.folder import locked, prepare
 from mi_hops.study.steps import STEPS, steps_of
 from mi_hops.study.study import Study, made_with
 from mi_hops.study.summary import summarise
+from mi_hops.sweep.spread import spread
 from mi_hops.text.tokens import TokenError, encode
 
 
@@ -41,6 +44,7 @@ def run_study(
     backend: Any = None,
     force: bool = False,
     progress: bool = True,
+    executor: Executor | int | None = None,
 ) -> Study:
     """Run or resume the study of one model on one set of facts.
 
@@ -54,6 +58,8 @@ def run_study(
         device, dtype, backend: for `load_model`.
         force: overwrite the files of a study with other settings, and write beside other files.
         progress: show progress bars.
+        executor: does the work over facts, as in `spread`; or a number of processes. By default this
+            process does it. The numbers are the same.
 
     Warns:
         UserWarning: an unfinished study is resumed with other versions of its libraries, or on
@@ -63,7 +69,8 @@ def run_study(
         FileExistsError: the folder holds other files, or a study with other settings.
         BlockingIOError: another process is running a study there.
         TokenError: a prompt that is empty or longer than the model's context.
-        ValueError: a facts file that cannot be read, no facts; see also `load_model`.
+        ValueError: a facts file that cannot be read, no facts; see also `load_model` and `spread`.
+        TaskError: tasks of an executor failed; what is finished is kept.
 
     Examples:
         >>> import mi_hops, tempfile
@@ -80,7 +87,10 @@ def run_study(
         study = Study.open(out)
         _warn_of_other_versions(study, asked)
         run = Run(loaded, chosen, study, settings, progress)
-        with progress_bar(steps_of(study), label="study", show=progress) as bar:
+        with (
+            nullcontext() if executor is None else spread(loaded, executor),
+            progress_bar(steps_of(study), label="study", show=progress) as bar,
+        ):
             for step in bar:
                 bar.set_postfix_str(step.name)
                 if study.done(step.name):

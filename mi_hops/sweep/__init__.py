@@ -29,6 +29,7 @@ from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.sample import sample
 from mi_hops.sweep.scoring import score_prompts
 from mi_hops.sweep.sites import Direction, Kind, Sites
+from mi_hops.sweep.spread import TaskError, spread
 
 __all__ = [
     "KL",
@@ -51,6 +52,7 @@ __all__ = [
     "Site",
     "Sites",
     "Target",
+    "TaskError",
     "ablate",
     "add",
     "answered",
@@ -64,5 +66,6 @@ __all__ = [
     "sample",
     "scale",
     "score_prompts",
+    "spread",
     "target_of",
 ]

@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from mi_hops.model import HookedModel
 from mi_hops.sweep.fanout import out_of_memory
-from mi_hops.sweep.keep import keep
+from mi_hops.sweep.keep import keep, keep_each
+from mi_hops.sweep.spread import Around, spreading
 
 Item = TypeVar("Item")
+Part = TypeVar("Part")
 Found = TypeVar("Found")
+
+
+def each_part(
+    model: HookedModel | None,
+    parts: Iterable[Part],
+    run: Callable[[Part], Found],
+    *,
+    kept: Callable[[Part], tuple[Any, ...]],
+    texts: Callable[[Part], Sequence[str]],
+    around: Sequence[Around] = (),
+) -> Iterator[tuple[Part, Found]]:
+    """Each part, in order, with what `run` makes of it: here, or by the workers of a `spread`.
+
+    Args:
+        model: whose workers may make it; None for what is to be made here.
+        run: depends on the part and on what it closes over, and on nothing that another run changes.
+        kept: tells the part from others (`keep.keep`).
+        texts: prompts of the part, to tell of one that failed.
+        around: what the caller runs this in, of the model, so that workers do as well.
+    """
+    elsewhere = spreading(model) if model is not None else None
+    if elsewhere is None:
+        for part in parts:
+            yield part, keep(partial(run, part), *kept(part))
+        return
+    every = list(parts)
+
+    def make(numbers: list[int]) -> Iterator[tuple[int, Any]]:
+        for i, value in elsewhere.each([every[n] for n in numbers], run, around, texts):
+            yield numbers[i], value
+
+    yield from zip(every, keep_each([kept(part) for part in every], make), strict=True)
+
+
+def _as_texts(part: Sequence[Any]) -> list[str]:
+    return [str(item) for item in part]
 
 
 def batched_with_oom_backoff(
@@ -19,6 +58,9 @@ def batched_with_oom_backoff(
     run: Callable[[Sequence[Item]], Found],
     *,
     kept: tuple[Any, ...] | None = None,
+    model: HookedModel | None = None,
+    texts: Callable[[Sequence[Any]], Sequence[str]] = _as_texts,
+    around: Sequence[Around] = (),
 ) -> Iterator[tuple[Sequence[Item], Found]]:
     """Each part of at most `size` items, in order, with what `run` makes of it.
 
@@ -27,6 +69,9 @@ def batched_with_oom_backoff(
 
     Args:
         kept: tells this work from other work, where what `run` makes can be kept (`keep.keep`).
+        model: whose workers (`spread`) may do it, where it is kept; then a part for which their
+            memory does not suffice is halved by itself, here.
+        texts, around: as in `each_part`.
 
     Raises:
         ValueError: a size below 1.
@@ -45,6 +90,21 @@ def batched_with_oom_backoff(
             return []  # out of the handler, whose error holds what the failed part had allocated
 
     start = 0
+    if model is not None and kept is not None and spreading(model):
+        parts = [(i, items[i : i + size]) for i in range(0, len(items), size)]
+        for (_, part), found in each_part(
+            model,
+            parts,
+            lambda numbered: attempt(numbered[1]),
+            kept=lambda numbered: (*kept, numbered[0], len(numbered[1])),
+            texts=lambda numbered: texts(numbered[1]),
+            around=around,
+        ):
+            if found:
+                yield part, found[0]
+            else:
+                yield from batched_with_oom_backoff(part, len(part) // 2, run)
+        return
     while start < len(items):
         part = items[start : start + size]
         if kept is None:

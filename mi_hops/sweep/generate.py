@@ -6,8 +6,8 @@ model goes on to say after the end (`STOP`) does not matter; a longer name does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from mi_hops.model.numeric import wide_dtype
 from mi_hops.model.plain_attention import plain_attention
 from mi_hops.model.row_cache import RowCache, takes_unequal_rows
 from mi_hops.result.progress import progress_bar
-from mi_hops.sweep.keep import keep
+from mi_hops.sweep.batching import each_part
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.scoring import check_states, logits_at
 from mi_hops.sweep.together import Part, plan_batches
@@ -82,9 +82,8 @@ class _Reply:
         return cls(ids, Generation(tuple(ids), text, finished), rank, prob)
 
 
-def _as_lists(say: Callable[[], Sequence[_Reply]]) -> list[list[Any]]:
-    """What is said, as `keep` can write it."""
-    return [[r.ids, r.said.text, r.said.finished, r.rank, r.prob] for r in say()]
+def _as_lists(replies: Sequence[_Reply]) -> list[list[Any]]:
+    return [[r.ids, r.said.text, r.said.finished, r.rank, r.prob] for r in replies]
 
 
 def generate(
@@ -147,26 +146,36 @@ def _replies(
                 f"context of {model.cfg.n_ctx}: {ask.prompt.text[:60]!r}..."
             )
     together = repair is None and takes_unequal_rows(model) and not has_hooks(model)
-    batches = (
-        _together(model, asks, batch_size) if together else _alike(model, asks, batch_size, repair)
-    )
+    way = _Together(model, asks) if together else _Alike(model, asks, repair)
+    around = (pretransposed_weights, *([plain_attention] if together else []))
+
+    def what(part: _Batch) -> tuple[Any, ...]:
+        rows = [asks[i] for i in part[0]]
+        return "replies", [(ask.prompt.ids, ask.room, ask.stop, ask.first) for ask in rows]
+
     replies: dict[int, _Reply] = {}
     with (
         torch.no_grad(),
-        pretransposed_weights(model),
-        plain_attention(model) if together else nullcontext(),
+        ExitStack() as stack,
         progress_bar(total=len(asks), label="asking", unit="prompt") as bar,
     ):
-        for rows, say in batches:
-            what = [(asks[i].prompt.ids, asks[i].room, asks[i].stop, asks[i].first) for i in rows]
-            said = keep(partial(_as_lists, say), "replies", what)
+        for each in around:
+            stack.enter_context(each(model))
+        for (rows, _), said in each_part(
+            model,
+            way.batches(batch_size),
+            way.say,
+            kept=what,
+            texts=lambda part: [asks[i].prompt.text for i in part[0]],
+            around=around,
+        ):
             replies |= {i: _Reply.of_list(plain) for i, plain in zip(rows, said, strict=True)}
             bar.update(len(rows))
     return [replies[i] for i in range(len(asks))]
 
 
-#: Prompts by number, and what continues them.
-_Batch = tuple[Sequence[int], Callable[[], list[_Reply]]]
+#: Prompts by number, and what is to be run of them.
+_Batch = tuple[Sequence[int], Any]
 
 #: What a pass costs besides its tokens, in tokens, by the kind of device: reading the weights, and
 #: on a GPU filling it.
@@ -174,28 +183,38 @@ _PASS_COST = {"cpu": 64}
 _PASS_COST_ELSEWHERE = 1024
 
 
-def _together(model: HookedModel, asks: Sequence[_Ask], batch_size: int) -> Iterator[_Batch]:
+class _Together:
     """Rows of unequal lengths: prompts part by part, then all of a batch step by step."""
-    ids = [ask.prompt.ids for ask in asks]
-    cost = _PASS_COST.get(device_of(model).type, _PASS_COST_ELSEWHERE)
-    run: dict[tuple[int, ...], RowCache] = {}  # what the last rows started with
 
-    def say(parts: Sequence[Part], order: Sequence[int]) -> list[_Reply]:
+    def __init__(self, model: HookedModel, asks: Sequence[_Ask]) -> None:
+        self._model, self._asks = model, asks
+        self._ids = [ask.prompt.ids for ask in asks]
+        self._run: dict[tuple[int, ...], RowCache] = {}  # what the last rows started with
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._model, self._asks)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[list[int], list[Part]]]:
+        """Rows, and the parts they are run in."""
+        cost = _PASS_COST.get(device_of(self._model).type, _PASS_COST_ELSEWHERE)
+        for parts in plan_batches(self._ids, batch_size, pass_cost=cost):
+            yield [i for part in parts for i in part.rows], parts
+
+    def say(self, batch: _Batch) -> list[list[Any]]:
+        """What is said to the rows, as `keep` can write it."""
+        (order, parts), ids, model = batch, self._ids, self._model
         width = max(len(ids[i]) for i in order)
-        cache = RowCache(model, len(order), width, max(asks[i].room for i in order))
+        cache = RowCache(model, len(order), width, max(self._asks[i].room for i in order))
         logits, first = [], 0
         for part in parts:
-            start = _run_starts(model, ids[part.rows[0]], part.starts, run)
+            start = _run_starts(model, ids[part.rows[0]], part.starts, self._run)
             shared = part.starts[-1] if part.starts else 0
-            batch = pad([ids[i][shared:] for i in part.rows])
-            view = cache.prompts(first, len(part.rows), batch.tokens.shape[1], start)
-            logits.append(logits_at(model, batch.tokens, batch.last[:, None], cache=view)[:, 0])
+            batch_ = pad([ids[i][shared:] for i in part.rows])
+            view = cache.prompts(first, len(part.rows), batch_.tokens.shape[1], start)
+            logits.append(logits_at(model, batch_.tokens, batch_.last[:, None], cache=view)[:, 0])
             first += len(part.rows)
-        return _step_by_step(model, [asks[i] for i in order], torch.cat(logits), cache)
-
-    for parts in plan_batches(ids, batch_size, pass_cost=cost):
-        order = [i for part in parts for i in part.rows]
-        yield order, partial(say, parts, order)
+        asks = [self._asks[i] for i in order]
+        return _as_lists(_step_by_step(model, asks, torch.cat(logits), cache))
 
 
 def _run_starts(
@@ -252,27 +271,35 @@ def _step_by_step(
         step += 1
 
 
-def _alike(
-    model: HookedModel, asks: Sequence[_Ask], batch_size: int, repair: Repair | None
-) -> Iterator[_Batch]:
+@dataclass
+class _Alike:
     """Rows of one length, by the model's own cache."""
 
-    def say(tokens: Int[Tensor, "row pos"], some: list[_Ask]) -> list[_Reply]:
+    model: HookedModel
+    asks: Sequence[_Ask]
+    repair: Repair | None
+
+    def batches(self, batch_size: int) -> Iterator[tuple[list[int], Int[Tensor, "row pos"]]]:
+        """Rows, and their tokens."""
+        for chosen, batch in batches_by_length([ask.prompt.ids for ask in self.asks], batch_size):
+            yield chosen, batch.tokens
+
+    def say(self, batch: _Batch) -> list[list[Any]]:
+        """What is said to the rows, as `keep` can write it."""
+        model, tokens = self.model, batch[1]
+        some = [self.asks[i] for i in batch[0]]
         replies = [_Reply() for _ in some]
         rows = Rows(tuple(ask.prompt for ask in some), tokens.shape[1])
         states = [ask.state for ask in some]
         cache = new_cache(model, len(tokens))
         while True:
-            hooks = [] if repair is None else repair.hooks(model, states, rows)
+            hooks = [] if self.repair is None else self.repair.hooks(model, states, rows)
             last = torch.full((len(tokens), 1), rows.width - 1)
             logits = logits_at(model, tokens, last, hooks=hooks, cache=cache)[:, 0]
             tokens = _take(model, some, replies, logits)[:, None]
             if not any(_goes_on(ask, reply) for ask, reply in zip(some, replies, strict=True)):
-                return replies
+                return _as_lists(replies)
             rows = rows.at(rows.offset + rows.width, 1)
-
-    for chosen, batch in batches_by_length([ask.prompt.ids for ask in asks], batch_size):
-        yield chosen, partial(say, batch.tokens, [asks[i] for i in chosen])
 
 
 def _goes_on(ask: _Ask, reply: _Reply) -> bool:

@@ -17,9 +17,10 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ class Keeper:
         said = hashlib.sha256(repr((self._around, what)).encode()).hexdigest()[:24]
         self._asked[said] += 1
         return f"{said}-{self._asked[said]}"
+
+    def knows(self, name: str) -> bool:
+        """Whether an earlier process has made the part."""
+        return name in self._known
 
     def get(self, name: str) -> tuple[Any, ...]:
         """The part that an earlier process has made; nothing if it has not."""
@@ -185,6 +190,35 @@ def keep(make: Callable[[], Any], *what: Any) -> Any:
     for value in keeper.get(name):
         return value
     return keeper.make(name, make)
+
+
+def keep_each(
+    parts: Sequence[tuple[Any, ...]],
+    make: Callable[[list[int]], Iterator[tuple[int, Any]]],
+) -> Iterator[Any]:
+    """As `keep`, for parts that are made elsewhere, in any order; they come in their own order.
+
+    Args:
+        parts: what tells each from others.
+        make: gives ``(number, value)`` of the parts with these numbers, as they are done.
+    """
+    keeper = _keeper.get()
+    names = [keeper.name(what) for what in parts] if keeper else []
+    known = {i for i, name in enumerate(names) if keeper and keeper.knows(name)}
+    made = make([i for i in range(len(parts)) if i not in known])
+    ready: dict[int, Any] = {}
+    for i in range(len(parts)):
+        if keeper and i in known:
+            yield keeper.get(names[i])[0]
+            continue
+        while i not in ready:
+            number, value = next(made)
+            ready[number] = keeper.make(names[number], partial(_same, value)) if keeper else value
+        yield ready.pop(i)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 class Running:

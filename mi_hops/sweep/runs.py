@@ -307,6 +307,9 @@ def run_sweep(
             limits.batch_size,
             run,
             kept=(label, said, beside, wanted, replace(limits, progress=False)),
+            model=model,
+            texts=lambda group: [prompts[i].prompt.text for i in group],
+            around=(pretransposed_weights,),
         )
         for group, (counts, bases, scores) in parts:
             rows |= zip(group, scores.split(counts), strict=True)

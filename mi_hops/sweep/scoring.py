@@ -108,7 +108,12 @@ def score(
     said = [(run.tokens, run.readings) for run in runs], [m.name for m in metrics]
     with torch.no_grad():
         for _, (at_prompts, at_metrics, values) in batched_with_oom_backoff(
-            order, batch_size, run, kept=("scores", said)
+            order,
+            batch_size,
+            run,
+            kept=("scores", said),
+            model=model,
+            texts=lambda part: [prompts[runs[i].prompt].prompt.text for i in part],
         ):
             scores[at_prompts, at_metrics] = values
     for m, each in enumerate(metrics):

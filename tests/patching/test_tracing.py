@@ -186,6 +186,8 @@ def test_nothing_stays_behind(tiny):
 def test_refuses(tiny):
     for options, message in (
         ({"noise": 0.0}, "more than 0"),
+        ({"noise": "s0"}, "more than 0"),
+        ({"noise": "3 subjects"}, "such as 's3'"),
         ({"samples": 0}, "more than 0"),
         ({"severed": "norm"}, "severed is 'norm'"),
         ({"subject": "w77"}, "does not occur"),
@@ -195,3 +197,14 @@ def test_refuses(tiny):
         arguments = {"subject": "w7", **options}
         with pytest.raises(ValueError, match=message):
             trace(tiny, ONE, **arguments)
+
+
+def test_noise_in_units_of_the_subjects_embeddings(tiny):
+    """As the published repository has it: all entries of the embeddings of all subjects' tokens."""
+    ids = [int(word[1:]) + 4 for subject in SUBJECTS for word in subject.split()]
+    std = 2.5 * float(embedding(tiny)[ids].std())
+    rest = {"samples": 2, "seed": SEED}
+    found = trace(tiny, ASKED, SUBJECTS, noise="s2.5", **rest)
+    assert found.provenance["noise_std"] == pytest.approx(std)
+    same = trace(tiny, ASKED, SUBJECTS, noise=std / float(embedding(tiny).std()), **rest)
+    np.testing.assert_allclose(found["indirect"], same["indirect"], atol=1e-6)

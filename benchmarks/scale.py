@@ -1,0 +1,288 @@
+"""What workers gain and cost, how many tokens a fact takes in each step, and memory over repeats.
+
+``python -m benchmarks.scale [--facts 60] [--repeats 200]`` runs the same work on a bundled model in one
+process of one and of two threads, and on two worker processes of one thread each, each in a fresh
+Python; times the start of a worker; counts the tokens that go through a block for each fact; and
+repeats small sweeps while it watches the memory of the process. Writes
+``docs/benchmarks/scale.md``. Linux only (memory is read from ``/proc``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mi_hops
+from benchmarks.harness import keep, kept, table, write
+
+PAGE = "scale"
+MODEL = "hops-gpt2"
+#: name, threads of a process, worker processes (0: the process itself)
+WAYS = (
+    ("1 process, 1 thread", 1, 0),
+    ("1 process, 2 threads", 2, 0),
+    ("2 workers, 1 thread each", 1, 2),
+)
+
+#: Blocks of the model measured; the model that is calculated; what sweeps over layers.
+BLOCKS = 6
+LARGE = {"blocks": 80, "parameters": 7e10, "facts": 10_000, "rate": 3e14}
+OVER_LAYERS = ("erase_bridge", "locate", "injection_grid")
+
+
+def work(model: Any, facts: Any) -> dict[str, Callable[[], Any]]:
+    """What is timed."""
+    return {
+        "find_gap": lambda: mi_hops.find_gap(model, facts, batch_size=16),
+        "erase_bridge": lambda: mi_hops.erase_bridge(model, facts, controls=1),
+        "locate": lambda: mi_hops.locate(model, facts),
+    }
+
+
+def timed(workers: int, n: int) -> dict[str, Any]:
+    """In this process: seconds of each function, and a digest of its numbers."""
+    model = mi_hops.load_model(MODEL)
+    facts = mi_hops.Hopland().sample(train=0, held_out=n)
+    found: dict[str, Any] = {}
+    with mi_hops.spread(model, workers) if workers else nullcontext():
+        begun = time.perf_counter()
+        mi_hops.generate(model, [f.prompt() for f in facts[:8]], batch_size=2)
+        found["start"] = time.perf_counter() - begun
+        for name, call in work(model, facts).items():
+            begun = time.perf_counter()
+            result = call()
+            found[name] = time.perf_counter() - begun
+            found[f"{name} digest"] = digest(result)
+    return found
+
+
+def digest(result: Any) -> str:
+    """Of all numbers of a result, bit for bit."""
+    said = hashlib.sha256()
+    for variable in result.data.data_vars.values():
+        values = variable.values
+        said.update(values.tobytes() if values.dtype != object else repr(values.tolist()).encode())
+    return said.hexdigest()[:16]
+
+
+def speed(n: int, repeats: int) -> dict[str, Any]:
+    """Each way in a Python of its own, in turn."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in WAYS}
+    for _ in range(repeats):
+        for name, threads, workers in WAYS:
+            env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+            asked = [sys.executable, "-m", "benchmarks.scale", "--one", str(workers)]
+            done = subprocess.run(
+                [*asked, "--facts", str(n)], env=env, capture_output=True, text=True, check=True
+            )
+            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+    return {"facts": n, "runs": runs}
+
+
+# -- operations -----------------------------------------------------------------------------------
+
+
+def tokens(n: int) -> dict[str, float]:
+    """Tokens that pass all blocks, for each fact: those of each block, over the number of blocks."""
+    model = mi_hops.load_model(MODEL, backend="bridge")
+    facts = mi_hops.Hopland().sample(train=0, held_out=n)[:n]
+    gap = mi_hops.find_gap(model, facts)
+    queries = mi_hops.build_sets(model, facts, gap=gap, per_case=3)
+    counted = [0]
+
+    def count(x: torch.Tensor, hook: Any) -> None:
+        counted[0] += x.shape[0] * x.shape[1]
+
+    for layer in range(model.cfg.n_layers):
+        model.add_perma_hook(f"blocks.{layer}.hook_resid_pre", count)
+    calls: dict[str, Callable[[], Any]] = {
+        "find_gap, one form": lambda: mi_hops.find_gap(model, facts),
+        "fact_trajectories": lambda: mi_hops.fact_trajectories(model, facts),
+        "erase_bridge, 1 control": lambda: mi_hops.erase_bridge(model, facts, controls=1),
+        "locate": lambda: mi_hops.locate(model, facts),
+        "injection_grid, 4 strengths, 1 control": lambda: mi_hops.injection_grid(
+            model, facts, strengths=(1, 2, 4, 8), controls=("random_word",)
+        ),
+        "creme_many": lambda: mi_hops.creme_many(model, facts),
+        "evaluate CREME, 3 queries a set": lambda: mi_hops.evaluate(
+            model, mi_hops.CremeRepair(), queries, facts
+        ),
+    }
+    found = {}
+    for name, call in calls.items():
+        counted[0] = 0
+        call()
+        found[name] = counted[0] / model.cfg.n_layers / len(facts)
+    return found
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def resident() -> float:
+    """Bytes of this process."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+def flat(repeats: int) -> dict[str, list[float]]:
+    """Function -> memory after the first tenth of its repeats, and what the others add to it."""
+    model = mi_hops.load_model(MODEL)
+    facts = mi_hops.Hopland().sample(train=0, held_out=2)[:2]
+    pairs = mi_hops.Pairs(facts[0].prompt(), answer=facts[0].answer)
+    gap = mi_hops.find_gap(model, facts)
+    queries = mi_hops.build_sets(model, facts, gap=gap, per_case=1)
+    limits = mi_hops.Limits(batch_size=2)
+
+    def edited() -> None:
+        with mi_hops.creme(model, facts[0], layers=[3]).applied(model):
+            mi_hops.generate(model, [facts[0].prompt()])
+
+    calls: dict[str, Callable[[], Any]] = {
+        "find_gap": lambda: mi_hops.find_gap(model, facts),
+        "fact_trajectories": lambda: mi_hops.fact_trajectories(model, facts),
+        "erase_bridge": lambda: mi_hops.erase_bridge(
+            model, facts, controls=1, layers=[2, 3], limits=limits
+        ),
+        "locate": lambda: mi_hops.locate(model, facts, limits=limits),
+        "injection_grid": lambda: mi_hops.injection_grid(
+            model, facts, layers=[1, 2], strengths=(2.0,), controls=(), limits=limits
+        ),
+        "trace": lambda: mi_hops.trace(model, pairs, facts[0].subject, samples=1),
+        "patch": lambda: mi_hops.patch(
+            model,
+            mi_hops.Pairs(
+                "The spouse of Joren Ashby is", "The spouse of Vera Ashby is", answer=" V"
+            ),
+            metric="first_prob",
+        ),
+        "attribute": lambda: mi_hops.attribute(
+            model,
+            mi_hops.Pairs(
+                "The spouse of Joren Ashby is", "The spouse of Vera Ashby is", answer=" V"
+            ),
+            metric="first_prob",
+        ),
+        "second_moments": lambda: mi_hops.second_moments(model, facts, layers=[2], max_tokens=64),
+        "creme, applied": edited,
+        "evaluate": lambda: mi_hops.evaluate(
+            model, mi_hops.CremeRepair(layers=[3]), queries, facts
+        ),
+    }
+    found = {}
+    for name, call in calls.items():
+        for _ in range(max(1, repeats // 10)):
+            call()
+        before = resident()
+        for _ in range(repeats - max(1, repeats // 10)):
+            call()
+        found[name] = [before, resident() - before]
+        print(name, found[name], flush=True)
+    return found
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+def page() -> str:
+    """What was measured."""
+    found = kept(PAGE)
+    text = ""
+    if "speed" in found:
+        runs, n = found["speed"]["runs"], found["speed"]["facts"]
+        names = [
+            name for name in next(iter(runs.values()))[0] if f"{name} digest" in runs[WAYS[0][0]][0]
+        ]
+        rows = []
+        for name in names:
+            middle = {way: statistics.median(run[name] for run in runs[way]) for way, _, _ in WAYS}
+            one, two, spread = (middle[way] for way, _, _ in WAYS)
+            digests = {run[f"{name} digest"] for way in runs for run in runs[way]}
+            cells = [f"{one:.2f}", f"{two:.2f}", f"{spread:.2f}"]
+            rows.append([name, *cells, f"{one / spread:.2f}", f"{two / spread:.2f}", len(digests)])
+        starts = [run["start"] for run in runs[WAYS[2][0]]]
+        text += (
+            f"## Two workers on two cores\n\n{MODEL}, {n} facts of Hopland, medians of "
+            f"{len(starts)} run(s), seconds. The last column counts the different results, bit for bit, "
+            "over all runs: 1 is all equal.\n\n"
+        )
+        columns = [
+            "function",
+            *(way for way, _, _ in WAYS),
+            "against 1 thread",
+            "against 2 threads",
+        ]
+        text += table([*columns, "results"], rows)
+        text += (
+            "\n\nWhat comes first waits for the workers to start: Python, torch and the model took "
+            f"{statistics.median(starts):.1f} s, for both at once.\n\n"
+        )
+    if "tokens" in found:
+        text += (
+            f"## What a fact costs\n\nMeasured: tokens through all blocks for each fact (tokens of each "
+            f"block, summed over blocks and divided by their number), {MODEL} with {BLOCKS} blocks, "
+            "Hopland's prompts of about 11 tokens. Calculated from it: the same in a model of "
+            f"{LARGE['blocks']} blocks, where a sweep over layers has as many more rows, and the hours that "
+            f"{LARGE['facts']:,} facts take on one copy of a model of {LARGE['parameters']:.0e} parameters, "
+            f"at 2 operations per parameter and token and an assumed {LARGE['rate']:.0e} operations a second. "
+            "Twice as long a prompt takes twice as much.\n\n"
+        )
+        rows = []
+        for name, n in found["tokens"].items():
+            many = n * LARGE["blocks"] / BLOCKS if name.startswith(OVER_LAYERS) else n
+            seconds = many * LARGE["facts"] * 2 * LARGE["parameters"] / LARGE["rate"]
+            rows.append([name, f"{n:,.0f}", f"{many:,.0f}", f"{seconds / 3600:.2f}"])
+        columns = ["step", "tokens a fact", f"at {LARGE['blocks']} blocks", "hours"]
+        text += table(columns, rows) + "\n\n"
+    if "memory" in found:
+        repeats = found["memory"]["repeats"]
+        text += (
+            f"## Memory over {repeats} repeats\n\nOf the process, after the first tenth of the repeats, and "
+            "what the others added.\n\n"
+        )
+        rows = [
+            [name, f"{before / 2**20:.0f}", f"{more / 2**20:+.1f}"]
+            for name, (before, more) in found["memory"]["functions"].items()
+        ]
+        text += table(("function", "MiB", "added, MiB"), rows)
+    return text.rstrip()
+
+
+def main() -> None:
+    """Measure, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--facts", type=int, default=60)
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--only", choices=("speed", "tokens", "memory"))
+    parser.add_argument("--one", type=int, help="time the work with so many workers, and print it")
+    asked = parser.parse_args()
+    if asked.one is not None:
+        print(json.dumps(timed(asked.one, asked.facts)))
+        return
+    if asked.only in (None, "speed"):
+        keep(PAGE, "speed", speed(asked.facts, asked.runs))
+    if asked.only in (None, "tokens"):
+        keep(PAGE, "tokens", tokens(6))
+    if asked.only in (None, "memory"):
+        torch.set_num_threads(1)
+        keep(PAGE, "memory", {"repeats": asked.repeats, "functions": flat(asked.repeats)})
+    write(PAGE, "Beyond one process, measured", page(), script="scale")
+
+
+if __name__ == "__main__":
+    main()
