@@ -6,11 +6,12 @@ from mi_hops.reasoning.evaluate import evaluate
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.failures import FailureTypes, failure_types
 from mi_hops.reasoning.gap import Gap, find_gap
+from mi_hops.reasoning.generation import fluency, generation_entropy
 from mi_hops.reasoning.locate import locate, located_layers
 from mi_hops.reasoning.merge import merge
 from mi_hops.reasoning.portability import chain_scores, portability_sets
 from mi_hops.reasoning.queries import Query, QuerySets
-from mi_hops.reasoning.sequential import evaluate_sequential
+from mi_hops.reasoning.sequential import evaluate_sequential, retention
 from mi_hops.reasoning.sets import Known, build_sets
 from mi_hops.reasoning.wordings import WordingChoice, choose_wordings
 
@@ -31,8 +32,11 @@ __all__ = [
     "evaluate_sequential",
     "failure_types",
     "find_gap",
+    "fluency",
+    "generation_entropy",
     "locate",
     "located_layers",
     "portability_sets",
     "merge",
+    "retention",
 ]

@@ -138,7 +138,7 @@ def evaluate(
         >>> scores.summary().index.tolist() == ["unrepaired", repair.name]
         True
     """
-    named = _named(repairs)
+    named = named_repairs(repairs)
     asked, skipped = _checked(named, queries, facts)
     extra = get_metrics(metrics) if len(metrics) else []
     job = _Job(model, asked, extra, batch_size, max_new_tokens if generate else 0)
@@ -175,8 +175,12 @@ def evaluate(
     return Evaluation(frame, ids, skipped, provenance(model, **settings))
 
 
-def _named(repairs: Repair | Edit | Sequence[Repair | Edit]) -> list[Repair]:
-    """Repairs as a list; edits among them as repairs, numbered where there are several."""
+def named_repairs(repairs: Repair | Edit | Sequence[Repair | Edit]) -> list[Repair]:
+    """Repairs as a list; edits among them as repairs, numbered where there are several.
+
+    Raises:
+        ValueError: something else than a repair.
+    """
     given: list[Any] = list(repairs) if isinstance(repairs, list | tuple) else [repairs]
     edits = [item for item in given if isinstance(item, Edit)]
     names = {id(e): "edit" if len(edits) == 1 else f"edit {i}" for i, e in enumerate(edits, 1)}

@@ -92,3 +92,47 @@ def evaluate_sequential(
         provenance={**parts[last].provenance, "repairs": list(parts)},
         case_ids_of={label: parts[label].case_ids for label in smaller},
     )
+
+
+def retention(evaluation: Evaluation, score: str = "exact_match", **options: Any) -> pd.DataFrame:
+    """Edit and test retention after each number of edits, the scores of lifelong editing.
+
+    *ERR* (edit retention rate) is the share of the edits made so far that the model still answers:
+    the set ``correction`` (``efficacy`` where single facts were edited). *TRR* (test retention rate) is
+    the share of unrelated questions still answered correctly, of those that the unedited model answered:
+    the set ``specificity``.
+
+    Args:
+        evaluation: from `evaluate_sequential`; of any other, each repair is a row.
+        score: an accuracy of the evaluation.
+        options: of `Evaluation.table` (``level``, ``n_resamples``, ``seed``).
+
+    Returns:
+        Frame indexed by repair ("10 edits") with ``ERR`` and ``TRR``, each with ``_lower``, ``_upper`` and
+        ``_n`` (cases).
+
+    Raises:
+        ValueError: an evaluation without these sets or this score.
+
+    Source: arXiv 2211.11031, section 3.
+    """
+    table = evaluation.table(**options)
+    sets = set(table.index.get_level_values("set"))
+    edited = "correction" if "correction" in sets else "efficacy"
+    rows: dict[str, dict[str, float]] = {}
+    for repair in dict.fromkeys(table.index.get_level_values("repair")):
+        row = rows.setdefault(repair, {})
+        for name, asked, when in (
+            ("ERR", edited, "after"),
+            ("TRR", "specificity", "retained"),
+        ):
+            key = (repair, asked, f"{score}_{when}")
+            if key not in table.index:
+                raise ValueError(
+                    f"retention needs the score {score!r} on the sets correction (or efficacy) and "
+                    f"specificity; the evaluation has {sorted(sets)}"
+                )
+            found = table.loc[key]
+            row[name], row[f"{name}_lower"] = float(found["value"]), float(found["lower"])
+            row[f"{name}_upper"], row[f"{name}_n"] = float(found["upper"]), int(found["n_cases"])
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("repair")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from mi_hops.model import HookedModel
 from mi_hops.model.cache import new_cache
-from mi_hops.sweep.scoring import logits_at
+from mi_hops.sweep.repair import Repair, Rows
+from mi_hops.sweep.scoring import check_states, logits_at
 from mi_hops.text.tokens import Prompt, TokenError, batches_by_length, decode, encode
 
 
@@ -20,14 +22,22 @@ def sample(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
+    top_k: int | None = None,
+    repair: Repair | None = None,
+    states: Sequence[Any | None] | None = None,
 ) -> list[str]:
     """Each prompt with `n_tokens` more, drawn from the model's own distribution.
+
+    Args:
+        top_k: draw from so many of the likeliest tokens only; default from all.
+        repair: acts on row r by ``states[r]`` at every step; needs `states`, one per prompt.
 
     Equal seeds give equal texts where prompts and batches are equal; the global random state is not
     touched. What follows an end-of-text token is kept as well.
 
     Raises:
-        ValueError: fewer than one token, or a temperature that is not above 0.
+        ValueError: fewer than one token (of `top_k` too), a temperature that is not above 0, or a
+            number of states that does not fit.
         TokenError: a prompt that does not fit the context together with what is to come.
 
     Examples:
@@ -42,7 +52,10 @@ def sample(
             f"n_tokens is {n_tokens} and temperature {temperature}; expected at least 1 token and a "
             "temperature above 0"
         )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; expected 1 token or more, or None for all")
     known = [encode(model, p) if isinstance(p, str) else p for p in prompts]
+    given = check_states(len(known), repair, states)
     longest = max((len(p) for p in known), default=0)
     if longest + n_tokens > model.cfg.n_ctx:
         raise TokenError(
@@ -54,9 +67,17 @@ def sample(
     with torch.no_grad():
         for chosen, batch in batches_by_length([p.ids for p in known], batch_size):
             cache, tokens, drawn = new_cache(model, len(chosen)), batch.tokens, []
+            rows = Rows(tuple(known[i] for i in chosen), tokens.shape[1])
+            own = [given[i] for i in chosen]
             for _ in range(n_tokens):
                 last = torch.full((len(chosen), 1), tokens.shape[1] - 1)
-                logits = logits_at(model, tokens, last, cache=cache)[:, 0].float().cpu()
+                hooks = [] if repair is None else repair.hooks(model, own, rows)
+                logits = logits_at(model, tokens, last, hooks=hooks, cache=cache)[:, 0]
+                logits = logits.float().cpu()
+                if top_k is not None and top_k < logits.shape[1]:
+                    least = logits.topk(top_k).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, -torch.inf)
+                rows = rows.at(rows.offset + rows.width, 1)
                 tokens = torch.multinomial((logits / temperature).softmax(-1), 1, generator=source)
                 drawn.append(tokens)
             more = torch.cat(drawn, 1).tolist()

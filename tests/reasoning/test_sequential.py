@@ -6,8 +6,9 @@ import pytest
 
 from mi_hops.editing import AppliedError, EditRepair, creme_joint, creme_sequential, stack
 from mi_hops.reasoning.evaluate import Evaluation, evaluate
-from mi_hops.reasoning.sequential import evaluate_sequential
+from mi_hops.reasoning.sequential import evaluate_sequential, retention
 from mi_hops.reasoning.sets import Query, QuerySets
+from mi_hops.sweep.generate import generate
 from tests.reasoning.tiny_facts import tiny_facts
 from tests.repairs import NoRepair
 
@@ -90,3 +91,29 @@ def test_refusals(tiny, piled):
         evaluate_sequential(tiny, edits, [], facts)
     with edits[0].applied(tiny), pytest.raises(AppliedError, match="undo it first"):
         evaluate_sequential(tiny, edits, queries, facts)
+
+
+def test_retention_is_the_share_of_edits_and_of_answers_that_are_left(tiny, piled):
+    facts, edits, queries = piled
+    said = generate(tiny, [f.second_prompt() for f in facts], max_new_tokens=1)
+    queries += [
+        Query(
+            case=f.id,
+            set="specificity",
+            query_id=f"{f.id}/other",
+            prompt=f.second_prompt(),
+            answer=reply.text or "w1",
+        )
+        for f, reply in zip(facts, said, strict=True)
+    ]
+    found = evaluate_sequential(tiny, edits, queries, facts, sizes=(2,), generate=False)
+    rates = retention(found, "first_correct")
+    assert rates.index.tolist() == ["2 edits", "4 edits"]
+    for label, row in rates.iterrows():
+        mine = found.frame[found.frame["repair"] == label].set_index("set")
+        own, other = mine.loc["correction"], mine.loc["specificity"]
+        assert row["ERR"] == own["first_correct_after"].mean()
+        kept = other[other["first_correct_before"] == 1]["first_correct_after"]
+        assert row["TRR"] == kept.mean() and row["TRR_n"] == len(kept)
+    with pytest.raises(ValueError, match="needs the score 'wit'"):
+        retention(found, "wit")
