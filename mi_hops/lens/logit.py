@@ -44,6 +44,7 @@ from mi_hops.lens.vectors import (
     statistics,
 )
 from mi_hops.model import HookedModel, provenance, read_out
+from mi_hops.result.names import readable, spelled_out
 from mi_hops.result.result import Result
 from mi_hops.sweep.pairs import Activations
 from mi_hops.text.tokens import Prompt, last_position
@@ -143,8 +144,11 @@ def logit_lens(
     reader = _Reader.of(model, kind, layers, lens, readout)
     found = reader.read(rows, batch_size, cache)
     coords: dict[str, Any] = {"position": names}
+    tokens = [[prompt.labels[i] for i in at] for prompt, at in zip(known, places, strict=True)]
     if alone:
-        coords["token"] = ("position", [known[0].labels[i] for i in places[0]])
+        coords["token"] = ("position", tokens[0])
+    else:
+        coords["token"] = (("example", "position"), np.array(tokens, dtype=object))
     return _result(reader, rows, found, coords, method="logit_lens")
 
 
@@ -281,6 +285,7 @@ def plot_map(result: Result, *, variable: str = "top_probs", **keywords: Any) ->
         'heatmap'
     """
     from mi_hops.result import plots
+    from mi_hops.result.figure_parts import markup
 
     if "top_tokens" not in result.data:
         raise ValueError("there are no top tokens in this result; make it with token_map")
@@ -295,15 +300,14 @@ def plot_map(result: Result, *, variable: str = "top_probs", **keywords: Any) ->
     options: dict[str, Any] = {
         "x": "position",
         "y": "layer",
-        "title": f"Top token by layer and position: {result.title}",
-        "colours": plots.Colours(
-            f"{variable} ({result[variable].attrs.get('units', '')})", sequential=True
-        ),
+        "title": f"Top token by layer and position: {spelled_out(result.title)}",
+        "colours": plots.Colours(readable(variable), sequential=True),
         "hover": {f"token {k + 1}": tokens.isel(k=k) for k in range(tokens.sizes["k"])},
     }
     figure = plots.heatmap(values, **{**options, **keywords})
     cells = tokens.isel(k=0).transpose("layer", "position").values
-    figure.data[0].update(text=cells, texttemplate="%{text}")
+    shown = [[markup(str(token)) for token in row] for row in cells]
+    figure.data[0].update(text=shown, texttemplate="%{text}")
     return figure
 
 
@@ -452,7 +456,7 @@ def _result(
         values,
         coords=labels,
         units=units_of(values),
-        title=f"{reader.lens.name} lens, {reader.kind}: {what}",
+        title=f"{reader.lens.name} lens, {readable(reader.kind)}: {what}",
         skipped=skipped,
         provenance=origin,
     )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mi_hops.model import HookedModel, n_heads_of
 from mi_hops.patching.circuit import Circuit
 from mi_hops.patching.nodes import Edge, all_edges
-from mi_hops.result.figure_parts import apply_style
+from mi_hops.result.figure_parts import GREY, apply_style, markup
 from mi_hops.result.plots import COLOURS
 
 if TYPE_CHECKING:
@@ -24,12 +23,14 @@ _INPUTS = {
     "q": (COLOURS[0], "into a query"),
     "k": (COLOURS[1], "into a key"),
     "v": (COLOURS[2], "into a value"),
-    "": ("#666666", "into an MLP or the logits"),
+    "": (GREY, "into an MLP or the logits"),
 }
 _SIGNS = {
-    "+": ("#2166ac", "patching it raises the metric"),
-    "-": ("#b2182b", "patching it lowers the metric"),
+    "+": (COLOURS[0], "patching it raises the metric"),
+    "-": (COLOURS[1], "patching it lowers the metric"),
 }
+#: Of components: white letters can be read on it, and it can itself be seen on black and on white.
+_FILL = "#5f6b7a"
 _WIDEST, _THINNEST = 6.0, 1.0
 
 
@@ -40,6 +41,7 @@ def circuit_figure(
     scores: Result | None = None,
     most: int = 60,
     title: str = "Circuit",
+    **layout: Any,
 ) -> go.Figure:
     """A layered graph: the embedding at the bottom, then heads and MLP of each layer, the logits on top.
 
@@ -48,6 +50,7 @@ def circuit_figure(
             colour the sign. Without them the colour tells what the edge is read as.
         most: edges drawn; of more, those of the largest scores, and the title says so.
         title: of the figure.
+        layout: for `update_layout`: ``width`` and ``height`` in pixels, ``template``, anything else.
 
     A key or value head that several query heads share is drawn as an edge into each of those that are in the
     circuit.
@@ -86,8 +89,8 @@ def circuit_figure(
     figure = _drawn(drawn, weights, ends, places, scored=scores is not None)
     cut = f"\nthe {len(drawn)} largest of {len(circuit)} edges" if len(drawn) < len(circuit) else ""
     rows = {y for _, y in places.values()}
-    apply_style(figure, f"{title}{cut}", 160 + 52 * len(rows))
-    figure.update_layout(showlegend=True, hovermode="closest")
+    below = {"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top"}
+    figure.update_layout(showlegend=True, hovermode="closest", plot_bgcolor="rgba(0, 0, 0, 0)")
     figure.update_xaxes(visible=False)
     ticks = {y: _row_label(name) for name, (_, y) in places.items()}
     figure.update_yaxes(
@@ -96,6 +99,9 @@ def circuit_figure(
         showgrid=False,
         zeroline=False,
     )
+    apply_style(figure, f"{title}{cut}", {"height": 160 + 52 * len(rows), **layout})
+    if "legend" not in layout:
+        figure.update_layout(legend=below)
     return figure
 
 
@@ -223,11 +229,10 @@ def _drawn(
             marker={
                 "size": 34,
                 "symbol": ["square" if not n.startswith("L") else "circle" for n in shown],
-                "color": "#f5f5f5",
-                "line": {"color": "#444444", "width": 1.2},
+                "color": _FILL,
             },
-            text=[escape(n, quote=False) for n in shown],
-            textfont={"size": 10, "color": "#222222"},
+            text=[markup(n) for n in shown],
+            textfont={"size": 10, "color": "#ffffff"},
             hoverinfo="text",
             showlegend=False,
         )

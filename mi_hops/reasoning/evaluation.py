@@ -15,6 +15,7 @@ from mi_hops.reasoning.aggregate import Scores, by_group, case_table, change_sco
 from mi_hops.reasoning.queries import SetCount, count_sets, in_order
 from mi_hops.result import plots
 from mi_hops.result.display import html_table, shorten
+from mi_hops.result.names import readable
 from mi_hops.result.result import Result
 
 if TYPE_CHECKING:
@@ -208,7 +209,8 @@ class Evaluation:
         Raises:
             ValueError: a score or set that the table does not have.
         """
-        label = f"{score} on each set of queries (mean over cases, 95 % intervals)"
+        shown = readable(score)
+        label = f"{shown.capitalize()}, by set of queries (mean over cases, 95% intervals)"
         return plots.bars(
             self._before_and_after(score, sets, **options),
             x="set",
@@ -216,7 +218,7 @@ class Evaluation:
             group="model",
             interval=("lower", "upper"),
             title=title or label,
-            labels={"set": "set of queries", "value": score},
+            labels={"set": "set of queries", "value": shown},
         )
 
     def counts(self) -> dict[str, SetCount]:

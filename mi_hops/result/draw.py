@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mi_hops.result import plots
 from mi_hops.result.intervals import averaging_note, interval
+from mi_hops.result.names import readable, shared_tokens, spelled_out
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
 #: Units whose values cannot be negative, drawn on a white-to-blue scale.
 POSITIVE_UNITS = frozenset({"probability", "share", "rank"})
 
-#: Dimensions that make the axes of a heatmap.
-GRID = ("layer", "head", "kv_head", "position", "strength")
+#: Dimensions that make the axes of a heatmap, up and across.
+GRID = ("layer", "head", "kv_head", "sender", "receiver", "position", "strength")
+_HEAD = re.compile(r"L(\d+)H(\d+)(\.[qkv])?")
 
 
 def draw(
@@ -27,6 +30,8 @@ def draw(
     """What `Result.plot` returns."""
     name = variable if variable is not None else result.main
     array, ends, note = _averaged(result, name)
+    if "sender" in array.dims and "receiver" in array.dims:
+        array, ends = _heads_as_grid(array), None if ends is None else _heads_as_grid(ends)
     grid = [dim for dim in GRID if dim in array.dims]
     axes = [*grid, *(str(dim) for dim in array.dims if dim not in grid)]
     if kind is None:
@@ -41,8 +46,9 @@ def draw(
             "or average some, or choose another kind"
         )
     unit = result[name].attrs.get("units")
-    title = result.title or name
-    label = f"{name} ({unit})" if unit else name
+    title = spelled_out(result.title or name)
+    shown = readable(name)
+    label = f"{shown} ({unit})" if unit and unit not in shown else shown
     options: dict[str, Any] = {"title": f"{title} ({note})" if note else title}
     if kind == "heatmap":
         smallest = array.min().item() if array.notnull().any() else 0.0
@@ -56,6 +62,7 @@ def draw(
     columns = columns.assign_coords({dim: array[dim] for dim in axes})
     if kind == "bars":
         columns = columns.assign_coords({dim: plots.axis_labels(array, dim) for dim in axes})
+    columns = columns.drop_vars("token", errors="ignore")
     options |= {"x": axes[0], "y": "estimate", "group": axes[1] if len(axes) > 1 else None}
     options |= {"labels": {"estimate": label}, "references": _scalar_baselines(result, unit)}
     if ends is not None:
@@ -75,8 +82,29 @@ def _averaged(result: Result, name: str) -> tuple[xr.DataArray, xr.Dataset | Non
         named = "example" in array.coords
         return array, None, f"example {array['example'].item()}" if named else note
     found = interval(array, "example", 0.95, 1000, 0, "mean")
+    found = found.assign_coords(shared_tokens(array))
     over = averaging_note("mean", ["example"], array.notnull().sum("example").values)
     return found["estimate"], found, f"{over} of {note}" if note else over
+
+
+def _heads_as_grid(values: Any) -> Any:
+    """Paths from or to nothing but heads at one other end as a grid of layers and heads.
+
+    Args:
+        values: array or dataset on sender and receiver; of anything else it comes back as it is.
+    """
+    for many, one in (("sender", "receiver"), ("receiver", "sender")):
+        heads = [_HEAD.fullmatch(str(name)) for name in values[many].values]
+        if values.sizes[one] != 1 or not all(heads) or len({h[3] for h in heads if h}) != 1:
+            continue
+        places = [(int(h[1]), int(h[2])) for h in heads if h]
+        if len(places) < 2:
+            continue
+        named = values.isel({one: 0}).assign_coords(
+            layer=(many, [layer for layer, _ in places]), head=(many, [head for _, head in places])
+        )
+        return named.drop_vars(many).set_index({many: ["layer", "head"]}).unstack(many)
+    return values
 
 
 def _scalar_baselines(result: Result, unit: str | None) -> dict[str, float]:

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mi_hops.result.names import readable
+
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
     import xarray as xr
 
-FONT = "Helvetica, Arial, sans-serif"
 MAX_TICKS = 40
+
+#: Lines that can be seen on a light and on a dark background.
+GREY = "#808080"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class Colours:
             return "blue: positive, red: negative"
         return f"blue: above {self.midpoint:g}, red: below"
 
+    def lines(self) -> list[str]:
+        """Label and meaning, in lines that fit above a colour bar."""
+        return [*wrap(self.label, 18), *(part.strip() for part in self.meaning.split(","))]
+
 
 def head_label(layer: object, head: object) -> str:
     """``3, 11 -> "L3H11"``."""
@@ -55,15 +63,22 @@ def head_label(layer: object, head: object) -> str:
 
 
 def as_text(value: Any) -> str:
-    """Label of a coordinate value: short for floats, plain otherwise."""
+    """Label of a coordinate value: short for floats, the readable name of a code name."""
     if isinstance(value, float | np.floating):
-        return f"{value:g}"
-    return str(value)
+        return as_number(value, 6)
+    return readable(value)
 
 
-def as_number(value: Any) -> str:
-    """A number with six significant digits; anything else as it is."""
-    return f"{value:.6g}" if isinstance(value, float | np.floating) else str(value)
+def as_number(value: Any, digits: int = 6) -> str:
+    """A number with so many significant digits, without a sign at zero; anything else as it is."""
+    if not isinstance(value, float | np.floating):
+        return str(value)
+    return f"{value + 0.0:.{digits}g}"  # -0.0 + 0.0 is 0.0
+
+
+def markup(text: str) -> str:
+    """A text for plotly, which reads some HTML: ``"<s>"`` would be dropped as a tag."""
+    return escape(text, quote=False)
 
 
 def hover_text(
@@ -84,9 +99,10 @@ def hover_text(
         head = cell["head"].item() if "head" in cell.coords else (i if y == "head" else j)
         where = [head_label(layer, head)]
     else:
-        where = [f"{x}: {x_ticks[j]}", f"{y}: {y_ticks[i]}"]
+        where = [f"{readable(x)}: {x_ticks[j]}", f"{readable(y)}: {y_ticks[i]}"]
     value = f"<b>{as_number(panel.values[i, j])}</b>"
-    return "<br>".join([*where, value, *(f"{k}: {as_number(v[i, j])}" for k, v in pieces.items())])
+    more = (f"{k}: {as_number(v[i, j])}" for k, v in pieces.items())
+    return "<br>".join([*map(markup, where), value, *map(markup, more)])
 
 
 def colour_scale(values: np.ndarray, colours: Colours) -> dict[str, Any]:
@@ -134,7 +150,7 @@ def tick_settings(
     return {
         "tickmode": "array",
         "tickvals": shown,
-        "ticktext": [labels[index] for index in shown],
+        "ticktext": [markup(labels[index]) for index in shown],
         "tickangle": -40 if slant and long else 0,
         "automargin": True,
     }
@@ -192,7 +208,7 @@ def interval_words(part: pd.DataFrame, interval: tuple[str, str] | None) -> list
     for _, row in part.iterrows():
         text = ""
         if interval is not None and np.isfinite(ends := [row[end] for end in interval]).all():
-            text += f" [{ends[0]:.6g}, {ends[1]:.6g}]"
+            text += f" [{as_number(float(ends[0]))}, {as_number(float(ends[1]))}]"
         if "n" in part.columns:
             text += f"<br>n: {row['n']:g}"
         words.append(text)
@@ -204,10 +220,10 @@ def add_references(figure: go.Figure, references: Mapping[str, float] | None) ->
     for name, value in (references or {}).items():
         figure.add_hline(
             y=float(value),
-            line={"color": "#666666", "width": 1.4, "dash": "dot"},
+            line={"color": GREY, "width": 1.4, "dash": "dot"},
             annotation={
-                "text": f"{escape(name, quote=False)} {value:.3g}",
-                "font": {"size": 11, "color": "#444444"},
+                "text": f"{markup(readable(name))} {as_number(float(value), 3)}",
+                "font": {"size": 11},
             },
             annotation_position="top right",
         )
@@ -219,15 +235,19 @@ def see_through(colour: str, opacity: float) -> str:
     return f"rgba({red}, {green}, {blue}, {opacity})"
 
 
-def apply_style(figure: go.Figure, title: str, height: int, *, legend: str | None = None) -> None:
-    """Fonts, margins and a title of several lines if need be, on this figure alone."""
-    broken = [piece for line in title.split("\n") for piece in (wrap(line, 88) or [""])]
+def apply_style(
+    figure: go.Figure, title: str, layout: Mapping[str, Any], *, legend: str | None = None
+) -> None:
+    """A title of several lines if need be, margins, and last what the caller asks of the layout.
+
+    Colours of ink and background are the template's, by default that of `plotly.io.templates`.
+    """
+    letters = max(20, int(layout["width"] / 8.6)) if layout.get("width") else 88
+    broken = [piece for line in title.split("\n") for piece in (wrap(line, letters) or [""])]
+    height = layout.get("height") or 450
     figure.update_layout(
-        template="plotly_white",
-        height=height,
-        font={"family": FONT, "size": 13, "color": "#222222"},
         title={
-            "text": "<br>".join(escape(line, quote=False) for line in broken),
+            "text": "<br>".join(map(markup, broken)),
             "font": {"size": 16},
             "x": 0.01,
             "xanchor": "left",
@@ -235,6 +255,7 @@ def apply_style(figure: go.Figure, title: str, height: int, *, legend: str | Non
             "yanchor": "top",
         },
         margin={"l": 64, "r": 24, "t": 44 + 20 * len(broken), "b": 56},
-        hoverlabel={"font": {"family": FONT, "size": 12}, "align": "left"},
-        legend={"title": {"text": legend}, "font": {"size": 12}},
+        hoverlabel={"align": "left"},
+        legend={"title": {"text": legend and markup(readable(legend))}, "font": {"size": 12}},
     )
+    figure.update_layout(layout)

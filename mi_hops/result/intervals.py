@@ -43,6 +43,7 @@ def as_mask(groups: Any, size: int) -> np.ndarray:
 
 def averaging_note(statistic: str, dims: Sequence[str], counts: np.ndarray) -> str:
     """``mean over n=12 examples``, ``mean over n=3 to 5 (layer x head)``."""
+    counts = counts[counts > 0]  # cells without a value have no n
     low, high = (int(counts.min()), int(counts.max())) if counts.size else (0, 0)
     what = f"{dims[0]}{'' if high == 1 else 's'}" if len(dims) == 1 else f"({' x '.join(dims)})"
     return f"{statistic} over n={low if low == high else f'{low} to {high}'} {what}"

@@ -1,20 +1,21 @@
 """Plotly figures from labelled arrays and data frames.
 
 Every function returns a `plotly.graph_objects.Figure`: nothing is shown, no global template is
-changed, and plotly is imported on the first call only. The conventions:
+changed, and plotly is imported on the first call only. Ink and background are those of the template
+(`plotly.io.templates.default`, or ``template="plotly_dark"`` in a call). The conventions:
 
 - effects are drawn in red-white-blue around a midpoint (0 by default) with symmetric limits, positive
   **blue**; the colour bar says so. Positive-only values (probabilities, ranks) go from white to blue;
 - cells without a value (NaN) are grey, which no colour scale here contains;
 - tokens are labelled with their position (``" of 3"``), so that equal tokens stay apart; heads are
-  ``L{layer}H{head}``; layers run upward from 0;
+  ``L{layer}H{head}``; layers run upward from 0; code names are spelled out (``attn_out``: "attention
+  output");
 - intervals are bands around lines and error bars on bars, and are in the hover text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -33,49 +34,54 @@ from mi_hops.result.figure_parts import (
     head_label,
     hover_text,
     interval_words,
+    markup,
     see_through,
     tick_settings,
 )
+from mi_hops.result.names import readable
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
     import xarray as xr
 
-#: Colours that stay apart for colour-blind readers (Okabe and Ito), darkest contrast first.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+#: Colours that stay apart for colour-blind readers (Okabe and Ito), highest contrast first; the
+#: last is grey, since black vanishes on a dark background.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#808080")
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _MARKERS = ("circle", "square", "diamond", "triangle-up")
-_MISSING = "#d9d9d9"
+_MISSING = "rgba(128, 128, 128, 0.35)"
 
 
 def token_label(token: str, position: object) -> str:
-    """``" of"``, 3 -> ``" of 3"``: visible, unique in a prompt, safe in plotly's markup.
+    """``" of"``, 3 -> ``" of 3"``: visible, and unique in a prompt.
 
-    Line breaks and tabs are written as escapes and an empty or blank token as ``␣``, and ``<s>`` is
-    escaped, which plotly would otherwise take for a tag and drop.
+    Line breaks and tabs are written as escapes and an empty or blank token as ``␣``.
     """
     shown = token.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-    return f"{escape(shown, quote=False) if shown.strip() else '␣'} {position}"
+    return f"{shown if shown.strip() else '␣'} {position}"
 
 
 def axis_labels(array: xr.DataArray, dim: str) -> list[str]:
     """One tick label for each index of `dim`.
 
-    A coordinate ``token`` along the axis is shown with the position; heads become ``H{h}``, or
-    ``L{l}H{h}`` where the array belongs to one layer; other labels are shown as they are. Labels that
-    repeat get their index.
+    A coordinate ``token`` along the axis is shown with the position ("": the position alone); heads
+    become ``H{h}``, or ``L{l}H{h}`` where the array belongs to one layer; code names are spelled out,
+    other labels are shown as they are. Labels that repeat get their index.
     """
     values = array[dim].values if dim in array.coords else np.arange(array.sizes[dim])
     if "token" in array.coords and array["token"].dims == (dim,):
-        tokens = [str(token) for token in array["token"].values]
+        tokens = array["token"].values.tolist()
         places = values if np.issubdtype(values.dtype, np.number) else np.arange(len(tokens))
-        return [token_label(token, place) for token, place in zip(tokens, places, strict=True)]
+        return [
+            token_label(str(token), place) if token != "" else str(place)
+            for token, place in zip(tokens, places, strict=True)
+        ]
     if dim == "head" and np.issubdtype(values.dtype, np.integer):
         if "layer" in array.coords and array["layer"].ndim == 0:
             return [head_label(array["layer"].item(), head) for head in values]
         return [f"H{head}" for head in values]
-    labels = [as_text(value) for value in values]
+    labels = [str(value) if dim == "example" else as_text(value) for value in values]
     if len(set(labels)) < len(labels):
         labels = [f"{label} {index}" for index, label in enumerate(labels)]
     return labels
@@ -92,7 +98,7 @@ def heatmap(
     hover: Mapping[str, xr.DataArray] | None = None,
     labels: Mapping[str, str] | None = None,
     y_upward: bool = True,
-    height: int | None = None,
+    **layout: Any,
 ) -> go.Figure:
     """Heatmap of a two-dimensional array, or of a three-dimensional one with a panel per `facet`.
 
@@ -102,9 +108,10 @@ def heatmap(
         title: Title of the figure; long ones are broken into lines.
         colours: What the colours mean, and the ends of their scale.
         hover: Further arrays for the hover text, by name; each broadcasts to `array`.
-        labels: Dimension -> title of its axis; the dimension's name by default.
+        labels: Dimension -> title of its axis; the dimension's readable name by default.
         y_upward: Index 0 at the bottom (False: at the top).
-        height: Pixels; by default it grows with the number of rows.
+        layout: For `update_layout`: ``width`` and ``height`` in pixels (the height grows with the
+            number of rows by default), ``template``, anything else.
 
     Raises:
         ValueError: The array has other dimensions than those named, is not numeric, or the colour
@@ -124,14 +131,15 @@ def heatmap(
         raise ValueError(f"a heatmap needs numbers, the array holds {array.dtype}")
     array = array.transpose(*named)
     panels = [array] if facet is None else [array.isel({facet: i}) for i in range(len(array))]
-    titles = None if facet is None else [escape(label) for label in axis_labels(array, facet)]
+    titles = None if facet is None else [markup(label) for label in axis_labels(array, facet)]
     columns = min(len(panels), 4) or 1
     rows = max(1, ceil(len(panels) / columns))
     x_ticks, y_ticks = axis_labels(array, x), axis_labels(array, y)
-    x_axis = tick_settings(x_ticks, MAX_TICKS // columns, room=90 // columns)
+    x_axis = tick_settings(x_ticks, MAX_TICKS // columns, room=72 // columns)
     longest = max((len(label) for label in x_ticks), default=0)
     under = 60 + (min(180, 5 * longest) if x_axis["tickangle"] else 0)  # pixels under each panel
-    height = height or min(1600, rows * (max(230, 24 * len(y_ticks)) + under) + 90)
+    grown = min(1600, rows * (max(230, 24 * len(y_ticks)) + under) + 90)
+    height = layout.get("height") or grown
     figure = make_subplots(
         rows=rows,
         cols=columns,
@@ -156,7 +164,7 @@ def heatmap(
         ]
         figure.add_trace(
             go.Heatmap(
-                z=panel.values.astype(float),
+                z=panel.values.astype(float) + 0.0,  # no -0
                 x=list(range(len(x_ticks))),
                 y=list(range(len(y_ticks))),
                 customdata=words,
@@ -179,13 +187,20 @@ def heatmap(
         figure.update_yaxes(autorange="reversed")
     for column in range(1, columns + 1):
         lowest = rows if (rows - 1) * columns + column <= len(panels) else rows - 1
-        figure.update_xaxes(title_text=labels.get(x, x), title_standoff=8, row=lowest, col=column)
-    figure.update_yaxes(title_text=labels.get(y, y), col=1)
+        figure.update_xaxes(
+            title_text=labels.get(x, readable(x)), title_standoff=8, row=lowest, col=column
+        )
+    figure.update_yaxes(title_text=labels.get(y, readable(y)), col=1)
     figure.update_layout(
         coloraxis={
             **colour_scale(array.values, colours),
             "colorbar": {
-                "title": {"text": f"{colours.label}<br>({colours.meaning})", "side": "right"},
+                # Above the bar and in short lines: beside it, it would run into the ticks.
+                "title": {
+                    "text": "<br>".join(map(markup, colours.lines())) + "<br> ",
+                    "side": "top",
+                    "font": {"size": 12},
+                },
                 "thickness": 16,
                 "lenmode": "pixels",
                 "len": min(320, max(160, height - under - 70)),
@@ -195,8 +210,8 @@ def heatmap(
             },
         },
     )
-    apply_style(figure, title, height)
     figure.update_layout(plot_bgcolor=_MISSING)
+    apply_style(figure, title, {**layout, "height": height})
     return figure
 
 
@@ -211,7 +226,7 @@ def lines(
     labels: Mapping[str, str] | None = None,
     references: Mapping[str, float] | None = None,
     y_range: tuple[float, float] | None = None,
-    height: int = 420,
+    **layout: Any,
 ) -> go.Figure:
     """Lines over a numeric axis, one for each value of `group`, with interval bands.
 
@@ -223,6 +238,7 @@ def lines(
         labels: Column -> title of its axis; the column's name by default.
         references: Values drawn as dotted horizontal lines with their names (baselines).
         y_range: Ends of the y axis.
+        layout: For `update_layout`: ``width`` and ``height`` in pixels, ``template``, anything else.
 
     Raises:
         ValueError: A column is missing, `x` is not numeric, or a line has two
@@ -230,7 +246,7 @@ def lines(
     """
     import plotly.graph_objects as go
 
-    x_title, y_title = ((labels or {}).get(column, column) for column in (x, y))
+    x_title, y_title = ((labels or {}).get(column, readable(column)) for column in (x, y))
     frame = as_frame(data, x, y, group, *(interval or ()))
     if len(frame) and frame[x].dtype.kind not in "iuf":
         raise ValueError(f"lines need numbers on the x axis, column {x!r} is not; use bars")
@@ -256,8 +272,8 @@ def lines(
         figure.add_trace(
             go.Scatter(
                 x=part[x].to_numpy(),
-                y=part[y].to_numpy(float),
-                name=escape(name, quote=False),
+                y=part[y].to_numpy(float) + 0.0,
+                name=markup(name),
                 mode="lines+markers",
                 line={
                     "color": colour,
@@ -275,8 +291,8 @@ def lines(
     figure.update_xaxes(title_text=x_title)
     if len(frame) and frame[x].dtype.kind in "iu" and np.ptp(frame[x].to_numpy()) <= MAX_TICKS // 2:
         figure.update_xaxes(dtick=1)
-    figure.update_yaxes(title_text=y_title, range=y_range)
-    apply_style(figure, title, height, legend=group)
+    figure.update_yaxes(title_text=y_title, range=y_range, exponentformat="power")
+    apply_style(figure, title, {"height": 420, **layout}, legend=group)
     return figure
 
 
@@ -291,7 +307,7 @@ def bars(
     labels: Mapping[str, str] | None = None,
     references: Mapping[str, float] | None = None,
     y_range: tuple[float, float] | None = None,
-    height: int = 420,
+    **layout: Any,
 ) -> go.Figure:
     """Bars for categories, side by side for each value of `group`, with interval error bars.
 
@@ -300,13 +316,13 @@ def bars(
     """
     import plotly.graph_objects as go
 
-    x_title, y_title = ((labels or {}).get(column, column) for column in (x, y))
+    x_title, y_title = ((labels or {}).get(column, readable(column)) for column in (x, y))
     frame = as_frame(data, x, y, group, *(interval or ()))
     categories = [as_text(value) for value in dict.fromkeys(frame[x])]
     place = {category: index for index, category in enumerate(categories)}
     figure = go.Figure()
     for index, (name, part) in enumerate(by_group(frame, group, x)):
-        height_of = part[y].to_numpy(float)
+        height_of = part[y].to_numpy(float) + 0.0
         error = None
         if interval is not None:
             up = np.clip(part[interval[1]].to_numpy(float) - height_of, 0, None)
@@ -319,29 +335,26 @@ def bars(
                 "arrayminus": np.where(known, down, 0.0),
                 "thickness": 1.4,
                 "width": 4,
-                "color": "#333333",
             }
         figure.add_trace(
             go.Bar(
                 x=[place[as_text(value)] for value in part[x]],
                 y=height_of,
-                name=escape(name, quote=False),
+                name=markup(name),
                 marker={"color": COLOURS[index % len(COLOURS)]},
                 error_y=error,
                 showlegend=group is not None,
-                text=[escape(as_text(value), quote=False) for value in part[x]],
+                text=[markup(as_text(value)) for value in part[x]],
                 textposition="none",
                 customdata=interval_words(part, interval),
                 hovertemplate=f"{x_title}: %{{text}}<br>{y_title}: %{{y:.6~g}}%{{customdata}}",
             )
         )
     add_references(figure, references)
-    figure.update_xaxes(
-        title_text=x_title, **tick_settings([escape(c, quote=False) for c in categories])
-    )
-    figure.update_yaxes(title_text=y_title, range=y_range)
+    figure.update_xaxes(title_text=x_title, **tick_settings(categories))
+    figure.update_yaxes(title_text=y_title, range=y_range, exponentformat="power")
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.06)
-    apply_style(figure, title, height, legend=group)
+    apply_style(figure, title, {"height": 420, **layout}, legend=group)
     return figure
 
 

@@ -32,6 +32,7 @@ from mi_hops.result import intervals, netcdf
 from mi_hops.result.checks import as_labels, check_finite
 from mi_hops.result.difference import difference, subtract
 from mi_hops.result.display import shorten
+from mi_hops.result.names import shared_tokens
 from mi_hops.result.statistics import (
     Statistic,
     bootstrap_ci,
@@ -495,4 +496,5 @@ class Result:
             for name, coord in self.data.coords.items()
             if not set(dims) & set(coord.dims)
         }
+        coords.update(shared_tokens(self.data) if dims == ["example"] else {})
         return self._with(xr.Dataset(reduced, coords=coords), used=self.n_used)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from html import unescape
+
 import numpy as np
 import pytest
 import torch
@@ -218,14 +220,14 @@ def test_given_vectors_are_read_like_activations(tiny):
 def test_a_map_shows_the_top_token_in_each_cell(tiny, tmp_path):
     result = token_map(tiny, TEXT, top_k=2)
     figure = plot_map(result)
-    assert figure.data[0].text[-1][-1] == result["top_tokens"].values[0, -1, -1, 0]
+    assert unescape(figure.data[0].text[-1][-1]) == result["top_tokens"].values[0, -1, -1, 0]
     best = output(tiny, TEXT)[-1].argmax().item()
     assert result["top_tokens"].values[0, -1, -1, 0] == tiny.tokenizer.decode([best])
     again = Result.load(result.save(tmp_path / "map.nc"))
     assert (again["top_tokens"].values == result["top_tokens"].values).all()
     heads = token_map(tiny, TEXT, kind="result", top_k=1)
     one = plot_map(heads.sel(head=2))
-    assert one.data[0].text[1][3] == heads["top_tokens"].values[0, 1, 3, 2, 0]
+    assert unescape(one.data[0].text[1][3]) == heads["top_tokens"].values[0, 1, 3, 2, 0]
     for wrong, message in (
         (logit_lens(tiny, TEXT, positions="each"), "token_map"),
         (logit_lens(tiny, TEXTS, readout=Readout(top_k=1)), "select an example"),

@@ -6,6 +6,7 @@ import pytest
 
 from mi_hops import Pairs, attribute_edges
 from mi_hops.patching import Circuit, all_edges, circuit_figure, extract
+from mi_hops.result.plots import COLOURS
 
 WAY = {
     ("embed", "L0H1.k"),
@@ -27,7 +28,8 @@ def lines_of(figure):
 
 
 def test_edges_join_their_components_in_rows_by_layer(load_tiny):
-    figure = circuit_figure(load_tiny("gpt2"), Circuit(frozenset(WAY)), title="A way")
+    figure = circuit_figure(load_tiny("gpt2"), Circuit(frozenset(WAY)), title="A way", width=500)
+    assert figure.layout.width == 500
     nodes = nodes_of(figure)
     assert set(nodes) == {"embed", "L0H1", "L1H0", "L1H1", "L1H2", "MLP1", "logits"}
     assert len(set(nodes.values())) == len(nodes)  # none on top of another
@@ -72,7 +74,7 @@ def test_scores_give_width_and_colour_and_choose_what_is_drawn(tiny):
     assert max(widths) == 6.0 and min(widths) >= 1.0
     assert "the 8 largest of 30 edges" in figure.layout.title.text
     for trace in lines_of(figure):
-        assert trace.line.color in ("#2166ac", "#b2182b")
+        assert trace.line.color in COLOURS[:2]
 
 
 def test_bad_input(load_tiny):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -134,7 +135,8 @@ def test_facets_share_one_scale_and_keep_their_order():
         coords={"component": ["resid", "attn", "mlp", "q", "k"]},
     )
     figure = plots.heatmap(array, x="position", y="layer", facet="component", title="t")
-    assert [note.text for note in figure.layout.annotations] == ["resid", "attn", "mlp", "q", "k"]
+    notes = [note.text for note in figure.layout.annotations]
+    assert notes == ["residual stream", "attn", "mlp", "q", "k"]
     assert {trace.coloraxis for trace in figure.data} == {"coloraxis"}
     for index, trace in enumerate(figure.data):
         np.testing.assert_array_equal(trace.z, array.values[index])
@@ -223,8 +225,112 @@ def test_frames_that_cannot_be_drawn_are_refused(draw, curve):
 def test_long_titles_are_broken(grid):
     figure = plots.heatmap(grid, x="position", y="layer", title="word " * 40)
     assert figure.layout.title.text.count("<br>") == 2
+    narrow = plots.heatmap(grid, x="position", y="layer", title="word " * 40, width=430)
+    assert max(map(len, narrow.layout.title.text.split("<br>"))) <= 50
     short = plots.heatmap(grid, x="position", y="layer", title="word")
     assert figure.layout.margin.t > short.layout.margin.t
+
+
+def test_layout_is_the_callers(grid, curve):
+    drawn = [
+        plots.heatmap(grid, x="position", y="layer", title="t", width=500, template="plotly_dark"),
+        plots.lines(curve[:3], x="layer", y="value", title="t", width=500, template="plotly_dark"),
+        plots.bars(curve[:3], x="layer", y="value", title="t", width=500, template="plotly_dark"),
+    ]
+    for figure in drawn:
+        assert figure.layout.width == 500
+        assert figure.layout.template.layout.font.color == "#f2f5fa"
+    assert plots.lines(curve[:3], x="layer", y="value", title="t", height=200).layout.height == 200
+    assert plots.lines(curve[:3], x="layer", y="value", title="t").layout.height == 420
+
+
+def inks(figure):
+    """Colours of text and lines that the figure sets by itself, not by its template."""
+    layout = figure.to_plotly_json()["layout"]
+    layout.pop("template")
+    fonts = [layout.get("font", {}), layout["title"].get("font", {})]
+    fonts += [note.get("font", {}) for note in layout.get("annotations", ())]
+    return [font["color"] for font in fonts if "color" in font]
+
+
+def test_ink_is_the_templates(grid, curve):
+    import plotly.io as pio
+
+    before = pio.templates.default
+    try:
+        pio.templates.default = "plotly_dark"
+        drawn = [
+            plots.heatmap(grid, x="position", y="layer", title="t"),
+            plots.lines(curve[:3], x="layer", y="value", title="t", references={"clean": 0.2}),
+            plots.bars(curve[:3], x="layer", y="value", interval=("lower", "upper"), title="t"),
+        ]
+    finally:
+        pio.templates.default = before
+    for figure in drawn:
+        assert figure.layout.template.layout.paper_bgcolor == "rgb(17,17,17)"
+        assert figure.layout.paper_bgcolor is None
+        assert inks(figure) == []
+    assert drawn[2].data[0].error_y.color is None  # the template has one
+    assert "#000000" not in plots.COLOURS
+
+
+def test_tokens_are_escaped_once_wherever_they_stand(grid):
+    lines = xr.concat([grid, grid], dim="layer").assign_coords(layer=[0, 1, 2, 3])
+    panels = plots.heatmap(
+        lines.expand_dims(head=[0, 1]), x="head", y="layer", facet="position", title="t"
+    )
+    assert panels.layout.annotations[0].text == "&lt;s&gt; 0"
+    frame = pd.DataFrame({"token": ["<s> 0"], "value": [1.0]})
+    bars = plots.bars(frame, x="token", y="value", title="t")
+    assert bars.layout.xaxis.ticktext == ("&lt;s&gt; 0",)
+    assert bars.data[0].text == ("&lt;s&gt; 0",)
+    known = grid.assign_coords(position=[4, 5, 6], token=("position", ["<s>", "", " b"]))
+    assert plots.axis_labels(known, "position") == ["<s> 4", "5", " b 6"]
+
+
+def test_zero_has_no_sign(grid):
+    array = xr.full_like(grid, -0.0)
+    figure = plots.heatmap(array, x="position", y="layer", title="t")
+    assert not np.signbit(figure.data[0].z).any()
+    assert "<b>0</b>" in figure.data[0].customdata[0][0]
+    frame = pd.DataFrame({"x": [0, 1], "y": [-0.0, 1.0], "low": [-0.0, 0.5], "high": [0.2, 1.5]})
+    for draw in (plots.lines, plots.bars):
+        drawn = draw(
+            frame, x="x", y="y", interval=("low", "high"), title="t", references={"a": -0.0}
+        )
+        points = next(t for t in drawn.data if t.customdata is not None)
+        assert not np.signbit(np.asarray(points.y)).any()
+        assert points.customdata[0] == " [0, 0.2]"
+        assert drawn.layout.annotations[0].text == "a 0"
+    assert plots.axis_labels(xr.DataArray([1.0], dims="s", coords={"s": [-0.0]}), "s") == ["0"]
+
+
+def test_names_are_spelled_out(grid):
+    array = grid.rename(position="kv_head").drop_vars("token")
+    figure = plots.heatmap(array, x="kv_head", y="layer", title="t")
+    assert figure.layout.xaxis.title.text == "key/value head"
+    frame = pd.DataFrame({"set": ["other_order", "Other_Order"], "p": [1.0, 0.5]})
+    drawn = plots.bars(frame, x="set", y="p", title="t")
+    assert drawn.layout.xaxis.ticktext == ("other order", "Other_Order")
+
+
+def test_the_colour_bars_title_stands_above_its_ticks(grid):
+    label = "change of the logit difference (logits)"
+    figure = plots.heatmap(grid, x="position", y="layer", title="t", colours=Colours(label))
+    title = figure.layout.coloraxis.colorbar.title
+    assert title.side == "top"
+    assert all(len(line) <= 18 for line in title.text.split("<br>"))
+
+
+@pytest.mark.browser
+def test_figures_become_pictures(grid, tmp_path):
+    pytest.importorskip("kaleido")
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+    figure = plots.heatmap(grid, x="position", y="layer", title="t", width=300, height=200)
+    for name, begin in (("a.png", b"\x89PNG"), ("a.svg", b"<svg")):
+        figure.write_image(tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(begin)
 
 
 def test_html_leaves_plotlyjs_to_the_page(grid):

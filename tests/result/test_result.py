@@ -457,6 +457,42 @@ def test_a_third_dimension_makes_panels_and_a_fourth_is_refused():
         result.mean(list(dims)).plot()
 
 
+def test_tokens_that_a_batch_shares_stay_on_the_axis():
+    tokens = np.array([["<s>", " a", " b", " is"], ["<s>", " a", " c", " is"]], dtype=object)
+    result = Result.from_arrays(
+        {"v": (("example", "layer", "position"), np.zeros((2, 3, 4)))},
+        coords={"position": range(4), "token": (("example", "position"), tokens)},
+        provenance={},
+    )
+    expected = ("&lt;s&gt; 0", " a 1", "2", " is 3")
+    assert result.plot().layout.xaxis.ticktext == expected
+    assert result.mean().plot().layout.xaxis.ticktext == expected
+    assert result.median()["token"].values.tolist() == ["<s>", " a", "", " is"]
+    other = result.assign(coords={"token": (("example", "position"), [list("abcd"), list("aefg")])})
+    assert other.plot().layout.xaxis.ticktext == ("0", "1", "2", "3")
+    roles = result.assign(coords={"position": ["first hop", "b", "c", "last"]})
+    assert roles.plot().layout.xaxis.ticktext == ("first hop", "b", "c", "last")
+
+
+def test_paths_are_drawn_as_senders_by_receivers():
+    heads = [f"L{layer}H{head}" for layer in range(2) for head in range(3)]
+    values = np.arange(36.0).reshape(2, 6, 3)
+    coords = {"sender": heads, "receiver": ["L1H0.q", "MLP1", "logits"]}
+    both = Result.from_arrays(
+        {"effect": (("example", "sender", "receiver"), values)}, coords=coords, provenance={}
+    )
+    figure = both.plot()
+    np.testing.assert_allclose(figure.data[0].z, values.mean(0))
+    assert figure.layout.yaxis.ticktext == tuple(heads)
+    assert (figure.layout.xaxis.title.text, figure.layout.yaxis.title.text) == (
+        "receiver",
+        "sender",
+    )
+    grid = both.sel(receiver=["logits"]).plot()  # heads alone: where they are in the model
+    np.testing.assert_allclose(grid.data[0].z, values.mean(0)[:, 2].reshape(2, 3))
+    assert grid.data[0].customdata[1][2].startswith("L1H2<br>")
+
+
 class TestSubtraction:
     def test_numbers_are_aligned_by_label_and_keep_unit_and_provenance(self):
         left = make()
