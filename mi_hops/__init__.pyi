@@ -77,6 +77,7 @@ from .result import Result as Result
 from .study import Sizes as Sizes
 from .study import Study as Study
 from .study import StudySettings as StudySettings
+from .study import compare_studies as compare_studies
 from .study import run_study as run_study
 from .study import write_report as write_report
 from .sweep import FullLogits as FullLogits

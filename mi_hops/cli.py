@@ -197,6 +197,30 @@ def study(
         _told(report, done.summary, as_json=as_json, quiet=quiet)
 
 
+@app.command()
+def compare(
+    context: typer.Context,
+    first: Annotated[Path, typer.Argument(help="Folder of a finished study.")],
+    second: Annotated[Path, typer.Argument(help="Folder of another.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
+    names: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="FIRST SECOND", help="Their names; by default model or folder."),
+    ] = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show two studies side by side on one page: models, versions, or before and after an edit."""
+    with _friendly(context, debug=debug, stopped="Nothing was written."):
+        if out.exists() and not force:
+            raise FileExistsError(f"{out} exists; name another file with --out, or use --force")
+        from mi_hops.study import compare_studies
+
+        page = compare_studies(first, second, out, names=names, overwrite=force)
+        typer.echo(str(page) if quiet else f"Comparison: {page}")
+
+
 @app.command(name="train-world")
 def train_world(
     context: typer.Context,

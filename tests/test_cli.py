@@ -371,6 +371,27 @@ def test_a_finished_study_is_reopened_without_torch_until_something_changes(tmp_
     assert (out / "report.html").read_text() != "changed"
 
 
+def test_compare_hands_on_both_folders_and_their_names(monkeypatch, tmp_path):
+    seen = []
+
+    def compare_studies(first, second, path, *, names, overwrite):
+        seen.append((first, second, path, names, overwrite))
+        return path
+
+    monkeypatch.setattr("mi_hops.study.compare_studies", compare_studies)
+    page = tmp_path / "page.html"
+    given = ["compare", "a", "b", "--out", str(page), "--names", "before", "after"]
+    done = runner.invoke(app, given)
+    assert done.exit_code == 0, done.output
+    assert seen == [(Path("a"), Path("b"), page, ("before", "after"), False)]
+    assert runner.invoke(app, [*given, "-q"]).stdout == f"{page}\n"
+    page.write_text("another page")
+    refused = runner.invoke(app, given)
+    assert refused.exit_code == 2 and "use --force" in refused.stderr
+    assert runner.invoke(app, [*given, "--force"]).exit_code == 0
+    assert seen[-1][-1] is True
+
+
 def test_piped_output_has_no_control_codes(calls):
     result = runner.invoke(app, ["study"])
     assert "\x1b" not in result.output and "\r" not in result.output

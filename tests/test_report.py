@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import re
 import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from mi_hops.study import Sizes, Study, StudySettings, run_study, write_report
-from mi_hops.study.numbers import figures, layers, number, percent
+from mi_hops.study import Sizes, Study, StudySettings, compare_studies, run_study, write_report
+from mi_hops.study.context import choosing
+from mi_hops.study.numbers import figures, layers, number, percent, points
+from mi_hops.study.report.opening import opening
 from mi_hops.study.summary import headlines
+from mi_hops.worlds import Hopland
 from tests.reasoning.tiny_facts import dictated, tiny_facts
 
 COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "edits": 4, "tuned": 3}
@@ -67,6 +73,12 @@ class Page(HTMLParser):
     def plots(self) -> dict[str, dict]:
         """Id -> the figure that the page's script draws there."""
         return {g["data-plot"]: json.loads(t) for g, t in self.scripts if "data-plot" in g}
+
+    @property
+    def library(self) -> str:
+        """plotly.js, unpacked."""
+        (packed,) = (text for given, text in self.scripts if given.get("id") == "library")
+        return gzip.decompress(base64.b64decode(packed)).decode()
 
     @property
     def text(self) -> str:
@@ -137,7 +149,7 @@ def test_every_figure_has_a_title_a_caption_with_n_and_plots(report, page):
         caption = re.search(r"<figcaption>(.*)</figcaption>", inside).group(1)
         assert re.search(r"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}\d+", caption), caption
         assert inside.count('class="plot"') == inside.count("data-plot=") >= 1
-    assert len(page.plots) == 3 + (4 + 2 + 4) + (4 + 2) + 3 + (3 + 1) + 2
+    assert len(page.plots) == 3 + (4 + 2 + 4) + (2 + 2) + 3 + (3 + 1) + 2
     assert set(page.plots) <= set(page.ids)
 
 
@@ -156,7 +168,8 @@ def test_the_numbers_are_those_of_the_summary(study, page):
     assert percent(next(iter(forms.values()))["gap"], n=False) in text
     assert number(study.summary["erasure"]["cells"][-1]["bridge_minus_control"], n=False) in text
     assert number(study.summary["locate"]["cells"]["resid_post"]["effect"], n=False) in text
-    assert study.summary["editing"]["choices"]["rule"] in text
+    for point in study.summary["editing"]["choices"]["rule"]:
+        assert point in text
     for sets in study.summary["editing"]["scores"].values():
         first = sets["correction"]["first_correct_after"]
         assert f"{first['value']:.1%}" in text
@@ -171,7 +184,9 @@ def test_the_plots_show_what_the_files_hold(study, page):
     erasure = study.result("erasure")
     expected = erasure.ci(variable="bridge").sel(variant="published", position="first hop")
     shown = next(
-        t for t in page.plots["plot-erasure-2-1"]["data"] if t.get("name") == "bridge erased"
+        t
+        for t in page.plots["plot-erasure-2-1"]["data"]
+        if t.get("name") == "bridge erased, published"
     )
     assert np.allclose(array(shown["y"]), expected["estimate"], rtol=1e-4)
 
@@ -187,6 +202,88 @@ def test_the_plots_show_what_the_files_hold(study, page):
     gap = next(iter(study.summary["gap"]["forms"].values()))["by_split"]
     bars = page.plots["plot-gap-3-1"]["data"][0]
     assert np.allclose(array(bars["y"]), [s["two_hop_of_known"]["value"] for s in gap.values()])
+
+
+def test_it_opens_with_model_world_and_questions(study, page):
+    shape = study.settings["shape"]
+    begin = page.text.split("What was found")[1].replace("\N{NO-BREAK SPACE}", " ")
+    assert f"{shape['layers']} layers of {shape['heads']} attention heads" in begin
+    gap = study.result("gap")
+    passed, failed = gap.passed[0], gap.failed[0]
+    for fact in (passed, failed):
+        assert f"{fact.prompt(gap.form)} …" in begin
+    assert begin.index(passed.prompt(gap.form)) < begin.index(failed.prompt(gap.form))
+    assert "made-up" not in begin
+
+
+def test_a_made_up_world_is_called_one(tmp_path):
+    world = Hopland()
+    facts = world.two_hop_facts("seen_parts")[:3]
+    settings = {"model": "m", "facts": {"file": None}, "steps": []}
+    gap = SimpleNamespace(facts=facts, frame=pd.DataFrame())
+    told = opening(SimpleNamespace(settings=settings), gap)
+    assert "a made-up world" in told.world and told.examples is None
+    gap.facts = [replace(facts[0], relation1="author")]
+    assert "made-up" not in opening(SimpleNamespace(settings=settings), gap).world
+
+
+def test_c_is_explained_where_it_first_stands(page):
+    first = page.text.index("C = I")
+    assert "C is the covariance of what the edited weights read" in page.text[first : first + 700]
+
+
+def test_differences_of_shares_are_percentage_points(study, page):
+    other = study.summary["injection"]["memories"]["permuted_bridge"]["bridge_minus_this"]
+    assert points(other) in page.text
+    given = {"value": -0.125, "low": -0.2, "high": -0.0, "n": 8}
+    assert points(given) == "−12.5 percentage points [−20.0, 0.0]"
+    assert points({**given, "value": None}) == "no case"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (0.1, 0.3, "carr"),
+        (-0.1, 0.3, "layer clearly carries"),
+        (None, None, "layer clearly carries"),
+    ],
+)
+def test_layers_are_located_only_against_the_others(study, low, high, says):
+    summary = json.loads(json.dumps(study.summary))
+    entry = summary["locate"]
+    entry["located_layers"] = [1]
+    entry["above_others"] = {"layers": [1], "value": 0.2, "low": low, "high": high, "n": 9}
+    (found,) = [line for step, line in headlines(summary) if step == "locate"]
+    assert found.text.startswith(says)
+    assert found.value == ("layer 1" if says == "carr" else "none clearly")
+    assert "+0.200" in found.text
+
+
+def test_the_located_layers_are_compared_on_the_other_half(study):
+    result = study.result("locate")
+    effect = result["effect"].sel(kind="attn_out", position="last").transpose("example", "layer")
+    above = study.summary["locate"]["above_others"]
+    if above is None:
+        pytest.skip("no layer, or every layer, is located on the choosing half")
+    half = choosing(result["example"].values)
+    inside = np.isin(result["layer"].values, above["layers"])
+    values = effect.values[~half]
+    expected = (values[:, inside].mean(1) - values[:, ~inside].mean(1)).mean()
+    assert above["value"] == pytest.approx(expected)
+    assert above["n"] == (~half).sum()
+
+
+def test_every_figure_has_a_text_and_no_theme_of_its_own(report, page):
+    text = report.read_text(encoding="utf-8")
+    labels = re.findall(r'class="plot" id="plot-[^"]*" role="img" aria-label="([^"]*)"', text)
+    assert len(labels) == len(page.plots)
+    for label in labels:
+        assert re.match(r".+\. (Bars|Lines|Heatmap) of .+", label), label
+        assert re.search(r"\d", label), label
+    for plot in page.plots.values():
+        assert "template" not in plot["layout"]
+        assert "color" not in plot["layout"].get("font", {})
+    assert "prefers-color-scheme: dark" in page.styles
 
 
 def test_cases_show_what_was_said_before_and_after(study, page):
@@ -247,9 +344,8 @@ def test_it_needs_no_network(report, page):
         assert text_link or link.startswith(("#", "data:")), (tag, name, link)
     assert not re.search(r"url\(|@import", page.styles)
     assert not {"iframe", "img", "object", "embed"} & set(page.tags)
-    libraries = [t for g, t in page.scripts if "Plotly" in t and len(t) > 1_000_000]
-    assert len(libraries) == 1
-    assert report.stat().st_size < len(libraries[0].encode()) + 1_000_000
+    assert "plotly.js" in page.library[:200] and "MIT" in page.library[:200]
+    assert report.stat().st_size < 2_000_000
 
 
 def test_the_same_study_gives_the_same_file(study, report, tmp_path):
@@ -275,6 +371,51 @@ def test_nothing_half_written(study, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "study"]
     with pytest.raises(FileNotFoundError, match="no folder"):
         write_report(study, tmp_path / "missing" / "report.html")
+
+
+# two studies
+
+
+@pytest.fixture(scope="module")
+def compared(study, ignorant, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared")
+    compare_studies(study, study.folder, folder / "same.html", names=["one", "other"])
+    compare_studies(study, ignorant, folder / "page.html", names=["knowing", "ignorant"])
+    return folder
+
+
+def test_a_comparison_shows_both_studies(study, compared):
+    page = Page((compared / "same.html").read_text(encoding="utf-8"))
+    assert [i for i in page.ids if i in SECTIONS] == list(SECTIONS)
+    text = page.text.replace("\N{NO-BREAK SPACE}", " ")
+    for name, value in study.headlines():
+        assert name in text and value.replace("\N{NO-BREAK SPACE}", " ") in text
+    assert "nothing" in text  # differs between a study and itself
+    for name, plot in page.plots.items():
+        groups = [t["name"] for t in plot["data"] if t.get("showlegend")]
+        assert groups == ["one", "other"], name
+        drawn = {t["name"]: array(t["y"]) for t in plot["data"] if t.get("showlegend")}
+        np.testing.assert_array_equal(drawn["one"], drawn["other"])
+
+
+def test_a_comparison_says_what_one_study_lacks(study, ignorant, compared):
+    text = (compared / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(text.encode()) < 2_000_000
+    assert study.settings["fingerprint"] in page.text
+    assert ignorant.settings["fingerprint"] in page.text
+    assert f"ignorant: The logit lens was left out: {ignorant.skipped('lens')}" in page.text
+    assert not re.search(r"\b(None|nan)\b", page.text)
+
+
+def test_a_comparison_refuses_what_it_cannot_compare(study, tmp_path):
+    with pytest.raises(ValueError, match="not finished.*resume"):
+        compare_studies(study, replace(study, summary={}), tmp_path / "a.html")
+    with pytest.raises(ValueError, match="two different names"):
+        compare_studies(study, study, tmp_path / "a.html", names=["x", "x"])
+    with pytest.raises(ValueError, match="does not end in '.html'"):
+        compare_studies(study, study, tmp_path / "a.pdf", names=["x", "y"])
+    assert not list(tmp_path.iterdir())
 
 
 # numbers in words
@@ -372,6 +513,24 @@ def test_a_browser_draws_every_plot_without_errors(chromium, report, page, tmp_p
         assert re.search(r'class="(trace |hm)', drawn), f"{name} is empty"
     needed, there = re.search(r'data-width="(\d+)/(\d+)"', dom).groups()
     assert int(needed) <= int(there), "the page is wider than the window"
+
+
+@pytest.mark.browser
+def test_a_browser_draws_a_comparison(chromium, compared, tmp_path):
+    path = compared / "page.html"
+    dom, console = browse(chromium, path, tmp_path / "profile", "--dump-dom")
+    assert console == []
+    for name in Page(path.read_text(encoding="utf-8")).plots:
+        assert 'class="main-svg"' in dom.split(f'id="{name}"')[1].split("data-plot=")[0]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("scheme", "ink"), [(0, "rgb(227, 231, 236)"), (1, "rgb(28, 33, 40)")])
+def test_figures_take_the_readers_theme(chromium, report, tmp_path, scheme, ink):
+    options = (f"--blink-settings=preferredColorScheme={scheme}", "--dump-dom")
+    dom, _ = browse(chromium, report, tmp_path / "profile", *options)
+    ticks = re.findall(r'class="xtick"><text[^>]*?fill: ([^;]*);', dom)
+    assert ticks and set(ticks) == {ink}
 
 
 @pytest.mark.browser

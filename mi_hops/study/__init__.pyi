@@ -1,5 +1,6 @@
 from .choose import choose_edit as choose_edit
 from .choose import layer_spans as layer_spans
+from .compare import compare_studies as compare_studies
 from .context import Sizes as Sizes
 from .context import StudySettings as StudySettings
 from .plan import StudyPlan as StudyPlan

@@ -14,13 +14,15 @@ STRENGTHS: dict[str, tuple[float, ...]] = {IDENTITY: (1.0,), ESTIMATED: (0.5, 0.
 MOST_STARTS = 6
 
 CHOICE_RULE = (
-    "Candidates: runs of layers that end at the last located one and start at any layer from one "
-    "before the first located one on, six starts at most, evenly spaced (located: replacing the "
-    "attention output at the last token has at least half of the largest mean effect; where no layer "
-    "is located, the middle third is used); the published "
-    "edit at full strength, the edit with estimated C at strengths 0.5, 0.7 and 1. Chosen, on the choosing half, by the largest sum of "
-    "the share of failures whose first answer token is corrected and of four times the share of "
-    "unrelated questions still answered correctly; of equals, the fewest layers."
+    "Located layers are those where replacing the attention output at the last token has at least half "
+    "of the largest mean effect. Where no layer is located, the middle third of the layers is used.",
+    "Candidates are runs of layers that end at the last located one and start at any layer from one "
+    "before the first located one on: six starts at most, evenly spaced.",
+    "The published edit is tried at full strength, the edit with estimated C at strengths 0.5, 0.7 "
+    "and 1.",
+    "Chosen, on the choosing half, is the candidate with the largest sum of the share of failures whose "
+    "first answer token is corrected and of four times the share of unrelated questions still answered "
+    "correctly; of equals, the one with the fewest layers.",
 )
 
 

@@ -87,6 +87,13 @@ def percent(given: Estimate, *, n: bool = True) -> str:
     return f"{text} {_spread(given, _hundredth, n)}".strip()
 
 
+def points(given: Estimate, unit: str = "percentage points", *, n: bool = False) -> str:
+    """A difference of shares: ``+12.5 percentage points [+3.1, +22.0]``."""
+    if given["value"] is None:
+        return "no case"
+    return " ".join(filter(None, (_point(given["value"]), unit, _spread(given, _point, n))))
+
+
 def number(given: Estimate, *, n: bool = True, signed: bool = True) -> str:
     """``-0.078 [-0.122, -0.034], n = 100``; large and small numbers with three digits."""
     if given["value"] is None:
@@ -130,6 +137,14 @@ def figures(value: float | None, *, signed: bool = False) -> str:
 
 def _hundredth(end: float) -> str:
     return f"{100 * end:.1f}".replace("-", _MINUS)
+
+
+def _point(value: float) -> str:
+    return (
+        f"{100 * value + 0.0:+.1f}".replace("-0.0", "0.0")
+        .replace("+0.0", "0.0")
+        .replace("-", _MINUS)
+    )
 
 
 def _spread(given: Estimate, show: Any, n: bool, none: str = "(no interval)") -> str:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from mi_hops.facts.unusable import count_reasons
 from mi_hops.result import plots
+from mi_hops.result.figure_parts import GREY
 from mi_hops.result.result import Result
 from mi_hops.study.numbers import Estimate, left_out
 
@@ -23,7 +24,8 @@ SHARE = "share of questions"
 #: The bar that is meant, and what it is compared with.
 STRONG, FAINT = "#0072B2", "#9aa3ad"
 
-_FONT = "system-ui, -apple-system, Segoe UI, Roboto, sans-serif"
+#: Boxes around cells: seen on white, on dark blue and on black.
+BOX = "#D55E00"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,15 @@ class Text:
     kind: ClassVar[str] = "text"
     text: str
     style: Literal["plain", "note"] = "plain"
+
+
+@dataclass(frozen=True)
+class List:
+    """A sentence and the points that follow from it."""
+
+    kind: ClassVar[str] = "list"
+    text: str
+    points: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Figure:
     width: int = 340
 
 
-Block = Text | Table | Figure
+Block = Text | List | Table | Figure
 
 
 def used(result: Result) -> str:
@@ -116,8 +127,6 @@ def panel(
         title=None,
         height=height,
         margin={"l": 52, "r": 12, "t": 34, "b": 46},
-        font={"family": _FONT},
-        hoverlabel={"font": {"family": _FONT}},
         legend={**legend, "title": None},
         dragmode=False,  # so that a finger scrolls the page; zoom is in the tool bar
     )
@@ -145,7 +154,7 @@ def curves(
     options |= {"title": "", "labels": {"layer": x_label, "estimate": y_label}}
     plot = plots.lines(pd.concat(parts), x="layer", **options)
     if zero:
-        plot.add_hline(y=0, line={"color": "#555555", "width": 1.2})
+        plot.add_hline(y=0, line={"color": GREY, "width": 1.2})
     return panel(plot, y_range=y_range)
 
 
@@ -203,7 +212,7 @@ def heatmap(
         plot.update_traces(text=words, texttemplate="%{text}", textfont={"size": 11})
     for layer, column in boxes:
         corners = {"x0": column - 0.5, "x1": column + 0.5, "y0": layer - 0.5, "y1": layer + 0.5}
-        plot.add_shape(type="rect", **corners, line={"color": "#111111", "width": 2.5})
+        plot.add_shape(type="rect", **corners, line={"color": BOX, "width": 3})
     place = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": 1.02, "yanchor": "bottom"}
     size = {"lenmode": "fraction", "len": 0.9, "thickness": 10, "tickfont": {"size": 11}}
     title = {"text": colour_label, "side": "top", "font": {"size": 12}}

@@ -129,6 +129,12 @@ def begin(
     _check_prompts(loaded, chosen)
     asked = {
         **provenance(loaded),
+        "shape": {
+            "layers": loaded.cfg.n_layers,
+            "heads": loaded.cfg.n_heads,
+            "width": loaded.cfg.d_model,
+            "vocabulary": loaded.cfg.d_vocab,
+        },
         "facts": source,
         "facts_digest": _digest(chosen),
         "n_facts": len(chosen),

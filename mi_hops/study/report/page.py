@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from mi_hops.reasoning.gap import Gap
 from mi_hops.result.files import replacing
 from mi_hops.study.numbers import figures
 from mi_hops.study.parts import Block, Text
+from mi_hops.study.report.describe import describe
+from mi_hops.study.report.opening import opening
 from mi_hops.study.steps import steps_of
 from mi_hops.study.study import Study
 from mi_hops.study.summary import headlines
@@ -24,7 +30,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Section:
+class Section:
+    """A part of a page: its anchor, its heads, and what it shows."""
+
     id: str
     title: str
     question: str
@@ -34,8 +42,8 @@ class _Section:
 def write_report(study: Study, path: str | Path | None = None, *, overwrite: bool = False) -> Path:
     """Write a finished study as one HTML file that needs no network.
 
-    plotly.js is in the file once; fonts are the reader's own. The same study gives the same
-    file, byte for byte. The file is written whole or not at all.
+    plotly.js is in the file, packed; fonts and the choice of light or dark are the reader's own. The
+    same study gives the same file, byte for byte. The file is written whole or not at all.
 
     Args:
         study: from `run_study` or `Study.open`.
@@ -69,9 +77,24 @@ def write_report(study: Study, path: str | Path | None = None, *, overwrite: boo
 
 
 def _page(study: Study) -> str:
-    from plotly.offline import get_plotlyjs
-
     places = {step.name: step.shown_in or step.name for step in steps_of(study)}
+    gap = study.result("gap") if "gap" in study.settings["steps"] else None
+    return render(
+        "report.html.jinja",
+        title=f"Two-hop questions: {study.settings['model']}",
+        found="What was found",
+        model=study.settings["model"],
+        opening=opening(study, gap if isinstance(gap, Gap) else None),
+        headlines=[(places[step], line) for step, line in headlines(study.summary) if line.text],
+        about=_about(study.settings, study.summary["made_with"]),
+        settings=_settings(study.settings, study.records, study.budget),
+        sections=_sections(study),
+        files=sorted(p.name for p in study.folder.iterdir() if p.suffix in (".nc", ".json")),
+    )
+
+
+def render(template: str, **given: Any) -> str:
+    """A page of this folder's templates, with plotly.js in it."""
     environment = Environment(
         loader=PackageLoader("mi_hops.study", "report"),
         autoescape=True,
@@ -80,23 +103,21 @@ def _page(study: Study) -> str:
         lstrip_blocks=True,
     )
     environment.filters["together"] = _together
-    return environment.get_template("report.html.jinja").render(
-        model=study.settings["model"],
-        headlines=[(places[step], line) for step, line in headlines(study.summary) if line.text],
-        about=_about(study.settings, study.summary["made_with"]),
-        settings=_settings(study.settings, study.records, study.budget),
-        sections=_sections(study),
-        draw=_draw,
-        plotly=Markup(get_plotlyjs()),
-        files=sorted(p.name for p in study.folder.iterdir() if p.suffix in (".nc", ".json")),
-    )
+    environment.globals["draw"] = _draw
+    return environment.get_template(template).render(library=_library(), **given)
 
 
-def _sections(study: Study) -> list[_Section]:
+def _library() -> str:
+    """plotly.js's cartesian bundle (bars, heatmaps, lines), as it ships with the package: packed."""
+    packed = files("mi_hops.study.report").joinpath("plotly-cartesian.min.js.gz").read_bytes()
+    return base64.b64encode(packed).decode()
+
+
+def _sections(study: Study) -> list[Section]:
     """One of each step, but for those that are shown in another's."""
     steps = steps_of(study)
     sections = {
-        step.name: _Section(step.name, step.title, step.question, [])
+        step.name: Section(step.name, step.title, step.question, [])
         for step in steps
         if not step.shown_in
     }
@@ -114,17 +135,20 @@ def _sections(study: Study) -> list[_Section]:
     return list(sections.values())
 
 
-def _draw(plot: go.Figure, name: str) -> Any:
+def _draw(plot: go.Figure, name: str, title: str) -> Any:
     """The data of a plot, and the place that the page's script draws it in once all is laid out.
 
     A plot drawn at once, as `plots.to_html` does, is as wide as its row, for the panels that will
-    stand beside it are not there yet. The name stays the same from run to run.
+    stand beside it are not there yet. The template is the page's own, one for light and one for dark.
     """
-    data = str(plot.to_json()).replace("<", "\\u003c")  # no text can end the script element
+    figure = json.loads(str(plot.to_json()))
+    figure["layout"].pop("template", None)
+    data = json.dumps(figure, separators=(",", ":"), ensure_ascii=False)
+    data = data.replace("<", "\\u003c")  # no text can end the script element
     return Markup(
-        '<div class="plot" id="plot-{0}" style="height:{1}px"></div>\n'
+        '<div class="plot" id="plot-{0}" role="img" aria-label="{3}" style="height:{1}px"></div>\n'
         '<script type="application/json" data-plot="plot-{0}">{2}</script>'
-    ).format(name, plot.layout.height, Markup(data))
+    ).format(name, plot.layout.height, Markup(data), describe(plot, title))
 
 
 def _together(text: str) -> str:

@@ -43,7 +43,7 @@ from mi_hops.study.numbers import (
     share_headline,
     span,
 )
-from mi_hops.study.parts import FAINT, Block, Figure, Table, Text, bars, row
+from mi_hops.study.parts import FAINT, Block, Figure, List, Table, Text, bars, row
 from mi_hops.study.step import ANSWER, Asked, Step, Work
 from mi_hops.text.corpus import fact_texts
 
@@ -55,6 +55,11 @@ _CHOOSING, _CHOOSING_COST = 4, 6.0
 SHOWN_CASES = 30
 
 _UNREPAIRED = "unrepaired"
+#: Said where C = I first stands on the page.
+_WITHOUT_C = (
+    " (C is the covariance of what the edited weights read. C = I leaves it out, as the published code "
+    "does, and then nothing protects what other prompts need of these weights.)"
+)
 
 #: Statistics of an evaluation that count.
 _COUNTS = ("zero_before", "cases_used", "cases_skipped")
@@ -168,7 +173,7 @@ class Editing(Step):
             if kept is not None:
                 text += f"; unrelated questions keep {_words(kept)} of their accuracy"
             for label, given in found.items():
-                says = f"{text}." if given is first else ""
+                says = f"{text}.{_WITHOUT_C * (repair == IDENTITY)}" if given is first else ""
                 yield share_headline(f"{repair} ({where}): {label}", given, says)
 
     def section(self, result: Evaluation, study: Folder) -> Iterator[Block]:
@@ -307,8 +312,9 @@ def _choices(choices: Mapping[str, Any]) -> Iterator[Block]:
     n = choices["n_choose"]
     yield Text(
         f"Chosen on the choosing half (n = {n} failures, none of them reported below): {words}. "
-        f"The rule. {choices['rule']} Located: {layers(choices['located'])}."
+        f"Located: {layers(choices['located'])}."
     )
+    yield List("The rule of the choice:", choices["rule"])
     rows = []
     for c in choices["candidates"]:
         kept = "–" if c["kept"] is None else _of(c["kept"], c["n_kept"])

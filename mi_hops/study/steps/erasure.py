@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.reasoning.erasure import erase_bridge
+from mi_hops.result.figure_parts import see_through
+from mi_hops.result.plots import COLOURS
 from mi_hops.result.result import Result
 from mi_hops.study.context import Run, Skip, choosing
 from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, layers, mean, number, number_headline, sign
-from mi_hops.study.parts import Block, Figure, Table, Text, curves, frame, used
+from mi_hops.study.parts import Block, Figure, Table, Text, curves, frame, panel, used
 from mi_hops.study.step import Asked, Step, Work
 from mi_hops.study.steps.lens import PLACES
 
@@ -113,7 +115,7 @@ class Erasure(Step):
             "shortest such change that leaves the answer's logits as they were; the published form "
             "(arXiv 2402.14328) maps the desired logits back through a pseudo-inverse and then pushes "
             "the answer back up. The control erases another entity of as many tokens by the same "
-            f"formula (mean over {controls} draws). Questions answered correctly, {used(result)}."
+            f"formula (draws: {controls}, averaged). Questions answered correctly, {used(result)}."
         )
         if study.settings["processing"] != "none":
             text = (
@@ -140,33 +142,53 @@ class Erasure(Step):
 
 
 def _erased(result: Result, clean: Mapping[str, Any]) -> Figure:
-    names = {"bridge": "bridge erased", "control": "another entity erased (control)"}
-    ends = {words: result.ci(variable=name) for name, words in names.items()}
-    # One scale for all panels.
+    colours = {"bridge": ("bridge erased", COLOURS[0]), "control": ("control", COLOURS[1])}
+    ends = {name: result.ci(variable=name) for name in colours}
+    # One scale for both panels.
     spans = [e for part in ends.values() for e in (part["lower"], part["upper"], part["estimate"])]
     low = min([clean["value"], *(float(e.min()) for e in spans)])
     high = max([clean["value"], *(float(e.max()) for e in spans)])
     room = 0.08 * (high - low) or 0.01
+    variants = result["variant"].values.tolist()
+    looks = {
+        f"{words}, {variant}": (colour, dash)
+        for variant, dash in zip(variants, ("solid", "dash"), strict=False)
+        for words, colour in colours.values()
+    }
     panels = []
-    for variant in result["variant"].values.tolist():
-        for place in result["position"].values.tolist():
-            here = {"variant": variant, "position": place}
-            plot = curves(
-                [frame(part.sel(here), erased=words) for words, part in ends.items()],
-                group="erased",
-                x_label=_CHANGED,
-                y_label="P(answer)",
-                y_range=(max(0.0, low - room), min(1.0, high + room)),
-                references={"untouched": clean["value"]},
+    for place in result["position"].values.tolist():
+        parts = [
+            frame(
+                ends[name].sel(variant=variant, position=place),
+                erased=f"{words}, {variant}",
             )
-            panels.append((f"{_variant(variant).capitalize()}, {PLACES[place]}", plot))
+            for variant in variants
+            for name, (words, _) in colours.items()
+        ]
+        plot = curves(
+            parts,
+            group="erased",
+            x_label=_CHANGED,
+            y_label="P(answer)",
+            y_range=(max(0.0, low - room), min(1.0, high + room)),
+            references={"untouched": clean["value"]},
+        )
+        for trace in plot.data:
+            colour, dash = looks[trace.legendgroup]
+            if trace.fill:
+                trace.fillcolor = see_through(colour, 0.12)
+            else:
+                trace.line.update(color=colour, dash=dash)
+        panels.append((f"At the {PLACES[place]}", panel(plot, height=380)))
     return Figure(
         "P(answer) after erasing, by layer",
         panels,
         "Mean probability of the answer's first token when the output of one layer is changed; "
         f"n = {result.n_used} questions, bands are 95% bootstrap intervals, the dotted line is "
-        f"the untouched model ({number(clean, signed=False)}). The bridge matters where its "
-        "line lies below the control's. One scale for all panels; it need not start at 0.",
+        f"the untouched model ({number(clean, signed=False)}). The control erases another entity. The "
+        "bridge matters where its line lies below the control's of the same form. One scale for both "
+        "panels; it need not start at 0.",
+        width=420,
     )
 
 

@@ -27,6 +27,7 @@ from mi_hops.study.numbers import (
     left_out,
     number,
     percent,
+    points,
     share_headline,
     share_of,
     sign,
@@ -186,11 +187,12 @@ class Injection(Step):
         )
         other = memories.get("permuted_bridge")
         if other is not None:
-            clear = "" if sign(other["bridge_minus_this"]) > 0 else "not "
             text += (
-                f"; another fact's bridge gives {percent(other[_SCORE], n=False)}, a difference that "
-                f"is {clear}clear of zero"
+                f"; another fact's bridge corrects {percent(other[_SCORE], n=False)}, a difference of "
+                f"{points(other['bridge_minus_this'])}"
             )
+            if sign(other["bridge_minus_this"]) <= 0:
+                text += ", which is not clear of zero"
         where = f"{_place(cell)}, x{cell['strength']:g}, {cell['encoding']}"
         yield share_headline(
             f"injection corrects ({where})", memories["bridge"][_SCORE], f"{text}."
@@ -289,12 +291,12 @@ def _memories(result: Result, cell: Mapping[str, Any]) -> Iterator[Figure | Tabl
         )
     cells = []
     for name, label, record in records:
-        gap = "–" if name == "bridge" else percent(_ends(record, "difference"), n=False)
+        gap = "–" if name == "bridge" else points(_ends(record, "difference"), "")
         right = percent(_ends(record, "correct"), n=False)
         cells.append([label, right, gap, str(int(record["n"]))])
     yield Table(
         "The chosen cell in numbers, reporting half",
-        ("injected", "first token correct", "bridge minus this, in points", "n"),
+        ("injected", "first token correct", "bridge minus this, percentage points", "n"),
         cells,
         marked=[0],
         note="Brackets: 95% intervals, exact for shares, paired bootstrap for differences.",

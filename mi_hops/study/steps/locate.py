@@ -10,9 +10,9 @@ import numpy as np
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.reasoning.locate import locate, located_layers
 from mi_hops.result.result import Result
-from mi_hops.study.context import Run
+from mi_hops.study.context import Run, choosing
 from mi_hops.study.folder import Folder
-from mi_hops.study.numbers import Headline, estimate, layers, mean, number
+from mi_hops.study.numbers import Headline, estimate, layers, mean, number, sign
 from mi_hops.study.parts import Block, Figure, Table, Text, heatmap, used
 from mi_hops.study.step import Asked, Step, Work
 from mi_hops.study.steps.lens import PLACES
@@ -61,7 +61,13 @@ class Locate(Step):
                 "effect": estimate(*(at[k].item() for k in ("estimate", "lower", "upper", "n"))),
             }
         baselines = {name: mean(result[name].values) for name in ("clean", "guide")}
-        return {**baselines, "located_layers": located_layers(result), "cells": cells}
+        located = located_layers(result)
+        return {
+            **baselines,
+            "located_layers": located,
+            "above_others": _above_others(result),
+            "cells": cells,
+        }
 
     def headlines(self, entry: dict[str, Any], left_out: dict[str, int]) -> Iterator[Headline]:
         """The located layers."""
@@ -70,13 +76,35 @@ class Locate(Step):
             text = "No layer's attention output, taken from the second hop, raises the answer."
             yield Headline("layers located", "none", n, text)
             return
-        yield Headline(
-            "layers located",
-            layers(located).replace(" to ", "–"),
-            n,
-            "hold the second hop: their attention output at the last token, taken from the second "
-            "hop by itself, raises the answer of failed questions most.",
+        where, above = layers(located).replace(" to ", "–"), entry["above_others"]
+        if above is None:
+            text = (
+                "are where attention output at the last token, taken from the second hop by itself, "
+                "raises the answer of failed questions most; with no others to compare them with, that "
+                "says little."
+            )
+            yield Headline("layers located", where, n, text)
+            return
+        chosen, how = layers(above["layers"]), number(above)
+        if sign(above) > 0:
+            carries = (
+                "carries the second hop: its"
+                if len(located) == 1
+                else "carry the second hop: their"
+            )
+            text = (
+                f"{carries} attention output at the last token, taken from the second hop by itself, "
+                "raises the answer of failed questions most. Against the other layers P(answer) changes "
+                f"by {how} ({chosen} chosen on one half of the questions, measured on the other)."
+            )
+            yield Headline("layers located", where, n, text)
+            return
+        text = (
+            f"layer clearly carries the second hop: {layers(located)} have the largest effect, but on "
+            f"questions that {chosen} were not chosen on, their attention output changes P(answer) by "
+            f"{how} against the other layers'."
         )
+        yield Headline("layers located", "none clearly", f"{n}; largest at {where}", text)
 
     def section(self, result: Result, study: Folder) -> Iterator[Block]:
         """A map of the effects of each kind of module."""
@@ -124,6 +152,12 @@ class Locate(Step):
             "that came before it, so at the last token it must win in the end.",
             width=290,
         )
+        if (above := summary["above_others"]) is not None:
+            yield Text(
+                f"Do the located layers stand out? Chosen on one half of the questions "
+                f"({layers(above['layers'])}) and measured on the other, their attention output at the "
+                f"last token changes P(answer) by {number(above)} more than that of the other layers."
+            )
         yield Table(
             "The strongest cell of each kind",
             ("module", "position", "layer", "change of P(answer)", "n"),
@@ -141,3 +175,25 @@ class Locate(Step):
             note="The cell is chosen on these same questions, so its number is a little "
             "optimistic. Brackets: 95% bootstrap intervals.",
         )
+
+
+def _above_others(result: Result) -> dict[str, Any] | None:
+    """By how much the located layers' effect exceeds that of the others, question by question.
+
+    The layers are located on one half of the questions, the difference is the other half's. None where
+    a half has no question, or where no layer or every layer is located.
+    """
+    half = choosing(result["example"].values)
+    if not half.any() or half.all():
+        return None
+    first = result.sel(example=result["example"].values[half].tolist())
+    located = located_layers(first)
+    every = result["layer"].values.tolist()
+    others = [layer for layer in every if layer not in located]
+    if not located or not others:
+        return None
+    effect = result["effect"].sel(kind="attn_out", position="last").transpose("example", "layer")
+    there, elsewhere = (
+        effect.sel(layer=chosen).values[~half].mean(1) for chosen in (located, others)
+    )
+    return {"layers": located, **mean(there - elsewhere)}

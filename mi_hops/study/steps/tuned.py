@@ -153,7 +153,7 @@ class Tuned(Step):
                 r["tracked"],
                 PLACES[r["position"]],
                 f"{r['lens']} lens",
-                figures(r["median_rank"]),
+                f"{r['median_rank']:,.1f}".removesuffix(".0"),
                 str(r["layer"]),
                 str(r["n"]),
             ]
@@ -213,4 +213,4 @@ def _ranks(plain: Result, tuned: Result, tracked: str, place: str) -> go.Figure:
     plot = plots.lines(
         pd.DataFrame(rows), x="layer", y="rank", group="lens", title="", labels=labels
     )
-    return panel(plot).update_yaxes(type="log")
+    return panel(plot).update_yaxes(type="log", dtick=1)
