@@ -35,6 +35,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
+        self.source = text
         self.ids: list[str] = []
         self.links: list[tuple[str, str, str]] = []
         self.tags: list[str] = []
@@ -79,6 +80,12 @@ class Page(HTMLParser):
         """plotly.js, unpacked."""
         (packed,) = (text for given, text in self.scripts if given.get("id") == "library")
         return gzip.decompress(base64.b64decode(packed)).decode()
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Cells of every row of every table."""
+        rows = re.findall(r"<tr[^>]*>(.*?)</tr>", self.source, re.S)
+        return [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in rows]
 
     @property
     def text(self) -> str:
@@ -243,9 +250,9 @@ def test_differences_of_shares_are_percentage_points(study, page):
 @pytest.mark.parametrize(
     ("low", "high", "says"),
     [
-        (0.1, 0.3, "carr"),
-        (-0.1, 0.3, "layer clearly carries"),
-        (None, None, "layer clearly carries"),
+        (0.1, 0.3, "layer 1"),
+        (-0.1, 0.3, "no clear layer"),
+        (None, None, "no clear layer"),
     ],
 )
 def test_layers_are_located_only_against_the_others(study, low, high, says):
@@ -254,8 +261,9 @@ def test_layers_are_located_only_against_the_others(study, low, high, says):
     entry["located_layers"] = [1]
     entry["above_others"] = {"layers": [1], "value": 0.2, "low": low, "high": high, "n": 9}
     (found,) = [line for step, line in headlines(summary) if step == "locate"]
-    assert found.text.startswith(says)
-    assert found.value == ("layer 1" if says == "carr" else "none clearly")
+    assert found.value == says
+    assert found.text.startswith("carries the second hop")
+    assert ("does not stand out" in found.text) == (says == "no clear layer")
     assert "+0.200" in found.text
 
 
@@ -389,7 +397,11 @@ def test_a_comparison_shows_both_studies(study, compared):
     assert [i for i in page.ids if i in SECTIONS] == list(SECTIONS)
     text = page.text.replace("\N{NO-BREAK SPACE}", " ")
     for name, value in study.headlines():
-        assert name in text and value.replace("\N{NO-BREAK SPACE}", " ") in text
+        # What was chosen stands beside the number, so that the numbers of both share a row.
+        assert re.sub(r" \((?!C = I)[^)]*\)", "", name) in text and value in text
+    rows = {cells[0]: cells[1:] for cells in page.rows if len(cells) == 3}
+    gap = next(cells for name, cells in rows.items() if name.startswith("gap:"))
+    assert gap[0] == gap[1] != "–"
     assert "nothing" in text  # differs between a study and itself
     for name, plot in page.plots.items():
         groups = [t["name"] for t in plot["data"] if t.get("showlegend")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from mi_hops.study.study import Study
 #: What the studies are called -> the study.
 Sides = Mapping[str, Study]
 
+#: What a study chose for itself, in a number's name.
+_CHOSEN = re.compile(r" \((?!C = I)[^)]*\)")
 _HOPS = dict(zip(HOPS, ("first hop", "second hop", "two-hop question"), strict=True))
 #: Settings that a reader must know to differ, in this order; the rest is what follows from them.
 _TOLD = (
     "model fingerprint weights dtype device backend processing bos versions facts n_facts seed limit "
     "shots score budget sizes mi_hops"
 ).split()
+_LABELS = {"bos": "BOS before every prompt", "n_facts": "number of facts"}
 
 
 def compare_studies(
@@ -143,7 +147,7 @@ def _differences(sides: Sides) -> Table:
                 if pair[0] != pair[1]
             ]
         elif one != other:
-            rows.append([key.replace("_", " "), _said(one), _said(other)])
+            rows.append([_LABELS.get(key, key), _said(one), _said(other)])
     if first["facts_digest"] != second["facts_digest"]:
         rows.append(["the facts asked", "others than the second's", "others than the first's"])
     rows = rows or [["nothing", "–", "–"]]
@@ -151,12 +155,17 @@ def _differences(sides: Sides) -> Table:
 
 
 def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "–" if value is None else as_text(value)
 
 
 def _numbers(sides: Sides) -> Table:
     """Every headline that either has, in the order of the study."""
-    found = [dict(study.headlines()) for study in sides.values()]
+    found = [
+        {_CHOSEN.sub("", name): f"{value}{''.join(_CHOSEN.findall(name))}" for name, value in told}
+        for told in (study.headlines() for study in sides.values())
+    ]
     names = dict.fromkeys(name for one in found for name in one)
     rows = [[name, *(one.get(name, "–") for one in found)] for name in names]
     return Table(
@@ -164,9 +173,8 @@ def _numbers(sides: Sides) -> Table:
         ("number", *sides),
         rows,
         texts=1,
-        note="Brackets: 95% intervals. A layer, strength or cell that each study chose for itself is "
-        "part of a number's name: what the two chose differently stands in rows of its own. Intervals "
-        "that overlap do not show that two numbers are equal.",
+        note="Brackets: 95% intervals; in parentheses the form, layers and strengths that each study chose "
+        "for itself. Intervals that overlap do not show that two numbers are equal.",
     )
 
 

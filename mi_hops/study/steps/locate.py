@@ -100,11 +100,11 @@ class Locate(Step):
             yield Headline("layers located", where, n, text)
             return
         text = (
-            f"layer clearly carries the second hop: {layers(located)} have the largest effect, but on "
-            f"questions that {chosen} were not chosen on, their attention output changes P(answer) by "
-            f"{how} against the other layers'."
+            f"carries the second hop: {layers(located)} have the largest mean effect, but it does not "
+            f"stand out. Located on one half of the questions, {chosen} change P(answer) on the other "
+            f"half by {how} against the other layers."
         )
-        yield Headline("layers located", "none clearly", f"{n}; largest at {where}", text)
+        yield Headline("layers located", "no clear layer", f"{n}; largest at {where}", text)
 
     def section(self, result: Result, study: Folder) -> Iterator[Block]:
         """A map of the effects of each kind of module."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil, floor, log10
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,9 +115,9 @@ class Tuned(Step):
             f"rank {tuned['median_rank']:,.0f}",
             f"n = {tuned['n']}",
             f"is the bridge's median rank in the tuned lens where it reads it best (at the "
-            f"{PLACES[tuned['position']]}, after {tuned['layer']} blocks); the logit lens gets to "
+            f"{PLACES[tuned['position']]}, after {tuned['layer']} block{'s' * (tuned['layer'] != 1)}); the logit lens gets to "
             f"rank {plain['median_rank']:,.0f} at best (at the {PLACES[plain['position']]}, after "
-            f"{plain['layer']} blocks).",
+            f"{plain['layer']} block{'s' * (plain['layer'] != 1)}).",
         )
 
     def section(self, result: Result, study: Folder) -> Iterator[Block]:
@@ -213,4 +214,6 @@ def _ranks(plain: Result, tuned: Result, tracked: str, place: str) -> go.Figure:
     plot = plots.lines(
         pd.DataFrame(rows), x="layer", y="rank", group="lens", title="", labels=labels
     )
-    return panel(plot).update_yaxes(type="log", dtick=1)
+    ranks = [row["rank"] for row in rows]
+    decades = (floor(log10(min(ranks))), max(1, ceil(log10(max(ranks)))))
+    return panel(plot).update_yaxes(type="log", dtick=1, exponentformat="none", range=decades)
