@@ -163,7 +163,7 @@ def _said(value: Any) -> str:
 def _numbers(sides: Sides) -> Table:
     """Every headline that either has, in the order of the study."""
     found = [
-        {_CHOSEN.sub("", name): f"{value}{''.join(_CHOSEN.findall(name))}" for name, value in told}
+        {_CHOSEN.sub("", name): "\n".join([value, *_CHOSEN.findall(name)]) for name, value in told}
         for told in (study.headlines() for study in sides.values())
     ]
     names = dict.fromkeys(name for one in found for name in one)

@@ -156,7 +156,7 @@ class Locate(Step):
             yield Text(
                 f"Do the located layers stand out? Chosen on one half of the questions "
                 f"({layers(above['layers'])}) and measured on the other, their attention output at the "
-                f"last token changes P(answer) by {number(above)} more than that of the other layers."
+                f"last token changes P(answer) by {number(above)} against that of the other layers."
             )
         yield Table(
             "The strongest cell of each kind",
