@@ -18,6 +18,7 @@ from mi_hops.editing.plans import PAPER, CremeSettings, default_layers
 from mi_hops.editing.request import Request
 from mi_hops.editing.request_files import Requests, load_requests
 from mi_hops.editing.rows import EditorRepair, EditRepair, edit_hooks
+from mi_hops.editing.search import JointSearch, creme_search
 from mi_hops.editing.solve import SingularError
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "EditRepair",
     "EditorRepair",
     "HopRepair",
+    "JointSearch",
     "Moments",
     "OnTop",
     "PAPER",
@@ -40,6 +42,7 @@ __all__ = [
     "creme",
     "creme_joint",
     "creme_many",
+    "creme_search",
     "creme_sequential",
     "default_layers",
     "describe",

@@ -5,6 +5,10 @@ Together: at each layer, with the keys K of all facts as rows and R what their o
 ``|K Δ - R|^2 + λ tr(Δ^T C Δ)``; it equals MEMIT's ``(λ C + K^T K)^-1 K^T R`` (arXiv 2210.07229), there
 for MLPs. Layers go in ascending order, the keys and outputs of each read from the model as edited
 below it.
+
+Spread: one matrix meets no more independent keys than it has inputs. As in MEMIT, every layer can
+write its share of what the stream still lacks at the last of the layers,
+``R = (v* - v) / (layers left)``, so that all layers' inputs count together.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ def creme_joint(
     layers: int | Sequence[int] | None = None,
     ridge: float = 0.3,
     strength: float = 1.0,
+    spread: bool = False,
     batch_size: int = 256,
     progress: bool = False,
     **settings: Any,
@@ -51,6 +56,8 @@ def creme_joint(
         ridge: λ above, in units of the mean of the diagonal of ``K C^-1 K^T``. 0 meets every key
             exactly, which needs keys that do not depend on one another, fewer than d_in.
         strength: share of the change that is made; here `ridge` already holds it back.
+        spread: every layer writes a share of what the stream behind the last layer's attention lacks,
+            instead of what it lacks behind its own. Needs ``match="residual"``.
         batch_size: prompts in one pass.
         progress: show a progress bar over layers.
         settings: of `CremeSettings`; the kept prompts of all facts are kept together.
@@ -60,7 +67,8 @@ def creme_joint(
         would take more room.
 
     Raises:
-        ValueError: no facts, a negative ridge, or as `creme.creme_many`.
+        ValueError: no facts, a negative ridge, `spread` with ``match="attention"``, or as
+            `creme.creme_many`.
 
     Examples:
         >>> import mi_hops
@@ -76,14 +84,23 @@ def creme_joint(
         raise ValueError("no facts to edit")
     if ridge < 0:
         raise ValueError(f"ridge is {ridge}; expected 0 or more")
+    if spread and how.match != "residual":
+        raise ValueError(
+            f"spread shares out what the stream lacks, and match is {how.match!r}; pass "
+            "match='residual', or spread=False"
+        )
     editable = editable_for(model, layers, how)
     plans = [plan_request(model, request, how) for request in requests]
     request = {"joint": [each.to_dict() for each in requests]}
-    record = {"layers": list(editable.layers), "ridge": ridge, **how.to_dict()}
+    record = {"layers": list(editable.layers), "ridge": ridge, "spread": spread, **how.to_dict()}
     done: list[Change] = []
+    last = editable.layers[-1]
     for layer in progress_bar(editable.layers, label="joint CREME, layers", show=progress):
         below = editable.edit("creme-joint", request, done, record) if done else None
-        keys, kept, change = _gather(model, plans, layer, how, below, batch_size)
+        goal = last if spread else layer
+        keys, kept, change = _gather(model, plans, (layer, goal), how, below, batch_size)
+        if spread:
+            change = change / (len(editable.layers) - len(done))
         left = solve_keys(
             keys,
             kept if len(kept) else None,
@@ -98,24 +115,25 @@ def creme_joint(
 def _gather(
     model: HookedModel,
     plans: Sequence[Plan],
-    layer: int,
+    layers: tuple[int, int],
     how: CremeSettings,
     below: Edit | None,
     batch_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, kept keys and changes of all plans at one layer, with `below` applied."""
+    """Keys and kept keys of all plans at the first layer, changes at the second, with `below` applied."""
+    layer, goal = layers
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    names = (hook_name("resid_pre", layer), input_hook("W_O", layer), output_hook("W_O", layer))
+    names = (hook_name("resid_pre", goal), input_hook("W_O", layer), output_hook("W_O", goal))
     for members in chunk_plans(plans, batch_size):
         part = [plans[i] for i in members]
         tokens = pad([row for plan in part for row in plan.rows]).tokens
         rows = [below if on else None for plan in part for on in plan.edited(how.target)]
-        before, z, stream = activations(model, tokens, layer, names, edit_hooks(model, rows))
+        before, z, stream = activations(model, tokens, goal, names, edit_hooks(model, rows))
         if how.match == "residual":  # what enters the block may come from another device
             stream = stream + before.to(stream.device)
         start = 0
         for plan in part:
-            found.append(read_plan(plan, start, z, stream))
+            found.append(read_plan(plan, start, z, stream.to(z.device)))
             start += len(plan.rows)
     keys, kept, change = (torch.cat(parts) for parts in zip(*found, strict=True))
     return keys, kept, change

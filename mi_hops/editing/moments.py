@@ -4,6 +4,10 @@ A change of W that is to act on a key k and disturb other inputs x as little as 
 ``E |Δ^T x|^2 = tr(Δ^T C Δ)`` with ``C = E[x x^T]`` over ordinary text; that is ROME's C, here for z,
 the input of W_O, at any number of layers in one streamed pass. The sums are the only thing kept, so
 memory does not grow with the text.
+
+A harder rule is AlphaEdit's (arXiv 2410.02355): the change may act on no input that the text uses. With
+P the projector onto the eigenvectors of C of small eigenvalues, its change is the least one within
+them, ``Δ = P Δ``, which is the same closed form with P in the place of C^-1.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,6 +51,7 @@ Positions = Literal["all", "last"]
 Shrinkage = float | Literal["ledoit-wolf"]
 Corpus = Iterable[str | TwoHopFact] | str | Path
 _KEY = "mi_hops_moments"
+_ROUNDING = 1e-6  # of activations in float32
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,6 +65,8 @@ class Moments:
         n: tokens counted.
         fingerprint, processing: of the model's weights.
         shrinkage: ``"ledoit-wolf"``, or a share from 0 to 1 of the scaled identity mixed in.
+        null_space: None, or the largest eigenvalue of C, in units of their mean, of a direction that
+            an edit may act on (see `with_null_space`).
         source: what was counted: positions, tokens per pass, dtype, and the digest of the text.
     """
 
@@ -70,8 +78,14 @@ class Moments:
     processing: str = "none"
     shrinkage: Shrinkage = "ledoit-wolf"
     source: Mapping[str, Any] = field(default_factory=dict)
+    null_space: float | None = None
 
     def __post_init__(self) -> None:
+        if self.null_space is not None and not 0 <= self.null_space < math.inf:
+            raise ValueError(
+                f"null_space is {self.null_space}; expected 0 or more, in units of the mean eigenvalue, "
+                "or None for the whole of C"
+            )
         if self.shrinkage != "ledoit-wolf" and not (
             isinstance(self.shrinkage, int | float) and 0 <= self.shrinkage <= 1
         ):
@@ -88,8 +102,19 @@ class Moments:
         layers = f"{len(self.second)} layers" if len(self.second) > 12 else f"layers {self.layers}"
         return (
             f"<second moments of the input of {self.matrix}: {layers}, {self.n:,} tokens, "
-            f"shrinkage {self.shrinkage!r} | for {self.fingerprint}>"
+            f"{self._how} | for {self.fingerprint}>"
         )
+
+    @property
+    def _how(self) -> str:
+        if self.null_space is None:
+            return f"shrinkage {self.shrinkage!r}"
+        return f"null space up to {self.null_space:g} of the mean eigenvalue"
+
+    def to_dict(self) -> dict[str, Any]:
+        """How they were counted and are used, in plain types, for the record of an edit."""
+        null = {} if self.null_space is None else {"null_space": self.null_space}
+        return {"n": self.n, "shrinkage": self.shrinkage, **null, **self.source}
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -99,6 +124,51 @@ class Moments:
     def with_shrinkage(self, shrinkage: Shrinkage) -> Moments:
         """The same moments, shrunk otherwise."""
         return replace(self, shrinkage=shrinkage)
+
+    def with_null_space(self, threshold: float | None) -> Moments:
+        """The same moments, edits made with them being held to the null space of C.
+
+        A direction belongs to it whose eigenvalue of C (not shrunk) is at most `threshold` times the
+        mean eigenvalue. An input within the others is mapped as before, whatever the edit; all inputs
+        counted are, up to the small share of them that lies in the null space. None ends it.
+
+        An edit meets at most as many independent keys as the null space has dimensions (`rank`), all
+        edits of a layer together. The paper's threshold, 0.02, is absolute: divide it by the mean
+        of C's diagonal.
+
+        Source: AlphaEdit, arXiv 2410.02355.
+
+        Examples:
+            >>> from mi_hops import Hopland, load_model, second_moments
+            >>> model = load_model("hops-gpt2")
+            >>> c = second_moments(model, Hopland().sample(train=60, held_out=3), layers=[5])
+            >>> c.rank(5), c.with_null_space(0.1).rank(5) < 128
+            (128, True)
+        """
+        return replace(self, null_space=threshold)
+
+    def rank(self, layer: int) -> int:
+        """Dimensions of the input that an edit may act on: of the null space, else all."""
+        return self.factor(layer).shape[1]
+
+    def factor(self, layer: int, device: torch.device | None = None) -> Float[Tensor, "d_in free"]:
+        """F with ``F F^T`` what `solve` multiplies by: C^-1, or the projector onto the null space.
+
+        A change ``F B`` is within the null space, whatever B; without one, ``|B|^2`` is its size in the
+        metric of C, ``tr(Δ^T C Δ)``.
+
+        Raises:
+            SingularError: C cannot be inverted reliably, or its null space is empty.
+            ValueError: no moments of that layer.
+        """
+        if self.null_space is None:
+            lower = self._cholesky(layer, device or torch.device("cpu"))
+            eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            return torch.linalg.solve_triangular(lower, eye, upper=False).T
+        at = (layer, f"null {device}")
+        if at not in self._factors:
+            self._factors[at] = _null_space(self._of(layer), layer, self.null_space).to(device)
+        return self._factors[at]
 
     def share(self, layer: int) -> float:
         """The share s of the scaled identity in `shrunk`.
@@ -138,14 +208,26 @@ class Moments:
     def solve(self, layer: int, keys: Float[Tensor, "key d_in"]) -> Float[Tensor, "key d_in"]:
         """``C^-1 k`` for each key, in float64 on the keys' device; C as `shrunk`.
 
+        With `null_space`, the part of each key in the null space.
+
         Raises:
-            SingularError: C cannot be inverted reliably.
+            SingularError: C cannot be inverted reliably, or its null space is empty.
             ValueError: no moments of that layer.
         """
-        at = (layer, str(keys.device))
+        if self.null_space is not None:
+            basis = self.factor(layer, keys.device)
+            part = (keys.double() @ basis) @ basis.T
+            # What rounding leaves of a key that the text uses is no part of it.
+            there = part.norm(dim=1, keepdim=True) > _ROUNDING * keys.norm(dim=1, keepdim=True)
+            return torch.where(there, part, 0.0)
+        lower = self._cholesky(layer, keys.device)
+        return torch.cholesky_solve(keys.double().T, lower).T
+
+    def _cholesky(self, layer: int, device: torch.device) -> Tensor:
+        at = (layer, str(device))
         if at not in self._factors:
-            self._factors[at] = _cholesky(self.shrunk(layer), layer).to(keys.device)
-        return torch.cholesky_solve(keys.double().T, self._factors[at]).T
+            self._factors[at] = _cholesky(self.shrunk(layer), layer).to(device)
+        return self._factors[at]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write one ``.safetensors`` file, whole or not at all.
@@ -154,7 +236,7 @@ class Moments:
             ValueError: another suffix.
             FileExistsError: the file exists, and `overwrite` is off.
         """
-        names = ("matrix", "n", "fingerprint", "processing", "shrinkage")
+        names = ("matrix", "n", "fingerprint", "processing", "shrinkage", "null_space")
         head = {name: getattr(self, name) for name in names}
         head |= {"source": dict(self.source), "fourth": {str(k): v for k, v in self.fourth.items()}}
         tensors = {str(layer): c for layer, c in self.second.items()}
@@ -188,6 +270,21 @@ def _cholesky(c: Tensor, layer: int) -> Tensor:
             "text, or shrink it (moments.with_shrinkage(0.01))"
         )
     return factor
+
+
+def _null_space(c: Tensor, layer: int, threshold: float) -> Float[Tensor, "d_in free"]:
+    values, vectors = torch.linalg.eigh(c)
+    values = values.clamp_min(0) / values.mean().clamp_min(torch.finfo(c.dtype).tiny)
+    # What rounding leaves of a zero is no eigenvalue.
+    free = values <= max(threshold, len(c) * torch.finfo(c.dtype).eps)
+    if not free.any():
+        raise SingularError(
+            f"the null space of layer {layer} is empty: C has rank {len(c)} of {len(c)} at threshold "
+            f"{threshold:g}, its least eigenvalue is {values[0]:.2g} of their mean; raise the threshold, "
+            "count C on what must be kept only, edit other layers, or use all of C "
+            "(moments.with_null_space(None))"
+        )
+    return vectors[:, free].contiguous()
 
 
 # -- estimation -----------------------------------------------------------------------------------

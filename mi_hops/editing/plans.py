@@ -94,7 +94,7 @@ class CremeSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for the record of an edit."""
         c = self.covariance
-        counted = None if c is None else {"n": c.n, "shrinkage": c.shrinkage, **c.source}
+        counted = None if c is None else c.to_dict()
         keep = getattr(self.keep, "__name__", self.keep)
         return {
             **vars(self),

@@ -30,7 +30,8 @@ def solve_keys(
     Args:
         keys: inputs whose output is to change by given amounts.
         kept: inputs whose output is to stay.
-        inverse: ``C^-1`` times keys and kept; default C = I.
+        inverse: ``C^-1`` times keys and kept; default C = I. Their parts in a null space, P times
+            them, give the least change within it, AlphaEdit's formula.
         slack: 0 holds the kept ones exactly; larger lets them move where that makes the change
             much smaller.
         ridge: the same for the keys: 0 meets them exactly.
@@ -47,7 +48,10 @@ def solve_keys(
     m = einsum("row d_in, column d_in -> row column", a, g)
     scale = m.diagonal().mean()
     if not torch.isfinite(scale) or scale <= 0:
-        raise SingularError("a key is zero or not finite, so no change of the weight acts on it")
+        raise SingularError(
+            "a key is zero or not finite, or has no part in the null space that edits are held to, so "
+            "no change of the weight acts on it"
+        )
     penalty = torch.full((len(a),), slack, dtype=torch.float64, device=a.device)
     penalty[:n] = ridge
     m = m + torch.diag(penalty * scale)
@@ -55,9 +59,11 @@ def solve_keys(
     unit = m.diagonal().clamp_min(torch.finfo(m.dtype).tiny).rsqrt()
     factor, info = torch.linalg.cholesky_ex(m * unit[:, None] * unit[None])
     if info or factor.diagonal().min() ** 2 < len(a) * 1e-12:
+        rank = int(torch.linalg.matrix_rank(m * unit[:, None] * unit[None], hermitian=True))
         raise SingularError(
-            f"the {n} keys and {len(a) - n} kept prompts are not independent, so they cannot all be "
-            "met exactly; pass slack > 0 (kept) or ridge > 0 (keys), or drop duplicates"
+            f"the {n} keys and {len(a) - n} kept prompts are not independent (rank {rank} of "
+            f"{len(a)}), so they cannot all be met exactly; pass slack > 0 (kept) or ridge > 0 (keys), "
+            "edit more layers or fewer facts, or drop duplicates"
         )
     out = torch.cholesky_solve(unit[:, None] * g, factor)
     return (unit[:, None] * out)[:n]

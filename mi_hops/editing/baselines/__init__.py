@@ -13,7 +13,7 @@ from mi_hops.editing.baselines.knowledge_editor import (
     KnowledgeEditorRepair,
     train_editor,
 )
-from mi_hops.editing.baselines.memit import MemitRepair, memit, memit_many
+from mi_hops.editing.baselines.memit import MemitRepair, memit, memit_many, memit_sequential
 from mi_hops.editing.baselines.rome import RomeRepair, ValueSearch, rome, rome_many
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "lora_many",
     "memit",
     "memit_many",
+    "memit_sequential",
     "rome",
     "rome_many",
     "train_editor",
