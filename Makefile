@@ -111,6 +111,7 @@ dist-check: env
 	$(BIN)/python -m hatchling build -d $(DIST)
 	$(BIN)/python -m tools.dist_check $(DIST)
 	$(PYTHON) -m venv $(DIST)/env
+	$(DIST)/env/bin/python -m pip install $(PIP_FLAGS) -c $(PINS) torch
 	$(DIST)/env/bin/python -m pip install $(PIP_FLAGS) -c $(PINS) $(DIST)/*.whl
 	cd $(DIST) && env/bin/python -I $(CURDIR)/tools/dist_smoke.py
 

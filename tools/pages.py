@@ -106,7 +106,7 @@ def notebook_page(path: Path, repository: str) -> str:
         if cell["cell_type"] == "markdown":
             parts.append(source.replace("](../docs/", "](../"))
             if len(parts) == 1:  # below the title
-                parts.append(f"{colab} A CPU is enough; the first cell installs what is missing.")
+                parts += [colab, "A CPU is enough. The first cell installs what is missing."]
         elif cell["cell_type"] == "code" and source:
             parts.append(f"```py\n{source}\n```")
             parts += [_output(output) for output in cell["outputs"]]

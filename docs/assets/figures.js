@@ -10,8 +10,8 @@
     const { data, layout } = JSON.parse(place.querySelector("script").textContent);
     const panels = Object.keys(layout).filter((key) => key.startsWith("xaxis")).length;
     const canvas = document.createElement("div");
-    // Panels side by side need room; on a phone the figure scrolls.
-    canvas.style.minWidth = `${Math.min(200 * panels, 720)}px`;
+    // Titles and panels side by side need room; on a phone the figure scrolls.
+    canvas.style.minWidth = `${Math.max(520, Math.min(200 * panels, 720))}px`;
     place.append(canvas);
     const drawn = { ...layout, template: look(), autosize: true };
     window.Plotly.newPlot(canvas, data, drawn, { responsive: true, displayModeBar: false });
