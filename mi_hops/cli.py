@@ -161,7 +161,7 @@ def study(
         call = _asked(context)
         if not dry_run and (summary := reopened(out, call)) is not None:
             return _told(out / "report.html", summary, as_json=as_json, quiet=quiet)
-        if quiet or as_json:
+        if quiet or as_json or not sys.stderr.isatty():
             _no_loading_bar()
         given = _facts(
             facts, format=format, columns=columns, templates=templates, on_error=on_error
@@ -305,15 +305,19 @@ def _told(report: Path, summary: dict[str, Any], *, as_json: bool, quiet: bool) 
 
 def _show_plan(plan: StudyPlan) -> None:
     rows = [
-        [step.name, f"{step.rows:,}", "done" if step.done else f"{step.minutes:.1f} min"]
+        [step.name, f"{step.rows:,}", "done" if step.done else _duration(step.minutes)]
         for step in plan.steps
     ]
     note = (
-        f"Rows are at most. About {plan.minutes:.1f} min in all; memory up to "
+        f"Rows are at most. About {_duration(plan.minutes)} in all; memory up to "
         f"{plan.bytes / 1e9:.1f} GB."
     )
     title = f"{plan.model}, {plan.facts} facts: what would run"
     _show(title, ("step", "rows", "about"), rows, note)
+
+
+def _duration(minutes: float) -> str:
+    return f"{minutes:.0f} min" if minutes >= 2 else f"{60 * minutes:.0f} s"
 
 
 def _facts(

@@ -329,8 +329,10 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(tmp_path):
     out = tmp_path / "out"
     options = ["study", "--sizes", "quick", "--limit", "20", "--out", str(out), "--dry-run"]
     shown = runner.invoke(app, options).stdout
-    assert "gap" in shown and "editing" in shown and "min in all" in shown
-    plan = json.loads(runner.invoke(app, [*options, "--json"]).stdout)
+    assert "gap" in shown and "editing" in shown and "in all; memory" in shown
+    piped = runner.invoke(app, [*options, "--json"])
+    plan = json.loads(piped.stdout)
+    assert piped.stderr == ""
     assert not out.exists()
     assert plan["facts"] == 20 and plan["bytes"] > 0
     rows = {step["name"]: step["rows"] for step in plan["steps"]}

@@ -130,14 +130,14 @@ class Editing(Step):
         return evaluate(run.model, repairs, queries, cases, seed=seed, progress=progress)
 
     def work(self, asked: Asked) -> Work:
-        """All candidates on two sets, then both edits on all sets, before and after, generated."""
+        """Making all candidates and scoring them on two sets; then both edits on all sets."""
         size = asked.settings.size
         edits, draws = asked.most(size.edits), size.draws
-        candidates = MOST_STARTS * sum(map(len, STRENGTHS.values()))
-        tried = edits // _CHOOSING * candidates * (1 + draws)
+        tried = edits // _CHOOSING * MOST_STARTS * sum(map(len, STRENGTHS.values()))
+        made = 2 * len(CONTEXTS) * (tried + edits * len(STRENGTHS))
         scored = edits * (1 + len(STRENGTHS)) * (len(_SETS) + 4 * draws)
-        rows = tried + 2 * scored
-        return Work(rows, tried * asked.question + scored * (2 * asked.question + ANSWER))
+        rows = made + tried * (1 + draws) + 2 * scored
+        return Work(rows, rows * asked.question + scored * ANSWER)
 
     def summarise(self, result: Evaluation, study: Folder) -> dict[str, Any]:
         """What was chosen, and every statistic of each repair and set."""
