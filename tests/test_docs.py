@@ -83,3 +83,13 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         require_real_model()
     monkeypatch.chdir(tmp_path)  # examples write files
     exec(compile(code, str(page), "exec"), {"__name__": "__page__"})
+
+
+def test_api_pages_name_what_is_public():
+    asked = re.compile(r"^\{\{ names ([\w.]+)([\w. ]*) \}\}$", re.M)
+    found = [
+        pair for page in (ROOT / "docs").rglob("*.md") for pair in asked.findall(page.read_text())
+    ]
+    assert len(found) >= 12
+    for module, first in found:
+        assert set(first.split()) <= set(importlib.import_module(module).__all__), module
