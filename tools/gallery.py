@@ -243,7 +243,7 @@ def _injected() -> Any:
 
 HEAD = """# Gallery
 
-Every figure that the package draws, in the theme of this page. All are plotly figures: `.show()` them, change them
+The kinds of figure that the package draws, in the theme of this page. All are plotly figures: `.show()` them, change them
 with `update_layout`, or write them to a file:
 
 ```python
