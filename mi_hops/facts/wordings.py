@@ -137,6 +137,19 @@ def few_shot_lead(
     Raises:
         ValueError: a negative number of shots, or fewer other facts than shots.
     """
+    taken = worked_facts(fact, others, shots=shots, form=form, seed=seed)
+    lines = (_example(other, _HOPS[i % len(_HOPS)], form) for i, other in enumerate(taken))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def worked_facts(
+    fact: TwoHopFact, others: Sequence[TwoHopFact], *, shots: int, form: str, seed: int = 0
+) -> list[TwoHopFact]:
+    """The facts that the worked examples of a lead are about, in order; see `few_shot_lead`.
+
+    Raises:
+        ValueError: a negative number of shots, or fewer other facts than shots.
+    """
     if shots < 0:
         raise ValueError(f"shots is {shots}; expected 0 or more worked examples")
     pair = (fact.relation1, fact.relation2)
@@ -152,8 +165,7 @@ def few_shot_lead(
             f"fact {fact.id!r}: a lead of {shots} worked examples needs as many facts about other "
             f"things; there are {len(taken)}, so ask for fewer shots or give more facts"
         )
-    lines = (_example(other, _HOPS[i % len(_HOPS)], form) for i, other in enumerate(taken))
-    return "".join(f"{line}\n" for line in lines)
+    return taken
 
 
 def _shuffled(facts: Iterable[TwoHopFact], form: str, seed: str) -> list[TwoHopFact]:

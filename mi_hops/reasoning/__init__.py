@@ -1,6 +1,7 @@
 """Two-hop reasoning: the gap, erasure of the bridge, locating, and scoring repairs and edits of single facts."""
 
 from mi_hops.reasoning.aggregate import aggregate
+from mi_hops.reasoning.aloud import Layout, aloud_table, reason_aloud
 from mi_hops.reasoning.erasure import erase_bridge
 from mi_hops.reasoning.evaluate import evaluate
 from mi_hops.reasoning.evaluation import Evaluation
@@ -20,10 +21,12 @@ __all__ = [
     "FailureTypes",
     "Gap",
     "Known",
+    "Layout",
     "Query",
     "QuerySets",
     "WordingChoice",
     "aggregate",
+    "aloud_table",
     "build_sets",
     "chain_scores",
     "choose_wordings",
@@ -39,4 +42,5 @@ __all__ = [
     "portability_sets",
     "merge",
     "retention",
+    "reason_aloud",
 ]
