@@ -82,7 +82,8 @@ RULE = (
     "and those for 10 taken for single edits, those for 300 for more. As in [the other "
     "table](editing-table.md), what is reported, what is chosen on, and what C is counted on and kept "
     "prompts are drawn from share no single fact. *peak MiB* is the memory that making the edits of a "
-    "model took beyond what the process held before."
+    "model took beyond what the process held before. The search is given 1,500 prompts to keep, the least "
+    "squares C alone. An editor or a number of edits that has no row was not measured yet."
 )
 
 
