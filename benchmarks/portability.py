@@ -22,7 +22,7 @@ from benchmarks.editing_setup import Timed, deal, hops
 from benchmarks.editing_table import FIRST_RIGHT, named, spans
 from benchmarks.harness import keep, kept, table, write
 from mi_hops import Hopland, find_gap, hop_edits, load_facts, load_model, second_moments
-from mi_hops.editing import CremeRepair, HopRepair, OnTop
+from mi_hops.editing import CremeRepair, HopRepair, Moments, OnTop
 from mi_hops.editing.baselines import (
     FineTuneRepair,
     GraceRepair,
@@ -131,7 +131,7 @@ def geo(name: str, limit: int, seed: int = 0) -> Bench:
 
     choose, report = (
         find_gap(model, of(split, n), form=form, score="first_token")
-        for split, n in (("choosing", 120), ("reported", 8 * limit))
+        for split, n in (("choosing", 300), ("reported", max(300, 12 * limit)))
     )
     n_layers = model.cfg.n_layers
     layers = [round(n_layers * share) for share in (0.2, 0.35, 0.5, 0.65)]
@@ -217,18 +217,24 @@ class Chooser:
 
 def methods(bench: Bench) -> dict[str, Callable[[Sequence[HopEdit]], Any]]:
     """Label -> the repair for some edits; settings are chosen when one is first asked for."""
-    c, c_mlp = (second_moments(bench.model, bench.corpus, matrix=m) for m in ("W_O", "W_out"))
+
+    @cache
+    def c(matrix: str) -> Moments:
+        return second_moments(bench.model, bench.corpus, matrix=matrix, layers=bench.layers)
+
     few, single = bench.layers, [[i] for i in bench.layers]
     pairs = [few[i : i + k] for k in (2, 3) for i in range(len(few) - k + 1)]
     all_spans = spans(len(few)) if few == list(range(len(few))) else [*single, *pairs]
     chooser = Chooser(bench)
 
     def creme(x: Any, name: str = "CREME") -> CremeRepair:
-        return CremeRepair(layers=x[0], strength=x[1], covariance=c, form=bench.form, name=name)
+        return CremeRepair(
+            layers=x[0], strength=x[1], covariance=c("W_O"), form=bench.form, name=name
+        )
 
     raw: dict[str, tuple[Callable[[Any], Any], Sequence[Any]]] = {
-        "rome": (lambda x: RomeRepair(layer=x, covariance=c_mlp), few),
-        "memit": (lambda x: MemitRepair(layers=x, covariance=c_mlp), pairs),
+        "rome": (lambda x: RomeRepair(layer=x, covariance=c("W_out")), few),
+        "memit": (lambda x: MemitRepair(layers=x, covariance=c("W_out")), pairs),
         "ft+l": (lambda x: FineTuneRepair(layers=x), single),
         "lora": (
             lambda x: LoraRepair(bench.name, layers=x[0], lr=x[1]),
@@ -306,13 +312,15 @@ def row_of(scores: Evaluation, repair: Any, n: int, when: str = "after") -> list
     return [repair.name, str(n), *cells, f"{repair.seconds:.3f}", f"{repair.n_bytes:,}"]
 
 
-def per_case(scores: Evaluation, repair: str) -> dict[str, dict[str, float]]:
-    """Set -> case -> share of first tokens after the edit, for comparisons case by case."""
+def per_case(scores: Evaluation, repair: str) -> dict[str, list[float | None]]:
+    """Set -> share of first tokens after the edit, case by case (None: nothing asked)."""
     each = scores.cases().loc[repair]["first_correct_after"]
+    found = {
+        name: each.loc[name] for name in NOT_GIVEN if name in each.index.get_level_values("set")
+    }
     return {
-        name: {case: float(v) for case, v in each.loc[name].items()}
-        for name in NOT_GIVEN
-        if name in each.index.get_level_values("set")
+        name: [round(float(v[i]), 4) if i in v.index else None for i in scores.case_ids]
+        for name, v in found.items()
     }
 
 
@@ -339,7 +347,7 @@ def measure(bench: Bench, hop: str, n: int, only: Sequence[str] | None) -> None:
         write(PAGE, "One hop edited, two asked", page(), script="portability")
 
 
-def compared(each: dict[str, dict[str, dict[str, float]]]) -> str:
+def compared(each: dict[str, dict[str, list[float | None]]]) -> str:
     """The pairs beside their parts, case by case, on the questions that CREME was not given."""
     rows = []
     for pair in (label for label in each if "+creme" in label):
@@ -348,8 +356,8 @@ def compared(each: dict[str, dict[str, dict[str, float]]]) -> str:
                 if name not in each.get(other, {}) or name not in each[pair]:
                     continue
                 a, b = each[pair][name], each[other][name]
-                both = sorted(set(a) & set(b))
-                found = difference_ci([a[i] for i in both], [b[i] for i in both], paired=True)
+                both = [(x, y) for x, y in zip(a, b, strict=True) if None not in (x, y)]
+                found = difference_ci(*zip(*both, strict=True), paired=True)
                 mean, low, high = (100 * float(x) for x in found)
                 says = "better" if low > 0 else "worse" if high < 0 else "not told apart"
                 rows.append(
