@@ -146,6 +146,12 @@ def study(
         str | None,
         typer.Option(metavar="ADDRESS", help="Of a Dask cluster whose workers do the work."),
     ] = None,
+    join: Annotated[
+        bool,
+        typer.Option(
+            "--join", help="Share the work with other processes that run this on the same folder."
+        ),
+    ] = False,
     force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -166,7 +172,14 @@ def study(
         given = _facts(
             facts, format=format, columns=columns, templates=templates, on_error=on_error
         )
-        from mi_hops.study import StudySettings, plan_study, run_study, write_report
+        from mi_hops.study import (
+            StudySettings,
+            executor_of,
+            join_study,
+            plan_study,
+            run_study,
+            write_report,
+        )
 
         settings = StudySettings(
             seed=seed,
@@ -180,8 +193,9 @@ def study(
         if dry_run:
             plan = plan_study(model, given, out=out, settings=settings, **where)
             return typer.echo(json.dumps(plan.to_dict())) if as_json else _show_plan(plan)
-        with _executor(workers, scheduler) as executor:
-            done = run_study(
+
+        def run(executor: Any) -> Any:
+            return run_study(
                 model,
                 given,
                 out=out,
@@ -191,6 +205,14 @@ def study(
                 progress=not quiet,
                 executor=executor,
             )
+
+        if join and (force or workers is not None or scheduler is not None):
+            raise ValueError("--join goes without --force, --workers and --scheduler")
+        if join:
+            done = join_study(out, run)
+        else:
+            with executor_of(workers, scheduler) as executor:
+                done = run(executor)
         report = write_report(done, out / "report.html", overwrite=True)
         if inputs := _inputs(model, facts, templates):
             remember(out, call, inputs)
@@ -268,7 +290,7 @@ def train_world(
 
 
 #: Options of `study` on which its numbers do not depend.
-_MANNERS = ("out", "dry_run", "as_json", "workers", "scheduler", "force", "quiet", "debug")
+_MANNERS = ("out", "dry_run", "as_json", "workers", "scheduler", "join", "force", "quiet", "debug")
 
 
 def _asked(context: typer.Context) -> dict[str, Any]:
@@ -375,31 +397,6 @@ def merge(
         merged.save(out, overwrite=force)
         if not quiet:
             typer.echo(merged.describe() if hasattr(merged, "describe") else repr(merged))
-
-
-@contextmanager
-def _executor(workers: int | None, scheduler: str | None) -> Iterator[Any]:
-    """What `run_study` takes as its executor.
-
-    Raises:
-        ValueError: both are given, or Dask is not installed.
-        OSError: nobody answers at the address.
-    """
-    if scheduler is None:
-        yield workers
-        return
-    if workers is not None:
-        raise ValueError(
-            "--workers are processes of this machine, --scheduler has its own; give one"
-        )
-    try:
-        from dask.distributed import Client
-    except ImportError:
-        raise ValueError(
-            "--scheduler needs Dask: install it with 'pip install mi-hops[scale]'"
-        ) from None
-    with Client(scheduler, timeout=30) as client:
-        yield client.get_executor()
 
 
 def _minutes(text: str) -> float:

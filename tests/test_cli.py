@@ -91,6 +91,16 @@ def test_study_hands_every_option_on(calls, tmp_path):
     assert result.output == f"{out / 'report.html'}\n"
 
 
+def test_join_leads_or_helps_and_takes_no_workers(calls, tmp_path):
+    from mi_hops.sweep.shared import SharedFolder
+
+    result = runner.invoke(app, ["study", "--join", "--out", str(tmp_path / "study")])
+    assert result.exit_code == 0, result.output
+    assert isinstance(calls[0]["executor"], SharedFolder)
+    result = runner.invoke(app, ["study", "--join", "--workers", "2"])
+    assert result.exit_code == 2 and "--join goes without" in result.stderr
+
+
 def test_json_is_the_summary_and_nothing_else(calls):
     said = json.loads(runner.invoke(app, ["study", "--json"]).stdout)
     assert said == {"report": "study/report.html", **FakeStudy.summary}

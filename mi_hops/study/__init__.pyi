@@ -3,6 +3,8 @@ from .choose import layer_spans as layer_spans
 from .compare import compare_studies as compare_studies
 from .context import Sizes as Sizes
 from .context import StudySettings as StudySettings
+from .join import executor_of as executor_of
+from .join import join_study as join_study
 from .plan import StudyPlan as StudyPlan
 from .plan import plan_study as plan_study
 from .report.page import write_report as write_report

@@ -184,6 +184,20 @@ def locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(out: Path) -> bool:
+    """Whether somebody writes to the folder right now."""
+    if not (out / _LOCK).exists():
+        return False
+    lock = FileLock(out / _LOCK)
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # removed in the meantime
+        return False
+
+
 _LOCK = ".lock"
 _HALF_WRITTEN = re.compile(r"\.\w+\.(nc|json|skipped|html)\.\d+\.[0-9a-f]{8}\.part")
 _OURS = ("call.json", "settings.json", "steps.json", "choices.json", "budget.json", "report.html")

@@ -17,7 +17,7 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from concurrent.futures.process import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -33,6 +33,7 @@ from torch import Tensor
 from mi_hops.model import HookedModel, fingerprint, has_hooks
 from mi_hops.model.loading import loader_of
 from mi_hops.sweep.keep import keeping_nothing
+from mi_hops.sweep.shared import SharedFolder
 
 #: How often a task is tried.
 TRIES = 3
@@ -63,8 +64,8 @@ def spread(
     and one that fails `TRIES` times does not stop the others.
 
     Args:
-        executor: of `concurrent.futures`, such as ``dask.distributed.Client(...).get_executor()``; or a
-            number of processes on this machine. With a number, a script needs the usual
+        executor: of `concurrent.futures`, such as ``dask.distributed.Client(...).get_executor()``, or
+            a `SharedFolder`; or a number of processes on this machine. With a number, a script needs the usual
             ``if __name__ == "__main__":``.
         load: gives a worker the same model; by default what `load_model` was called with.
 
@@ -97,6 +98,8 @@ def spread(
     with ExitStack() as stack:
         if isinstance(executor, int):
             workers: _Given = stack.enter_context(_processes(executor))
+        elif isinstance(executor, SharedFolder):
+            workers = stack.enter_context(_shared(executor, model, load))
         else:
             workers = _Given(executor)
         token = _spread.set(_Spread(model, load, fingerprint(model), workers))
@@ -172,8 +175,7 @@ class _Spread:
                     task = waiting.popleft()
                     data = self._pickled([parts[i] for i in task.numbers])
                     running[self.workers.submit(_make, shared, data)] = task
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
+                for future in self.workers.wait(running):
                     task = running.pop(future)
                     try:
                         found = pickle.loads(future.result())
@@ -241,6 +243,10 @@ class _Given:
             self.replace(error)
             return self.executor.submit(*task)
 
+    def wait(self, futures: Iterable[Future[bytes]]) -> set[Future[bytes]]:
+        """The first of them that are done."""
+        return wait(futures, return_when=FIRST_COMPLETED)[0]
+
     def replace(self, error: BrokenExecutor) -> None:
         """Have another executor in place of one that has lost a worker."""
         raise ChildProcessError(
@@ -262,6 +268,29 @@ class _Processes(_Given):
         except (BrokenExecutor, RuntimeError):
             self.executor.shutdown(wait=False, cancel_futures=True)
             self.executor = _pool(self.n)
+
+
+@dataclass
+class _Shared(_Given):
+    """Processes that share a folder, of which this is one."""
+
+    def wait(self, futures: Iterable[Future[bytes]]) -> set[Future[bytes]]:
+        """The first of them that are done; while none is, this process does some."""
+        assert isinstance(self.executor, SharedFolder)
+        return self.executor.wait(futures)
+
+
+@contextmanager
+def _shared(folder: SharedFolder, model: Any, load: Load) -> Iterator[_Shared]:
+    global _model, _known
+    folder.begin()
+    # What this process does it does with the model that it has.
+    _model = cloudpickle.dumps((load, fingerprint(model))), model
+    try:
+        yield _Shared(folder)
+    finally:
+        _model = _known = b"", None
+        folder.shutdown()
 
 
 def _pool(n: int) -> Executor:
@@ -324,6 +353,7 @@ class _Work:
 
 #: One task at a time in a process: hooks are the model's, not a thread's.
 _LOCK = threading.Lock()
+#: The model of this process's tasks, and what the last of them was made with.
 _model: tuple[bytes, Any] = (b"", None)
 _known: tuple[bytes, Any] = (b"", None)
 
