@@ -124,6 +124,10 @@ def study(
         Literal["answer", "first-token"],
         typer.Option(help="What counts as answered: the whole answer and its end, or its start."),
     ] = "answer",
+    also: Annotated[
+        list[Literal["knockout", "back_patching"]] | None,
+        typer.Option(help="A step that a study does not have by itself; repeat for both."),
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -188,6 +192,7 @@ def study(
             shots=shots,
             score="answer" if score == "answer" else "first_token",
             budget=None if budget is None else _minutes(budget),
+            also=tuple(also or ()),
         )
         where: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend}
         if dry_run:

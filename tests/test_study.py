@@ -20,7 +20,9 @@ from tests.reasoning.tiny_facts import dictated, tiny_facts
 #: Those of facts that come in one wording.
 STEPS = [step.name for step in ALL_STEPS if step.name != "wordings"]
 COUNTS = {"lens": 4, "tuned": 3, "erasure": 3, "locate": 3, "injection": 4, "edits": 4}
-SMALL = StudySettings(sizes=Sizes(**COUNTS, draws=1, strengths=(1.0, 4.0)))
+SMALL = StudySettings(
+    sizes=Sizes(**COUNTS, draws=1, strengths=(1.0, 4.0)), also=("knockout", "back_patching")
+)
 
 
 #: Each family and each class once: a study is many forward passes.
@@ -355,3 +357,41 @@ def test_choose_edit():
         {"layers": [5], "correction": 0.1, "kept": None},
     ]
     assert choose_edit(rows) == rows[1]
+
+
+def test_optional_steps_are_left_out_unless_asked_for(finished):
+    model, facts, study = finished
+    assert {"knockout", "back_patching"} <= set(study.settings["steps"])
+    plain = [
+        s.name for s in ALL_STEPS if s.wanted(load_study_facts(facts, SMALL)[0], StudySettings())
+    ]
+    assert not {"knockout", "back_patching"} & set(plain)
+    with pytest.raises(ValueError, match="also is .*tracing.*; expected optional steps"):
+        StudySettings(also=("tracing",))
+
+
+def test_optional_steps_are_those_of_patching(finished):
+    from mi_hops import Pairs
+    from mi_hops.patching import back_patch, knockout
+
+    model, facts, study = finished
+    by_id = {f.id: f for f in facts}
+    blocked = study.result("knockout")
+    names = blocked["example"].values.tolist()
+    asked = Pairs([by_id[i].prompt() for i in names], answer=[by_id[i].answer for i in names])
+    keys = {"first hop": [by_id[i].first_hop for i in names]}
+    again = knockout(model, asked, keys, window=blocked.provenance["window"])
+    there = blocked["change"].sel(position="first hop").values
+    assert there == pytest.approx(again["change"].values[..., 0], abs=1e-5)
+    entry = study.summary["knockout"]["first hop"]
+    assert entry["change"]["value"] == pytest.approx(there.mean(0).min(), abs=1e-5)
+
+    fed = study.result("back_patching")
+    names = fed["example"].values.tolist()
+    asked = Pairs([by_id[i].prompt() for i in names], answer=[by_id[i].answer for i in names])
+    again = back_patch(model, asked, metric="rank")["score"].values
+    assert fed["score"].sel(position="last").values == pytest.approx(again, nan_ok=True)
+    told = study.summary["back_patching"]
+    assert told["source"] > told["target"] and 0 <= told["corrected"]["n"] <= len(names)
+    text = (study.folder / "summary.json").read_text()
+    assert "back_patching" in text

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -102,6 +102,10 @@ SIZES: dict[SizeName, Sizes] = {
 }
 
 
+#: Steps that a study has only where they are asked for.
+OptionalStep = Literal["knockout", "back_patching"]
+
+
 @dataclass(frozen=True)
 class StudySettings:
     """What a study draws, how it asks, and how much each step takes.
@@ -113,11 +117,12 @@ class StudySettings:
         shots: worked examples before every prompt. By default 0 or 3, whichever makes more single
             hops known, where the facts come in several wordings; else none.
         score: what counts as known and as answered: the whole answer and its end, or its first token.
+        also: optional steps: ``"knockout"``, ``"back_patching"``; each takes as many facts as locating.
         budget: minutes that the study may take, about. Each step tries a few facts, and then takes as
             many as its share of the budget allows, at most what `sizes` says.
 
     Raises:
-        ValueError: an unknown name or score, a negative number of shots, a budget of nothing.
+        ValueError: an unknown name, score or step, a negative number of shots, a budget of nothing.
 
     Examples:
         >>> import mi_hops
@@ -131,6 +136,7 @@ class StudySettings:
     shots: int | None = None
     score: Score = "answer"
     budget: float | None = None
+    also: tuple[OptionalStep, ...] = ()
 
     @property
     def size(self) -> Sizes:
@@ -143,6 +149,12 @@ class StudySettings:
                 f"sizes is {self.sizes!r}; expected one of {list(SIZES)}, or mi_hops.study.Sizes(...)"
             )
         check_score(self.score)
+        also: Any = self.also
+        unknown = [name for name in also if name not in get_args(OptionalStep)]
+        if isinstance(also, str) or unknown:
+            raise ValueError(
+                f"also is {self.also!r}; expected optional steps, some of {get_args(OptionalStep)}"
+            )
         if (self.shots or 0) < 0 or (self.budget is not None and self.budget <= 0):
             raise ValueError(
                 f"shots is {self.shots} and budget {self.budget}; expected 0 or more worked examples, "

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from mi_hops.study.folder import Folder
 from mi_hops.study.step import Step
+from mi_hops.study.steps.back_patching import BackPatching
 from mi_hops.study.steps.editing import Editing
 from mi_hops.study.steps.erasure import Erasure
 from mi_hops.study.steps.failures import Failures
 from mi_hops.study.steps.gap import GapStep
 from mi_hops.study.steps.injection import Injection, InjectionGrid
+from mi_hops.study.steps.knockout import Knockout
 from mi_hops.study.steps.lens import Lens
 from mi_hops.study.steps.locate import Locate
 from mi_hops.study.steps.tuned import Tuned
@@ -25,6 +27,8 @@ STEPS: tuple[Step, ...] = (
     Tuned(),
     Erasure(),
     Locate(),
+    Knockout(),
+    BackPatching(),
     InjectionGrid(),
     Injection(),
     Editing(),
