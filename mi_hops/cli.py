@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from mi_hops._version import __version__
+from mi_hops.shell import friendly, no_loading_bar, show_accuracy, show_plan, tell_study
 
 if TYPE_CHECKING:
     from mi_hops.facts import Facts
-    from mi_hops.study import StudyPlan
 
 app = typer.Typer(
     name="mi-hops",
@@ -125,8 +123,11 @@ def study(
         typer.Option(help="What counts as answered: the whole answer and its end, or its start."),
     ] = "answer",
     also: Annotated[
-        list[Literal["knockout", "back_patching"]] | None,
-        typer.Option(help="A step that a study does not have by itself; repeat for both."),
+        list[str] | None,
+        typer.Option(
+            metavar="STEP",
+            help="A step that a study does not have by itself: knockout or back_patching; repeat for both.",
+        ),
     ] = None,
     budget: Annotated[
         str | None,
@@ -165,14 +166,14 @@ def study(
     The same command again resumes what is unfinished and reopens what is finished.
     """
     resume = "What is done is kept in the folder; the same command resumes."
-    with _friendly(context, debug=debug, stopped=resume):
+    with friendly(context, debug=debug, stopped=resume):
         from mi_hops.study.reopen import remember, reopened
 
         call = _asked(context)
         if not dry_run and (summary := reopened(out, call)) is not None:
-            return _told(out / "report.html", summary, as_json=as_json, quiet=quiet)
+            return tell_study(out / "report.html", summary, as_json=as_json, quiet=quiet)
         if quiet or as_json or not sys.stderr.isatty():
-            _no_loading_bar()
+            no_loading_bar()
         given = _facts(
             facts, format=format, columns=columns, templates=templates, on_error=on_error
         )
@@ -192,12 +193,12 @@ def study(
             shots=shots,
             score="answer" if score == "answer" else "first_token",
             budget=None if budget is None else _minutes(budget),
-            also=tuple(also or ()),
+            also=tuple(also or ()),  # type: ignore[arg-type]  # checked there
         )
         where: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend}
         if dry_run:
             plan = plan_study(model, given, out=out, settings=settings, **where)
-            return typer.echo(json.dumps(plan.to_dict())) if as_json else _show_plan(plan)
+            return typer.echo(json.dumps(plan.to_dict())) if as_json else show_plan(plan)
 
         def run(executor: Any) -> Any:
             return run_study(
@@ -221,7 +222,7 @@ def study(
         report = write_report(done, out / "report.html", overwrite=True)
         if inputs := _inputs(model, facts, templates):
             remember(out, call, inputs)
-        _told(report, done.summary, as_json=as_json, quiet=quiet)
+        tell_study(report, done.summary, as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -239,7 +240,7 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Show two studies side by side on one page: models, versions, or before and after an edit."""
-    with _friendly(context, debug=debug, stopped="Nothing was written."):
+    with friendly(context, debug=debug, stopped="Nothing was written."):
         if out.exists() and not force:
             raise FileExistsError(f"{out} exists; name another file with --out, or use --force")
         from mi_hops.study import compare_studies
@@ -268,7 +269,7 @@ def train_world(
     debug: Debug = False,
 ) -> None:
     """Train a small model on Hopland, measure it, and write it as a Hugging Face folder."""
-    with _friendly(context, debug=debug, stopped="Nothing was written."):
+    with friendly(context, debug=debug, stopped="Nothing was written."):
         if out.exists() and not out.is_dir():
             raise FileExistsError(f"{out} is a file; --out needs a folder")
         if out.is_dir() and any(out.iterdir()) and not force:
@@ -290,7 +291,7 @@ def train_world(
         if quiet:
             typer.echo(str(out))
         else:
-            _show_accuracy(family, recipe.steps, measured)
+            show_accuracy(family, recipe.steps, measured)
             typer.echo(f"Model: {out}")
 
 
@@ -316,35 +317,6 @@ def _inputs(model: str, facts: Path | None, templates: Path | None) -> list[Path
     more = [facts_path("hopland" if facts is None else facts)]
     more += sorted(templates.iterdir()) if templates else []
     return files and [*files, *(path.resolve() for path in more)]
-
-
-def _told(report: Path, summary: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
-    """Say what a finished study found, on stdout."""
-    if as_json:
-        typer.echo(json.dumps({"report": str(report), **summary}))
-    elif quiet:
-        typer.echo(str(report))
-    else:
-        rows = [(line["name"], line["text"]) for line in summary.get("headlines", [])]
-        _show("Study", ("", ""), rows)
-        typer.echo(f"Report: {report}")
-
-
-def _show_plan(plan: StudyPlan) -> None:
-    rows = [
-        [step.name, f"{step.rows:,}", "done" if step.done else _duration(step.minutes)]
-        for step in plan.steps
-    ]
-    note = (
-        f"Rows are at most. About {_duration(plan.minutes)} in all; memory up to "
-        f"{plan.bytes / 1e9:.1f} GB."
-    )
-    title = f"{plan.model}, {plan.facts} facts: what would run"
-    _show(title, ("step", "rows", "about"), rows, note)
-
-
-def _duration(minutes: float) -> str:
-    return f"{minutes:.0f} min" if minutes >= 2 else f"{60 * minutes:.0f} s"
 
 
 def _facts(
@@ -394,7 +366,7 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Join what was measured on different facts, with the same model and settings, into one file."""
-    with _friendly(context, debug=debug, stopped="Nothing was written."):
+    with friendly(context, debug=debug, stopped="Nothing was written."):
         from mi_hops.reasoning.merge import load_part
         from mi_hops.reasoning.merge import merge as join
 
@@ -429,77 +401,3 @@ def _columns(pairs: list[str]) -> dict[str, str | list[str]]:
             )
         named.setdefault(field.strip(), []).append(column)
     return {field: found[0] if len(found) == 1 else found for field, found in named.items()}
-
-
-@contextmanager
-def _friendly(context: typer.Context, *, debug: bool, stopped: str) -> Iterator[None]:
-    """Turn expected errors into one line on stderr and exit code 2, Ctrl-C into 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"\nStopped. {stopped}", err=True)
-        raise typer.Exit(130) from None
-    except (ValueError, OSError) as error:
-        if debug:
-            raise
-        line = _as_options(context, " ".join(str(error).split())) or type(error).__name__
-        typer.echo(f"Error: {line}", err=True)
-        raise typer.Exit(2) from None
-
-
-def _as_options(context: typer.Context, message: str) -> str:
-    """A message with the keyword arguments it names written as the options of this command."""
-    options = {option.name for option in context.command.params}
-
-    def spell(found: re.Match[str]) -> str:
-        name, value = found["name"], found["value"].strip("'\"")
-        if name not in options:
-            return found[0]
-        flag = "--" + name.replace("_", "-")
-        return flag if value in ("", "True") else f"{flag} {value}"
-
-    keyword = r"""\b(?P<name>[a-z_]+)=(?P<value>True\b|'[^']*'|"[^"]*"|\{field: column\}|)"""
-    return re.sub(keyword, spell, message).replace("{field: column}", "FIELD=COLUMN")
-
-
-def _no_loading_bar() -> None:
-    """Transformers shows one of its own while it loads weights."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def _show(
-    title: str,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    note: str = "",
-    words: int = 1,
-) -> None:
-    """A table on a terminal; elsewhere lines with tabs between the cells.
-
-    Args:
-        words: columns from the left that hold words; the others are numbers, set right.
-    """
-    if not sys.stdout.isatty():
-        for line in (title, *map("\t".join, rows), *([note] if note else [])):
-            typer.echo(line)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, caption=note or None, show_header=any(columns))
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < words else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def _show_accuracy(family: str, steps: int, measured: dict[str, dict[str, Any]]) -> None:
-    rows = []
-    for key, scores in measured.items():
-        shares = (f"{scores[k]:.1%}" for k in ("first_token", "whole"))
-        rows.append([*key.rsplit("/", 1), str(scores["n"]), *shares])
-    title = f"{family} after {steps} steps: greedy accuracy, whole vocabulary"
-    _show(title, ("split", "form", "n", "first token", "whole answer"), rows, words=2)

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 
 import pandas as pd
 
+from mi_hops.cases import usable
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.tables import find
-from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.facts.wordings import worked_facts
 from mi_hops.model import HookedModel, provenance
 from mi_hops.result.result import Result
@@ -130,17 +130,15 @@ def reason_aloud(
         [2, 2]
     """
     layout = layout or Layout()
-    asked, skipped, prompts = [], [], []
-    for fact in facts:
-        try:
-            both = _prompts(model, fact, others, layout, (form, shots, seed, max_new_tokens))
-        except ValueError as error:
-            skipped.append((fact.id, str(error)))
-            continue
-        asked.append(fact)
-        prompts.append(both)
-    if not asked:
-        raise NoUsableFactError("reasoning aloud", skipped)
+    ask = (form, shots, seed, max_new_tokens)
+    prepared, skipped = usable(
+        model,
+        facts,
+        lambda case: (case.fact, _prompts(model, case.fact, others, layout, ask)),
+        purpose="reasoning aloud",
+        form=form,
+    )
+    asked, prompts = [fact for fact, _ in prepared], [both for _, both in prepared]
 
     def reply(texts: Sequence[str]) -> list[Generation]:
         return generate(
