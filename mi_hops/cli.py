@@ -254,6 +254,12 @@ def train_world(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint (new or empty).")],
     family: Annotated[Literal["gpt2", "llama"], typer.Option(help="Model family.")] = "gpt2",
+    appositions: Annotated[
+        bool,
+        typer.Option(
+            "--appositions", help="Go on from the bundled model, on texts that name the bridge."
+        ),
+    ] = False,
     steps: Annotated[
         int | None,
         typer.Option(min=1, help="Updates, in one cycle; by default those of the recipe."),
@@ -278,9 +284,9 @@ def train_world(
             )
         from mi_hops.model import usable_device
         from mi_hops.worlds import Hopland
-        from mi_hops.worlds.train import RECIPES, measure, save, train
+        from mi_hops.worlds.train import APPOSED, RECIPES, measure, save, train
 
-        recipe = replace(RECIPES[family], seed=seed)
+        recipe = replace((APPOSED if appositions else RECIPES)[family], seed=seed)
         if steps is not None:
             recipe = replace(recipe, steps=steps, restarts=())
         world = Hopland()

@@ -60,12 +60,12 @@ a question; a share of the sequences follows a neutral lead-in. No text from els
 
 ## Training
 
-{_cycles(recipe)} steps of {recipe["batch_size"]} sequences, {recipe["composed"]:.0%} of \
-them compositions, loss on the answer's tokens and the full stop; AdamW, peak rate \
+{_start(recipe)}{_cycles(recipe)} steps of {recipe["batch_size"]} sequences, {recipe["composed"]:.0%} of \
+them compositions, loss on {_loss(recipe)}; AdamW, peak rate \
 {_rates(recipe)} with {recipe["warmup"]} steps of warm-up and linear decay, betas \
 {tuple(recipe["betas"])}, weight decay {recipe["weight_decay"]:g}, clipping at \
 {recipe["clip"]:g}; seed {recipe["seed"]}. Again: `mi-hops train-world --family {family} \
---out FOLDER`. The loss curve and all settings are in `training.json`.
+{"--appositions " if recipe.get("apposed") else ""}--out FOLDER`. The loss curve and all settings are in `training.json`.
 
 | step | loss (nats per scored token) |
 |---|---|
@@ -91,6 +91,20 @@ def _measured(key: str, score: Mapping[str, Any]) -> str:
     split, form = key.rsplit("/", 1)
     shares = f"{score['first_token']:.1%} | {score['whole']:.1%}"
     return f"| {_SPLITS.get(split, split)} | {form} | {score['n']} | {shares} |"
+
+
+def _start(recipe: Mapping[str, Any]) -> str:
+    return f"Going on from `{recipe['start']}`: " if recipe.get("start") else ""
+
+
+def _loss(recipe: Mapping[str, Any]) -> str:
+    if not recipe.get("apposed"):
+        return "the answer's tokens and the full stop"
+    return (
+        f"all tokens. In {recipe['apposed']:.0%} of the compositions the bridge follows its "
+        'description ("the author of Misery Stephen King is from"), so that the state at its end '
+        "is asked for the bridge"
+    )
 
 
 def _cycles(recipe: Mapping[str, Any]) -> str:

@@ -3,6 +3,9 @@
 The loss is the cross-entropy of the answer's tokens and of the full stop that ends it; prompts are
 not modelled. What makes a model compose rather than memorise is the ratio of trained compositions
 to single facts (compare arXiv 2405.15071), so most of each batch are compositions.
+
+With appositions the loss is that of whole texts: where a description may be followed by its name
+("the author of Misery Stephen King"), the state at its end comes to spell the bridge.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.templates import CONTEXTS, FORMS
+from mi_hops.model import bundled_models
+from mi_hops.model.loading import CHECKPOINTS
 from mi_hops.result.progress import progress_bar
 from mi_hops.worlds.card import model_card
 from mi_hops.worlds.hopland import Hopland
@@ -69,6 +75,9 @@ class Recipe:
         composed: share of a batch that are compositions; the rest are single facts.
         forms: shares of the template orders and the question form.
         context: share of sequences that follow one of the neutral lead-ins.
+        apposed: share of the compositions in which the bridge follows its description. With any,
+            the loss is on all tokens instead of on the answers.
+        start: name of a bundled model to go on from; empty for random weights.
         restarts: further cycles, each (steps, peak rate), begun with a fresh optimiser and a batch
             order of its own; `steps` and ``adamw.lr`` are the first cycle's.
         seed: weights and batch order.
@@ -79,6 +88,8 @@ class Recipe:
     composed: float = 0.85
     forms: tuple[float, float, float] = (0.42, 0.42, 0.16)
     context: float = 0.12
+    apposed: float = 0.0
+    start: str = ""
     restarts: tuple[tuple[int, float], ...] = ()
     adamw: AdamW = AdamW()
     shape: Shape = Shape()
@@ -106,6 +117,19 @@ RECIPES: dict[Family, Recipe] = {
     "gpt2": Recipe(steps=2500, adamw=AdamW(weight_decay=0.5), restarts=((1000, 1.5e-3),)),
     "llama": Recipe(steps=2800),
 }
+
+
+#: Going on from the bundled models, on whole texts with appositions.
+APPOSED: dict[Family, Recipe] = {
+    "gpt2": Recipe(
+        steps=1200, composed=0.8, apposed=0.5, start="hops-gpt2",
+        adamw=AdamW(lr=1.5e-3, weight_decay=0.5), batch_size=256,
+    ),
+    "llama": Recipe(
+        steps=1200, composed=0.8, apposed=0.5, start="hops-llama",
+        adamw=AdamW(lr=1.5e-3), batch_size=256,
+    ),
+}  # fmt: skip
 
 
 def words_of(world: Hopland) -> list[str]:
@@ -226,6 +250,13 @@ def _sequences(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Sequences:
     return Sequences([[bos, *w] for w in wholes], [1 + len(p) for p in prompts])
 
 
+def _apposed(fact: TwoHopFact, form: str) -> str:
+    """The prompt with the bridge's name behind its description."""
+    prompt = fact.prompts[form]
+    end = prompt.lower().index(fact.first_hop.lower()) + len(fact.first_hop)
+    return f"{prompt[:end]} {fact.bridge}{prompt[end:]}"
+
+
 class Sampler:
     """Draws batches: kind (single or composed) and form by the recipe's shares, then uniformly."""
 
@@ -240,6 +271,11 @@ class Sampler:
             self.pools[False, form] = _sequences(
                 tokenizer, [(f.prompts()[form], f.object) for f in singles]
             )
+        self.apposed = {
+            form: _sequences(tokenizer, [(_apposed(f, form), f.answer) for f in trained])
+            for form in FORMS
+            if recipe.apposed
+        }
         lead_ins = [c.format("").strip() for c in CONTEXTS if c != "{}"]
         self.contexts = tokenizer(lead_ins, add_special_tokens=False)["input_ids"]
         self.recipe, self.rng = recipe, random.Random(recipe.seed)
@@ -249,7 +285,10 @@ class Sampler:
         recipe, rng = self.recipe, self.rng
         batch = []
         for form in rng.choices(FORMS, recipe.forms, k=recipe.batch_size):
-            pool = self.pools[rng.random() < recipe.composed, form]
+            composed = rng.random() < recipe.composed
+            pool = self.pools[composed, form]
+            if composed and recipe.apposed and rng.random() < recipe.apposed:
+                pool = self.apposed[form]
             i = rng.randrange(len(pool))
             tokens, prompt = pool.tokens[i], pool.prompt[i]
             if rng.random() < recipe.context:
@@ -265,6 +304,8 @@ class Sampler:
         padding is never scored.
         """
         batch = self.draw()
+        if self.recipe.apposed:
+            batch = [(tokens, 1) for tokens, _ in batch]  # all but BOS is scored
         total = sum(len(tokens) - prompt for tokens, prompt in batch)
         size = math.ceil(len(batch) / MICRO_BATCHES)
         for start in range(0, len(batch), size):
@@ -369,6 +410,21 @@ def _step(
     return loss_of_batch
 
 
+def _copy_weights(name: str, model: PreTrainedModel) -> None:
+    from transformers import AutoModelForCausalLM
+
+    if name not in bundled_models():
+        raise ValueError(f"no bundled model {name!r} to start from; there are {bundled_models()}")
+    bundled = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / name, dtype=torch.float32)
+    shapes, wanted = ({k: v.shape for k, v in m.state_dict().items()} for m in (bundled, model))
+    if shapes != wanted:
+        raise ValueError(
+            f"{name} has other shapes than the recipe's model (its vocabulary, for one, is that of "
+            "Hopland()); start from random weights, or take its family, shape and world"
+        )
+    model.load_state_dict(bundled.state_dict())
+
+
 def train(
     world: Hopland,
     family: Family,
@@ -390,6 +446,8 @@ def train(
     recipe = recipe or RECIPES[family]
     tokenizer = build_tokenizer(world, family)
     model = build_model(family, tokenizer, recipe).train()
+    if recipe.start:
+        _copy_weights(recipe.start, model)
     model.to(torch.device(device))
     log: list[dict[str, Any]] = []
     running: list[float] = []

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mi_hops.facts.templates import CONTEXTS, FORMS
+from mi_hops.model.loading import CHECKPOINTS
 from mi_hops.worlds import Hopland
 from mi_hops.worlds.train import (
     AdamW,
@@ -73,6 +74,48 @@ def test_batches_hold_the_shares_asked_for():
     sampler = Sampler(SMALL, tokenizer, recipe)
     prefix = {tuple(t) for t in sampler.pools[True, FORMS[1]].tokens}
     assert {tuple(t) for t, _ in sampler.draw()} <= prefix
+
+
+def test_in_an_apposition_the_bridge_follows_its_description():
+    tokenizer = build_tokenizer(SMALL, "llama")
+    recipe = replace(RECIPE, batch_size=400, composed=1.0, apposed=0.5, context=0.0)
+    sampler = Sampler(SMALL, tokenizer, recipe)
+    facts = SMALL.two_hop_facts("train")
+    plain = {f"{p} {f.answer}." for f in facts for p in f.prompts.values()}
+    drawn = [tokenizer.decode(tokens[1:]).strip() for tokens, _ in sampler.draw()]
+    appositions = [text for text in drawn if text not in plain]
+    assert 140 < len(appositions) < 260
+    for text in appositions:
+        assert any(f" {bridge}" in text and text.replace(f" {bridge}", "", 1) in plain
+                   for bridge in SMALL.kind_of)  # fmt: skip
+
+
+def test_with_appositions_all_tokens_are_scored():
+    tokenizer = build_tokenizer(SMALL, "gpt2")
+    sampler = Sampler(SMALL, tokenizer, replace(RECIPE, apposed=0.5))
+    for tokens, where, targets, _ in sampler.micro_batches():
+        flat = tokens.reshape(-1)
+        assert torch.equal(flat[where + 1], targets)
+        firsts = range(0, tokens.numel(), tokens.shape[1])
+        assert set(firsts) <= set(where.tolist())  # BOS's successor, in every row
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_recipe_may_go_on_from_a_bundled_model(family):
+    from transformers import AutoModelForCausalLM
+
+    still = Recipe(steps=1, batch_size=4, start=f"hops-{family}", adamw=AdamW(lr=0.0))
+    model, *_ = train(Hopland(), family, still, progress=False)
+    bundled = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / still.start)
+    for mine, its in zip(model.parameters(), bundled.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_a_start_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="no bundled model 'hops-mamba'"):
+        train(SMALL, "gpt2", replace(RECIPE, start="hops-mamba"), progress=False)
+    with pytest.raises(ValueError, match="hops-llama has other shapes"):
+        train(SMALL, "gpt2", replace(RECIPE, start="hops-llama"), progress=False)
 
 
 def test_the_loss_falls(trained):
