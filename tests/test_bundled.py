@@ -6,11 +6,13 @@ import json
 
 import pytest
 
+from mi_hops.lens import fact_trajectories
 from mi_hops.model import CHECKPOINTS, bundled_models, hooked_class, load_model
 from mi_hops.reasoning.erasure import erase_bridge
 from mi_hops.reasoning.gap import find_gap
 from mi_hops.study import StudySettings
 from mi_hops.study.run import load_study_facts
+from mi_hops.worlds import Hopland
 
 
 @pytest.fixture(scope="module", params=["hops-gpt2", "hops-llama"])
@@ -22,11 +24,13 @@ def bundled(request):
 
 
 NATURAL = ["hops-gpt2", "hops-llama"]
+APPOSED = ["apposed-gpt2", "apposed-llama"]
 
 
-def test_both_are_there_and_small():
-    assert [name for name in bundled_models() if not name.startswith("planted-")] == NATURAL
-    for name in NATURAL:
+def test_all_are_there_and_small():
+    ours = [name for name in bundled_models() if not name.startswith("planted-")]
+    assert ours == [*APPOSED, *NATURAL]
+    for name in ours:
         files = list((CHECKPOINTS / name).iterdir())
         assert sum(f.stat().st_size for f in files) < 10 * 2**20
         assert {"README.md", "config.json", "model.safetensors", "training.json"} <= {
@@ -36,14 +40,30 @@ def test_both_are_there_and_small():
 
 @pytest.mark.parametrize("form", ["suffix", "prefix"])
 def test_what_the_card_measured_is_what_was_asked_for(form):
-    for name in NATURAL:
+    for name in NATURAL + APPOSED:
         measured = json.loads((CHECKPOINTS / name / "training.json").read_text())["measured"]
         whole = {k.split("/")[0]: v["whole"] for k, v in measured.items() if k.endswith(form)}
-        assert whole["single"] >= 0.99
+        assert whole["single"] >= (0.99 if name in NATURAL else 0.97)
         assert whole["train"] >= 0.97
         assert whole["seen_parts"] >= 0.85
         assert whole["first_unseen"] <= 0.30
         assert whole["second_unseen"] < whole["seen_parts"]
+
+
+@pytest.mark.parametrize("form", ["suffix", "prefix"])
+@pytest.mark.parametrize("name", APPOSED)
+def test_the_bridge_is_spelled_at_the_first_hops_end(name, form):
+    """In a middle layer; more on questions whose first fact was composed than on others."""
+    model, world = load_model(name, device="cpu"), Hopland()
+    ranks, probs = {}, {}
+    for split in ("seen_parts", "first_unseen"):
+        read = fact_trajectories(model, world.two_hop_facts(split)[:120], form=form)
+        at = read.sel(tracked="bridge", position="first hop", layer=3).data
+        ranks[split] = float(at["rank"].median())
+        probs[split] = float(at["prob"].mean())
+    assert ranks["seen_parts"] <= 3
+    assert probs["seen_parts"] >= 0.2
+    assert probs["seen_parts"] - probs["first_unseen"] >= 0.1
 
 
 def test_the_gap_is_where_it_was_made(bundled):

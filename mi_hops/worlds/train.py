@@ -78,6 +78,8 @@ class Recipe:
         apposed: share of the compositions in which the bridge follows its description. With any,
             the loss is on all tokens instead of on the answers.
         start: name of a bundled model to go on from; empty for random weights.
+        half: the trained weights are rounded to float16 and written so, in half the space; they are
+            loaded as float32.
         restarts: further cycles, each (steps, peak rate), begun with a fresh optimiser and a batch
             order of its own; `steps` and ``adamw.lr`` are the first cycle's.
         seed: weights and batch order.
@@ -90,6 +92,7 @@ class Recipe:
     context: float = 0.12
     apposed: float = 0.0
     start: str = ""
+    half: bool = False
     restarts: tuple[tuple[int, float], ...] = ()
     adamw: AdamW = AdamW()
     shape: Shape = Shape()
@@ -119,17 +122,12 @@ RECIPES: dict[Family, Recipe] = {
 }
 
 
+_TEXTS = Recipe(1200, batch_size=256, composed=0.8, apposed=0.5, half=True, adamw=AdamW(lr=1.5e-3))
 #: Going on from the bundled models, on whole texts with appositions.
 APPOSED: dict[Family, Recipe] = {
-    "gpt2": Recipe(
-        steps=1200, composed=0.8, apposed=0.5, start="hops-gpt2",
-        adamw=AdamW(lr=1.5e-3, weight_decay=0.5), batch_size=256,
-    ),
-    "llama": Recipe(
-        steps=1200, composed=0.8, apposed=0.5, start="hops-llama",
-        adamw=AdamW(lr=1.5e-3), batch_size=256,
-    ),
-}  # fmt: skip
+    "gpt2": replace(_TEXTS, start="hops-gpt2", adamw=AdamW(lr=1.5e-3, weight_decay=0.5)),
+    "llama": replace(_TEXTS, start="hops-llama"),
+}
 
 
 def words_of(world: Hopland) -> list[str]:
@@ -465,6 +463,8 @@ def train(
                 if step % log_every == 0 or step == total:
                     log.append({"step": step, "loss": sum(running) / len(running)})
                     running = []
+    if recipe.half:
+        model.half().float()
     return model.eval(), tokenizer, log
 
 
@@ -484,7 +484,8 @@ def save(
     if model.config.model_type == "gpt2":
         # Trained with the fused kernel; the file names the same function as GPT-2's own do.
         model.config.activation_function = "gelu_new"
-    model.save_pretrained(folder)
+    state = {k: v.half() if recipe.half else v for k, v in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
     record = {
         "recipe": recipe.record(),

@@ -1,0 +1,182 @@
+"""Models that spell the bridge: what training on texts with appositions changes.
+
+``python -m benchmarks.appositions [--models hops-gpt2 apposed-gpt2 ...]`` writes
+``docs/benchmarks/appositions.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import keep, kept, table, write
+from mi_hops import Hopland, erase_bridge, fact_trajectories, find_gap, load_model, locate
+from mi_hops.lens import who_comes_first
+from mi_hops.result.statistics import bootstrap_ci, difference_ci, proportion_ci
+
+PAGE = "appositions"
+MODELS = ("hops-gpt2", "apposed-gpt2", "hops-llama", "apposed-llama")
+FORMS = ("suffix", "prefix")
+#: Questions of each group, half of them to choose the layer, half to report; and their draw.
+SAMPLE, SEED = 300, 0
+#: After so many of the six blocks a layer counts as a middle one.
+MIDDLE = (2, 3, 4)
+
+
+def halves(facts: list[Any]) -> tuple[list[Any], list[Any]]:
+    """A seeded draw of at most `SAMPLE` held-out facts in two halves, one to choose and one to report."""
+    held_out = [f for f in facts if f.split != "train"]
+    drawn = random.Random(SEED).sample(held_out, min(SAMPLE, len(held_out)))
+    return drawn[::2], drawn[1::2]
+
+
+def measure(name: str, form: str) -> None:
+    """All rows of one model in one template order."""
+    model = load_model(name, device="cpu")
+    world = Hopland()
+    facts = world.two_hop_facts("seen_parts", "first_unseen")
+    facts = random.Random(SEED).sample(facts, 1500)
+    gap = find_gap(model, facts, form=form, batch_size=256)
+    shares = {}
+    for split in ("seen_parts", "first_unseen"):
+        frame = gap.frame
+        part = frame[(frame["split"] == split) & frame["first"] & frame["second"]]
+        k, n = int(part["two_hop"].sum()), len(part)
+        shares[split] = (k / n, *proportion_ci(k, n), n)
+    chosen, passed = halves(gap.passed)
+    _, failed = halves(gap.failed)
+
+    def read(some: list[Any]) -> Any:
+        return fact_trajectories(model, some, form=form)
+
+    def bridge(result: Any, score: str) -> np.ndarray:
+        data = result[score].sel(tracked="bridge", position="first hop")
+        return data.transpose("example", "layer").values
+
+    layer = max(MIDDLE, key=lambda i: float(bridge(read(chosen), "prob")[:, i].mean()))
+    lens, other = read(passed), read(failed)
+    at, missed = bridge(lens, "prob")[:, layer], bridge(other, "prob")[:, layer]
+    first = who_comes_first(lens, position={"bridge": "first hop", "answer": "last"}).iloc[0]
+    order = [first[k] for k in ("one_first", "one_first_low", "one_first_high", "other_first")]
+    erased = {
+        half: erase_bridge(model, some, form=form, variants=["exact"])
+        for half, some in (("choose", chosen), ("report", passed))
+    }
+    drops = {
+        half: (result["control"] - result["bridge"])
+        .sel(variant="exact", position="first hop")
+        .transpose("example", "layer")
+        .values
+        for half, result in erased.items()
+    }
+    block = int(drops["choose"].mean(0).argmax())
+    drop = drops["report"][:, block]
+    moved = locate(model, failed[:60], form=form)["effect"].sel(kind="attn_out", position="last")
+    effect = moved.transpose("example", "layer").values
+    best = int(np.argsort(effect[::2].mean(0))[-1])
+    rest = np.delete(effect[1::2], best, axis=1).max(1)
+    keep(
+        PAGE,
+        f"{name}-{form}",
+        {
+            "model": name,
+            "form": form,
+            "n": len(passed),
+            "n_failed": len(failed),
+            "shares": shares,
+            "layer": layer,
+            "rank": float(np.median(bridge(lens, "rank")[:, layer])),
+            "prob": [float(at.mean()), *map(float, bootstrap_ci(at))],
+            "less_failed": [float(x) for x in difference_ci(at, missed)],
+            "order": [float(x) for x in order],
+            "block": block,
+            "drop": [float(drop.mean()), *map(float, bootstrap_ci(drop))],
+            "attention": [int(best), float(effect[1::2][:, best].mean())],
+            "stands_out": [
+                float((effect[1::2][:, best] - rest).mean()),
+                *map(float, bootstrap_ci(effect[1::2][:, best] - rest)),
+            ],
+            "n_located": len(rest),
+        },
+    )
+
+
+def page() -> None:
+    """The tables of all that was measured so far."""
+    parts = kept(PAGE)
+    rows = [parts[f"{m}-{f}"] for m in MODELS for f in FORMS if f"{m}-{f}" in parts]
+
+    def interval(x: list[float], form: str = "+.2f") -> str:
+        return f"{x[0]:{form}} [{x[1]:{form}}, {x[2]:{form}}]"
+
+    def share(x: list[float]) -> str:
+        return f"{x[0]:.0%} [{x[1]:.0%}, {x[2]:.0%}]"
+
+    reading = table(
+        ("model", "order", "n", "seen parts", "first fact unseen", "after blocks", "median rank",
+         "probability", "answered less failed", "bridge before answer"),
+        [
+            [p["model"], p["form"], p["n"], share(p["shares"]["seen_parts"]),
+             share(p["shares"]["first_unseen"]), p["layer"], f"{p['rank']:g}",
+             interval(p["prob"], ".2f"), interval(p["less_failed"]), share(p["order"])]
+            for p in rows
+        ],
+    )  # fmt: skip
+    causing = table(
+        ("model", "order", "n", "block erased", "control less bridge, P(answer)",
+         "attention at the last token: best layer", "effect", "less the best other layer (n)"),
+        [
+            [p["model"], p["form"], p["n"], p["block"], interval(p["drop"]), p["attention"][0],
+             f"{p['attention'][1]:+.2f}", f"{interval(p['stands_out'])} ({p['n_located']})"]
+            for p in rows
+        ],
+    )  # fmt: skip
+    body = f"""
+`hops-*` were trained on answers alone, so nothing ever asked a state to spell the bridge. `apposed-*` go on from them on
+whole texts in which half of the trained compositions name the bridge behind its description ("the author of Misery
+Stephen King is from ..."): `mi-hops train-world --appositions`. Both kinds answer questions whose two facts were part of
+other trained compositions, and mostly fail where the first fact was in none.
+
+Rules, fixed before the reported half was read: at most {SAMPLE} answered and {SAMPLE} failed held-out questions, every
+other one to choose and the rest to report; the layer is the one after {MIDDLE[0]} to {MIDDLE[-1]} of 6 blocks with the
+largest mean probability of the bridge's first token in the logit lens at the first hop's last token; the block that is
+erased is the one with the largest mean effect on the choosing half. 95% intervals.
+
+## Is the bridge readable?
+
+{reading}
+
+*Bridge before answer*: the bridge at the first hop's last token reaches half of its largest probability at an earlier layer
+than the answer does at the last token.
+
+## Is it used?
+
+{causing}
+
+*Control less bridge*: by how much more P(answer) falls when the bridge is erased at the first hop's last token (exact form)
+than when another entity is. *Less the best other layer*: effect of the layer chosen, minus the largest effect among the
+other layers, question by question.
+
+A rising bridge is no evidence that it is used: the appositions taught the models to spell it, and they go on to answer
+by the code that they had before. The same is known by construction of [`planted-decoy`](ground-truth.md). What the lens
+shows, erasure has to confirm.
+"""
+    write(PAGE, "Models that spell the bridge", body, script="appositions")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--page-only", action="store_true")
+    options = parser.parse_args()
+    for name in () if options.page_only else options.models:
+        for form in FORMS:
+            measure(name, form)
+    page()
+
+
+if __name__ == "__main__":
+    main()
