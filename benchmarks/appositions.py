@@ -77,7 +77,7 @@ def measure(name: str, form: str) -> None:
     moved = locate(model, failed[:60], form=form)["effect"].sel(kind="attn_out", position="last")
     effect = moved.transpose("example", "layer").values
     best = int(np.argsort(effect[::2].mean(0))[-1])
-    rest = np.delete(effect[1::2], best, axis=1).max(1)
+    rest = np.delete(effect[1::2], best, axis=1).mean(1)
     keep(
         PAGE,
         f"{name}-{form}",
@@ -117,17 +117,17 @@ def page() -> None:
 
     reading = table(
         ("model", "order", "n", "seen parts", "first fact unseen", "after blocks", "median rank",
-         "probability", "answered less failed", "bridge before answer"),
+         "probability", "answered less failed", "bridge before answer", "after"),
         [
             [p["model"], p["form"], p["n"], share(p["shares"]["seen_parts"]),
              share(p["shares"]["first_unseen"]), p["layer"], f"{p['rank']:g}",
-             interval(p["prob"], ".2f"), interval(p["less_failed"]), share(p["order"])]
+             interval(p["prob"], ".2f"), interval(p["less_failed"]), share(p["order"]), f"{p['order'][3]:.0%}"]
             for p in rows
         ],
     )  # fmt: skip
     causing = table(
         ("model", "order", "n", "block erased", "control less bridge, P(answer)",
-         "attention at the last token: best layer", "effect", "less the best other layer (n)"),
+         "attention at the last token: best layer", "effect", "less the other layers' mean (n)"),
         [
             [p["model"], p["form"], p["n"], p["block"], interval(p["drop"]), p["attention"][0],
              f"{p['attention'][1]:+.2f}", f"{interval(p['stands_out'])} ({p['n_located']})"]
@@ -143,7 +143,8 @@ other trained compositions, and mostly fail where the first fact was in none.
 Rules, fixed before the reported half was read: at most {SAMPLE} answered and {SAMPLE} failed held-out questions, every
 other one to choose and the rest to report; the layer is the one after {MIDDLE[0]} to {MIDDLE[-1]} of 6 blocks with the
 largest mean probability of the bridge's first token in the logit lens at the first hop's last token; the block that is
-erased is the one with the largest mean effect on the choosing half. 95% intervals.
+erased is the one with the largest mean effect on the choosing half. 95% intervals. A first look at some hundred of the
+same questions came before the rules.
 
 ## Is the bridge readable?
 
@@ -157,12 +158,16 @@ than the answer does at the last token.
 {causing}
 
 *Control less bridge*: by how much more P(answer) falls when the bridge is erased at the first hop's last token (exact form)
-than when another entity is. *Less the best other layer*: effect of the layer chosen, minus the largest effect among the
-other layers, question by question.
+than when another entity is. *Less the other layers' mean*: effect of the layer chosen on every other question, minus the
+mean effect of the other layers, on the rest.
 
-A rising bridge is no evidence that it is used: the appositions taught the models to spell it, and they go on to answer
-by the code that they had before. The same is known by construction of [`planted-decoy`](ground-truth.md). What the lens
-shows, erasure has to confirm.
+The appositions make the bridge readable; how far the models *use* what they spell is another question, and the erasure
+column answers it. A rising bridge in the lens says that it is written, as in [`planted-decoy`](ground-truth.md), where it
+is written and nothing reads it.
+
+What was tried before: the same with a comma on both sides of the bridge ("the author of Misery, Stephen King, is from"), in
+which case the state at the description's end has to spell the comma, and the bridge's median rank there stayed above 60
+in every layer after 600 steps.
 """
     write(PAGE, "Models that spell the bridge", body, script="appositions")
 
