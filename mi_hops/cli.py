@@ -284,7 +284,8 @@ def train_world(
             )
         from mi_hops.model import usable_device
         from mi_hops.worlds import Hopland
-        from mi_hops.worlds.train import APPOSED, RECIPES, measure, save, train
+        from mi_hops.worlds.recipe import APPOSED, RECIPES
+        from mi_hops.worlds.train import measure, save, train
 
         recipe = replace((APPOSED if appositions else RECIPES)[family], seed=seed)
         if steps is not None:

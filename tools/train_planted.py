@@ -33,7 +33,8 @@ from torch.nn import functional as F
 from mi_hops.facts.templates import CONTEXTS
 from mi_hops.worlds.hopland import Hopland
 from mi_hops.worlds.planted import FORM, KINDS, kind_of, planted_world, stored_answers
-from mi_hops.worlds.train import AdamW, Recipe, Shape, build_model, build_tokenizer
+from mi_hops.worlds.recipe import AdamW, Recipe, Shape
+from mi_hops.worlds.train import build_model, build_tokenizer
 
 #: Tokens of a two-hop prompt without lead-in: BOS The R2 of the R1 of X is. Answer and stop follow.
 SECOND, FIRST_HOP, LAST = 2, 7, 8

@@ -14,10 +14,10 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,103 +31,16 @@ from mi_hops.model.loading import CHECKPOINTS
 from mi_hops.result.progress import progress_bar
 from mi_hops.worlds.card import model_card
 from mi_hops.worlds.hopland import Hopland
+from mi_hops.worlds.recipe import RECIPES, AdamW, Family, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Family = Literal["gpt2", "llama"]
 END = "."
 
 
 #: Pieces of similar length that a batch is cut into, which saves padding.
 MICRO_BATCHES = 4
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The shape of a model; `n_kv_head` is for LLaMA."""
-
-    n_layer: int = 6
-    d_model: int = 128
-    n_head: int = 4
-    n_kv_head: int = 2
-    d_mlp: int = 512
-    n_ctx: int = 64
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """The optimiser: `warmup` steps up to the rate `lr`, then linear decay to 0."""
-
-    lr: float = 2e-3
-    warmup: int = 200
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = 1.0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a trained model besides the world and the family.
-
-    Args:
-        steps, batch_size: number of updates and sequences in each.
-        composed: share of a batch that are compositions; the rest are single facts.
-        forms: shares of the template orders and the question form.
-        context: share of sequences that follow one of the neutral lead-ins.
-        apposed: share of the compositions in which the bridge follows its description. With any,
-            the loss is on all tokens instead of on the answers.
-        start: name of a bundled model to go on from; empty for random weights.
-        half: the trained weights are rounded to float16 and written so, in half the space; they are
-            loaded as float32.
-        restarts: further cycles, each (steps, peak rate), begun with a fresh optimiser and a batch
-            order of its own; `steps` and ``adamw.lr`` are the first cycle's.
-        seed: weights and batch order.
-    """
-
-    steps: int = 4000
-    batch_size: int = 512
-    composed: float = 0.85
-    forms: tuple[float, float, float] = (0.42, 0.42, 0.16)
-    context: float = 0.12
-    apposed: float = 0.0
-    start: str = ""
-    half: bool = False
-    restarts: tuple[tuple[int, float], ...] = ()
-    adamw: AdamW = AdamW()
-    shape: Shape = Shape()
-    seed: int = 0
-
-    @property
-    def cycles(self) -> list[Recipe]:
-        """A recipe for each cycle, without restarts."""
-        rates = [(self.steps, self.adamw.lr), *self.restarts]
-        return [
-            replace(
-                self, steps=n, restarts=(), adamw=replace(self.adamw, lr=lr), seed=self.seed + i
-            )
-            for i, (n, lr) in enumerate(rates)
-        ]
-
-    def record(self) -> dict[str, Any]:
-        """All settings by name, as ``training.json`` has them."""
-        flat = asdict(self)
-        return {**flat, **flat.pop("adamw"), **flat.pop("shape")}
-
-
-#: The recipes of the bundled models. Weight decay this strong helped GPT-2 to compose.
-RECIPES: dict[Family, Recipe] = {
-    "gpt2": Recipe(steps=2500, adamw=AdamW(weight_decay=0.5), restarts=((1000, 1.5e-3),)),
-    "llama": Recipe(steps=2800),
-}
-
-
-_TEXTS = Recipe(1200, batch_size=256, composed=0.8, apposed=0.5, half=True, adamw=AdamW(lr=1.5e-3))
-#: Going on from the bundled models, on whole texts with appositions.
-APPOSED: dict[Family, Recipe] = {
-    "gpt2": replace(_TEXTS, start="hops-gpt2", adamw=AdamW(lr=1.5e-3, weight_decay=0.5)),
-    "llama": replace(_TEXTS, start="hops-llama"),
-}
 
 
 def words_of(world: Hopland) -> list[str]:
@@ -272,7 +185,7 @@ class Sampler:
         self.apposed = {
             form: _sequences(tokenizer, [(_apposed(f, form), f.answer) for f in trained])
             for form in FORMS
-            if recipe.apposed
+            if recipe.texts.apposed
         }
         lead_ins = [c.format("").strip() for c in CONTEXTS if c != "{}"]
         self.contexts = tokenizer(lead_ins, add_special_tokens=False)["input_ids"]
@@ -282,14 +195,14 @@ class Sampler:
         """`batch_size` sequences, each as (tokens, length of its prompt), sorted by length."""
         recipe, rng = self.recipe, self.rng
         batch = []
-        for form in rng.choices(FORMS, recipe.forms, k=recipe.batch_size):
-            composed = rng.random() < recipe.composed
+        for form in rng.choices(FORMS, recipe.texts.forms, k=recipe.batch_size):
+            composed = rng.random() < recipe.texts.composed
             pool = self.pools[composed, form]
-            if composed and recipe.apposed and rng.random() < recipe.apposed:
+            if composed and recipe.texts.apposed and rng.random() < recipe.texts.apposed:
                 pool = self.apposed[form]
             i = rng.randrange(len(pool))
             tokens, prompt = pool.tokens[i], pool.prompt[i]
-            if rng.random() < recipe.context:
+            if rng.random() < recipe.texts.context:
                 lead = rng.choice(self.contexts)
                 tokens, prompt = [tokens[0], *lead, *tokens[1:]], prompt + len(lead)
             batch.append((tokens, prompt))
@@ -302,7 +215,7 @@ class Sampler:
         padding is never scored.
         """
         batch = self.draw()
-        if self.recipe.apposed:
+        if self.recipe.texts.apposed:
             batch = [(tokens, 1) for tokens, _ in batch]  # all but BOS is scored
         total = sum(len(tokens) - prompt for tokens, prompt in batch)
         size = math.ceil(len(batch) / MICRO_BATCHES)

@@ -15,7 +15,7 @@ from tools.train_planted import plan_of, train
 
 FIRST_HOP, LAST = -2, -1
 SAMPLE = 60
-SHAPE = mi_hops.worlds.train.Shape(n_layer=3, d_model=16, n_head=2, n_kv_head=1, d_mlp=16)
+SHAPE = mi_hops.worlds.recipe.Shape(n_layer=3, d_model=16, n_head=2, n_kv_head=1, d_mlp=16)
 
 
 def token(model, text):

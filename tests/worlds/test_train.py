@@ -11,17 +11,8 @@ import torch
 from mi_hops.facts.templates import CONTEXTS, FORMS
 from mi_hops.model.loading import CHECKPOINTS
 from mi_hops.worlds import Hopland
-from mi_hops.worlds.train import (
-    AdamW,
-    Recipe,
-    Sampler,
-    Shape,
-    accuracy,
-    build_tokenizer,
-    measure,
-    save,
-    train,
-)
+from mi_hops.worlds.recipe import AdamW, Recipe, Shape, Texts
+from mi_hops.worlds.train import Sampler, accuracy, build_tokenizer, measure, save, train
 
 SMALL = Hopland(people=8, works=3, companies=3, cities=3, countries=3)
 RECIPE = Recipe(
@@ -70,7 +61,7 @@ def test_batches_score_answers_and_their_end_only():
 
 def test_batches_hold_the_shares_asked_for():
     tokenizer = build_tokenizer(SMALL, "gpt2")
-    recipe = replace(RECIPE, batch_size=2000, forms=(0.0, 1.0, 0.0), composed=1.0, context=0.0)
+    recipe = replace(RECIPE, batch_size=2000, texts=Texts(1.0, (0.0, 1.0, 0.0), context=0.0))
     sampler = Sampler(SMALL, tokenizer, recipe)
     prefix = {tuple(t) for t in sampler.pools[True, FORMS[1]].tokens}
     assert {tuple(t) for t, _ in sampler.draw()} <= prefix
@@ -78,7 +69,7 @@ def test_batches_hold_the_shares_asked_for():
 
 def test_in_an_apposition_the_bridge_follows_its_description():
     tokenizer = build_tokenizer(SMALL, "llama")
-    recipe = replace(RECIPE, batch_size=400, composed=1.0, apposed=0.5, context=0.0)
+    recipe = replace(RECIPE, batch_size=400, texts=Texts(1.0, context=0.0, apposed=0.5))
     sampler = Sampler(SMALL, tokenizer, recipe)
     facts = SMALL.two_hop_facts("train")
     plain = {f"{p} {f.answer}." for f in facts for p in f.prompts.values()}
@@ -92,7 +83,7 @@ def test_in_an_apposition_the_bridge_follows_its_description():
 
 def test_with_appositions_all_tokens_are_scored():
     tokenizer = build_tokenizer(SMALL, "gpt2")
-    sampler = Sampler(SMALL, tokenizer, replace(RECIPE, apposed=0.5))
+    sampler = Sampler(SMALL, tokenizer, replace(RECIPE, texts=Texts(apposed=0.5)))
     for tokens, where, targets, _ in sampler.micro_batches():
         flat = tokens.reshape(-1)
         assert torch.equal(flat[where + 1], targets)
