@@ -115,19 +115,30 @@ def page() -> None:
     def share(x: list[float]) -> str:
         return f"{x[0]:.0%} [{x[1]:.0%}, {x[2]:.0%}]"
 
-    reading = table(
-        ("model", "order", "n", "seen parts", "first fact unseen", "after blocks", "median rank",
-         "probability", "answered less failed", "bridge before answer", "after"),
+    answering = table(
+        ("model", "order", "seen parts", "first fact unseen"),
         [
-            [p["model"], p["form"], p["n"], share(p["shares"]["seen_parts"]),
-             share(p["shares"]["first_unseen"]), p["layer"], f"{p['rank']:g}",
-             interval(p["prob"], ".2f"), interval(p["less_failed"]), share(p["order"]), f"{p['order'][3]:.0%}"]
+            [
+                p["model"],
+                p["form"],
+                share(p["shares"]["seen_parts"]),
+                share(p["shares"]["first_unseen"]),
+            ]
+            for p in rows
+        ],
+    )
+    reading = table(
+        ("model", "order", "n", "blocks", "rank", "probability", "answered less failed", "before the answer",
+         "after it"),
+        [
+            [p["model"], p["form"], p["n"], p["layer"], f"{p['rank']:g}", interval(p["prob"], ".2f"),
+             interval(p["less_failed"]), share(p["order"]), f"{p['order'][3]:.0%}"]
             for p in rows
         ],
     )  # fmt: skip
     causing = table(
-        ("model", "order", "n", "block erased", "control less bridge, P(answer)",
-         "attention at the last token: best layer", "effect", "less the other layers' mean (n)"),
+        ("model", "order", "n", "block", "control less bridge", "best attention", "effect",
+         "less the others (n)"),
         [
             [p["model"], p["form"], p["n"], p["block"], interval(p["drop"]), p["attention"][0],
              f"{p['attention'][1]:+.2f}", f"{interval(p['stands_out'])} ({p['n_located']})"]
@@ -146,20 +157,28 @@ largest mean probability of the bridge's first token in the logit lens at the fi
 erased is the one with the largest mean effect on the choosing half. 95% intervals. A first look at some hundred of the
 same questions came before the rules.
 
+## What they answer
+
+{answering}
+
+Of 1,500 held-out questions, those of which both hops are known; whole answers.
+
 ## Is the bridge readable?
 
 {reading}
 
-*Bridge before answer*: the bridge at the first hop's last token reaches half of its largest probability at an earlier layer
-than the answer does at the last token.
+After *blocks* blocks: median *rank* of the bridge's first token and its mean *probability*. *Before the answer*: in how many
+questions the bridge at the first hop's last token reaches half of its largest probability at an earlier layer than
+the answer does at the last token.
 
 ## Is it used?
 
 {causing}
 
-*Control less bridge*: by how much more P(answer) falls when the bridge is erased at the first hop's last token (exact form)
-than when another entity is. *Less the other layers' mean*: effect of the layer chosen on every other question, minus the
-mean effect of the other layers, on the rest.
+*Control less bridge*: by how much more P(answer) falls when the bridge is erased from a *block*'s output at the first hop's
+last token (exact form) than when another entity is. *Effect*: what copying the *best attention* layer's output at the last
+token from the second-hop prompt adds to P(answer) of failed questions; *less the others*: minus the mean effect
+of the other layers. That layer is chosen on every other question and reported on the rest.
 
 The appositions make the bridge readable; how far the models *use* what they spell is another question, and the erasure
 column answers it. A rising bridge in the lens says that it is written, as in [`planted-decoy`](ground-truth.md), where it
