@@ -68,7 +68,9 @@ def test_it_runs_from_top_to_bottom(path, refresh, monkeypatch):
 @each_notebook
 def test_the_model_is_named_in_the_first_cell_and_can_be_changed(path):
     first = _code_cells(path)[0].source
-    assert re.search(r'^MODEL = os\.environ\.get\("MI_HOPS_MODEL", "(hops-|smollm2)', first, re.M)
+    assert re.search(
+        r'^MODEL = os\.environ\.get\("MI_HOPS_MODEL", "(hops-|apposed-|smollm2)', first, re.M
+    )
 
 
 @each_notebook

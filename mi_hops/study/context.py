@@ -231,6 +231,14 @@ class Run:
         """Questions answered correctly, both hops known, held out of training where a split says so."""
         return _held_out(self.gap.passed)
 
+    @property
+    def answered(self) -> list[TwoHopFact]:
+        """`passed`; a step is left out, with the reason, where there is none."""
+        if not self.passed:
+            unknown = "no two-hop question is answered correctly with both hops known"
+            raise Skip(unknown if self.gap.failed else self.none_known)
+        return self.passed
+
     @cached_property
     def failed(self) -> list[TwoHopFact]:
         """Questions of the gap, held out of training where a split says so."""

@@ -10,7 +10,7 @@ from mi_hops.reasoning.erasure import erase_bridge
 from mi_hops.result.figure_parts import see_through
 from mi_hops.result.plots import COLOURS
 from mi_hops.result.result import Result
-from mi_hops.study.context import Run, Skip, choosing
+from mi_hops.study.context import Run, choosing
 from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, layers, mean, number, number_headline, sign
 from mi_hops.study.parts import Block, Figure, Table, Text, curves, frame, panel, used
@@ -33,12 +33,6 @@ class Erasure(Step):
 
     def run(self, run: Run) -> Result:
         """Erase the bridge of a draw of the answered questions."""
-        if not run.passed:
-            raise Skip(
-                "no two-hop question is answered correctly with both hops known"
-                if run.gap.failed
-                else run.none_known
-            )
 
         def erase(facts: list[TwoHopFact]) -> Result:
             return erase_bridge(
@@ -50,8 +44,8 @@ class Erasure(Step):
                 limits=run.limits,
             )
 
-        n = run.affordable(self, run.passed, run.settings.size.erasure, erase)
-        return erase(run.draw(run.passed, n, "erasure"))
+        n = run.affordable(self, run.answered, run.settings.size.erasure, erase)
+        return erase(run.draw(run.answered, n, "erasure"))
 
     def work(self, asked: Asked) -> Work:
         """Two forms at two positions of every layer, for the bridge and each draw of the control."""

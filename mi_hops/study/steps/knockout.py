@@ -13,7 +13,7 @@ from mi_hops.facts.reading import Facts
 from mi_hops.model import HookedModel
 from mi_hops.patching.knockout import knockout
 from mi_hops.result.result import Result
-from mi_hops.study.context import Run, Skip, StudySettings
+from mi_hops.study.context import Run, StudySettings
 from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, estimate, mean, number, number_headline
 from mi_hops.study.parts import Block, Figure, Text, heatmap, used
@@ -56,16 +56,14 @@ class Knockout(Step):
 
     def run(self, run: Run) -> Result:
         """Block attention in a draw of the answered questions."""
-        if not run.passed:
-            raise Skip("no question was answered although both hops are known")
         window = max(1, int(run.model.cfg.n_layers) // 5)
 
         def find(facts: list[TwoHopFact]) -> Result:
             pairs, keys = questions(run.model, facts, run.form, "attention knockout")
             return knockout(run.model, pairs, keys, window=window, limits=run.limits)
 
-        n = run.affordable(self, run.passed, run.settings.size.locate, find)
-        return find(run.draw(run.passed, n, self.name))
+        n = run.affordable(self, run.answered, run.settings.size.locate, find)
+        return find(run.draw(run.answered, n, self.name))
 
     def work(self, asked: Asked) -> Work:
         """A row for each layer and place."""
