@@ -51,7 +51,7 @@ IMAGE = Path(__file__).resolve().parent.parent / "docs" / "images" / "ground-tru
 MAJORITY = 0.5
 #: Facts asked about, failed facts, and facts that CREME edits.
 N_ANSWERED, N_FAILED, N_EDITS = 120, 80, 80
-NATURAL = ("hops-gpt2", "hops-llama")
+NATURAL = ("hops-gpt2", "apposed-gpt2", "hops-llama", "apposed-llama")
 #: Tools that swap whole states: first the one role, then the other carries all there is.
 SWAPS = (
     "activation patching",

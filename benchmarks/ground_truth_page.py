@@ -135,7 +135,8 @@ def _natural(found: dict[str, Any]) -> str:
         return ""
     return f"""## Models whose mechanism nobody knows
 
-The bundled `hops-*` were trained on answers alone. The highest share of facts over all blocks, and after
+The bundled `hops-*` were trained on answers alone, `apposed-*` further on texts that
+[name the bridge](appositions.md). The highest share of facts over all blocks, and after
 which block:
 
 {natural_table(found)}
