@@ -32,6 +32,16 @@ def test_import_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_facts_and_worlds_load_no_model():
+    code = (
+        "import sys, mi_hops; mi_hops.load_facts('hopland'); mi_hops.Hopland(); mi_hops.planted_models();"
+        "print([n for n in ('torch', 'transformer_lens', 'transformers') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("name", mi_hops.__all__)
 def test_every_public_name_resolves(name):
     assert getattr(mi_hops, name) is not None

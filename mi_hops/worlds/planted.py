@@ -25,11 +25,14 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model.loading import CHECKPOINTS
 from mi_hops.worlds.hopland import Hopland
+
+# As in `mi_hops.model`, which a world need not load: it brings torch.
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
 #: Kind -> (written, used, position).
 KINDS: dict[str, tuple[bool, bool, str | None]] = {

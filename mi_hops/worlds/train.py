@@ -26,8 +26,7 @@ from torch import Tensor
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.templates import CONTEXTS, FORMS
-from mi_hops.model import bundled_models
-from mi_hops.model.loading import CHECKPOINTS
+from mi_hops.model import CHECKPOINTS, bundled_models
 from mi_hops.result.progress import progress_bar
 from mi_hops.worlds.card import model_card
 from mi_hops.worlds.hopland import Hopland
