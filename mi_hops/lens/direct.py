@@ -24,10 +24,8 @@ from mi_hops.lens.tracking import (
     Row,
     Track,
     check_role,
-    labelled_prompts,
-    resolve,
-    spell_all,
-    tracked_tokens,
+    first_tokens,
+    rows_at,
 )
 from mi_hops.lens.vectors import activations, head_outputs, in_batches
 from mi_hops.model import HookedModel, hook_name, linear_read_out, provenance, read_out, unembedding
@@ -82,12 +80,7 @@ def logit_attribution(
         >>> dict(shares["heads"].sizes)
         {'example': 1, 'layer': 6, 'head': 4, 'tracked': 1}
     """
-    labels, known, alone = labelled_prompts(model, prompts)
-    if not track:
-        raise ValueError("name something to track, e.g. {'answer': 'American'}")
-    _, places = resolve(known, {"here": position}, alone=alone)
-    spelled = spell_all(model, known, track, alone=alone)
-    rows = [Row(*row) for row in zip(labels, known, places, spelled, strict=True)]
+    rows = rows_at(model, prompts, track, position)
     return _attributed(model, rows, centre, batch_size, cache=cache)
 
 
@@ -138,9 +131,7 @@ def _attributed(
     cache: Activations | None = None,
     skipped: Sequence[tuple[str, str]] = (),
 ) -> Result:
-    tracked = tracked_tokens([row.tracked for row in rows])
-    assert tracked is not None  # something is tracked
-    firsts, at = tracked.ids[..., 0], torch.tensor([row.places[0] for row in rows])
+    firsts, at = first_tokens(rows)
 
     def read(chosen: list[int], tokens: Tensor, where: Tensor) -> dict[str, Tensor]:
         return _shares(model, tokens, (where, at[chosen]), firsts[chosen], centre, cache)

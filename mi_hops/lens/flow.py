@@ -14,14 +14,7 @@ import torch
 from fancy_einsum import einsum
 from torch import Tensor
 
-from mi_hops.lens.tracking import (
-    Prompts,
-    Track,
-    labelled_prompts,
-    resolve,
-    spell_all,
-    tracked_tokens,
-)
+from mi_hops.lens.tracking import Prompts, Track, first_tokens, rows_at
 from mi_hops.lens.vectors import in_batches
 from mi_hops.model import (
     HookedModel,
@@ -69,13 +62,9 @@ def logit_flow(
         >>> mi_hops.lens.logit_flow(model, *asked)["flow"].dims
         ('example', 'layer', 'position', 'tracked')
     """
-    labels, known, alone = labelled_prompts(model, prompts)
-    if not track:
-        raise ValueError("name something to track, e.g. {'answer': 'American'}")
-    _, places = resolve(known, {"here": position}, alone=alone)
-    tracked = tracked_tokens(spell_all(model, known, track, alone=alone))
-    assert tracked is not None  # something is tracked
-    firsts, at = tracked.ids[..., 0], torch.tensor([place[0] for place in places])
+    asked = rows_at(model, prompts, track, position)
+    known = [row.prompt for row in asked]
+    firsts, at = first_tokens(asked)
     layers = range(int(model.cfg.n_layers))
     width = max(map(len, known))
 
@@ -125,7 +114,7 @@ def logit_flow(
             "mlps": (("example", "layer", "tracked"), found["mlps"]),
         },
         coords={
-            "example": labels,
+            "example": [row.label for row in asked],
             "layer": layers,
             "position": range(width),
             "tracked": list(track),

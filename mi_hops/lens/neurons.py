@@ -19,14 +19,7 @@ from torch import Tensor
 
 from mi_hops.lens.examples import real_cells
 from mi_hops.lens.sae import check_reads
-from mi_hops.lens.tracking import (
-    Prompts,
-    Track,
-    labelled_prompts,
-    resolve,
-    spell_all,
-    tracked_tokens,
-)
+from mi_hops.lens.tracking import Prompts, Track, first_tokens, rows_at
 from mi_hops.lens.training import Corpus
 from mi_hops.lens.vectors import Layers, activations, gather, in_batches, resolve_layers
 from mi_hops.model import (
@@ -75,13 +68,9 @@ def neuron_attribution(
         >>> mi_hops.lens.neuron_attribution(model, *asked, layers=5)["neurons"].dims
         ('example', 'layer', 'neuron', 'tracked')
     """
-    labels, known, alone = labelled_prompts(model, prompts)
-    if not track:
-        raise ValueError("name something to track, e.g. {'answer': 'American'}")
-    _, places = resolve(known, {"here": position}, alone=alone)
-    tracked = tracked_tokens(spell_all(model, known, track, alone=alone))
-    assert tracked is not None  # something is tracked
-    firsts, at = tracked.ids[..., 0], torch.tensor([place[0] for place in places])
+    asked = rows_at(model, prompts, track, position)
+    known = [row.prompt for row in asked]
+    firsts, at = first_tokens(asked)
     _, wanted = resolve_layers(model, "mlp_out", layers)
     end = hook_name("resid_post", int(model.cfg.n_layers) - 1)
     kinds = ("mlp_post", "mlp_out")
@@ -113,7 +102,7 @@ def neuron_attribution(
             "biases": (("example", "layer", "tracked"), shares["biases"]),
         },
         coords={
-            "example": labels,
+            "example": [row.label for row in asked],
             "layer": wanted,
             "neuron": range(shares["neurons"].shape[2]),
             "tracked": list(track),

@@ -204,3 +204,27 @@ def at_role(
     )
     cases, places = (list(part) for part in zip(*found, strict=True))
     return cast("list[Case]", cases), cast("list[int]", places), skipped
+
+
+def rows_at(
+    model: HookedModel, prompts: Prompts, track: Track, position: Where | Sequence[Where]
+) -> list[Row]:
+    """The prompts, each read at one position, and what is tracked in it.
+
+    Raises:
+        TokenError: see `labelled_prompts`, `resolve` and `spell`.
+        ValueError: nothing to track, or positions or spellings that do not fit the prompts.
+    """
+    labels, known, alone = labelled_prompts(model, prompts)
+    if not track:
+        raise ValueError("name something to track, e.g. {'answer': 'American'}")
+    _, places = resolve(known, {"here": position}, alone=alone)
+    spelled = spell_all(model, known, track, alone=alone)
+    return [Row(*row) for row in zip(labels, known, places, spelled, strict=True)]
+
+
+def first_tokens(rows: Sequence[Row]) -> tuple[Int[Tensor, "row name"], Int[Tensor, "row"]]:
+    """The first token of what each row tracks, and the first position at which it is read."""
+    tracked = tracked_tokens([row.tracked for row in rows])
+    assert tracked is not None  # something is tracked
+    return tracked.ids[..., 0], torch.tensor([row.places[0] for row in rows])

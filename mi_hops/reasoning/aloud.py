@@ -79,6 +79,10 @@ class Layout:
         steps = (self.step.replace("{prompt}", p).replace("{object}", o) for p, o in hops)
         return f"{''.join(steps)}{self.mark} {fact.answer}."
 
+    def steps(self, text: str) -> str:
+        """What a reply says before its mark, or all of it."""
+        return text.rpartition(self.mark.strip())[0] or text
+
     def answer(self, text: str) -> str | None:
         """The answer of a reply aloud: what is behind its last mark; None without one."""
         _, found, rest = text.rpartition(self.mark.strip())
@@ -158,7 +162,7 @@ def reason_aloud(
         latent, aloud = said["latent"][i], said["aloud"][i]
         values["latent"].append(_is(latent.text, fact, finished=latent.finished))
         values["aloud"].append(_answered(layout, aloud, fact))
-        steps = aloud.text.rpartition(layout.mark.strip())[0] or aloud.text
+        steps = layout.steps(aloud.text)
         values["bridge_said"].append(_named(steps, fact.bridge, fact.bridge_aliases) is not None)
         values["answer_said"].append(_named(steps, fact.answer, fact.answer_aliases) is not None)
     swaps = _swaps(asked, [r.text for r in said["aloud"]], layout, seed)
@@ -252,8 +256,7 @@ def _swaps(
     """For each reply that names its bridge, the beginning of it with another fact's bridge."""
     found: list[_Swap | None] = []
     for fact, text in zip(facts, replies, strict=True):
-        steps = text.rpartition(layout.mark.strip())[0] or text
-        span = _named(steps, fact.bridge, fact.bridge_aliases)
+        span = _named(layout.steps(text), fact.bridge, fact.bridge_aliases)
         fitting = [
             other
             for other in facts
