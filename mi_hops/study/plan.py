@@ -22,13 +22,11 @@ from mi_hops.study.run import begin
 from mi_hops.study.step import Asked
 from mi_hops.study.steps import STEPS
 from mi_hops.study.steps.wordings import FORMS, SHOTS
+from mi_hops.sweep.passes import CPU_MEMORY
 from mi_hops.text.tokens import encode, pad
 
 #: Questions that lengths are averaged over, and that are timed.
 _LOOKED_AT, _TIMED = 64, 8
-
-#: Bytes that the activations of a pass may take on a CPU, as `Limits` has it.
-_PASS = 2**30
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def plan_study(
             minutes = min(minutes, settings.budget * step.share)
         steps.append(PlannedStep(step.name, work.rows, minutes, step.name in done))
     weights = sum(p.numel() * p.element_size() for p in loaded.parameters())
-    return StudyPlan(wanted["model"], asked.facts, tuple(steps), weights + _PASS)
+    return StudyPlan(wanted["model"], asked.facts, tuple(steps), weights + CPU_MEMORY)
 
 
 def _done(out: str | Path | None, wanted: dict[str, Any]) -> set[str]:

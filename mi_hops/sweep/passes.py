@@ -36,6 +36,9 @@ class Pass:
     members: tuple[int, ...]
 
 
+#: Bytes that a pass may take on a CPU, where nothing else is said.
+CPU_MEMORY = 2**30
+
 # -- planning ------------------------------------------------------------------------------------
 
 
@@ -111,7 +114,7 @@ def rows_within(model: HookedModel, width: int, n_scored: int, memory: float | N
     """Rows of `width` tokens that fit into `memory` bytes, estimated; default as in `fan_out`."""
     if memory is None:
         device = device_of(model)
-        memory = 0.4 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**30
+        memory = 0.4 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else CPU_MEMORY
     return max(1, int(memory / row_bytes(model, width, n_scored)))
 
 
