@@ -132,21 +132,23 @@ def choose_wordings(
     values = {name: np.full(shape, np.nan) for name in ("answer", "first_token")}
     texts = np.full(shape[:3], "", dtype=object)
     pool = [fact for fact in facts if fact.split == CHOOSING]
-    with progress_bar(label="wordings", show=progress, total=len(forms) * len(names)) as bar:
-        for f, form in enumerate(forms):
-            for r, name in enumerate(names):
-                for o, wording in enumerate(relations[name].options(form)):
-                    texts[f, r, o] = wording_text(wording, form)
-                    for s, n in enumerate(shots):
-                        found = _asked(
-                            model,
-                            hops[name],
-                            wording,
-                            form,
-                            partial(few_shot_lead, others=pool, shots=n, form=form, seed=seed),
-                        )
-                        for key, share in found.items():
-                            values[key][f, r, o, s] = share
+    for f, form in enumerate(forms):
+        for r, name in enumerate(names):
+            for o, wording in enumerate(relations[name].options(form)):
+                texts[f, r, o] = wording_text(wording, form)
+    with progress_bar(label="wordings", show=progress, total=len(names) * len(shots)) as bar:
+        for r, name in enumerate(names):
+            options = [
+                (f, o, form, wording)
+                for f, form in enumerate(forms)
+                for o, wording in enumerate(relations[name].options(form))
+            ]
+            for s, n in enumerate(shots):
+                lead = partial(few_shot_lead, others=pool, shots=n, seed=seed)
+                found = _asked(model, hops[name], [option[2:] for option in options], lead)
+                for (f, o, *_), shares in zip(options, found, strict=True):
+                    for key, share in shares.items():
+                        values[key][f, r, o, s] = share
                 bar.update(1)
     best = np.nanmax(values[score], axis=2)
     weights = np.array([len(hops[name]) for name in names])[None, :, None]
@@ -208,21 +210,26 @@ def _single_hops(facts: Facts, most: int, seed: int) -> dict[str, list[_Hop]]:
 def _asked(
     model: HookedModel,
     hops: Sequence[_Hop],
-    wording: Wording,
-    form: str,
-    lead: Callable[[TwoHopFact], str],
-) -> dict[str, float]:
+    options: Sequence[tuple[str, Wording]],
+    lead: Callable[..., str],
+) -> list[dict[str, float]]:
+    """Shares answered under each (form, wording); all of them are asked together."""
     prompts, answers, aliases = [], [], []
-    for fact, k in hops:
-        hop = fact.with_wording(*[wording] * fact.n_hops).hops[k]
-        prompts.append(lead(fact) + hop.prompts[form])
-        answers.append(hop.object)
-        aliases.append(hop.aliases)
+    for form, wording in options:
+        for fact, k in hops:
+            hop = fact.with_wording(*[wording] * fact.n_hops).hops[k]
+            prompts.append(lead(fact, form=form) + hop.prompts[form])
+            answers.append(hop.object)
+            aliases.append(hop.aliases)
     found = answered(model, prompts, answers, aliases)
-    return {
-        "answer": float(np.mean([one.right for one in found])),
-        "first_token": float(np.mean([one.first_token for one in found])),
-    }
+    each = [found[i : i + len(hops)] for i in range(0, len(found), len(hops))]
+    return [
+        {
+            "answer": float(np.mean([one.right for one in some])),
+            "first_token": float(np.mean([one.first_token for one in some])),
+        }
+        for some in each
+    ]
 
 
 def wording_text(wording: Wording, form: str) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from mi_hops.sweep.limits import Limits
 
 if TYPE_CHECKING:
     from mi_hops.study.step import Step
+
+T = TypeVar("T")
 
 #: Splits whose facts may be worked examples; a study never scores them then.
 EXAMPLES = (CHOOSING, "train")
@@ -268,7 +270,7 @@ class Run:
         choose, report = split_halves(list(by_id), seed=self.settings.seed)
         return [by_id[i] for i in choose], [by_id[i] for i in report]
 
-    def draw(self, facts: Sequence[TwoHopFact], n: int, salt: str) -> list[TwoHopFact]:
+    def draw(self, facts: Sequence[T], n: int, salt: str) -> list[T]:
         """A seeded sample of at most n, in the given order."""
         rng = random.Random(f"{self.settings.seed}/{salt}")
         chosen = rng.sample(range(len(facts)), min(n, len(facts)))
@@ -277,17 +279,17 @@ class Run:
     def affordable(
         self,
         step: Step,
-        facts: Sequence[TwoHopFact],
+        facts: Sequence[T],
         most: int,
-        trial: Callable[[list[TwoHopFact]], object],
+        trial: Callable[[list[T]], object],
         *,
         few: int = 4,
         times: float = 1.0,
     ) -> int:
         """How many facts the step may take: `most`, or what its share of the budget pays for.
 
-        A trial on a few facts tells what one costs. What was decided is kept in ``budget.json``, so
-        a study that is resumed takes the same.
+        A trial on a few facts tells what one costs, and is paid for itself. What was decided is kept
+        in ``budget.json``, so a study that is resumed takes the same.
 
         Args:
             few: facts of the trial; what gains from company needs more.
@@ -301,8 +303,9 @@ class Run:
             begun = time.perf_counter()
             with keeping_nothing():
                 trial(chosen)
-            each = (time.perf_counter() - begun) / few
-            n = int(60 * self.settings.budget * step.share / (times * each))
+            took = time.perf_counter() - begun
+            each = took / few
+            n = int((60 * self.settings.budget * step.share - took) / (times * each))
             kept[step.name] = {"seconds_each": each, "facts": min(max(n, _LEAST), most)}
             self.study.write("budget.json", json.dumps(kept, indent=1) + "\n")
         return int(kept[step.name]["facts"])

@@ -96,7 +96,7 @@ _ACCURACIES = {
 class Editing(Step):
     """CREME as published and with C estimated, chosen on one half and scored on the other."""
 
-    name, short, share = "editing", "CREME", 0.25
+    name, short, share = "editing", "CREME", 0.2
     title = "CREME: repairing the weights"
     question = (
         "Does an edit of the located layers correct failed questions, does it spread, and does it "

@@ -39,7 +39,7 @@ _SPLITS = {
 class GapStep(Step):
     """Which two-hop questions fail although both hops are known, in each form that all facts have."""
 
-    name, short, share = "gap", "The compositionality gap", 0.2
+    name, short, share = "gap", "The compositionality gap", 0.28
     title = "The compositionality gap"
     question = (
         "Which two-hop questions does the model fail although it answers both hops by themselves?"
@@ -52,7 +52,7 @@ class GapStep(Step):
         def ask(facts: list[TwoHopFact]) -> Gap:
             return find_gap(run.model, facts, form=run.forms, score=run.settings.score)
 
-        n = run.affordable(self, run.facts, len(run.facts), ask, few=32)
+        n = run.affordable(self, run.facts, len(run.facts), ask, few=64)
         return ask(run.draw(run.facts, n, "gap"))
 
     def work(self, asked: Asked) -> Work:

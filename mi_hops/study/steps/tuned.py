@@ -36,13 +36,16 @@ TEXTS, WRITTEN = 160, 16
 
 #: Products of d_model and vocabulary that an update may cost: positions learned from, over layers.
 _WORK = 3e10
-_BATCH = 512
+_BATCH = 256
+
+#: Texts of the trial that tells what an update costs.
+_TRIAL = 20
 
 
 class Tuned(Step):
     """Trains a tuned lens on text that the model writes, and reads what the logit lens read."""
 
-    name, short, shown_in, share = "tuned", "The tuned lens", "lens", 0.12
+    name, short, shown_in, share = "tuned", "The tuned lens", "lens", 0.14
 
     def wanted(self, facts: Facts, settings: StudySettings) -> bool:
         """Unless the study's sizes leave it out."""
@@ -55,16 +58,24 @@ class Tuned(Step):
         seed = run.settings.seed
         texts = sample(run.model, starts, n_tokens=WRITTEN, seed=seed)
         cfg = run.model.cfg
-        steps = run.settings.size.tuned
-        plan = LensTraining(
-            steps=steps,
-            max_tokens=_BATCH,
-            cells=_cells(cfg.n_layers * cfg.d_model * cfg.d_vocab),
-            evaluate_every=max(1, steps // 3),
-            seed=seed,
-        )
+
+        def train(lens: TunedLens, texts: list[str], steps: int, progress: bool) -> Result:
+            plan = LensTraining(
+                steps=steps,
+                max_tokens=_BATCH,
+                cells=_cells(cfg.n_layers * cfg.d_model * cfg.d_vocab),
+                evaluate_every=steps,  # an evaluation costs as much as several updates
+                seed=seed,
+            )
+            return train_lens(run.model, lens, texts, plan, progress=progress)
+
+        def trial(few: list[int]) -> None:
+            train(TunedLens(run.model), texts[:_TRIAL], len(few), False)
+
+        most = run.settings.size.tuned
+        steps = run.affordable(self, range(most), most, trial)
         lens = TunedLens(run.model)
-        trained = train_lens(run.model, lens, texts, plan, progress=run.progress)
+        trained = train(lens, texts, steps, run.progress)
         found = read_groups(run, lens)
         lens.save(run.study.folder / "tuned_lens", overwrite=True)
         loss = {name: trained[name].values.tolist() for name in ("before", "after")}

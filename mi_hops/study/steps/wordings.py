@@ -50,7 +50,7 @@ class Wordings(Step):
         choosing = [fact for fact in run.given if fact.split == CHOOSING]
         most = settings.size.wordings
         # A trial of few facts stands for the price of one fact per relation.
-        n = run.affordable(self, choosing, most, lambda few: choose(len(few), False))
+        n = run.affordable(self, choosing, most, lambda few: choose(len(few), False), few=2)
         choice = choose(n, run.progress)
         _, skipped = choice.apply(run.given)
         choice.skipped.extend(skipped)
