@@ -72,6 +72,7 @@ def pair(request, checkpoints):
         load_model(checkpoints[request.param], device="cpu", dtype="float64", backend="bridge")
         for _ in range(2)
     )
+    two.cfg.n_devices = 2  # as TransformerLens says of a model that was loaded with a map
     for block in two.blocks:
 
         def fetch(_, given, named, block=block):

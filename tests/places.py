@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -26,6 +30,8 @@ class TwoPlaces(TorchFunctionMode):
         leaves = tree_leaves((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         asked = [x for x in leaves if isinstance(x, torch.device)]
+        if func in _MOVES:
+            asked += [torch.device(x) for x in leaves if isinstance(x, str)]
         args, kwargs = tree_map_only(torch.device, lambda _: NEAR, (args, kwargs))
         out = func(*args, **kwargs)
         if func in _MOVES:
@@ -59,3 +65,16 @@ def put(x: torch.Tensor, where: torch.device | None) -> torch.Tensor:
 
 def _place(x: torch.Tensor) -> torch.device | None:
     return getattr(x, "_place", None)
+
+
+def assert_same(pair: Any, call: Callable[[Any], Any]) -> None:
+    """What `call` finds in both models is the same, up to rounding."""
+    one, two = (_frame(call(model)) for model in pair)
+    pd.testing.assert_frame_equal(two, one, rtol=1e-5, atol=1e-6)
+
+
+def _frame(found: Any) -> pd.DataFrame:
+    found = getattr(found, "result", found)  # of estimates that were verified
+    if hasattr(found, "data"):
+        return found.data.to_dataframe()
+    return found.frame if hasattr(found, "frame") else found.table

@@ -6,10 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from mi_hops.injection import ENCODINGS, Encoder, MemoryInjection, Place, inject, injection_grid
+from mi_hops.injection import (
+    ENCODINGS,
+    Encoder,
+    MemoryInjection,
+    Place,
+    inject,
+    injection_grid,
+    side_effects,
+)
 from mi_hops.model import forward
 from mi_hops.sweep.generate import generate
 from tests.injection.test_grid import FACTS
+from tests.places import assert_same
 
 TOKENS = torch.tensor([[1, 9, 30, 7, 12]])
 
@@ -51,3 +60,8 @@ def test_generation_and_the_context_manager(pair):
             logits.append(forward(model, TOKENS).cpu())
     assert said[0] == said[1]
     torch.testing.assert_close(logits[1], logits[0], atol=1e-6, rtol=1e-5)
+
+
+def test_side_effects(pair):
+    injection = MemoryInjection([1, 2], 3.0)
+    assert_same(pair, lambda m: side_effects(m, FACTS, injection, ["w20 w21 w22", "w3 w4"]))

@@ -12,17 +12,29 @@ from mi_hops.lens import (
     Place,
     Readout,
     TunedLens,
+    copying,
     evaluate_heads,
     evaluate_lens,
+    fact_attribution,
+    fact_probes,
+    fact_trajectories,
     fit_affine,
     logit_attribution,
+    logit_flow,
     logit_lens,
+    neuron_attribution,
     patchscope,
     patchscope_generate,
+    read_head,
     read_vectors,
+    similarity,
+    token_map,
+    top_texts,
     train_lens,
 )
+from tests.injection.test_grid import FACTS
 from tests.lens.test_trained import TEXTS
+from tests.places import assert_same
 
 SOURCES, TARGET = ("w1 w2 w3", "w5 w6"), "w7 w8 w9"
 
@@ -108,3 +120,32 @@ def test_single_heads(pair):
     check_same(
         pair, lambda m: evaluate_heads(m, AttentionLens(m), TEXTS[:3])["leave_one_out_kl"].values
     )
+
+
+def probes(model):
+    pytest.importorskip("sklearn")
+    from tests.lens.test_probes import facts
+
+    return fact_probes(model, facts(), layers=[0, 2])
+
+
+TRACK = {"a": ["w1", "w2 w3"]}
+READS = {
+    "fact_trajectories": lambda m: fact_trajectories(m, FACTS),
+    "fact_attribution": lambda m: fact_attribution(m, FACTS),
+    "token_map": lambda m: token_map(m, TARGET),
+    "logit_flow": lambda m: logit_flow(m, SOURCES, TRACK, by_head=True),
+    "neuron_attribution": lambda m: neuron_attribution(m, SOURCES, TRACK),
+    "top_texts, neuron": lambda m: top_texts(m, TEXTS, layer=1, neuron=3, top=3),
+    "top_texts, head": lambda m: top_texts(m, TEXTS, layer=1, head=3, top=3),
+    "similarity": lambda m: similarity(m, [f"w{i} w{i + 30}" for i in range(1, 12)]),
+    "fact_probes": probes,
+    "read_head, OV": lambda m: read_head(m, [(0, 1), (1, 2)], ["w1", "w2"], ["w5", "w6"]),
+    "read_head, QK": lambda m: read_head(m, (1, 2), ["w1", "w2"], ["w5", "w6"], circuit="qk"),
+    "copying": copying,
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_further_readings(pair, name):
+    assert_same(pair, READS[name])
