@@ -129,11 +129,10 @@ class _Unsupported(ValueError):
 
 def _read(file: Path) -> tuple[Any, Any]:
     """The file's model, in float32 and free of the mark of quantisation, and its tokenizer."""
-    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     loader: Any = AutoModelForCausalLM  # its annotations know one of its two kinds of result
-    reader = GGUFReader(file)
+    reader = _reader(file)
     _check(reader)
     at: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**at)
@@ -142,6 +141,7 @@ def _read(file: Path) -> tuple[Any, Any]:
     if config.model_type == "gpt2":  # transformers would take the sizes of GPT-2 small
         config.n_positions = _field(reader, "gpt2.context_length")
         config.n_inner = _field(reader, "gpt2.feed_forward_length")
+    _check_sizes(reader, config)
     loaded, info = loader.from_pretrained(
         **at, config=config, dtype=torch.float32, output_loading_info=True, **_unpacked()
     )
@@ -154,8 +154,22 @@ def _read(file: Path) -> tuple[Any, Any]:
     plain["mi_hops"] = {"dequantised_from": _stored_as(reader)}
     model = loader.from_config(type(config).from_dict(plain), dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
-    _check_complete(reader, model)
     return model, tokenizer
+
+
+def _reader(file: Path) -> Any:
+    """The file's header."""
+    from gguf import GGUFReader
+
+    class Reader(GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: Any = 1, *more: Any, **named: Any) -> Any:
+            # The package reads nothing beyond the end, as often as a damaged length says.
+            found = super()._get(offset, dtype, count, *more, **named)
+            if len(found) < int(count):
+                raise EOFError("it ends within a value")
+            return found
+
+    return Reader(file)
 
 
 def _unpacked() -> dict[str, Any]:
@@ -186,14 +200,27 @@ def _check(reader: Any) -> None:
         )
 
 
-def _check_complete(reader: Any, model: Any) -> None:
-    """Every tensor of the file must have found its place: a bias left out would go unseen."""
-    taken, stored = len(list(model.parameters())), len(reader.tensors)
-    if taken != stored:
+def _check_sizes(reader: Any, config: Any) -> None:
+    """The model that the header describes is the one that the tensors are of, before it takes memory.
+
+    Every tensor must find its place, too: a bias left out would go unseen.
+    """
+    from transformers import AutoModelForCausalLM
+
+    blocks = {t.name.split(".")[1] for t in reader.tensors if t.name.startswith("blk.")}
+    if config.num_hidden_layers != len(blocks):
+        raise EOFError(f"{config.num_hidden_layers} blocks are told of, {len(blocks)} are there")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = [p.numel() for p in model.parameters()]
+    if len(sizes) != len(reader.tensors):
         raise _Unsupported(
-            f"it holds {stored} tensors, of which a plain {model.config.model_type} model takes "
-            f"{taken}"
+            f"it holds {len(reader.tensors)} tensors, of which a plain {config.model_type} model "
+            f"takes {len(sizes)}"
         )
+    stored = sum(int(t.n_elements) for t in reader.tensors)
+    if sum(sizes) != stored:
+        raise EOFError(f"a model of {sum(sizes)} numbers is told of, {stored} are there")
 
 
 def _stored_as(reader: Any) -> str:
