@@ -41,7 +41,7 @@ from mi_hops.editing.solve import solve_keys
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel, hook_name
 from mi_hops.result.progress import progress_bar
-from mi_hops.sweep.keep import keep
+from mi_hops.sweep.batching import each_part
 from mi_hops.text.tokens import pad
 
 
@@ -139,13 +139,27 @@ def creme_many(
     requests = requests_of(asked, how.form, how.keep)
     editable = editable_for(model, layers, how)
     plans = [plan_request(model, request, how) for request in requests]
+
+    def factors(part: tuple[list[int], list[Plan]]) -> list[Any]:
+        made = CremeRun(part[1], model, editable, how).changes()
+        return [[(c.layer, (c.left, c.right)) for c in each] for each in made]
+
+    chunks = chunk_plans(plans, batch_size)
+    parts = each_part(
+        model,
+        [(members, [plans[i] for i in members]) for members in chunks],
+        factors,
+        kept=lambda part: (
+            "CREME",
+            ([requests[i] for i in part[0]], editable.layers, how.to_dict()),
+        ),
+        texts=lambda part: [requests[i].two_hop_prompt for i in part[0]],
+    )
     changes: dict[int, list[Change]] = {}
     with progress_bar(total=len(plans), label="CREME edits", show=progress) as bar:
-        for members in chunk_plans(plans, batch_size):
-            run = CremeRun([plans[i] for i in members], model, editable, how)
-            said = [requests[i] for i in members], editable.layers, how.to_dict()
-            for i, factors in zip(members, keep(run.factors, "CREME", said), strict=True):
-                changes[i] = [editable.change(layer, *pair) for layer, pair in factors]
+        for (members, _), found in parts:
+            for i, each in zip(members, found, strict=True):
+                changes[i] = [editable.change(layer, *pair) for layer, pair in each]
             bar.update(len(members))
     return [as_edit(editable, request, changes[i], how) for i, request in enumerate(requests)]
 
@@ -241,10 +255,6 @@ class CremeRun:
             hooks += matrix_hooks("W_O", layer, self._editor(layer))
         run_blocks(self._model, batch.tokens, self._editable.layers[-1], hooks)
         return self._found
-
-    def factors(self) -> list[list[tuple[int, tuple[Tensor | None, Tensor]]]]:
-        """The changes as layers and factors."""
-        return [[(c.layer, (c.left, c.right)) for c in each] for each in self.changes()]
 
     def _keep_stream(self, x: Tensor) -> None:
         self._before[:] = [x]

@@ -58,8 +58,8 @@ def spread(
     """Work over facts and pairs inside the block is done by the workers of an executor.
 
     It is what keeps its batches in a study: `generate` (and with it `find_gap`), lenses over prompts or
-    facts, erasing, locating, patching, tracing and ablating over pairs, injection, `score_prompts` and
-    `evaluate`. Training, moments, gradients and edits are made here, and so is everything while hooks
+    facts, erasing, locating, patching, tracing and ablating over pairs, injection, `score_prompts`,
+    `creme_many` and `evaluate`. Training, moments, gradients and other edits are made here, and so is everything while hooks
     are attached to the model or its weights are changed. A task whose worker is lost is done again,
     and one that fails `TRIES` times does not stop the others.
 
@@ -173,7 +173,8 @@ class _Spread:
                     waiting.append(alone.pop())
                 while waiting and len(running) < self.workers.ahead:
                     task = waiting.popleft()
-                    data = self._pickled([parts[i] for i in task.numbers])
+                    # Dask takes equal calls for one, failed or not; a pickle ends before the zeros.
+                    data = self._pickled([parts[i] for i in task.numbers]) + bytes(task.tries)
                     running[self.workers.submit(_make, shared, data)] = task
                 for future in self.workers.wait(running):
                     task = running.pop(future)

@@ -20,6 +20,7 @@ import torch
 import mi_hops
 from mi_hops import Hopland, Limits, spread
 from mi_hops.model import load_model
+from mi_hops.study.join import executor_of
 from mi_hops.sweep.batching import batched_with_oom_backoff, each_part
 from mi_hops.sweep.keep import keeping
 from mi_hops.sweep.spread import TaskError
@@ -136,6 +137,20 @@ def test_on_the_bridge_as_well(bridge, name):
     with Watched() as executor, spread(bridge, executor):
         found = WORK[name](bridge)
     assert executor.n > 1 and same(found, expected)
+
+
+def test_edits(model):
+    facts = facts_of(model)[1]
+    options = {"layers": [2, 3], "batch_size": 4}
+    options["covariance"] = mi_hops.second_moments(model, facts, layers=[2, 3])
+    expected = mi_hops.creme_many(model, facts, **options)
+    with Watched() as executor, spread(model, executor):
+        found = mi_hops.creme_many(model, facts, **options)
+    assert executor.n > 3
+    for a, b in zip(found, expected, strict=True):
+        assert a.request == b.request
+        for x, y in zip(a.changes, b.changes, strict=True):
+            assert torch.equal(x.left, y.left) and torch.equal(x.right, y.right)
 
 
 def test_evaluate(model):
@@ -316,19 +331,42 @@ def test_a_model_from_elsewhere_needs_its_loader():
             each(model, lambda n: n)
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Two Dask workers of two threads each."""
+    distributed = pytest.importorskip("distributed", reason="the scale extra is not installed")
+    folder = str(tmp_path_factory.mktemp("dask"))
+    options = {"dashboard_address": None, "local_directory": folder}
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=2, **options) as cluster:
+        yield cluster
+
+
 @pytest.mark.slow
-def test_dask(tmp_path):
-    distributed = pytest.importorskip("dask.distributed", reason="the scale extra is not installed")
+@pytest.mark.parametrize("name", ["find_gap", "erasure"])
+def test_dask(cluster, name):
     model = load_model("hops-gpt2")
-    expected = WORK["find_gap"](model)
-    with (
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=2, dashboard_address=None, local_directory=str(tmp_path)
-        ) as cluster,
-        distributed.Client(cluster) as client,
-        spread(model, client.get_executor()),
-    ):
-        assert same(WORK["find_gap"](model), expected)
+    expected = WORK[name](model)
+    with executor_of(None, cluster.scheduler_address) as executor, spread(model, executor):
+        assert same(WORK[name](model), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raises", "is killed"])
+def test_what_a_dask_worker_lost_is_done_again(cluster, how, tmp_path):
+    mark = tmp_path / "tried"
+
+    def run(n):
+        if n == 3 and not mark.exists():
+            mark.touch()
+            if how == "raises":
+                raise RuntimeError("once")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return n * n
+
+    model = load_model("hops-gpt2")
+    with executor_of(None, cluster.scheduler_address) as executor, spread(model, executor):
+        assert each(model, run) == {n: n * n for n in range(6)}
+    assert mark.exists()
 
 
 def test_the_scheduler_option_says_what_is_missing(tmp_path):
