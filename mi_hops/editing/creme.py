@@ -10,6 +10,8 @@ so that the edited layer maps k to v*. Layers go in ascending order, each seeing
 C is the second moment of z over text; C = I gives the published code's edit (arXiv 2402.14328).
 Attention biases cancel in ``v* - a``.
 
+Held to some heads, k and C are the parts of these heads' inputs, and no other row of W_O changes.
+
 An edit at layer l changes only what comes after it, so one forward pass over all prompts yields the
 whole edit: at each edited block the change is made from this pass's own z and attention outputs and
 added to them, at every position of every row, as the edited weight would, before the pass goes on.
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mi_hops.editing.change import Change, matrix_hooks
-from mi_hops.editing.checks import Editable, check_editable
+from mi_hops.editing.checks import Editable, Layers, check_editable
 from mi_hops.editing.edit import Edit
 from mi_hops.editing.passes import run_blocks
 from mi_hops.editing.plans import (
@@ -47,7 +49,7 @@ from mi_hops.text.tokens import pad
 
 @overload
 def creme(
-    model: HookedModel, asked: Asked, *, layers: int | Sequence[int] | None = None, **settings: Any
+    model: HookedModel, asked: Asked, *, layers: Layers | None = None, **settings: Any
 ) -> Edit: ...
 
 
@@ -56,7 +58,7 @@ def creme(
     model: HookedModel,
     asked: Iterable[Asked],
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers | None = None,
     **settings: Any,
 ) -> list[Edit]: ...
 
@@ -65,7 +67,7 @@ def creme(
     model: HookedModel,
     asked: Asked | Iterable[Asked],
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers | None = None,
     **settings: Any,
 ) -> Edit | list[Edit]:
     """The CREME edit of a two-hop fact, from one forward pass; the model is left as it is.
@@ -77,7 +79,8 @@ def creme(
 
     Args:
         asked: a fact or a `Request`, or several of them, each edited on its own.
-        layers: blocks to edit; default the last third.
+        layers: blocks to edit, or block -> heads to edit only these heads' rows of W_O; default the
+            last third.
         settings: of `CremeSettings`: covariance, form, strength, match, cover, keep, ...
 
     Returns:
@@ -105,7 +108,7 @@ def creme_many(
     model: HookedModel,
     asked: Iterable[Asked],
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers | None = None,
     batch_size: int = 256,
     progress: bool = False,
     **settings: Any,
@@ -114,7 +117,8 @@ def creme_many(
 
     Args:
         asked: facts, or requests.
-        layers: blocks to edit, in any order; default the last third (`default_layers`).
+        layers: blocks to edit, in any order, or block -> heads; default the last third
+            (`default_layers`).
         batch_size: prompts in one pass (a fact takes two for each template, and those it keeps).
         progress: show a progress bar over facts.
         settings: of `CremeSettings`.
@@ -123,7 +127,7 @@ def creme_many(
         One `Edit` per fact, in order.
 
     Raises:
-        ValueError: no layers, a layer twice or out of range; prompts that cannot be edited (see
+        ValueError: no layers, a layer or a head twice or out of range; prompts that cannot be edited (see
             `Request`), or a bridge unknown to the tokenizer; a covariance of other weights or
             without one of the layers; a singular system; values that are not finite.
         TokenError: a prompt that does not fit the context, or a span that cannot be found.
@@ -151,7 +155,7 @@ def creme_many(
         factors,
         kept=lambda part: (
             "CREME",
-            ([requests[i] for i in part[0]], editable.layers, how.to_dict()),
+            ([requests[i] for i in part[0]], editable.where, how.to_dict()),
         ),
         texts=lambda part: [requests[i].two_hop_prompt for i in part[0]],
     )
@@ -168,7 +172,7 @@ class CremeRepair(EditorRepair):
     """CREME as a repair for `evaluate`: one edit per fact, put on its rows by hooks.
 
     Args:
-        layers: blocks to edit; default the last third.
+        layers: blocks to edit, or block -> heads; default the last third.
         name: label in tables.
         settings: of `CremeSettings`.
 
@@ -186,7 +190,7 @@ class CremeRepair(EditorRepair):
     def __init__(
         self,
         *,
-        layers: int | Sequence[int] | None = None,
+        layers: Layers | None = None,
         name: str = "CREME",
         **settings: Any,
     ) -> None:
@@ -197,12 +201,10 @@ class CremeRepair(EditorRepair):
 # -- the pass -------------------------------------------------------------------------------------
 
 
-def editable_for(
-    model: HookedModel, layers: int | Sequence[int] | None, how: CremeSettings
-) -> Editable:
-    """The W_O of the layers given, or of the default ones."""
+def editable_for(model: HookedModel, layers: Layers | None, how: CremeSettings) -> Editable:
+    """The W_O of the layers (or of some heads) given, or of the default ones."""
     chosen = default_layers(model) if layers is None else layers
-    return check_editable(model, chosen, "W_O", how.covariance)
+    return check_editable(model, chosen, "W_O", how.covariance, by_head=True)
 
 
 def as_edit(
@@ -213,7 +215,7 @@ def as_edit(
     **more: Any,
 ) -> Edit:
     """One request's changes as an edit; `more` are settings."""
-    settings = {"layers": list(editable.layers), **more, **how.to_dict()}
+    settings = {**editable.where, **more, **how.to_dict()}
     return editable.edit("creme", request.to_dict(), changes, settings)
 
 

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from mi_hops.editing.change import Change, input_hook, merge, output_hook
+from mi_hops.editing.checks import Layers
 from mi_hops.editing.creme import CremeRun, as_edit, editable_for
 from mi_hops.editing.edit import Edit
 from mi_hops.editing.passes import activations
 from mi_hops.editing.plans import CremeSettings, Plan, chunk_plans, plan_request, read_plan
-from mi_hops.editing.request import Asked, requests_of
+from mi_hops.editing.request import Asked, check_together, requests_of
 from mi_hops.editing.rows import edit_hooks
 from mi_hops.editing.solve import solve_keys
 from mi_hops.model import HookedModel, hook_name
@@ -37,7 +38,7 @@ def creme_joint(
     model: HookedModel,
     asked: Iterable[Asked],
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers | None = None,
     ridge: float = 0.3,
     strength: float = 1.0,
     spread: bool = False,
@@ -52,7 +53,7 @@ def creme_joint(
 
     Args:
         asked: facts, or requests.
-        layers: blocks to edit; default the last third.
+        layers: blocks to edit, or block -> heads; default the last third.
         ridge: λ above, in units of the mean of the diagonal of ``K C^-1 K^T``. 0 meets every key
             exactly, which needs keys that do not depend on one another, fewer than d_in.
         strength: share of the change that is made; here `ridge` already holds it back.
@@ -67,8 +68,8 @@ def creme_joint(
         would take more room.
 
     Raises:
-        ValueError: no facts, a negative ridge, `spread` with ``match="attention"``, or as
-            `creme.creme_many`.
+        ValueError: no facts, requests that contradict one another (with both), a negative ridge,
+            `spread` with ``match="attention"``, or as `creme.creme_many`.
 
     Examples:
         >>> import mi_hops
@@ -82,6 +83,7 @@ def creme_joint(
     requests = requests_of(asked, how.form, how.keep)
     if not requests:
         raise ValueError("no facts to edit")
+    check_together(requests)
     if ridge < 0:
         raise ValueError(f"ridge is {ridge}; expected 0 or more")
     if spread and how.match != "residual":
@@ -92,7 +94,7 @@ def creme_joint(
     editable = editable_for(model, layers, how)
     plans = [plan_request(model, request, how) for request in requests]
     request = {"joint": [each.to_dict() for each in requests]}
-    record = {"layers": list(editable.layers), "ridge": ridge, "spread": spread, **how.to_dict()}
+    record = {**editable.where, "ridge": ridge, "spread": spread, **how.to_dict()}
     done: list[Change] = []
     last = editable.layers[-1]
     for layer in progress_bar(editable.layers, label="joint CREME, layers", show=progress):
@@ -143,7 +145,7 @@ def creme_sequential(
     model: HookedModel,
     asked: Iterable[Asked],
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers | None = None,
     hold: bool = True,
     progress: bool = False,
     **settings: Any,
@@ -155,7 +157,7 @@ def creme_sequential(
 
     Args:
         asked: facts, or requests.
-        layers: blocks to edit; default the last third.
+        layers: blocks to edit, or block -> heads; default the last third.
         hold: keep what earlier edits made: at the inputs they act on and those they keep, a later
             edit changes an output no more than `CremeSettings.slack` lets it. Those inputs are as
             they were when the earlier edit was made. False makes each edit as if it were the first.
@@ -163,8 +165,8 @@ def creme_sequential(
         settings: of `CremeSettings`.
 
     Raises:
-        ValueError: as `creme.creme_many`; with `hold`, also a slack of 0, which no edit could meet
-            once there are more inputs to hold than dimensions.
+        ValueError: as `creme.creme_many`; with `hold`, also requests that contradict one another, and
+            a slack of 0, which no edit could meet once there are more inputs to hold than dimensions.
     """
     how = CremeSettings(**settings)
     if hold and how.slack == 0:
@@ -172,6 +174,8 @@ def creme_sequential(
             "slack is 0; holding earlier edits needs slack above 0, or pass hold=False"
         )
     requests = requests_of(asked, how.form, how.keep)
+    if hold:
+        check_together(requests)
     editable_for(model, layers, how)  # refused before any plan is made
     plans = [plan_request(model, request, how) for request in requests]
     held: dict[int, Tensor] = {}

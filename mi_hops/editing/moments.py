@@ -147,6 +147,19 @@ class Moments:
         """
         return replace(self, null_space=threshold)
 
+    def part(self, layer: int, inputs: Sequence[int]) -> Moments:
+        """The moments of some of a layer's inputs alone, shrunk as the whole is.
+
+        A null space is then that of the part, in units of the part's mean eigenvalue.
+
+        Raises:
+            ValueError: no moments of that layer.
+        """
+        at = list(inputs)
+        c = self.shrunk(layer) if self.null_space is None else self._of(layer)
+        fourth = {layer: self.fourth[layer]}
+        return replace(self, second={layer: c[at][:, at]}, fourth=fourth, shrinkage=0.0)
+
     def rank(self, layer: int) -> int:
         """Dimensions of the input that an edit may act on: of the null space, else all."""
         return self.factor(layer).shape[1]

@@ -220,16 +220,20 @@ def check_together(requests: Sequence[Request]) -> None:
     """Refuse requests that one model cannot meet together.
 
     Raises:
-        ValueError: two that teach one prompt different answers, with both.
+        ValueError: two that give one prompt different answers (or, where they name none, different
+            second-hop prompts), with both.
     """
-    taught: dict[str, Request] = {}
-    for request in (r for r in requests if r.target):
-        other = taught.setdefault(_plain(request.two_hop_prompt), request)
-        if _plain(other.target) != _plain(request.target):
+    taught: dict[tuple[str, bool], Request] = {}
+    for request in requests:
+        at = _plain(request.two_hop_prompt), bool(request.target)
+        other = taught.setdefault(at, request)
+        first, second = (r.target or r.second_hop_prompt for r in (other, request))
+        if _plain(first) != _plain(second):
+            how = "answered" if request.target else "completed like"
             raise ValueError(
                 f"edit requests {other.id!r} and {request.id!r} contradict one another: "
-                f"{request.two_hop_prompt!r} is to be answered {other.target!r} and "
-                f"{request.target!r}; leave one of them out"
+                f"{request.two_hop_prompt!r} is to be {how} {first!r} and {second!r}; leave one of "
+                "them out"
             )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from mi_hops.editing import (
     PAPER,
+    Request,
     SingularError,
     applied_edits,
     creme_sequential,
@@ -91,6 +92,28 @@ def test_bad_joint_input(tiny, facts):
         paper_joint(tiny, [], layers=[1])
     with pytest.raises(ValueError, match="ridge is -1"):
         paper_joint(tiny, facts, layers=[1], ridge=-1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"answer": "w59"}, {"answer": "", "bridge": "w29 w39"}], ids=str
+)
+def test_edits_that_contradict_one_another_are_refused_by_name(tiny, facts, change):
+    """Two answers to one prompt, or without answers two prompts it is to be completed like."""
+    wanted = {"answer": facts[0].answer, "bridge": facts[0].bridge} | change
+
+    def asked(name, bridge, target):
+        return Request.from_slot(
+            "w3 w4 {} w0", first_hop="w1 w2 w5", bridge=bridge, target=target, id=name
+        )
+
+    one = asked("one", facts[0].bridge, wanted["answer"] and facts[0].answer)
+    other = asked("other", wanted["bridge"], wanted["answer"])
+    before = weights(tiny)
+    for edit in (paper_joint, creme_sequential):
+        with pytest.raises(ValueError, match="'one' and 'other' contradict one another"):
+            edit(tiny, [one, facts[1], other], layers=[1], cover="first")
+    assert len(creme_sequential(tiny, [one, other], layers=[1], hold=False, cover="first")) == 2
+    assert_same_bits(tiny, before)
 
 
 def test_sequential_edits_see_the_earlier_ones(wide, facts):
