@@ -8,12 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from benchmarks.harness import Peak
 from mi_hops import Hopland, TwoHopFact, load_model
 from mi_hops.editing import Moments, second_moments
-from mi_hops.reasoning.evaluate import evaluate
+from mi_hops.editing.baselines import TunedWeights, finetune_full
+from mi_hops.model.numeric import kl_divergence
+from mi_hops.reasoning.evaluate import Evaluation, evaluate
 from mi_hops.reasoning.gap import find_gap
 from mi_hops.reasoning.sets import Known, QuerySets, build_sets
+from mi_hops.sweep.scoring import next_token_logits
+from mi_hops.text.tokens import encode
 
 FORM = "suffix"
 #: Only these come into C and into what repairs practise on; never a fact that is scored.
@@ -180,47 +186,106 @@ COLUMNS = (
 )
 
 
+class FullFineTune:
+    """Full fine-tuning, beside the repairs; its states are put into the weights, not on rows."""
+
+    name = "full fine-tuning"
+
+    def __init__(self, lr: float) -> None:
+        self.lr = lr
+
+    def fit(self, model: Any, facts: Sequence[TwoHopFact]) -> list[TunedWeights]:
+        """One set of weights a fact."""
+        return finetune_full(model, facts, form=FORM, lr=self.lr)
+
+
+class Untouched:
+    """A repair that leaves every row alone."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def fit(self, model: Any, facts: Sequence[TwoHopFact]) -> list[None]:
+        """Nothing, for each fact."""
+        return [None] * len(facts)
+
+    def hooks(self, model: Any, states: Any, rows: Any) -> list[Any]:
+        """None."""
+        return []
+
+
+def evaluate_tuned(setup: Setup, timed: Timed) -> Evaluation:
+    """What `evaluate` gives, of states that change all weights: case by case, in the model tuned for it."""
+    model, repair = setup.model, Untouched(timed.name)
+    found = evaluate(model, repair, setup.queries, setup.report, generate=False)
+    frame = found.frame.set_index("query_id", drop=False)
+
+    def said(ids: Any) -> torch.Tensor:
+        prompts = [encode(model, text) for text in frame.loc[ids, "prompt"]]
+        return torch.stack(next_token_logits(model, prompts)).log_softmax(-1)
+
+    costs = []
+    for fact in setup.report:
+        ids = frame.index[(frame["case"] == fact.id) & frame["kl"].notna()]
+        before = said(ids) if len(ids) else None
+        (state,) = timed.fit(model, [fact])
+        costs.append((timed.seconds, timed.peak))
+        with state.applied(model):
+            own = setup.queries.of_cases(fact.id)
+            part = evaluate(model, repair, own, [fact], generate=False).frame
+            if before is not None:
+                frame.loc[ids, "kl"] = kl_divergence(before, said(ids)).double().numpy()
+        part = part.set_index("query_id")
+        for column in (c for c in part if c.endswith("_after")):
+            frame.loc[part.index, column] = part[column]
+    seconds, peaks = zip(*costs, strict=True)
+    timed.seconds, timed.peak = sum(seconds) / len(seconds), max(peaks)
+    return Evaluation(frame.reset_index(drop=True), found.case_ids, found.skipped, found.provenance)
+
+
 def score(setup: Setup, repairs: Sequence[Any]) -> list[list[str]]:
     """One row of `COLUMNS` a repair; shares of first answer tokens unless named otherwise."""
-    timed = [Timed(r) for r in repairs]
-    found = evaluate(setup.model, timed, setup.queries, setup.report, generate=False)
-    table = found.table(n_resamples=500)
-    rows = []
-    for repair in timed:
+    return [row_of(setup, Timed(repair)) for repair in repairs]
 
-        def get(name: str, stat: str, own: str = repair.name) -> float:
-            try:
-                return float(table.loc[(own, name, stat), "value"])
-            except KeyError:
-                return float("nan")
 
-        def share(name: str, stat: str = "first_correct_after", own: str = repair.name) -> str:
-            try:
-                row = table.loc[(own, name, stat)]
-            except KeyError:
-                return "-"
-            return f"{row['value']:.1%} ({row['lower']:.1%} to {row['upper']:.1%})"
+def row_of(setup: Setup, repair: Timed) -> list[str]:
+    """One row of `COLUMNS`."""
+    if isinstance(repair.repair, FullFineTune):
+        found = evaluate_tuned(setup, repair)
+    else:
+        found = evaluate(setup.model, repair, setup.queries, setup.report, generate=False)
+    table = found.table(n_resamples=500).loc[repair.name]
 
-        ratio = get("neutral", "perplexity_after") / get("neutral", "perplexity_before")
-        rows.append(
-            [
-                repair.name,
-                str(len(setup.report)),
-                share("correction"),
-                share("correction", "exact_match_after"),
-                share("paraphrase"),
-                share("other_order"),
-                share("generalisation", "first_correct_before"),
-                share("generalisation"),
-                share("specificity", "first_correct_ratio"),
-                share("specificity_same_relation", "first_correct_ratio"),
-                share("first_hop", "first_correct_ratio"),
-                share("second_hop", "first_correct_ratio"),
-                f"{get('neutral', 'kl'):.4f}",
-                f"{ratio:.3f}",
-                f"{repair.seconds:.3f}",
-                f"{repair.peak:.0f}",
-                f"{repair.n_bytes:,}",
-            ]
-        )
-    return rows
+    def get(name: str, stat: str) -> float:
+        try:
+            return float(table.loc[(name, stat), "value"])
+        except KeyError:
+            return float("nan")
+
+    def share(name: str, stat: str = "first_correct_after") -> str:
+        try:
+            row = table.loc[(name, stat)]
+        except KeyError:
+            return "-"
+        return f"{row['value']:.1%} ({row['lower']:.1%} to {row['upper']:.1%})"
+
+    ratio = get("neutral", "perplexity_after") / get("neutral", "perplexity_before")
+    return [
+        repair.name,
+        str(len(setup.report)),
+        share("correction"),
+        share("correction", "exact_match_after"),
+        share("paraphrase"),
+        share("other_order"),
+        share("generalisation", "first_correct_before"),
+        share("generalisation"),
+        share("specificity", "first_correct_ratio"),
+        share("specificity_same_relation", "first_correct_ratio"),
+        share("first_hop", "first_correct_ratio"),
+        share("second_hop", "first_correct_ratio"),
+        f"{get('neutral', 'kl'):.4f}",
+        f"{ratio:.3f}",
+        f"{repair.seconds:.3f}",
+        f"{repair.peak:.0f}",
+        f"{repair.n_bytes:,}",
+    ]

@@ -1,13 +1,15 @@
-"""FT+L and LoRA: what they learn, what they may not touch, and that the edit is what was batch."""
+"""FT+L, full fine-tuning and LoRA: what they learn, what they may not touch, that the edit is what was taught."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from mi_hops.editing import WrongWeightsError
+from mi_hops.editing.baselines import finetune_full
 from mi_hops.editing.baselines.finetune import FineTuneRepair, LoraRepair, finetune_many
 from mi_hops.editing.teaching import answer_loss, teacher_forced
-from mi_hops.model import read_matrix
+from mi_hops.model import forward, read_matrix
 from mi_hops.sweep.repair import Repair
 from tests.editing.conftest import assert_same_bits, cases, weights
 
@@ -53,6 +55,55 @@ def test_ftl_refusals(tiny, facts):
         finetune_many(tiny, facts, layers=[0], bound=0)
     with pytest.raises(ValueError, match="out of range"):
         finetune_many(tiny, facts, layers=[8])
+
+
+def test_full_fine_tuning_moves_everything_and_is_undone_bit_for_bit(tiny, facts):
+    before, flags = weights(tiny), [p.requires_grad for p in tiny.parameters()]
+    tuned = finetune_full(tiny, facts[:2], steps=8, lr=0.01)
+    assert_same_bits(tiny, before)
+    assert [p.requires_grad for p in tiny.parameters()] == flags
+    assert all(p.grad is None for p in tiny.parameters())
+    for old, new in losses(tiny, facts[:2], tuned):
+        assert new < old - 2
+    assert_same_bits(tiny, before)
+    sizes = {name: before[name].numel() for name in tuned[0].values}
+    assert sum(sizes.values()) > 0.9 * sum(p.numel() for p in tiny.parameters())
+    alone = finetune_full(tiny, facts[1:2], steps=8, lr=0.01)[0]  # each from the same weights
+    for name, value in alone.values.items():
+        assert torch.equal(value, tuned[1].values[name])
+    with pytest.raises(KeyError), tuned[0].applied(tiny):
+        raise KeyError
+    assert_same_bits(tiny, before)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_full_fine_tuning_is_what_plain_transformers_does(load_tiny, checkpoints, fact, shape):
+    from transformers import AutoModelForCausalLM
+
+    model = load_tiny(shape, "bridge", "float64")
+    (tuned,) = finetune_full(model, [fact], form="suffix", steps=4, lr=1e-3)
+    batch = teacher_forced(model, [fact.prompt("suffix")], [fact.answer])
+    plain = AutoModelForCausalLM.from_pretrained(checkpoints[shape], dtype=torch.float64).eval()
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-3)
+    with torch.enable_grad():
+        for _ in range(4):
+            adam.zero_grad()
+            scored = plain(batch.tokens).logits[0, batch.scored[0]]
+            torch.nn.functional.cross_entropy(scored, batch.answers[0]).backward()
+            adam.step()
+    with tuned.applied(model), torch.no_grad():
+        got, want = forward(model, batch.tokens), plain(batch.tokens).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert (want - forward(model, batch.tokens)).abs().max() > 1e-2
+
+
+def test_full_fine_tuning_refusals(tiny, load_tiny, facts):
+    with pytest.raises(ValueError, match="above 0"):
+        finetune_full(tiny, facts, steps=0)
+    (tuned,) = finetune_full(tiny, facts[:1], steps=1)
+    other = load_tiny("llama32", "bridge")
+    with pytest.raises(WrongWeightsError, match="tuned from weights"), tuned.applied(other):
+        pass
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from mi_hops.editing.baselines.finetune import (
     finetune_many,
     lora_many,
 )
+from mi_hops.editing.baselines.full import TunedWeights, finetune_full
 from mi_hops.editing.baselines.grace import Codebook, GraceRepair
 from mi_hops.editing.baselines.knowledge_editor import (
     EditorTraining,
@@ -26,7 +27,9 @@ __all__ = [
     "LoraRepair",
     "MemitRepair",
     "RomeRepair",
+    "TunedWeights",
     "ValueSearch",
+    "finetune_full",
     "finetune_many",
     "lora_many",
     "memit",

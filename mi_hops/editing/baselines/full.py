@@ -1,0 +1,157 @@
+"""Full fine-tuning: every parameter of the model moves, as far as the answer's loss drives it.
+
+Plain Adam, no bound, no decay, nothing kept: what constrained editors (FT+L among them) are to be
+better than. Embeddings, norms and biases move as well, so it is no `Edit`, which is a change of output
+matrices alone, and no hook can put it on one row of a batch: it is applied to the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mi_hops.editing.edit import WrongWeightsError
+from mi_hops.editing.request import Asked, Request, check_templates, fill, requests_of
+from mi_hops.editing.teaching import answer_loss, minimise, teacher_forced
+from mi_hops.model import HookedModel, fingerprint, require_unquantised
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TunedWeights:
+    """A model's parameters after fine-tuning, to be put in the place of its own for a while.
+
+    Attributes:
+        values: name -> parameter, of those that moved.
+        fingerprint: of the weights they were tuned from.
+        request, settings: what was taught, and how; plain JSON types.
+    """
+
+    values: Mapping[str, Tensor]
+    fingerprint: str
+    request: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        asked = f"{self.request['two_hop_prompt']!r} -> {self.request['target']!r}"
+        return f"<tuned weights: {asked} | {len(self.values)} parameters | for {self.fingerprint}>"
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all values."""
+        return sum(t.numel() * t.element_size() for t in self.values.values())
+
+    @contextmanager
+    def applied(self, model: HookedModel) -> Iterator[TunedWeights]:
+        """The model tuned for the length of a ``with`` block; its own weights come back bit for bit.
+
+        Raises:
+            WrongWeightsError: the model has other weights than those tuned from, or is of the other
+                model class.
+        """
+        now, named = fingerprint(model), dict(model.named_parameters())
+        if now != self.fingerprint or not set(self.values) <= set(named):
+            raise WrongWeightsError(
+                f"tuned from weights {self.fingerprint}, this model's are {now}; tune it again on this "
+                "model, or load the model it was tuned on"
+            )
+        with _put_back(model):
+            for name, value in self.values.items():
+                named[name].data.copy_(value)
+            yield self
+
+
+def finetune_full(
+    model: HookedModel,
+    asked: Iterable[Asked],
+    *,
+    form: str | None = None,
+    templates: Sequence[str] = ("{}",),
+    steps: int = 25,
+    lr: float = 1e-3,
+) -> list[TunedWeights]:
+    """Full fine-tuning on each fact alone, from the same weights; the model is left as it is.
+
+    Every parameter is tuned, also the zero biases that a HookedTransformer keeps for families
+    without. Takes `steps` forward and backward passes and a copy of the model for each fact: of a large
+    model make and use one at a time.
+
+    Args:
+        asked: facts or requests; the two-hop prompt is taught its target.
+        form: of the prompts taught.
+        templates: contexts the loss is averaged over.
+        steps, lr: of Adam.
+
+    Returns:
+        One `TunedWeights` per fact.
+
+    Raises:
+        ValueError: a number of steps or a rate that is not positive, requests without target, weights
+            that are quantised, or a loss that is not finite.
+
+    Examples:
+        >>> import mi_hops
+        >>> from mi_hops.editing.baselines import finetune_full
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> fact = mi_hops.load_facts("hopland")[0]
+        >>> tuned = finetune_full(model, [fact], steps=2)[0]
+        >>> with tuned.applied(model):
+        ...     said = mi_hops.generate(model, [fact.prompt()])
+    """
+    if steps < 1 or lr <= 0:
+        raise ValueError(f"steps {steps}, lr {lr}; expected both above 0")
+    requests = requests_of(asked, form, taught=True)
+    check_templates(templates)
+    settings = {"templates": list(templates), "steps": steps, "lr": lr}
+    made_for = fingerprint(model)
+    return [
+        TunedWeights(_tuned(model, r, settings), made_for, r.to_dict(), settings) for r in requests
+    ]
+
+
+def _tuned(model: HookedModel, request: Request, how: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The parameters that Adam moved."""
+    named = dict(model.named_parameters())
+    for name, p in named.items():
+        require_unquantised(p, name)
+    texts = [fill(t, request.two_hop_prompt) for t in how["templates"]]
+    batch = teacher_forced(model, texts, [request.target] * len(texts))
+    wanted = {name: p.requires_grad for name, p in named.items()}
+
+    def loss() -> Tensor:
+        return answer_loss(model, batch).mean()[None]
+
+    with _put_back(model) as old:
+        try:
+            for p in named.values():
+                p.requires_grad_(True)
+            minimise(list(named.values()), loss, steps=how["steps"], lr=how["lr"])
+            moved = [name for name, p in named.items() if not torch.equal(p, old[name])]
+            return {name: named[name].detach().clone() for name in moved}
+        finally:
+            for name, p in named.items():
+                p.requires_grad_(wanted[name])
+                p.grad = None
+
+
+@contextmanager
+def _put_back(model: HookedModel) -> Iterator[dict[str, Tensor]]:
+    """Parameters are after the block what they were before it, bit for bit; gives copies of them."""
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def write() -> None:
+        for name, p in model.named_parameters():
+            p.data.copy_(old[name])
+
+    try:
+        yield old
+    finally:
+        try:
+            write()
+        except BaseException:  # interrupted; writing all of it once more does no harm
+            write()
+            raise
