@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.editing_setup import COLUMNS, FORM, Setup, covariance, score, set_up
+from benchmarks.editing_setup import COLUMNS, FORM, FullFineTune, Setup, covariance, score, set_up
 from benchmarks.harness import keep, kept, table, write
 from mi_hops.editing import (
     PAPER,
@@ -29,22 +29,25 @@ from mi_hops.editing import (
 from mi_hops.editing.baselines import (
     FineTuneRepair,
     GraceRepair,
+    KnowledgeEditor,
     KnowledgeEditorRepair,
     LoraRepair,
     MemitRepair,
     RomeRepair,
+    TunedWeights,
     train_editor,
 )
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.injection import MemoryInjection
 from mi_hops.model import Hook, capture, hook_name
-from mi_hops.sweep.metrics import NextToken, target_of
+from mi_hops.sweep.metrics import NextToken, Target, target_of
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.scoring import score_prompts
-from mi_hops.text.tokens import TokenError, encode, last_position, pad
+from mi_hops.text.tokens import Prompt, TokenError, encode, last_position, pad
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.7, 1.0)
 LORA_RATES = (0.001, 0.003, 0.01)
+FULL_RATES = (0.00003, 0.0001, 0.0003, 0.001, 0.003)
 #: Share of unrelated questions beyond which keeping more of them counts for nothing.
 ENOUGH = 0.995
 SLOW = 24  # questions a repair that needs gradient descent is chosen on
@@ -52,7 +55,7 @@ PAGE = "editing-table"
 
 RULE = (
     "Every repair is given the prompts of one form only (suffix). Its layers (for CREME and memory "
-    "injection its strength as well, for the joint edit its ridge, for LoRA its step size) are those that correct the most "
+    "injection its strength as well, for the joint edit its ridge, for LoRA and full fine-tuning the step size, for KnowledgeEditor under a norm the bound) are those that correct the most "
     "first answer tokens on 100 *other* failed questions (24 where fitting means gradient descent; the "
     "joint edit: as many as are edited), where each unrelated question answered wrongly beyond "
     f"{1 - ENOUGH:.1%} of them (first token) weighs as much as four that are not corrected; of "
@@ -159,14 +162,9 @@ def chosen(setup: Setup, make: Callable[[Any], Any], options: Sequence[Any], n: 
     def worth(option: Any) -> tuple[float, float]:
         repair = make(option)
         states = repair.fit(model, facts)
-        right = score_prompts(
-            model,
-            prompts,
-            targets,
-            FIRST_RIGHT,
-            repair=repair,
-            states=[states[place[q.case]] for q in queries],
-        )["first_right"]
+        right = first_right(
+            model, prompts, targets, repair, [states[place[q.case]] for q in queries]
+        )
         corrected, kept = float(right[own].mean()), float(right[~own].mean())
         return round(corrected + 4 * min(kept, ENOUGH), 6), round(kept, 6)
 
@@ -175,6 +173,22 @@ def chosen(setup: Setup, make: Callable[[Any], Any], options: Sequence[Any], n: 
     repair = make(options[best])
     print(f"chosen for {repair.name}: {options[best]}, {found[best]}", flush=True)
     return repair
+
+
+def first_right(
+    model: Any, prompts: list[Prompt], targets: list[Target], repair: Any, states: list[Any]
+) -> torch.Tensor:
+    """Whether each prompt's first token is right under its state, a repair's or tuned weights."""
+    if not isinstance(states[0], TunedWeights):
+        options = {"repair": repair, "states": states}
+        return score_prompts(model, prompts, targets, FIRST_RIGHT, **options)["first_right"]
+    found = torch.zeros(len(prompts))
+    for state in {id(s): s for s in states}.values():
+        own = [i for i, s in enumerate(states) if s is state]
+        part = [prompts[i] for i in own], [targets[i] for i in own]
+        with state.applied(model):
+            found[own] = score_prompts(model, *part, FIRST_RIGHT)["first_right"]
+    return found
 
 
 def spans(n: int) -> list[list[int]]:
@@ -195,7 +209,7 @@ def named(repair: Repair, name: str) -> Repair:
     return wrapped  # type: ignore[return-value]
 
 
-def candidates(setup: Setup, c: Moments, c_mlp: Moments) -> dict[str, Callable[[], Repair]]:
+def candidates(setup: Setup, c: Moments, c_mlp: Moments) -> dict[str, Callable[[], Any]]:
     """Label -> how to get the repair; nothing runs before it is asked for."""
     n = setup.n_layers
     all_spans, singles = spans(n), list(range(n))
@@ -232,9 +246,12 @@ def candidates(setup: Setup, c: Moments, c_mlp: Moments) -> dict[str, Callable[[
             max(size, 100),
         )
 
-    def editor() -> Repair:
-        trained = train_editor(setup.model, setup.practice, layers=range(n), steps=600)
-        return KnowledgeEditorRepair(trained, form=FORM)
+    @cache
+    def trained(**how: Any) -> KnowledgeEditor:
+        return train_editor(setup.model, setup.practice, layers=range(n), steps=600, **how)
+
+    def editor(name: str = "KnowledgeEditor", loop: int = 1, **how: Any) -> Repair:
+        return KnowledgeEditorRepair(trained(**how), form=FORM, loop=loop, name=name)
 
     return {
         "paper": creme("CREME, paper (C = I)", **paper),
@@ -260,6 +277,7 @@ def candidates(setup: Setup, c: Moments, c_mlp: Moments) -> dict[str, Callable[[
         "ft+l": lambda: chosen(
             setup, lambda x: FineTuneRepair(layers=[x], form=FORM), singles, SLOW
         ),
+        "full": lambda: chosen(setup, FullFineTune, FULL_RATES, SLOW),
         "lora": lambda: chosen(
             setup,
             lambda x: LoraRepair(setup.name, layers=x[0], lr=x[1], form=FORM),
@@ -267,6 +285,12 @@ def candidates(setup: Setup, c: Moments, c_mlp: Moments) -> dict[str, Callable[[
             SLOW,
         ),
         "editor": editor,
+        "editor-loop": lambda: editor("KnowledgeEditor, loop", loop=5),
+        "editor-norm": lambda: chosen(
+            setup,
+            lambda x: editor("KnowledgeEditor, norm", constraint="norm", margin=x),
+            (0.03, 0.1, 0.3),
+        ),
         "injection": lambda: named(
             chosen(
                 setup,

@@ -17,7 +17,7 @@ from mi_hops.editing.baselines.knowledge_editor import (
     unit_gradients,
     unrelated,
 )
-from mi_hops.editing.teaching import answer_loss, teacher_forced
+from mi_hops.editing.teaching import answer_loss, answered_correctly, teacher_forced
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import live_matrix
 from mi_hops.sweep.repair import Repair
@@ -53,6 +53,61 @@ def test_the_change_is_the_formula(load_tiny, facts):
         + torch.outer(part["beta"][0].softmax(-1), part["delta"][0])
     )
     torch.testing.assert_close(edit.changes[0].delta(), want, atol=1e-6, rtol=1e-4)
+
+
+def test_a_loop_edits_the_edited_model_until_the_answer_is_right(load_tiny, facts):
+    """Each round is the plain edit of the model with the rounds before it in its weights."""
+    model = load_tiny("gpt2", "bridge")
+    editor = KnowledgeEditor(model, EditorTraining(layers=(1, 2), width=8, scale=0.05))
+    once = editor.edits(model, facts[:3])
+    rank = once[0].changes[0].rank
+    never = editor.edits(model, facts[:3], loop=3)  # an untrained editor does not get there
+    assert [e.changes[0].rank for e in never] == [3 * rank] * 3
+    prompts, answers = [facts[0].prompt()], [facts[0].answer]
+    done = {c.layer: c.delta() for c in once[0].changes}
+    batch = teacher_forced(model, prompts, answers)
+    with once[0].applied(model), torch.no_grad():
+        second = unit_gradients(model, batch, "W_out", [1, 2])
+        parts = editor.parts(model, prompts, answers)
+    twice = editor.edits(model, facts[:1], loop=2)[0]
+    for change, (x, g), part in zip(twice.changes, second, parts, strict=True):
+        weight = live_matrix(model, "W_out", change.layer)
+        gate = 0.05 * weight.norm() * part["eta"].sigmoid()
+        scaled = torch.outer(part["alpha"][0].softmax(-1), part["gamma"][0]) * (x[0].T @ g[0])
+        more = gate * (scaled + torch.outer(part["beta"][0].softmax(-1), part["delta"][0]))
+        want = done[change.layer] + more
+        torch.testing.assert_close(change.delta(), want, atol=1e-6, rtol=1e-3)
+    with pytest.raises(ValueError, match="loop is 0"):
+        editor.edits(model, facts[:1], loop=0)
+
+
+def test_the_norm_is_that_of_the_changes(load_tiny, facts):
+    model = load_tiny("llama", "bridge")
+    editor = KnowledgeEditor(model, EditorTraining(layers=(0, 2), width=8))
+    prompts, answers = [f.prompt() for f in facts[:2]], [f.answer for f in facts[:2]]
+    found = editor.norm(editor.factors(model, prompts, answers))
+    own = sum(live_matrix(model, "W_out", i).square().sum() for i in (0, 2)).sqrt()
+    for value, edit in zip(found, editor.edits(model, facts[:2]), strict=True):
+        want = sum(c.delta().square().sum() for c in edit.changes).sqrt() / own
+        torch.testing.assert_close(value, want, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_norm_constraint_is_kept_and_a_loop_stops_when_right(load_tiny):
+    model = load_tiny("gpt2", "bridge")
+    options = {"layers": [1, 2], "batch_size": 8, "lr": 1e-2, "scale": 2.0}
+    editor = train_editor(model, practice(), steps=60, constraint="norm", margin=0.3, **options)
+    assert editor.log[-1]["norm"] < editor.log[0]["norm"]
+    facts = [make_fact(i) for i in range(3)]
+    looped = editor.edits(model, facts, loop=4)
+    for f, edit, plain in zip(facts, looped, editor.edits(model, facts), strict=True):
+        batch = teacher_forced(model, [f.prompt()], [f.answer])
+        rounds = edit.changes[0].rank // plain.changes[0].rank
+        with plain.applied(model):
+            at_once = answered_correctly(model, batch)[0]
+        with edit.applied(model):
+            at_last = answered_correctly(model, batch)[0]
+        assert (rounds == 1) == at_once and (at_last or rounds == 4)
 
 
 def practice():
@@ -123,3 +178,5 @@ def test_refusals(tiny):
         train_editor(tiny, practice()[:1], layers=[0])
     with pytest.raises(ValueError, match="above 0"):
         train_editor(tiny, practice(), layers=[0], steps=0)
+    with pytest.raises(ValueError, match="constraint is 'l2'"):
+        train_editor(tiny, practice(), layers=[0], constraint="l2")

@@ -11,8 +11,11 @@ largest gate, is in the units of the matrix. The gradient of one prompt is a sum
 outer products, so ΔW has rank tokens + 1 and is kept as such.
 
 Training asks that other wordings of the edited question get the new answer, subject to
-``KL(before || after) <= m`` on unrelated prompts; the multiplier of that constraint is raised while
-it is broken and lowered while it is met.
+``KL(before || after) <= m`` on unrelated prompts (or, as the paper compares it with, that the edit's norm is
+at most m of the matrices'); the multiplier of that constraint is raised while it is broken and
+lowered while it is met.
+
+In a loop, the paper's other variant, the network edits the edited model again, until the answer is right.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from fancy_einsum import einsum
@@ -32,11 +35,12 @@ from mi_hops.editing.change import Change, matrix_hooks
 from mi_hops.editing.checks import check_editable
 from mi_hops.editing.edit import Edit, check_weights
 from mi_hops.editing.files import load_tensors, save_tensors
-from mi_hops.editing.request import Asked, requests_of
+from mi_hops.editing.request import Asked, Request, requests_of
 from mi_hops.editing.rows import EditorRepair
 from mi_hops.editing.teaching import (
     TeacherForcedBatch,
     answer_loss,
+    answered_correctly,
     chunks,
     frozen,
     last_logp,
@@ -51,6 +55,8 @@ from mi_hops.text.tokens import answer_ids, encode
 #: Left ``[row, rank, d_in]`` and right ``[row, rank, d_out]`` factors of every row's change.
 Factors = tuple[Tensor, Tensor]
 
+Constraint = Literal["kl", "norm"]
+
 _KEY = "mi_hops_knowledge_editor"
 
 
@@ -62,9 +68,10 @@ class EditorTraining:
         layers, matrix: what it edits.
         width: of the LSTM, each way.
         steps, batch_size, lr: of Adam.
-        margin: m above, in nats.
+        margin: m above, in nats, or in units of the norm of all edited matrices.
         scale: s above, in units of the matrix's norm.
         seed: of the network's weights and of the facts drawn.
+        constraint: what the margin bounds: the ``"kl"`` of unrelated prompts, or the edit's ``"norm"``.
     """
 
     layers: tuple[int, ...]
@@ -76,9 +83,12 @@ class EditorTraining:
     margin: float = 0.01
     scale: float = 0.5
     seed: int = 0
+    constraint: Constraint = "kl"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        if self.constraint not in ("kl", "norm"):
+            raise ValueError(f"constraint is {self.constraint!r}; expected 'kl' or 'norm'")
         numbers = (self.width, self.steps, self.batch_size, self.lr, self.margin, self.scale)
         if min(numbers) <= 0:
             raise ValueError(f"{self}: all numbers but the seed must be above 0")
@@ -136,34 +146,60 @@ class KnowledgeEditor:
     # -- use -------------------------------------------------------------------------------------
 
     def edits(
-        self, model: HookedModel, asked: Iterable[Asked], *, form: str | None = None
+        self, model: HookedModel, asked: Iterable[Asked], *, form: str | None = None, loop: int = 1
     ) -> list[Edit]:
         """One edit per fact; the model is left as it is.
 
+        Args:
+            loop: edits made on top of one another at most, until the prompt taught is answered
+                correctly; the first is always made.
+
         Raises:
             WrongWeightsError: a model it was not trained on.
-            ValueError: requests without target.
+            ValueError: requests without target, or a loop below 1.
         """
+        if loop < 1:
+            raise ValueError(f"loop is {loop}; expected at least 1")
         check_weights(model, self.fingerprint, "the editor was")
         requests = requests_of(asked, form, taught=True)
         layers = self._editable.layers
-        settings = {**asdict(self.how), "layers": list(layers)}
+        settings = {**asdict(self.how), "layers": list(layers), "loop": loop}
         edits = []
         for part in chunks(len(requests), self.how.batch_size):
             some = [requests[i] for i in part]
             with frozen(model):
-                factors = self.factors(
-                    model, [r.two_hop_prompt for r in some], [r.target for r in some]
-                )
+                rounds = self._rounds(model, some, loop)
             for row, request in enumerate(some):
-                changes = [
-                    Change(self.how.matrix, layer, left[row].detach(), right[row].detach())
-                    for layer, (left, right) in zip(layers, factors, strict=True)
-                ]
+                changes = []
+                for i, layer in enumerate(layers):
+                    made = [factors[i] for factors, acting in rounds if acting[row]]
+                    left, right = (torch.cat([pair[k][row] for pair in made]) for k in (0, 1))
+                    changes.append(Change(self.how.matrix, layer, left, right))
                 edits.append(
                     self._editable.edit("knowledge-editor", request.to_dict(), changes, settings)
                 )
         return edits
+
+    def _rounds(
+        self, model: HookedModel, requests: Sequence[Request], loop: int
+    ) -> list[tuple[list[Factors], list[bool]]]:
+        """For each round its factors, zero in rows that were right before it, and which rows it acts on."""
+        prompts, answers = zip(*((r.two_hop_prompt, r.target) for r in requests), strict=True)
+        batch = teacher_forced(model, prompts, answers)
+        rounds: list[tuple[list[Factors], list[bool]]] = []
+        for _ in range(loop):
+            under = [hook for factors, _ in rounds for hook in self.hooks(factors)]
+            acting = [True] * len(requests)
+            if rounds:
+                acting = [not right for right in answered_correctly(model, batch, under)]
+                if not any(acting):
+                    break
+            found = []
+            for left, right in self.factors(model, prompts, answers, under=under):
+                on = torch.tensor(acting, device=right.device)[:, None, None]
+                found.append((left.detach(), right.detach() * on))
+            rounds.append((found, acting))
+        return rounds
 
     def factors(
         self,
@@ -172,14 +208,16 @@ class KnowledgeEditor:
         answers: Sequence[str],
         *,
         train: bool = False,
+        under: Sequence[Hook] = (),
     ) -> list[Factors]:
         """For each edited matrix, left and right factors of every row's change.
 
         Args:
             train: keep the graph through the network.
+            under: hooks under which the gradient is taken: of changes made before.
         """
         batch = teacher_forced(model, prompts, answers)
-        gradients = unit_gradients(model, batch, self.how.matrix, self._editable.layers)
+        gradients = unit_gradients(model, batch, self.how.matrix, self._editable.layers, under)
         with torch.set_grad_enabled(train):
             out = []
             for (x, g), norm, part in zip(
@@ -200,6 +238,13 @@ class KnowledgeEditor:
         """What the network makes of prompts and answers: α, β, γ, δ and η ``[row, ...]`` per matrix."""
         embedded, lengths = _embedded(model, prompts, answers)
         return self.network(embedded.to(next(self.network.parameters()).device), lengths)
+
+    def norm(self, factors: Sequence[Factors]) -> Float[Tensor, "row"]:
+        """Norm of every row's change, all matrices together, in units of their own norm."""
+        squares = [_square_norm(left, right) for left, right in factors]
+        total = sum(square.to(squares[0]) for square in squares)
+        own = sum(norm * norm for norm in self._norms)
+        return (cast("Tensor", total) / own).sqrt()
 
     def hooks(self, factors: Sequence[Factors]) -> list[Hook]:
         """Each row under its own factors; gradients flow to them."""
@@ -245,9 +290,14 @@ class KnowledgeEditorRepair(EditorRepair):
     """A trained editor as a repair."""
 
     def __init__(
-        self, editor: KnowledgeEditor, *, form: str | None = None, name: str = "KnowledgeEditor"
+        self,
+        editor: KnowledgeEditor,
+        *,
+        form: str | None = None,
+        loop: int = 1,
+        name: str = "KnowledgeEditor",
     ) -> None:
-        super().__init__(editor.edits, name=name, form=form)
+        super().__init__(editor.edits, name=name, form=form, loop=loop)
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -299,9 +349,12 @@ def train_editor(
                 hooks = editor.hooks(factors)
                 reworded = teacher_forced(model, [w[1] for w in wordings], new)
                 taught = answer_loss(model, reworded, hooks)
-                with torch.no_grad():
-                    before = last_logp(model, kept)
-                moved = kl_divergence(before, last_logp(model, kept, hooks))
+                if how.constraint == "kl":
+                    with torch.no_grad():
+                        before = last_logp(model, kept)
+                    moved = kl_divergence(before, last_logp(model, kept, hooks))
+                else:
+                    moved = editor.norm(factors)
                 loss = taught.mean() + pressure * (moved.mean() - how.margin)
                 if not torch.isfinite(loss):
                     raise ValueError(f"the editor's loss is {loss.item()} at step {step}; lower lr")
@@ -316,7 +369,7 @@ def train_editor(
                     {
                         "step": step,
                         "answer_loss": taught.mean().item(),
-                        "kl": moved.mean().item(),
+                        how.constraint: moved.mean().item(),
                         "pressure": pressure,
                     }
                 )
@@ -338,9 +391,17 @@ def unrelated(
 
 
 def unit_gradients(
-    model: HookedModel, batch: TeacherForcedBatch, matrix: str, layers: Sequence[int]
+    model: HookedModel,
+    batch: TeacherForcedBatch,
+    matrix: str,
+    layers: Sequence[int],
+    under: Sequence[Hook] = (),
 ) -> list[tuple[Float[Tensor, "row pos d_in"], Float[Tensor, "row pos d_out"]]]:
-    """Factors of each row's gradient ``x^T g`` of the answer's loss, divided by its norm, per layer."""
+    """Factors of each row's gradient ``x^T g`` of the answer's loss, divided by its norm, per layer.
+
+    Args:
+        under: further hooks, which act before the gradient's own.
+    """
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
 
@@ -352,7 +413,7 @@ def unit_gradients(
 
         return act
 
-    hooks: list[Hook] = []
+    hooks = list(under)
     for layer in layers:
         hooks += matrix_hooks(matrix, layer, leaf(layer))
     with torch.enable_grad():
@@ -361,11 +422,16 @@ def unit_gradients(
     found = []
     for layer, gradient in zip(layers, gradients, strict=True):
         x, g = inputs[layer], gradient.float()
-        # |x^T g|^2 over pairs of positions, without the matrix itself.
-        inner = "row pos d, row other d -> row pos other"
-        square = (einsum(inner, x, x) * einsum(inner, g, g)).sum((1, 2))
-        found.append((x, g / square.clamp_min(1e-24).sqrt()[:, None, None]))
+        found.append((x, g / _square_norm(x, g).clamp_min(1e-24).sqrt()[:, None, None]))
     return found
+
+
+def _square_norm(
+    left: Float[Tensor, "row pos d_in"], right: Float[Tensor, "row pos d_out"]
+) -> Float[Tensor, "row"]:
+    """``|left^T right|^2`` of each row, over pairs of positions, without the matrix itself."""
+    inner = "row pos d, row other d -> row pos other"
+    return (einsum(inner, left, left) * einsum(inner, right, right)).sum((1, 2))
 
 
 def _embedded(
