@@ -51,7 +51,7 @@ RULE = (
     "about the new bridge, and the answer for its tokens after the first; memory injection is given the "
     "new bridge's name. *Portability* is the mean over a case's two-hop questions through the edited "
     "fact (its own, up to five others, each in all its forms) of which the other hop is known, then over "
-    "cases. Layers (for LoRA its step size too, for CREME and memory injection the strength) are those "
+    "cases. Layers (for LoRA its step size too, for AlphaEdit its threshold, for CREME and memory injection the strength) are those "
     f"with the largest efficacy + portability on {CHOOSE} *other* edits of first hops, less four times "
     f"the share of unrelated and of neighbouring facts lost beyond {1 - ENOUGH:.1%}; of equals, the fewest "
     "layers. CREME on top has the layers chosen on top of ROME. In the bundled models what is reported, what "
@@ -235,6 +235,12 @@ def methods(bench: Bench) -> dict[str, Callable[[Sequence[HopEdit]], Any]]:
     raw: dict[str, tuple[Callable[[Any], Any], Sequence[Any]]] = {
         "rome": (lambda x: RomeRepair(layer=x, covariance=c("W_out")), few),
         "memit": (lambda x: MemitRepair(layers=x, covariance=c("W_out")), pairs),
+        "alphaedit": (
+            lambda x: MemitRepair(
+                layers=x[0], covariance=c("W_out").with_null_space(x[1]), name="AlphaEdit"
+            ),
+            [(layers, threshold) for layers in pairs for threshold in (0.1, 0.3)],
+        ),
         "ft+l": (lambda x: FineTuneRepair(layers=x), single),
         "lora": (
             lambda x: LoraRepair(bench.name, layers=x[0], lr=x[1]),
