@@ -47,7 +47,7 @@ from mi_hops.text.tokens import Prompt, TokenError, encode, last_position, pad
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.7, 1.0)
 LORA_RATES = (0.001, 0.003, 0.01)
-FULL_RATES = (0.00003, 0.0001, 0.0003, 0.001, 0.003)
+FULL_RATES = (0.00001, 0.00003, 0.0001, 0.0003)
 #: Share of unrelated questions beyond which keeping more of them counts for nothing.
 ENOUGH = 0.995
 SLOW = 24  # questions a repair that needs gradient descent is chosen on
