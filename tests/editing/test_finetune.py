@@ -84,6 +84,9 @@ def test_full_fine_tuning_is_what_plain_transformers_does(load_tiny, checkpoints
     (tuned,) = finetune_full(model, [fact], form="suffix", steps=4, lr=1e-3)
     batch = teacher_forced(model, [fact.prompt("suffix")], [fact.answer])
     plain = AutoModelForCausalLM.from_pretrained(checkpoints[shape], dtype=torch.float64).eval()
+    # The Bridge gives the read-out a bias of zeros.
+    bias = torch.zeros(plain.config.vocab_size, dtype=torch.float64)
+    plain.lm_head.bias = torch.nn.Parameter(bias)
     adam = torch.optim.Adam(plain.parameters(), lr=1e-3)
     with torch.enable_grad():
         for _ in range(4):
@@ -91,10 +94,13 @@ def test_full_fine_tuning_is_what_plain_transformers_does(load_tiny, checkpoints
             scored = plain(batch.tokens).logits[0, batch.scored[0]]
             torch.nn.functional.cross_entropy(scored, batch.answers[0]).backward()
             adam.step()
+    before = forward(model, batch.tokens)
     with tuned.applied(model), torch.no_grad():
         got, want = forward(model, batch.tokens), plain(batch.tokens).logits
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    assert (want - forward(model, batch.tokens)).abs().max() > 1e-2
+    assert (want - before).abs().max() > 0.1
+    # transformers keeps LLaMA's norm in float32, which Adam's first steps make much of.
+    atol = {"gpt2": 1e-6, "llama": 1e-3}[shape]
+    torch.testing.assert_close(got, want, atol=atol, rtol=0)
 
 
 def test_full_fine_tuning_refusals(tiny, load_tiny, facts):

@@ -76,8 +76,8 @@ def finetune_full(
 ) -> list[TunedWeights]:
     """Full fine-tuning on each fact alone, from the same weights; the model is left as it is.
 
-    Every parameter is tuned, also the zero biases that a HookedTransformer keeps for families
-    without. Takes `steps` forward and backward passes and a copy of the model for each fact: of a large
+    Every parameter of the loaded model is tuned, also the zero biases that TransformerLens adds to
+    families without; on a HookedTransformer tied embeddings move apart. Takes `steps` forward and backward passes and a copy of the model for each fact: of a large
     model make and use one at a time.
 
     Args:
