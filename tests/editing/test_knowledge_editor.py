@@ -95,9 +95,11 @@ def test_the_norm_is_that_of_the_changes(load_tiny, facts):
 @pytest.mark.slow
 def test_a_norm_constraint_is_kept_and_a_loop_stops_when_right(load_tiny):
     model = load_tiny("gpt2", "bridge")
-    options = {"layers": [1, 2], "batch_size": 8, "lr": 1e-2, "scale": 2.0}
-    editor = train_editor(model, practice(), steps=60, constraint="norm", margin=0.3, **options)
-    assert editor.log[-1]["norm"] < editor.log[0]["norm"]
+    options = {"layers": [1, 2], "batch_size": 8, "lr": 1e-2, "scale": 2.0, "steps": 40}
+    tight, editor = (
+        train_editor(model, practice(), constraint="norm", margin=m, **options) for m in (0.02, 9.0)
+    )
+    assert tight.log[-1]["norm"] < 0.7 * editor.log[-1]["norm"]
     facts = [make_fact(i) for i in range(3)]
     looped = editor.edits(model, facts, loop=4)
     for f, edit, plain in zip(facts, looped, editor.edits(model, facts), strict=True):
