@@ -59,8 +59,8 @@ def ranked(setup: Setup, facts: Sequence[TwoHopFact]) -> dict[str, list[tuple[in
     asked = [f.prompt(FORM) for f in facts]
     second, answers = [f.second_prompt(FORM) for f in facts], [f.answer for f in facts]
     pairs = Pairs(second, asked, answer=answers)
-    effect = patch(setup.model, pairs, Sites("z", positions=-1), metric="first_logprob")["change"]
-    effect = effect.transpose("example", "layer", "head").values
+    found = patch(setup.model, pairs, Sites("z", positions=-1), metric="first_logprob")["change"]
+    effect = found.transpose("example", "layer", "head").values
     cells = [(i, h) for i in range(effect.shape[1]) for h in range(effect.shape[2])]
     return {
         f.id: sorted(cells, key=lambda at: -float(values[at]))
