@@ -83,6 +83,9 @@ def test_a_budget_is_spent_once(tmp_path, worded):
         def write(self, name, text):
             assert name == "budget.json"
 
+        def record(self, name):
+            assert name == "budget"
+
     (step,) = (s for s in STEPS if s.name == "erasure")
     facts, tried = list(worded), []
     run = Run(None, worded, Kept(), StudySettings(budget=1e-9), False)

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from mi_hops.study import Sizes, Study, StudySettings, run_study, write_report
-from mi_hops.study.folder import locked
+from mi_hops.study.folder import Folder, locked, prepare
 from mi_hops.sweep import keep as keep_module
 from tests.reasoning.tiny_facts import dictated, tiny_facts
 
@@ -98,19 +98,37 @@ def test_workers_make_the_same_study_and_one_may_go_on_without_them(run, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["gap.nc", "lens.nc", "editing.nc", "choices.json", "summary.json"]
+    "name",
+    [
+        *("gap.nc", "lens.nc", "tuned_lens/lens.safetensors", "editing.nc", "choices.json"),
+        "summary.json",
+    ],
 )
 def test_a_damaged_file_is_made_again(run, tmp_path, name):
     study = run(tmp_path / "study")
     path = study.folder / name
-    good = {p.name: p.read_bytes() for p in study.folder.iterdir() if p.is_file()}
-    data = bytearray(good[name])
+    good = path.read_bytes()
+    data = bytearray(good)
     data[len(data) // 2] ^= 1
-    for damaged in (bytes(data), good[name][:-100]):
+    for damaged in (bytes(data), good[:-100]):
         path.write_bytes(damaged)
         again = run(study.folder)
         assert_equal(again, study)
+        assert path.read_bytes() == good or name.endswith(("nc", "summary.json"))
         assert all(again.sound(step) for step in (*again.settings["steps"], "summary"))
+
+
+def test_a_damaged_budget_is_decided_anew(tmp_path):
+    settings = {"steps": ["erasure"]}
+    prepare(tmp_path, settings, force=False)
+    study = Folder(tmp_path, settings)
+    study.write("budget.json", '{"erasure": {"seconds_each": 1.5, "facts": 40}}')
+    study.record("budget")
+    prepare(tmp_path, settings, force=False)
+    assert study.budget["erasure"]["facts"] == 40
+    study.write("budget.json", '{"erasure": {"seconds_each": 1.5, "facts": 41}}')
+    prepare(tmp_path, settings, force=False)
+    assert study.budget == {}
 
 
 def test_damaged_settings_are_refused_by_name(tmp_path):

@@ -308,6 +308,7 @@ class Run:
             n = int((60 * self.settings.budget * step.share - took) / (times * each))
             kept[step.name] = {"seconds_each": each, "facts": min(max(n, _LEAST), most)}
             self.study.write("budget.json", json.dumps(kept, indent=1) + "\n")
+            self.study.record("budget")
         return int(kept[step.name]["facts"])
 
 

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,13 +82,13 @@ class Folder:
         except (OSError, ValueError):
             return {}
 
-    def record(self, step: str, **more: Any) -> None:
-        """Write down that a step is done, with the checksums of its files."""
-        names = (f"{step}.nc", f"{step}.skipped", f"{step}.json", "choices.json")
-        files = {
+    def record(self, step: str, files: Sequence[str] = (), **more: Any) -> None:
+        """Write down that a step is done, with the checksums of its files and of further `files`."""
+        names = (f"{step}.nc", f"{step}.skipped", f"{step}.json", *files)
+        found = {
             name: checksum(self.folder / name) for name in names if (self.folder / name).exists()
         }
-        told = self.records | {step: {**more, "files": files}}
+        told = self.records | {step: {**more, "files": found}}
         self.write("steps.json", json.dumps(told, indent=1) + "\n")
 
     def sound(self, step: str) -> bool:
@@ -107,17 +107,26 @@ class Folder:
         return self.folder / f".{step}.kept"
 
     @contextmanager
-    def working(self, step: str, identity: Mapping[str, Any], *, progress: bool) -> Iterator[None]:
+    def working(
+        self,
+        step: str,
+        identity: Mapping[str, Any],
+        *,
+        files: Sequence[str] = (),
+        progress: bool = False,
+    ) -> Iterator[None]:
         """What a step does is kept as it comes, until the block is done; its time is written down.
 
         Args:
             identity: all that the step's numbers depend on.
+            files: what the step writes beside its own file.
             progress: show the bars of what the step does.
         """
         said = hashlib.sha256(json.dumps([step, identity]).encode()).hexdigest()
         with keeping(self.kept(step), said) as keeper, showing_progress(progress):
             yield
-            self.record(step, seconds=round(keeper.seconds, 1), peak_memory=peak_memory())
+            took = round(keeper.seconds, 1)
+            self.record(step, files, seconds=took, peak_memory=peak_memory())
 
 
 def read_json(path: Path) -> Any:
@@ -200,7 +209,9 @@ def is_locked(out: Path) -> bool:
 
 _LOCK = ".lock"
 _HALF_WRITTEN = re.compile(r"\.\w+\.(nc|json|skipped|html)\.\d+\.[0-9a-f]{8}\.part")
-_OURS = ("call.json", "settings.json", "steps.json", "choices.json", "budget.json", "report.html")
+_OURS = ("call.json", "settings.json", "steps.json", "choices.json", "report.html")
+#: Files of the study as a whole that have checksums as a step's have.
+_CHECKED = ("summary", "budget")
 # What may differ between two runs of the same study; every step's file remembers its own.
 _PLACE = ("device", "versions")
 
@@ -241,8 +252,9 @@ def prepare(out: Path, settings: dict[str, Any], *, force: bool) -> None:
                     shutil.rmtree(study.kept(step), ignore_errors=True)
                 elif study.done(step):
                     study.discard(step)
-            if not study.sound("summary"):
-                study.discard("summary")
+            for name in _CHECKED:
+                if not study.sound(name):
+                    study.discard(name)
             return
         if not force:
             raise FileExistsError(
@@ -255,7 +267,7 @@ def prepare(out: Path, settings: dict[str, Any], *, force: bool) -> None:
             f"{out} is not empty and holds no study ({names}, ...); choose another folder, or "
             "write beside these files with force=True"
         )
-    for step in (*settings["steps"], "summary"):
+    for step in (*settings["steps"], *_CHECKED):
         shutil.rmtree(study.kept(step), ignore_errors=True)
         study.discard(step)
     for name in _OURS:

@@ -95,7 +95,7 @@ def run_study(
                 bar.set_postfix_str(step.name)
                 if study.done(step.name):
                     continue
-                with study.working(step.name, asked, progress=progress):
+                with study.working(step.name, asked, files=step.files, progress=progress):
                     try:
                         step.run(run).save(study.path(step.name), overwrite=True)
                     except (Skip, NoUsableFactError) as reason:

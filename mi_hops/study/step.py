@@ -73,6 +73,7 @@ class Step(ABC):
         shown_in: name of the step in whose section it is shown; its own by default.
         kind: what `run` returns and its file is loaded as.
         share: of a study's time budget.
+        files: what it writes in the study's folder beside its own file.
     """
 
     name: ClassVar[str]
@@ -82,6 +83,7 @@ class Step(ABC):
     shown_in: ClassVar[str] = ""
     kind: ClassVar[type[Result] | type[Evaluation]] = Result
     share: ClassVar[float] = 0.0
+    files: ClassVar[tuple[str, ...]] = ()
 
     def wanted(self, facts: Facts, settings: StudySettings) -> bool:
         """Whether a study of these facts has this step."""

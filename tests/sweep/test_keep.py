@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+import mi_hops
 from mi_hops.sweep import keep as keep_module
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.keep import Running, keep, keeping
@@ -111,6 +112,28 @@ def test_a_growing_value(tmp_path):
     resumed, begun = total()
     assert begun == 4
     assert torch.equal(resumed, whole)
+
+
+def test_text_that_is_written_goes_on_where_it_was(load_tiny, tmp_path, monkeypatch):
+    """Each batch draws on from the generator's state after the one before."""
+    model = load_tiny()
+    prompts = [f"w{i} w{i + 1}" for i in range(6)]
+    how = {"n_tokens": 5, "seed": 3, "batch_size": 2}
+    whole = mi_hops.sample(model, prompts, **how)
+    made, real = [], keep_module.Keeper.make
+
+    def make(keeper, name, work):
+        made.append(name)
+        if len(made) == 3:
+            raise Stop
+        return real(keeper, name, work)
+
+    monkeypatch.setattr(keep_module.Keeper, "make", make)
+    with pytest.raises(Stop), keeping(tmp_path / "kept", "x"):
+        mi_hops.sample(model, prompts, **how)
+    with keeping(tmp_path / "kept", "x"):
+        assert mi_hops.sample(model, prompts, **how) == whole
+    assert len(made) == 4 and made[2] == made[3]  # of three batches only the last was begun anew
 
 
 def test_a_batch_that_was_halved_is_halved_again(tmp_path):

@@ -103,6 +103,7 @@ class Editing(Step):
         "leave the rest alone?"
     )
     kind = Evaluation
+    files = ("choices.json",)
 
     def run(self, run: Run) -> Evaluation:
         """Choose layers and strength, then score both edits."""

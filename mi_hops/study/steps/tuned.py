@@ -46,6 +46,7 @@ class Tuned(Step):
     """Trains a tuned lens on text that the model writes, and reads what the logit lens read."""
 
     name, short, shown_in, share = "tuned", "The tuned lens", "lens", 0.14
+    files = ("tuned_lens/lens.json", "tuned_lens/lens.safetensors")
 
     def wanted(self, facts: Facts, settings: StudySettings) -> bool:
         """Unless the study's sizes leave it out."""
