@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.real_model [--threads 2] [--facts 1900] [--folder real-study]``
 
-The study is resumed where its folder holds an unfinished one. The verdicts at the end of the page
+The study is resumed where its folder holds an unfinished one. `benchmarks.real_more` then asks more
+questions of two of its steps. The verdicts at the end of the page
 follow rules that are stated here (`CLAIMS`); when they were written, of all numbers only the gap of a
 smaller run had been seen.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import front_picture
+from benchmarks import front_picture, real_more
 from benchmarks.harness import keep, kept, table, write
 from mi_hops import Sizes, Study, StudySettings, run_study, write_report
 from mi_hops.study.numbers import number, percent
@@ -106,8 +107,12 @@ def _more(found: Mapping[str, Any]) -> tuple[bool | None, str]:
 
 
 def _erased(found: Mapping[str, Any]) -> tuple[bool | None, str]:
-    best = min(found["erasure"]["cells"], key=lambda c: c["on_choosing_half"])
-    change = best["bridge_minus_control"]
+    at = min(
+        range(len(cells := found["erasure"]["cells"])), key=lambda i: cells[i]["on_choosing_half"]
+    )
+    best = cells[at]
+    more = found["more"].get("erasure", {"cells": cells})
+    change = more["cells"][at]["bridge_minus_control"]
     words = (
         f"{number(change)} ({best['variant']}, {PLACES[best['position']]}, layer {best['layer']})"
     )
@@ -156,6 +161,13 @@ def _creme(found: Mapping[str, Any]) -> tuple[bool | None, str]:
             + (f", unrelated kept {percent(unrelated, n=False)}" if unrelated else "")
         )
         verdicts.append(_above(corrected, 0.5) and _above(unrelated, 0.9))
+    if more := found["more"].get("editing"):
+        both = [
+            _above(one["corrected"], 0.5) and _above(one["unrelated kept"], 0.9)
+            for one in real_more.ours(more)
+        ]
+        verdicts = both if more["n"] > corrected["n"] else verdicts
+        words.append(real_more.claim(more))
     return (True if any(v is True for v in verdicts) else verdicts[0]), "; ".join(words)
 
 
@@ -364,6 +376,8 @@ def _parts(found: Mapping[str, Any]) -> Iterator[str]:
         for c in found["erasure"]["cells"]
     ]
     yield table(["form", "position", "layer (chosen)", "change of P(answer), less control's"], rows)
+    if more := found["more"].get("erasure"):
+        yield from real_more.erasure_section(more, PLACES)
     yield "## Locating the second hop, last token"
     rows = [
         [kind, one["layer"], f"{one['effect']:+.4f}", f"{one['chance']:+.4f}", one["n"]]
@@ -388,6 +402,9 @@ def _parts(found: Mapping[str, Any]) -> Iterator[str]:
         yield from _edits(found)
     else:
         yield "Not measured yet: the study was stopped before this step."
+    if more := found["more"].get("editing"):
+        yield "## Editing beside baselines"
+        yield from real_more.section(more)
     yield "## Time and memory"
     if found.get("note"):
         yield found["note"]
@@ -420,6 +437,13 @@ def _edits(found: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
+def write_page() -> Path:
+    """The page, of what was kept."""
+    parts = kept(PAGE)
+    found = parts.pop("study") | {"more": parts}
+    return write(PAGE, "A real model, real facts", page(found), script="real_model")
+
+
 def main() -> None:
     """Measure (or resume), keep, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -435,7 +459,7 @@ def main() -> None:
         found = numbers(Study.open(given.folder)) if stopped else measure(given.folder, given.facts)
         found["note"] = given.note
         keep(PAGE, "study", json.loads(json.dumps(found, default=float)))
-    print(write(PAGE, "A real model, real facts", page(kept(PAGE)["study"]), script="real_model"))
+    print(write_page())
     front_picture.IMAGE.write_text(front_picture.picture(), encoding="utf-8")
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_hops.model import Hook, HookedModel
+from mi_hops.model.cache import Recorder
 from mi_hops.model.numeric import widen
 from mi_hops.sweep.scoring import logits_at
 from mi_hops.text.tokens import Prompt, answer_ids, encode, pad
@@ -27,6 +29,7 @@ class TeacherForcedBatch:
             their last.
         answers: the tokens to be predicted there.
         weights: one over the answer's length at real tokens, 0 at repeats.
+        cache: keys and values of the positions before `tokens`, where those are left out.
     """
 
     prompts: tuple[Prompt, ...]
@@ -34,6 +37,24 @@ class TeacherForcedBatch:
     scored: Int[Tensor, "row answer"]
     answers: Int[Tensor, "row answer"]
     weights: Float[Tensor, "row answer"]
+    cache: Any = None
+
+    def behind(self, model: HookedModel, start: int) -> TeacherForcedBatch:
+        """The same rows from position `start` on: what is before is run once, and not in every step.
+
+        For searches that change nothing before that position; positions count from there then.
+        """
+        if start == 0:
+            return self
+        recorder = Recorder(model, len(self.tokens), ())
+        first = torch.zeros(len(self.tokens), 1, dtype=torch.long)
+        with torch.no_grad():
+            before = self.tokens[:, :start]
+            logits_at(model, before, first, hooks=recorder.hooks, cache=recorder.cache)
+        cache = recorder.prefix().view(list(range(len(self.tokens))), start)
+        return replace(
+            self, tokens=self.tokens[:, start:], scored=self.scored - start, cache=cache
+        )
 
     def loss_of(self, logits: Float[Tensor, "row answer vocab"]) -> Float[Tensor, "row"]:
         """Mean negative log-probability of each answer's tokens, in nats, from logits at `scored`."""
@@ -68,7 +89,8 @@ def answer_loss(
     model: HookedModel, batch: TeacherForcedBatch, hooks: Sequence[Hook] = ()
 ) -> Float[Tensor, "row"]:
     """Mean negative log-probability of each answer's tokens, in nats."""
-    return batch.loss_of(logits_at(model, batch.tokens, batch.scored, hooks=hooks))
+    cached = {"cache": batch.cache, "grows": batch.cache is not None}
+    return batch.loss_of(logits_at(model, batch.tokens, batch.scored, hooks=hooks, **cached))
 
 
 def answered_correctly(

@@ -263,7 +263,7 @@ def forward(
         stop_at_layer: blocks to run; must be less than the model's number of layers.
         cache: a cache from `mi_hops.model.cache`, filled as the pass runs; `tokens` are the positions
             after those it holds, and all rows have one length.
-        grows: hooks append rows to the batch on the way up.
+        grows: hooks append rows to the batch on the way up, or `cache` is a view of a `Prefix`.
 
     Returns:
         Logits ``[row, pos, vocab]``, or the residual stream entering `stop_at_layer`.

@@ -165,12 +165,13 @@ def logits_at(
     *,
     hooks: Sequence[Hook] = (),
     cache: Any = None,
+    grows: bool = False,
 ) -> Float[Tensor, "row scored vocab"]:
     """Logits at some positions of each row; the others are never multiplied by W_U.
 
     Args:
         positions: for each row, counted within `tokens` (not from the start of a cache).
-        hooks, cache: as in `model.forward`.
+        hooks, cache, grows: as in `model.forward`.
     """
     picker = torch.arange(len(positions))[:, None]
 
@@ -178,4 +179,4 @@ def logits_at(
         return x[picker.to(x.device), positions.to(x.device)]
 
     with hooked(model, hooks), picking(model, pick):
-        return forward(model, tokens, cache=cache)
+        return forward(model, tokens, cache=cache, grows=grows)

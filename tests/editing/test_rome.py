@@ -42,6 +42,28 @@ def test_the_loss_is_the_answers_log_probability(tiny, facts):
         assert loss[i].item() == pytest.approx(total / len(answer), abs=1e-4)
 
 
+def test_what_comes_before_the_change_is_run_once_and_tells_the_same(wide, facts):
+    """Losses and gradients of the rows behind a position are those of the whole rows."""
+    some = facts[:3]
+    whole = teacher_forced(wide, [f.prompt() for f in some], [f.answer for f in some])
+    start = 2
+    found = []
+    for batch, at in ((whole, start + 1), (whole.behind(wide, start), 1)):
+        delta = torch.full((3, wide.cfg.d_model), 0.1, dtype=torch.float64, requires_grad=True)
+
+        def add(x, at=at, delta=delta):
+            out = x.clone()
+            out[:, at] = out[:, at] + delta
+            return out
+
+        for _ in range(2):  # as the steps of a search use it
+            loss = answer_loss(wide, batch, [(hook_name("resid_post", 0), add)])
+        loss.sum().backward()
+        found.append((loss.detach(), delta.grad))
+    torch.testing.assert_close(found[0], found[1], atol=1e-10, rtol=1e-8)
+    assert found[0][1].abs().min() > 0
+
+
 @pytest.mark.parametrize("with_c", [False, True])
 def test_the_edit_writes_the_value_at_the_key(load_tiny, fact, facts, with_c):
     model = load_tiny("llama", "bridge", "float64")

@@ -185,7 +185,9 @@ class GraceRepair:
             value = leaving.to(wide).requires_grad_(True)
             batch = teacher_forced(model, texts, [requests[i].target for i in part])
             known += answered_correctly(model, batch)
-            hook: Hook = (ends[1], _replacing(last, value))
+            start = int(last.min())
+            batch = batch.behind(model, start)
+            hook: Hook = (ends[1], _replacing(last - start, value))
             with frozen(model):
                 minimise(
                     [value],

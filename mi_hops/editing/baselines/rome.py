@@ -172,6 +172,10 @@ class Place:
     fact: Int[Tensor, "row"]
     position: Int[Tensor, "row"]
 
+    def behind(self, start: int) -> Place:
+        """Positions counted from another one."""
+        return Place(self.fact, self.position - start)
+
     def at_keys(self, x: Float[Tensor, "row pos d"]) -> Float[Tensor, "row d"]:
         """Each row at its key, float64."""
         rows = torch.arange(len(self.fact), device=x.device)
@@ -209,6 +213,8 @@ def search_values(
     wide = wide_dtype(dtype_of(model))
     size = output.norm(dim=1, keepdim=True).to(wide)
     delta = torch.zeros(n, model.cfg.d_model, dtype=wide, device=keys.device, requires_grad=True)
+    start = int(place.position.min())
+    batch, place = batch.behind(model, start), place.behind(start)
     with torch.no_grad():
         before = last_logp(model, essence)
 
