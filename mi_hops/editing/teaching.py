@@ -46,15 +46,8 @@ class TeacherForcedBatch:
         """
         if start == 0:
             return self
-        recorder = Recorder(model, len(self.tokens), ())
-        first = torch.zeros(len(self.tokens), 1, dtype=torch.long)
-        with torch.no_grad():
-            before = self.tokens[:, :start]
-            logits_at(model, before, first, hooks=recorder.hooks, cache=recorder.cache)
-        cache = recorder.prefix().view(list(range(len(self.tokens))), start)
-        return replace(
-            self, tokens=self.tokens[:, start:], scored=self.scored - start, cache=cache
-        )
+        cache = prefix_of(model, self.tokens[:, :start])
+        return replace(self, tokens=self.tokens[:, start:], scored=self.scored - start, cache=cache)
 
     def loss_of(self, logits: Float[Tensor, "row answer vocab"]) -> Float[Tensor, "row"]:
         """Mean negative log-probability of each answer's tokens, in nats, from logits at `scored`."""
@@ -85,6 +78,17 @@ def teacher_forced(
     )
 
 
+def prefix_of(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> Any:
+    """A cache of tokens that any number of passes may go on from; None where there are none."""
+    if not tokens.shape[1]:
+        return None
+    recorder = Recorder(model, len(tokens), ())
+    first = torch.zeros(len(tokens), 1, dtype=torch.long)
+    with torch.no_grad():
+        logits_at(model, tokens, first, hooks=recorder.hooks, cache=recorder.cache)
+    return recorder.prefix().view(list(range(len(tokens))), tokens.shape[1])
+
+
 def answer_loss(
     model: HookedModel, batch: TeacherForcedBatch, hooks: Sequence[Hook] = ()
 ) -> Float[Tensor, "row"]:
@@ -103,12 +107,22 @@ def answered_correctly(
 
 
 def last_logp(
-    model: HookedModel, prompts: Sequence[Prompt], hooks: Sequence[Hook] = ()
+    model: HookedModel,
+    prompts: Sequence[Prompt],
+    hooks: Sequence[Hook] = (),
+    *,
+    start: int = 0,
+    cache: Any = None,
 ) -> Float[Tensor, "row vocab"]:
-    """Log-probabilities of the token after each prompt, float32 or wider."""
+    """Log-probabilities of the token after each prompt, float32 or wider.
+
+    Args:
+        start, cache: only the positions from `start` on are run, behind ``prefix_of`` those before.
+    """
     batch = pad([p.ids for p in prompts])
-    logits = logits_at(model, batch.tokens, batch.last[:, None], hooks=hooks)[:, 0]
-    return widen(logits).log_softmax(-1)
+    tokens, last = batch.tokens[:, start:], batch.last[:, None] - start
+    cached = {"cache": cache, "grows": cache is not None}
+    return widen(logits_at(model, tokens, last, hooks=hooks, **cached)[:, 0]).log_softmax(-1)
 
 
 def minimise(

@@ -49,12 +49,13 @@ from mi_hops.editing.teaching import (
     frozen,
     last_logp,
     minimise,
+    prefix_of,
     teacher_forced,
 )
 from mi_hops.facts.templates import CONTEXTS, capitalise
 from mi_hops.model import HookedModel, dtype_of
 from mi_hops.model.numeric import kl_divergence, wide_dtype
-from mi_hops.text.tokens import Prompt, encode
+from mi_hops.text.tokens import Prompt, encode, pad
 
 # The repository's search of a fact ends below this loss.
 _ENOUGH = 0.05
@@ -213,15 +214,23 @@ def search_values(
     wide = wide_dtype(dtype_of(model))
     size = output.norm(dim=1, keepdim=True).to(wide)
     delta = torch.zeros(n, model.cfg.d_model, dtype=wide, device=keys.device, requires_grad=True)
-    start = int(place.position.min())
-    batch, place = batch.behind(model, start), place.behind(start)
+    start, at = int(place.position.min()), min(ends)
+    batch, place, at_essence = (
+        batch.behind(model, start),
+        place.behind(start),
+        at_essence.behind(at),
+    )
+    cached: dict[str, Any] = {
+        "start": at,
+        "cache": prefix_of(model, pad([p.ids for p in essence]).tokens[:, :at]),
+    }
     with torch.no_grad():
-        before = last_logp(model, essence)
+        before = last_logp(model, essence, **cached)
 
     def loss() -> Float[Tensor, "fact"]:
         taught = answer_loss(model, batch, [(hook, place.adding(delta))])
         taught = reduce(taught, "(fact template) -> fact", "mean", fact=n)
-        after = last_logp(model, essence, [(hook, at_essence.adding(delta))])
+        after = last_logp(model, essence, [(hook, at_essence.adding(delta))], **cached)
         if how.repository:
             small = delta.norm(dim=1) / size[:, 0].square()
         else:
