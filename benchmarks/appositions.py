@@ -20,34 +20,40 @@ from mi_hops.result.statistics import bootstrap_ci, difference_ci, proportion_ci
 PAGE = "appositions"
 MODELS = ("hops-gpt2", "apposed-gpt2", "hops-llama", "apposed-llama")
 FORMS = ("suffix", "prefix")
-#: Questions of each group, half of them to choose the layer, half to report; and their draw.
-SAMPLE, SEED = 300, 0
-#: After so many of the six blocks a layer counts as a middle one.
-MIDDLE = (2, 3, 4)
+#: Held-out questions; how many of each group, half to choose the layer, half to report; their draw.
+ASKED, SAMPLE, SEED = 1500, 300, 0
+#: With fewer than twice as many of a group nothing but what is answered is measured.
+FEWEST = 5
 
 
-def halves(facts: list[Any]) -> tuple[list[Any], list[Any]]:
-    """A seeded draw of at most `SAMPLE` held-out facts in two halves, one to choose and one to report."""
-    held_out = [f for f in facts if f.split != "train"]
-    drawn = random.Random(SEED).sample(held_out, min(SAMPLE, len(held_out)))
+def halves(facts: list[Any], sample: int) -> tuple[list[Any], list[Any]]:
+    """A seeded draw of at most `sample` facts in two halves, one to choose and one to report."""
+    drawn = random.Random(SEED).sample(facts, min(sample, len(facts)))
     return drawn[::2], drawn[1::2]
 
 
-def measure(name: str, form: str) -> None:
-    """All rows of one model in one template order."""
-    model = load_model(name, device="cpu")
-    world = Hopland()
-    facts = world.two_hop_facts("seen_parts", "first_unseen")
-    facts = random.Random(SEED).sample(facts, 1500)
+def figures(
+    model: Any, form: str, *, asked: int = ASKED, sample: int = SAMPLE, located: int = 60
+) -> dict[str, Any]:
+    """All figures of one model in one template order, of `asked` held-out questions."""
+    facts = Hopland().two_hop_facts("seen_parts", "first_unseen")
+    facts = random.Random(SEED).sample(facts, asked)
     gap = find_gap(model, facts, form=form, batch_size=256)
     shares = {}
     for split in ("seen_parts", "first_unseen"):
         frame = gap.frame
         part = frame[(frame["split"] == split) & frame["first"] & frame["second"]]
         k, n = int(part["two_hop"].sum()), len(part)
-        shares[split] = (k / n, *proportion_ci(k, n), n)
-    chosen, passed = halves(gap.passed)
-    _, failed = halves(gap.failed)
+        shares[split] = (k / max(n, 1), *proportion_ci(k, max(n, 1)), n)
+    shown = {
+        "form": form,
+        "known": float((gap.frame["first"] & gap.frame["second"]).mean()),
+        "shares": shares,
+    }
+    if min(len(gap.passed), len(gap.failed)) < 2 * FEWEST:
+        return shown
+    chosen, passed = halves(gap.passed, sample)
+    _, failed = halves(gap.failed, sample)
 
     def read(some: list[Any]) -> Any:
         return fact_trajectories(model, some, form=form)
@@ -56,7 +62,9 @@ def measure(name: str, form: str) -> None:
         data = result[score].sel(tracked="bridge", position="first hop")
         return data.transpose("example", "layer").values
 
-    layer = max(MIDDLE, key=lambda i: float(bridge(read(chosen), "prob")[:, i].mean()))
+    # After two blocks at least, and two before the last.
+    middle = range(2, model.cfg.n_layers - 1)
+    layer = max(middle, key=lambda i: float(bridge(read(chosen), "prob")[:, i].mean()))
     lens, other = read(passed), read(failed)
     at, missed = bridge(lens, "prob")[:, layer], bridge(other, "prob")[:, layer]
     first = who_comes_first(lens, position={"bridge": "first hop", "answer": "last"}).iloc[0]
@@ -74,34 +82,29 @@ def measure(name: str, form: str) -> None:
     }
     block = int(drops["choose"].mean(0).argmax())
     drop = drops["report"][:, block]
-    moved = locate(model, failed[:60], form=form)["effect"].sel(kind="attn_out", position="last")
+    moved = locate(model, failed[:located], form=form)["effect"].sel(
+        kind="attn_out", position="last"
+    )
     effect = moved.transpose("example", "layer").values
     best = int(np.argsort(effect[::2].mean(0))[-1])
     rest = np.delete(effect[1::2], best, axis=1).mean(1)
-    keep(
-        PAGE,
-        f"{name}-{form}",
-        {
-            "model": name,
-            "form": form,
-            "n": len(passed),
-            "n_failed": len(failed),
-            "shares": shares,
-            "layer": layer,
-            "rank": float(np.median(bridge(lens, "rank")[:, layer])),
-            "prob": [float(at.mean()), *map(float, bootstrap_ci(at))],
-            "less_failed": [float(x) for x in difference_ci(at, missed)],
-            "order": [float(x) for x in order],
-            "block": block,
-            "drop": [float(drop.mean()), *map(float, bootstrap_ci(drop))],
-            "attention": [int(best), float(effect[1::2][:, best].mean())],
-            "stands_out": [
-                float((effect[1::2][:, best] - rest).mean()),
-                *map(float, bootstrap_ci(effect[1::2][:, best] - rest)),
-            ],
-            "n_located": len(rest),
-        },
-    )
+    stands = effect[1::2][:, best] - rest
+    return {
+        **shown,
+        "n": len(passed),
+        "n_failed": len(failed),
+        "layer": layer,
+        "rank": float(np.median(bridge(lens, "rank")[:, layer])),
+        "prob": [float(at.mean()), *map(float, bootstrap_ci(at))],
+        "less_failed": [float(x) for x in difference_ci(at, missed)],
+        "order": [float(x) for x in order],
+        "block": block,
+        "drop": [float(drop.mean()), *map(float, bootstrap_ci(drop))],
+        "drops": [float(x) for x in drops["report"].mean(0)],
+        "attention": [best, float(effect[1::2][:, best].mean())],
+        "stands_out": [float(stands.mean()), *map(float, bootstrap_ci(stands))],
+        "n_located": len(rest),
+    }
 
 
 def page() -> None:
@@ -152,7 +155,7 @@ Stephen King is from ..."): `mi-hops train-world --appositions`. Both kinds answ
 other trained compositions, and mostly fail where the first fact was in none.
 
 Rules, fixed before the reported half was read: at most {SAMPLE} answered and {SAMPLE} failed held-out questions, every
-other one to choose and the rest to report; the layer is the one after {MIDDLE[0]} to {MIDDLE[-1]} of 6 blocks with the
+other one to choose and the rest to report; the layer is the one after 2 to 4 of 6 blocks with the
 largest mean probability of the bridge's first token in the logit lens at the first hop's last token; the block that is
 erased is the one with the largest mean effect on the choosing half. 95% intervals. A first look at some hundred of the
 same questions came before the rules.
@@ -161,7 +164,7 @@ same questions came before the rules.
 
 {answering}
 
-Of 1,500 held-out questions, those of which both hops are known; whole answers.
+Of {ASKED:,} held-out questions, those of which both hops are known; whole answers.
 
 ## Is the bridge readable?
 
@@ -184,7 +187,8 @@ The appositions make the bridge readable; how far the models *use* what they spe
 column answers it. A rising bridge in the lens says that it is written, as in [`planted-decoy`](ground-truth.md), where it
 is written and nothing reads it.
 
-What was tried before: the same with a comma on both sides of the bridge ("the author of Misery, Stephen King, is from"), in
+[Other recipes](natural-recipes.md) were tried so that the models would use what they spell. What was tried before these
+models: the same with a comma on both sides of the bridge ("the author of Misery, Stephen King, is from"), in
 which case the state at the description's end has to spell the comma, and the bridge's median rank there stayed above 60
 in every layer after 600 steps.
 """
@@ -198,7 +202,8 @@ def main() -> None:
     options = parser.parse_args()
     for name in () if options.page_only else options.models:
         for form in FORMS:
-            measure(name, form)
+            found = figures(load_model(name, device="cpu"), form)
+            keep(PAGE, f"{name}-{form}", {"model": name, **found})
     page()
 
 

@@ -180,8 +180,9 @@ them: {models}. Each tool is asked, fact by fact, *is the bridge here?* at the p
 seeds of a kind (where there are two), and facts within a model; they are rough, and say nothing about
 other kinds of plants. A model is *found* (or has
 *cried wolf*) if the tool says yes of at least half of its facts. *Layer error* and *role right* (is
-the highest share at the planted role?) are of the models whose true answer is yes; tools that swap whole states
-have no one role, since first the one carries all there is and then the other.
+the highest share at the planted role?) are of the models whose true answer is yes. Tools that swap whole states
+are not scored on the role: first the one carries all there is and then the other. This criterion was dropped for
+them after their results had been seen.
 
 ## Does a rising bridge in the lens mean use?
 
@@ -222,10 +223,8 @@ Small models, one-word names, one template order; the plants are cleaner than an
 text makes. A linear probe (and so the tuned lens) reads the bridge in earlier blocks than the planted one: the
 strict training says nothing about what else a state may hold, and a first hop that is computed early and
 written later is still computed early. So a probe's layer error is no fault of the probe. Seconds
-were taken on a machine that did other work as well. `decoy` comes in one seed only. Attention lenses,
-sparse autoencoders, path patching and attention knockout were not asked, nor were models whose mechanism nobody
-knows. Where no
-`shortcut` model is among the models above, the decoy stands for those that have no use for the bridge.
+were taken on a machine that did other work as well. Attention lenses, sparse autoencoders, path patching and
+attention knockout were not asked.
 """
 
 

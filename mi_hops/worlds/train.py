@@ -320,6 +320,16 @@ def _step(
     return loss_of_batch
 
 
+def losses(model: PreTrainedModel, sampler: Sampler) -> Iterator[float]:
+    """Train through the sampler's recipe: the loss of each update, nats per scored token."""
+    recipe = sampler.recipe
+    optimiser = _optimiser(model, recipe.adamw)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_rate, recipe=recipe))
+    for _ in range(recipe.steps):
+        yield _step(model, sampler, optimiser, recipe.adamw.clip)
+        schedule.step()
+
+
 def _copy_weights(name: str, model: PreTrainedModel) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -364,13 +374,9 @@ def train(
     step, total = 0, sum(cycle.steps for cycle in recipe.cycles)
     with progress_bar(total=total, label=f"train {family}", show=progress) as bar:
         for cycle in recipe.cycles:
-            sampler = Sampler(world, tokenizer, cycle)
-            optimiser = _optimiser(model, cycle.adamw)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_rate, recipe=cycle))
-            for _ in range(cycle.steps):
+            for loss in losses(model, Sampler(world, tokenizer, cycle)):
                 step += 1
-                running.append(_step(model, sampler, optimiser, cycle.adamw.clip))
-                schedule.step()
+                running.append(loss)
                 bar.update()
                 if step % log_every == 0 or step == total:
                     log.append({"step": step, "loss": sum(running) / len(running)})
