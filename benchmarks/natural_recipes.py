@@ -201,9 +201,17 @@ def page() -> None:
         read += [[f"`{name}`", p["form"], *_figures(p)] for p in both if "prob" in p]
     trained_on = ("recipe", "what", "steps", "facts known", "seen parts", "first fact unseen")
     columns = (
-        "recipe", "order", "n", "blocks", "rank", "probability", "answered less failed",
-        "before the answer", "block", "control less bridge",
-    )  # fmt: skip
+        "recipe",
+        "order",
+        "n",
+        "blocks",
+        "rank",
+        "probability",
+        "answered less failed",
+        "before the answer",
+        "block",
+        "control less bridge",
+    )
     body = WORDS.format(
         asked=ASKED, n=SAMPLE // 2, tried=table(trained_on, tried), read=table(columns, read)
     )
@@ -215,9 +223,15 @@ def _figures(p: dict[str, Any]) -> list[str]:
         return f"{x[0]:{form}} [{x[1]:{form}}, {x[2]:{form}}]"
 
     return [
-        f"{p['n']}", f"{p['layer']}", f"{p['rank']:g}", interval(p["prob"], ".2f"),
-        interval(p["less_failed"]), interval(p["order"], ".0%"), f"{p['block']}", interval(p["drop"]),
-    ]  # fmt: skip
+        f"{p['n']}",
+        f"{p['layer']}",
+        f"{p['rank']:g}",
+        interval(p["prob"], ".2f"),
+        interval(p["less_failed"]),
+        interval(p["order"], ".0%"),
+        f"{p['block']}",
+        interval(p["drop"]),
+    ]
 
 
 #: The page.
