@@ -1,6 +1,6 @@
 """Damaged inputs: every reader of files refuses them by a clear error, or reads what is still whole.
 
-``python -m benchmarks.fuzzing [--each 10000] [--gguf 1000]`` writes a small file of each kind, damages
+``python -m benchmarks.fuzzing [--each 10000] [--slow 1000]`` writes a small file of each kind, damages
 it at random (bits turned, pieces cut out, doubled, swapped or replaced, numbers and brackets changed;
 half of the damages lie in the first bytes, where sizes are told), and reads it. *Read*: an object came
 back. *Refused*: ``ValueError`` or ``OSError`` with a text. *Lost*: any other error, or one without a
@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +28,8 @@ from benchmarks.harness import keep
 PAGE = "reliability"
 Reader = Callable[[Path], Any]
 
-GGUF = "model, GGUF"
+#: Kinds that take long to read.
+SLOW = ("result, NetCDF", "lens, weights", "lens, settings", "model, GGUF")
 #: Bytes at the beginning that half of the damages hit.
 _HEAD = 4096
 
@@ -121,18 +123,30 @@ def kinds(folder: Path) -> dict[str, tuple[Path, Reader]]:
         from tests.gguf_files import network
         from tests.gguf_files import write as write_gguf
 
-        found[GGUF] = write_gguf(network("llama"), folder / "model.gguf", kind="Q8_0"), load_gguf
+        found["model, GGUF"] = (
+            write_gguf(network("llama"), folder / "model.gguf", kind="Q8_0"),
+            load_gguf,
+        )
     return found
 
 
-def fuzz(each: int, seed: int = 0, gguf: int | None = None) -> dict[str, dict[str, Any]]:
+Counts = dict[str, dict[str, Any]]
+
+
+def fuzz(
+    each: int,
+    seed: int = 0,
+    slow: int | None = None,
+    store: Callable[[Counts], Any] = lambda found: None,
+) -> Counts:
     """Kind -> counts, and the first losses.
 
     Args:
-        gguf: inputs of that kind, which take longest; default as many.
+        slow: inputs of the kinds that take long to read; default as many.
+        store: takes what was counted, after each kind.
     """
     rng = random.Random(seed)
-    found: dict[str, dict[str, Any]] = {}
+    found: Counts = {}
     with (
         tempfile.TemporaryDirectory() as name,
         mock.patch.dict(os.environ, MI_HOPS_CACHE=f"{name}/cache"),
@@ -143,7 +157,7 @@ def fuzz(each: int, seed: int = 0, gguf: int | None = None) -> dict[str, dict[st
         for kind, (path, read) in kinds(folder).items():
             whole = path.read_bytes()
             read(path)
-            tried = each if kind != GGUF or gguf is None else gguf
+            tried = slow if kind in SLOW and slow is not None else each
             count: dict[str, Any] = {"tried": tried, "read": 0, "refused": 0, "lost": 0}
             count["losses"] = []
             other = folder / f"damaged{path.suffix}"
@@ -159,6 +173,7 @@ def fuzz(each: int, seed: int = 0, gguf: int | None = None) -> dict[str, dict[st
                     if len(count["losses"]) < 5:
                         count["losses"].append(f"{type(error).__name__}: {error}"[:200])
             found[kind] = count
+            store(found)
             print(kind, count, flush=True)
     return found
 
@@ -167,15 +182,15 @@ def main() -> None:
     """Damage, read, count, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--each", type=int, default=10_000)
-    parser.add_argument("--gguf", type=int, default=1000, help="of that kind, which is slow")
+    parser.add_argument("--slow", type=int, default=1000, help="of kinds that take long to read")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry", action="store_true", help="write no page")
     asked = parser.parse_args()
-    counts = fuzz(asked.each, asked.seed, asked.gguf)
+    store = (lambda found: None) if asked.dry else partial(keep, PAGE, "fuzzing")
+    fuzz(asked.each, asked.seed, asked.slow, store)
     if not asked.dry:
         from benchmarks.faults import write_page
 
-        keep(PAGE, "fuzzing", counts)
         write_page()
 
 
