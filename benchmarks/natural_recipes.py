@@ -82,6 +82,8 @@ FACTS = Stage(
 ABOVE = Stage(500, taken=3, frozen=True, short=True, lr=3e-3)
 ALL = replace(ABOVE, frozen=False, lr=1.5e-3)
 LONGER = Stage(1600, short=True, apposed=0.4, composed=0.85, lr=2.5e-3)
+#: More single facts again.
+SETTLE = Stage(200, short=True, apposed=0.4, composed=0.5, lr=1.5e-3)
 
 PLANS: dict[str, Plan] = {
     "as-shipped": Plan("`apposed-gpt2` as it is", (), "apposed-gpt2"),
@@ -95,6 +97,7 @@ PLANS: dict[str, Plan] = {
     "grown": Plan("3 blocks learn facts, 3 on top of them compositions", (FACTS, ABOVE)),
     "grown-free": Plan("the same, nothing frozen", (FACTS, ALL)),
     "grown-longer": Plan("the same, much longer", (FACTS, ALL, LONGER)),
+    "grown-settled": Plan("the same, then more single facts", (FACTS, ALL, LONGER, SETTLE)),
 }
 
 
@@ -213,7 +216,14 @@ def page() -> None:
         "control less bridge",
     )
     body = WORDS.format(
-        asked=ASKED, n=SAMPLE // 2, tried=table(trained_on, tried), read=table(columns, read)
+        asked=ASKED,
+        n=SAMPLE // 2,
+        tried=table(trained_on, tried),
+        read=table(columns, read),
+        drops=" / ".join(
+            ", ".join(f"{x:+.2f}" for x in parts[f"grown-settled-{form}"]["drops"])
+            for form in FORMS
+        ),
     )
     write(PAGE, "Recipes for models that use what they spell", body, script="natural_recipes")
 
@@ -260,11 +270,12 @@ entity it is; all words together always do.
 Going on from a model that has a code of its own leaves that code in use: with short names, early read-outs or upper
 blocks learned again, erasure does no more than in `apposed-gpt2`. What helps is a model that never had another code. Three
 blocks first learn single facts, and to spell the bridge behind its description; three more are put on top of them, and all
-six learn compositions. Erasing the bridge then takes most of the answer away (`grown-longer`), and the bridge comes first in
-four questions of five: every goal is met but one in one order (unseen first facts, suffix). It takes the updates that
-composing takes: after 500 (`grown`, `grown-free`) few questions were answered. Its price is single facts that are forgotten.
-The erasure is largest after the first block; what it takes away there is gone from the stream above as well. Which part
-matters (facts first, blocks added, short names) was not taken apart.
+six learn compositions. Erasing the bridge then takes most of the answer away (`grown-longer`, `grown-settled`), and the bridge
+comes first in three to four questions of five: every goal is met but one in one order (unseen first facts, suffix: 32 and
+33%). It takes the updates that composing takes: after 500 (`grown`, `grown-free`) few questions were answered. Its price is
+single facts that are forgotten, most of which a short last stage brings back. In `grown-settled` control less bridge is
+{drops} after blocks 0 to 5: the bridge is read from the early blocks on, soon after it is first spelled.
+Which part matters (facts first, blocks added, short names) was not taken apart.
 
 One seed, one family, few questions, and the recipes were tried one after the other with their figures in view: this is a
 search, not a confirmation. No model of these ships yet.
@@ -273,7 +284,7 @@ Not in the tables: `short` with noise as large as the spread of all states after
 measure. Before that, read on 300 held-out questions and never erased: commas on both sides of the bridge (rank above 60
 after 600 steps of 256); without commas and with a weight of 0.2 on all but the answer, half of the descriptions named (600 steps:
 seen parts 90%, rank 1, probability 0.65 after 4 blocks) or four fifths of them (1,200 steps: 91%, rank 1, 0.84); a tied model
-from random weights (400 steps: seen parts 9%). With `apposed-gpt2` itself these are twelve.
+from random weights (400 steps: seen parts 9%). With `apposed-gpt2` itself these are thirteen.
 """
 
 
