@@ -271,8 +271,8 @@ Going on from a model that has a code of its own leaves that code in use: with s
 blocks learned again, erasure does no more than in `apposed-gpt2`. What helps is a model that never had another code. Three
 blocks first learn single facts, and to spell the bridge behind its description; three more are put on top of them, and all
 six learn compositions. Erasing the bridge then takes most of the answer away (`grown-longer`, `grown-settled`), and the bridge
-comes first in three to four questions of five: every goal is met but one in one order (unseen first facts, suffix: 32 and
-33%). It takes the updates that composing takes: after 500 (`grown`, `grown-free`) few questions were answered. Its price is
+comes first in about four questions of five. Every goal is met, but in the suffix order unseen first facts (33% and 32%)
+and, by a hair, the seen parts of `grown-settled` (89.9%). It takes the updates that composing takes: after 500 (`grown`, `grown-free`) few questions were answered. Its price is
 single facts that are forgotten, most of which a short last stage brings back. In `grown-settled` control less bridge is
 {drops} after blocks 0 to 5: the bridge is read from the early blocks on, soon after it is first spelled.
 Which part matters (facts first, blocks added, short names) was not taken apart.
