@@ -17,7 +17,8 @@ from mi_hops.editing.baselines import TunedWeights, finetune_full
 from mi_hops.model.numeric import kl_divergence
 from mi_hops.reasoning.evaluate import Evaluation, evaluate
 from mi_hops.reasoning.gap import find_gap
-from mi_hops.reasoning.sets import Known, QuerySets, build_sets
+from mi_hops.reasoning.queries import QuerySets
+from mi_hops.reasoning.sets import Known, build_sets
 from mi_hops.sweep.scoring import next_token_logits
 from mi_hops.text.tokens import encode
 

@@ -66,6 +66,15 @@ def test_every_wing_is_an_attribute():
     assert wings - set(mi_hops.__all__) == set()
 
 
+def test_wings_list_their_names_as_the_stub_does():
+    for path in (*PACKAGE.glob("*/__init__.py"), PACKAGE / "editing/baselines/__init__.py"):
+        tree = ast.parse(path.read_text())
+        imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+        names = [alias for node in imports for alias in node.names]
+        assert all(alias.name == alias.asname for alias in names), path  # else no re-export
+        assert len({alias.name for alias in names}) == len(names), path
+
+
 def test_the_modules_are_found():
     assert {"mi_hops.cli", "mi_hops.facts.fact", "mi_hops.worlds.train"} <= set(_modules())
 

@@ -155,7 +155,9 @@ def public_names(module: str) -> dict[str, str]:
     init = init if init.exists() else folder / "__init__.py"
     tree = ast.parse(init.read_text(encoding="utf-8"))
     return {
-        alias.asname or alias.name: f"{module}." * bool(node.level) + (node.module or "")
+        alias.asname or alias.name: ".".join(
+            [module] * node.level + [node.module] * bool(node.module)
+        )
         for node in tree.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names

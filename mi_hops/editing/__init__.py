@@ -1,55 +1,32 @@
 """Editing weights: CREME on the attention's output matrix, and the life cycle of an edit."""
 
-from mi_hops.editing.change import Change
-from mi_hops.editing.creme import CremeRepair, creme, creme_many
-from mi_hops.editing.edit import (
-    AppliedError,
-    Edit,
-    WrongWeightsError,
-    applied_edits,
-    describe,
-    stack,
-)
-from mi_hops.editing.export import export_hf
-from mi_hops.editing.hops import HopRepair, OnTop, hop_requests
-from mi_hops.editing.joint import creme_joint, creme_sequential
-from mi_hops.editing.moments import Moments, second_moments
-from mi_hops.editing.plans import PAPER, CremeSettings, default_layers
-from mi_hops.editing.request import Request
-from mi_hops.editing.request_files import Requests, load_requests
-from mi_hops.editing.rows import EditorRepair, EditRepair, edit_hooks
-from mi_hops.editing.search import JointSearch, creme_search
-from mi_hops.editing.solve import SingularError
-
-__all__ = [
-    "AppliedError",
-    "Change",
-    "CremeRepair",
-    "CremeSettings",
-    "Edit",
-    "EditRepair",
-    "EditorRepair",
-    "HopRepair",
-    "JointSearch",
-    "Moments",
-    "OnTop",
-    "PAPER",
-    "Request",
-    "Requests",
-    "SingularError",
-    "WrongWeightsError",
-    "applied_edits",
-    "creme",
-    "creme_joint",
-    "creme_many",
-    "creme_search",
-    "creme_sequential",
-    "default_layers",
-    "describe",
-    "edit_hooks",
-    "export_hf",
-    "load_requests",
-    "hop_requests",
-    "second_moments",
-    "stack",
-]
+from .change import Change as Change
+from .creme import CremeRepair as CremeRepair
+from .creme import creme as creme
+from .creme import creme_many as creme_many
+from .edit import AppliedError as AppliedError
+from .edit import Edit as Edit
+from .edit import WrongWeightsError as WrongWeightsError
+from .edit import applied_edits as applied_edits
+from .edit import describe as describe
+from .edit import stack as stack
+from .export import export_hf as export_hf
+from .hops import HopRepair as HopRepair
+from .hops import OnTop as OnTop
+from .hops import hop_requests as hop_requests
+from .joint import creme_joint as creme_joint
+from .joint import creme_sequential as creme_sequential
+from .moments import Moments as Moments
+from .moments import second_moments as second_moments
+from .plans import PAPER as PAPER
+from .plans import CremeSettings as CremeSettings
+from .plans import default_layers as default_layers
+from .request import Request as Request
+from .request_files import Requests as Requests
+from .request_files import load_requests as load_requests
+from .rows import EditorRepair as EditorRepair
+from .rows import EditRepair as EditRepair
+from .rows import edit_hooks as edit_hooks
+from .search import JointSearch as JointSearch
+from .search import creme_search as creme_search
+from .solve import SingularError as SingularError

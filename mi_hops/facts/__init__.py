@@ -1,60 +1,34 @@
 """Two-hop facts: the record, its wordings, and loaders from files."""
 
-from mi_hops.facts.fact import TwoHopFact
-from mi_hops.facts.geo import load_chains, load_geo
-from mi_hops.facts.hop_edits import HopEdit, SingleFact, hop_edits, single_fact
-from mi_hops.facts.hops import Hop
-from mi_hops.facts.hotpot import load_hotpot
-from mi_hops.facts.loaders import load_facts, load_jsonl, save_jsonl
-from mi_hops.facts.memory_injections import load_memory_injections
-from mi_hops.facts.mquake import load_mquake
-from mi_hops.facts.mquake_edits import load_mquake_edits
-from mi_hops.facts.mquake_words import load_wordings
-from mi_hops.facts.musique import load_musique
-from mi_hops.facts.reading import Facts, FactsFileError, RowNote
-from mi_hops.facts.tables import load_table
-from mi_hops.facts.templates import CONTEXTS, FORMS, Wording, capitalise
-from mi_hops.facts.twohopfact import load_two_hop_fact
-from mi_hops.facts.unusable import NoUsableFactError
-from mi_hops.facts.wordings import (
-    WordedRelation,
-    default_wordings,
-    few_shot_lead,
-    reword,
-    with_lead,
-)
-
-__all__ = [
-    "CONTEXTS",
-    "FORMS",
-    "Facts",
-    "FactsFileError",
-    "Hop",
-    "HopEdit",
-    "NoUsableFactError",
-    "RowNote",
-    "SingleFact",
-    "TwoHopFact",
-    "WordedRelation",
-    "Wording",
-    "capitalise",
-    "default_wordings",
-    "few_shot_lead",
-    "hop_edits",
-    "load_chains",
-    "load_facts",
-    "load_geo",
-    "load_hotpot",
-    "load_jsonl",
-    "load_memory_injections",
-    "load_mquake",
-    "load_mquake_edits",
-    "load_musique",
-    "load_table",
-    "load_two_hop_fact",
-    "load_wordings",
-    "reword",
-    "with_lead",
-    "save_jsonl",
-    "single_fact",
-]
+from .fact import TwoHopFact as TwoHopFact
+from .geo import load_chains as load_chains
+from .geo import load_geo as load_geo
+from .hop_edits import HopEdit as HopEdit
+from .hop_edits import SingleFact as SingleFact
+from .hop_edits import hop_edits as hop_edits
+from .hop_edits import single_fact as single_fact
+from .hops import Hop as Hop
+from .hotpot import load_hotpot as load_hotpot
+from .loaders import load_facts as load_facts
+from .loaders import load_jsonl as load_jsonl
+from .loaders import save_jsonl as save_jsonl
+from .memory_injections import load_memory_injections as load_memory_injections
+from .mquake import load_mquake as load_mquake
+from .mquake_edits import load_mquake_edits as load_mquake_edits
+from .mquake_words import load_wordings as load_wordings
+from .musique import load_musique as load_musique
+from .reading import Facts as Facts
+from .reading import FactsFileError as FactsFileError
+from .reading import RowNote as RowNote
+from .tables import load_table as load_table
+from .templates import CONTEXTS as CONTEXTS
+from .templates import FORMS as FORMS
+from .templates import Wording as Wording
+from .templates import capitalise as capitalise
+from .twohopfact import load_two_hop_fact as load_two_hop_fact
+from .unusable import NoUsableFactError as NoUsableFactError
+from .wordings import WordedRelation as WordedRelation
+from .wordings import default_wordings as default_wordings
+from .wordings import few_shot_lead as few_shot_lead
+from .wordings import reword as reword
+from .wordings import with_lead as with_lead

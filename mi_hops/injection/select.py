@@ -17,7 +17,8 @@ import pandas as pd
 from mi_hops.injection.encodings import Encoder
 from mi_hops.injection.memory import Chooser, MemoryInjection
 from mi_hops.injection.place import Absent, Place
-from mi_hops.result.result import Result, difference_ci, proportion_ci, summarise_change
+from mi_hops.result.result import Result
+from mi_hops.result.statistics import difference_ci, proportion_ci, summarise_change
 
 
 @dataclass(frozen=True)

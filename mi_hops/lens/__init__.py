@@ -1,80 +1,45 @@
 """Lenses: what the activations of a model say when they are read as vocabulary."""
 
-from mi_hops.lens.attention import AttentionLens
-from mi_hops.lens.direct import fact_attribution, logit_attribution
-from mi_hops.lens.flow import logit_flow
-from mi_hops.lens.head_weights import copying, read_head
-from mi_hops.lens.jacobian import JacobianReading, fit_jacobian_lens
-from mi_hops.lens.logit import (
-    Readout,
-    fact_trajectories,
-    logit_lens,
-    plot_map,
-    read_vectors,
-    token_map,
-)
-from mi_hops.lens.neurons import neuron_attribution, top_texts
-from mi_hops.lens.order import who_comes_first
-from mi_hops.lens.patchscopes import Affine, Place, fit_affine, patchscope, patchscope_generate
-from mi_hops.lens.probes import ProbeTraining, fact_probes
-from mi_hops.lens.quality import evaluate_heads, evaluate_lens
-from mi_hops.lens.sae import (
-    bridge_features,
-    clamp,
-    clamp_effect,
-    fact_features,
-    sae_quality,
-    train_sae,
-)
-from mi_hops.lens.similarity import similarity
-from mi_hops.lens.target_prompts import entity_description_prompt, next_token_prompt
-from mi_hops.lens.trained import TrainedLens, load_lens
-from mi_hops.lens.training import LensTraining, train_lens
-from mi_hops.lens.tuned import TunedLens
-from mi_hops.lens.vectors import KINDS, Lens, LogitLens
-
-__all__ = [
-    "KINDS",
-    "Affine",
-    "AttentionLens",
-    "JacobianReading",
-    "Lens",
-    "LensTraining",
-    "LogitLens",
-    "Place",
-    "ProbeTraining",
-    "Readout",
-    "TrainedLens",
-    "TunedLens",
-    "bridge_features",
-    "clamp",
-    "clamp_effect",
-    "copying",
-    "entity_description_prompt",
-    "evaluate_heads",
-    "evaluate_lens",
-    "fact_attribution",
-    "fact_features",
-    "fact_probes",
-    "fact_trajectories",
-    "fit_affine",
-    "fit_jacobian_lens",
-    "load_lens",
-    "logit_attribution",
-    "logit_flow",
-    "logit_lens",
-    "neuron_attribution",
-    "next_token_prompt",
-    "patchscope",
-    "patchscope_generate",
-    "plot_map",
-    "read_head",
-    "read_vectors",
-    "sae_quality",
-    "similarity",
-    "token_map",
-    "top_texts",
-    "train_lens",
-    "train_sae",
-    "who_comes_first",
-]
+from .attention import AttentionLens as AttentionLens
+from .direct import fact_attribution as fact_attribution
+from .direct import logit_attribution as logit_attribution
+from .flow import logit_flow as logit_flow
+from .head_weights import copying as copying
+from .head_weights import read_head as read_head
+from .jacobian import JacobianReading as JacobianReading
+from .jacobian import fit_jacobian_lens as fit_jacobian_lens
+from .logit import Readout as Readout
+from .logit import fact_trajectories as fact_trajectories
+from .logit import logit_lens as logit_lens
+from .logit import plot_map as plot_map
+from .logit import read_vectors as read_vectors
+from .logit import token_map as token_map
+from .neurons import neuron_attribution as neuron_attribution
+from .neurons import top_texts as top_texts
+from .order import who_comes_first as who_comes_first
+from .patchscopes import Affine as Affine
+from .patchscopes import Place as Place
+from .patchscopes import fit_affine as fit_affine
+from .patchscopes import patchscope as patchscope
+from .patchscopes import patchscope_generate as patchscope_generate
+from .probes import ProbeTraining as ProbeTraining
+from .probes import fact_probes as fact_probes
+from .quality import evaluate_heads as evaluate_heads
+from .quality import evaluate_lens as evaluate_lens
+from .sae import bridge_features as bridge_features
+from .sae import clamp as clamp
+from .sae import clamp_effect as clamp_effect
+from .sae import fact_features as fact_features
+from .sae import sae_quality as sae_quality
+from .sae import train_sae as train_sae
+from .similarity import similarity as similarity
+from .target_prompts import entity_description_prompt as entity_description_prompt
+from .target_prompts import next_token_prompt as next_token_prompt
+from .trained import TrainedLens as TrainedLens
+from .trained import load_lens as load_lens
+from .training import LensTraining as LensTraining
+from .training import train_lens as train_lens
+from .tuned import TunedLens as TunedLens
+from .vectors import KINDS as KINDS
+from .vectors import Lens as Lens
+from .vectors import LogitLens as LogitLens

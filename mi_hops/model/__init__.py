@@ -1,100 +1,48 @@
 """TransformerLens models: loading, hooks, weights, identity, caches; the only place that knows the classes."""
 
-from mi_hops.model.classes import backend_of, hooked_class
-from mi_hops.model.hooks import (
-    HOOK_NAMES,
-    capture,
-    forward,
-    has_hooks,
-    hook_name,
-    hooked,
-    nothing_stays,
-    picking,
-    plain_hooks,
-    require_hooks,
-    require_layers,
-)
-from mi_hops.model.identity import (
-    device_of,
-    dtype_of,
-    fingerprint,
-    n_heads_of,
-    n_kv_heads,
-    permanent_hooks,
-    prepends_bos,
-    processing_of,
-    provenance,
-    takes_jacobian_lens,
-)
-from mi_hops.model.loading import (
-    CHECKPOINTS,
-    bundled_models,
-    load_model,
-    model_files,
-    usable_device,
-)
-from mi_hops.model.types import Backend, Hook, HookedModel, HookFn, MissingHookError
-from mi_hops.model.weights import (
-    MATRICES,
-    embedding,
-    final_norm,
-    linear_read_out,
-    live_matrix,
-    norm_parts,
-    overwrite,
-    read_matrix,
-    read_out,
-    require_unquantised,
-    unembedding,
-    w_o,
-    write_matrix,
-)
-
-__all__ = [
-    "Backend",
-    "CHECKPOINTS",
-    "HOOK_NAMES",
-    "Hook",
-    "HookFn",
-    "HookedModel",
-    "MATRICES",
-    "MissingHookError",
-    "backend_of",
-    "bundled_models",
-    "capture",
-    "device_of",
-    "dtype_of",
-    "embedding",
-    "final_norm",
-    "fingerprint",
-    "forward",
-    "has_hooks",
-    "hook_name",
-    "hooked",
-    "hooked_class",
-    "nothing_stays",
-    "linear_read_out",
-    "live_matrix",
-    "load_model",
-    "model_files",
-    "n_heads_of",
-    "n_kv_heads",
-    "norm_parts",
-    "overwrite",
-    "permanent_hooks",
-    "picking",
-    "plain_hooks",
-    "prepends_bos",
-    "processing_of",
-    "provenance",
-    "read_matrix",
-    "read_out",
-    "require_hooks",
-    "require_layers",
-    "require_unquantised",
-    "takes_jacobian_lens",
-    "unembedding",
-    "usable_device",
-    "w_o",
-    "write_matrix",
-]
+from .classes import backend_of as backend_of
+from .classes import hooked_class as hooked_class
+from .hooks import HOOK_NAMES as HOOK_NAMES
+from .hooks import capture as capture
+from .hooks import forward as forward
+from .hooks import has_hooks as has_hooks
+from .hooks import hook_name as hook_name
+from .hooks import hooked as hooked
+from .hooks import nothing_stays as nothing_stays
+from .hooks import picking as picking
+from .hooks import plain_hooks as plain_hooks
+from .hooks import require_hooks as require_hooks
+from .hooks import require_layers as require_layers
+from .identity import device_of as device_of
+from .identity import dtype_of as dtype_of
+from .identity import fingerprint as fingerprint
+from .identity import n_heads_of as n_heads_of
+from .identity import n_kv_heads as n_kv_heads
+from .identity import permanent_hooks as permanent_hooks
+from .identity import prepends_bos as prepends_bos
+from .identity import processing_of as processing_of
+from .identity import provenance as provenance
+from .identity import takes_jacobian_lens as takes_jacobian_lens
+from .loading import CHECKPOINTS as CHECKPOINTS
+from .loading import bundled_models as bundled_models
+from .loading import load_model as load_model
+from .loading import model_files as model_files
+from .loading import usable_device as usable_device
+from .types import Backend as Backend
+from .types import Hook as Hook
+from .types import HookedModel as HookedModel
+from .types import HookFn as HookFn
+from .types import MissingHookError as MissingHookError
+from .weights import MATRICES as MATRICES
+from .weights import embedding as embedding
+from .weights import final_norm as final_norm
+from .weights import linear_read_out as linear_read_out
+from .weights import live_matrix as live_matrix
+from .weights import norm_parts as norm_parts
+from .weights import overwrite as overwrite
+from .weights import read_matrix as read_matrix
+from .weights import read_out as read_out
+from .weights import require_unquantised as require_unquantised
+from .weights import unembedding as unembedding
+from .weights import w_o as w_o
+from .weights import write_matrix as write_matrix

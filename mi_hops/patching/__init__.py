@@ -1,59 +1,36 @@
 """Which activation causes the answer: patching, ablation, tracing, attribution, paths and edges."""
 
-from mi_hops.patching import tasks
-from mi_hops.patching.ablation import ablate
-from mi_hops.patching.acdc import AcdcRun, acdc
-from mi_hops.patching.activation import PatchJob, PatchPlan, patch
-from mi_hops.patching.areas import MIB_SHARES, Areas, faithfulness_areas
-from mi_hops.patching.attribution import attribute
-from mi_hops.patching.attribution_graph import AttributionGraph, load_attribution_graph
-from mi_hops.patching.back import back_patch
-from mi_hops.patching.circuit import Circuit, extract, faithfulness
-from mi_hops.patching.circuit_figure import circuit_figure
-from mi_hops.patching.circuit_files import load_eap_ig, save_eap_ig
-from mi_hops.patching.contrast import contrast
-from mi_hops.patching.edges import attribute_edges
-from mi_hops.patching.heads import attention_to, composition, head_scores, icl_score
-from mi_hops.patching.inputs import attribute_inputs
-from mi_hops.patching.knockout import knockout
-from mi_hops.patching.nodes import all_edges
-from mi_hops.patching.path import path_patch
-from mi_hops.patching.tracing import subject_roles, trace
-from mi_hops.patching.verify import Attribution, Verification
-
-__all__ = [
-    "AcdcRun",
-    "Areas",
-    "Attribution",
-    "AttributionGraph",
-    "Circuit",
-    "MIB_SHARES",
-    "PatchJob",
-    "PatchPlan",
-    "Verification",
-    "ablate",
-    "acdc",
-    "all_edges",
-    "attention_to",
-    "attribute",
-    "attribute_edges",
-    "attribute_inputs",
-    "back_patch",
-    "circuit_figure",
-    "composition",
-    "contrast",
-    "extract",
-    "faithfulness",
-    "faithfulness_areas",
-    "head_scores",
-    "icl_score",
-    "knockout",
-    "load_attribution_graph",
-    "load_eap_ig",
-    "patch",
-    "path_patch",
-    "save_eap_ig",
-    "subject_roles",
-    "tasks",
-    "trace",
-]
+from . import tasks as tasks
+from .ablation import ablate as ablate
+from .acdc import AcdcRun as AcdcRun
+from .acdc import acdc as acdc
+from .activation import PatchJob as PatchJob
+from .activation import PatchPlan as PatchPlan
+from .activation import patch as patch
+from .areas import MIB_SHARES as MIB_SHARES
+from .areas import Areas as Areas
+from .areas import faithfulness_areas as faithfulness_areas
+from .attribution import attribute as attribute
+from .attribution_graph import AttributionGraph as AttributionGraph
+from .attribution_graph import load_attribution_graph as load_attribution_graph
+from .back import back_patch as back_patch
+from .circuit import Circuit as Circuit
+from .circuit import extract as extract
+from .circuit import faithfulness as faithfulness
+from .circuit_figure import circuit_figure as circuit_figure
+from .circuit_files import load_eap_ig as load_eap_ig
+from .circuit_files import save_eap_ig as save_eap_ig
+from .contrast import contrast as contrast
+from .edges import attribute_edges as attribute_edges
+from .heads import attention_to as attention_to
+from .heads import composition as composition
+from .heads import head_scores as head_scores
+from .heads import icl_score as icl_score
+from .inputs import attribute_inputs as attribute_inputs
+from .knockout import knockout as knockout
+from .nodes import all_edges as all_edges
+from .path import path_patch as path_patch
+from .tracing import subject_roles as subject_roles
+from .tracing import trace as trace
+from .verify import Attribution as Attribution
+from .verify import Verification as Verification

@@ -1,46 +1,28 @@
 """Two-hop reasoning: the gap, erasure of the bridge, locating, and scoring repairs and edits of single facts."""
 
-from mi_hops.reasoning.aggregate import aggregate
-from mi_hops.reasoning.aloud import Layout, aloud_table, reason_aloud
-from mi_hops.reasoning.erasure import erase_bridge
-from mi_hops.reasoning.evaluate import evaluate
-from mi_hops.reasoning.evaluation import Evaluation
-from mi_hops.reasoning.failures import FailureTypes, failure_types
-from mi_hops.reasoning.gap import Gap, find_gap
-from mi_hops.reasoning.generation import fluency, generation_entropy
-from mi_hops.reasoning.locate import locate, located_layers
-from mi_hops.reasoning.merge import merge
-from mi_hops.reasoning.portability import chain_scores, portability_sets
-from mi_hops.reasoning.queries import Query, QuerySets
-from mi_hops.reasoning.sequential import evaluate_sequential, retention
-from mi_hops.reasoning.sets import Known, build_sets
-from mi_hops.reasoning.wordings import WordingChoice, choose_wordings
-
-__all__ = [
-    "Evaluation",
-    "FailureTypes",
-    "Gap",
-    "Known",
-    "Layout",
-    "Query",
-    "QuerySets",
-    "WordingChoice",
-    "aggregate",
-    "aloud_table",
-    "build_sets",
-    "chain_scores",
-    "choose_wordings",
-    "erase_bridge",
-    "evaluate",
-    "evaluate_sequential",
-    "failure_types",
-    "find_gap",
-    "fluency",
-    "generation_entropy",
-    "locate",
-    "located_layers",
-    "portability_sets",
-    "merge",
-    "retention",
-    "reason_aloud",
-]
+from .aggregate import aggregate as aggregate
+from .aloud import Layout as Layout
+from .aloud import aloud_table as aloud_table
+from .aloud import reason_aloud as reason_aloud
+from .erasure import erase_bridge as erase_bridge
+from .evaluate import evaluate as evaluate
+from .evaluation import Evaluation as Evaluation
+from .failures import FailureTypes as FailureTypes
+from .failures import failure_types as failure_types
+from .gap import Gap as Gap
+from .gap import find_gap as find_gap
+from .generation import fluency as fluency
+from .generation import generation_entropy as generation_entropy
+from .locate import locate as locate
+from .locate import located_layers as located_layers
+from .merge import merge as merge
+from .portability import chain_scores as chain_scores
+from .portability import portability_sets as portability_sets
+from .queries import Query as Query
+from .queries import QuerySets as QuerySets
+from .sequential import evaluate_sequential as evaluate_sequential
+from .sequential import retention as retention
+from .sets import Known as Known
+from .sets import build_sets as build_sets
+from .wordings import WordingChoice as WordingChoice
+from .wordings import choose_wordings as choose_wordings

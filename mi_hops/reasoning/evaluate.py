@@ -21,7 +21,6 @@ from mi_hops.editing import Edit, EditRepair
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel, dtype_of, provenance
 from mi_hops.model.numeric import kl_divergence, wide_dtype
-from mi_hops.reasoning.aggregate import aggregate
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.queries import PLACE, Query, QuerySets, require_unique
 from mi_hops.result.progress import progress_bar
@@ -43,8 +42,6 @@ from mi_hops.sweep.metrics import (
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.scoring import logits_at, score_prompts
 from mi_hops.text.tokens import Batch, batches, encode
-
-__all__ = ["Evaluation", "aggregate", "evaluate"]
 
 #: Sets in which the whole next-token distribution should stay as it was.
 KL_SETS = ("specificity", "specificity_same_relation", "neutral")

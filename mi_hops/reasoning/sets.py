@@ -21,8 +21,6 @@ from mi_hops.reasoning.queries import SETS, Query, QuerySets, among
 from mi_hops.text.matching import normalise
 from mi_hops.text.tokens import TokenError, find_text
 
-__all__ = ["SETS", "Known", "Query", "QuerySets", "build_sets"]
-
 _OTHER_ORDER = {"suffix": "prefix", "prefix": "suffix"}
 _Item = TypeVar("_Item")
 

@@ -1,16 +1,9 @@
 """Labelled results, their statistics, figures and files; free of torch."""
 
-from mi_hops.result import plots
-from mi_hops.result.coloured import ColouredText, coloured_text, coloured_texts, save_page
-from mi_hops.result.result import Result
-from mi_hops.result.statistics import summarise_change
-
-__all__ = [
-    "ColouredText",
-    "Result",
-    "coloured_text",
-    "coloured_texts",
-    "plots",
-    "save_page",
-    "summarise_change",
-]
+from . import plots as plots
+from .coloured import ColouredText as ColouredText
+from .coloured import coloured_text as coloured_text
+from .coloured import coloured_texts as coloured_texts
+from .coloured import save_page as save_page
+from .result import Result as Result
+from .statistics import summarise_change as summarise_change

@@ -15,7 +15,7 @@ itself, becomes a long data frame, and is saved as NetCDF, which any xarray can 
     )
     result.mean()["effect"], result.ci(), result.plot()
 
-The statistics themselves work on plain arrays and are in `statistics`; their names are here too.
+The statistics themselves work on plain arrays and are in `statistics`.
 """
 
 from __future__ import annotations
@@ -33,21 +33,12 @@ from mi_hops.result.checks import as_labels, check_finite
 from mi_hops.result.difference import difference, subtract
 from mi_hops.result.display import shorten
 from mi_hops.result.names import shared_tokens
-from mi_hops.result.statistics import (
-    Statistic,
-    bootstrap_ci,
-    difference_ci,
-    proportion_ci,
-    summarise_change,
-    to_numpy,
-)
+from mi_hops.result.statistics import Statistic, to_numpy
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
     import xarray as xr
-
-__all__ = ["Result", "bootstrap_ci", "difference_ci", "proportion_ci", "summarise_change"]
 
 _FORMAT = 1
 _MOST = 1500  # characters of a description, so that a cell of a notebook never floods

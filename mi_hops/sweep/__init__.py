@@ -1,71 +1,38 @@
 """Interventions on many prompts in few forward passes, and the scores of every row."""
 
-from mi_hops.sweep.fanout import FanOut, fan_out, plan_fan_out
-from mi_hops.sweep.generate import Answered, Generation, answered, end_ids, generate
-from mi_hops.sweep.interventions import (
-    Change,
-    Intervention,
-    Site,
-    ablate,
-    add,
-    noise,
-    replace,
-    scale,
-)
-from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.metrics import (
-    KL,
-    METRICS,
-    FullLogits,
-    Greedy,
-    Metric,
-    Target,
-    get_metric,
-    target_of,
-)
-from mi_hops.sweep.normalising import Normalised
-from mi_hops.sweep.pairs import Pairs
-from mi_hops.sweep.repair import Repair, Rows
-from mi_hops.sweep.sample import sample
-from mi_hops.sweep.scoring import score_prompts
-from mi_hops.sweep.sites import Direction, Kind, Sites
-from mi_hops.sweep.spread import TaskError, spread
-
-__all__ = [
-    "KL",
-    "METRICS",
-    "Answered",
-    "Change",
-    "Direction",
-    "FanOut",
-    "FullLogits",
-    "Generation",
-    "Greedy",
-    "Intervention",
-    "Kind",
-    "Limits",
-    "Metric",
-    "Normalised",
-    "Pairs",
-    "Repair",
-    "Rows",
-    "Site",
-    "Sites",
-    "Target",
-    "TaskError",
-    "ablate",
-    "add",
-    "answered",
-    "end_ids",
-    "fan_out",
-    "generate",
-    "get_metric",
-    "noise",
-    "plan_fan_out",
-    "replace",
-    "sample",
-    "scale",
-    "score_prompts",
-    "spread",
-    "target_of",
-]
+from .fanout import FanOut as FanOut
+from .fanout import fan_out as fan_out
+from .fanout import plan_fan_out as plan_fan_out
+from .generate import Answered as Answered
+from .generate import Generation as Generation
+from .generate import answered as answered
+from .generate import end_ids as end_ids
+from .generate import generate as generate
+from .interventions import Change as Change
+from .interventions import Intervention as Intervention
+from .interventions import Site as Site
+from .interventions import ablate as ablate
+from .interventions import add as add
+from .interventions import noise as noise
+from .interventions import replace as replace
+from .interventions import scale as scale
+from .limits import Limits as Limits
+from .metrics import KL as KL
+from .metrics import METRICS as METRICS
+from .metrics import FullLogits as FullLogits
+from .metrics import Greedy as Greedy
+from .metrics import Metric as Metric
+from .metrics import Target as Target
+from .metrics import get_metric as get_metric
+from .metrics import target_of as target_of
+from .normalising import Normalised as Normalised
+from .pairs import Pairs as Pairs
+from .repair import Repair as Repair
+from .repair import Rows as Rows
+from .sample import sample as sample
+from .scoring import score_prompts as score_prompts
+from .sites import Direction as Direction
+from .sites import Kind as Kind
+from .sites import Sites as Sites
+from .spread import TaskError as TaskError
+from .spread import spread as spread

@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.reasoning.evaluate import Evaluation, aggregate, evaluate
-from mi_hops.reasoning.sets import Known, Query, build_sets
+from mi_hops.reasoning.aggregate import aggregate
+from mi_hops.reasoning.evaluate import evaluate
+from mi_hops.reasoning.evaluation import Evaluation
+from mi_hops.reasoning.queries import Query
+from mi_hops.reasoning.sets import Known, build_sets
 from mi_hops.sweep.generate import end_ids, generate
 from mi_hops.sweep.metrics import METRICS, Target, target_of
 from mi_hops.text.tokens import encode

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from mi_hops.editing import AppliedError, EditRepair, creme_joint, creme_sequential, stack
-from mi_hops.reasoning.evaluate import Evaluation, evaluate
+from mi_hops.reasoning.evaluate import evaluate
+from mi_hops.reasoning.evaluation import Evaluation
+from mi_hops.reasoning.queries import Query, QuerySets
 from mi_hops.reasoning.sequential import evaluate_sequential, retention
-from mi_hops.reasoning.sets import Query, QuerySets
 from mi_hops.sweep.generate import generate
 from tests.reasoning.tiny_facts import tiny_facts
 from tests.repairs import NoRepair

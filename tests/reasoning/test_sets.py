@@ -9,8 +9,8 @@ import pytest
 from mi_hops.editing import Request
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.reasoning.gap import find_gap
-from mi_hops.reasoning.queries import SetCount
-from mi_hops.reasoning.sets import SETS, Known, Query, QuerySets, build_sets
+from mi_hops.reasoning.queries import SETS, Query, QuerySets, SetCount
+from mi_hops.reasoning.sets import Known, build_sets
 from mi_hops.text.matching import normalise
 from mi_hops.worlds import Hopland
 from tests.reasoning.tiny_facts import tiny_facts

@@ -15,7 +15,8 @@ from hypothesis.extra import numpy as hnp
 
 from mi_hops.result import netcdf
 from mi_hops.result.plots import Colours
-from mi_hops.result.result import Result, bootstrap_ci
+from mi_hops.result.result import Result
+from mi_hops.result.statistics import bootstrap_ci
 
 PROVENANCE = {"model": "0f3a", "dtype": torch.float32, "seed": 0, "n": np.int64(3), "at": Path("x")}
 
