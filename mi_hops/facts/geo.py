@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -128,21 +128,8 @@ def load_geo(path: str | Path | None = None, *, on_error: OnError = "raise") -> 
         >>> fact.bridge, fact.answer
         ('Germany', 'euro')
     """
-    file = _read(path)
-
-    def rows() -> Iterator[_Row]:
-        for number, row in enumerate(file.content["facts"]):
-            try:
-                first, subject, split, seconds = row
-            except (TypeError, ValueError):
-                raise FactsFileError(
-                    f"{file.path}: entry {number} of facts is {row!r:.80}; expected [first "
-                    "relation, subject, split, second relations]"
-                ) from None
-            for second in seconds:
-                yield f"entry {number} of facts", (subject, split, (first, second))
-
-    return _collect(file, rows(), on_error)
+    fields = ("first relation", "subject", "split", "second relations")
+    return _collect(_read(path), "facts", fields, on_error)
 
 
 def load_chains(path: str | Path | None = None, *, on_error: OnError = "raise") -> Facts:
@@ -166,31 +153,28 @@ def load_chains(path: str | Path | None = None, *, on_error: OnError = "raise") 
         >>> chain.n_hops, len(chain.bridges), len(chain.names)
         (3, 2, 4)
     """
-    file = _read(path)
-
-    def rows() -> Iterator[_Row]:
-        for number, row in enumerate(file.content["chains"]):
-            try:
-                subject, split, first, second, lasts = row
-            except (TypeError, ValueError):
-                raise FactsFileError(
-                    f"{file.path}: entry {number} of chains is {row!r:.80}; expected [subject, split, "
-                    "first relation, second relation, third relations]"
-                ) from None
-            for last in lasts:
-                yield f"entry {number} of chains", (subject, split, (first, second, last))
-
-    return _collect(file, rows(), on_error)
+    fields = ("subject", "split", "first relation", "second relation", "third relations")
+    return _collect(_read(path), "chains", fields, on_error)
 
 
-#: A place in the file; subject, split and relations.
-_Row = tuple[str, tuple[str, str, tuple[str, ...]]]
-
-
-def _collect(file: _File, rows: Iterator[_Row], on_error: OnError) -> Facts:
+def _collect(file: _File, table: str, fields: Sequence[str], on_error: OnError) -> Facts:
+    """The facts of a table whose entries have these fields, the last relations in a list."""
     wordings = default_wordings(file.relations)
+
+    def rows() -> Iterator[tuple[str, tuple[str, str, tuple[str, ...]]]]:
+        for number, row in enumerate(file.content[table]):
+            place = f"entry {number} of {table}"
+            if not isinstance(row, list) or len(row) != len(fields):
+                raise FactsFileError(
+                    f"{file.path}: {place} is {row!r:.80}; expected [{', '.join(fields)}]"
+                )
+            entry = dict(zip(fields, row, strict=True))
+            before = [entry[name] for name in fields if name.endswith(" relation")]
+            for last in row[-1]:
+                yield place, (entry["subject"], entry["split"], (*before, last))
+
     found = collect(
-        rows,
+        rows(),
         lambda _, row, __: _fact(file, wordings, *row),
         source=str(file.path),
         on_error=on_error,

@@ -213,23 +213,17 @@ def frame_rows(frame: pd.DataFrame) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield f"row {row}", dict(zip(names, cells, strict=True))
 
 
-def find(
-    phrase: str, text: str, *, fold_accents: bool = False, whole_words: bool = True
-) -> tuple[int, int] | None:
-    """Where `phrase` appears in `text` without regard to case: (start, end), or None.
+def find(phrase: str, text: str, *, fold_accents: bool = False) -> tuple[int, int] | None:
+    """Where `phrase` appears in `text`, as whole words and without regard to case: (start, end).
+
+    None where it does not ("Halle" is not in "Hallelujah").
 
     Args:
-        phrase: the text looked for.
-        text: the text searched.
         fold_accents: also take "Simon" for "Simón".
-        whole_words: not within a longer word ("Halle" is not in "Hallelujah").
     """
     wanted, searched = _fold(phrase, fold_accents), _fold(text, fold_accents)
-    pattern = re.escape(wanted)
-    if whole_words:
-        pattern = rf"(?<!\w){pattern}(?!\w)"
-    match = re.search(pattern, searched) if wanted.strip() else None
-    return match.span() if match else None
+    found = re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", searched) if wanted.strip() else None
+    return found.span() if found else None
 
 
 def _fold(text: str, accents: bool) -> str:

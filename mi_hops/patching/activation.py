@@ -36,6 +36,7 @@ from mi_hops.patching.core import (
     require_effect,
     taken,
 )
+from mi_hops.result.display import html_table
 from mi_hops.result.result import Result
 from mi_hops.sweep.interventions import HEAD_AXIS, Change
 from mi_hops.sweep.limits import Limits
@@ -127,9 +128,9 @@ class PatchPlan:
         return self.activation_bytes + self.pass_bytes + self.weight_bytes
 
     def _repr_html_(self) -> str:
-        told = {k.replace("_", " "): v for k, v in (asdict(self) | {"bytes": self.bytes}).items()}
-        rows = "".join(f"<tr><th>{k}</th><td>{v:,}</td></tr>" for k, v in told.items())
-        return f"<table>{rows}</table>"
+        told = asdict(self) | {"bytes": self.bytes}
+        rows = [(k.replace("_", " "), f"{v:,}") for k, v in told.items()]
+        return html_table("What the sweep will take", ("", "number"), rows, total=len(rows))
 
 
 class PatchJob:

@@ -74,6 +74,7 @@ class Step(ABC):
         kind: what `run` returns and its file is loaded as.
         share: of a study's time budget.
         files: what it writes in the study's folder beside its own file.
+        optional: whether a study has it only where its settings ask for it.
     """
 
     name: ClassVar[str]
@@ -84,10 +85,11 @@ class Step(ABC):
     kind: ClassVar[type[Result] | type[Evaluation]] = Result
     share: ClassVar[float] = 0.0
     files: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[bool] = False
 
     def wanted(self, facts: Facts, settings: StudySettings) -> bool:
         """Whether a study of these facts has this step."""
-        return True
+        return not self.optional or self.name in settings.also
 
     @abstractmethod
     def run(self, run: Run) -> Result | Evaluation:

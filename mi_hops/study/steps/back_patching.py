@@ -9,10 +9,9 @@ import numpy as np
 import xarray as xr
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.facts.reading import Facts
 from mi_hops.patching.back import back_patch
 from mi_hops.result.result import Result
-from mi_hops.study.context import Run, StudySettings, choosing
+from mi_hops.study.context import Run, choosing
 from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, percent, share_headline, share_of
 from mi_hops.study.parts import Block, Figure, Text, heatmap, used
@@ -28,12 +27,8 @@ class BackPatching(Step):
     """Feeds late states of failed questions back at earlier layers; an optional step."""
 
     name, short, share = "back_patching", "Back-patching", 0.04
-    title = "Back-patching"
+    title, optional = "Back-patching", True
     question = "Is a failed question answered when a later state is fed back at an earlier layer?"
-
-    def wanted(self, facts: Facts, settings: StudySettings) -> bool:
-        """Only where it is asked for."""
-        return self.name in settings.also
 
     def run(self, run: Run) -> Result:
         """Every later state into every earlier layer, in a draw of the failures."""

@@ -9,11 +9,10 @@ import numpy as np
 
 from mi_hops.cases import Case, usable
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.facts.reading import Facts
 from mi_hops.model import HookedModel
 from mi_hops.patching.knockout import knockout
 from mi_hops.result.result import Result
-from mi_hops.study.context import Run, StudySettings
+from mi_hops.study.context import Run
 from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, estimate, mean, number, number_headline
 from mi_hops.study.parts import Block, Figure, Text, heatmap, used
@@ -47,12 +46,8 @@ class Knockout(Step):
     """Blocks the last token's attention to the first hop, window by window; an optional step."""
 
     name, short, share = "knockout", "Attention knockout", 0.04
-    title = "Attention knockout"
+    title, optional = "Attention knockout", True
     question = "In which layers must the last token look at the first hop?"
-
-    def wanted(self, facts: Facts, settings: StudySettings) -> bool:
-        """Only where it is asked for."""
-        return self.name in settings.also
 
     def run(self, run: Run) -> Result:
         """Block attention in a draw of the answered questions."""
