@@ -13,11 +13,10 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from mi_hops.model import hooked_class, load_model
-from tests.models import SHAPES, require_real_model, save_checkpoint
+from tests.models import SHAPES, models, require_real_model, save_checkpoint
 from tests.places import FAR, NEAR, TwoPlaces, put
 
 torch.set_num_threads(1)
-BACKENDS = ("hooked", "bridge")
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +54,10 @@ def load_tiny(checkpoints):
     return load
 
 
-@pytest.fixture(params=[(s, b) for s in ("gpt2", "llama") for b in BACKENDS], ids="-".join)
+@pytest.fixture(params=models("gpt2", "llama"))
 def tiny(request, load_tiny):
     """A tiny float32 model: GPT-2 and grouped-query LLaMA on both classes."""
-    shape, backend = request.param
-    return load_tiny(shape, backend)
+    return load_tiny(*request.param)
 
 
 @pytest.fixture(params=["gpt2", "llama"])

@@ -9,8 +9,33 @@ from typing import Any
 import pytest
 import torch
 
+from mi_hops.model import hooked_class
+
 WORDS = 90
 SHAPES = ("gpt2", "llama", "llama32")
+BACKENDS = ("hooked", "bridge")
+
+#: The fast loop meets every family and both classes; each other combination repeats a case and is slow.
+_QUICK = {("gpt2", "hooked"), ("llama", "bridge"), ("llama32", "hooked")}
+
+
+def cases(*shapes: str) -> list[Any]:
+    """Parameters ``shape, backend``: these families on both classes, half of them slow."""
+    return [
+        pytest.param(shape, backend, marks=_marks(shape, backend), id=f"{shape}-{backend}")
+        for shape in shapes
+        for backend in BACKENDS
+    ]
+
+
+def models(*shapes: str) -> list[Any]:
+    """The same as parameters of a fixture, which gets ``(shape, backend)``."""
+    return [pytest.param(case.values, marks=case.marks, id=case.id) for case in cases(*shapes)]
+
+
+def _marks(shape: str, backend: str) -> Any:
+    quick = backend == "bridge" if hooked_class() is None else (shape, backend) in _QUICK
+    return () if quick else pytest.mark.slow
 
 
 def require_real_model() -> None:

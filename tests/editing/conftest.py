@@ -9,32 +9,10 @@ import torch
 
 from mi_hops.editing import PAPER, creme, creme_joint, creme_many
 from mi_hops.facts.fact import TwoHopFact
-
-# Every shape on both classes. The fast loop meets each shape and each class once or twice; the other
-# half repeats it and belongs to the full suite.
-QUICK = [("gpt2", "hooked"), ("llama", "bridge"), ("llama32", "hooked")]
-FULL = [("gpt2", "bridge"), ("llama", "hooked"), ("llama32", "bridge")]
+from tests.models import SHAPES, models
 
 
-def cases(*shapes):
-    """Parameters ``shape, backend``."""
-    return [c for c in QUICK if c[0] in shapes] + [
-        pytest.param(*c, marks=pytest.mark.slow) for c in FULL if c[0] in shapes
-    ]
-
-
-def _param(case):
-    slow = pytest.mark.slow if case in FULL else ()
-    return pytest.param(case, marks=slow, id="-".join(case))
-
-
-@pytest.fixture(params=[_param(c) for c in (*QUICK[:2], *FULL[:2])])
-def tiny(request, load_tiny):
-    """A tiny float32 model: GPT-2 and grouped-query LLaMA on both classes."""
-    return load_tiny(*request.param)
-
-
-@pytest.fixture(params=[_param(c) for c in (*QUICK, *FULL)])
+@pytest.fixture(params=models(*SHAPES))
 def wide(request, load_tiny):
     """A tiny float64 model."""
     return load_tiny(*request.param, dtype="float64")

@@ -23,12 +23,12 @@ from mi_hops.text.tokens import encode, pad
 from tests.editing.conftest import (
     TEMPLATES,
     assert_same_bits,
-    cases,
     make_fact,
     paper,
     paper_many,
     weights,
 )
+from tests.models import cases
 
 
 def last_mean(model, texts, kind, layer, position=None):

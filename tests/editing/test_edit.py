@@ -31,7 +31,8 @@ from mi_hops.editing.baselines import GraceRepair, RomeRepair
 from mi_hops.model import dtype_of, fingerprint, forward, read_matrix
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.text.tokens import encode
-from tests.editing.conftest import assert_same_bits, break_copies, cases, weights
+from tests.editing.conftest import assert_same_bits, break_copies, weights
+from tests.models import cases
 
 TOKENS = torch.tensor([[1, 9, 30, 7, 12], [1, 4, 5, 6, 50], [1, 80, 3, 2, 8]])
 

@@ -12,8 +12,9 @@ from mi_hops.editing import Edit, WrongWeightsError, creme, creme_many, export_h
 from mi_hops.model import forward, load_model
 from mi_hops.sweep.generate import generate
 from mi_hops.worlds.hopland import Hopland
-from tests.editing.conftest import assert_same_bits, cases, weights
+from tests.editing.conftest import assert_same_bits, weights
 from tests.editing.test_edit import TOKENS, random_edit
+from tests.models import cases
 
 
 def plain_logits(folder):

@@ -35,9 +35,10 @@ from mi_hops.editing import export as export_module
 from mi_hops.editing import teaching as teaching_module
 from mi_hops.model import fingerprint, live_matrix
 from mi_hops.model import weights as weights_module
-from tests.editing.conftest import break_copies, cases
+from tests.editing.conftest import break_copies
 from tests.editing.test_edit import assert_same_edit, random_edit
 from tests.editing.test_moments import TEXTS
+from tests.models import cases
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and limited")
 FULL = OSError(errno.ENOSPC, "No space left on device")

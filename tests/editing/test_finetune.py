@@ -11,7 +11,8 @@ from mi_hops.editing.baselines.finetune import FineTuneRepair, LoraRepair, finet
 from mi_hops.editing.teaching import answer_loss, teacher_forced
 from mi_hops.model import forward, read_matrix
 from mi_hops.sweep.repair import Repair
-from tests.editing.conftest import assert_same_bits, cases, weights
+from tests.editing.conftest import assert_same_bits, weights
+from tests.models import cases
 
 
 def losses(model, facts, edits):

@@ -25,7 +25,8 @@ from mi_hops.injection import (
     split_halves,
 )
 from mi_hops.injection.controls import norm_matched, whole_words
-from mi_hops.result.result import Result, summarise_change
+from mi_hops.result.result import Result
+from mi_hops.result.statistics import summarise_change
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import Plan, target_of
 from mi_hops.sweep.scoring import score_prompts
@@ -38,11 +39,16 @@ def fact(i):
     """Prompts of three lengths, answers of one and two tokens."""
     hop = f"w3 w11 w{i}"
     return TwoHopFact(
-        id=f"f{i}", subject=f"w{i}", relation1="r", bridge=f"w{20 + i} w{21 + i}", relation2="q",
-        answer=f"w{40 + i}" + (" w50" if i % 2 else ""), first_hop=hop,
+        id=f"f{i}",
+        subject=f"w{i}",
+        relation1="r",
+        bridge=f"w{20 + i} w{21 + i}",
+        relation2="q",
+        answer=f"w{40 + i}" + (" w50" if i % 2 else ""),
+        first_hop=hop,
         prompts={"suffix": "w1 w2 " + "w9 " * (i % 3) + f"{hop} w12"},
         second_prompts={"suffix": f"w1 w2 w{20 + i} w{21 + i} w12"},
-    )  # fmt: skip
+    )
 
 
 FACTS = [fact(i) for i in range(4, 9)]
@@ -139,8 +145,12 @@ def test_a_grid_says_what_was_injected_and_round_trips(load_tiny, tmp_path):
         load_tiny(), FACTS, strengths=(1,), layers=[1], controls=Controls(words={"noun": ["w70"]})
     )
     assert grid["memory"].values.tolist() == [
-        "bridge", "random_noun", "permuted_bridge", "answer", "norm_matched"
-    ]  # fmt: skip
+        "bridge",
+        "random_noun",
+        "permuted_bridge",
+        "answer",
+        "norm_matched",
+    ]
     assert grid["text"].sel(example="f5", memory="bridge").item() == "w25 w26"
     assert set(grid["text"].sel(memory="random_noun").values.tolist()) == {"w70"}
     again = Result.load(grid.save(tmp_path / "grid.nc"))
@@ -288,14 +298,24 @@ def made_grid():
     probs = 0.1 + 0.5 * right
     dims = ("example", "memory", "encoding", "layer", "strength")
     return Result.from_arrays(
-        {"first_correct": (dims, right), "first_prob": (dims, probs), "first_logprob": (dims, np.log(probs))},
-        coords={
-            "example": ["e0", "e1", "e2", "e3"], "memory": ["bridge", "answer"],
-            "encoding": ["unembed"], "layer": [0, 1], "strength": [1.0, 2.0],
+        {
+            "first_correct": (dims, right),
+            "first_prob": (dims, probs),
+            "first_logprob": (dims, np.log(probs)),
         },
-        baselines={"first_correct_before": ("example", np.zeros(4)), "first_prob_before": ("example", np.full(4, 0.1))},
+        coords={
+            "example": ["e0", "e1", "e2", "e3"],
+            "memory": ["bridge", "answer"],
+            "encoding": ["unembed"],
+            "layer": [0, 1],
+            "strength": [1.0, 2.0],
+        },
+        baselines={
+            "first_correct_before": ("example", np.zeros(4)),
+            "first_prob_before": ("example", np.full(4, 0.1)),
+        },
         provenance={},
-    )  # fmt: skip
+    )
 
 
 def test_the_cell_is_chosen_on_the_given_half():
@@ -304,8 +324,10 @@ def test_the_cell_is_chosen_on_the_given_half():
     assert select_cell(grid, examples=["e2"]) == Cell("unembed", 0, 1.0, 1.0, 1)
     assert select_cell(grid) == Cell("unembed", 1, 2.0, 0.5, 4)
     assert select_cell(grid, memory="answer", examples=["e3"]).labels == {
-        "encoding": "unembed", "layer": 1, "strength": 2.0
-    }  # fmt: skip
+        "encoding": "unembed",
+        "layer": 1,
+        "strength": 2.0,
+    }
     with pytest.raises(ValueError, match="examples is empty"):
         select_cell(grid, examples=[])
     with pytest.raises(ValueError, match="no metric"):
@@ -334,9 +356,14 @@ def test_the_report_has_shares_intervals_and_the_papers_statistics():
 
 def test_the_report_has_rank_and_the_whole_answers_probability_where_the_grid_has(tiny):
     grid = injection_grid(
-        tiny, FACTS, layers=[2], strengths=(4,), controls=("answer",), metrics=METRICS,
+        tiny,
+        FACTS,
+        layers=[2],
+        strengths=(4,),
+        controls=("answer",),
+        metrics=METRICS,
         positions="last",
-    )  # fmt: skip
+    )
     table = cell_report(grid, select_cell(grid), n_resamples=20)
     for memory in ("bridge", "answer"):
         cell = grid.sel(memory=memory, encoding="unembed", layer=2, strength=4)

@@ -24,6 +24,7 @@ from mi_hops.sweep.generate import generate
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.scoring import logits_at
 from mi_hops.text.tokens import TokenError, encode, pad
+from tests.models import cases
 from tests.repairs import greedy_by_hand
 
 TEXT = "w1 w2 w3 w4 w5"
@@ -182,8 +183,7 @@ def test_attention_output_equals_resid_mid_and_any_heads_output(tiny):
     assert not torch.allclose(at_attn, run(tiny, TEXT), atol=1e-2)
 
 
-@pytest.mark.parametrize("backend", ["hooked", "bridge"])
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
 @pytest.mark.parametrize("head", [0, 3])
 def test_the_published_place_one_heads_result_is_the_same(load_tiny, shape, backend, head):
     model = load_tiny(shape, backend, fresh=True)
@@ -291,9 +291,15 @@ def test_generation_with_its_cache_equals_generation_without(tiny, positions):
 def test_facts_get_their_bridge_answer_or_what_a_function_says(load_tiny):
     model = load_tiny()
     fact = TwoHopFact(
-        id="f", subject="w5", relation1="r", bridge="w20", relation2="q", answer="w40",
-        first_hop="w3 w11 w5", prompts={"suffix": "w1 w3 w11 w5 w12"},
-    )  # fmt: skip
+        id="f",
+        subject="w5",
+        relation1="r",
+        bridge="w20",
+        relation2="q",
+        answer="w40",
+        first_hop="w3 w11 w5",
+        prompts={"suffix": "w1 w3 w11 w5 w12"},
+    )
     for memory, want in (
         ("bridge", "w20"),
         ("answer", "w40"),
@@ -431,23 +437,35 @@ def test_rows_that_are_not_the_prompts_padded_on_the_right_are_refused(tiny, pos
         (lambda m: encode_memories(m, ["w1"], "unbed"), "unknown encoding 'unbed'"),
         (lambda m: Encoder(pooling="max"), "unknown pooling 'max'"),
         (lambda m: MemoryInjection(3, 1.0).fit_memories(m, ["w1"]), "0..2"),
-        (lambda m: MemoryInjection(1, 1.0, encoding=Encoder(heads=[4])).fit_memories(m, ["w1"]), "0..3"),
+        (
+            lambda m: MemoryInjection(1, 1.0, encoding=Encoder(heads=[4])).fit_memories(m, ["w1"]),
+            "0..3",
+        ),
         (lambda m: MemoryInjection(1, 1.0).fit_memories(m, [[]]), "no text"),
         (lambda m: MemoryInjection([], 1.0), "one or more"),
         (lambda m: MemoryInjection([1, 2], [1.0]), "2 layers and 1 strengths"),
         (lambda m: MemoryInjection(1, 1.0, kind="z"), "cannot inject at 'z'"),
-        (lambda m: MemoryInjection(1, 1.0, kind="mlp_out", encoding=Encoder(heads=[1])), "attn_out"),
-        (lambda m: MemoryInjection([1, 2], 1.0, encoding=Encoder(heads={1: [0]})), "heads are given for layers"),
+        (
+            lambda m: MemoryInjection(1, 1.0, kind="mlp_out", encoding=Encoder(heads=[1])),
+            "attn_out",
+        ),
+        (
+            lambda m: MemoryInjection([1, 2], 1.0, encoding=Encoder(heads={1: [0]})),
+            "heads are given for layers",
+        ),
         (lambda m: restrict_to_heads(m, torch.ones(1, 3, 32), {3: [0]}), "0..2"),
         (lambda m: restrict_to_heads(m, torch.ones(1, 3, 32), {1: []}), "distinct heads"),
         (lambda m: MemoryInjection(1, 1.0, encoding="glove"), "unknown encoding"),
         (lambda m: MemoryInjection(1, 1.0, memory="subject"), "'bridge', 'answer'"),
         (lambda m: MemoryInjection(1, 1.0, absent="skip"), "'raise' or 'leave'"),
-        (lambda m: under(m, MemoryInjection(1, 1.0, positions="first hop"), TEXT, "w1"), "first hop"),
+        (
+            lambda m: under(m, MemoryInjection(1, 1.0, positions="first hop"), TEXT, "w1"),
+            "first hop",
+        ),
         (lambda m: under(m, MemoryInjection(1, 1.0, positions=9), TEXT, "w1"), "out of range"),
         (lambda m: under(m, MemoryInjection(1, 1.0, positions=[]), TEXT, "w1"), "no position"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_right_is_refused(load_tiny, call, message):
     with pytest.raises(ValueError, match=message):
         call(load_tiny())
@@ -528,9 +546,15 @@ def test_a_fact_may_get_a_vector(tiny):
     vector = torch.randn(32, generator=torch.Generator().manual_seed(2))
     repair = MemoryInjection(1, 3.0, positions="last", memory=lambda fact: vector)
     item = TwoHopFact(
-        id="f", subject="w5", relation1="r", bridge="w20", relation2="q", answer="w40",
-        first_hop="w3 w5", prompts={"suffix": TEXT},
-    )  # fmt: skip
+        id="f",
+        subject="w5",
+        relation1="r",
+        bridge="w20",
+        relation2="q",
+        answer="w40",
+        first_hop="w3 w5",
+        prompts={"suffix": TEXT},
+    )
     prompt = encode(tiny, TEXT)
     states = repair.fit(tiny, [item])
     got = run(tiny, TEXT, hooks=repair.hooks(tiny, states, Rows((prompt,), len(prompt))))

@@ -9,12 +9,12 @@ from transformer_lens import FactoredMatrix
 
 from mi_hops.lens import copying, read_head
 from mi_hops.text.tokens import TokenError
+from tests.models import models
 
-SHAPES = [("gpt2", "hooked"), ("gpt2", "bridge"), ("llama", "hooked"), ("llama", "bridge")]
 EVERY = list(range(90))
 
 
-@pytest.fixture(params=SHAPES, ids="-".join)
+@pytest.fixture(params=models("gpt2", "llama"))
 def wide(request, load_tiny):
     return load_tiny(*request.param, dtype="float64")
 

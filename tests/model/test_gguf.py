@@ -14,8 +14,8 @@ from mi_hops.editing.change import Change
 from mi_hops.editing.edit import Edit
 from mi_hops.model import fingerprint, provenance
 from mi_hops.model import gguf as reading
-from tests.conftest import BACKENDS
 from tests.gguf_files import network, write
+from tests.models import cases
 
 gguf = pytest.importorskip("gguf", reason="needs gguf (pip install 'mi-hops[real]')")
 
@@ -41,8 +41,7 @@ def backend_or_skip(backend):
     return backend
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
 def test_loads_as_the_model_it_was_made_from(shape, backend, tmp_path):
     original = network(shape)
     file = write(original, tmp_path / "made.gguf")
@@ -76,8 +75,7 @@ def test_dequantises_every_tensor_and_leaves_an_ordinary_checkpoint(tmp_path):
     assert AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
 def test_edits_are_exported_and_loaded_again(shape, backend, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,7 @@ import mi_hops
 from mi_hops.editing.change import Change
 from mi_hops.editing.edit import Edit
 from mi_hops.model import fingerprint, provenance
-from tests.conftest import BACKENDS
+from tests.models import BACKENDS
 
 PROMPT = "The capital of France is Paris. The capital of Japan is"
 

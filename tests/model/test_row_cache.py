@@ -10,8 +10,7 @@ import torch
 from mi_hops.model import forward, hooked_class
 from mi_hops.model.plain_attention import plain_attention
 from mi_hops.model.row_cache import RowCache, takes_unequal_rows
-from tests.conftest import BACKENDS
-from tests.models import SHAPES
+from tests.models import SHAPES, cases
 
 START = [1, 7, 30, 22, 5]
 TAILS = [[9, 14], [11, 3, 41, 8], [60]]
@@ -20,8 +19,7 @@ NEXT = [[12, 13], [80, 6], [71, 2]]
 
 @pytest.mark.parametrize("plain", [plain_attention, lambda model: nullcontext()])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape, backend", cases(*SHAPES))
 def test_every_row_gets_what_it_would_get_alone(load_tiny, shape, backend, dtype, plain):
     model = load_tiny(shape, backend, dtype)
     assert takes_unequal_rows(model)

@@ -15,6 +15,7 @@ from mi_hops.result.result import Result
 from mi_hops.sweep import KL, FullLogits, Limits, Pairs, Sites
 from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.text.tokens import TokenError, encode
+from tests.models import cases
 from tests.patching.loops import (
     ALL,
     ANSWERS,
@@ -47,8 +48,7 @@ def slope(model, text, kind, layer, there, here, positions, head=None, eps=1e-4,
 
 
 @pytest.mark.parametrize("kind", list(HEAD_AXIS))
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
-@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
 def test_every_kind_is_the_directional_derivative(load_tiny, kind, shape, backend):
     model = load_tiny(shape, backend, "float64")
     # The Bridge reckons parts in float32 whatever the dtype, so differences need a longer step.

@@ -7,13 +7,13 @@ import torch
 
 from mi_hops import Pairs
 from mi_hops.patching import attribute_inputs
+from tests.models import models
 
 TEXTS = ["w5 w6 w7 w8", "w9 w10 w11"]
 ASKED = Pairs(TEXTS, ["w5 w20 w7 w8", "w9 w21 w11"], answer=["w30 w31", "w32"])
-SHAPES = [("gpt2", "hooked"), ("gpt2", "bridge"), ("llama", "hooked"), ("llama", "bridge")]
 
 
-@pytest.fixture(params=SHAPES, ids="-".join)
+@pytest.fixture(params=models("gpt2", "llama"))
 def wide(request, load_tiny):
     return load_tiny(*request.param, dtype="float64")
 

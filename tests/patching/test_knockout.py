@@ -10,6 +10,7 @@ import torch
 from mi_hops.patching import back_patch, knockout
 from mi_hops.sweep import Pairs
 from mi_hops.text.tokens import encode
+from tests.models import cases
 from tests.patching.loops import ANSWERS, CLEAN, put, run, source
 
 ASKED = Pairs(CLEAN, answer=ANSWERS)
@@ -17,8 +18,7 @@ ONE = Pairs(CLEAN[0], answer="w11")
 N = 7
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
-@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
 def test_blocked_everywhere_is_an_attention_mask(load_tiny, checkpoints, shape, backend):
     from transformers import AutoModelForCausalLM
 

@@ -15,7 +15,8 @@ from mi_hops.model import forward
 from mi_hops.reasoning import fluency, generation_entropy
 from mi_hops.reasoning.generation import consistency, word_weights
 from mi_hops.text.tokens import encode
-from tests.editing.conftest import QUICK, make_fact
+from tests.editing.conftest import make_fact
+from tests.models import SHAPES, cases
 from tests.repairs import AddVector
 
 
@@ -41,7 +42,7 @@ def test_consistency_is_scikit_learns():
     assert math.isnan(consistency("nothing here", references, word_weights(references)))
 
 
-@pytest.mark.parametrize("shape, backend", QUICK)
+@pytest.mark.parametrize("shape, backend", cases(*SHAPES))
 def test_the_likeliest_token_under_a_repair_is_what_full_passes_give(load_tiny, shape, backend):
     model = load_tiny(shape, backend)
     facts = [make_fact(i) for i in range(3)]

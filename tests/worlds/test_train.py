@@ -77,8 +77,10 @@ def test_in_an_apposition_the_bridge_follows_its_description():
     appositions = [text for text in drawn if text not in plain]
     assert 140 < len(appositions) < 260
     for text in appositions:
-        assert any(f" {bridge}" in text and text.replace(f" {bridge}", "", 1) in plain
-                   for bridge in SMALL.kind_of)  # fmt: skip
+        assert any(
+            f" {bridge}" in text and text.replace(f" {bridge}", "", 1) in plain
+            for bridge in SMALL.kind_of
+        )
 
 
 def test_with_appositions_all_tokens_are_scored():
