@@ -50,6 +50,7 @@ def test_what_the_card_measured_is_what_was_asked_for(form):
         assert whole["second_unseen"] < whole["seen_parts"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["suffix", "prefix"])
 @pytest.mark.parametrize("name", APPOSED)
 def test_the_bridge_is_spelled_at_the_first_hops_end(name, form):
@@ -66,6 +67,7 @@ def test_the_bridge_is_spelled_at_the_first_hops_end(name, form):
     assert probs["seen_parts"] - probs["first_unseen"] >= 0.1
 
 
+@pytest.mark.slow
 def test_the_gap_is_where_it_was_made(bundled):
     name, _, _, gap = bundled
     splits = gap.by_split().set_index("split")
@@ -76,6 +78,7 @@ def test_the_gap_is_where_it_was_made(bundled):
     assert len(gap.failed) > 50
 
 
+@pytest.mark.slow
 def test_erasing_the_bridge_lowers_the_answer(bundled):
     """More than erasing another entity does, with an interval that excludes zero at some layer."""
     _, model, _, gap = bundled
@@ -85,6 +88,7 @@ def test_erasing_the_bridge_lowers_the_answer(bundled):
     assert (ends["upper"] < 0).any()
 
 
+@pytest.mark.slow
 def test_creme_corrects_failures(bundled):
     """First answer token, all layers, C estimated on trained facts; unrelated questions kept."""
     from mi_hops.editing import CremeRepair, second_moments

@@ -335,6 +335,7 @@ def test_train_world_writes_a_checkpoint_that_transformers_loads(tmp_path, famil
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(out))
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_what_would_run_and_writes_nothing(tmp_path):
     out = tmp_path / "out"
     options = ["study", "--sizes", "quick", "--limit", "20", "--out", str(out), "--dry-run"]

@@ -17,7 +17,7 @@ NAMES = [
     if not inspect.ismodule(getattr(mi_hops, name)) and name != "__version__"
 ]
 
-SLOW = {"evaluate", "failure_types", "run_study", "write_report"}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,9 +28,7 @@ def _models_are_loaded_once():
     mi_hops.load_model = load
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_examples_of(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # examples write files
     thing = getattr(mi_hops, name)

@@ -326,6 +326,7 @@ def test_a_step_that_was_left_out_shows_its_reason(study, tmp_path):
     assert "img" not in page.tags
 
 
+@pytest.mark.slow
 def test_text_of_models_and_facts_is_escaped(study, tmp_path):
     changed = copied(study, tmp_path / "study")
     evaluation = changed.result("editing")
@@ -506,6 +507,7 @@ def browse(chromium, path, profile, *options):
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1200, 500])
 def test_a_browser_draws_every_plot_without_errors(chromium, report, page, tmp_path, width):
@@ -527,6 +529,7 @@ def test_a_browser_draws_every_plot_without_errors(chromium, report, page, tmp_p
     assert int(needed) <= int(there), "the page is wider than the window"
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_browser_draws_a_comparison(chromium, compared, tmp_path):
     path = compared / "page.html"
@@ -536,6 +539,7 @@ def test_a_browser_draws_a_comparison(chromium, compared, tmp_path):
         assert 'class="main-svg"' in dom.split(f'id="{name}"')[1].split("data-plot=")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize(("scheme", "ink"), [(0, "rgb(227, 231, 236)"), (1, "rgb(28, 33, 40)")])
 def test_figures_take_the_readers_theme(chromium, report, tmp_path, scheme, ink):
@@ -545,6 +549,7 @@ def test_figures_take_the_readers_theme(chromium, report, tmp_path, scheme, ink)
     assert ticks and set(ticks) == {ink}
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_browser_opens_the_report_of_a_model_that_knows_nothing(chromium, ignorant, tmp_path):
     path = write_report(ignorant, tmp_path / "report.html")
@@ -553,6 +558,7 @@ def test_a_browser_opens_the_report_of_a_model_that_knows_nothing(chromium, igno
     assert dom.count('class="main-svg"') >= 1  # the hops by themselves are shown
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("fault", ["console.error('broken')", "throw new Error('broken')"])
 def test_the_browser_test_sees_errors(chromium, tmp_path, fault):
@@ -562,6 +568,7 @@ def test_the_browser_test_sees_errors(chromium, tmp_path, fault):
     assert "broken" in "".join(console)
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_browser_takes_a_picture(chromium, report, tmp_path):
     picture = tmp_path / "report.png"

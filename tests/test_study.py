@@ -99,6 +99,7 @@ def test_a_model_with_folded_weights(load_tiny, dictate, tmp_path, shape, backen
     assert f"over the {31 if shape == 'gpt2' else 32} directions" in text
 
 
+@pytest.mark.slow
 def test_facts_that_a_step_cannot_use_are_left_out_of_it(knowing, tmp_path):
     model, facts = knowing
     absent, ambiguous = {"first_hop": "w80 w81"}, {"first_hop": "w1"}
@@ -130,6 +131,7 @@ def test_facts_that_a_step_cannot_use_are_left_out_of_it(knowing, tmp_path):
     assert "left out (1: no first-hop prompt)" in text.replace("\N{NO-BREAK SPACE}", " ")
 
 
+@pytest.mark.slow
 def test_chains_stand_among_the_facts(knowing, tmp_path):
     """Every step takes them, seen from their last bridge; the report shows every single hop."""
     model, facts = knowing
@@ -147,6 +149,7 @@ def test_chains_stand_among_the_facts(knowing, tmp_path):
     assert f"{first} / {second}" in text
 
 
+@pytest.mark.slow
 def test_a_step_that_can_use_no_fact_is_left_out(knowing, tmp_path):
     model, facts = knowing
     facts = [replace(f, first_hop="w80 w81") for f in facts]
@@ -248,6 +251,7 @@ def test_a_finished_study_is_reopened(finished, monkeypatch):
     assert run(model, facts, first.folder).summary == first.summary
 
 
+@pytest.mark.slow
 def test_other_settings_are_not_overwritten(tiny, tmp_path):
     facts = tiny_facts(tiny, 4)
     out = tmp_path / "study"
@@ -259,6 +263,7 @@ def test_other_settings_are_not_overwritten(tiny, tmp_path):
     assert run(tiny, facts, out, settings={"seed": 1}, force=True).settings["seed"] == 1
 
 
+@pytest.mark.slow
 def test_other_files_are_not_overwritten(tiny, tmp_path):
     facts = tiny_facts(tiny, 4)
     (tmp_path / "thesis.txt").write_text("years of work")

@@ -146,6 +146,7 @@ def test_a_study_stopped_before_it_had_settings(run, tmp_path):
     assert not left.exists()
 
 
+@pytest.mark.slow
 def test_two_runs_into_one_folder(run, tmp_path):
     out = tmp_path / "study"
     with locked(out), pytest.raises(BlockingIOError, match="another process is running"):

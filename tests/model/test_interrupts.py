@@ -53,6 +53,7 @@ def attached(model):
     ], getattr(model, "context_level", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 def test_an_exception_at_any_line_leaves_no_hook(backend, load_tiny):
     model = load_tiny("gpt2", backend, fresh=True)

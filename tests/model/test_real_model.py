@@ -11,6 +11,8 @@ from mi_hops.editing.edit import Edit
 from mi_hops.model import fingerprint, provenance
 from tests.models import BACKENDS
 
+pytestmark = pytest.mark.slow  # a model of 135 million parameters
+
 PROMPT = "The capital of France is Paris. The capital of Japan is"
 
 
@@ -55,7 +57,6 @@ def test_digits_are_tokens_of_their_own(model):
     assert prompt.labels == ("In", " ", "1", "9", "9", "8", "  ", "4", "2")
 
 
-@pytest.mark.slow
 def test_an_edit_is_exported_and_loaded_again(model, tmp_path):
     torch.manual_seed(0)
     change = Change("W_O", 20, torch.randn(1, 576), torch.randn(1, 576) * 0.1)

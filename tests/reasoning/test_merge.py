@@ -17,7 +17,9 @@ from mi_hops.reasoning.merge import load_part
 FACTS = Hopland().sample(train=0, held_out=3)
 
 
-@pytest.fixture(scope="module", params=["hops-gpt2", "hops-llama"])
+@pytest.fixture(
+    scope="module", params=["hops-gpt2", pytest.param("hops-llama", marks=pytest.mark.slow)]
+)
 def model(request):
     return load_model(request.param)
 

@@ -20,6 +20,7 @@ def choice(worded):
     return choose_wordings(load_model("hops-gpt2"), worded, per_relation=5)
 
 
+@pytest.mark.slow
 def test_the_trained_wording_is_chosen(choice, worded):
     chosen = choice.wordings
     right = sum(
@@ -32,6 +33,7 @@ def test_the_trained_wording_is_chosen(choice, worded):
     assert choice.shots == 0
 
 
+@pytest.mark.slow
 def test_what_is_chosen_is_data(choice, tmp_path):
     choice.save(tmp_path / "wordings.nc")
     again = WordingChoice.load(tmp_path / "wordings.nc")
@@ -40,6 +42,7 @@ def test_what_is_chosen_is_data(choice, tmp_path):
     assert again["answer"].identical(choice["answer"])
 
 
+@pytest.mark.slow
 def test_only_facts_that_were_not_chosen_on_are_asked(choice, worded):
     asked, left_out = choice.apply(worded)
     assert {fact.id for fact in asked} | {who for who, _ in left_out} == {

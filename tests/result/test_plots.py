@@ -324,6 +324,7 @@ def test_the_colour_bars_title_stands_above_its_ticks(grid):
     assert all(len(line) <= 18 for line in title.text.split("<br>"))
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_figures_become_pictures(grid, tmp_path):
     pytest.importorskip("kaleido")

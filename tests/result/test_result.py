@@ -280,6 +280,7 @@ CELLS = {
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
+@pytest.mark.slow
 def test_anything_round_trips(tmp_path, data):
     sizes = {
         dim: data.draw(st.integers(0, 3), label=dim) for dim in ("example", "layer", "kind of x")

@@ -104,6 +104,7 @@ def test_equals_one_forward_per_cell(tiny):
     assert torch.allclose(out.base, plain, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_scaled_rope_and_tied_embeddings(load_tiny):
     for backend in ("bridge", "hooked"):
         model = load_tiny("llama32", backend)
@@ -114,6 +115,7 @@ def test_scaled_rope_and_tied_embeddings(load_tiny):
         assert torch.allclose(out.rows, loop(model, prompts, items, scored), atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_float64_on_hooked(load_tiny):
     for shape in ("gpt2", "llama"):
         model = load_tiny(shape, "hooked", "float64")

@@ -59,8 +59,8 @@ MANY = [f"{LEAD} w{i} {'w4 ' * (i % 4)}w{i + 1}" for i in range(20, 32)] + [
 ]
 
 
-@pytest.mark.parametrize("pass_cost", [0, 3, 64])
-@pytest.mark.parametrize("batch_size", [3, 64])
+@pytest.mark.parametrize("pass_cost", [0, pytest.param(3, marks=pytest.mark.slow), 64])
+@pytest.mark.parametrize("batch_size", [3, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_common_lead_and_unequal_lengths_change_nothing(tiny, batch_size, pass_cost, monkeypatch):
     monkeypatch.setitem(module._PASS_COST, "cpu", pass_cost)
     found = generate(tiny, MANY, max_new_tokens=6, batch_size=batch_size, stop=())

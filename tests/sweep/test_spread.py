@@ -29,7 +29,9 @@ FACTS = Hopland().sample(train=2, held_out=9)
 SMALL = Limits(batch_size=3)
 
 
-@pytest.fixture(scope="module", params=["hops-gpt2", "hops-llama"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("hops-gpt2", marks=pytest.mark.slow), "hops-llama"]
+)
 def model(request):
     return load_model(request.param)
 
@@ -131,6 +133,7 @@ def test_the_same_to_the_last_bit(model, name):
     assert same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["find_gap", "erasure", "patch"])
 def test_on_the_bridge_as_well(bridge, name):
     expected = WORK[name](bridge)

@@ -15,6 +15,7 @@ def world():
     return Hopland()
 
 
+@pytest.mark.slow
 def test_the_seed_decides_everything(world):
     again, other = Hopland(), Hopland(seed=1)
     assert again.facts == world.facts
@@ -23,6 +24,7 @@ def test_the_seed_decides_everything(world):
     assert other.facts != world.facts
 
 
+@pytest.mark.slow
 def test_chains_are_true_and_never_degenerate(world):
     for fact in world.two_hop_facts():
         assert world.facts[fact.subject, fact.relation1].object == fact.bridge
@@ -76,6 +78,7 @@ def test_prompts(world):
             assert fact.subject in fact.first_prompts[form]
 
 
+@pytest.mark.slow
 def test_sample_brings_whole_first_hops(world):
     facts = world.sample(train=50, held_out=100)
     assert facts == world.sample(train=50, held_out=100)

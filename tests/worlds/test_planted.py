@@ -76,7 +76,16 @@ def share(hits):
     return sum(counted) / len(counted)
 
 
-@pytest.fixture(scope="module", params=planted_models())
+#: One model of each kind is quick.
+_QUICK = ("planted-serial-1", "planted-decoy-0", "planted-hidden-0")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        n if n in _QUICK else pytest.param(n, marks=pytest.mark.slow) for n in planted_models()
+    ],
+)
 def planted(request):
     return request.param, mi_hops.load_model(request.param, device="cpu")
 
@@ -151,6 +160,7 @@ def test_the_bridge_reads_where_it_is_written_and_nowhere_else(planted):
                     assert first <= 0.25
 
 
+@pytest.mark.slow
 def test_a_probe_reads_the_hidden_code():
     pytest.importorskip("sklearn")
     facts = planted_facts("planted-hidden-0", "train", limit=900)
@@ -182,6 +192,7 @@ def test_a_world_that_is_too_small():
         mi_hops.Hopland(**{**sizes, "countries": 6}, one_word=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["planted-serial-0", "planted-decoy-1"])
 def test_a_stopped_training_goes_on_to_the_same_weights(name, tmp_path):
     plan = plan_of(name, steps=6, batch=16, singles=8)

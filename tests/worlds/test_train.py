@@ -23,7 +23,7 @@ RECIPE = Recipe(
 )
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=[pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def trained(request):
     return request.param, *train(SMALL, request.param, RECIPE, progress=False, log_every=5)
 
@@ -40,6 +40,7 @@ def test_tokenizer_gives_every_text_back(family):
                 assert tokenizer.decode(ids).strip() == text
 
 
+@pytest.mark.slow
 def test_batches_score_answers_and_their_end_only():
     tokenizer = build_tokenizer(SMALL, "gpt2")
     sampler = Sampler(SMALL, tokenizer, RECIPE)
@@ -59,6 +60,7 @@ def test_batches_score_answers_and_their_end_only():
     assert totals == {seen}
 
 
+@pytest.mark.slow
 def test_batches_hold_the_shares_asked_for():
     tokenizer = build_tokenizer(SMALL, "gpt2")
     recipe = replace(RECIPE, batch_size=2000, texts=Texts(1.0, (0.0, 1.0, 0.0), context=0.0))
@@ -67,6 +69,7 @@ def test_batches_hold_the_shares_asked_for():
     assert {tuple(t) for t, _ in sampler.draw()} <= prefix
 
 
+@pytest.mark.slow
 def test_in_an_apposition_the_bridge_follows_its_description():
     tokenizer = build_tokenizer(SMALL, "llama")
     recipe = replace(RECIPE, batch_size=400, texts=Texts(1.0, context=0.0, apposed=0.5))
@@ -83,6 +86,7 @@ def test_in_an_apposition_the_bridge_follows_its_description():
         )
 
 
+@pytest.mark.slow
 def test_with_appositions_all_tokens_are_scored():
     tokenizer = build_tokenizer(SMALL, "gpt2")
     sampler = Sampler(SMALL, tokenizer, replace(RECIPE, texts=Texts(apposed=0.5)))
@@ -93,6 +97,7 @@ def test_with_appositions_all_tokens_are_scored():
         assert set(firsts) <= set(where.tolist())  # BOS's successor, in every row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_recipe_may_go_on_from_a_bundled_model(family):
     from transformers import AutoModelForCausalLM
@@ -117,6 +122,7 @@ def test_the_loss_falls(trained):
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
 
 
+@pytest.mark.slow
 def test_training_repeats_itself():
     short = replace(RECIPE, steps=3)
     first, second = (train(SMALL, "gpt2", short, progress=False)[0] for _ in range(2))
