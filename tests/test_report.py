@@ -357,6 +357,7 @@ def test_it_needs_no_network(report, page):
     assert report.stat().st_size < 2_000_000
 
 
+@pytest.mark.slow
 def test_the_same_study_gives_the_same_file(study, report, tmp_path):
     again = write_report(Study.open(study.folder), tmp_path / "again.html")
     assert again.read_bytes() == report.read_bytes()
@@ -393,6 +394,7 @@ def compared(study, ignorant, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_comparison_shows_both_studies(study, compared):
     page = Page((compared / "same.html").read_text(encoding="utf-8"))
     assert [i for i in page.ids if i in SECTIONS] == list(SECTIONS)
@@ -411,6 +413,7 @@ def test_a_comparison_shows_both_studies(study, compared):
         np.testing.assert_array_equal(drawn["one"], drawn["other"])
 
 
+@pytest.mark.slow
 def test_a_comparison_says_what_one_study_lacks(study, ignorant, compared):
     text = (compared / "page.html").read_text(encoding="utf-8")
     page = Page(text)

@@ -33,7 +33,7 @@ ALONE = changed(ONE, corrupted=None)
 
 
 @pytest.mark.parametrize("kind", [k for k, axis in HEAD_AXIS.items() if axis is None])
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("direction", ["denoise", pytest.param("noise", marks=pytest.mark.slow)])
 def test_layer_by_position_equals_the_loop(tiny, kind, direction):
     result = patch(tiny, ALL, kind, direction=direction)
     assert result["effect"].dims == ("example", "layer", "position")

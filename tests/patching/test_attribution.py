@@ -71,6 +71,7 @@ def test_every_kind_is_the_directional_derivative(load_tiny, kind, shape, backen
         assert np.allclose(found["effect"][i] * gap, found["change"][i], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_both_classes_agree(load_tiny):
     """The Bridge's gradients, hook_resid_mid and reshaped heads included, are the true ones."""
     for shape in ("gpt2", "llama"):
@@ -215,7 +216,9 @@ def test_passes(tiny):
     }
 
 
-@pytest.mark.parametrize("method", ["gradient", "integrated", "atp+qkfix"])
+@pytest.mark.parametrize(
+    "method", ["gradient", pytest.param("integrated", marks=pytest.mark.slow), "atp+qkfix"]
+)
 @pytest.mark.parametrize("kind", list(HEAD_AXIS))
 def test_cells_are_products_summed_over_their_part(load_tiny, method, kind):
     """Spans, heads and neurons of every size add up: one token at a time is the finest sum."""
@@ -254,6 +257,7 @@ def test_third_source(load_tiny):
     assert float(path["completeness_error"][1]) < 1e-2
 
 
+@pytest.mark.slow
 def test_integrated_gradients_are_complete(load_tiny):
     model = load_tiny("gpt2", "hooked", "float64")
     errors = {}

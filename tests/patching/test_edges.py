@@ -151,6 +151,7 @@ def test_no_batch_changes_an_estimate(tiny):
     assert np.allclose(part.sel(sender="ATTN0"), heads, atol=5e-5, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_pairs_of_unequal_lengths_share_passes(tiny):
     short, long = "w1 w7 w8", "w1 w7 w8 w9 w30 w31 w5 w6"
     pairs = Pairs(
@@ -175,6 +176,7 @@ def test_both_classes_agree(load_tiny):
             assert np.allclose(*found, atol=3e-4, equal_nan=True), shape
 
 
+@pytest.mark.slow
 def test_estimates_rank_like_exact_paths(tiny):
     """On any class: estimates of paths to the logits order as the exact ones do."""
     from scipy.stats import spearmanr
@@ -220,6 +222,7 @@ def test_divergence_from_the_base_itself_has_no_slope(load_tiny):
     assert path.rank_correlation > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 def test_half_precision_models_score_in_float32(load_tiny, backend):
     narrow, wide = (load_tiny("llama", backend, dtype) for dtype in ("bfloat16", "float32"))

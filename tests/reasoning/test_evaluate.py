@@ -133,6 +133,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiny", MODELS, indirect=True, ids="-".join)
 def test_rows_are_those_of_one_by_one_and_of_any_batch_size(tiny, sets):
     repair = AddVector(later=True)
@@ -316,6 +317,7 @@ def test_cells_are_small(scored, sets):
         assert "<table>" in shown._repr_html_() and len(shown._repr_html_()) < 4000
 
 
+@pytest.mark.slow
 def test_the_figure_shows_before_and_after(scored):
     figure = scored.plot("first_correct", sets=["correction", "specificity"], n_resamples=50)
     assert [bar.name for bar in figure.data] == ["unrepaired", "say", "none"]
@@ -335,6 +337,7 @@ def test_without_generation_only_the_texts_are_missing(load_tiny, sets, scored):
     assert set(scored.frame.columns) - set(frame.columns) == gone | logprob
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_half_precision_is_scored_in_float32(load_tiny, sets, shape):
     model = load_tiny(shape, "bridge", "bfloat16")

@@ -143,6 +143,7 @@ def test_nothing_repeats_the_correction_prompt(built):
         QuerySets((*sets.queries, leak), sets.cases)
 
 
+@pytest.mark.slow
 def test_no_case_is_asked_what_another_case_was_repaired_on(world):
     """Cases that share first hops, and that the model is said to answer: what could be drawn."""
     pool = world.two_hop_facts("first_unseen", "second_unseen")
