@@ -97,7 +97,7 @@ def test_equals_one_forward_per_cell(tiny):
     expected = loop(tiny, prompts, items, scored)
     for limits in (Limits(), Limits(reuse_prefix=False), Limits(max_rows=7)):
         out = fan_out(tiny, prompts, items, scored=scored, limits=limits)
-        assert torch.allclose(out.rows, expected, atol=1e-5, rtol=0), options
+        assert torch.allclose(out.rows, expected, atol=1e-5, rtol=0), limits
     plain = torch.stack(
         [forward(tiny, torch.tensor([p]))[0, s] for p, s in zip(PROMPTS, scored, strict=True)]
     )
@@ -234,7 +234,7 @@ def test_a_change_may_use_what_another_base_shows(tiny):
     for limits in (Limits(), Limits(max_rows=2), Limits(reuse_prefix=False)):
         found = fan_out(tiny, prompts, lazy, observe=kept, limits=limits)
         expected = fan_out(tiny, prompts, plain, limits=limits)
-        assert torch.allclose(found.rows, expected.rows, atol=1e-5), options
+        assert torch.allclose(found.rows, expected.rows, atol=1e-5), limits
 
 
 @pytest.mark.parametrize(("kind", "attended", "fed"), [("attn_out", 2, 3), ("mlp_out", 2, 2)])
