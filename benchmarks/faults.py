@@ -384,27 +384,27 @@ def page() -> str:
     """What was counted so far."""
     found = kept(PAGE)
     text = (
-        "A study is small here (a bundled model, 16 facts, a few questions a step, "
-        f"{found['study']['seconds']:.1f} s), runs in a process of its own, and writes what is finished "
-        f"every {WRITE_EVERY} s, where a user's writes every {keep_module.WRITE_EVERY:g} s, so that "
-        "many faults meet a write. After the fault it is run again, and everything it says (arrays, "
-        "choices, summary, provenance) is compared bit for bit with an undisturbed run. *Survived*: "
-        "equal. *Refused*: an error of one sentence that names the file. *Lost*: anything else.\n\n"
+        "Each trial is a small study (a bundled model, 16 facts, a few questions per step, "
+        f"{found['study']['seconds']:.1f} s) in a process of its own. It saves finished work every "
+        f"{WRITE_EVERY} s instead of every {keep_module.WRITE_EVERY:g} s, so that many faults hit a "
+        "write. After the fault the study is run again, and all of its output (arrays, choices, "
+        "summary, provenance) is compared bit for bit with an undisturbed run. *Survived*: equal. "
+        "*Refused*: a one-sentence error that names the file. *Lost*: anything else.\n\n"
     )
     columns = ("fault", "tried", "survived", "refused", "lost")
     faults = {**found.get("faults", {})}
     text += table(columns, [[name, *(row[c] for c in columns[1:])] for name, row in faults.items()])
     text += (
-        "\n\n## Interrupts inside functions\n\nAn exception at a random moment. Compared before and "
-        "after: weights bit for bit and where they lie, hooks, training flags, gradients, grad mode, "
-        "the generators of torch, numpy and Python.\n\n"
+        "\n\n## Interrupts inside functions\n\nAn exception is raised at a random moment. Compared "
+        "before and after: the weights bit for bit and their storage, hooks, training flags, gradients, "
+        "grad mode, and the random generators of torch, numpy and Python.\n\n"
     )
     hit = found.get("interrupts", {})
-    text += table(("function", "interrupted", "not as before"), [[k, *v] for k, v in hit.items()])
+    text += table(("function", "interrupted", "changed"), [[k, *v] for k, v in hit.items()])
     if any(changed for _, changed in hit.values()):
         text += (
-            "\n\nWhat was not as before were forward hooks left on the model, probably where the "
-            "exception met the attaching or removing of hooks itself. All else was as before."
+            "\n\nEach difference was a forward hook left on the model, probably because the exception "
+            "hit while hooks were being attached or removed. Everything else was unchanged."
         )
     if "fuzzing" in found:
         columns = ("tried", "read", "refused", "lost")
