@@ -243,7 +243,7 @@ def _injected() -> Any:
 
 HEAD = """# Gallery
 
-The kinds of figure that the package draws, in the theme of this page. All are plotly figures: `.show()` them, change them
+The kinds of figure that the package draws, in this page's theme. All are plotly figures: `.show()` them, modify them
 with `update_layout`, or write them to a file:
 
 ```python
@@ -256,11 +256,11 @@ figure.write_html("gap.html", include_plotlyjs=True)
 ```
 
 `figure.write_image("gap.png")` (or `.svg`, `.pdf`) needs the extra `export` and a Chrome or Chromium on the machine
-(`BROWSER_PATH` names one that is not found by itself). The look is that of `plotly.io.templates.default`; no figure
-sets ink or background of its own, so set it once: `plotly.io.templates.default = "plotly_dark"`.
+(`BROWSER_PATH` names one that is not found by itself). Figures follow `plotly.io.templates.default` and set no text or
+background colour of their own, so set it once: `plotly.io.templates.default = "plotly_dark"`.
 
-The pictures are of the bundled model on a few facts each: they show what figures look like, not what is found.
-`tools/gallery.py` makes this page.
+The examples use a bundled model and a few facts each: they show what figures look like, not findings.
+`tools/gallery.py` generates this page.
 """
 
 
