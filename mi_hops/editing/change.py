@@ -122,7 +122,7 @@ class Change:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The factors there are, by name."""
+        """The factors, by name."""
         return {"right": self.right} | ({} if self.left is None else {"left": self.left})
 
     def delta(self) -> Float[Tensor, "d_in d_out"]:
@@ -136,7 +136,7 @@ class Change:
         return x @ self.right if self.left is None else (x @ self.left.T) @ self.right
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Change:
-        """The same change with its factors elsewhere; itself where nothing moves."""
+        """The same change with its factors moved or cast; itself if nothing changes."""
         right = self.right.to(device, dtype or self.right.dtype)
         if right is self.right:
             return self
@@ -144,7 +144,7 @@ class Change:
         return Change(self.matrix, self.layer, left, right)
 
     def check_fits(self, model: HookedModel) -> None:
-        """Refuse a model whose matrix has another shape.
+        """Refuse a model whose matrix has a different shape.
 
         Raises:
             ValueError: with both shapes.

@@ -70,7 +70,7 @@ def creme(
     layers: Layers | None = None,
     **settings: Any,
 ) -> Edit | list[Edit]:
-    """The CREME edit of a two-hop fact, from one forward pass; the model is left as it is.
+    """The CREME edit of a two-hop fact, from one forward pass; the model is left unchanged.
 
     By default the attention outputs of the last third of the blocks are edited, at strength 0.7:
     what was measured best on the bundled models. C is the identity unless second moments of the
@@ -113,7 +113,7 @@ def creme_many(
     progress: bool = False,
     **settings: Any,
 ) -> list[Edit]:
-    """CREME edits of many facts, each on its own, many in one pass; the model is left as it is.
+    """CREME edits of many facts, one edit per fact, many per pass; the model is left unchanged.
 
     Args:
         asked: facts, or requests.
@@ -169,7 +169,7 @@ def creme_many(
 
 
 class CremeRepair(EditorRepair):
-    """CREME as a repair for `evaluate`: one edit per fact, put on its rows by hooks.
+    """CREME as a repair for `evaluate`: one edit per fact, applied to its rows with hooks.
 
     Args:
         layers: blocks to edit, or block -> heads; default the last third.

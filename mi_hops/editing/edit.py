@@ -31,16 +31,16 @@ _KEY = "mi_hops_edit"
 
 
 class WrongWeightsError(ValueError):
-    """An edit meets weights that it was not made for."""
+    """The weights are not those that the edit was made for."""
 
 
 class AppliedError(ValueError):
-    """An edit is applied twice, or undone although it is not the last one applied."""
+    """An edit is already applied, or cannot be undone because it is not the last one applied."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Edit:
-    """A change of a model's weights that has not happened yet.
+    """A change of a model's weights, to be applied, saved, stacked or exported.
 
     Attributes:
         method: what made it, e.g. ``"creme"``.
@@ -165,7 +165,7 @@ class Edit:
             raise
 
     def undo(self, model: HookedModel, *, force: bool = False) -> None:
-        """Put the replaced weights back, bit for bit.
+        """Restore the original weights, bit for bit.
 
         Once begun it is carried through, even where it is interrupted (and then raises that).
 
@@ -197,7 +197,7 @@ class Edit:
 
     @contextmanager
     def applied(self, model: HookedModel, *, check: bool = True) -> Iterator[Edit]:
-        """The edit applied for the length of a ``with`` block.
+        """Apply the edit within a ``with`` block.
 
         On leaving, the weights are those from before, bit for bit, whatever happened inside: edits
         that were applied inside and are still there are undone as well.
@@ -284,7 +284,7 @@ class Edit:
 
 
 def stack(edits: Sequence[Edit], *, check: bool = True) -> Edit:
-    """Edits of the same weights as one edit: the sum of their changes, cast only once.
+    """Combine edits of the same weights into one: the sum of their changes, cast only once.
 
     Applied one after the other they would be rounded to the weights' dtype each time.
 
@@ -334,12 +334,12 @@ _STACKS: WeakKeyDictionary[HookedModel, list[_Applied]] = WeakKeyDictionary()
 
 
 def applied_edits(model: HookedModel) -> tuple[Edit, ...]:
-    """The edits applied to a model's weights, first applied first."""
+    """The edits applied to a model's weights, in order of application."""
     return tuple(each.edit for each in _STACKS.get(model, ()))
 
 
 def describe(model: HookedModel, start: int = 0) -> str:
-    """The applied edits from the `start`-th on, one per line, first applied first."""
+    """The applied edits from the `start`-th on, one per line, in order of application."""
     lines = [f"{i}: {edit}" for i, edit in enumerate(applied_edits(model))]
     return "\n".join(lines[start:]) or "none"
 

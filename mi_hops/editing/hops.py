@@ -16,7 +16,7 @@ from mi_hops.sweep.repair import Repair, Rows
 
 
 def hop_requests(edits: HopEdit | Iterable[HopEdit], form: str | None = None) -> list[Request]:
-    """Requests that teach the edited single facts their new objects, to be met in one model.
+    """Requests that teach the edited single facts their new objects, all in one model.
 
     One per edited single fact: an edit of both hops gives two, and what several edits share is
     asked for once. All editors that teach an answer take them (`rome_many`, `memit`, ...).
@@ -144,7 +144,7 @@ class HopRepair:
 
 
 class OnTop:
-    """Two repairs by edits, one on top of the other: both act, the upper made on what the lower left.
+    """Two editors stacked: the second edits the model as the first one left it, and both act.
 
     With a `HopRepair` below and `CremeRepair` above: a single fact is edited, then the two-hop
     question is made to go through it.

@@ -46,7 +46,7 @@ def creme_joint(
     progress: bool = False,
     **settings: Any,
 ) -> Edit:
-    """One edit for many facts, their keys solved together; the model is left as it is.
+    """One edit for many facts, solved jointly; the model is left unchanged.
 
     Takes one pass over all prompts for each layer, in batches, so memory does not grow with the
     number of facts but for their keys and changes.
@@ -150,7 +150,7 @@ def creme_sequential(
     progress: bool = False,
     **settings: Any,
 ) -> list[Edit]:
-    """CREME edits made one after the other, each on the model as edited so far.
+    """CREME edits in sequence, each made on the model as edited so far.
 
     The model is left as it is. To have the first n applied, apply the first n in order; to have
     them as one edit, ``stack(edits[:n], check=False)``.

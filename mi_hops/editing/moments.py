@@ -56,7 +56,7 @@ _ROUNDING = 1e-6  # of activations in float32
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Moments:
-    """Second moments of a matrix's input, and how much they are shrunk when used.
+    """Second moments of a matrix's input, with their shrinkage.
 
     Attributes:
         matrix: whose input, ``"W_O"`` (z) or ``"W_out"``.
@@ -118,15 +118,15 @@ class Moments:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers there are moments of, ascending."""
+        """Layers with moments, ascending."""
         return tuple(sorted(self.second))
 
     def with_shrinkage(self, shrinkage: Shrinkage) -> Moments:
-        """The same moments, shrunk otherwise."""
+        """The same moments with a different shrinkage."""
         return replace(self, shrinkage=shrinkage)
 
     def with_null_space(self, threshold: float | None) -> Moments:
-        """The same moments, edits made with them being held to the null space of C.
+        """The same moments, restricting edits made with them to the null space of C.
 
         A direction belongs to it whose eigenvalue of C (not shrunk) is at most `threshold` times the
         mean eigenvalue. An input within the others is mapped as before, whatever the edit; all inputs
@@ -315,7 +315,7 @@ def second_moments(
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> Moments:
-    """Second moments of a matrix's input over a text, all layers in one pass over it.
+    """Second moments of a matrix's input over a corpus, all layers in one pass.
 
     Sums are made in float32, or the model's dtype if wider, batch by batch, and added up in
     float64. Only real tokens count, never padding.

@@ -34,7 +34,7 @@ PAPER: dict[str, Any] = {"match": "attention", "cover": "first", "keep": None, "
 
 @dataclass(frozen=True, kw_only=True)
 class CremeSettings:
-    """How CREME edits are made, layers aside.
+    """Settings of CREME edits, apart from the layers.
 
     The defaults are those measured best on the bundled models. `PAPER` holds the published code's
     settings where these depart from them, to be used with ``covariance=None``:

@@ -20,7 +20,7 @@ Keep = Literal["hops"] | Callable[[TwoHopFact], Sequence[str]] | None
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Request:
-    """A two-hop prompt, and the second-hop prompt whose computation it is to take over.
+    """A two-hop prompt, and the second-hop prompt whose computation it should copy.
 
     Editors that teach an answer need neither second-hop prompt nor bridge: with both left empty, a
     request is one prompt, its subject (``first_hop``) and its target.
@@ -190,7 +190,7 @@ class Request:
         return cls(two_hop_prompt=prompt, target=single.object, first_hop=single.named, id=id)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types; what is empty is left out."""
+        """Plain types; empty fields are left out."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v}
 
 

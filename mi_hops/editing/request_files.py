@@ -35,7 +35,7 @@ _NQ = "nq question: "
 
 @dataclass(frozen=True, repr=False)
 class Requests(Sequence[Request]):
-    """The requests of one file, in its order, and what had to be done to get them.
+    """The requests of one file, in order, with a record of dropped and repaired rows.
 
     Attributes:
         requests: those that can be used.
@@ -81,7 +81,7 @@ def load_requests(
     target: Literal["new", "true"] = "new",
     on_error: OnError = "raise",
 ) -> Requests:
-    """The edits that a CounterFact or a zsRE file asks for.
+    """Load the edits requested by a CounterFact or zsRE file.
 
     Read of a record of CounterFact: ``requested_rewrite`` (``prompt`` with ``{}``, ``subject``,
     ``target_new``, ``target_true``) and, where they are there, ``neighborhood_prompts`` and

@@ -30,7 +30,7 @@ _BATCHED_RANK = 8
 def edit_hooks(
     model: HookedModel, edits: Sequence[RowEdit], *, check: bool = False
 ) -> list[tuple[Any, Any]]:
-    """Hooks for a forward pass whose row r is under ``edits[r]``.
+    """Hooks for a forward pass that applies ``edits[r]`` to row r.
 
     Equal to the weight form up to rounding; sums are made in the wider dtype of factors (float32
     at least) and model. Rows without an edit pass through bit for bit. TransformerLens takes the
@@ -147,7 +147,7 @@ def _batched(
 
 
 class EditorRepair:
-    """An editor as a `mi_hops.sweep.repair.Repair`: one edit per fact, put on its rows by hooks.
+    """An editor as a `mi_hops.sweep.repair.Repair`: one edit per fact, applied to its rows with hooks.
 
     Args:
         editor: makes the edits: ``editor(model, facts, **options)``, one per fact.
@@ -188,7 +188,7 @@ class EditorRepair:
 
 
 class EditRepair(EditorRepair):
-    """Edits made before, as a repair.
+    """Existing edits as a repair.
 
     Args:
         edits: one edit for every fact, or fact id -> the edit(s) of its rows; facts that are not

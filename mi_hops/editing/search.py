@@ -47,7 +47,7 @@ from mi_hops.text.tokens import encode, pad
 
 @dataclass(frozen=True, kw_only=True)
 class JointSearch:
-    """How the changes are searched for.
+    """Settings of the search.
 
     Attributes:
         form: of the prompts edited (facts only); default the first a fact has of both hops.
@@ -91,7 +91,7 @@ def creme_search(
     progress: bool = False,
     **search: object,
 ) -> Edit:
-    """One edit for many facts, the W_O of all layers searched for together; the model is left as it is.
+    """One edit for many facts, optimising W_O at all layers jointly; the model is left unchanged.
 
     Args:
         asked: facts, or requests; the answer, where there is one, is covered as a whole.

@@ -191,7 +191,7 @@ class TwoHopFact:
         return f"TwoHopFact({shorten(self.id, 60)!r}: {chain}; {', '.join(self.prompts)})"
 
     def prompt(self, form: str | None = None) -> str:
-        """The two-hop prompt of `form`, by default the first one there is."""
+        """The two-hop prompt of `form` (default: the fact's first form)."""
         return _pick(self, self.prompts, form, "two-hop")
 
     def first_prompt(self, form: str | None = None) -> str:
@@ -204,7 +204,7 @@ class TwoHopFact:
 
     @property
     def hops(self) -> tuple[Hop, ...]:
-        """All single hops, the first one first."""
+        """All single hops, in order."""
         if self.chain:
             return self.chain
         named = self.meta.get("in_text", {})
@@ -228,22 +228,22 @@ class TwoHopFact:
 
     @property
     def n_hops(self) -> int:
-        """How many hops there are."""
+        """Number of hops."""
         return len(self.chain) or 2
 
     @property
     def bridges(self) -> tuple[str, ...]:
-        """All entities between subject and answer; of two hops one, `bridge`."""
+        """All entities between subject and answer; for two hops, only `bridge`."""
         return tuple(hop.object for hop in self.chain[:-1]) or (self.bridge,)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Subject, bridges and answer: one more than there are hops."""
+        """Subject, bridges and answer: one more than the number of hops."""
         return (self.subject, *self.bridges, self.answer)
 
     @property
     def at_bridge(self) -> int:
-        """The number of the bridge that the fact is seen from."""
+        """Number of the bridge that the fact is seen from."""
         return 1 + self.bridges.index(self.bridge)
 
     def at(self, bridge: int) -> TwoHopFact:
@@ -255,7 +255,7 @@ class TwoHopFact:
         return self._made(self.hops, self.prompts, at=bridge)
 
     def part(self, first: int, last: int) -> TwoHopFact:
-        """The shorter chain of its hops `first` to `last`, counted from 1, as a fact of its own.
+        """Hops `first` to `last`, counted from 1, as a shorter fact.
 
         Paraphrases and meta stay behind; the id says which hops.
 
@@ -293,7 +293,7 @@ class TwoHopFact:
         )
 
     def with_wording(self, *wordings: Wording) -> TwoHopFact:
-        """The same fact in other words: all prompts and the descriptions of bridges are rebuilt.
+        """The same fact reworded: all prompts and the descriptions of bridges are rebuilt.
 
         Args:
             wordings: how each relation is worded, the first hop's first.
@@ -315,7 +315,7 @@ class TwoHopFact:
         return self._made(*worded(self.hops, wordings, subject), at=self.at_bridge)
 
     def with_prompts(self, change: Callable[[str, str], str]) -> TwoHopFact:
-        """The same fact with every prompt changed, those of its single hops too.
+        """The same fact with every prompt changed, including those of its single hops.
 
         Args:
             change: the new prompt, of a form and the prompt as it is.

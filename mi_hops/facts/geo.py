@@ -133,7 +133,7 @@ def load_geo(path: str | Path | None = None, *, on_error: OnError = "raise") -> 
 
 
 def load_chains(path: str | Path | None = None, *, on_error: OnError = "raise") -> Facts:
-    """The chains of three hops of the bundled file, or of another in its format.
+    """The three-hop chains of the bundled file, or of another file in its format.
 
     Landmark or airport, city, country, and what is asked of the country; in the default wording and
     with the splits of `load_geo`.

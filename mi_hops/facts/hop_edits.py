@@ -22,7 +22,7 @@ HOPS: tuple[WhichHop, ...] = ("first", "second")
 
 @dataclass(frozen=True, kw_only=True)
 class SingleFact:
-    """One hop by itself.
+    """A single hop as a fact.
 
     Attributes:
         subject, relation, object: what it says.
@@ -40,16 +40,16 @@ class SingleFact:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Subject (without regard to case and accents) and relation: what has one object."""
+        """Subject (ignoring case and accents) and relation, which together have one object."""
         return plain(self.subject), self.relation
 
     def says(self, *names: str) -> bool:
-        """Whether one of the names is the object, or another spelling of it."""
+        """Whether one of the names is the object or an alias of it."""
         return bool({plain(n) for n in names} & {plain(n) for n in (self.object, *self.aliases)})
 
 
 def single_fact(fact: TwoHopFact, hop: WhichHop) -> SingleFact:
-    """One hop of a fact by itself.
+    """One hop of a fact as a single fact.
 
     Raises:
         ValueError: another hop than ``"first"`` or ``"second"``.
@@ -78,7 +78,7 @@ def single_fact(fact: TwoHopFact, hop: WhichHop) -> SingleFact:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class HopEdit:
-    """A two-hop fact before and after single facts of it are given new objects.
+    """A two-hop fact before and after some of its hops get new objects.
 
     Attributes:
         before: the chain as the model was taught it.
@@ -166,7 +166,7 @@ class HopEdit:
         answer: str = "",
         aliases: Sequence[str] = (),
     ) -> HopEdit:
-        """One hop of a fact given an object of one's own.
+        """Edit one hop of a fact to an object of your choice.
 
         The prompts of the second hop then name the new bridge in place of the old one.
 
@@ -214,7 +214,7 @@ def hop_edits(
     pool: Sequence[TwoHopFact] | None = None,
     seed: int = 0,
 ) -> tuple[list[HopEdit], list[tuple[str, str]]]:
-    """New objects for one hop of each fact, taken from other facts; and (id, reason) without one.
+    """Edits of one hop per fact, with objects of other facts; and (id, reason) for facts without.
 
     The new object is one that the same relation has in another fact of the pool. Of a new bridge the
     pool must also tell the second relation, so that the new chain's answer is known; for the second

@@ -44,11 +44,11 @@ class Hop:
 
     @property
     def text(self) -> str:
-        """The object as running text names it."""
+        """The object as written in running text."""
         return self.in_text or self.object
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types; what is empty is left out."""
+        """Plain types; empty fields are left out."""
         plain = {**vars(self), "prompts": dict(self.prompts), "aliases": list(self.aliases)}
         return {name: value for name, value in plain.items() if value}
 

@@ -31,7 +31,7 @@ _EVIDENCES = "evidences"
 
 
 def load_hotpot(path: str | Path, *, on_error: OnError = "raise") -> Facts:
-    """The two-hop questions of a HotpotQA or 2WikiMultiHopQA file whose hops can be told.
+    """The two-hop questions of a HotpotQA or 2WikiMultiHopQA file whose hops can be identified.
 
     A record with ``evidences`` is read as 2WikiMultiHopQA's: two facts [subject, relation, object], the
     first ending where the second starts. The first hop is the question's words for the first fact

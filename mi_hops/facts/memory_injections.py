@@ -62,7 +62,7 @@ class _Row:
 def load_memory_injections(
     path: str | Path, *, strict_reference: bool = False, on_error: OnError = "raise"
 ) -> Facts:
-    """Facts from a memory-injection CSV: handwritten or 2WMH, either spelling of its columns.
+    """Facts from a memory-injection CSV, handwritten or 2WMH, with either naming of its columns.
 
     The explicit entity (the *memory*) is the bridge, the obscure entity is the first-hop phrase,
     taken as it appears in the prompt. The obscure prompt is a two-hop prompt of form "prefix" where

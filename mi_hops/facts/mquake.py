@@ -45,7 +45,7 @@ def load_mquake(
     edited: bool = False,
     on_error: OnError = "raise",
 ) -> Facts:
-    """The facts of a file of MQuAKE-CF's form, of as many hops as each record has.
+    """Facts from a file in MQuAKE-CF's format, with as many hops as each record has.
 
     The file is a list of records of which these fields are read: ``questions``, ``answer``,
     ``answer_alias``, ``single_hops`` (``question``, ``answer``, ``answer_alias``), and in ``orig``

@@ -18,7 +18,7 @@ def load_mquake_edits(
     wordings: Mapping[str, Wording] | None = None,
     on_error: OnError = "raise",
 ) -> tuple[list[HopEdit], list[tuple[str, str]]]:
-    """The two-hop chains of a file of MQuAKE's form before and after their edits.
+    """The two-hop chains of a file in MQuAKE's format, before and after their edits.
 
     A record's edits may be about its first hop, its second, or both; they belong together, and its
     questions are asked after all of them. Edits of different records may contradict one another

@@ -44,7 +44,7 @@ class _Step:
 
 
 def load_musique(path: str | Path, *, on_error: OnError = "raise") -> Facts:
-    """The two-hop questions of a MuSiQue file (``musique_ans_v1.0_dev.jsonl``) whose hops can be told.
+    """The two-hop questions of a MuSiQue file (``musique_ans_v1.0_dev.jsonl``) with identifiable hops.
 
     Of a record ``question``, ``answer``, ``answer_aliases`` and ``question_decomposition`` (``question``,
     ``answer`` of each step) are read, and ``id``, ``answerable`` where they are there. The texts that

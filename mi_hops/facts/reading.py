@@ -70,7 +70,7 @@ class RowNote:
 
 @dataclass(frozen=True, repr=False)
 class Facts(Sequence[TwoHopFact]):
-    """The facts of one file, in its order, and what had to be done to get them.
+    """The facts of one file, in order, with a record of dropped and repaired rows.
 
     Attributes:
         facts: the facts that can be used.

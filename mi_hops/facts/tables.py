@@ -46,7 +46,7 @@ def load_table(
     separator: str | None = None,
     on_error: OnError = "raise",
 ) -> Facts:
-    """Facts from any table: a CSV (or tab-separated ``.tsv``) file, or a frame already loaded.
+    """Facts from any table: a CSV (or tab-separated ``.tsv``) file, or a data frame.
 
     Args:
         table: the file's path or the frame; one row per fact.

@@ -50,7 +50,7 @@ class Wording:
 
 
 def capitalise(text: str) -> str:
-    """Upper-case the first character and leave the rest as it is."""
+    """Upper-case the first character and leave the rest unchanged."""
     return text[:1].upper() + text[1:]
 
 

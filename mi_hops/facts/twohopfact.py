@@ -45,7 +45,7 @@ _KEPT = ("fact_comp_type", "category", "r2(r1(e1')).prompt", "mu.template")
 
 
 def load_two_hop_fact(table: str | Path | pd.DataFrame, *, on_error: OnError = "raise") -> Facts:
-    """The facts of a table in the layout of TwoHopFact or SOCRATES.
+    """Facts from a table in TwoHopFact's or SOCRATES's layout.
 
     Read are ``r1(e1).prompt``, ``r2(e2).prompt``, ``r2(r1(e1)).prompt``, ``e2.value`` and ``e3.value``,
     which must be there, and where they are ``uid``, ``e1.value``, ``r1.category``, ``r2.category``

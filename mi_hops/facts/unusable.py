@@ -11,7 +11,7 @@ _OWN = re.compile(r"""(?<!\w)'[^']*'(?!\w)|"[^"]*"|\[[^]]*\]""")
 
 
 class NoUsableFactError(ValueError):
-    """A method can use none of the facts it was given; the message counts the reasons.
+    """None of the facts given to a method can be used; the message counts the reasons.
 
     Args:
         what: what they were to be used for.

@@ -66,7 +66,7 @@ class WordedRelation:
         return tables[form]
 
     def wording(self, *, suffix: int = 0, prefix: int = 0, question: int = 0) -> Wording:
-        """The wording made of one text per form, each given by its index."""
+        """A wording with one text per form, each chosen by index."""
         noun, verb = self.nouns[suffix]
         return Wording(noun, self.statements[prefix], self.questions[question], verb)
 
@@ -80,7 +80,7 @@ class WordedRelation:
 
 
 def reword(fact: TwoHopFact, wordings: Mapping[str, Wording]) -> TwoHopFact:
-    """The fact under the wordings that were chosen for its relations.
+    """The fact in the wordings chosen for its relations.
 
     Args:
         wordings: relation -> wording.

@@ -25,7 +25,7 @@ CONTROLS = ("random_word", "permuted_bridge", "answer", "norm_matched")
 
 @dataclass(frozen=True)
 class Controls:
-    """Memories injected besides the bridge. Names alone are accepted in its place.
+    """Memories to inject besides the bridge. Names of controls are accepted too.
 
     Args:
         names: from `CONTROLS`.
@@ -67,7 +67,7 @@ class Controls:
 
     @property
     def norm_matched(self) -> bool:
-        """Whether random directions are asked for."""
+        """Whether random directions are requested."""
         return "norm_matched" in self.names
 
     def texts(
@@ -116,7 +116,7 @@ def permuted_bridges(
     rng: np.random.Generator,
     more: Sequence[TwoHopFact] | None = None,
 ) -> list[str]:
-    """For each fact another fact's bridge: not its own, not its answer, none that leads to it.
+    """Another fact's bridge for each fact: not its own, not its answer, and not leading to it.
 
     The bridges are randomly permuted among the facts. Where that leaves a fact with a bridge it may
     not have, and none can be swapped for it, one is drawn for it from all that it may have; where

@@ -49,7 +49,7 @@ Heads = Sequence[int] | Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True, repr=False)
 class Encoder:
-    """How a text becomes vectors. The name of an encoding is accepted in its place.
+    """How a text is turned into vectors. The name of an encoding is accepted too.
 
     Args:
         encoding: see `Encoding`.
@@ -90,7 +90,7 @@ class Encoder:
 
     @property
     def name(self) -> str:
-        """The encoding, with what departs from the published settings."""
+        """The encoding, with any differences from the published settings."""
         parts = {
             self.encoding: True,
             self.pooling: self.pooling != "set",
@@ -188,7 +188,7 @@ def _at_last_token(
 def restrict_to_heads(
     model: HookedModel, vectors: Float[Tensor, "*memory layer d_model"], heads: Heads
 ) -> Float[Tensor, "*memory layer d_model"]:
-    """The part of each vector that some heads can write together, layer by layer.
+    """The part of each vector that the given heads can jointly write, layer by layer.
 
     The orthogonal projection onto the row space of their stacked W_O: adding it at ``attn_out``
     equals changing those heads' z. Head outputs are summed, so a whole memory is the same whichever

@@ -38,7 +38,7 @@ def greedy_heads(
     metrics: MetricLike | Sequence[MetricLike] = DEFAULT_METRICS,
     limits: Limits = Limits(batch_size=8),
 ) -> Result:
-    """Search, head by head, a small set of heads to give the bridge to; report it on other facts.
+    """Greedily search a small set of heads to inject the bridge into; report it on other facts.
 
     Each round tries every head of the injection's layers besides those taken already, the bridge
     injected as far as the heads of a layer can write it together, and takes the one with the best
@@ -142,7 +142,7 @@ def greedy_heads(
 
 
 def chosen_heads(result: Result, size: int | None = None) -> dict[int, tuple[int, ...]]:
-    """Layer -> heads of a result of `greedy_heads`, as ``Encoder(heads=...)`` takes them.
+    """Layer -> heads chosen by `greedy_heads`, as ``Encoder(heads=...)`` takes them.
 
     Args:
         size: how many heads; default all that were taken.

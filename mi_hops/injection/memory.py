@@ -70,7 +70,7 @@ class Memory:
         return f"Memory({what}, {self.vectors.shape[0]} layers of {self.vectors.shape[1]})"
 
     def times(self, factor: float) -> Memory:
-        """The memory with its own strength; a negative one suppresses what it says.
+        """The memory with its own strength; a negative one suppresses it.
 
         So rows of one batch can be corrected, repaired and suppressed at once. Under a relative
         strength only the sign of `factor` counts.
@@ -80,7 +80,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class MemoryInjection:
-    """A memory injection as a `Repair`: fitted to facts, it changes a batch row by row.
+    """A memory injection as a `Repair`, with its own memory for each row of a batch.
 
     Args:
         layers: one layer, or several at once.
@@ -179,7 +179,7 @@ class MemoryInjection:
         *,
         first_hops: Sequence[str] | None = None,
     ) -> list[Memory]:
-        """One `Memory` for each text, group of texts or vector, without facts.
+        """One `Memory` per text, group of texts or vector, without facts.
 
         Args:
             first_hops: the phrases that ``"first hop"`` means, one per memory.
@@ -221,7 +221,7 @@ class MemoryInjection:
         return vectors if heads is None else restrict_to_heads(model, vectors, heads)
 
     def where(self, prompt: Prompt, state: Memory) -> tuple[int, ...]:
-        """Positions of a prompt that the memory is added at; none where all places are absent.
+        """Positions of a prompt at which the memory is added; none if all are absent.
 
         Raises:
             TokenError: a place that the prompt does not have, unless ``absent="leave"``.
@@ -329,7 +329,7 @@ def inject(
     encoding: EncoderLike = "unembed",
     prompts: Texts | None = None,
 ) -> Injection:
-    """A memory, or a vector of one's own, over every run of the model in a ``with`` block.
+    """Inject a memory, or your own vector, into every run of the model within a ``with`` block.
 
     The same object is a list of TransformerLens's hooks: ``model.run_with_hooks(tokens,
     fwd_hooks=inject(...))`` or ``model.hooks(fwd_hooks=inject(...))``. Nothing stays behind.

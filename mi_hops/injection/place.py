@@ -31,7 +31,7 @@ Absent = Literal["raise", "leave"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a memory is added. Positions alone are accepted in its place.
+    """Where a memory is added. Positions alone are accepted too.
 
     Args:
         positions: see `Positions`.
@@ -64,7 +64,7 @@ class Place:
 
     @property
     def everywhere(self) -> bool:
-        """Whether what follows the prompt is meant too."""
+        """Whether tokens after the prompt are included."""
         return "everywhere" in self.parts
 
     def find(

@@ -46,7 +46,7 @@ class Cell:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that are injected into together.
+        """The layers that are injected together.
 
         Raises:
             ValueError: a cell that `select_cell` did not choose from an injection grid.
@@ -54,7 +54,7 @@ class Cell:
         return tuple(self._of_grid()["layers"][str(self.layer)])
 
     def injection(self, *, memory: Chooser = "bridge", absent: Absent = "raise") -> MemoryInjection:
-        """This cell as a repair, injected where and as the grid did.
+        """This cell as a repair, with the grid's positions and settings.
 
         Args:
             memory, absent: as in `MemoryInjection`.
@@ -84,7 +84,7 @@ class Cell:
 
 
 def split_halves(ids: Sequence[Hashable], *, seed: int = 0) -> tuple[list[Any], list[Any]]:
-    """Two random halves of some labels, (to choose on, to report on), in the given order.
+    """Two random halves of some labels (to choose on, to report on), each in the given order.
 
     Raises:
         ValueError: fewer than two labels, or repeated ones.
@@ -168,7 +168,7 @@ def cell_report(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """What one cell did to the examples: one row per memory.
+    """The effect of one cell on the examples: one row per memory.
 
     Args:
         examples: the half to report on; default all.

@@ -54,7 +54,7 @@ def logit_attribution(
     cache: Activations | None = None,
     batch_size: int = 32,
 ) -> Result:
-    """Shares of the first tokens' logits, read at one position of each prompt.
+    """Direct logit attribution of heads and MLPs, at one position of each prompt.
 
     Args:
         prompts, track, cache: as in `logit_lens`.
@@ -93,7 +93,7 @@ def fact_attribution(
     centre: bool = True,
     batch_size: int = 32,
 ) -> Result:
-    """`logit_attribution` of bridge and answer on two-hop prompts.
+    """`logit_attribution` for bridge and answer on two-hop prompts.
 
     Facts whose prompt, names or position cannot be tokenised or found are skipped, with the reason.
 

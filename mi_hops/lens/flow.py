@@ -40,7 +40,7 @@ def logit_flow(
     centre: bool = True,
     batch_size: int = 16,
 ) -> Result:
-    """Shares of the first tokens' logits by the layer that moved them and the token they came from.
+    """Direct logit attribution by the layer that moved it and the token it came from.
 
     Args:
         prompts, track, position, centre: as in `logit_attribution`; prompts of any lengths.

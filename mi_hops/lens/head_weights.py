@@ -101,7 +101,7 @@ def read_head(
 
 
 def copying(model: HookedModel) -> Result:
-    """How far each head's OV circuit raises the token it attends to: its eigenvalue copying score.
+    """Eigenvalue copying score of each head: how far OV raises the token that it attends to.
 
     ``sum of real parts / sum of absolute values`` of the eigenvalues of the whole OV circuit ``E W_V W_O U``
     (vocabulary by vocabulary): 1 if all are positive, so that tokens raise themselves and their like, -1 if

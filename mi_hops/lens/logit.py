@@ -70,7 +70,7 @@ LAST = dict.fromkeys(TRACKED, "tracked") | {"top_ids": "k", "top_probs": "k", "l
 
 @dataclass(frozen=True)
 class Readout:
-    """What is kept of the logits, besides entropy and tracked names.
+    """What to keep of the logits, besides entropy and tracked names.
 
     Args:
         top_k: so many of the most probable tokens, and their probabilities.
@@ -96,7 +96,7 @@ def logit_lens(
     cache: Activations | None = None,
     batch_size: int = 32,
 ) -> Result:
-    """Read activations of one prompt or many through a lens.
+    """Read the activations of one or more prompts through a lens.
 
     Prompts are batched with padding on the right, which no position that is read ever sees. Hooks
     that are on the model (``with model.hooks(...)``) act before anything is read.
@@ -165,7 +165,7 @@ def fact_trajectories(
     readout: Readout = Readout(kl=False),
     batch_size: int = 64,
 ) -> Result:
-    """Bridge and answer through the layers of two-hop prompts.
+    """Track bridge and answer through the layers on two-hop prompts.
 
     Read at two roles, ``"first hop"`` (the last token of `fact.first_hop` in the prompt) and
     ``"last"`` (the last token). Facts whose prompt, names or first hop cannot be tokenised or found
@@ -268,7 +268,7 @@ def token_map(
 
 
 def plot_map(result: Result, *, variable: str = "top_probs", **keywords: Any) -> go.Figure:
-    """Layer x position heatmap of a `token_map`: the top token in each cell, all of them on hover.
+    """Layer x position heatmap of a `token_map`, with the top token in each cell and more on hover.
 
     Args:
         variable: what the colours show: ``"top_probs"`` (of the top token), ``"entropy"``, ``"kl"``.

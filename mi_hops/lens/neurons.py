@@ -46,7 +46,7 @@ def neuron_attribution(
     centre: bool = True,
     batch_size: int = 8,
 ) -> Result:
-    """Shares of the first tokens' logits that single neurons wrote, at one position of each prompt.
+    """Direct logit attribution of single neurons, at one position of each prompt.
 
     Args:
         prompts, track, position, centre: as in `logit_attribution`.

@@ -34,7 +34,7 @@ def half_layers(values: np.ndarray) -> np.ndarray:
 
 
 def who_comes_first(result: Result, *, position: str | Mapping[str, str] = "last") -> pd.DataFrame:
-    """For each two of the tracked names, in how many questions the one rises before the other.
+    """For each pair of tracked names, in how many questions one rises before the other.
 
     A name has risen at the first layer at which it reaches half of its own largest probability over
     layers. Of a chain this is the order of all bridges and the answer.

@@ -53,7 +53,7 @@ Map = Callable[["Tensor", int, int], "Tensor"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where the stream is read, or replaced: prompts, one token in each, and layers.
+    """Where the residual stream is read or replaced: prompts, one token in each, and layers.
 
     Args:
         prompts: one prompt, several, or label -> prompt (see `logit_lens`).
@@ -87,7 +87,7 @@ class _Resolved:
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """The map x W + b between one pair of layers; `fit_affine` makes one.
+    """The map x W + b from one layer to another, as fitted by `fit_affine`.
 
     For several pairs fit one each and pass a function that picks:
     ``mapping=lambda x, s, t: maps[s, t](x, s, t)``.
@@ -124,7 +124,7 @@ def patchscope(
     top_k: int = 5,
     limits: Limits = Limits(),
 ) -> Result:
-    """Read the next token of target prompts under states of source prompts, all pairs of layers.
+    """Patch source states into target prompts and read the next token, for all pairs of layers.
 
     Args:
         source, target: a `Place`, or prompts alone (then their last token, and all layers). One
@@ -210,7 +210,7 @@ def patchscope_generate(
     max_new_tokens: int = 16,
     stop: Sequence[str] = STOP,
 ) -> Generation:
-    """Greedy continuation of the target under one state of the source; an entity's description.
+    """Greedy continuation of the target with one source state patched in.
 
     Args:
         source, target: one prompt and one layer each.

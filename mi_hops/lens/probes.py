@@ -66,7 +66,7 @@ def fact_probes(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Result:
-    """Train a probe for each layer, and one for each control task beside it.
+    """Train a probe per layer, and another on its control task.
 
     A fifth of the first-hop phrases is kept out altogether; the facts of the others are split into
     training facts and a quarter of test facts, so that test facts are new but their phrases are not:

@@ -120,7 +120,7 @@ def evaluate_heads(
     max_tokens: int = 1024,
     max_length: int | None = None,
 ) -> Result:
-    """How good single heads' readings are, by two measures.
+    """Evaluate the readings of single heads, by two measures.
 
     Args:
         lens: an attention lens; compare it with ``AttentionLens(model)``, untrained, which is the

@@ -51,7 +51,7 @@ def train_sae(
     max_tokens: int = 4096,
     seed: int = 0,
 ) -> Any:
-    """Train a top-k autoencoder of the stream after `layer` blocks.
+    """Train a top-k sparse autoencoder on the residual stream after `layer` blocks.
 
     Activations at BOS, which are like no others, are left out; so is padding.
 
@@ -108,7 +108,7 @@ def train_sae(
 
 
 def sae_quality(model: HookedModel, sae: Any, corpus: Corpus, *, layer: int) -> Result:
-    """How well an autoencoder does on a corpus.
+    """Reconstruction quality and sparsity of an autoencoder on a corpus.
 
     Returns:
         Result without dimensions, over all tokens but BOS (``n_used`` of them): ``explained``, the

@@ -32,7 +32,7 @@ def similarity(
     positions: Where = "last",
     batch_size: int = 16,
 ) -> Result:
-    """Linear CKA between all layers of a model, or of two models, over tokens of prompts.
+    """Linear CKA between all pairs of layers of one or two models, over the prompts' tokens.
 
     With X and Y centred, ``[token, d]``: ``|X^T Y|^2 / (|X^T X| |Y^T Y|)`` in Frobenius norms: 1 where
     one is a rotated and scaled copy of the other, whatever their widths (arXiv 1905.00414).

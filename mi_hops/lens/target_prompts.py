@@ -23,7 +23,7 @@ REPEATED = ("cat", "1135", "hello")
 def entity_description_prompt(
     examples: Mapping[str, str] | None = None, placeholder: str = "x"
 ) -> str:
-    """A prompt after which the model goes on to describe the entity that the state stands for.
+    """A prompt that makes the model describe the entity in the patched state.
 
     "Syria: Country in the Middle East, ..., x": generate from it
     (`patchscope_generate`) with the state of the entity's last token.
@@ -39,7 +39,7 @@ def entity_description_prompt(
 
 
 def next_token_prompt(examples: Sequence[str] | None = None, placeholder: str = "?") -> str:
-    """A prompt that has the model repeat a token: the one that the state was about to say.
+    """A prompt that makes the model output the token that the patched state predicts.
 
     A line "cat -> cat" for each word, then "?": the state at a source's last token then reads as the
     source's next token. Into the last layer this is the logit lens, whatever the examples.

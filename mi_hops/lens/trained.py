@@ -56,7 +56,7 @@ class Example:
 
 
 class TrainedLens(ABC):
-    """A lens with parameters of its own; see `TunedLens` and `AttentionLens`.
+    """A lens with trained parameters; see `TunedLens` and `AttentionLens`.
 
     Attributes:
         model: the model whose read-out it uses.
@@ -90,7 +90,7 @@ class TrainedLens(ABC):
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments that make a lens of this shape again."""
+        """The keyword arguments that create a lens of this shape."""
 
     @abstractmethod
     def logits(
@@ -114,7 +114,7 @@ class TrainedLens(ABC):
 
     @property
     def n_parameters(self) -> int:
-        """Numbers that are stored and trained."""
+        """Number of trained parameters."""
         return sum(p.numel() for p in self.parameters.values())
 
     def row(self, layer: int) -> int:
@@ -133,7 +133,7 @@ class TrainedLens(ABC):
     def moved(
         self, model: HookedModel | None = None, *, layers: Mapping[int, int] | None = None
     ) -> TrainedLens:
-        """This lens on other layers, or on another model of the same width.
+        """This lens moved to other layers, or to another model of the same width.
 
         Args:
             model: reads through this model's final norm and unembedding from now on.
@@ -154,7 +154,7 @@ class TrainedLens(ABC):
         return fresh
 
     def fill(self, given: Mapping[str, Tensor]) -> None:
-        """Take over parameters of the same shapes.
+        """Copy in parameters of the same shapes.
 
         Raises:
             ValueError: one that is missing or of another shape.
@@ -169,7 +169,7 @@ class TrainedLens(ABC):
             self.parameters[name] = given[name].detach().clone().to(own.device, own.dtype)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write a folder with ``lens.safetensors`` and ``lens.json``; loadable, or pushable as it is.
+        """Write a folder with ``lens.safetensors`` and ``lens.json``, which can also be pushed to the hub.
 
         Raises:
             FileExistsError: the folder exists and `overwrite` is False.
@@ -192,7 +192,7 @@ class TrainedLens(ABC):
 
 
 def load_lens(model: HookedModel, source: str | Path, *, transfer: bool = False) -> TrainedLens:
-    """A saved lens, bound to `model`.
+    """Load a saved lens and bind it to `model`.
 
     Args:
         source: a folder written by `TrainedLens.save`, or by the tuned-lens package (``params.pt`` beside

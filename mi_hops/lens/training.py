@@ -48,7 +48,7 @@ HELD_OUT_TOKENS, TOLERANCE = 4096, 1e-4
 
 @dataclass(frozen=True)
 class LensTraining:
-    """Settings of a training.
+    """Settings for training a lens.
 
     Args:
         steps: optimisation steps at the most.

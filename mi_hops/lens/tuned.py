@@ -90,7 +90,7 @@ class TunedLens(TrainedLens):
     def logits(
         self, vectors: Float[Tensor, "*rows d_model"], *, layer: int, head: int | None = None
     ) -> Float[Tensor, "*rows vocab"]:
-        """Logits of translated vectors; the last layer of the stream is read as it is.
+        """Logits of translated vectors; the final layer is read untranslated.
 
         Raises:
             ValueError: a layer without a translator.

@@ -52,7 +52,7 @@ CHUNK_BYTES = 2**28
 
 
 class Lens(Protocol):
-    """Turns vectors of the residual space into logits over the vocabulary.
+    """Maps residual-stream vectors to logits over the vocabulary.
 
     A lens that reads through one model's unembedding has that model as ``model``, so that
     `as_lens` can refuse it on another.
@@ -76,7 +76,7 @@ LensLike = Lens | Literal["logit", "raw"]
 
 @dataclass(frozen=True, eq=False)
 class LogitLens:
-    """The model's own read-out: W_U and b_U, after the final norm or without it.
+    """The model's own read-out: W_U and b_U, with or without the final norm.
 
     Args:
         norm: apply the final norm first, with statistics of the vector that is read. False is the

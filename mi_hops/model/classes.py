@@ -13,7 +13,7 @@ from mi_hops.model.types import Backend, HookedModel
 
 @lru_cache(maxsize=1)
 def hooked_class() -> type | None:
-    """`HookedTransformer`, or None where TransformerLens (4.x) no longer has it."""
+    """`HookedTransformer`, or None if the installed TransformerLens (4.x) no longer has it."""
     try:
         from transformer_lens import HookedTransformer
     except ImportError:

@@ -101,7 +101,7 @@ def plain_hooks(model: HookedModel, hooks: Sequence[Hook]) -> list[PlainHook]:
 
 @contextmanager
 def hooked(model: HookedModel, hooks: Sequence[Hook], *, must_fire: bool = True) -> Iterator[None]:
-    """Attach forward hooks for the length of a ``with`` block; nothing stays behind.
+    """Attach forward hooks within a ``with`` block and remove them afterwards.
 
     A hook function takes the activation and returns a new one, or None to leave it. Several hooks
     at one name act in the order given; ``hook_resid_mid`` as in `plain_hooks`.

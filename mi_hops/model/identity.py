@@ -142,7 +142,7 @@ def permanent_hooks(model: HookedModel) -> list[str]:
 
 
 def provenance(model: HookedModel, **more: Any) -> dict[str, Any]:
-    """What a result must remember: model, dtype, backend, BOS, versions, hooks, `more`."""
+    """The record stored with a result: model, dtype, backend, BOS, versions, hooks, `more`."""
     hooks = permanent_hooks(model)
     quantised = getattr(model.cfg, "dequantised_from", None)
     return {

@@ -15,7 +15,7 @@ PlainHook = tuple[str | Callable[..., Any], Callable[..., Any]]
 
 
 class HookedModel(Protocol):
-    """What this package needs of a model; both TransformerLens classes have it."""
+    """What this package needs from a model; both TransformerLens classes provide it."""
 
     # Read-only members: one class has a property where the other has an attribute.
 

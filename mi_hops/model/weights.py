@@ -61,7 +61,7 @@ def read_matrix(model: HookedModel, matrix: str, layer: int) -> Float[Tensor, "d
 def write_matrix(
     model: HookedModel, matrix: str, layer: int, value: Float[Tensor, "d_in d_out"]
 ) -> None:
-    """Write a matrix in place, cast once to its dtype, and make sure that it reached the model.
+    """Write a matrix in place, cast once to its dtype, and verify that the model has it.
 
     Raises:
         ValueError: a wrong shape, or values that are not finite (before or after the cast).

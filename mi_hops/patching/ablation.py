@@ -62,7 +62,7 @@ def ablate(
     metric: MetricLike | Sequence[MetricLike] = "logit_diff",
     limits: Limits | None = None,
 ) -> Result:
-    """Ablation of every cell of a grid, in every clean prompt; other arguments as in `patch`.
+    """Ablate every cell of a grid in every clean prompt; other arguments as in `patch`.
 
     Args:
         pairs: clean prompts with their answers, ``Pairs(prompts, answer=...)``. Corrupted prompts

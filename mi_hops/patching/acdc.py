@@ -35,7 +35,7 @@ _Tried = tuple[list[float], list[Tensor]]
 
 @dataclass(frozen=True, repr=False)
 class AcdcRun:
-    """What ACDC found.
+    """The result of ACDC.
 
     Attributes:
         circuit: the edges that stayed.
@@ -60,7 +60,7 @@ def acdc(
     prune: bool = True,
     limits: Limits | None = None,
 ) -> AcdcRun:
-    """Cut every edge whose loss harms the metric by less than `threshold`.
+    """Cut every edge whose removal changes the metric by less than `threshold`.
 
     Args:
         pairs: as in `patch`.

@@ -59,7 +59,7 @@ def patch(
     direction: Direction = "denoise",
     limits: Limits | None = None,
 ) -> Result:
-    """Activation patching of every cell of a grid, in every pair of prompts.
+    """Patch activations at every cell of a grid, in every pair of prompts.
 
     Args:
         pairs: `Pairs`, or ``(clean, corrupted)``; each of texts, token ids or `Prompt`s. Clean
@@ -102,7 +102,7 @@ def patch(
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """What a sweep will take, computed before anything runs.
+    """The cost of a sweep, computed before anything runs.
 
     Attributes:
         cells: interventions in each pair.
@@ -124,7 +124,7 @@ class PatchPlan:
 
     @property
     def bytes(self) -> int:
-        """Estimated peak beside the weights."""
+        """Estimated peak memory in addition to the weights."""
         return self.activation_bytes + self.pass_bytes + self.weight_bytes
 
     def _repr_html_(self) -> str:
@@ -222,7 +222,7 @@ class PatchJob:
         return self.metrics.names[0]
 
     def require_gradient(self) -> None:
-        """Refuse a metric whose gradient is 0 in a base run whatever the model does.
+        """Refuse a metric whose gradient is always 0 in a base run.
 
         Raises:
             ValueError: a divergence from the base run itself: ``"kl"`` where the base is the clean
@@ -364,7 +364,7 @@ class PatchJob:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What a provenance remembers of the job."""
+        """The job's settings, as recorded in provenance."""
         return {
             "direction": self.direction,
             "third_source": bool(self.pairs.source),

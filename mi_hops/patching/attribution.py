@@ -75,7 +75,7 @@ def attribute(
     by_kind: bool = False,
     limits: Limits | None = None,
 ) -> Attribution:
-    """Estimated patching effect of every cell; other arguments as in `activation.patch`.
+    """Estimate the patching effect of every cell by attribution; other arguments as in `patch`.
 
     Args:
         sites: of a window the blocks' estimates are added up (see above); not of the residual

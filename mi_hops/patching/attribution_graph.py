@@ -51,7 +51,7 @@ class AttributionGraph:
         return str(logits["probability"].idxmax())
 
     def find(self, names: str | Iterable[str]) -> pd.DataFrame:
-        """The features and logits whose label or group has one of the names in it.
+        """The features and logits whose label or group contains one of the names.
 
         Args:
             names: of the bridge, say, with its aliases; whole words, without regard to case.
@@ -68,7 +68,7 @@ class AttributionGraph:
         return self.nodes[inner & np.asarray(found, dtype=bool)]
 
     def through(self, nodes: Iterable[str], target: str | None = None) -> float:
-        """The share of the paths into a node, by weight, that pass one of some nodes.
+        """The share of the paths into a node, by weight, that go through one of the given nodes.
 
         A path's weight is the product of its links' shares; a link's share is the size of its weight among
         all links into its target. Paths begin at the tokens and at what the transcoders miss.

@@ -37,7 +37,7 @@ def back_patch(
     metric: MetricLike = "first_prob",
     limits: Limits | None = None,
 ) -> Result:
-    """Every late state put into every earlier block, position by position.
+    """Back-patch every state into every earlier block, position by position.
 
     States are those that enter a block: source s and target t mean that block t gets what enters
     block s; s = number of blocks is what leaves the last one.

@@ -93,7 +93,7 @@ class Circuit:
         return cls(frozenset((u, v) for u, v in edges))
 
     def pruned(self, model: HookedModel) -> Circuit:
-        """Without edges that lead nowhere: every kept one lies on a way from embedding to logits.
+        """The circuit without dead ends: every remaining edge is on a path from embedding to logits.
 
         A key or value head leads on to all query heads that share it.
         """
@@ -195,7 +195,7 @@ def faithfulness(
     metric: MetricLike = "logit_diff",
     limits: Limits | None = None,
 ) -> Result:
-    """What circuits keep of the metric, every edge outside them cut to its corrupted value.
+    """How much of the metric circuits preserve when all other edges are patched from the corrupted run.
 
     Args:
         pairs: as in `patch`.

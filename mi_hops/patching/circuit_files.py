@@ -24,7 +24,7 @@ def save_eap_ig(
     scores: Result | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a circuit as the graph JSON of EAP-IG's code: every edge, its score, whether it is in.
+    """Write a circuit as EAP-IG's graph JSON: every edge, its score, and whether it is included.
 
     That graph has keys and values of every query head; where heads share theirs, each gets the same
     edge. So what was one edge counts as several there.
@@ -59,7 +59,7 @@ def save_eap_ig(
 
 
 def load_eap_ig(model: HookedModel, path: str | os.PathLike[str]) -> Circuit:
-    """The edges that are in a graph of EAP-IG's code; an edge to any head of a shared key is ours.
+    """Read a circuit from EAP-IG's graph JSON; edges to heads that share keys or values are merged.
 
     Raises:
         ValueError: a file that is no such graph, or a graph of another model's shape.

@@ -26,7 +26,7 @@ def contrast(
     form: str | None = None,
     seed: int = 0,
 ) -> Pairs:
-    """Pair each fact with a partner, drawn among all that fit.
+    """Pair each fact with a randomly chosen partner among all that fit.
 
     Args:
         facts: their two-hop prompts are the clean ones.

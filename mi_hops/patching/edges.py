@@ -67,7 +67,7 @@ def attribute_edges(
     rule: Rule = "gauss",
     limits: Limits | None = None,
 ) -> Attribution:
-    """Estimated change of the metric for every edge, in every pair; summed over positions.
+    """Estimate the change of the metric for every edge, in every pair, summed over positions.
 
     Args:
         senders, receivers: as in `path.path_patch`.

@@ -112,7 +112,7 @@ def _repeated(model: HookedModel, length: int, samples: int, seed: int) -> Int[T
 def attention_to(
     model: HookedModel, prompts: PairsLike, span: Where | Sequence[Where], *, query: Where = -1
 ) -> Result:
-    """How much of its attention each head of the answer position pays to a span.
+    """How much each head attends from the last position to a span.
 
     Args:
         prompts: of pairs the clean ones.
@@ -159,7 +159,7 @@ def _patterns(model: HookedModel, row: Int[Tensor, "pos"]) -> Float[Tensor, "lay
 
 
 def composition(model: HookedModel, mode: Composition) -> Result:
-    """How much a later head's queries, keys or values read of what an earlier head writes.
+    """Composition scores: how much a later head's queries, keys or values read an earlier head's output.
 
     ``||W_OV W_QK|| / (||W_OV|| ||W_QK||)`` (Elhage et al. 2021), from weights alone: no prompt, no
     norm. Random weights do not score 0; compare heads with one another.
@@ -200,7 +200,7 @@ def icl_score(
     width: int = 1,
     limits: Limits | None = None,
 ) -> Result:
-    """In-context-learning score: loss at a late token less loss at an early one (Olsson et al. 2022).
+    """In-context-learning score: loss at a late token minus loss at an early one (Olsson et al. 2022).
 
     Negative: later tokens are predicted better, so the model learns from its context.
 

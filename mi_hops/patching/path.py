@@ -60,7 +60,7 @@ def path_patch(
     direction: Direction = "denoise",
     limits: Limits | None = None,
 ) -> Result:
-    """Every direct path from senders to receivers, in every pair; other arguments as in `patch`.
+    """Patch every direct path from senders to receivers in every pair; other arguments as in `patch`.
 
     Args:
         senders: writers by name or group (see `nodes.writers`): ``"heads"``, ``"L3H2"``, ``"MLP1"``.

@@ -60,7 +60,7 @@ def trace(
     metric: MetricLike | Sequence[MetricLike] = "first_prob",
     limits: Limits | None = None,
 ) -> Result:
-    """Causal tracing of every cell of a grid, in every clean prompt; other arguments as in `patch`.
+    """Causal tracing for every cell of a grid, in every clean prompt; other arguments as in `patch`.
 
     Args:
         pairs: clean prompts with their answers, ``Pairs(prompts, answer=...)``; corrupted ones have

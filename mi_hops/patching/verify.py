@@ -16,7 +16,7 @@ from mi_hops.result.result import Result
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """Estimates beside exact values.
+    """Estimates compared with exact values.
 
     Attributes:
         rank_correlation: Spearman's, over cells, of the means over examples; NaN for fewer than
@@ -54,7 +54,7 @@ class Verification:
 
 
 class Attribution(Result):
-    """Estimated effects: a `Result` that can check itself against exact patches.
+    """Estimated effects: a `Result` that can be checked against exact patching.
 
     It plots, saves and indexes like any `Result`; ``change`` is NaN where there is no cell (no
     edge). A copy that was pickled, or selected or averaged, no longer holds the model, so `verify`

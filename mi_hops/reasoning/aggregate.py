@@ -51,7 +51,7 @@ def aggregate(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Change of the queries' probabilities, from a plain table; also of a published run.
+    """Summarise changes of probabilities from a plain table, such as a published run's.
 
     Args:
         frame: one row per query. Columns ``case``, ``set``, ``before`` and ``after`` (probability of

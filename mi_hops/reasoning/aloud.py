@@ -101,7 +101,7 @@ def reason_aloud(
     seed: int = 0,
     batch_size: int = 16,
 ) -> Result:
-    """Two-hop questions answered at once and aloud, and aloud with another bridge written.
+    """Ask two-hop questions directly, aloud, and aloud with another fact's bridge swapped in.
 
     Args:
         facts: with two-hop prompts and both single-hop prompts of the form.
@@ -206,7 +206,7 @@ def reason_aloud(
 
 
 def aloud_table(found: Result) -> pd.DataFrame:
-    """Counts of what `reason_aloud` found.
+    """Counts and shares for a result of `reason_aloud`.
 
     Returns:
         One row per outcome: ``n`` (facts it was tried on), ``k`` (of these), ``share`` and its exact 95%

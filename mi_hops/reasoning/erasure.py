@@ -168,7 +168,7 @@ def erase_bridge(
     seed: int = 0,
     limits: Limits = Limits(batch_size=8),
 ) -> Result:
-    """P(answer) after the bridge was erased, by layer, beside an equal-sized control.
+    """P(answer) after erasing the bridge, by layer, with a control of the same number of tokens.
 
     Args:
         form: template order of the two-hop prompt.

@@ -100,7 +100,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = False,
 ) -> Evaluation:
-    """Score repairs on sets of queries, before and after.
+    """Score repairs on sets of queries, before and after each repair.
 
     Each repair is fitted to all `facts` at once; each query is run under the state of its case.
 

@@ -231,7 +231,7 @@ class Evaluation:
         return list(dict.fromkeys(self.frame["repair"]))
 
     def describe(self) -> str:
-        """What was scored on how much: one line per set, skipped cases and why."""
+        """What was scored: one line per set, with skipped cases and the reasons."""
         repairs, counts = ", ".join(self._repairs()), self.counts()
         n_queries = sum(count.queries for count in counts.values())
         lines = [f"{len(self.case_ids)} cases, {n_queries} queries; repairs: {repairs}"]

@@ -55,7 +55,7 @@ TYPES = tuple(RULES)
 
 
 class FailureTypes(Result):
-    """The type of each failure, with what decided it (from `failure_types`).
+    """The type of each failure, with what determined it (from `failure_types`).
 
     Variables on ``example``: ``type``; ``said``, the answer given; ``bridge_peak`` (probability),
     ``bridge_layer`` and ``said_layer`` (blocks passed); ``said_for_subject``, the answer when the
@@ -105,7 +105,7 @@ def failure_types(
     limit: int | None = None,
     batch_size: int = 64,
 ) -> FailureTypes:
-    """The type of each failure of a gap.
+    """Classify each failure of a gap.
 
     Failures that the lens cannot read (a first hop or a name that is not to be found or tokenised in
     the prompt) are skipped, with the reason. A failure with an empty answer is never ``hasty``.

@@ -109,7 +109,7 @@ class Gap(Result):
         return None if self.forms[0] == AS_GIVEN else self.forms[0]
 
     def in_form(self, form: str) -> Gap:
-        """The gap of one of the forms asked.
+        """The gap in one of the forms asked.
 
         Raises:
             ValueError: another form.
@@ -253,7 +253,7 @@ class Gap(Result):
         return plots.bars(pd.DataFrame(rows), **{**options, **keywords})
 
     def describe(self) -> str:
-        """The gap in one line, then how many were asked and why others were not."""
+        """The gap in one line, then how many facts were asked and why others were skipped."""
         share, low, high = self.gap
         known = len(self.passed) + len(self.failed)
         hops = "every hop" if any(fact.chain for fact in self.facts) else "both hops"

@@ -85,7 +85,7 @@ def fluency(
     seed: int = 0,
     batch_size: int = 64,
 ) -> Result:
-    """Entropy and consistency of what each repaired model writes after its case's prompt.
+    """Entropy and consistency of the text that each repaired model writes after its case's prompt.
 
     Each repair is fitted to all facts at once, and each fact's two-hop prompt is continued under its
     own state, and once unrepaired. The texts are drawn with one seed.

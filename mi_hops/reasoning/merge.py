@@ -22,7 +22,7 @@ Part = TypeVar("Part", bound=Result | Evaluation | Moments)
 
 
 def merge(parts: Iterable[Part]) -> Part:
-    """Results, evaluations or second moments of different examples, as if they were made together.
+    """Merge results, evaluations or second moments of different examples, as if made together.
 
     Values are joined along ``example`` (evaluations: case by case), and what was skipped is counted
     together. Moments are weighted by their tokens, which makes them those of the whole text. What was

@@ -75,7 +75,7 @@ _SEEN = 3
 def portability_sets(
     edits: Sequence[HopEdit], gap: Gap, *, per_case: int = 5, seed: int = 0
 ) -> QuerySets:
-    """Portability and the sets beside it, for edited single facts; the module tells what is asked.
+    """Query sets for edited single facts: portability and others (see the module).
 
     Everything is drawn from the facts of the gap, which also says what the unedited model knows: a
     single fact counts as known where that hop was answered correctly, by the gap's score. Chains

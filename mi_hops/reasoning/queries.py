@@ -63,7 +63,7 @@ PLACE = {name: i for i, name in enumerate((*EDIT_SETS, *SETS))}
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """One prompt that is asked while the repair of one case is on.
+    """One prompt, asked while the repair of one case is active.
 
     Attributes:
         case: id of the fact whose repair is on.
@@ -111,7 +111,7 @@ class Query:
 
 @dataclass(frozen=True, repr=False)
 class QuerySets:
-    """The queries of several cases, and which case has none in which set, and why.
+    """The queries of several cases, with the cases that have none in a set and the reasons.
 
     Attributes:
         queries: all queries.

@@ -39,7 +39,7 @@ _NOTHING = {
 
 @dataclass(frozen=True)
 class Known:
-    """What the unrepaired model is known to answer; a `Gap` gives it with `of`.
+    """What the unrepaired model is known to answer; get it from a `Gap` with `of`.
 
     Attributes:
         answered: ids of the facts whose two-hop prompt it answers correctly.
@@ -83,7 +83,7 @@ def build_sets(
     texts: Sequence[str] = (),
     seed: int = 0,
 ) -> QuerySets:
-    """All sets for the facts that are to be repaired.
+    """Build all query sets for the facts to be repaired.
 
     *Unrelated* means that subject, bridge and answer of the other fact are none of the case's.
     Generalisation takes facts of the pool with the case's bridge and puts the case's first hop in

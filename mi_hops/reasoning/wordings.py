@@ -57,7 +57,7 @@ class WordingChoice(Result):
         return {name: Wording(**json.loads(one)) for name, one in zip(names, chosen, strict=True)}
 
     def apply(self, facts: Sequence[TwoHopFact]) -> tuple[list[TwoHopFact], list[tuple[str, str]]]:
-        """The facts that are not for choosing, asked as chosen; (id, reason) of those that cannot be.
+        """The reported facts in the chosen wording, and (id, reason) of those that cannot be reworded.
 
         Args:
             facts: those that were chosen on, which give the examples, and those to be asked.
@@ -89,7 +89,7 @@ def choose_wordings(
     seed: int = 0,
     progress: bool = False,
 ) -> WordingChoice:
-    """The wording of each relation, and the lead, by which most single hops are known.
+    """Choose the wording of each relation, and the lead, with which most single hops are known.
 
     Only facts of the split ``"choosing"`` are asked, each single hop once under every wording and
     with every number of worked examples. The number of examples is the one by which most hops are

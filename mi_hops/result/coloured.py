@@ -23,7 +23,7 @@ _STRONGEST = 0.6
 
 @dataclass(frozen=True, repr=False)
 class ColouredText:
-    """Tokens with one number each; a notebook shows them coloured.
+    """Tokens with one number each, shown in colour by notebooks.
 
     Attributes:
         tokens: as they are to be read, their spaces included.
@@ -75,7 +75,7 @@ class ColouredText:
         return f'<div style="white-space:pre-wrap;line-height:1.9">{title}{spans}</div>'
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write a page of its own, ``.html``, in the reader's light or dark colours."""
+        """Write a standalone ``.html`` page, in the reader's light or dark colours."""
         return save_page([self], path, overwrite=overwrite)
 
 

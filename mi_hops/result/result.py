@@ -232,7 +232,7 @@ class Result:
 
     @property
     def n_used(self) -> int | None:
-        """How many examples the numbers rest on; None where it was not given and no dimension says."""
+        """Number of examples used; None if it was not given and no dimension tells."""
         return self._used if self._used is not None else self.data.sizes.get("example")
 
     def describe(self) -> str:

@@ -41,7 +41,7 @@ def compare_studies(
     names: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a page that shows two finished studies side by side, one HTML file without network.
+    """Compare two finished studies on one page: a single HTML file that needs no network.
 
     It tells what differs between them, puts every number of `Study.headlines` beside its like, and
     draws gap, lens, erasure, located layers, injection and edits of both in one figure each. The two

@@ -43,7 +43,7 @@ class Skip(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much each step takes: what a study costs, not what it does.
+    """How many facts each step uses: this sets a study's cost, not its method.
 
     Attributes:
         facts: facts asked at most, a seeded sample with an equal share of each split.
@@ -110,7 +110,7 @@ OptionalStep = Literal["knockout", "back_patching"]
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What a study draws, how it asks, and how much each step takes.
+    """Settings of a study: sampling, prompts, and sizes of its steps.
 
     Args:
         seed: of every draw.

@@ -18,7 +18,7 @@ _KINDS = {step.name: step.kind for step in STEPS}
 
 @dataclass(repr=False)
 class Study(Folder):
-    """A study's folder, read back: what was asked for, and what each step found.
+    """A study's folder, read back: its settings and the result of each step.
 
     Attributes:
         folder: where the files are.

@@ -243,7 +243,7 @@ def plan_fan_out(
     scored: Sequence[Sequence[int]] | None = None,
     limits: Limits = Limits(),
 ) -> list[Pass]:
-    """The passes a fan-out will make, all of them; nothing runs."""
+    """All passes that a fan-out would make; nothing runs."""
     where = _scored(prompts, scored)
     plain = bool(permanent_hooks(model))
     limits = replace(limits, reuse_prefix=limits.reuse_prefix and not plain)

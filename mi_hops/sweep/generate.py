@@ -41,7 +41,7 @@ from mi_hops.text.tokens import (
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model said.
+    """What a model generated.
 
     Attributes:
         ids: the tokens generated, the one that ended it included.

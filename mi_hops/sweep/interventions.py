@@ -98,7 +98,7 @@ class Intervention:
 
 
 def replace(value: Tensor) -> Change:
-    """Put `value` in place of the activation (broadcast over what it lacks)."""
+    """Replace the activation with `value` (broadcast)."""
 
     def change(x: Tensor) -> Tensor:
         return _like(value, x).expand_as(x)
@@ -125,7 +125,7 @@ def scale(factor: float) -> Change:
 
 
 def ablate(mean: Tensor | None = None) -> Change:
-    """Zero ablation, or mean ablation where a `mean` activation is given."""
+    """Zero ablation, or mean ablation if a `mean` activation is given."""
 
     def change(x: Tensor) -> Tensor:
         return x.new_zeros(x.shape) if mean is None else _like(mean, x).expand_as(x)

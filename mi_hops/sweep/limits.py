@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a sweep; none of them changes a number.
+    """Resource limits of a sweep; none of them changes a number.
 
     Args:
         batch_size: prompts (examples, facts, pairs) that share a pass at the most.

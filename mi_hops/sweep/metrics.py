@@ -23,7 +23,7 @@ from mi_hops.text.tokens import Prompt, answer_ids
 
 @dataclass(frozen=True)
 class Target:
-    """What a row is scored on, as tokens that follow the prompt.
+    """What a row is scored on: tokens that follow the prompt.
 
     Attributes:
         answer: token ids of the answer.
@@ -425,7 +425,7 @@ MetricLike = str | Metric | Callable[..., "Tensor"]
 
 
 def get_metric(metric: MetricLike) -> Metric:
-    """A metric by name, as it is, or made of a user's function of the last position's logits.
+    """A metric from a name, a `Metric`, or a user's function of the last position's logits.
 
     Raises:
         ValueError: an unknown name, or something that is not a metric.

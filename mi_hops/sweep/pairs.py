@@ -38,7 +38,7 @@ class Activations(Protocol):
 
 
 class Pairs:
-    """Clean and corrupted prompts, pair by pair, with what they are scored on.
+    """Pairs of clean and corrupted prompts, with the answers that they are scored on.
 
     Wherever pairs are expected, a tuple ``(clean, corrupted)`` is accepted too, and prompts alone
     where nothing is compared with (ablation, tracing). `mi_hops.patching.contrast` makes pairs of

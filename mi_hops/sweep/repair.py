@@ -39,7 +39,7 @@ class Rows:
 
 @runtime_checkable
 class Repair(Protocol):
-    """Anything that changes what a model says about a fact while it is switched on."""
+    """Anything that changes a model's behaviour on a fact while it is active."""
 
     @property
     def name(self) -> str:
@@ -51,5 +51,5 @@ class Repair(Protocol):
         ...
 
     def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
-        """Hooks for a pass whose row r is under ``states[r]``; None leaves the row untouched."""
+        """Hooks for a pass in which ``states[r]`` acts on row r; None leaves the row alone."""
         ...

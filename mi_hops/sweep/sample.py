@@ -28,7 +28,7 @@ def sample(
     repair: Repair | None = None,
     states: Sequence[Any | None] | None = None,
 ) -> list[str]:
-    """Each prompt with `n_tokens` more, drawn from the model's own distribution.
+    """Continue each prompt by `n_tokens` tokens, sampled from the model's own distribution.
 
     Args:
         top_k: draw from so many of the likeliest tokens only; default from all.

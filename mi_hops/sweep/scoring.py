@@ -29,7 +29,7 @@ def score_prompts(
     states: Sequence[Any | None] | None = None,
     hooks: Sequence[Hook] = (),
 ) -> dict[str, Float[Tensor, "row"]]:
-    """Scores of each prompt's target.
+    """Score each prompt's target.
 
     Args:
         targets: one per prompt.

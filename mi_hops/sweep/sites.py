@@ -50,7 +50,7 @@ Spans = tuple[tuple[tuple[int, ...], ...], ...]
 
 @dataclass(frozen=True, repr=False)
 class Sites:
-    """Where to act. A kind, a hook name or a list of them is accepted in its place.
+    """Where to intervene. A kind, a hook name or a list of them is accepted too.
 
     Args:
         kinds: one `Kind`, or several that share their axes (then the result has an axis ``kind``).

@@ -48,14 +48,14 @@ Around = Callable[[Any], Any]
 
 
 class TaskError(ChildProcessError):
-    """Tasks that could not be done, each tried several times; all others are."""
+    """Some tasks failed after several tries; all others are done."""
 
 
 @contextmanager
 def spread(
     model: HookedModel, executor: Executor | int, *, load: Load | None = None
 ) -> Iterator[None]:
-    """Work over facts and pairs inside the block is done by the workers of an executor.
+    """Within the block, work over facts and pairs runs on an executor's workers.
 
     It is what keeps its batches in a study: `generate` (and with it `find_gap`), lenses over prompts or
     facts, erasing, locating, patching, tracing and ablating over pairs, injection, `score_prompts`,

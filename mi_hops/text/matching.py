@@ -36,7 +36,7 @@ def check_stop(stop: Sequence[str]) -> None:
 
 
 def normalise(text: str) -> str:
-    """A text as it is compared.
+    """Normalise a text for comparison.
 
     Unicode composed (NFKC), case folded, runs of white space made one space; then what stands in
     `SURROUNDING` is stripped from both ends, then one leading article (the, a, an), unless nothing

@@ -29,7 +29,7 @@ _WARNED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 class TokenError(ValueError):
-    """Text that cannot be brought into the tokens or positions a method needs."""
+    """A text does not give the tokens or positions that a method needs."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Prompt:
 
     @classmethod
     def from_tokens(cls, model: HookedModel, ids: Int[Tensor, "pos"] | Sequence[int]) -> Prompt:
-        """The prompt that these token ids are, as they are: no BOS is added, none removed.
+        """The prompt with exactly these token ids: no BOS is added or removed.
 
         Its text is what the ids decode to, without BOS; their numbers, without a tokenizer.
 
@@ -340,12 +340,12 @@ def positions(prompt: Prompt, where: Where) -> tuple[int, ...]:
 
 
 def last_position(prompt: Prompt, where: Where) -> int:
-    """The last token position of `where`: the one that has seen the whole span."""
+    """The last token position of `where`, which has seen the whole span."""
     return positions(prompt, where)[-1]
 
 
 def align(first: Prompt, second: Prompt) -> None:
-    """Check that two prompts have as many tokens, so that positions correspond.
+    """Check that two prompts have equally many tokens, so that positions correspond.
 
     Raises:
         TokenError: unequal lengths; the message shows both token lists.

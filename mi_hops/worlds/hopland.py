@@ -230,7 +230,7 @@ class Hopland:
         ]
 
     def sample(self, *, train: int = 500, held_out: int = 450, seed: int = 0) -> list[TwoHopFact]:
-        """A seeded sample of two-hop facts for a study, whole first hops at a time.
+        """A seeded sample of two-hop facts for a study, keeping all facts of a first hop together.
 
         All held-out questions of a drawn first hop come together, so that a question has others
         with the same first hop beside it. First hops are drawn until every held-out split but

@@ -126,7 +126,7 @@ def planted_record(name: str) -> dict[str, Any]:
 
 
 def planted_world(seed: int = 0) -> Hopland:
-    """The small Hopland of one seed: one-word names, 33 entities, some 450 facts."""
+    """The small Hopland of one seed: one-word names, 33 entities, about 450 facts."""
     return Hopland(seed, people=10, works=6, companies=6, cities=6, countries=5, one_word=True)
 
 

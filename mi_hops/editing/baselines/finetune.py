@@ -46,7 +46,7 @@ def finetune_many(
     bound: float = 0.5,
     batch_size: int = 8,
 ) -> list[Edit]:
-    """FT+L edits of many facts, each on its own; the model is left as it is.
+    """FT+L edits of many facts, one edit per fact; the model is left unchanged.
 
     The steps are those of Adam on a deep copy of the matrix, made side by side for the facts of a
     batch.
@@ -153,7 +153,7 @@ def lora_many(
     lr: float = 0.01,
     seed: int = 0,
 ) -> list[Edit]:
-    """LoRA edits: adapters of `peft`, taught one fact after the other, each from fresh ones.
+    """LoRA edits: `peft` adapters trained on one fact at a time, starting fresh for each.
 
     `peft` adapts Hugging Face modules, so the checkpoint is loaded once more beside the model that
     is edited, and its weights must be the same. What the adapters add is scaled by 2 (alpha is

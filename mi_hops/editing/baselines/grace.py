@@ -89,7 +89,7 @@ class Codebook:
         return float(distances[i]), i
 
     def lookup(self, state: Tensor) -> Tensor | None:
-        """The value to use for a state, or None to let the layer be."""
+        """The value to use for a state, or None to leave it alone."""
         if not self.keys:
             return None
         distance, i = self.nearest(state)
@@ -144,7 +144,7 @@ class GraceRepair:
         return self._name
 
     def fit(self, model: HookedModel, facts: Sequence[Asked]) -> list[Codebook]:
-        """One codebook per fact (one for all where shared); facts known already add nothing."""
+        """One codebook per fact (or one shared by all); facts already known add nothing."""
         requests = requests_of(facts, self.form, taught=True)
         require_layers(model, [self.layer])
         ends = (hook_name("resid_pre", self.layer), hook_name("resid_post", self.layer))

@@ -62,7 +62,7 @@ _KEY = "mi_hops_knowledge_editor"
 
 @dataclass(frozen=True, kw_only=True)
 class EditorTraining:
-    """How the network is made and trained.
+    """How the hypernetwork is built and trained.
 
     Attributes:
         layers, matrix: what it edits.
@@ -148,7 +148,7 @@ class KnowledgeEditor:
     def edits(
         self, model: HookedModel, asked: Iterable[Asked], *, form: str | None = None, loop: int = 1
     ) -> list[Edit]:
-        """One edit per fact; the model is left as it is.
+        """One edit per fact; the model is left unchanged.
 
         Args:
             loop: edits made on top of one another at most, until the prompt taught is answered
@@ -235,7 +235,7 @@ class KnowledgeEditor:
     def parts(
         self, model: HookedModel, prompts: Sequence[str], answers: Sequence[str]
     ) -> list[dict[str, Tensor]]:
-        """What the network makes of prompts and answers: α, β, γ, δ and η ``[row, ...]`` per matrix."""
+        """The network's outputs for prompts and answers: α, β, γ, δ and η ``[row, ...]`` per matrix."""
         embedded, lengths = _embedded(model, prompts, answers)
         return self.network(embedded.to(next(self.network.parameters()).device), lengths)
 
@@ -306,7 +306,7 @@ class KnowledgeEditorRepair(EditorRepair):
 def train_editor(
     model: HookedModel, facts: Sequence[TwoHopFact], *, progress: bool = False, **settings: Any
 ) -> KnowledgeEditor:
-    """Train an editor of a model; the model is left as it is.
+    """Train an editor for a model; the model is left unchanged.
 
     Each step draws facts and, for each, a wording, another wording to be answered alike, an answer
     that some other fact with the same second relation has, and an unrelated fact (of whose subject,

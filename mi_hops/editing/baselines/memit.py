@@ -36,7 +36,7 @@ from mi_hops.model import HookedModel, hook_name
 
 
 def memit(model: HookedModel, asked: Iterable[Asked], **settings: Any) -> Edit:
-    """One MEMIT edit for all facts together; the model is left as it is; arguments as `memit_many`."""
+    """One joint MEMIT edit for all facts; the model is unchanged. Arguments as in `memit_many`."""
     return memit_many(model, asked, joint=True, **settings)[0]
 
 
@@ -51,7 +51,7 @@ def memit_many(
     batch_size: int = 16,
     **search: Any,
 ) -> list[Edit]:
-    """MEMIT edits of many facts, one each, or one for all of them; the model is left as it is.
+    """MEMIT edits of many facts, one each or one for all; the model is left unchanged.
 
     Args:
         asked: facts or requests.
@@ -88,7 +88,7 @@ def memit_sequential(
     batch_size: int = 16,
     **search: Any,
 ) -> list[Edit]:
-    """MEMIT edits made one after the other, each on the model as edited so far; it is left as it is.
+    """MEMIT edits in sequence, each on the model as edited so far; the model is left unchanged.
 
     With a covariance held to its null space this is AlphaEdit. To have the edits as one,
     ``mi_hops.editing.stack(edits, check=False)``.

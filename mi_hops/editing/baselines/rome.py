@@ -63,7 +63,7 @@ _ENOUGH = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class ValueSearch:
-    """How a value is searched for.
+    """How a value is optimised.
 
     Attributes:
         form: of the prompt taught (facts only); default the first the fact has of both hops.
@@ -106,7 +106,7 @@ def rome_many(
     batch_size: int = 16,
     **search: Any,
 ) -> list[Edit]:
-    """ROME edits of many facts, each on its own; the model is left as it is.
+    """ROME edits of many facts, one edit per fact; the model is left unchanged.
 
     Args:
         asked: facts or requests; the two-hop prompt is taught its target.
