@@ -49,7 +49,7 @@ class Claim:
     """What a paper says, when it counts as held here, and the numbers that decide.
 
     Attributes:
-        rule: in words; `verdict` gives True, False, or None where it cannot be told.
+        rule: in words; `verdict` gives True, False, or None where it is inconclusive.
     """
 
     source: str
@@ -227,7 +227,7 @@ CLAIMS = (
     ),
 )
 
-_WORDS = {True: "holds", False: "does not hold", None: "cannot be told"}
+_WORDS = {True: "holds", False: "does not hold", None: "inconclusive"}
 
 
 def localisation(study: Study, *, seed: int = 0) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def study(
             )
 
         if join and (force or workers is not None or scheduler is not None):
-            raise ValueError("--join goes without --force, --workers and --scheduler")
+            raise ValueError("--join cannot be combined with --force, --workers or --scheduler")
         if join:
             done = join_study(out, run)
         else:

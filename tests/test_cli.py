@@ -98,7 +98,7 @@ def test_join_leads_or_helps_and_takes_no_workers(calls, tmp_path):
     assert result.exit_code == 0, result.output
     assert isinstance(calls[0]["executor"], SharedFolder)
     result = runner.invoke(app, ["study", "--join", "--workers", "2"])
-    assert result.exit_code == 2 and "--join goes without" in result.stderr
+    assert result.exit_code == 2 and "--join cannot be combined with" in result.stderr
 
 
 def test_json_is_the_summary_and_nothing_else(calls):

@@ -217,7 +217,7 @@ def _read(path: str | Path | None) -> _File:
         with gzip.open(path, "rt", encoding="utf-8") as text:
             content = json.load(text)
     except (OSError, EOFError, zlib.error) as error:
-        raise FactsFileError(f"{path}: not a whole gzip file ({error})") from error
+        raise FactsFileError(f"{path}: not a complete gzip file ({error})") from error
     except ValueError as error:  # JSON or UTF-8
         raise FactsFileError(f"{path}: not JSON inside ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -93,7 +93,7 @@ def _from_evidences(record: Any, question: str) -> dict[str, Any]:
         raise DropRow("hops do not meet", f"one ends in {bridge!r}, the next starts from {meets!r}")
     span = described(question, subject, relation1)
     if span is None:
-        raise DropRow("first hop cannot be told", f"{relation1!r} of {subject!r} in {question!r}")
+        raise DropRow("first hop cannot be identified", f"{relation1!r} of {subject!r} in {question!r}")
     phrase = question[slice(*span)]
     return {
         "subject": subject,
@@ -123,7 +123,7 @@ def _from_paragraphs(record: Any, question: str, answer: str) -> dict[str, Any]:
     supporting = [p[1] for p in pairs if _title(p) == subject]
     said = [s for i, s in enumerate(texts[subject]) if i in supporting]
     if find(bridge, " ".join(map(str, said))) is None:
-        raise DropRow("bridge cannot be told", f"{bridge!r} is not in what {subject!r} says")
+        raise DropRow("bridge cannot be identified", f"{bridge!r} is not in what {subject!r} says")
     (other,) = (t for t in titles if t != subject)
     if find(answer, " ".join(map(str, texts[other]))) is None:
         raise DropRow("answer not in the bridge's paragraph", f"{answer!r} of {bridge!r}")

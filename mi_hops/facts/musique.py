@@ -57,7 +57,7 @@ def load_musique(path: str | Path, *, on_error: OnError = "raise") -> Facts:
       subject ("the Green performer").
 
     Dropped and reported: not two steps of which the second builds on the first; not answerable;
-    first hop cannot be told; a bridge that equals the answer or is named in a prompt.
+    first hop cannot be identified; a bridge that equals the answer or is named in a prompt.
 
     Args:
         path: the file.
@@ -87,7 +87,7 @@ def _fact(row: int, line: str, fixes: RowFixes) -> TwoHopFact:
     refuse_same(bridge, answer)
     names = _by_relations(first, second, bridge) or _by_question(question, first, second, bridge)
     if names is None:
-        raise DropRow("first hop cannot be told", f"{first.question!r} in {question!r}")
+        raise DropRow("first hop cannot be identified", f"{first.question!r} in {question!r}")
     for prompt in names["prompts"].values():
         refuse_named(bridge, prompt)
     rest = () if question in names["prompts"].values() else (question,)
@@ -133,7 +133,7 @@ def _by_relations(first: _Step, second: _Step, bridge: str) -> dict[str, Any] | 
 
 
 def _by_question(question: str, first: _Step, second: _Step, bridge: str) -> dict[str, Any] | None:
-    """Prompts around the published question; None where its first hop cannot be told."""
+    """Prompts around the published question; None where its first hop cannot be identified."""
     span, told = None, ""
     if not second.relation:
         start = second.question.index(_SLOT)

@@ -284,7 +284,7 @@ def _folder(source: str | Path) -> Path:
         )
     except OSError as error:
         raise FileNotFoundError(
-            f"{text!r} is no local folder and could not be fetched from the hub ({error})"
+            f"{text!r} is not a local folder and could not be fetched from the hub ({error})"
         ) from error
     return Path(fetched) / within
 

@@ -41,9 +41,9 @@ def read_tuned_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         zero = torch.zeros(d, dtype=weight.dtype)
         bias = torch.stack([state.get(f"{i}.bias", zero) for i in range(n)])
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as error:
-        raise ValueError(f"{folder} holds no lens of tuned-lens ({error!r})") from error
+        raise ValueError(f"{folder} has no lens in the tuned-lens format ({error!r})") from error
     except (json.JSONDecodeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folder} holds no lens of tuned-lens ({error})") from error
+        raise ValueError(f"{folder} has no lens in the tuned-lens format ({error})") from error
     return config, {"weight": weight, "bias": bias}
 
 

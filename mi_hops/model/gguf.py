@@ -103,7 +103,7 @@ def _convert(file: Path, digest: str, folder: Path) -> None:
     except Exception as error:  # numpy's, struct's, transformers' own, by where the file breaks off
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
-            f"{file} cannot be read as GGUF ({why}); it is broken or was not fetched whole"
+            f"{file} cannot be read as GGUF ({why}); it is damaged or incomplete"
         ) from error
     model.config.mi_hops["gguf"] = {"name": file.name, "sha256": digest}
     try:

@@ -206,7 +206,7 @@ def linear_read_out(
     if not torch.allclose(total, want.gather(1, ids.to(want.device)), rtol=0.02, atol=0.05):
         raise ValueError(
             "the final norm of this model is neither LayerNorm nor RMSNorm as its config says, so "
-            "its logits are no linear function of the final stream"
+            "its logits are not a linear function of the final stream"
         )
     return directions, constant
 

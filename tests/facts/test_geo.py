@@ -377,11 +377,11 @@ def test_bad_files(tmp_path):
         load_geo(tmp_path / "none.json.gz")
     cut = tmp_path / "cut.json.gz"
     cut.write_bytes(BUNDLED.read_bytes()[:5000])
-    with pytest.raises(FactsFileError, match="not a whole gzip file"):
+    with pytest.raises(FactsFileError, match="not a complete gzip file"):
         load_geo(cut)
     text = tmp_path / "plain.json.gz"
     text.write_text("{}")
-    with pytest.raises(FactsFileError, match="not a whole gzip file"):
+    with pytest.raises(FactsFileError, match="not a complete gzip file"):
         load_geo(text)
     wrong = tmp_path / "wrong.json.gz"
     wrong.write_bytes(gzip.compress(b"no json"))

@@ -96,7 +96,7 @@ def test_the_form_follows_the_place_of_the_first_hop():
     [
         ({"e3.value": "Ada Moss"}, "bridge equals answer"),
         ({"r2(e2).prompt": "Her mother is"}, "bridge not in second-hop prompt"),
-        ({"r2(e2).prompt": "A mother of Ada Moss is"}, "first hop cannot be told"),
+        ({"r2(e2).prompt": "A mother of Ada Moss is"}, "first hop cannot be identified"),
         (
             {"r2(r1(e1)).prompt": "The mother of the singer Ada Moss is"},
             "bridge named in its prompt",
@@ -199,7 +199,7 @@ def test_a_question_that_names_the_first_relation(tmp_path):
         (musique("Who?", ("A >> author", "c"), ("#1 >> spouse", "C")), "bridge equals answer"),
         (
             musique("Where is that?", ("Quill >> located in", "Low Wick"), ("#1 >> head", "Bo")),
-            "first hop cannot be told",
+            "first hop cannot be identified",
         ),
     ],
 )
@@ -290,7 +290,7 @@ def test_paragraphs_tell_subject_and_bridge(tmp_path):
         ),
         (
             WIKI | {"question": "Who is the grandmother of Low Tide?", "type": "inference"},
-            "first hop cannot be told",
+            "first hop cannot be identified",
         ),
         (HOTPOT | {"type": "comparison"}, "a comparison"),
         (HOTPOT | {"supporting_facts": [["Ada Moss", 1]]}, "not two paragraphs"),
@@ -301,7 +301,7 @@ def test_paragraphs_tell_subject_and_bridge(tmp_path):
         (HOTPOT | {"question": "What office was it?"}, "neither paragraph named in the question"),
         (
             HOTPOT | {"supporting_facts": [["Kiss Me (film)", 1], ["Ada Moss", 1]]},
-            "bridge cannot be told",
+            "bridge cannot be identified",
         ),
         (HOTPOT | {"answer": "yes"}, "answer not in the bridge's paragraph"),
     ],

@@ -113,6 +113,6 @@ def test_broken_folders(load_tiny, tmp_path, capsys, broken):
         torch.save({"0.weight": torch.zeros(32, 32)}, folder / "params.pt")
     else:
         (folder / "params.pt").write_bytes(pickle.dumps({"0.weight": Harm()}))
-    with pytest.raises(ValueError, match="holds no lens of tuned-lens"):
+    with pytest.raises(ValueError, match="has no lens in the tuned-lens format"):
         load_lens(model, folder)
     assert "harm" not in capsys.readouterr().out
