@@ -3,20 +3,24 @@
     python notebooks/refresh.py                 # all notebooks
     python notebooks/refresh.py 01_two_hops     # those whose name has it
 
-Progress bars and what libraries print while loading are dropped, and of a figure only its plotly
-data is kept, not the script that draws it (the repository would grow by megabytes with every run).
-``MI_HOPS_MODEL`` names another model than the bundled one.
+Progress bars and what libraries print while loading are dropped. Of a figure, its plotly data is
+kept, but not the script that draws it (the repository would grow by megabytes with every run); next
+to it goes a PNG for viewers that do not draw plotly figures, GitHub's for one (this needs the extra
+``export``). ``MI_HOPS_MODEL`` names another model than the bundled one.
 """
 
 from __future__ import annotations
 
+import base64
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 PLOTLY = "application/vnd.plotly.v1+json"
+PNG = "image/png"
 NOISE = ("Moving model to device",)
 TIMEOUT = 300
 
@@ -62,6 +66,22 @@ def _thinned(output: Any) -> Any | None:
     return output
 
 
+def with_pictures(notebook: Any) -> Any:
+    """The notebook with a PNG next to the plotly data of every figure, on white."""
+    import plotly.graph_objects as go
+    import plotly.io as pio
+
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    drawn = [output.data for output in outputs if PLOTLY in output.get("data", {})]
+    figures = [go.Figure(data[PLOTLY]).update_layout(template="plotly_white") for data in drawn]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{i}.png") for i in range(len(drawn))]
+        pio.write_images(figures, paths, width=[f.layout.width or 800 for f in figures])
+        for data, path in zip(drawn, paths, strict=True):
+            data[PNG] = base64.b64encode(path.read_bytes()).decode()
+    return notebook
+
+
 def main(wanted: list[str]) -> None:
     """Refresh the notebooks whose names have one of the texts; all of them without any."""
     import nbformat
@@ -70,7 +90,7 @@ def main(wanted: list[str]) -> None:
         if wanted and not any(text in path.name for text in wanted):
             continue
         start = time.perf_counter()
-        nbformat.write(thin(run(path)), path)
+        nbformat.write(with_pictures(thin(run(path))), path)
         took = time.perf_counter() - start
         print(f"{path.name}: {took:.0f} s, {path.stat().st_size / 1000:.0f} kB")
 

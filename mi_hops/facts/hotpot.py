@@ -93,7 +93,9 @@ def _from_evidences(record: Any, question: str) -> dict[str, Any]:
         raise DropRow("hops do not meet", f"one ends in {bridge!r}, the next starts from {meets!r}")
     span = described(question, subject, relation1)
     if span is None:
-        raise DropRow("first hop cannot be identified", f"{relation1!r} of {subject!r} in {question!r}")
+        raise DropRow(
+            "first hop cannot be identified", f"{relation1!r} of {subject!r} in {question!r}"
+        )
     phrase = question[slice(*span)]
     return {
         "subject": subject,

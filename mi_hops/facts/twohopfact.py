@@ -103,7 +103,9 @@ def _fact(row: int, cells: Mapping[str, Any], stem: str, fixes: RowFixes) -> Two
         raise DropRow("bridge not in second-hop prompt", f"{bridge!r} is not in {second!r}")
     span = counterpart(asked, second, named)
     if span is None:
-        raise DropRow("first hop cannot be identified", f"{asked!r} and {second!r} differ elsewhere too")
+        raise DropRow(
+            "first hop cannot be identified", f"{asked!r} and {second!r} differ elsewhere too"
+        )
     form, phrase = form_of(asked, span), asked[slice(*span)]
     relations = (
         _first(cells, f"{r}.category", f"{r}.template_id") or unnamed

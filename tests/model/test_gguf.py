@@ -126,7 +126,9 @@ def broken(tmp_path, cut):
 @pytest.mark.parametrize("cut", [0, 3, 40, 3000, 20_000, -500_000, -4000, -40])
 def test_a_truncated_file_is_refused(tmp_path, cache, cut):
     file = broken(tmp_path, cut)
-    with pytest.raises(ValueError, match=r"cut\.gguf cannot be read as GGUF .* damaged or incomplete"):
+    with pytest.raises(
+        ValueError, match=r"cut\.gguf cannot be read as GGUF .* damaged or incomplete"
+    ):
         mi_hops.load_model(file)
     assert not cache.exists() or not any(cache.rglob("*"))
 
