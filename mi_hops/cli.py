@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="mi-hops",
-    help="Find out how a language model answers a two-hop question, why it fails, and repair it.",
+    help="Find out how a language model answers two-hop questions, why it fails, and repair it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,9 +34,10 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default CUDA where there is one.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite what the folder holds.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite existing results.")]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress bars, no table: the result's path alone.")
+    bool,
+    typer.Option("--quiet", "-q", help="Print only the result's path: no progress bars, no table."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -53,7 +54,7 @@ def main(
 
 @app.command(name="version")
 def show_version() -> None:
-    """Show the versions of mi-hops and of the libraries that decide its numbers."""
+    """Show the versions of mi-hops and of the libraries that its numbers depend on."""
     typer.echo(f"mi-hops {__version__}")
     for name in ("torch", "transformer_lens", "transformers"):
         typer.echo(f"{name} {metadata.version(name)}")
@@ -82,7 +83,7 @@ def study(
         list[str] | None,
         typer.Option(
             metavar="FIELD=COLUMN",
-            help="A table's column for a fact's field, once for each: bridge=director, "
+            help="The table column for a field of a fact; repeat for each: bridge=director, "
             "prompts.suffix=question (prompts take their form after a dot). By default the "
             "columns that are named like a field.",
         ),
@@ -94,7 +95,9 @@ def study(
         Literal["raise", "drop"],
         typer.Option(help="What to do with malformed records of --facts: stop, or drop them."),
     ] = "raise",
-    out: Annotated[Path, typer.Option(help="Where report and numbers go.")] = Path("study"),
+    out: Annotated[Path, typer.Option(help="Folder for the report and the numbers.")] = Path(
+        "study"
+    ),
     device: Device = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")
@@ -108,7 +111,7 @@ def study(
     ] = None,
     sizes: Annotated[
         Literal["quick", "default", "full"],
-        typer.Option(help="How many questions each step takes; full sets no bound."),
+        typer.Option(help="How many questions each step uses; full sets no limit."),
     ] = "default",
     shots: Annotated[
         int | None,
@@ -120,19 +123,21 @@ def study(
     ] = None,
     score: Annotated[
         Literal["answer", "first-token"],
-        typer.Option(help="What counts as answered: the whole answer and its end, or its start."),
+        typer.Option(
+            help="What counts as answered: the whole answer and its end, or its first token."
+        ),
     ] = "answer",
     also: Annotated[
         list[str] | None,
         typer.Option(
             metavar="STEP",
-            help="A step that a study does not have by itself: knockout or back_patching; repeat for both.",
+            help="An optional step to include: knockout or back_patching; repeat for both.",
         ),
     ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
-            metavar="TIME", help="Time the study may take, about: 20m, 2h. It chooses the sizes."
+            metavar="TIME", help="Approximate time limit: 20m, 2h. It determines the sizes."
         ),
     ] = None,
     dry_run: Annotated[
@@ -144,12 +149,12 @@ def study(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Processes of this machine that do the work, each with the model."
+            min=1, help="Number of local worker processes, each with its own copy of the model."
         ),
     ] = None,
     scheduler: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="Of a Dask cluster whose workers do the work."),
+        typer.Option(metavar="ADDRESS", help="Address of a Dask cluster to run on."),
     ] = None,
     join: Annotated[
         bool,
@@ -239,7 +244,7 @@ def compare(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show two studies side by side on one page: models, versions, or before and after an edit."""
+    """Compare two studies on one page: two models, two versions, or before and after an edit."""
     with friendly(context, debug=debug, stopped="Nothing was written."):
         if out.exists() and not force:
             raise FileExistsError(f"{out} exists; name another file with --out, or use --force")
@@ -257,12 +262,12 @@ def train_world(
     appositions: Annotated[
         bool,
         typer.Option(
-            "--appositions", help="Go on from the bundled model, on texts that name the bridge."
+            "--appositions", help="Continue from the bundled model, on texts that name the bridge."
         ),
     ] = False,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Updates, in one cycle; by default those of the recipe."),
+        typer.Option(min=1, help="Training steps, in one cycle; by default the recipe's."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and batch order.")] = 0,
     device: Device = None,
@@ -372,7 +377,7 @@ def merge(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Join what was measured on different facts, with the same model and settings, into one file."""
+    """Merge results for different facts, with the same model and settings, into one file."""
     with friendly(context, debug=debug, stopped="Nothing was written."):
         from mi_hops.reasoning.merge import load_part
         from mi_hops.reasoning.merge import merge as join
