@@ -41,9 +41,9 @@ def export_hf(
     in it but the edited matrices is kept: tied weights, tokenizer, configuration. Weights are
     summed in float32 or wider and cast once. Nothing of a remote repository's code is run.
 
-    A model can be loaded so that its prompts begin with a BOS which its tokenizer (GPT-2's, say)
-    does not add by itself. The one written then adds it, so that
-    ``transformers.pipeline("text-generation", folder)`` says what the edited model says.
+    A model can be loaded with a BOS that its tokenizer (such as GPT-2's) does not add by itself. The
+    exported tokenizer then adds it, so that ``transformers.pipeline("text-generation", folder)`` says
+    what the edited model says.
 
     Args:
         model_or_path: a bundled model's name, a folder, a hub id; or a loaded model, whose
@@ -52,8 +52,8 @@ def export_hf(
         out: folder to make.
         dtype: of the new checkpoint; default that of the loaded model or of the old checkpoint.
         max_shard_size: size from which the weights are written in several files.
-        keep_tokenizer: write the tokenizer as it is, even where it treats BOS otherwise than the
-            model given does.
+        keep_tokenizer: write the tokenizer unchanged, even if it treats BOS differently from the
+            model given.
         check: refuse edits made for other weights. The fingerprint depends on the dtype: an edit
             of a model in float32 is refused for a checkpoint in bfloat16, unless ``dtype`` is
             float32 too.

@@ -329,7 +329,7 @@ def second_moments(
         shrinkage: see `Moments`; can be changed later without counting again.
         max_tokens: tokens in one forward pass.
         cache: a folder. Moments of the same weights, text and settings are read from it, and new
-            ones written there, under a name that is made of those.
+            ones written there, under a name derived from these.
 
     Raises:
         ValueError: layers or a matrix the model does not have, an empty corpus, a generator together

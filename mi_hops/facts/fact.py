@@ -20,11 +20,10 @@ class TwoHopFact:
     (subject first, "The author of Misery is a citizen of"), ``"question"`` ("What is ...?").
     A fact needs at least one form in `prompts`; the other tables may lack forms.
 
-    **Longer chains** are facts that are *seen from one of their bridges*: to the bridge, and on from
-    it. Its attributes are then those of a two-hop fact whose first hop leads all the way to that
-    bridge and whose second goes all the rest, so whatever takes two-hop facts takes chains. `hops`
-    and `bridges` have all of them, `at` sees the fact from another bridge (at first it is the last
-    one), `part` is a shorter chain. Hops and bridges are counted from 1. `from_hops` makes such facts.
+    **Longer chains** are facts that are *seen from one of their bridges*, by default the last: the
+    first hop is everything up to that bridge, the second everything after it, so whatever takes
+    two-hop facts takes chains. `hops` and `bridges` list all of them, `at` sees the fact from another
+    bridge, `part` is a shorter chain. Hops and bridges are counted from 1. `from_hops` makes chains.
 
     Attributes:
         id: unique within a set of facts.
@@ -46,8 +45,8 @@ class TwoHopFact:
 
     Raises:
         ValueError: an empty name, no prompt, an entity that occurs twice (a bridge that equals the
-            answer, say), a prompt that ends in white space, or a chain that does not lead over the
-            bridge to the answer.
+            answer, say), a prompt that ends in white space, or a chain that does not lead through
+            the bridge to the answer.
 
     Examples:
         >>> import mi_hops

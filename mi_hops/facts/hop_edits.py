@@ -81,9 +81,9 @@ class HopEdit:
     """A two-hop fact before and after some of its hops get new objects.
 
     Attributes:
-        before: the chain as the model was taught it.
-        after: the chain that follows: the same question, the new bridge or answer, and the prompts
-            of the single hops that now hold. Its id is the edit's.
+        before: the original chain.
+        after: the chain after the edit: the same question, the new bridge or answer, and the prompts
+            of the new single hops. Its id is the edit's.
         hops: the single facts that are edited. Where that is the first hop alone, the answer
             changes because the new bridge has another one.
 
@@ -216,11 +216,11 @@ def hop_edits(
 ) -> tuple[list[HopEdit], list[tuple[str, str]]]:
     """Edits of one hop per fact, with objects of other facts; and (id, reason) for facts without.
 
-    The new object is one that the same relation has in another fact of the pool. Of a new bridge the
-    pool must also tell the second relation, so that the new chain's answer is known; for the second
-    hop the object is the answer. Old and new answer differ, and neither the subject nor the
-    prompt names what is new. A single fact gets one new object, however many of the facts share it:
-    facts whose chain cannot follow it are left out, so that all edits can be made in one model.
+    The new object is one that the same relation has in another fact of the pool. For a new bridge, the
+    pool must also have the second hop, so that the new chain's answer is known; for the second hop,
+    the object is the answer. Old and new answer differ, and neither the subject nor the prompt names
+    the new object. A single fact gets one new object, however many of the facts share it; facts whose
+    chain cannot follow it are left out, so that all edits can be made in one model.
 
     Args:
         facts: the chains of which one hop is edited.

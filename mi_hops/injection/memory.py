@@ -93,8 +93,8 @@ class MemoryInjection:
         kind: the activation it is added to (see `place.Stream`).
         relative: scale the vector to the activation's norm where it is added, so that strength 1
             means "as long as what is there".
-        absent: what to do about a place that a prompt lacks (its first hop, a substring): refuse
-            the prompt, or leave that place out and inject at the others; `where` says which.
+        absent: what to do if a prompt lacks a position (its first hop, a substring): refuse the
+            prompt, or leave that position out and inject at the others; `where` says which.
 
     Raises:
         ValueError: an unknown encoding, kind or `absent`; no layer; a strength that is not finite; a
@@ -335,8 +335,8 @@ def inject(
     fwd_hooks=inject(...))`` or ``model.hooks(fwd_hooks=inject(...))``. Nothing stays behind.
 
     Args:
-        memory: a text, several whose vectors are added up, or a vector of one's own: ``[d_model]``
-            for each of `layers`, ``[layer, d_model]`` of all the model's layers, or layer -> vector.
+        memory: a text, several texts whose vectors are added up, or your own vector: ``[d_model]`` for
+            each of `layers`, ``[layer, d_model]`` for all the model's layers, or layer -> vector.
         layers: one layer, or several at once; default those of a mapping.
         strength: the factor of the vector; one for all layers, or one for each.
         positions: see `place.Positions`. All but ``"everywhere"`` and ``"all"`` need `prompts`.

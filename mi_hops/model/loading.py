@@ -59,8 +59,8 @@ def load_model(
 
     Raises:
         ValueError: unknown dtype, backend or processing; a device that is not there; a folder that
-            is no checkpoint, has no tokenizer, brings code of its own (which is not run; load such
-            a model yourself), or whose files cannot be read; a GGUF file that is
+            is not a checkpoint, has no tokenizer, comes with its own code (which is not run; load
+            such a model yourself), or whose files cannot be read; a GGUF file that is
             broken or of another family, or no package to read it with; a backend that the installed
             TransformerLens or the family does not offer.
         OSError: a hub id that cannot be fetched (offline, private, or misspelt); a cache folder that

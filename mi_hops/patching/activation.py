@@ -62,9 +62,9 @@ def patch(
     """Patch activations at every cell of a grid, in every pair of prompts.
 
     Args:
-        pairs: `Pairs`, or ``(clean, corrupted)``; each of texts, token ids or `Prompt`s. Clean
-            activations that are at hand (``cache`` of ``model.run_with_cache``) are taken in place
-            of clean prompts, or, beside them, as ``Pairs(..., source=cache)``.
+        pairs: `Pairs`, or ``(clean, corrupted)``; each of texts, token ids or `Prompt`s. Existing
+            clean activations (``cache`` of ``model.run_with_cache``) can replace the clean prompts,
+            or be given with them as ``Pairs(..., source=cache)``.
         sites: `Sites`, or kinds of activation, or hook names.
         metric: a metric, its name, a function ``[row, vocab] -> [row]`` of the last position's
             logits, `FullLogits` of a function of all of them, ``"kl"`` (from the clean run's

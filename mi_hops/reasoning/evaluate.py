@@ -106,7 +106,7 @@ def evaluate(
 
     Args:
         repairs: one or several, each with its own name; an `Edit` stands for itself on every row.
-        queries: from `build_sets`, from `portability_sets` where single facts are edited, or one's own.
+        queries: from `build_sets`, from `portability_sets` for edited single facts, or your own.
         facts: the cases (of edited single facts the `HopEdit.after`); every query's ``case`` is the id of one of them.
         metrics: further metrics to record; their mean before, after and change is in the table.
         generate: also generate texts, for ``said`` and ``generation_correct`` (aliases count there).

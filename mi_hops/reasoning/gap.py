@@ -297,9 +297,9 @@ def find_gap(
 ) -> Gap:
     """Ask all three questions of each fact greedily and determine which facts fall into the gap.
 
-    Of a longer chain every single hop is asked by itself, and the whole; it is in the gap when all
-    hops are known and the whole question fails. A fact without a first-hop or second-hop prompt, or without a two-hop prompt of a form asked, is
-    skipped, with its reason.
+    Of a longer chain, every single hop and the whole question are asked; it is in the gap if all hops
+    are known and the whole question fails. A fact without a first-hop or second-hop prompt, or
+    without a two-hop prompt of a form asked, is skipped with the reason.
 
     Args:
         form: template order of all three prompts, or several; default each fact's first. A hop that

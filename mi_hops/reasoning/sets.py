@@ -96,7 +96,7 @@ def build_sets(
         model: asked for the gap where neither `gap` nor `known` is given; not used otherwise.
         facts: the cases.
         gap: what the unrepaired model answers, from `find_gap`.
-        known: the same, of one's own, instead of a gap.
+        known: the same from another source, instead of a gap.
         pool: facts that the other questions are drawn from; it may contain the cases. By default the
             facts of the gap, else the cases.
         form: of the correction prompt and of the two-hop questions drawn; by default the gap's, else

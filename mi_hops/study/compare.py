@@ -43,15 +43,15 @@ def compare_studies(
 ) -> Path:
     """Compare two finished studies on one page: a single HTML file that needs no network.
 
-    It tells what differs between them, puts every number of `Study.headlines` beside its like, and
-    draws gap, lens, erasure, located layers, injection and edits of both in one figure each. The two
-    need not have asked the same facts; where they did not, a difference may be one of the facts.
+    It lists what differs between them, shows the numbers of `Study.headlines` side by side, and draws
+    gap, lens, erasure, located layers, injection and edits of both in one figure each. The two need
+    not use the same facts; if they do not, a difference may be due to the facts.
 
     Args:
         first, second: studies, or their folders.
         path: of the file, which ends in ``.html``; its folder must exist.
-        names: what the two are called; by default their models, or their folders where the models are
-            called alike.
+        names: names of the two; by default their models, or their folders if the models have the same
+            name.
         overwrite: replace a file that is there.
 
     Returns:

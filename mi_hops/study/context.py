@@ -115,13 +115,13 @@ class StudySettings:
     Args:
         seed: of every draw.
         limit: facts asked at most, instead of the ``facts`` of `sizes`.
-        sizes: a name of `SIZES`, or `Sizes` of one's own.
+        sizes: a name of `SIZES`, or your own `Sizes`.
         shots: worked examples before every prompt. By default 0 or 3, whichever makes more single
             hops known, where the facts come in several wordings; else none.
         score: what counts as known and as answered: the whole answer and its end, or its first token.
         also: optional steps: ``"knockout"``, ``"back_patching"``; each takes as many facts as locating.
-        budget: minutes that the study may take, about. Each step tries a few facts, and then takes as
-            many as its share of the budget allows, at most what `sizes` says.
+        budget: approximate time limit in minutes. Each step times a few facts and then takes as many as
+            its share of the budget allows, at most what `sizes` says.
 
     Raises:
         ValueError: an unknown name, score or step, a negative number of shots, a budget of nothing.

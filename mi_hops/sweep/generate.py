@@ -101,8 +101,8 @@ def generate(
     A row ends at EOS, at the first stop string after something that is not white space, or after
     `max_new_tokens`. Prompts of unequal lengths are continued together, each at its own positions,
     and tokens that many prompts start with (the examples of a few-shot lead) are run once. Under a
-    repair, or with hooks of the user's own at the model's hook points, prompts of one length run
-    together and whole, so that each hook sees the positions it would see without batching.
+    repair, or with the user's own hooks at the model's hook points, only prompts of equal length run
+    together, and whole, so that each hook sees the positions it would see without batching.
 
     Args:
         batch_size: rows that run together, at most.

@@ -10,8 +10,8 @@ class Limits:
     """Resource limits of a sweep; none of them changes a number.
 
     Args:
-        batch_size: prompts (examples, facts, pairs) that share a pass at the most.
-        max_rows: intervention rows in one pass at the most; default from `memory`.
+        batch_size: prompts (examples, facts, pairs) that share a pass, at most.
+        max_rows: intervention rows in one pass, at most; default from `memory`.
         memory: bytes that the activations of a pass may take, estimated; default 1 GiB on a CPU,
             40% of what is free on CUDA. A pass that runs out of memory is halved and run again.
         reuse_prefix: run only the tail behind a prefix that rows share.

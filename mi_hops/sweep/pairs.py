@@ -45,8 +45,8 @@ class Pairs:
     two-hop facts.
 
     Args:
-        clean: one prompt, or several (see `Texts`). Or activations of the clean run that are at hand
-            (an `ActivationCache`), one prompt or one per pair: then the clean prompts never run.
+        clean: one prompt, or several (see `Texts`). Or existing activations of the clean run (an
+            `ActivationCache`), of one prompt or one per pair: then the clean prompts are not run.
         corrupted: one prompt for all, or one each.
         answer: the answer to the clean prompt, on which both runs are scored; one for all pairs or
             one each. None if no metric reads it.
@@ -54,7 +54,7 @@ class Pairs:
         labels: of the pairs; default their numbers.
         source: take activations from these prompts instead (one, or one per pair), or from these
             activations of the run they would be taken from.
-        roles: places that the pairs share, by name: token positions, one per pair.
+        roles: positions that the pairs share, by name: token positions, one per pair.
         skipped: (label, reason) of pairs that could not be made.
 
     Raises:

@@ -57,10 +57,10 @@ def spread(
 ) -> Iterator[None]:
     """Within the block, work over facts and pairs runs on an executor's workers.
 
-    It is what keeps its batches in a study: `generate` (and with it `find_gap`), lenses over prompts or
-    facts, erasing, locating, patching, tracing and ablating over pairs, injection, `score_prompts`,
-    `creme_many` and `evaluate`. Training, moments, gradients and other edits are made here, and so is everything while hooks
-    are attached to the model or its weights are changed. A task whose worker is lost is done again,
+    This applies to `generate` (and so to `find_gap`), lenses over prompts or facts, erasing, locating,
+    patching, tracing and ablating over pairs, injection, `score_prompts`, `creme_many` and `evaluate`.
+    Training, moments, gradients and other edits run in this process, and so does everything while
+    hooks are attached to the model or its weights are changed. A task whose worker is lost is redone,
     and one that fails `TRIES` times does not stop the others.
 
     Args:

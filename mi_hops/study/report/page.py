@@ -42,7 +42,7 @@ class Section:
 def write_report(study: Study, path: str | Path | None = None, *, overwrite: bool = False) -> Path:
     """Write a finished study as one HTML file that needs no network.
 
-    plotly.js is in the file, packed; fonts and the choice of light or dark are the reader's own. The
+    plotly.js is included, compressed; fonts and light or dark mode follow the reader's settings. The
     same study gives the same file, byte for byte. The file is written whole or not at all.
 
     Args:
