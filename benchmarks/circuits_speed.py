@@ -1,7 +1,8 @@
 """Edge attribution and ACDC against the published loops, written plainly on TransformerLens.
 
 ``python -m benchmarks.circuits_speed [--only NAME ...] [--pairs 3]`` writes
-``docs/benchmarks/circuits-speed.md``. Needs a HookedTransformer (TransformerLens 3.9).
+``docs/benchmarks/circuits-speed.md``. Needs a HookedTransformer (TransformerLens 3.9). The section
+``auto-circuit`` also needs that package (see `benchmarks.auto_circuit`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.auto_circuit import AutoCircuit, installed
 from benchmarks.harness import gpt2_small, keep, kept, paired, table, write
-from benchmarks.patching_speed import difference, prompts
+from benchmarks.patching_speed import RIGHT, WRONG, difference, prompts
 from mi_hops import Hopland, Limits, contrast, load_model
 from mi_hops.patching import acdc, attribute_edges
 from mi_hops.patching.circuit_runs import CircuitRunner
 from mi_hops.patching.nodes import job_of_nodes, readers, writers
+from mi_hops.sweep.pairs import as_prompts
 from mi_hops.text.tokens import Prompt
 
 PAGE = "circuits-speed"
@@ -151,11 +154,11 @@ def one_by_one(model: Any, pairs: Any, threshold: float) -> list[bool]:
     job = job_of_nodes(model, pairs, metric="kl", limits=Limits())
     runner = CircuitRunner(model)
     both = zip(job.scored(), job.corrupted, strict=True)
-    ready = [runner.prepare(base, corrupt) for base, corrupt in both]
+    ready = [runner.prepare([base], [corrupt])[0] for base, corrupt in both]
     mask = runner.mask(runner.edges)
 
     def badness() -> float:
-        return float(torch.stack([pair.scores(mask[None])[0] for pair in ready]).mean())
+        return float(torch.cat([pair.scores(mask[None])[0] for pair in ready]).mean())
 
     now, stay = badness(), []
     for j in sorted(range(len(runner.readers)), key=lambda j: -runner.readers[j].stage):
@@ -187,6 +190,50 @@ def of_acdc(name: str, count: int, pairs: int) -> list[Any]:
     return _row("ACDC", name, count, told, times)
 
 
+def against_auto_circuit(section: str, count: int, pairs: int) -> list[Any]:
+    """One row of the second table: EAP on a random GPT-2 small, ACDC on a bundled model."""
+    last: dict[str, Any] = {}
+    if section == "eap":
+        model, copy = gpt2_small(), gpt2_small()
+        clean, corrupted = (prompts(model, 16, count, seed) for seed in (1, 2))
+        theirs = AutoCircuit(copy, clean, corrupted, (RIGHT, WRONG))
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+
+        def mine() -> None:
+            last["ours"] = attribute_edges(model, (clean, corrupted), metric=difference)
+
+        def other() -> None:
+            last["theirs"] = theirs.eap()
+
+        times = paired(mine, other, pairs=pairs, warm_up=False)
+        ours = last["ours"]["change"].mean("example").to_pandas()
+        scores = theirs.by_edge(last["theirs"])
+        error = max(abs(ours.loc[u, v] - s) for (u, v), s in scores.items())
+        most = max(map(abs, scores.values()))
+        return _row("EAP", "GPT-2 small's size", count, f"{error:.1e} of {most:.2g}", times)
+    model, copy = load_model("hops-gpt2"), load_model("hops-gpt2")
+    facts = Hopland().two_hop_facts("seen_parts")
+    some = contrast(model, facts[:200], partners=facts, form="suffix")
+    sides = [as_prompts(model, side) for side in (some.clean, some.corrupted)]
+    lengths = [len(p) for p in sides[0]]
+    most = max(set(lengths), key=lengths.count)
+    chosen = [i for i, n in enumerate(lengths) if n == most][:count]
+    some, sides = some.select(chosen), [[side[i] for i in chosen] for side in sides]
+    theirs = AutoCircuit(copy, *sides)
+
+    def found() -> None:
+        last["ours"] = set(acdc(model, some, threshold=0.01, prune=False).circuit.edges)
+
+    def kept_there() -> None:
+        last["theirs"] = theirs.acdc()
+
+    times = paired(found, kept_there, pairs=pairs, warm_up=False)
+    n, other_edges = len(last["ours"]), len(last["ours"] ^ last["theirs"])
+    told = f"{f'{other_edges} of' if other_edges else 'none of'} {n} edges"
+    return _row("ACDC", "hops-gpt2", len(chosen), told, times)
+
+
 def _row(name: str, label: str, count: int, error: str, times: dict[str, Any]) -> list[Any]:
     ratio = f"**{times['ratio']:.1f}** ({times['lowest']:.1f} to {times['highest']:.1f})"
     seconds = (f"{times['ours_s']:.2f}", f"{times['theirs_s']:.2f}")
@@ -197,6 +244,14 @@ def _row(name: str, label: str, count: int, error: str, times: dict[str, Any]) -
 
 def measure(section: str, pairs: int) -> list[list[Any]]:
     """The rows of one section."""
+    if section == "auto-circuit":
+        if not installed():
+            raise SystemExit("auto-circuit is not installed; see benchmarks/auto_circuit.py")
+        rows: list[list[Any]] = []
+        for name, n in (("eap", 1), ("acdc", 1), ("acdc", 16), ("eap", 16)):
+            rows.append(against_auto_circuit(name, n, pairs))
+            keep(PAGE, section, rows)
+        return rows
     if section == "acdc":
         return [of_acdc("hops-gpt2", 1, pairs), of_acdc("hops-gpt2", 4, pairs)]
     label, load = {
@@ -211,24 +266,35 @@ def measure(section: str, pairs: int) -> list[list[Any]]:
 
 def page(found: dict[str, list[list[Any]]]) -> str:
     """What has been measured so far."""
-    rows = [row for name in SECTIONS for row in found.get(name, [])]
+    rows = [row for name in SECTIONS[:3] for row in found.get(name, [])]
+    outside = found.get("auto-circuit", [])
     return (
         "The loop of EAP and EAP-IG is the published one: inputs of all heads split, every reader's "
         "gradient hooked and multiplied at once with what all writers before it write, pairs in one "
         "batch, one forward and backward pass a point; logit differences at the last of 16 tokens. "
         "The loop of ACDC makes one pass for every edge and pair, with the passes of `faithfulness`. "
-        "Both are written for this page; no other package's code was timed.\n\n"
+        "Both are written for this page (the rows of ACDC before it took pairs together). EAP-IG's own "
+        "code keeps its scores on CUDA and was not run.\n\n"
         + table(COLUMNS, rows)
+        + "\n\n## The package auto-circuit\n\nIts own code (1.0.1 of the package index), pairs in one "
+        "batch, on a copy of the model: EAP as the gradient of its masks, ACDC at 0.01 nats in our order "
+        "of visiting edges. Differences are those of scores, and of the edges kept. The machine did other work "
+        "as well: seconds are long, ratios are of runs one after the other.\n\n"
+        + (
+            table([*COLUMNS[:6], "auto-circuit, s", "timings"], outside)
+            if outside
+            else "Not measured."
+        )
     )
 
 
-SECTIONS = ("gpt2", "smollm2", "acdc")
+SECTIONS = ("gpt2", "smollm2", "acdc", "auto-circuit")
 
 
 def main() -> None:
     """Measure the sections asked for, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=SECTIONS[:3])
     parser.add_argument("--pairs", type=int, default=3, help="timings of each side")
     args = parser.parse_args()
     for section in args.only:

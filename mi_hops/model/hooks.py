@@ -324,6 +324,27 @@ def splits_blocks(model: HookedModel) -> bool:
     return backend_of(model) == "hooked" and _attention_then_mlp(model)
 
 
+def head_inputs(model: HookedModel, role: str, layer: int) -> str | None:
+    """Where, under `split_heads`, each head's own input enters: ``[row, pos, head, d_model]``.
+
+    None on the Bridge, and where projections read quantized weights.
+    """
+    if backend_of(model) == "hooked" and not getattr(model.cfg, "load_in_4bit", False):
+        return f"blocks.{layer}.hook_{role}_input"
+    return None
+
+
+@contextmanager
+def split_heads(model: HookedModel) -> Iterator[None]:
+    """For the length of the block, the queries, keys and values of each head have inputs of their own."""
+    before = model.cfg.use_split_qkv_input
+    model.cfg.use_split_qkv_input = True
+    try:
+        yield
+    finally:
+        model.cfg.use_split_qkv_input = before
+
+
 def earliest_cut(model: HookedModel, *, after_attention: bool) -> str:
     """The hook from which on only the positions that are scored need to be kept.
 

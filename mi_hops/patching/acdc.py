@@ -6,7 +6,7 @@ for good if the circuit without it diverges from the clean run by less than `thr
 Most edges go, so a pass tries several at once: each row is the circuit without one edge more, as if
 all before it were cut. Rows count up to the first edge that stays; from there the next pass goes on.
 The decisions are those of one edge at a time. A pass starts at the block of the first reader it
-changes: what comes before is the same as in the circuit so far.
+changes: what comes before is the same as in the circuit so far. Pairs of one length run together.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, get_metric
 from mi_hops.sweep.pairs import PairsLike
 
-#: How bad each row is, and by pair ``[row, writer, pos, d_model]`` what its writers write.
+#: How bad each row is, and by group ``[pair, row, writer, pos, d_model]`` what its writers write.
 _Tried = tuple[list[float], list[Tensor]]
 
 
@@ -80,10 +80,7 @@ def acdc(
     job = job_of_nodes(model, pairs, metric=metric, limits=limits)
     better = metric != "kl" and get_metric(metric).higher_is_better
     runner = CircuitRunner(model)
-    ready = [
-        runner.prepare(base, corrupt)
-        for base, corrupt in zip(job.scored(), job.corrupted, strict=True)
-    ]
+    groups = runner.prepare(job.scored(), job.corrupted, circuits=limits.batch_size)
     begin = Circuit(frozenset(runner.edges)) if start is None else start
     mask = runner.mask(begin.edges)
 
@@ -94,9 +91,9 @@ def acdc(
             masks[row:, i, j] = False
         first = runner.readers[part[-1][1]] if part else None
         found = [
-            pair.run(masks, known[n] if known else None, first) for n, pair in enumerate(ready)
+            group.run(masks, known[n] if known else None, first) for n, group in enumerate(groups)
         ]
-        mean = torch.stack([scores for scores, _ in found]).mean(0)
+        mean = torch.cat([scores for scores, _ in found]).mean(0)
         return (-mean if better else mean).tolist(), [changes for _, changes in found]
 
     edges = [
@@ -106,7 +103,7 @@ def acdc(
         if mask[i, j]
     ]
     (now,), changes = tried([], [])
-    known = [change[0] for change in changes]
+    known = [change[:, 0] for change in changes]
     rows = []
     size = most = limits.batch_size
     done = 0
@@ -124,7 +121,7 @@ def acdc(
                     size = max(1, row + 1)
                     break
                 mask[i, j], now = False, without
-                known = [change[row] for change in changes]
+                known = [change[:, row] for change in changes]
             bar.update(len(rows) - done)
             done = len(rows)
     table = pd.DataFrame(rows, columns=["sender", "receiver", "harm", "kept"])

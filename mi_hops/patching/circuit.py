@@ -28,7 +28,7 @@ from mi_hops.model import (
     provenance,
 )
 from mi_hops.model.numeric import wide_dtype
-from mi_hops.patching.circuit_runs import CircuitRunner, ReadyPair
+from mi_hops.patching.circuit_runs import CircuitRunner, ReadyPairs
 from mi_hops.patching.core import require_effect
 from mi_hops.patching.nodes import Edge, Node, job_of_nodes, readers
 from mi_hops.result.files import read_object, replacing
@@ -230,10 +230,10 @@ def faithfulness(
     masks = torch.stack([runner.mask(c.edges) for c in circuits])
     scores = torch.empty(len(bases), len(circuits), dtype=wide_dtype(dtype_of(model)))
     for i in progress_bar(range(len(bases)), label="pairs", show=limits.progress):
-        ready = runner.prepare(bases[i], job.corrupted[i])
+        (alone,) = runner.prepare([bases[i]], [job.corrupted[i]])
 
-        def run(part: Sequence[int], ready: ReadyPair = ready) -> Tensor:
-            return ready.scores(masks[list(part)])
+        def run(part: Sequence[int], ready: ReadyPairs = alone) -> Tensor:
+            return ready.scores(masks[list(part)])[0]
 
         parts = batched_with_oom_backoff(range(len(circuits)), limits.batch_size, run)
         scores[i] = torch.cat([found for _, found in parts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,20 +16,24 @@ from torch import Tensor
 from mi_hops.model import (
     Hook,
     HookedModel,
-    device_of,
     dtype_of,
     forward,
     hook_name,
     n_heads_of,
     w_o,
 )
-from mi_hops.model.hooks import splits_blocks
+from mi_hops.model.cache import Prefix, Recorder
+from mi_hops.model.hooks import head_inputs, split_heads, splits_blocks
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.core import captured
 from mi_hops.patching.nodes import Edge, Node, Writes, all_edges, readers, writers
 from mi_hops.sweep.metrics import require_finite
 from mi_hops.sweep.runs import Scored, Sweep
 from mi_hops.text.tokens import Prompt
+
+_ALL = slice(None)
+#: Bytes that what writers write may take in a pass of several pairs.
+PASS_BYTES = 2**28
 
 
 class CircuitRunner:
@@ -55,33 +60,104 @@ class CircuitRunner:
             mask[self._row[u], self._column[v]] = True
         return mask
 
-    def prepare(self, clean: Scored, corrupted: Prompt) -> ReadyPair:
-        """One pair, with its corrupted run cached."""
-        return ReadyPair(self, clean, corrupted)
+    def prepare(
+        self, clean: Sequence[Scored], corrupted: Sequence[Prompt], circuits: int = 1
+    ) -> list[ReadyPairs]:
+        """Pairs with their corrupted runs cached, those together that may share a pass.
+
+        Args:
+            circuits: how many will be run at once at the most; bounds the pairs in a pass.
+        """
+        alike: dict[Any, list[int]] = {}
+        sweeps = [Sweep(self.model, [item]) for item in clean]
+        for i, sweep in enumerate(sweeps):
+            alike.setdefault((len(sweep.runs[0].tokens), tuple(sweep.scored[0])), []).append(i)
+        found = []
+        for (width, _), group in alike.items():
+            row = len(self.writers) * width * int(self.model.cfg.d_model) * 4 * circuits
+            most = max(1, PASS_BYTES // row)
+            found += [
+                ReadyPairs(self, [sweeps[i] for i in part], [corrupted[i] for i in part])
+                for part in (group[i : i + most] for i in range(0, len(group), most))
+            ]
+        return found
 
 
-class ReadyPair:
-    """A pair whose corrupted activations are at hand."""
+class ReadyPairs:
+    """Pairs of equal length, scored at the same places, whose corrupted activations are at hand.
 
-    def __init__(self, runner: CircuitRunner, clean: Scored, corrupted: Prompt) -> None:
-        self.runner, self.model = runner, runner.model
-        self.sweep = Sweep(self.model, [clean])
+    Where heads have inputs of their own, only the tail behind the tokens that both prompts of all
+    pairs start with is run: there no writer writes anything else than in the corrupted run.
+
+    Attributes:
+        start: the tail's first position; all below count from it.
+        where: positions that the metric reads.
+        streams: by hook name, the corrupted stream ``[pair, pos, d_model]``.
+        corrupt: ``[pair, writer, pos, d_model]``, what writers write in the corrupted runs.
+        embed_change: ``[pair, pos, d_model]``, what the clean embedding is beyond the corrupted one.
+    """
+
+    def __init__(
+        self, runner: CircuitRunner, sweeps: Sequence[Sweep], corrupted: Sequence[Prompt]
+    ) -> None:
+        self.runner, self.model, self.sweeps = runner, runner.model, list(sweeps)
         n_layers = int(self.model.cfg.n_layers)
-        ids = self.sweep.runs[0].tokens
-        extra = ids[len(clean.prompt) :]
-        both = (_longer(clean.prompt, extra), _longer(corrupted, extra))
-        corrupt = Writes(self.model, (both[1],), runner.writers)
+        self.splits = splits_blocks(self.model)
+        self.own_inputs = self.splits and head_inputs(self.model, "q", 0) is not None
+        clean, corrupt = [], []
+        for sweep, prompt in zip(sweeps, corrupted, strict=True):
+            known = sweep.prompts[0].prompt
+            extra = sweep.runs[0].tokens[len(known) :]
+            clean.append(_longer(known, extra))
+            corrupt.append(_longer(prompt, extra))
+        scored = list(sweeps[0].scored[0])
+        self.start = 0
+        if self.own_inputs:
+            same = (
+                zip(*(p.ids for p in clean), strict=True),
+                zip(*(p.ids for p in corrupt), strict=True),
+            )
+            shared = (one == other for one, other in zip(*same, strict=True))
+            self.start = min([*scored, *(i for i, equal in enumerate(shared) if not equal)])
+        tail = slice(self.start, None)
+        self.where = [i - self.start for i in scored]
+        self.tokens = torch.tensor([clean[0].ids[tail]])
         kinds = [("resid_pre", i) for i in range(n_layers)]
         kinds += [("resid_mid", i) for i in range(n_layers)] + [("resid_post", n_layers - 1)]
         names = [hook_name(kind, layer) for kind, layer in kinds]
-        self.stream = captured(self.model, [both[1]], names)
+        self.streams = {k: x[:, tail] for k, x in captured(self.model, corrupt, names).items()}
         first = hook_name("resid_pre", 0)
-        embedded = captured(self.model, [both[0]], [first])[first]
-        change = (embedded - self.stream[first])[0]
+        change = captured(self.model, clean, [first])[first][:, tail] - self.streams[first]
         self.embed_change = change.to(wide_dtype(change.dtype))
-        self.corrupt = torch.stack([corrupt(u, 0).to(self.embed_change) for u in runner.writers])
+        writes = Writes(self.model, corrupt, runner.writers)
+        self.corrupt = torch.stack(
+            [
+                torch.stack([writes(u, i)[tail].to(self.embed_change) for u in runner.writers])
+                for i in range(len(corrupt))
+            ]
+        )
+        self._prefix: Prefix | None = None
+        if self.start:
+            recorder = Recorder(self.model, len(corrupt), [])
+            little: Hook = ("unembed.hook_in", lambda x: x[:, :1])
+            ids = torch.tensor([p.ids for p in corrupt])
+            with torch.no_grad():
+                hooks = [*recorder.hooks, little]
+                forward(self.model, ids, hooks=hooks, cache=recorder.cache, grows=True)
+            self._prefix = recorder.prefix()
 
-    def scores(self, masks: Bool[Tensor, "circuit writer reader"]) -> Float[Tensor, "circuit"]:
+    def __len__(self) -> int:
+        return len(self.sweeps)
+
+    def cache(self) -> Any:
+        """Keys and values before the tail, for a pass that begins with one row; None without any."""
+        if self._prefix is None:
+            return None
+        view = self._prefix.view(list(range(len(self))), self.start)
+        view.rows = [0]
+        return view
+
+    def scores(self, masks: Bool[Tensor, "circuit writer reader"]) -> Float[Tensor, "pair circuit"]:
         """Scores of circuits, in one pass.
 
         Raises:
@@ -92,9 +168,9 @@ class ReadyPair:
     def run(
         self,
         masks: Bool[Tensor, "circuit writer reader"],
-        known: Float[Tensor, "writer pos d_model"] | None = None,
+        known: Float[Tensor, "pair writer pos d_model"] | None = None,
         first: Node | None = None,
-    ) -> tuple[Float[Tensor, "circuit"], Float[Tensor, "circuit writer pos d_model"]]:
+    ) -> tuple[Float[Tensor, "pair circuit"], Float[Tensor, "pair circuit writer pos d_model"]]:
         """Scores, and what each writer writes beyond its corrupted write.
 
         Args:
@@ -106,12 +182,13 @@ class ReadyPair:
         """
         run = _CircuitPass(self, masks, known, first)
         with torch.no_grad():
-            tokens = self.sweep.batch.tokens.to(device_of(self.model))
-            logits = forward(self.model, tokens, hooks=run.hooks(), grows=True)
-        item = self.sweep.prompts[0]
-        found = item.metrics[0].score(logits, item.target).cpu()
-        require_finite(item.metrics[0].name, found)
-        return found, run.changes
+            logits = run.logits().unflatten(0, (len(self), len(masks)))
+        found = []
+        for sweep, rows in zip(self.sweeps, logits, strict=True):
+            item = sweep.prompts[0]
+            found.append(item.metrics[0].score(rows, item.target).cpu())
+            require_finite(item.metrics[0].name, found[-1])
+        return torch.stack(found), run.changes
 
 
 def _longer(prompt: Prompt, extra: Sequence[int]) -> Prompt:
@@ -126,38 +203,47 @@ def _longer(prompt: Prompt, extra: Sequence[int]) -> Prompt:
 
 
 class _CircuitPass:
-    """The hooks of one pass: K circuits, each with a row of its own and one for each reader.
+    """The hooks of one pass: a main row for each pair and circuit, and what each reader reads beside it.
 
-    At the input of a block the batch is rebuilt: K main rows, then, for every circuit, one row
+    Where the class has a hook point for each head's own input (`head_inputs`), readers get theirs
+    there. Elsewhere the batch is rebuilt at the input of a block: main rows, then for each one row
     with the input of each query, key and value head. Norm and projections run on all; then the main
     rows take each head from its reader's row, and go on through attention and MLP. Where the class
-    lets them (`splits_blocks`), the readers' rows end there.
+    lets them (`splits_blocks`), the readers' rows end there, and the last MLP runs where it is scored.
     """
 
     def __init__(
         self,
-        ready: ReadyPair,
+        pairs: ReadyPairs,
         masks: Bool[Tensor, "circuit writer reader"],
         known: Tensor | None = None,
         first: Node | None = None,
     ) -> None:
-        self.ready, self.model, self.n = ready, ready.model, len(masks)
+        self.pairs, self.model, self.first = pairs, pairs.model, first
+        self.shape, self.n = (len(pairs), len(masks)), len(pairs) * len(masks)
         self.wide = wide_dtype(dtype_of(self.model))
-        self.columns = {node: j for j, node in enumerate(ready.runner.readers)}
-        self.splits = splits_blocks(self.model)
+        runner = pairs.runner
+        self.columns = {node: j for j, node in enumerate(runner.readers)}
+        self.splits, self.own_inputs, self.where = pairs.splits, pairs.own_inputs, pairs.where
+        self.cache = pairs.cache()
         # What each writer writes beyond its corrupted write. Writers come in the order in which they
         # act, so those a reader sees are the ones written so far.
-        change = ready.embed_change
-        self.masks = masks.to(change)
-        self.changes = change.new_zeros(self.n, len(ready.runner.writers), *change.shape)
+        change = pairs.embed_change
+        self.masks = masks.to(change).repeat(len(pairs), 1, 1)
+        self.changes = change.new_zeros(*self.shape, len(runner.writers), *change.shape[1:])
         self.written = 0
-        self.first = first
         if known is None or first is None:
-            self.changes[:, 0] = change
+            self.changes[:, :, 0] = change[:, None]
             self.written = 1
         else:
-            self.written = sum(u.reaches(first) for u in ready.runner.writers)
-            self.changes[:, : self.written] = known[: self.written]
+            self.written = sum(u.reaches(first) for u in runner.writers)
+            self.changes[:, :, : self.written] = known[:, None, : self.written]
+
+    def logits(self) -> Float[Tensor, "row pos vocab"]:
+        """Of all rows, where they are scored."""
+        with split_heads(self.model) if self.own_inputs else nullcontext():
+            options: dict[str, Any] = {"hooks": self.hooks(), "cache": self.cache, "grows": True}
+            return forward(self.model, self.pairs.tokens, **options)
 
     def hooks(self) -> list[Hook]:
         """All hooks, in order."""
@@ -166,17 +252,45 @@ class _CircuitPass:
         hooks: list[Hook] = []
         for layer in range(begin, n_layers):
             if layer == begin and self.first is not None and self.first.role == "mlp":
-                hooks.append((hook_name("resid_pre", layer), self._repeat))
-            else:
+                if not self.splits:
+                    hooks.append((hook_name("resid_pre", layer), self._repeat))
+            elif self.own_inputs:
                 hooks += self._attention(layer)
-            hooks.append((hook_name("resid_mid", layer), self._enter_mlp(layer)))
-            hooks.append((hook_name("mlp_out", layer), self._mlp))
-        hooks.append((hook_name("resid_post", n_layers - 1), self._leave(n_layers)))
-        where = self.ready.sweep.scored[0]
-        hooks.append(("unembed.hook_in", lambda x: x[:, where]))
+            else:
+                hooks += self._attention_by_rows(layer)
+            # In the last block nothing is needed but what is scored.
+            at = self.where if self.splits and layer == n_layers - 1 else slice(None)
+            hooks.append((hook_name("resid_mid", layer), self._enter_mlp(layer, at)))
+            hooks.append((hook_name("mlp_out", layer), self._mlp(at)))
+        at = self.where if self.splits else slice(None)
+        hooks.append((hook_name("resid_post", n_layers - 1), self._leave(n_layers, at)))
+        if not self.splits:
+            hooks.append(("unembed.hook_in", lambda x: x[:, self.where]))
         return hooks
 
     def _attention(self, layer: int) -> list[Hook]:
+        def one_row(x: Tensor) -> Tensor:
+            """Enough of a stream that no reader reads: what they read has all rows."""
+            if self.cache is not None:
+                self.cache.rows = [
+                    pair for pair in range(self.shape[0]) for _ in range(self.shape[1])
+                ]
+            return x[:1]
+
+        hooks: list[Hook] = [(hook_name("resid_pre", layer), one_row)]
+        for role in _INPUTS:
+            found = [Node(role, layer, head) for head in range(n_heads_of(self.model, role))]
+
+            def fn(x: Tensor, found: list[Node] = found) -> Tensor:
+                inputs = self._inputs(found, hook_name("resid_pre", layer))
+                return rearrange(inputs, "row head pos d -> row pos head d").to(x)
+
+            name = head_inputs(self.model, role, layer)
+            assert name is not None
+            hooks.append((name, fn))
+        return [*hooks, (hook_name("z", layer), self._heads(layer))]
+
+    def _attention_by_rows(self, layer: int) -> list[Hook]:
         heads = {role: n_heads_of(self.model, role) for role in _INPUTS}
         inputs = [Node(role, layer, head) for role in _INPUTS for head in range(heads[role])]
         hooks: list[Hook] = [(hook_name("resid_pre", layer), self._enter(layer, inputs))]
@@ -195,33 +309,41 @@ class _CircuitPass:
             hooks.append((hook_name("attn_out", layer), widen))
         return hooks
 
-    def _write(self, written: Float[Tensor, "circuit writer pos d_model"]) -> None:
-        """What the next writers write."""
+    def _write(
+        self, written: Float[Tensor, "row writer pos d_model"], at: slice | list[int] = _ALL
+    ) -> None:
+        """What the next writers write; nothing but at these positions is read later."""
         now = slice(self.written, self.written + written.shape[1])
-        self.changes[:, now] = written.to(self.changes) - self.ready.corrupt[now]
+        change = written.to(self.changes).unflatten(0, self.shape)
+        change = change - self.pairs.corrupt[:, None, now][:, :, :, at]
+        if at == _ALL:
+            self.changes[:, :, now] = change
+        else:
+            self.changes[:, :, now, at] = change
         self.written = now.stop
 
-    def _inputs(self, found: Sequence[Node], stream: Tensor) -> Tensor:
-        """The stream that readers of one place see, ``[circuit, reader, pos, d_model]``."""
+    def _inputs(
+        self, found: Sequence[Node], name: str, at: slice | list[int] = _ALL
+    ) -> Float[Tensor, "row reader pos d_model"]:
+        """The stream that readers of one place see."""
         columns = [self.columns[reader] for reader in found]
-        weights = self.masks[:, : self.written, columns]
         moved = einsum(
-            "circuit writer reader, circuit writer pos d -> circuit reader pos d",
-            weights,
-            self.changes[:, : self.written],
+            "row writer reader, row writer pos d -> row reader pos d",
+            self.masks[:, : self.written, columns],
+            self.changes.flatten(0, 1)[:, : self.written][:, :, at],
         )
-        return moved.add_(stream.to(moved))
+        each = moved.unflatten(0, self.shape)
+        each += self.pairs.streams[name][:, at].to(moved)[:, None, None]
+        return moved
 
     def _repeat(self, x: Tensor) -> Tensor:
-        return repeat(x[:1], "1 pos d -> circuit pos d", circuit=self.n)
+        return repeat(x[:1], "1 pos d -> row pos d", row=self.n)
 
     def _enter(self, layer: int, inputs: list[Node]) -> Any:
         def fn(x: Tensor) -> Tensor:
-            stream = self.ready.stream[hook_name("resid_pre", layer)]
-            rows = rearrange(
-                self._inputs(inputs, stream), "circuit reader ... -> (circuit reader) ..."
-            )
-            main = repeat(stream, "1 pos d -> circuit pos d", circuit=self.n)
+            name = hook_name("resid_pre", layer)
+            rows = rearrange(self._inputs(inputs, name), "row reader ... -> (row reader) ...")
+            main = self.pairs.streams[name].repeat_interleave(self.shape[1], 0)
             return torch.cat([main.to(x), rows.to(x)])
 
         return fn
@@ -230,9 +352,7 @@ class _CircuitPass:
         def fn(x: Tensor) -> Tensor:
             each = x[self.n :].unflatten(0, (self.n, n_inputs))[:, own]
             # Of every reader's row, the reader's own head.
-            heads = rearrange(
-                each.diagonal(dim1=1, dim2=3), "circuit pos d head -> circuit pos head d"
-            )
+            heads = rearrange(each.diagonal(dim1=1, dim2=3), "row pos d head -> row pos head d")
             return heads.contiguous() if self.splits else torch.cat([heads, x[self.n :]])
 
         return fn
@@ -241,7 +361,7 @@ class _CircuitPass:
         def fn(x: Tensor) -> None:
             weight = w_o(self.model, layer).detach().to(x.device, self.wide)
             written = einsum(
-                "circuit pos head d_head, head d_head d_model -> circuit head pos d_model",
+                "row pos head d_head, head d_head d_model -> row head pos d_model",
                 x[: self.n].to(self.wide),
                 weight,
             )
@@ -249,21 +369,24 @@ class _CircuitPass:
 
         return fn
 
-    def _enter_mlp(self, layer: int) -> Any:
+    def _enter_mlp(self, layer: int, at: slice | list[int]) -> Any:
         def fn(x: Tensor) -> Tensor:
-            stream = self.ready.stream[hook_name("resid_mid", layer)]
-            main = self._inputs([Node("mlp", layer)], stream)[:, 0].to(x)
+            name = hook_name("resid_mid", layer)
+            main = self._inputs([Node("mlp", layer)], name, at)[:, 0].to(x)
             return main if self.splits else torch.cat([main, x[self.n :]])
 
         return fn
 
-    def _mlp(self, x: Tensor) -> None:
-        self._write(x[: self.n, None].to(self.wide))
+    def _mlp(self, at: slice | list[int]) -> Any:
+        def fn(x: Tensor) -> None:
+            self._write(x[: self.n, None].to(self.wide), at)
 
-    def _leave(self, n_layers: int) -> Any:
+        return fn
+
+    def _leave(self, n_layers: int, at: slice | list[int]) -> Any:
         def fn(x: Tensor) -> Tensor:
-            stream = self.ready.stream[hook_name("resid_post", n_layers - 1)]
-            return self._inputs([Node("logits", n_layers)], stream)[:, 0].to(x)
+            name = hook_name("resid_post", n_layers - 1)
+            return self._inputs([Node("logits", n_layers)], name, at)[:, 0].to(x)
 
         return fn
 

@@ -374,15 +374,29 @@ def test_acdc_keeps_what_matters(load_tiny):
     }
     assert (found.table["harm"][found.table["kept"]] >= 0.02).all()
     assert (found.table["harm"][~found.table["kept"]] < 0.02).all()
-    # Replay: the first edge's harm is the divergence of two circuits.
-    first = (found.table["sender"][0], found.table["receiver"][0])
-    assert first[1] == "logits"
-    two = faithfulness(model, ALL, [begin, Circuit(begin.edges - {first})], metric="kl")[
-        "score"
-    ].mean("example")
-    assert found.table["harm"][0] == pytest.approx(float(two[1] - two[0]), abs=1e-5)
     everything = acdc(model, ALL, threshold=1e9, start=start)
     assert len(everything.circuit) == 0
+
+
+def test_acdc_decides_as_one_edge_and_pair_at_a_time_does(tiny):
+    """Each harm is the divergence of two circuits, pair by pair; pairs have two lengths."""
+    longer = tuple(f"{text} w9" for text in (CLEAN[0], CORRUPTED[0]))
+    pairs = Pairs([*CLEAN[:2], longer[0]], [*CORRUPTED[:2], longer[1]], answer=["w11"] * 3)
+    into = ("logits", "MLP1", "L1H1.q", "L2H0.v")
+    edges = frozenset(e for e in all_edges(tiny) if e[0] == "embed" or e[1] in into)
+    start = Circuit(edges)
+    options = {"start": start, "prune": False, "limits": Limits(batch_size=5)}
+    harm = acdc(tiny, pairs, threshold=1e9, **options).table["harm"]
+    found = acdc(tiny, pairs, threshold=float(harm[harm > 0].median()), **options)
+    assert 0 < found.table["kept"].sum() < len(found.table) == len(start)
+    assert found.table["receiver"][0] == "logits"
+    tried, now, before = [start], start, []
+    for row in found.table.itertuples():
+        before.append(tried.index(now))
+        tried.append(Circuit(now.edges - {(row.sender, row.receiver)}))
+        now = now if row.kept else tried[-1]
+    score = faithfulness(tiny, pairs, tried, metric="kl")["score"].mean("example").values
+    assert np.allclose(found.table["harm"], score[1:] - score[before], atol=1e-5)
 
 
 def test_nothing_stays_behind(tiny):
@@ -400,6 +414,7 @@ def test_nothing_stays_behind(tiny):
         with pytest.raises(KeyboardInterrupt):
             call()
     assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
+    assert not getattr(tiny.cfg, "use_split_qkv_input", False)
     assert torch.equal(forward(tiny, tokens), before)
 
 
