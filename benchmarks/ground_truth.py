@@ -52,13 +52,14 @@ MAJORITY = 0.5
 #: Facts asked about, failed facts, and facts that CREME edits.
 N_ANSWERED, N_FAILED, N_EDITS = 120, 80, 80
 NATURAL = ("hops-gpt2", "apposed-gpt2", "hops-llama", "apposed-llama")
-#: Tools that swap whole states: first the one role, then the other carries all there is.
+#: Tools that swap whole states or cut them off: first the one role, then the other carries all there is.
 SWAPS = (
     "activation patching",
     "patching, same-bridge control",
     "attribution patching",
     "AtP*",
     "causal tracing",
+    "attention knockout",
     "locating",
 )
 #: Settings of CREME to choose from, on half of the failed facts.

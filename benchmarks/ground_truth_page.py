@@ -122,7 +122,10 @@ def natural_table(found: dict[str, Any]) -> str:
     for name, row in found["tools"].items():
         cells = []
         for model in models:
-            for role in row["natural"].get(model, []):
+            for role in row["natural"].get(model, [[], []]):
+                if not role:
+                    cells.append("-")
+                    continue
                 best = max(range(len(role)), key=lambda i: role[i] if role[i] == role[i] else -1)
                 cells.append(f"{role[best]:.0%} (after {best})")
         rows.append([name, *cells])
@@ -182,7 +185,7 @@ other kinds of plants. A model is *found* (or has
 *cried wolf*) if the tool says yes of at least half of its facts. *Layer error* and *role right* (is
 the highest share at the planted role?) are of the models whose true answer is yes. Tools that swap whole states
 are not scored on the role: first the one carries all there is and then the other. This criterion was dropped for
-them after their results had been seen.
+them after their results had been seen (for attention knockout, which cuts them off, before).
 
 ## Does a rising bridge in the lens mean use?
 
@@ -223,8 +226,8 @@ Small models, one-word names, one template order; the plants are cleaner than an
 text makes. A linear probe (and so the tuned lens) reads the bridge in earlier blocks than the planted one: the
 strict training says nothing about what else a state may hold, and a first hop that is computed early and
 written later is still computed early. So a probe's layer error is no fault of the probe. Seconds
-were taken on a machine that did other work as well. Attention lenses, sparse autoencoders, path patching and
-attention knockout were not asked.
+were taken on a machine that did other work as well. Attention knockout takes the whole token away, and with it whatever
+else it holds. Attention lenses, sparse autoencoders and path patching were not asked.
 """
 
 

@@ -4,7 +4,8 @@ Each takes an `Asked` and gives a `Said`: for every fact whether the tool says y
 role. The rules stand here, as constants and in the docstrings, and were written before the models
 were asked; two were mended after a trial on two of the ten models, for which they made no sense:
 attribution patching reads logits instead of probabilities, whose gradient is flat, and Patchscopes
-count as a reader of any code, as they claim. Layers are blocks, a state "after block l".
+count as a reader of any code, as they claim. Attention knockout was added later, its rule likewise
+written first. Layers are blocks, a state "after block l".
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from mi_hops.lens import (
     patchscope,
     train_lens,
 )
-from mi_hops.patching import attribute
+from mi_hops.patching import attribute, knockout
 
 ROLES = ("first hop", "last")
 
@@ -284,6 +285,26 @@ def tracing(asked: Asked, n: int = 60) -> Said:
     return Said(_hit(effect, SHARE), {"noise lost": round(float(lost.mean()), 3)})
 
 
+def blocking(asked: Asked) -> Said:
+    """Yes: without the last token's attention to the first hop's last token, P(answer) falls by `CHANGE`.
+
+    Of a state at the first hop in all blocks after it, which would read it; of one at the last token in
+    all blocks up to it, which would have brought it there.
+    """
+    facts, n = asked.answered, asked.blocks
+    pairs = Pairs([f.prompt() for f in facts], answer=[f.answer for f in facts])
+    lost = np.zeros((len(facts), len(ROLES), n))
+    for block in range(n):
+        # A window that is cut off at the end of the model holds all blocks from one on, or up to one.
+        windows = {"first hop": (n - 1, n - 2 - block), "last": (0, block)}
+        for role, (layer, reach) in windows.items():
+            if reach >= 0:  # nothing comes after the last block
+                keys: Any = {"first hop": -2}
+                cut = knockout(asked.model, pairs, keys, layers=layer, window=2 * reach + 1)
+                lost[:, ROLES.index(role), block] = -cut["change"].values[:, 0, 0]
+    return Said(_hit(lost, CHANGE), {"lost": lost.mean(0).round(3).tolist()})
+
+
 def locating(asked: Asked) -> Said:
     """Yes: in a failed question, the second hop's state brings `SHARE` of what its prompt gives.
 
@@ -337,6 +358,7 @@ TOOLS: dict[str, tuple[str, Callable[[Asked], Said]]] = {
     "attribution patching": ("used", partial(attribution, method="gradient")),
     "AtP*": ("used", partial(attribution, method="atp*")),
     "causal tracing": ("used", tracing),
+    "attention knockout": ("used", blocking),
     "locating": ("used", locating),
     "memory injection": ("used", injection),
 }
