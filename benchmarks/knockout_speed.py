@@ -1,6 +1,6 @@
 """Attention knockout and back-patching against one TransformerLens pass a cell.
 
-``python -m benchmarks.knockout_speed [--pairs 3]`` writes ``docs/benchmarks/knockout-speed.md``.
+``python -m benchmarks.knockout_speed [--pairs 3] [--only SWEEP ...]`` writes ``docs/benchmarks/knockout-speed.md``.
 Needs a HookedTransformer (TransformerLens 3.9).
 """
 
@@ -113,6 +113,8 @@ def main() -> None:
     """Measure all, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=3, help="timings of each side")
+    sweeps = ("knockout", "back_patch")
+    parser.add_argument("--only", nargs="+", choices=sweeps, default=sweeps)
     args = parser.parse_args()
     for name, label, load in (
         ("gpt2", "GPT-2 small's size", gpt2_small),
@@ -120,7 +122,7 @@ def main() -> None:
     ):
         model = load()
         (prompt,) = prompts(model, 32, 1, 1)
-        for sweep in ("knockout", "back_patch"):
+        for sweep in args.only:
             keep(PAGE, f"{name}-{sweep}", compared(label, sweep, model, prompt, args.pairs))
             print(
                 write(
