@@ -16,6 +16,7 @@ from .logit import read_vectors as read_vectors
 from .logit import token_map as token_map
 from .neurons import neuron_attribution as neuron_attribution
 from .neurons import top_texts as top_texts
+from .order import commitment as commitment
 from .order import who_comes_first as who_comes_first
 from .patchscopes import Affine as Affine
 from .patchscopes import Place as Place

@@ -1,4 +1,4 @@
-"""Who comes first: the layers at which tracked names rise, and their order in each question."""
+"""Who comes first: the layers at which tracked names rise, and from which the top token stays."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xarray as xr
 
 from mi_hops.result.result import Result
 from mi_hops.result.statistics import proportion_ci
@@ -31,6 +32,38 @@ def half_layers(values: np.ndarray) -> np.ndarray:
     """
     later = values[..., 1:]
     return 1 + (later >= 0.5 * later.max(-1, keepdims=True)).argmax(-1)
+
+
+def commitment(result: Result) -> xr.DataArray:
+    """The first layer read from which a lens's top token stays the one of the last layer read.
+
+    Args:
+        result: of `logit_lens` or `fact_trajectories` with ``Readout(top_k=1)`` or more, or of
+            `token_map`.
+
+    Returns:
+        The layer, on the dimensions of ``top_tokens`` without ``layer`` and ``k``. The last layer
+        always commits: there the normed lens is the model's output.
+
+    Raises:
+        ValueError: a result without top tokens on layers.
+
+    Examples:
+        >>> import mi_hops
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> read = mi_hops.token_map(model, "The spouse of Ondo is")
+        >>> mi_hops.lens.commitment(read).dims
+        ('example', 'position')
+    """
+    if "layer" not in result.data.dims or "top_tokens" not in result.data:
+        raise ValueError(
+            "this result has no top tokens through layers; read with readout=Readout(top_k=1)"
+        )
+    top = result["top_tokens"].isel(k=0).sortby("layer")
+    same = (top == top.isel(layer=-1)).transpose(..., "layer").values
+    stays = np.cumprod(same[..., ::-1], axis=-1).sum(-1)
+    first = top["layer"].values[top.sizes["layer"] - stays]
+    return top.isel(layer=-1, drop=True).copy(data=first).rename("commitment")
 
 
 def who_comes_first(result: Result, *, position: str | Mapping[str, str] = "last") -> pd.DataFrame:

@@ -4,6 +4,8 @@ from .aggregate import aggregate as aggregate
 from .aloud import Layout as Layout
 from .aloud import aloud_table as aloud_table
 from .aloud import reason_aloud as reason_aloud
+from .commitment import aloud_commitment as aloud_commitment
+from .commitment import commitment_table as commitment_table
 from .erasure import erase_bridge as erase_bridge
 from .evaluate import evaluate as evaluate
 from .evaluation import Evaluation as Evaluation

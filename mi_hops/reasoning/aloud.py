@@ -117,8 +117,10 @@ def reason_aloud(
         `Result`, on ``example``, 0 or 1: ``latent`` and ``aloud`` (answered correctly), ``bridge_said`` and
         ``answer_said`` (named in the reply aloud before its mark), and, NaN where no bridge was written or
         no other fact fits, ``follows`` (after the swap, answered with the other fact's answer) and ``keeps``
-        (still its own). The replies are the texts ``said_latent``, ``said_aloud``, ``said_swapped``, the
-        bridge put in is ``swapped_in``. `aloud_table` sums them up.
+        (still its own). What was asked and replied are the texts ``asked_latent``, ``said_latent``,
+        ``asked_aloud``, ``said_aloud``, ``said_swapped``; the bridge put in is ``swapped_in``;
+        ``answer_at`` is where the answer begins in the reply aloud (characters; NaN: not before the
+        mark). `aloud_table` sums up the shares.
 
     Raises:
         ValueError: fewer other facts than shots, a layout that does not fit.
@@ -157,14 +159,16 @@ def reason_aloud(
         "latent": reply([latent for latent, _ in prompts]),
         "aloud": reply([aloud for _, aloud in prompts]),
     }
-    values: dict[str, list[float]] = {name: [] for name in OUTCOMES}
+    values: dict[str, list[float]] = {name: [] for name in (*OUTCOMES, "answer_at")}
     for i, fact in enumerate(asked):
         latent, aloud = said["latent"][i], said["aloud"][i]
         values["latent"].append(_is(latent.text, fact, finished=latent.finished))
         values["aloud"].append(_answered(layout, aloud, fact))
         steps = layout.steps(aloud.text)
         values["bridge_said"].append(_named(steps, fact.bridge, fact.bridge_aliases) is not None)
-        values["answer_said"].append(_named(steps, fact.answer, fact.answer_aliases) is not None)
+        named = _named(steps, fact.answer, fact.answer_aliases)
+        values["answer_said"].append(named is not None)
+        values["answer_at"].append(float("nan") if named is None else named[0])
     swaps = _swaps(asked, [r.text for r in said["aloud"]], layout, seed)
     which = [i for i, swap in enumerate(swaps) if swap is not None]
     texts = {i: f"{prompts[i][1]} {swaps[i].text}" for i in which}  # type: ignore[union-attr]
@@ -182,6 +186,10 @@ def reason_aloud(
         {name: (("example",), [float(v) for v in found]) for name, found in values.items()}
         | {f"said_{name}": (("example",), [r.text for r in said[name]]) for name in said}
         | {
+            f"asked_{name}": (("example",), [both[i] for both in prompts])
+            for i, name in enumerate(said)
+        }
+        | {
             "said_swapped": (
                 ("example",),
                 [after[i].text if i in after else "" for i in range(len(asked))],
@@ -189,7 +197,7 @@ def reason_aloud(
             "swapped_in": (("example",), [s.other.bridge if s else "" for s in swaps]),
         },
         coords={"example": [fact.id for fact in asked]},
-        units=dict.fromkeys(OUTCOMES, "share"),
+        units=dict.fromkeys(OUTCOMES, "share") | {"answer_at": "characters"},
         provenance=provenance(
             model,
             method="reasoning aloud",
