@@ -111,11 +111,9 @@ def curves(model, gap, form):
 
 
 def steps(record):
-    """``2500 + 1000``: updates of each training cycle."""
+    """``2500 + 1000``: updates of each training stage."""
     recipe = record["recipe"]
-    return " + ".join(
-        str(n) for n in (recipe["steps"], *(n for n, _ in recipe.get("restarts", ())))
-    )
+    return " + ".join(str(stage["steps"]) for stage in (recipe, *recipe["then"]))
 
 
 def main() -> None:

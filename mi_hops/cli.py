@@ -262,12 +262,12 @@ def train_world(
     appositions: Annotated[
         bool,
         typer.Option(
-            "--appositions", help="Continue from the bundled model, on texts that name the bridge."
+            "--appositions", help="Train on texts in which the bridge follows its description."
         ),
     ] = False,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Training steps, in one cycle; by default the recipe's."),
+        typer.Option(min=1, help="Training steps, in one stage; by default the recipe's."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and batch order.")] = 0,
     device: Device = None,
@@ -294,7 +294,7 @@ def train_world(
 
         recipe = replace((APPOSED if appositions else RECIPES)[family], seed=seed)
         if steps is not None:
-            recipe = replace(recipe, steps=steps, restarts=())
+            recipe = replace(recipe.stages[-1], steps=steps, seed=seed)
         world = Hopland()
         where = usable_device(device)
         trained, tokenizer, log = train(world, family, recipe, device=where, progress=not quiet)
@@ -303,7 +303,7 @@ def train_world(
         if quiet:
             typer.echo(str(out))
         else:
-            show_accuracy(family, recipe.steps, measured)
+            show_accuracy(family, sum(stage.steps for stage in recipe.stages), measured)
             typer.echo(f"Model: {out}")
 
 

@@ -27,7 +27,11 @@ def model_card(name: str, family: str, parameters: int, record: Mapping[str, Any
         record: the content of ``training.json``: recipe, world, curve, measured.
     """
     recipe, world = record["recipe"], record["world"]
-    kv = f", {recipe['n_kv_head']} key/value heads" if family == "llama" else ""
+    stages = [recipe, *recipe["then"]]
+    shape = stages[-1]["shape"]
+    kv = f", {shape['n_kv_head']} key/value heads" if family == "llama" else ""
+    option = " --appositions" if recipe["texts"]["apposed"] else ""
+    stages_table = "\n".join(_stage(*item) for item in enumerate(stages, 1))
     losses = "\n".join(f"| {r['step']} | {r['loss']:.4f} |" for r in _thinned(record["curve"]))
     measured = "\n".join(_measured(*item) for item in record["measured"].items())
     return f"""---
@@ -44,8 +48,8 @@ be tried and tested where the truth is known. It knows nothing else.
 
 ## Model
 
-{_FAMILY[family]}. {recipe["n_layer"]} layers, width {recipe["d_model"]}, \
-{recipe["n_head"]} heads{kv}, context {recipe["n_ctx"]} (trained on sequences of up to \
+{_FAMILY[family]}. {shape["n_layer"]} layers, width {shape["d_model"]}, \
+{shape["n_head"]} heads{kv}, context {shape["n_ctx"]} (trained on sequences of up to \
 about 25 tokens). Word-level vocabulary with the family's own rule for leading spaces. \
 Prompts begin with the BOS token; an answer ends with a full stop.
 
@@ -60,12 +64,14 @@ a question; a share of the sequences follows a neutral lead-in. No text from els
 
 ## Training
 
-{_start(recipe)}{_cycles(recipe)} steps of {recipe["batch_size"]} sequences, {recipe["composed"]:.0%} of \
-them compositions, loss on {_loss(recipe)}; AdamW, peak rate \
-{_rates(recipe)} with {recipe["warmup"]} steps of warm-up and linear decay, betas \
-{tuple(recipe["betas"])}, weight decay {recipe["weight_decay"]:g}, clipping at \
-{recipe["clip"]:g}; seed {recipe["seed"]}. Again: `mi-hops train-world --family {family} \
-{"--appositions " if recipe.get("apposed") else ""}--out FOLDER`. The loss curve and all settings are in `training.json`.
+{_NAMED if option else _ANSWERS} AdamW with betas {tuple(recipe["adamw"]["betas"])}, clipping at \
+{recipe["adamw"]["clip"]:g}, linear warm-up and decay in each stage; seed {recipe["seed"]}. Again: \
+`mi-hops train-world --family {family}{option} --out FOLDER`. The loss curve and all settings are in \
+`training.json`.
+
+| stage | steps | sequences in each | layers | compositions | bridge named | peak rate | weight decay |
+|---|---|---|---|---|---|---|---|
+{stages_table}
 
 | step | loss (nats per scored token) |
 |---|---|
@@ -93,32 +99,23 @@ def _measured(key: str, score: Mapping[str, Any]) -> str:
     return f"| {_SPLITS.get(split, split)} | {form} | {score['n']} | {shares} |"
 
 
-def _start(recipe: Mapping[str, Any]) -> str:
-    return f"Going on from `{recipe['start']}`: " if recipe.get("start") else ""
-
-
-def _loss(recipe: Mapping[str, Any]) -> str:
-    if not recipe.get("apposed"):
-        return "the answer's tokens and the full stop"
+def _stage(number: int, recipe: Mapping[str, Any]) -> str:
+    """A row of the table of stages."""
+    texts, adamw = recipe["texts"], recipe["adamw"]
     return (
-        f"all tokens. In {recipe['apposed']:.0%} of the compositions the bridge follows its "
-        'description ("the author of Misery Stephen King is from"), so that the state at its end '
-        "is asked for the bridge"
+        f"| {number} | {recipe['steps']} | {recipe['batch_size']} | {recipe['shape']['n_layer']} | "
+        f"{texts['composed']:.0%} | {texts['apposed']:.0%} | {adamw['lr']:g} | "
+        f"{adamw['weight_decay']:g} |"
     )
 
 
-def _cycles(recipe: Mapping[str, Any]) -> str:
-    """Steps of all cycles, as in 2500 + 1300."""
-    return " + ".join(
-        str(n) for n in (recipe["steps"], *(n for n, _ in recipe.get("restarts", ())))
-    )
-
-
-def _rates(recipe: Mapping[str, Any]) -> str:
-    """Peak rates of the cycles, as `_cycles`."""
-    return ", then ".join(
-        f"{x:g}" for x in (recipe["lr"], *(r for _, r in recipe.get("restarts", ())))
-    )
+_ANSWERS = "Loss on the answer's tokens and the full stop."
+_NAMED = (
+    "Loss on all tokens. In some compositions the bridge, or one word of its name, follows its "
+    'description ("the author of Misery Stephen King is from"), so that the state at its end is asked '
+    "for the bridge. A stage with more layers goes on from those that there are; the new ones begin at "
+    "random."
+)
 
 
 def _thinned(curve: list[Mapping[str, Any]], rows: int = 12) -> list[Mapping[str, Any]]:

@@ -41,12 +41,15 @@ class Texts:
         context: share that follow one of the neutral lead-ins.
         apposed: share of the compositions in which the bridge follows its description. With any,
             the loss is on all tokens instead of on the answers.
+        short: what follows may also be one word of the bridge's name, so that a description asks for
+            each of them and not for the first alone, which entities share.
     """
 
     composed: float = 0.85
     forms: tuple[float, float, float] = (0.42, 0.42, 0.16)
     context: float = 0.12
     apposed: float = 0.0
+    short: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,53 +58,65 @@ class Recipe:
 
     Args:
         steps, batch_size: number of updates and sequences in each.
-        start: name of a bundled model to go on from; empty for random weights.
         half: the trained weights are rounded to float16 and written so, in half the space; they are
             loaded as float32.
-        restarts: further cycles, each (steps, peak rate), begun with a fresh optimiser and a batch
-            order of its own; `steps` and ``adamw.lr`` are the first cycle's.
+        then: further stages, each with a fresh optimiser and a batch order of its own. A stage with
+            more layers goes on from those that there are, and the new ones begin at random. Their
+            own `half`, `seed` and `then` do not count.
         seed: weights and batch order.
     """
 
     steps: int = 4000
     batch_size: int = 512
     texts: Texts = Texts()
-    start: str = ""
     half: bool = False
-    restarts: tuple[tuple[int, float], ...] = ()
     adamw: AdamW = AdamW()
     shape: Shape = Shape()
+    then: tuple[Recipe, ...] = ()
     seed: int = 0
 
     @property
-    def cycles(self) -> list[Recipe]:
-        """A recipe for each cycle, without restarts."""
-        rates = [(self.steps, self.adamw.lr), *self.restarts]
+    def stages(self) -> list[Recipe]:
+        """The stages in turn, each with a seed of its own."""
         return [
-            replace(
-                self, steps=n, restarts=(), adamw=replace(self.adamw, lr=lr), seed=self.seed + i
-            )
-            for i, (n, lr) in enumerate(rates)
+            replace(stage, then=(), seed=self.seed + i)
+            for i, stage in enumerate((self, *self.then))
         ]
 
     def record(self) -> dict[str, Any]:
         """All settings by name, as ``training.json`` has them."""
-        flat = asdict(self)
-        return {**flat, **flat.pop("texts"), **flat.pop("adamw"), **flat.pop("shape")}
+        return asdict(self)
 
 
+_STRONG = AdamW(weight_decay=0.5)
 #: The recipes of the bundled models. Weight decay this strong helped GPT-2 to compose.
 RECIPES: dict[Family, Recipe] = {
-    "gpt2": Recipe(steps=2500, adamw=AdamW(weight_decay=0.5), restarts=((1000, 1.5e-3),)),
-    "llama": Recipe(steps=2800),
+    "gpt2": Recipe(2500, adamw=_STRONG, then=(Recipe(1000, adamw=replace(_STRONG, lr=1.5e-3)),)),
+    "llama": Recipe(2800),
 }
 
 
-_FURTHER = Recipe(
-    1200, batch_size=256, texts=Texts(composed=0.8, apposed=0.5), half=True, adamw=AdamW(lr=1.5e-3)
-)
-#: Going on from the bundled models, on whole texts with appositions.
-APPOSED: dict[Family, Recipe] = {
-    "gpt2": replace(_FURTHER, start="hops-gpt2", adamw=AdamW(lr=1.5e-3, weight_decay=0.5)),
-    "llama": replace(_FURTHER, start="hops-llama"),
-}
+def _apposed(weight_decay: float) -> Recipe:
+    """Half of the layers learn facts and to name a bridge; with the rest they learn to compose."""
+
+    def stage(steps: int, lr: float, composed: float, apposed: float) -> Recipe:
+        texts = Texts(composed=composed, apposed=apposed, short=True)
+        return Recipe(steps, 128, texts, adamw=AdamW(lr, 100, weight_decay))
+
+    return Recipe(
+        900,
+        256,
+        Texts(composed=0.6, apposed=1.0, short=True),
+        adamw=AdamW(3e-3, 100),
+        shape=Shape(n_layer=3),
+        half=True,
+        then=(
+            stage(500, 1.5e-3, 0.8, 0.5),
+            stage(2000, 2.5e-3, 0.85, 0.4),
+            stage(600, 1.5e-3, 0.5, 0.4),  # most single facts again, which composing had cost
+        ),
+    )
+
+
+#: Recipes of `apposed-*`, which spell the bridge and use what they spell.
+APPOSED: dict[Family, Recipe] = {"gpt2": _apposed(0.5), "llama": _apposed(0.1)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from torch import Tensor
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.templates import CONTEXTS, FORMS
-from mi_hops.model import CHECKPOINTS, bundled_models
 from mi_hops.result.progress import progress_bar
 from mi_hops.worlds.card import model_card
 from mi_hops.worlds.hopland import Hopland
@@ -160,11 +159,16 @@ def _sequences(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Sequences:
     return Sequences([[bos, *w] for w in wholes], [1 + len(p) for p in prompts])
 
 
-def _apposed(fact: TwoHopFact, form: str) -> str:
-    """The prompt with the bridge's name behind its description."""
+def _apposed(fact: TwoHopFact, form: str, name: str) -> str:
+    """The prompt with a name of the bridge behind its description."""
     prompt = fact.prompts[form]
     end = prompt.lower().index(fact.first_hop.lower()) + len(fact.first_hop)
-    return f"{prompt[:end]} {fact.bridge}{prompt[end:]}"
+    return f"{prompt[:end]} {name}{prompt[end:]}"
+
+
+def _names(fact: TwoHopFact, short: bool) -> list[str]:
+    """The bridge's name, and each word of it."""
+    return [fact.bridge, *(fact.bridge.split() if short else ())]
 
 
 class Sampler:
@@ -182,7 +186,14 @@ class Sampler:
                 tokenizer, [(f.prompts()[form], f.object) for f in singles]
             )
         self.apposed = {
-            form: _sequences(tokenizer, [(_apposed(f, form), f.answer) for f in trained])
+            form: _sequences(
+                tokenizer,
+                [
+                    (_apposed(f, form, name), f.answer)
+                    for f in trained
+                    for name in _names(f, recipe.texts.short)
+                ],
+            )
             for form in FORMS
             if recipe.texts.apposed
         }
@@ -330,19 +341,16 @@ def losses(model: PreTrainedModel, sampler: Sampler) -> Iterator[float]:
         schedule.step()
 
 
-def _copy_weights(name: str, model: PreTrainedModel) -> None:
-    from transformers import AutoModelForCausalLM
-
-    if name not in bundled_models():
-        raise ValueError(f"no bundled model {name!r} to start from; there are {bundled_models()}")
-    bundled = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / name, dtype=torch.float32)
-    shapes, wanted = ({k: v.shape for k, v in m.state_dict().items()} for m in (bundled, model))
-    if shapes != wanted:
+def _go_on(model: PreTrainedModel, before: Mapping[str, Tensor]) -> None:
+    """Take over what there was: embeddings, final norm, and the first blocks."""
+    mine = model.state_dict()
+    other = {k for k, v in before.items() if k not in mine or mine[k].shape != v.shape}
+    if other:
         raise ValueError(
-            f"{name} has other shapes than the recipe's model (its vocabulary, for one, is that of "
-            "Hopland()); start from random weights, or take its family, shape and world"
+            f"a stage has other shapes than the one before it ({sorted(other)[0]}, for one); a later "
+            "stage may have more layers, and everything else must be equal"
         )
-    model.load_state_dict(bundled.state_dict())
+    model.load_state_dict({**mine, **before})
 
 
 def train(
@@ -365,16 +373,16 @@ def train(
     """
     recipe = recipe or RECIPES[family]
     tokenizer = build_tokenizer(world, family)
-    model = build_model(family, tokenizer, recipe).train()
-    if recipe.start:
-        _copy_weights(recipe.start, model)
-    model.to(torch.device(device))
     log: list[dict[str, Any]] = []
     running: list[float] = []
-    step, total = 0, sum(cycle.steps for cycle in recipe.cycles)
+    step, total = 0, sum(stage.steps for stage in recipe.stages)
+    weights: dict[str, Tensor] = {}
     with progress_bar(total=total, label=f"train {family}", show=progress) as bar:
-        for cycle in recipe.cycles:
-            for loss in losses(model, Sampler(world, tokenizer, cycle)):
+        for stage in recipe.stages:
+            model = build_model(family, tokenizer, stage).train()
+            _go_on(model, weights)
+            weights = model.to(torch.device(device)).state_dict()
+            for loss in losses(model, Sampler(world, tokenizer, stage)):
                 step += 1
                 running.append(loss)
                 bar.update()
