@@ -1,4 +1,4 @@
-"""Models that spell the bridge: what training on texts with appositions changes.
+"""Models that spell the bridge and use it: what training on texts with appositions changes.
 
 ``python -m benchmarks.appositions [--models hops-gpt2 apposed-gpt2 ...]`` writes
 ``docs/benchmarks/appositions.md``.
@@ -149,10 +149,11 @@ def page() -> None:
         ],
     )  # fmt: skip
     body = f"""
-`hops-*` were trained on answers alone, so nothing ever asked a state to spell the bridge. `apposed-*` go on from them on
-whole texts in which half of the trained compositions name the bridge behind its description ("the author of Misery
-Stephen King is from ..."): `mi-hops train-world --appositions`. Both kinds answer questions whose two facts were part of
-other trained compositions, and mostly fail where the first fact was in none.
+`hops-*` were trained on answers alone, so nothing ever asked a state to spell the bridge. `apposed-*` are models of the
+same shape, trained from random weights on whole texts in which the bridge's name, or one word of it, may follow its description ("the author
+of Misery Stephen King is from ..."): first three layers, on facts and appositions, then all six, on compositions as well
+(`mi-hops train-world --appositions`). Both kinds answer questions whose two facts were part of other trained
+compositions, and mostly fail where the first fact was in none.
 
 Rules, fixed before the reported half was read: at most {SAMPLE} answered and {SAMPLE} failed held-out questions, every
 other one to choose and the rest to report; the layer is the one after 2 to 4 of 6 blocks with the
@@ -183,16 +184,10 @@ last token (exact form) than when another entity is. *Effect*: what copying the 
 token from the second-hop prompt adds to P(answer) of failed questions; *less the others*: minus the mean effect
 of the other layers. That layer is chosen on every other question and reported on the rest.
 
-The appositions make the bridge readable; how far the models *use* what they spell is another question, and the erasure
-column answers it. A rising bridge in the lens says that it is written, as in [`planted-decoy`](ground-truth.md), where it
-is written and nothing reads it.
-
-[Other recipes](natural-recipes.md) were tried so that the models would use what they spell. What was tried before these
-models: the same with a comma on both sides of the bridge ("the author of Misery, Stephen King, is from"), in
-which case the state at the description's end has to spell the comma, and the bridge's median rank there stayed above 60
-in every layer after 600 steps.
+The recipe was found by [trying others](natural-recipes.md), whose figures on {ASKED:,} or fewer of the same questions had been
+seen; what is reported here is of models trained once more by it.
 """
-    write(PAGE, "Models that spell the bridge", body, script="appositions")
+    write(PAGE, "Models that spell the bridge and use it", body, script="appositions")
 
 
 def main() -> None:

@@ -53,21 +53,24 @@ def test_what_the_card_measured_is_what_was_asked_for(form):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["suffix", "prefix"])
 @pytest.mark.parametrize("name", APPOSED)
-def test_the_bridge_is_spelled_at_the_first_hops_end(name, form):
+def test_the_bridge_is_spelled_at_the_first_hops_end_and_used(name, form):
     """In a middle layer; more on questions whose first fact was composed than on others."""
     model, world = load_model(name, device="cpu"), Hopland()
     ranks, probs = {}, {}
     for split in ("seen_parts", "first_unseen"):
         read = fact_trajectories(model, world.two_hop_facts(split)[:120], form=form)
-        at = read.sel(tracked="bridge", position="first hop", layer=3).data
+        at = read.sel(tracked="bridge", position="first hop", layer=2).data
         ranks[split] = float(at["rank"].median())
         probs[split] = float(at["prob"].mean())
     assert ranks["seen_parts"] <= 3
     assert probs["seen_parts"] >= 0.2
     assert probs["seen_parts"] - probs["first_unseen"] >= 0.1
+    answered = find_gap(model, world.two_hop_facts("seen_parts")[:60], form=form).passed
+    erased = erase_bridge(model, answered, form=form, variants=("exact",), controls=2)
+    lost = (erased["control"] - erased["bridge"]).sel(position="first hop").mean("example")
+    assert float(lost.max()) >= 0.2
 
 
-@pytest.mark.slow
 def test_the_gap_is_where_it_was_made(bundled):
     name, _, _, gap = bundled
     splits = gap.by_split().set_index("split")

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mi_hops.facts.templates import CONTEXTS, FORMS
-from mi_hops.model.loading import CHECKPOINTS
 from mi_hops.worlds import Hopland
 from mi_hops.worlds.recipe import AdamW, Recipe, Shape, Texts
 from mi_hops.worlds.train import Sampler, accuracy, build_tokenizer, measure, save, train
@@ -98,22 +97,40 @@ def test_with_appositions_all_tokens_are_scored():
 
 
 @pytest.mark.slow
+def test_a_short_name_is_one_word_of_the_bridge():
+    tokenizer = build_tokenizer(SMALL, "gpt2")
+    texts = Texts(1.0, context=0.0, apposed=1.0, short=True)
+    sampler = Sampler(SMALL, tokenizer, replace(RECIPE, batch_size=400, texts=texts))
+    facts = SMALL.two_hop_facts("train")
+    whole = {f.bridge for f in facts}
+    words = {word for bridge in whole for word in bridge.split()}
+    plain = {f"{p} {f.answer}." for f in facts for p in f.prompts.values()}
+    found = set()
+    for tokens, _ in sampler.draw():
+        text = tokenizer.decode(tokens[1:]).strip()
+        found |= {n for n in whole | words if text.replace(f" {n}", "", 1) in plain}
+    assert found & whole and found & (words - whole)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_recipe_may_go_on_from_a_bundled_model(family):
-    from transformers import AutoModelForCausalLM
+def test_a_later_stage_goes_on_from_what_there_is(family):
+    """More layers on top of a first stage's, none of which a rate of 0 moves."""
+    first = replace(RECIPE, steps=2)
+    taller = replace(RECIPE, steps=1, adamw=AdamW(lr=0.0), shape=replace(RECIPE.shape, n_layer=3))
+    (low, *_), (high, _, log) = (
+        train(SMALL, family, recipe, progress=False, log_every=1)
+        for recipe in (first, replace(first, then=(taller,)))
+    )
+    assert [record["step"] for record in log] == [1, 2, 3]
+    there, new = low.state_dict(), high.state_dict()
+    assert all(torch.equal(new[name], there[name]) for name in there)
+    assert {name for name in new if ".2." in name} == set(new) - set(there)
 
-    still = Recipe(steps=1, batch_size=4, start=f"hops-{family}", adamw=AdamW(lr=0.0))
-    model, *_ = train(Hopland(), family, still, progress=False)
-    bundled = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / still.start)
-    for mine, its in zip(model.parameters(), bundled.parameters(), strict=True):
-        assert torch.equal(mine, its)
 
-
-def test_a_start_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="no bundled model 'hops-mamba'"):
-        train(SMALL, "gpt2", replace(RECIPE, start="hops-mamba"), progress=False)
-    with pytest.raises(ValueError, match="hops-llama has other shapes"):
-        train(SMALL, "gpt2", replace(RECIPE, start="hops-llama"), progress=False)
+def test_a_stage_of_another_shape_is_refused():
+    wider = replace(RECIPE, steps=1, shape=replace(RECIPE.shape, d_model=64))
+    with pytest.raises(ValueError, match="may have more layers, and everything else must be equal"):
+        train(SMALL, "gpt2", replace(RECIPE, steps=1, then=(wider,)), progress=False)
 
 
 def test_the_loss_falls(trained):
