@@ -136,10 +136,10 @@ def natural_table(found: dict[str, Any]) -> str:
 def _natural(found: dict[str, Any]) -> str:
     if not any(row["natural"] for row in found["tools"].values()):
         return ""
-    return f"""## Models whose mechanism nobody knows
+    return f"""## Models whose mechanism was not planted
 
-The bundled `hops-*` were trained on answers alone, `apposed-*` further on texts that
-[name the bridge](appositions.md). The highest share of facts over all blocks, and after
+The bundled `hops-*` were trained on answers alone, `apposed-*` on texts that
+[name the bridge](appositions.md), which they spell and use. The highest share of facts over all blocks, and after
 which block:
 
 {natural_table(found)}
