@@ -43,10 +43,10 @@ def test_what_the_card_measured_is_what_was_asked_for(form):
     for name in NATURAL + APPOSED:
         measured = json.loads((CHECKPOINTS / name / "training.json").read_text())["measured"]
         whole = {k.split("/")[0]: v["whole"] for k, v in measured.items() if k.endswith(form)}
-        assert whole["single"] >= (0.99 if name in NATURAL else 0.97)
-        assert whole["train"] >= 0.97
+        assert whole["single"] >= 0.99
+        assert whole["train"] >= (0.97 if name in NATURAL else 0.96)
         assert whole["seen_parts"] >= 0.85
-        assert whole["first_unseen"] <= 0.30
+        assert whole["first_unseen"] <= (0.30 if name in NATURAL else 0.33)
         assert whole["second_unseen"] < whole["seen_parts"]
 
 

@@ -112,9 +112,9 @@ def _stage(number: int, recipe: Mapping[str, Any]) -> str:
 _ANSWERS = "Loss on the answer's tokens and the full stop."
 _NAMED = (
     "Loss on all tokens. In some compositions the bridge, or one word of its name, follows its "
-    'description ("the author of Misery Stephen King is from"), so that the state at its end is asked '
-    "for the bridge. A stage with more layers goes on from those that there are; the new ones begin at "
-    "random."
+    'description ("the author of Misery Stephen King is from"), so the state at the end of the '
+    "description has to predict it. A stage with more layers keeps the trained ones and adds new ones with "
+    "random weights."
 )
 
 

@@ -41,8 +41,8 @@ class Texts:
         context: share that follow one of the neutral lead-ins.
         apposed: share of the compositions in which the bridge follows its description. With any,
             the loss is on all tokens instead of on the answers.
-        short: what follows may also be one word of the bridge's name, so that a description asks for
-            each of them and not for the first alone, which entities share.
+        short: what follows may also be a single word of the bridge's name, so the state has to predict
+            all of its words, not only the first, which several entities share.
     """
 
     composed: float = 0.85
@@ -61,8 +61,8 @@ class Recipe:
         half: the trained weights are rounded to float16 and written so, in half the space; they are
             loaded as float32.
         then: further stages, each with a fresh optimiser and a batch order of its own. A stage with
-            more layers goes on from those that there are, and the new ones begin at random. Their
-            own `half`, `seed` and `then` do not count.
+            more layers keeps the trained ones and adds new ones with random weights. The stages'
+            own `half`, `seed` and `then` are ignored.
         seed: weights and batch order.
     """
 

@@ -370,6 +370,9 @@ def train(
     Returns:
         model (in evaluation mode), tokenizer, and the log: one record every `log_every` steps with
         ``step`` and ``loss`` (nats per scored token, mean over the steps since the last record).
+
+    Raises:
+        ValueError: a later stage that differs in shape other than by more layers.
     """
     recipe = recipe or RECIPES[family]
     tokenizer = build_tokenizer(world, family)
