@@ -24,6 +24,7 @@ from mi_hops import Pairs, Sites, contrast, erase_bridge, fact_trajectories, loc
 from mi_hops.facts import TwoHopFact
 from mi_hops.injection import Controls, injection_grid
 from mi_hops.lens import (
+    AttentionLens,
     LensTraining,
     Place,
     TunedLens,
@@ -32,6 +33,7 @@ from mi_hops.lens import (
     patchscope,
     train_lens,
 )
+from mi_hops.lens.trained import TrainedLens
 from mi_hops.patching import attribute, knockout
 
 ROLES = ("first hop", "last")
@@ -110,12 +112,32 @@ def logit_lens(asked: Asked, lens: Any = "logit") -> Said:
 def tuned_lens(asked: Asked) -> Said:
     """The logit lens's rule, through translators trained on statements of taught questions."""
     lens = TunedLens(asked.model)
+    _train(asked, lens)
+    return logit_lens(asked, lens)
+
+
+def attention_lens(asked: Asked) -> Said:
+    """Yes: the bridge is the first token of the attention lens of some head of the block.
+
+    The lenses of a block's heads are trained so that their sum gives the output, on the tuned lens's
+    texts.
+    """
+    lens = AttentionLens(asked.model)
+    _train(asked, lens)
+    read = fact_trajectories(asked.model, asked.answered, kind=lens.kind, lens=lens)
+    some = read.data.sel(tracked="bridge", position=list(ROLES))
+    return Said(
+        _hit(-_grid(some["rank"].min("head")), -1),
+        {"prob": _grid(some["prob"].max("head")).mean(0).round(4).tolist()},
+    )
+
+
+def _train(asked: Asked, lens: TrainedLens) -> None:
     texts = sorted({f"{f.prompt()} {f.answer}." for f in asked.taught})
     random.Random(asked.seed).shuffle(texts)
     train_lens(
         asked.model, lens, texts, LensTraining(steps=150, evaluate_every=50, seed=asked.seed)
     )
-    return logit_lens(asked, lens)
 
 
 def patchscopes(asked: Asked) -> Said:
@@ -348,6 +370,7 @@ def injection(asked: Asked) -> Said:
 TOOLS: dict[str, tuple[str, Callable[[Asked], Said]]] = {
     "logit lens": ("written", logit_lens),
     "tuned lens": ("written", tuned_lens),
+    "attention lens": ("written", attention_lens),
     "Patchscopes": ("readable", patchscopes),
     "direct attribution": ("written", direct_attribution),
     "probe": ("readable", probes),
