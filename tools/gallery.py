@@ -42,7 +42,7 @@ class Shown:
 
 @cache
 def _model() -> Any:
-    return mi_hops.load_model("hops-gpt2")
+    return mi_hops.load_model("apposed-gpt2")
 
 
 @cache
@@ -250,7 +250,7 @@ with `update_layout`, or write them to a file:
 import mi_hops
 
 facts = mi_hops.Hopland().sample(train=4, held_out=4)
-gap = mi_hops.find_gap(mi_hops.load_model("hops-gpt2"), facts)
+gap = mi_hops.find_gap(mi_hops.load_model("apposed-gpt2"), facts)
 figure = gap.plot(width=700, height=400, template="plotly_dark")
 figure.write_html("gap.html", include_plotlyjs=True)
 ```
