@@ -57,8 +57,9 @@ def _failed() -> list[Any]:
 
 @cache
 def _pairs() -> Any:
-    facts = mi_hops.Hopland().two_hop_facts("seen_parts")
-    return mi_hops.contrast(_model(), facts[:40], partners=facts, form=FORM)
+    facts = mi_hops.Hopland().two_hop_facts("seen_parts")[:150]
+    answered = mi_hops.find_gap(_model(), facts, form=FORM).passed
+    return mi_hops.contrast(_model(), answered[:40], partners=answered, form=FORM)
 
 
 @cache
@@ -119,9 +120,9 @@ SHOWN = {
     ),
     "lens": Shown(
         "Bridge and answer by layer",
-        'mi_hops.fact_trajectories(model, facts).sel(position="last").plot("prob")',
+        'mi_hops.fact_trajectories(model, facts).sel(position="first hop").plot("prob")',
         "A line for each name that was tracked, bands are 95% bootstrap intervals over facts.",
-        lambda: _traced().sel(position="last").plot("prob"),
+        lambda: _traced().sel(position="first hop").plot("prob"),
     ),
     "map": Shown(
         "The top token everywhere",
