@@ -17,6 +17,7 @@ from mi_hops.study import Sizes, Study, StudySettings, run_study, write_report
 from mi_hops.study.folder import Folder, locked, prepare
 from mi_hops.sweep import keep as keep_module
 from tests.reasoning.tiny_facts import dictated, tiny_facts
+from tests.stopping import stop_making
 
 COUNTS = {"lens": 4, "tuned": 3, "erasure": 3, "locate": 3, "injection": 4, "edits": 2}
 SMALL = StudySettings(sizes=Sizes(**COUNTS, draws=1, strengths=(4.0,)))
@@ -52,17 +53,7 @@ def assert_equal(study, other):
 @pytest.mark.slow
 def test_a_study_stopped_again_and_again_is_the_undisturbed_one(run, tmp_path, monkeypatch):
     whole = run(tmp_path / "whole")
-    made, stops = [], [3, 9, 20, 33]
-    real = keep_module.Keeper.make
-
-    def make(keeper, name, work):
-        made.append(name)
-        if stops and len(made) == stops[0]:
-            stops.pop(0)
-            raise KeyboardInterrupt
-        return real(keeper, name, work)
-
-    monkeypatch.setattr(keep_module.Keeper, "make", make)
+    made, stops = stop_making(monkeypatch, KeyboardInterrupt, 3, 9, 20, 33)
     while stops:
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped")
@@ -81,16 +72,7 @@ def test_workers_make_the_same_study_and_one_may_go_on_without_them(run, tmp_pat
     whole = run(tmp_path / "whole")
     with ThreadPoolExecutor(2) as executor:
         assert_equal(run(tmp_path / "workers", executor), whole)
-        made = []
-        real = keep_module.Keeper.make
-
-        def make(keeper, name, work):
-            made.append(name)
-            if len(made) == 12:
-                raise KeyboardInterrupt
-            return real(keeper, name, work)
-
-        monkeypatch.setattr(keep_module.Keeper, "make", make)
+        stop_making(monkeypatch, KeyboardInterrupt, 12)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped", executor)
     assert_equal(run(tmp_path / "stopped"), whole)

@@ -12,9 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_hops.model import Hook, HookedModel
-from mi_hops.model.cache import Recorder
 from mi_hops.model.numeric import widen
-from mi_hops.sweep.scoring import logits_at
+from mi_hops.sweep.scoring import logits_at, prefix_of
 from mi_hops.text.tokens import Prompt, answer_ids, encode, pad
 
 
@@ -46,7 +45,7 @@ class TeacherForcedBatch:
         """
         if start == 0:
             return self
-        cache = prefix_of(model, self.tokens[:, :start])
+        cache = cache_of(model, self.tokens[:, :start])
         return replace(self, tokens=self.tokens[:, start:], scored=self.scored - start, cache=cache)
 
     def loss_of(self, logits: Float[Tensor, "row answer vocab"]) -> Float[Tensor, "row"]:
@@ -78,15 +77,10 @@ def teacher_forced(
     )
 
 
-def prefix_of(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> Any:
+def cache_of(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> Any:
     """A cache of tokens that any number of passes may go on from; None where there are none."""
-    if not tokens.shape[1]:
-        return None
-    recorder = Recorder(model, len(tokens), ())
-    first = torch.zeros(len(tokens), 1, dtype=torch.long)
-    with torch.no_grad():
-        logits_at(model, tokens, first, hooks=recorder.hooks, cache=recorder.cache)
-    return recorder.prefix().view(list(range(len(tokens))), tokens.shape[1])
+    rows, width = tokens.shape
+    return prefix_of(model, tokens).view(list(range(rows)), width) if width else None
 
 
 def answer_loss(
@@ -117,7 +111,7 @@ def last_logp(
     """Log-probabilities of the token after each prompt, float32 or wider.
 
     Args:
-        start, cache: only the positions from `start` on are run, behind ``prefix_of`` those before.
+        start, cache: only the positions from `start` on are run, behind `cache_of` those before.
     """
     batch = pad([p.ids for p in prompts])
     tokens, last = batch.tokens[:, start:], batch.last[:, None] - start

@@ -22,13 +22,14 @@ from mi_hops.model import (
     n_heads_of,
     w_o,
 )
-from mi_hops.model.cache import Prefix, Recorder
+from mi_hops.model.cache import Prefix
 from mi_hops.model.hooks import head_inputs, split_heads, splits_blocks
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.core import captured
 from mi_hops.patching.nodes import Edge, Node, Writes, all_edges, readers, writers
 from mi_hops.sweep.metrics import require_finite
 from mi_hops.sweep.runs import Scored, Sweep
+from mi_hops.sweep.scoring import prefix_of
 from mi_hops.text.tokens import Prompt
 
 _ALL = slice(None)
@@ -138,13 +139,8 @@ class ReadyPairs:
         )
         self._prefix: Prefix | None = None
         if self.start:
-            recorder = Recorder(self.model, len(corrupt), [])
-            little: Hook = ("unembed.hook_in", lambda x: x[:, :1])
-            ids = torch.tensor([p.ids for p in corrupt])
-            with torch.no_grad():
-                hooks = [*recorder.hooks, little]
-                forward(self.model, ids, hooks=hooks, cache=recorder.cache, grows=True)
-            self._prefix = recorder.prefix()
+            ids = torch.tensor([p.ids[: self.start] for p in corrupt])
+            self._prefix = prefix_of(self.model, ids)
 
     def __len__(self) -> int:
         return len(self.sweeps)
@@ -250,6 +246,8 @@ class _CircuitPass:
         n_layers = int(self.model.cfg.n_layers)
         begin = 0 if self.first is None else self.first.layer
         hooks: list[Hook] = []
+        # In the last block nothing is needed but what is scored.
+        last = self.where if self.splits else _ALL
         for layer in range(begin, n_layers):
             if layer == begin and self.first is not None and self.first.role == "mlp":
                 if not self.splits:
@@ -258,12 +256,10 @@ class _CircuitPass:
                 hooks += self._attention(layer)
             else:
                 hooks += self._attention_by_rows(layer)
-            # In the last block nothing is needed but what is scored.
-            at = self.where if self.splits and layer == n_layers - 1 else slice(None)
+            at = last if layer == n_layers - 1 else _ALL
             hooks.append((hook_name("resid_mid", layer), self._enter_mlp(layer, at)))
             hooks.append((hook_name("mlp_out", layer), self._mlp(at)))
-        at = self.where if self.splits else slice(None)
-        hooks.append((hook_name("resid_post", n_layers - 1), self._leave(n_layers, at)))
+        hooks.append((hook_name("resid_post", n_layers - 1), self._leave(n_layers, last)))
         if not self.splits:
             hooks.append(("unembed.hook_in", lambda x: x[:, self.where]))
         return hooks

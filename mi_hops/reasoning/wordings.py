@@ -132,10 +132,6 @@ def choose_wordings(
     values = {name: np.full(shape, np.nan) for name in ("answer", "first_token")}
     texts = np.full(shape[:3], "", dtype=object)
     pool = [fact for fact in facts if fact.split == CHOOSING]
-    for f, form in enumerate(forms):
-        for r, name in enumerate(names):
-            for o, wording in enumerate(relations[name].options(form)):
-                texts[f, r, o] = wording_text(wording, form)
     with progress_bar(label="wordings", show=progress, total=len(names) * len(shots)) as bar:
         for r, name in enumerate(names):
             options = [
@@ -143,6 +139,8 @@ def choose_wordings(
                 for f, form in enumerate(forms)
                 for o, wording in enumerate(relations[name].options(form))
             ]
+            for f, o, form, wording in options:
+                texts[f, r, o] = wording_text(wording, form)
             for s, n in enumerate(shots):
                 lead = partial(few_shot_lead, others=pool, shots=n, seed=seed)
                 found = _asked(model, hops[name], [option[2:] for option in options], lead)

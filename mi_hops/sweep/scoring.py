@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_hops.model import Hook, HookedModel, dtype_of, forward, hooked, picking
+from mi_hops.model.cache import Prefix, Recorder
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.metrics import MetricLike, Target, get_metrics, require_finite
@@ -180,3 +181,12 @@ def logits_at(
 
     with hooked(model, hooks), picking(model, pick):
         return forward(model, tokens, cache=cache, grows=grows)
+
+
+def prefix_of(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> Prefix:
+    """Keys and values of tokens that any number of passes may go on from, run once."""
+    recorder = Recorder(model, len(tokens), ())
+    first = torch.zeros(len(tokens), 1, dtype=torch.long)
+    with torch.no_grad():
+        logits_at(model, tokens, first, hooks=recorder.hooks, cache=recorder.cache)
+    return recorder.prefix()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 Family = Literal["gpt2", "llama"]
 
@@ -82,10 +82,6 @@ class Recipe:
             replace(stage, then=(), seed=self.seed + i)
             for i, stage in enumerate((self, *self.then))
         ]
-
-    def record(self) -> dict[str, Any]:
-        """All settings by name, as ``training.json`` has them."""
-        return asdict(self)
 
 
 _STRONG = AdamW(weight_decay=0.5)

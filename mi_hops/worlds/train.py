@@ -14,7 +14,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -417,7 +417,7 @@ def save(
     model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
     record = {
-        "recipe": recipe.record(),
+        "recipe": asdict(recipe),
         "world": {"seed": world.seed, **world.counts()},
         "curve": log,
         "measured": measured,

@@ -32,6 +32,19 @@ TEXTS = (TEXT, "w9 w8", "w5 w6 w7 w3 w4 w8 w9 w10")
 MEMORIES = ("w20 w21 w22", "w30", "w31 w32")
 
 
+def fact_of(first_hop, prompt):
+    return TwoHopFact(
+        id="f",
+        subject="w5",
+        relation1="r",
+        bridge="w20",
+        relation2="q",
+        answer="w40",
+        first_hop=first_hop,
+        prompts={"suffix": prompt},
+    )
+
+
 def run(model, text, *, hooks=()):
     """Logits [pos, vocab] of one unpadded run."""
     with torch.no_grad():
@@ -290,16 +303,7 @@ def test_generation_with_its_cache_equals_generation_without(tiny, positions):
 
 def test_facts_get_their_bridge_answer_or_what_a_function_says(load_tiny):
     model = load_tiny()
-    fact = TwoHopFact(
-        id="f",
-        subject="w5",
-        relation1="r",
-        bridge="w20",
-        relation2="q",
-        answer="w40",
-        first_hop="w3 w11 w5",
-        prompts={"suffix": "w1 w3 w11 w5 w12"},
-    )
+    fact = fact_of("w3 w11 w5", "w1 w3 w11 w5 w12")
     for memory, want in (
         ("bridge", "w20"),
         ("answer", "w40"),
@@ -545,16 +549,7 @@ def test_a_vector_for_each_layer(tiny):
 def test_a_fact_may_get_a_vector(tiny):
     vector = torch.randn(32, generator=torch.Generator().manual_seed(2))
     repair = MemoryInjection(1, 3.0, positions="last", memory=lambda fact: vector)
-    item = TwoHopFact(
-        id="f",
-        subject="w5",
-        relation1="r",
-        bridge="w20",
-        relation2="q",
-        answer="w40",
-        first_hop="w3 w5",
-        prompts={"suffix": TEXT},
-    )
+    item = fact_of("w3 w5", TEXT)
     prompt = encode(tiny, TEXT)
     states = repair.fit(tiny, [item])
     got = run(tiny, TEXT, hooks=repair.hooks(tiny, states, Rows((prompt,), len(prompt))))

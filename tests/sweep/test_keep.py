@@ -11,6 +11,7 @@ import mi_hops
 from mi_hops.sweep import keep as keep_module
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.keep import Running, keep, keeping
+from tests.stopping import stop_making
 
 VALUES = [torch.arange(6.0).reshape(2, 3).T, {"a": [1, 2.5, None, "é"]}, [], torch.tensor(True)]
 
@@ -120,15 +121,7 @@ def test_text_that_is_written_goes_on_where_it_was(load_tiny, tmp_path, monkeypa
     prompts = [f"w{i} w{i + 1}" for i in range(6)]
     how = {"n_tokens": 5, "seed": 3, "batch_size": 2}
     whole = mi_hops.sample(model, prompts, **how)
-    made, real = [], keep_module.Keeper.make
-
-    def make(keeper, name, work):
-        made.append(name)
-        if len(made) == 3:
-            raise Stop
-        return real(keeper, name, work)
-
-    monkeypatch.setattr(keep_module.Keeper, "make", make)
+    made, _ = stop_making(monkeypatch, Stop, 3)
     with pytest.raises(Stop), keeping(tmp_path / "kept", "x"):
         mi_hops.sample(model, prompts, **how)
     with keeping(tmp_path / "kept", "x"):

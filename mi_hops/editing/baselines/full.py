@@ -77,8 +77,8 @@ def finetune_full(
     """Full fine-tuning on each fact alone, from the same weights; the model is left as it is.
 
     Every parameter of the loaded model is tuned, also the zero biases that TransformerLens adds to
-    families without; on a HookedTransformer tied embeddings move apart. Takes `steps` forward and backward passes and a copy of the model for each fact: of a large
-    model make and use one at a time.
+    families without; on a HookedTransformer tied embeddings move apart. Takes `steps` forward and
+    backward passes and a copy of the model for each fact: of a large model make and use one at a time.
 
     Args:
         asked: facts or requests; the two-hop prompt is taught its target.

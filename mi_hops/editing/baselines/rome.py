@@ -45,11 +45,11 @@ from mi_hops.editing.solve import solve_keys
 from mi_hops.editing.teaching import (
     TeacherForcedBatch,
     answer_loss,
+    cache_of,
     chunks,
     frozen,
     last_logp,
     minimise,
-    prefix_of,
     teacher_forced,
 )
 from mi_hops.facts.templates import CONTEXTS, capitalise
@@ -222,7 +222,7 @@ def search_values(
     )
     cached: dict[str, Any] = {
         "start": at,
-        "cache": prefix_of(model, pad([p.ids for p in essence]).tokens[:, :at]),
+        "cache": cache_of(model, pad([p.ids for p in essence]).tokens[:, :at]),
     }
     with torch.no_grad():
         before = last_logp(model, essence, **cached)

@@ -1,0 +1,24 @@
+"""Work that is stopped at chosen moments."""
+
+from __future__ import annotations
+
+from mi_hops.sweep.keep import Keeper
+
+
+def stop_making(monkeypatch, error, *at):
+    """From here on the makings of these numbers, counted from 1, raise `error`, each once.
+
+    Returns:
+        The names of what is made, and the numbers still to come; both change as work goes on.
+    """
+    made, stops, real = [], list(at), Keeper.make
+
+    def make(keeper, name, work):
+        made.append(name)
+        if stops and len(made) == stops[0]:
+            stops.pop(0)
+            raise error
+        return real(keeper, name, work)
+
+    monkeypatch.setattr(Keeper, "make", make)
+    return made, stops
