@@ -26,7 +26,8 @@ from benchmarks.harness import keep, kept, table, write
 from mi_hops import Hopland, load_model
 from mi_hops.model import CHECKPOINTS
 from mi_hops.worlds.recipe import AdamW, Recipe, Shape, Texts
-from mi_hops.worlds.train import Sampler, build_model, build_tokenizer, losses
+from mi_hops.worlds.texts import Sampler, build_tokenizer
+from mi_hops.worlds.train import Training, build_model
 
 PAGE = "natural-recipes"
 #: Held-out questions; answered and failed ones, half of each to choose; failed ones for locating.
@@ -128,7 +129,7 @@ def trained(model: Any, tokenizer: Any, world: Hopland, stage: Stage, seed: int)
     cycle = Recipe(stage.steps, stage.batch_size, texts=texts, adamw=adamw, seed=seed)
     sampler = Sampler(world, tokenizer, cycle)
     blocks = model.transformer.h
-    for step, loss in enumerate(losses(model, sampler)):
+    for step, loss in enumerate(Training(model, sampler).losses()):
         yield loss
         part = stage.cut and step % round(1 / stage.cut) == 0
         model.transformer.h = blocks[: stage.cut_after] if part else blocks

@@ -279,11 +279,17 @@ def train_world(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train a small model on Hopland, measure it, and write it as a Hugging Face folder."""
-    with friendly(context, debug=debug, stopped="Nothing was written."):
+    """Train a small model on Hopland, measure it, and write it as a Hugging Face folder.
+
+    The same command goes on where a stopped run left off.
+    """
+    with friendly(context, debug=debug, stopped="The same command goes on with the training."):
         if out.exists() and not out.is_dir():
             raise FileExistsError(f"{out} is a file; --out needs a folder")
-        if out.is_dir() and any(out.iterdir()) and not force:
+        state = out / "unfinished.pt"
+        if force:
+            state.unlink(missing_ok=True)
+        elif out.is_dir() and any(path != state for path in out.iterdir()):
             raise FileExistsError(
                 f"{out} is not empty; name another folder, or overwrite it with --force"
             )
@@ -297,9 +303,13 @@ def train_world(
             recipe = replace(recipe.stages[-1], steps=steps, seed=seed)
         world = Hopland()
         where = usable_device(device)
-        trained, tokenizer, log = train(world, family, recipe, device=where, progress=not quiet)
+        out.mkdir(parents=True, exist_ok=True)
+        trained, tokenizer, log = train(
+            world, family, recipe, device=where, progress=not quiet, state=state
+        )
         measured = measure(trained, tokenizer, world, limit=limit)
         save(out, trained, tokenizer, recipe=recipe, world=world, log=log, measured=measured)
+        state.unlink(missing_ok=True)
         if quiet:
             typer.echo(str(out))
         else:

@@ -317,6 +317,31 @@ def test_train_world_refuses_a_folder_with_other_files(tmp_path):
 
 
 @pytest.mark.slow
+def test_train_world_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    from mi_hops.worlds import texts, train
+
+    draw, drawn = texts.Sampler.draw, []
+
+    def stopping(sampler):
+        drawn.append(1)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return draw(sampler)
+
+    monkeypatch.setattr(train, "KEPT_EVERY", 0.0)
+    monkeypatch.setattr(texts.Sampler, "draw", stopping)
+    out = tmp_path / "world"
+    command = f"train-world --steps 3 --device cpu --limit 4 --quiet --out {out}".split()
+    result = runner.invoke(app, command)
+    assert result.exit_code == 130 and "The same command goes on" in result.stderr
+    assert [path.name for path in out.iterdir()] == ["unfinished.pt"]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert len(drawn) == 4  # two before, the one that stopped it, and the last
+    assert (out / "model.safetensors").exists() and not (out / "unfinished.pt").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_train_world_writes_a_checkpoint_that_transformers_loads(tmp_path, family):
     from transformers import AutoModelForCausalLM, AutoTokenizer

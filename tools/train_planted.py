@@ -34,7 +34,8 @@ from mi_hops.facts.templates import CONTEXTS
 from mi_hops.worlds.hopland import Hopland
 from mi_hops.worlds.planted import FORM, KINDS, kind_of, planted_world, stored_answers
 from mi_hops.worlds.recipe import AdamW, Recipe, Shape
-from mi_hops.worlds.train import build_model, build_tokenizer
+from mi_hops.worlds.texts import build_tokenizer
+from mi_hops.worlds.train import build_model
 
 #: Tokens of a two-hop prompt without lead-in: BOS The R2 of the R1 of X is. Answer and stop follow.
 SECOND, FIRST_HOP, LAST = 2, 7, 8

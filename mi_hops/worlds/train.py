@@ -11,88 +11,32 @@ With appositions the loss is that of whole texts: where a description may be fol
 from __future__ import annotations
 
 import json
-import math
 import random
+import time
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from mi_hops.facts.fact import TwoHopFact
-from mi_hops.facts.templates import CONTEXTS, FORMS
+from mi_hops.facts.templates import FORMS
+from mi_hops.result.files import replacing
 from mi_hops.result.progress import progress_bar
 from mi_hops.worlds.card import model_card
 from mi_hops.worlds.hopland import Hopland
 from mi_hops.worlds.recipe import RECIPES, AdamW, Family, Recipe
+from mi_hops.worlds.texts import Sampler, build_tokenizer, sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-END = "."
-
-
-#: Pieces of similar length that a batch is cut into, which saves padding.
-MICRO_BATCHES = 4
-
-
-def words_of(world: Hopland) -> list[str]:
-    """The words of every text the world can utter, sorted: the vocabulary."""
-    texts = [c.format("") for c in CONTEXTS]
-    for first, second, _ in world.compositions():
-        texts += [*Hopland.record(first, second).prompts.values(), second.object]
-    for fact in world.facts.values():
-        texts += [*fact.prompts().values(), fact.object]
-    words = set()
-    for text in texts:
-        for mark in (".", ":", "?"):
-            text = text.replace(mark, f" {mark} ")
-        words.update(text.split())
-    return sorted(words)
-
-
-def build_tokenizer(world: Hopland, family: Family) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with the family's rule for spaces.
-
-    GPT-2 marks the leading space in the token (as byte-level BPE does), LLaMA uses SentencePiece's
-    marker. Both add BOS, as the models are trained with it.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    marker = {"gpt2": "\u0120", "llama": "\u2581"}[family]
-    kinds, tokens = {
-        "gpt2": ("bos eos unk pad", "<|endoftext|> <|endoftext|> <|unk|> <|pad|>"),
-        "llama": ("unk bos eos pad", "<unk> <s> </s> <pad>"),
-    }[family]
-    special = {
-        f"{kind}_token": token for kind, token in zip(kinds.split(), tokens.split(), strict=True)
-    }
-    marks = (".", ":", "?")
-    vocab = list(dict.fromkeys(special.values()))
-    vocab += [w if w in marks else marker + w for w in words_of(world)]
-    core = Tokenizer(
-        models.WordLevel({t: i for i, t in enumerate(vocab)}, unk_token=special["unk_token"])
-    )
-    if family == "gpt2":
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        core.decoder = decoders.ByteLevel()
-    else:
-        split = pre_tokenizers.Split(Regex(r"[.:?]"), "isolated")
-        core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), split])
-        core.decoder = decoders.Metaspace()
-    bos = special["bos_token"]
-    core.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab.index(bos))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, clean_up_tokenization_spaces=False, model_max_length=64, **special
-    )
+#: Seconds after which a run's state is written again.
+KEPT_EVERY = 30.0
 
 
 def build_model(family: Family, tokenizer: Any, recipe: Recipe) -> PreTrainedModel:
@@ -135,118 +79,6 @@ def build_model(family: Family, tokenizer: Any, recipe: Recipe) -> PreTrainedMod
     return LlamaForCausalLM(llama)
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """Tokenised training texts of one kind and form: `tokens` padded right, `prompt` lengths."""
-
-    tokens: list[list[int]]
-    prompt: list[int]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-def _sequences(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Sequences:
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-    prompts = encode([p for p, _ in pairs])
-    wholes = encode([f"{p} {a}{END}" for p, a in pairs])
-    bos = tokenizer.bos_token_id
-    for p, w in zip(prompts, wholes, strict=True):
-        if w[: len(p)] != p:
-            raise ValueError("a prompt's tokens are not the start of prompt + answer's tokens")
-    return Sequences([[bos, *w] for w in wholes], [1 + len(p) for p in prompts])
-
-
-def _apposed(fact: TwoHopFact, form: str, name: str) -> str:
-    """The prompt with a name of the bridge behind its description."""
-    prompt = fact.prompts[form]
-    end = prompt.lower().index(fact.first_hop.lower()) + len(fact.first_hop)
-    return f"{prompt[:end]} {name}{prompt[end:]}"
-
-
-def _names(fact: TwoHopFact, short: bool) -> list[str]:
-    """The bridge's name, and each word of it."""
-    return [fact.bridge, *(fact.bridge.split() if short else ())]
-
-
-class Sampler:
-    """Draws batches: kind (single or composed) and form by the recipe's shares, then uniformly."""
-
-    def __init__(self, world: Hopland, tokenizer: Any, recipe: Recipe) -> None:
-        trained = world.two_hop_facts("train")
-        singles = list(world.facts.values())
-        self.pools: dict[tuple[bool, str], Sequences] = {}
-        for form in FORMS:
-            self.pools[True, form] = _sequences(
-                tokenizer, [(f.prompts[form], f.answer) for f in trained]
-            )
-            self.pools[False, form] = _sequences(
-                tokenizer, [(f.prompts()[form], f.object) for f in singles]
-            )
-        self.apposed = {
-            form: _sequences(
-                tokenizer,
-                [
-                    (_apposed(f, form, name), f.answer)
-                    for f in trained
-                    for name in _names(f, recipe.texts.short)
-                ],
-            )
-            for form in FORMS
-            if recipe.texts.apposed
-        }
-        lead_ins = [c.format("").strip() for c in CONTEXTS if c != "{}"]
-        self.contexts = tokenizer(lead_ins, add_special_tokens=False)["input_ids"]
-        self.recipe, self.rng = recipe, random.Random(recipe.seed)
-
-    def draw(self) -> list[tuple[list[int], int]]:
-        """`batch_size` sequences, each as (tokens, length of its prompt), sorted by length."""
-        recipe, rng = self.recipe, self.rng
-        batch = []
-        for form in rng.choices(FORMS, recipe.texts.forms, k=recipe.batch_size):
-            composed = rng.random() < recipe.texts.composed
-            pool = self.pools[composed, form]
-            if composed and recipe.texts.apposed and rng.random() < recipe.texts.apposed:
-                pool = self.apposed[form]
-            i = rng.randrange(len(pool))
-            tokens, prompt = pool.tokens[i], pool.prompt[i]
-            if rng.random() < recipe.texts.context:
-                lead = rng.choice(self.contexts)
-                tokens, prompt = [tokens[0], *lead, *tokens[1:]], prompt + len(lead)
-            batch.append((tokens, prompt))
-        return sorted(batch, key=lambda pair: len(pair[0]))
-
-    def micro_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-        """(tokens [row, pos], flat scored positions, targets, scored positions of the whole batch).
-
-        Rows are padded on the right by repeating their last token: nothing looks ahead, and
-        padding is never scored.
-        """
-        batch = self.draw()
-        if self.recipe.texts.apposed:
-            batch = [(tokens, 1) for tokens, _ in batch]  # all but BOS is scored
-        total = sum(len(tokens) - prompt for tokens, prompt in batch)
-        size = math.ceil(len(batch) / MICRO_BATCHES)
-        for start in range(0, len(batch), size):
-            piece = batch[start : start + size]
-            width = len(piece[-1][0])
-            rows = np.array([t + t[-1:] * (width - len(t)) for t, _ in piece])
-            where = [
-                r * width + j
-                for r, (t, prompt) in enumerate(piece)
-                for j in range(prompt - 1, len(t) - 1)
-            ]
-            flat = np.array(where)
-            yield (
-                torch.from_numpy(rows),
-                torch.from_numpy(flat),
-                torch.from_numpy(rows.reshape(-1)[flat + 1]),
-                total,
-            )
-
-
 def _rate(step: int, recipe: Recipe) -> float:
     warmup = recipe.adamw.warmup
     if step < warmup:
@@ -276,7 +108,7 @@ def accuracy(
         argmax along it is correct, so no generation loop is needed.
     """
     device = next(model.parameters()).device
-    data = _sequences(tokenizer, pairs)
+    data = sequences(tokenizer, pairs)
     order = sorted(range(len(data)), key=lambda i: len(data.tokens[i]))
     first = whole = 0
     for start in range(0, len(order), batch_size):
@@ -313,7 +145,7 @@ def measure(
     return report
 
 
-def _step(
+def _update(
     model: PreTrainedModel, sampler: Sampler, optimiser: torch.optim.Optimizer, clip: float
 ) -> float:
     """One update; the loss of its batch, nats per scored token."""
@@ -331,17 +163,41 @@ def _step(
     return loss_of_batch
 
 
-def losses(model: PreTrainedModel, sampler: Sampler) -> Iterator[float]:
-    """Train through the sampler's recipe: the loss of each update, nats per scored token."""
-    recipe = sampler.recipe
-    optimiser = _optimiser(model, recipe.adamw)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_rate, recipe=recipe))
-    for _ in range(recipe.steps):
-        yield _step(model, sampler, optimiser, recipe.adamw.clip)
-        schedule.step()
+class Training:
+    """A stage under way: its model, its optimiser, and where it stands in the order of batches."""
+
+    def __init__(self, model: PreTrainedModel, sampler: Sampler) -> None:
+        self.model, self.sampler, self.step = model, sampler, 0
+        self.optimiser = _optimiser(model, sampler.recipe.adamw)
+
+    def losses(self) -> Iterator[float]:
+        """Train to the stage's end: the loss of each update, nats per scored token."""
+        recipe = self.sampler.recipe
+        while self.step < recipe.steps:
+            for group in self.optimiser.param_groups:
+                group["lr"] = recipe.adamw.lr * _rate(self.step, recipe)
+            loss = _update(self.model, self.sampler, self.optimiser, recipe.adamw.clip)
+            self.step += 1
+            yield loss
+
+    def state(self) -> dict[str, Any]:
+        """All that going on needs, between two updates."""
+        return {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "drawn": self.sampler.rng.getstate(),
+            "step": self.step,
+        }
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Take up a `state` of this stage."""
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.sampler.rng.setstate(state["drawn"])
+        self.step = state["step"]
 
 
-def _go_on(model: PreTrainedModel, before: Mapping[str, Tensor]) -> None:
+def _take_over(model: PreTrainedModel, before: Mapping[str, Tensor]) -> None:
     """Take over what there was: embeddings, final norm, and the first blocks."""
     mine = model.state_dict()
     other = {k for k, v in before.items() if k not in mine or mine[k].shape != v.shape}
@@ -353,6 +209,26 @@ def _go_on(model: PreTrainedModel, before: Mapping[str, Tensor]) -> None:
     model.load_state_dict({**mine, **before})
 
 
+def _found(path: Path | None, run: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What a stopped run of the same kind has kept; nothing where there is no file."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip() is not None  # torch compares no checksums
+    except (zipfile.BadZipFile, zlib.error):
+        damaged = True
+    if damaged:
+        raise ValueError(f"{path} is damaged; delete it, and training starts anew")
+    found = torch.load(path, map_location=device, weights_only=True)
+    if found["run"] != run:
+        raise ValueError(
+            f"{path} is of a run with another family, recipe or world; delete it, or keep this "
+            "run's state in another file"
+        )
+    return found
+
+
 def train(
     world: Hopland,
     family: Family,
@@ -361,37 +237,69 @@ def train(
     device: str | torch.device = "cpu",
     progress: bool = True,
     log_every: int = 100,
+    state: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[dict[str, Any]]]:
-    """Train from the recipe's seed.
+    """Train from the recipe's seed, or go on where a stopped run left off.
 
     Args:
         recipe: default the family's in `RECIPES`.
+        state: file that the run's state is written to every `KEPT_EVERY` seconds. Where it is there,
+            training goes on from it, and on the same machine and device the weights come out equal
+            bit for bit to those of a run that was not stopped. It stays when training is done.
 
     Returns:
         model (in evaluation mode), tokenizer, and the log: one record every `log_every` steps with
         ``step`` and ``loss`` (nats per scored token, mean over the steps since the last record).
 
     Raises:
-        ValueError: a later stage that differs in shape other than by more layers.
+        ValueError: a later stage that differs in shape other than by more layers; a `state` that is
+            damaged or of another run.
     """
     recipe = recipe or RECIPES[family]
+    device, state = torch.device(device), None if state is None else Path(state)
     tokenizer = build_tokenizer(world, family)
-    log: list[dict[str, Any]] = []
-    running: list[float] = []
-    step, total = 0, sum(stage.steps for stage in recipe.stages)
+    run = {
+        "family": family,
+        "recipe": asdict(recipe),
+        "world": {"seed": world.seed, **world.counts()},
+        "log_every": log_every,
+    }
+    found = _found(state, run, device)
+    log: list[dict[str, Any]] = found.get("log", [])
+    running: list[float] = found.get("running", [])
+    stages, at, kept_at = recipe.stages, found.get("stage", 0), time.monotonic()
+    step, total = found.get("step", 0), sum(stage.steps for stage in stages)
     weights: dict[str, Tensor] = {}
     with progress_bar(total=total, label=f"train {family}", show=progress) as bar:
-        for stage in recipe.stages:
-            model = build_model(family, tokenizer, stage).train()
-            _go_on(model, weights)
-            weights = model.to(torch.device(device)).state_dict()
-            for loss in losses(model, Sampler(world, tokenizer, stage)):
+        bar.update(step)
+        for i, part in enumerate(stages[at:], at):
+            model = build_model(family, tokenizer, part).train()
+            _take_over(model, weights)
+            weights = model.to(device).state_dict()
+            training = Training(model, Sampler(world, tokenizer, part))
+            if found and i == at:
+                training.go_on(found["training"])
+            for loss in training.losses():
                 step += 1
                 running.append(loss)
                 bar.update()
                 if step % log_every == 0 or step == total:
                     log.append({"step": step, "loss": sum(running) / len(running)})
                     running = []
+                if state and time.monotonic() - kept_at >= KEPT_EVERY:
+                    with replacing(state, overwrite=True) as file:
+                        torch.save(
+                            {
+                                "run": run,
+                                "stage": i,
+                                "training": training.state(),
+                                "step": step,
+                                "log": log,
+                                "running": running,
+                            },
+                            file,
+                        )
+                    kept_at = time.monotonic()
     if recipe.half:
         model.half().float()
     return model.eval(), tokenizer, log

@@ -157,7 +157,7 @@ class TestRealTokenizerRules:
         from types import SimpleNamespace
 
         from mi_hops.worlds import Hopland
-        from mi_hops.worlds.train import build_tokenizer
+        from mi_hops.worlds.texts import build_tokenizer
 
         tokenizer = build_tokenizer(Hopland(), request.param)
         return SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(n_ctx=64))

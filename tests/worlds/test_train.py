@@ -10,8 +10,10 @@ import torch
 
 from mi_hops.facts.templates import CONTEXTS, FORMS
 from mi_hops.worlds import Hopland
+from mi_hops.worlds import train as training
 from mi_hops.worlds.recipe import AdamW, Recipe, Shape, Texts
-from mi_hops.worlds.train import Sampler, accuracy, build_tokenizer, measure, save, train
+from mi_hops.worlds.texts import Sampler, build_tokenizer
+from mi_hops.worlds.train import accuracy, measure, save, train
 
 SMALL = Hopland(people=8, works=3, companies=3, cities=3, countries=3)
 RECIPE = Recipe(
@@ -145,6 +147,65 @@ def test_training_repeats_itself():
     first, second = (train(SMALL, "gpt2", short, progress=False)[0] for _ in range(2))
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def stopped_at(n, monkeypatch):
+    """Training stops before the nth batch, with the state of every update kept."""
+    draw, drawn = Sampler.draw, []
+
+    def stopping(sampler):
+        drawn.append(1)
+        if len(drawn) == n:
+            raise KeyboardInterrupt
+        return draw(sampler)
+
+    monkeypatch.setattr(Sampler, "draw", stopping)
+    monkeypatch.setattr(training, "KEPT_EVERY", 0.0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("n", [pytest.param(3, marks=pytest.mark.slow), 4, 6])
+def test_a_stopped_run_goes_on_to_the_same_weights(family, n, tmp_path, monkeypatch):
+    """Stopped in the first stage, between the two, and in the second one."""
+    taller = replace(RECIPE, steps=4, shape=replace(RECIPE.shape, n_layer=3))
+    recipe = replace(RECIPE, steps=3, then=(taller,))
+    whole, _, log = train(SMALL, family, recipe, progress=False, log_every=2)
+    with monkeypatch.context() as stop:
+        stopped_at(n, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(SMALL, family, recipe, progress=False, log_every=2, state=tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == n - 1
+    again, _, log_again = train(
+        SMALL, family, recipe, progress=False, log_every=2, state=tmp_path / "state.pt"
+    )
+    assert log_again == log
+    there = again.state_dict()
+    assert all(torch.equal(there[name], value) for name, value in whole.state_dict().items())
+
+
+def test_a_state_of_another_run_or_damaged_is_refused(tmp_path, monkeypatch):
+    path, short = tmp_path / "state.pt", replace(RECIPE, steps=2)
+    monkeypatch.setattr(training, "KEPT_EVERY", 0.0)
+    train(SMALL, "gpt2", short, progress=False, state=path)
+    with pytest.raises(ValueError, match="another family, recipe or world"):
+        train(SMALL, "gpt2", replace(short, steps=3), progress=False, state=path)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged in (bytes(flipped), whole[: len(whole) // 2], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged; delete it"):
+            train(SMALL, "gpt2", short, progress=False, state=path)
+
+
+def test_a_world_without_trained_compositions_is_refused():
+    class Barred(Hopland):
+        def two_hop_facts(self, *splits):
+            return []
+
+    with pytest.raises(ValueError, match="no composition to train on; take a larger world"):
+        train(Barred(), "gpt2", RECIPE, progress=False)
 
 
 def test_accuracy_equals_greedy_generation(trained):

@@ -1,0 +1,197 @@
+"""The texts of a Hopland training run: a word-level tokenizer, and batches drawn by the recipe's shares."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mi_hops.facts.fact import TwoHopFact
+from mi_hops.facts.templates import CONTEXTS, FORMS
+from mi_hops.worlds.hopland import Hopland
+from mi_hops.worlds.recipe import Family, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END = "."
+
+
+#: Pieces of similar length that a batch is cut into, which saves padding.
+MICRO_BATCHES = 4
+
+
+def words_of(world: Hopland) -> list[str]:
+    """The words of every text the world can utter, sorted: the vocabulary."""
+    texts = [c.format("") for c in CONTEXTS]
+    for first, second, _ in world.compositions():
+        texts += [*Hopland.record(first, second).prompts.values(), second.object]
+    for fact in world.facts.values():
+        texts += [*fact.prompts().values(), fact.object]
+    words = set()
+    for text in texts:
+        for mark in (".", ":", "?"):
+            text = text.replace(mark, f" {mark} ")
+        words.update(text.split())
+    return sorted(words)
+
+
+def build_tokenizer(world: Hopland, family: Family) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with the family's rule for spaces.
+
+    GPT-2 marks the leading space in the token (as byte-level BPE does), LLaMA uses SentencePiece's
+    marker. Both add BOS, as the models are trained with it.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    marker = {"gpt2": "\u0120", "llama": "\u2581"}[family]
+    kinds, tokens = {
+        "gpt2": ("bos eos unk pad", "<|endoftext|> <|endoftext|> <|unk|> <|pad|>"),
+        "llama": ("unk bos eos pad", "<unk> <s> </s> <pad>"),
+    }[family]
+    special = {
+        f"{kind}_token": token for kind, token in zip(kinds.split(), tokens.split(), strict=True)
+    }
+    marks = (".", ":", "?")
+    vocab = list(dict.fromkeys(special.values()))
+    vocab += [w if w in marks else marker + w for w in words_of(world)]
+    core = Tokenizer(
+        models.WordLevel({t: i for i, t in enumerate(vocab)}, unk_token=special["unk_token"])
+    )
+    if family == "gpt2":
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        core.decoder = decoders.ByteLevel()
+    else:
+        split = pre_tokenizers.Split(Regex(r"[.:?]"), "isolated")
+        core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), split])
+        core.decoder = decoders.Metaspace()
+    bos = special["bos_token"]
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab.index(bos))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, clean_up_tokenization_spaces=False, model_max_length=64, **special
+    )
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Tokenised training texts of one kind and form: `tokens` padded right, `prompt` lengths."""
+
+    tokens: list[list[int]]
+    prompt: list[int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def sequences(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Sequences:
+    """(prompt, answer) pairs as BOS, prompt, answer and full stop."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    prompts = encode([p for p, _ in pairs])
+    wholes = encode([f"{p} {a}{END}" for p, a in pairs])
+    bos = tokenizer.bos_token_id
+    for p, w in zip(prompts, wholes, strict=True):
+        if w[: len(p)] != p:
+            raise ValueError("a prompt's tokens are not the start of prompt + answer's tokens")
+    return Sequences([[bos, *w] for w in wholes], [1 + len(p) for p in prompts])
+
+
+def _apposed(fact: TwoHopFact, form: str, name: str) -> str:
+    """The prompt with a name of the bridge behind its description."""
+    prompt = fact.prompts[form]
+    end = prompt.lower().index(fact.first_hop.lower()) + len(fact.first_hop)
+    return f"{prompt[:end]} {name}{prompt[end:]}"
+
+
+def _names(fact: TwoHopFact, short: bool) -> list[str]:
+    """The bridge's name, and each word of it."""
+    return [fact.bridge, *(fact.bridge.split() if short else ())]
+
+
+class Sampler:
+    """Draws batches: kind (single or composed) and form by the recipe's shares, then uniformly."""
+
+    def __init__(self, world: Hopland, tokenizer: Any, recipe: Recipe) -> None:
+        trained = world.two_hop_facts("train")
+        if not trained:
+            raise ValueError(f"{world!r} has no composition to train on; take a larger world")
+        singles = list(world.facts.values())
+        self.pools: dict[tuple[bool, str], Sequences] = {}
+        for form in FORMS:
+            self.pools[True, form] = sequences(
+                tokenizer, [(f.prompts[form], f.answer) for f in trained]
+            )
+            self.pools[False, form] = sequences(
+                tokenizer, [(f.prompts()[form], f.object) for f in singles]
+            )
+        self.apposed = {
+            form: sequences(
+                tokenizer,
+                [
+                    (_apposed(f, form, name), f.answer)
+                    for f in trained
+                    for name in _names(f, recipe.texts.short)
+                ],
+            )
+            for form in FORMS
+            if recipe.texts.apposed
+        }
+        lead_ins = [c.format("").strip() for c in CONTEXTS if c != "{}"]
+        self.contexts = tokenizer(lead_ins, add_special_tokens=False)["input_ids"]
+        self.recipe, self.rng = recipe, random.Random(recipe.seed)
+
+    def draw(self) -> list[tuple[list[int], int]]:
+        """`batch_size` sequences, each as (tokens, length of its prompt), sorted by length."""
+        recipe, rng = self.recipe, self.rng
+        batch = []
+        for form in rng.choices(FORMS, recipe.texts.forms, k=recipe.batch_size):
+            composed = rng.random() < recipe.texts.composed
+            pool = self.pools[composed, form]
+            if composed and recipe.texts.apposed and rng.random() < recipe.texts.apposed:
+                pool = self.apposed[form]
+            i = rng.randrange(len(pool))
+            tokens, prompt = pool.tokens[i], pool.prompt[i]
+            if rng.random() < recipe.texts.context:
+                lead = rng.choice(self.contexts)
+                tokens, prompt = [tokens[0], *lead, *tokens[1:]], prompt + len(lead)
+            batch.append((tokens, prompt))
+        return sorted(batch, key=lambda pair: len(pair[0]))
+
+    def micro_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+        """(tokens [row, pos], flat scored positions, targets, scored positions of the whole batch).
+
+        Rows are padded on the right by repeating their last token: nothing looks ahead, and
+        padding is never scored.
+        """
+        batch = self.draw()
+        if self.recipe.texts.apposed:
+            batch = [(tokens, 1) for tokens, _ in batch]  # all but BOS is scored
+        total = sum(len(tokens) - prompt for tokens, prompt in batch)
+        size = math.ceil(len(batch) / MICRO_BATCHES)
+        for start in range(0, len(batch), size):
+            piece = batch[start : start + size]
+            width = len(piece[-1][0])
+            rows = np.array([t + t[-1:] * (width - len(t)) for t, _ in piece])
+            where = [
+                r * width + j
+                for r, (t, prompt) in enumerate(piece)
+                for j in range(prompt - 1, len(t) - 1)
+            ]
+            flat = np.array(where)
+            yield (
+                torch.from_numpy(rows),
+                torch.from_numpy(flat),
+                torch.from_numpy(rows.reshape(-1)[flat + 1]),
+                total,
+            )
