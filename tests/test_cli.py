@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from mi_hops import __version__
 from mi_hops.cli import app
 from mi_hops.study import StudySettings
+from tests.stopping import stop_training
 
 runner = CliRunner()
 
@@ -318,18 +319,7 @@ def test_train_world_refuses_a_folder_with_other_files(tmp_path):
 
 @pytest.mark.slow
 def test_train_world_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    from mi_hops.worlds import texts, train
-
-    draw, drawn = texts.Sampler.draw, []
-
-    def stopping(sampler):
-        drawn.append(1)
-        if len(drawn) == 3:
-            raise KeyboardInterrupt
-        return draw(sampler)
-
-    monkeypatch.setattr(train, "KEPT_EVERY", 0.0)
-    monkeypatch.setattr(texts.Sampler, "draw", stopping)
+    drawn = stop_training(monkeypatch, 3)
     out = tmp_path / "world"
     command = f"train-world --steps 3 --device cpu --limit 4 --quiet --out {out}".split()
     result = runner.invoke(app, command)

@@ -35,7 +35,7 @@ from mi_hops.worlds.hopland import Hopland
 from mi_hops.worlds.planted import FORM, KINDS, kind_of, planted_world, stored_answers
 from mi_hops.worlds.recipe import AdamW, Recipe, Shape
 from mi_hops.worlds.texts import build_tokenizer
-from mi_hops.worlds.train import build_model
+from mi_hops.worlds.train import build_model, optimiser_of
 
 #: Tokens of a two-hop prompt without lead-in: BOS The R2 of the R1 of X is. Answer and stop follow.
 SECOND, FIRST_HOP, LAST = 2, 7, 8
@@ -339,14 +339,7 @@ def train(
     plant = Plant(plan, blocks, data)
     singles = _encode(tokenizer, [f"{f.prompts()[FORM]} {f.object}." for f in world.facts.values()])
     leads = lead_ins(tokenizer)
-    groups = [
-        {
-            "params": [p for p in model.parameters() if p.ndim > 1],
-            "weight_decay": plan.weight_decay,
-        },
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.99))
+    optimiser = optimiser_of(model, AdamW(plan.lr, weight_decay=plan.weight_decay))
     step, log = 0, []
     state_file = None if folder is None else folder / "state.pt"
     if state_file and state_file.exists():

@@ -86,7 +86,8 @@ def _rate(step: int, recipe: Recipe) -> float:
     return max(0.0, (recipe.steps - step) / max(1, recipe.steps - warmup))
 
 
-def _optimiser(model: PreTrainedModel, settings: AdamW) -> torch.optim.AdamW:
+def optimiser_of(model: PreTrainedModel, settings: AdamW) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves vectors alone."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
@@ -168,7 +169,7 @@ class Training:
 
     def __init__(self, model: PreTrainedModel, sampler: Sampler) -> None:
         self.model, self.sampler, self.step = model, sampler, 0
-        self.optimiser = _optimiser(model, sampler.recipe.adamw)
+        self.optimiser = optimiser_of(model, sampler.recipe.adamw)
 
     def losses(self) -> Iterator[float]:
         """Train to the stage's end: the loss of each update, nats per scored token."""
@@ -207,6 +208,10 @@ def _take_over(model: PreTrainedModel, before: Mapping[str, Tensor]) -> None:
             "stage may have more layers, and everything else must be equal"
         )
     model.load_state_dict({**mine, **before})
+
+
+def _described(world: Hopland) -> dict[str, int]:
+    return {"seed": world.seed, **world.counts()}
 
 
 def _found(path: Path | None, run: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -261,7 +266,7 @@ def train(
     run = {
         "family": family,
         "recipe": asdict(recipe),
-        "world": {"seed": world.seed, **world.counts()},
+        "world": _described(world),
         "log_every": log_every,
     }
     found = _found(state, run, device)
@@ -287,18 +292,9 @@ def train(
                     log.append({"step": step, "loss": sum(running) / len(running)})
                     running = []
                 if state and time.monotonic() - kept_at >= KEPT_EVERY:
+                    now = {"stage": i, "step": step, "log": log, "running": running}
                     with replacing(state, overwrite=True) as file:
-                        torch.save(
-                            {
-                                "run": run,
-                                "stage": i,
-                                "training": training.state(),
-                                "step": step,
-                                "log": log,
-                                "running": running,
-                            },
-                            file,
-                        )
+                        torch.save({"run": run, "training": training.state(), **now}, file)
                     kept_at = time.monotonic()
     if recipe.half:
         model.half().float()
@@ -326,7 +322,7 @@ def save(
     tokenizer.save_pretrained(folder)
     record = {
         "recipe": asdict(recipe),
-        "world": {"seed": world.seed, **world.counts()},
+        "world": _described(world),
         "curve": log,
         "measured": measured,
     }

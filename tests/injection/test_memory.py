@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mi_hops.facts.fact import TwoHopFact
 from mi_hops.injection import (
     ENCODINGS,
     Encoder,
@@ -25,24 +24,12 @@ from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.scoring import logits_at
 from mi_hops.text.tokens import TokenError, encode, pad
 from tests.models import cases
+from tests.reasoning.tiny_facts import tiny_fact
 from tests.repairs import greedy_by_hand
 
 TEXT = "w1 w2 w3 w4 w5"
 TEXTS = (TEXT, "w9 w8", "w5 w6 w7 w3 w4 w8 w9 w10")
 MEMORIES = ("w20 w21 w22", "w30", "w31 w32")
-
-
-def fact_of(first_hop, prompt):
-    return TwoHopFact(
-        id="f",
-        subject="w5",
-        relation1="r",
-        bridge="w20",
-        relation2="q",
-        answer="w40",
-        first_hop=first_hop,
-        prompts={"suffix": prompt},
-    )
 
 
 def run(model, text, *, hooks=()):
@@ -303,7 +290,7 @@ def test_generation_with_its_cache_equals_generation_without(tiny, positions):
 
 def test_facts_get_their_bridge_answer_or_what_a_function_says(load_tiny):
     model = load_tiny()
-    fact = fact_of("w3 w11 w5", "w1 w3 w11 w5 w12")
+    fact = tiny_fact("w3 w11 w5", "w1 w3 w11 w5 w12")
     for memory, want in (
         ("bridge", "w20"),
         ("answer", "w40"),
@@ -549,7 +536,7 @@ def test_a_vector_for_each_layer(tiny):
 def test_a_fact_may_get_a_vector(tiny):
     vector = torch.randn(32, generator=torch.Generator().manual_seed(2))
     repair = MemoryInjection(1, 3.0, positions="last", memory=lambda fact: vector)
-    item = fact_of("w3 w5", TEXT)
+    item = tiny_fact("w3 w5", TEXT)
     prompt = encode(tiny, TEXT)
     states = repair.fit(tiny, [item])
     got = run(tiny, TEXT, hooks=repair.hooks(tiny, states, Rows((prompt,), len(prompt))))

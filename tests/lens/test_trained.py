@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens import (
     AttentionLens,
     LensTraining,
@@ -30,6 +29,7 @@ from mi_hops.lens.training import evaluate_heldout
 from mi_hops.model import forward, hook_name, load_model, unembedding
 from mi_hops.text.tokens import encode, pad
 from tests.models import save_checkpoint
+from tests.reasoning.tiny_facts import tiny_fact
 
 TEXTS = [
     f"w{i % 80} w{(i * 7) % 80} w{(i * 3 + 1) % 80} w{(i * i) % 80}" + " w9" * (i % 3)
@@ -259,16 +259,7 @@ def test_a_folder_without_its_weights_or_with_broken_ones_is_told(load_tiny, tmp
 def test_a_lens_of_another_model_is_refused_unless_it_is_moved(load_tiny):
     model, other = load_tiny("gpt2"), load_tiny("gpt2", processing="fold")
     lens, heads = TunedLens(model), AttentionLens(model, layers=[1])
-    fact = TwoHopFact(
-        id="f",
-        subject="w5",
-        relation1="r",
-        bridge="w20",
-        relation2="q",
-        answer="w40",
-        first_hop="w3 of w5",
-        prompts={"suffix": "w1 w3 of w5 is"},
-    )
+    fact = tiny_fact("w3 of w5", "w1 w3 of w5 is")
     vectors = torch.ones(1, 32)
     calls = {
         "logit_lens": lambda m, x, _: logit_lens(m, TEXTS[0], lens=x),

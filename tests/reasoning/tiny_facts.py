@@ -7,6 +7,20 @@ from mi_hops.study.steps import gap as gap_step
 from mi_hops.sweep.generate import generate
 
 
+def tiny_fact(first_hop, prompt):
+    """One fact in one form, about w5 by way of w20."""
+    return TwoHopFact(
+        id="f",
+        subject="w5",
+        relation1="r",
+        bridge="w20",
+        relation2="q",
+        answer="w40",
+        first_hop=first_hop,
+        prompts={"suffix": prompt},
+    )
+
+
 def tiny_facts(model, n=6):
     """`n` facts; the model's own greedy first words are the answers of the even ones."""
     facts = []

@@ -14,6 +14,7 @@ from mi_hops.worlds import train as training
 from mi_hops.worlds.recipe import AdamW, Recipe, Shape, Texts
 from mi_hops.worlds.texts import Sampler, build_tokenizer
 from mi_hops.worlds.train import accuracy, measure, save, train
+from tests.stopping import stop_training
 
 SMALL = Hopland(people=8, works=3, companies=3, cities=3, countries=3)
 RECIPE = Recipe(
@@ -149,20 +150,6 @@ def test_training_repeats_itself():
         assert torch.equal(a, b)
 
 
-def stopped_at(n, monkeypatch):
-    """Training stops before the nth batch, with the state of every update kept."""
-    draw, drawn = Sampler.draw, []
-
-    def stopping(sampler):
-        drawn.append(1)
-        if len(drawn) == n:
-            raise KeyboardInterrupt
-        return draw(sampler)
-
-    monkeypatch.setattr(Sampler, "draw", stopping)
-    monkeypatch.setattr(training, "KEPT_EVERY", 0.0)
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("n", [pytest.param(3, marks=pytest.mark.slow), 4, 6])
 def test_a_stopped_run_goes_on_to_the_same_weights(family, n, tmp_path, monkeypatch):
@@ -171,7 +158,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(family, n, tmp_path, monkeypa
     recipe = replace(RECIPE, steps=3, then=(taller,))
     whole, _, log = train(SMALL, family, recipe, progress=False, log_every=2)
     with monkeypatch.context() as stop:
-        stopped_at(n, stop)
+        stop_training(stop, n)
         with pytest.raises(KeyboardInterrupt):
             train(SMALL, family, recipe, progress=False, log_every=2, state=tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
