@@ -12,6 +12,7 @@ import torch
 from benchmarks.harness import gpt2_small, llama_100m, paired, table, write
 from mi_hops.sweep.fanout import fan_out, plan_fan_out
 from mi_hops.sweep.interventions import Intervention, replace
+from mi_hops.sweep.limits import Limits
 from mi_hops.text.tokens import pad
 
 
@@ -64,7 +65,7 @@ def main() -> None:
             ours, theirs, passes = sweep(model, clean, corrupted)
             error = (ours() - theirs().cpu()).abs().max().item()
             whole = paired(ours, theirs, pairs=asked.pairs, warm_up=False)
-            plain = paired(ours, lambda: ours(reuse_prefix=False), pairs=asked.pairs)  # noqa: B023
+            plain = paired(ours, lambda: ours(limits=Limits(reuse_prefix=False)), pairs=asked.pairs)  # noqa: B023
             rows.append(
                 [
                     label,

@@ -39,17 +39,21 @@ from mi_hops.model import (
     HookFn,
     dtype_of,
     fingerprint,
+    live_matrix,
     processing_of,
     require_layers,
 )
 from mi_hops.model.numeric import widen
 from mi_hops.result.progress import progress_bar
+from mi_hops.sweep.batching import each_made_elsewhere
 from mi_hops.sweep.keep import Running
 from mi_hops.text.corpus import token_batches
+from mi_hops.text.tokens import Batch
 
 Positions = Literal["all", "last"]
 Shrinkage = float | Literal["ledoit-wolf"]
 Corpus = Iterable[str | TwoHopFact] | str | Path
+_Sums = dict[int, Tensor]
 _KEY = "mi_hops_moments"
 _ROUNDING = 1e-6  # of activations in float32
 
@@ -373,38 +377,55 @@ def second_moments(
         if path.is_file():
             return Moments.load(path).with_shrinkage(shrinkage)
     so_far = Running("moments", made_for, matrix, wanted, source, digest.hexdigest())
-    sums: dict[int, Float[Tensor, "d_in d_in"]] = {}
-    fourths: dict[int, Tensor] = {}
+    sums: _Sums = {}
+    fourths: _Sums = {}
     n = n_batches = 0
     if so_far.value is not None:
         n, n_batches, sums, fourths = so_far.value
 
-    def adder(layer: int, mask: Bool[Tensor, "row pos"]) -> HookFn:
-        def add(x: Tensor) -> None:
-            rows = widen(x.flatten(2)[mask.to(x.device)])
-            second = einsum("token d, token e -> d e", rows, rows).double()
-            fourth = (rows * rows).sum(1).double().square().sum()
-            sums[layer] = sums[layer].to(second) + second if layer in sums else second
-            fourths[layer] = fourths[layer].to(fourth) + fourth if layer in fourths else fourth
+    def count(batch: Batch, sums: _Sums, fourths: _Sums) -> None:
+        """Add a batch to the sums."""
+        mask = _counted(batch, positions)
 
-        return add
+        def adder(layer: int) -> HookFn:
+            def add(x: Tensor) -> None:
+                rows = widen(x.flatten(2)[mask.to(x.device)])
+                second = einsum("token d, token e -> d e", rows, rows).double()
+                _add(sums, layer, second)
+                _add(fourths, layer, (rows * rows).sum(1).double().square().sum())
 
-    batches = token_batches(model, corpus, max_tokens=max_tokens)
+            return add
+
+        found: list[Hook] = [
+            (hook, adder(layer)) for hook, layer in zip(hooks, wanted, strict=True)
+        ]
+        run_blocks(model, batch.tokens, wanted[-1], found)
+
+    def alone(batch: Batch) -> tuple[_Sums, _Sums]:
+        found: tuple[_Sums, _Sums] = {}, {}
+        count(batch, *found)
+        return found
 
     def state() -> tuple[Any, ...]:
         return n, n_batches, sums, fourths
 
-    bar = progress_bar(batches, label="second moments", show=progress, unit="batch")
-    for batch in itertools.islice(bar, n_batches, None):
-        mask = batch.mask
-        if positions == "last":
-            mask = torch.zeros_like(mask)
-            mask[torch.arange(len(batch.last)), batch.last] = True
-        n += int(mask.sum())
-        found: list[Hook] = [
-            (hook, adder(layer, mask)) for hook, layer in zip(hooks, wanted, strict=True)
-        ]
-        run_blocks(model, batch.tokens, wanted[-1], found)
+    batches = itertools.islice(token_batches(model, corpus, max_tokens=max_tokens), n_batches, None)
+    d_in = live_matrix(model, matrix, wanted[0]).numel() // int(model.cfg.d_model)
+    parts = each_made_elsewhere(
+        model,
+        batches,
+        alone,
+        size=8 * len(wanted) * d_in**2,
+        texts=lambda batch: model.tokenizer.batch_decode(batch.tokens),
+    )
+    for batch, found in progress_bar(parts, label="second moments", show=progress, unit="batch"):
+        if found is None:
+            count(batch, sums, fourths)
+        else:
+            for totals, part in zip((sums, fourths), found, strict=True):
+                for layer, total in part.items():
+                    _add(totals, layer, total)
+        n += int(_counted(batch, positions).sum())
         n_batches += 1
         so_far.put(state)
     dtype = str(dtype_of(model)).removeprefix("torch.")
@@ -428,6 +449,18 @@ def second_moments(
         path.parent.mkdir(parents=True, exist_ok=True)
         moments.save(path, overwrite=True)  # another process may have been faster
     return moments
+
+
+def _counted(batch: Batch, positions: Positions) -> Bool[Tensor, "row pos"]:
+    if positions == "all":
+        return batch.mask
+    mask = torch.zeros_like(batch.mask)
+    mask[torch.arange(len(batch.last)), batch.last] = True
+    return mask
+
+
+def _add(sums: _Sums, layer: int, part: Tensor) -> None:
+    sums[layer] = sums[layer].to(part) + part if layer in sums else part
 
 
 def _digested(corpus: Iterable[str | TwoHopFact], digest: Any) -> Iterator[str | TwoHopFact]:

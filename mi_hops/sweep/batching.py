@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 from mi_hops.model import HookedModel
@@ -14,6 +15,9 @@ from mi_hops.sweep.spread import Around, spreading
 Item = TypeVar("Item")
 Part = TypeVar("Part")
 Found = TypeVar("Found")
+
+#: Parts whose values may be in memory at once, and their bytes.
+WINDOW, MOST_SENT = 32, 2**31
 
 
 def each_part(
@@ -46,6 +50,39 @@ def each_part(
             yield numbers[i], value
 
     yield from zip(every, keep_each([kept(part) for part in every], make), strict=True)
+
+
+def each_made_elsewhere(
+    model: HookedModel,
+    parts: Iterable[Part],
+    run: Callable[[Part], Found],
+    *,
+    size: int,
+    texts: Callable[[Part], Sequence[str]],
+) -> Iterator[tuple[Part, Found | None]]:
+    """Each part, in order, with what the workers of a `spread` make of it; None where the caller is to.
+
+    For sums over many parts, which keep the sum (`keep.Running`) and not the parts: in one process the
+    caller adds to it as it goes, without a copy for each part.
+
+    Args:
+        size: bytes of what `run` gives. Where a few of them are gigabytes, sending them costs more
+            than making them, and nothing is sent.
+    """
+    elsewhere = spreading(model)
+    window_size = min(WINDOW, MOST_SENT // max(1, size))
+    if elsewhere is None or window_size < 2:
+        yield from ((part, None) for part in parts)
+        return
+    stream = iter(parts)
+    while window := list(islice(stream, window_size)):
+        ready: dict[int, Found] = {}
+        at = 0
+        for number, found in elsewhere.each(window, run, (), texts):
+            ready[number] = found
+            while at in ready:
+                yield window[at], ready.pop(at)
+                at += 1
 
 
 def _as_texts(part: Sequence[Any]) -> list[str]:

@@ -142,6 +142,25 @@ def test_on_the_bridge_as_well(bridge, name):
     assert executor.n > 1 and same(found, expected)
 
 
+@pytest.mark.parametrize("matrix", ["W_O", "W_out"])
+def test_moments(model, matrix):
+    count = partial(mi_hops.second_moments, model, FACTS, matrix=matrix, max_tokens=64)
+    expected = count()
+    with Watched() as executor, spread(model, executor):
+        found = count()
+    assert executor.n > 2
+    assert found.n == expected.n and found.fourth == expected.fourth
+    assert all(torch.equal(found.second[i], c) for i, c in expected.second.items())
+
+
+def test_moments_that_are_dear_to_send_are_counted_here(model, monkeypatch):
+    expected = mi_hops.second_moments(model, FACTS, max_tokens=64)
+    monkeypatch.setattr("mi_hops.sweep.batching.MOST_SENT", 2 * 6 * 8 * 128**2 - 1)
+    with Watched() as executor, spread(model, executor):
+        found = mi_hops.second_moments(model, FACTS, max_tokens=64)
+    assert not executor.n and torch.equal(found.second[0], expected.second[0])
+
+
 def test_edits(model):
     facts = facts_of(model)[1]
     options = {"layers": [2, 3], "batch_size": 4}
