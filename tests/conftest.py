@@ -19,6 +19,15 @@ from tests.places import FAR, NEAR, TwoPlaces, put
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A case named by ``slow_case`` is slow: the others of its test stay in the fast loop."""
+    for item in items:
+        for mark in item.iter_markers("slow_case"):
+            if any(name in item.name.partition("[")[2] for name in mark.args):
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Shape name -> folder of a tiny random checkpoint."""

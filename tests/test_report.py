@@ -313,6 +313,7 @@ def test_a_model_that_knows_nothing_gets_a_report_that_says_so(ignorant, tmp_pat
     assert "nan" not in page.text.split()
 
 
+@pytest.mark.slow
 def test_a_step_that_was_left_out_shows_its_reason(study, tmp_path):
     changed = copied(study, tmp_path / "study")
     for step in ("erasure", "editing"):
@@ -364,6 +365,7 @@ def test_the_same_study_gives_the_same_file(study, report, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["again.html"]
 
 
+@pytest.mark.slow
 def test_nothing_half_written(study, tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("the old one")

@@ -45,6 +45,7 @@ def check_same(pair, make):
     assert_same_bits(two, before)
 
 
+@pytest.mark.slow_case("gpt2")
 @pytest.mark.parametrize("match", ["residual", pytest.param("attention", marks=pytest.mark.slow)])
 def test_creme(pair, fact, facts, match):
     options = {"layers": [0, 1, 2], "templates": TEMPLATES, "match": match}

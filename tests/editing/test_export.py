@@ -143,6 +143,7 @@ def assert_said_alike(folder, model, edit, prompt):
     assert got["generated_text"].strip() == want.text.strip() != ""
 
 
+@pytest.mark.slow_case("hops-gpt2")
 @pytest.mark.parametrize("name", ["hops-gpt2", "hops-llama"])
 def test_a_pipeline_says_what_the_edited_model_says(name, tmp_path):
     model = load_model(name, device="cpu")

@@ -257,6 +257,7 @@ def test_an_interrupt_at_any_line_of_apply_and_undo(quick):
     below.undo(quick)
 
 
+@pytest.mark.slow_case("gpt2-hooked")
 def test_an_interrupt_at_any_line_of_a_block(quick):
     outer = random_edit(quick, layers=(1,))
     inner = random_edit(quick, seed=1, matrices=("W_O",), layers=(1,))
@@ -359,6 +360,7 @@ def pair(load_tiny, tmp_path):
     return first, second, first.save(tmp_path / "edit.safetensors")
 
 
+@pytest.mark.slow_case("new")
 @on_linux
 @pytest.mark.parametrize("over", [True, False], ids=["over an old file", "new"])
 def test_killed_at_every_step_of_saving(pair, over):
@@ -544,6 +546,7 @@ def watch(folder, at):
     sys.addaudithook(hook)  # cannot be taken away again: only for a child
 
 
+@pytest.mark.slow_case("over an old folder")
 @on_linux
 @pytest.mark.parametrize("over", [True, False], ids=["over an old folder", "new"])
 def test_killed_at_every_step_of_an_export(export, tmp_path, over):
@@ -609,6 +612,7 @@ def test_a_failure_at_every_step_of_an_export(export, tmp_path, error):
     assert ended == 0 and int(told[0]) > 6
 
 
+@pytest.mark.slow_case("killed")
 @on_linux
 @pytest.mark.parametrize("fatal", [False, True], ids=["full", "killed"])
 def test_an_export_that_meets_its_end_at_any_byte(export, tmp_path, fatal):

@@ -20,6 +20,7 @@ from tests.editing.conftest import assert_same_bits, paper, paper_joint, weights
 from tests.editing.test_creme import TEMPLATES, last_mean
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_joint_equals_memits_normal_equations(wide, facts):
     """Layer by layer in the weights: (λC + K^T K)^-1 K^T R."""
     layers, ridge = [0, 2], 0.03

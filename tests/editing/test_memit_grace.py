@@ -21,6 +21,7 @@ from tests.editing.test_rome import QUICK, at_subject
 BARE = {**QUICK, "templates": ("{}",)}
 
 
+@pytest.mark.slow_case("llama")
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_the_last_layer_makes_up_what_is_missing(load_tiny, facts, shape):
     """At ridge 0 the stream behind the last layer is exactly what was searched for."""
@@ -65,6 +66,7 @@ def test_with_a_ridge_each_layer_solves_memits_normal_equations(load_tiny, facts
         write_matrix(model, "W_out", layer, read_matrix(model, "W_out", layer) + want)
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_memit_repair(tiny, facts):
     before = weights(tiny)
     joint = MemitRepair(layers=[0, 1], joint=True, **BARE)
@@ -109,6 +111,7 @@ def test_the_codebooks_rule():
     assert book.n_bytes == 3 * (2 * 2 * 4 + 8)
 
 
+@pytest.mark.slow_case("llama-bridge")
 @pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_grace_corrects_its_facts_and_nothing_else(tiny, facts, shared):
     repair = GraceRepair(layer=1, steps=80, lr=0.5, shared=shared)
@@ -141,6 +144,7 @@ def test_one_codebook_for_all_unless_asked_otherwise_and_no_radius_from_other_fa
     assert alone.radii[0] == pytest.approx(0.01 * float(alone.keys[0].norm()))
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_a_shared_codebook_expands_splits_and_leaves_alone_what_is_correct(tiny, facts):
     """A radius that reaches everywhere: the second prompt meets the first one's entry."""
     f, other = facts[:2]

@@ -28,6 +28,7 @@ def inputs(model, layer, kind="z", last=False):
     return torch.cat(found).double()
 
 
+@pytest.mark.slow_case("llama-bridge-last")
 @pytest.mark.parametrize("positions", ["all", "last"])
 def test_equal_the_direct_computation(tiny, positions):
     moments = second_moments(tiny, TEXTS, layers=[0, 2], max_tokens=30, positions=positions)

@@ -140,6 +140,7 @@ def test_together_is_one_after_the_other_where_keys_are_orthogonal(wide, facts):
     torch.testing.assert_close(together.changes[0].delta(), one_by_one.changes[0].delta())
 
 
+@pytest.mark.slow
 def test_memit_in_sequence(load_tiny, facts):
     """The first part is the joint edit of it; a later one leaves the first one's outputs alone."""
     model = load_tiny("llama", "bridge", "float64")

@@ -50,6 +50,7 @@ def test_one_layer_cannot_be_spread_over(tiny, facts):
         creme_joint(tiny, facts[:2], layers=[1], spread=True, match="attention")
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_the_search_brings_two_hops_to_the_second_hops_words(tiny, facts):
     c = second_moments(tiny, TEXTS)
     kept = TEXTS[:6]
@@ -71,6 +72,7 @@ def test_the_search_brings_two_hops_to_the_second_hops_words(tiny, facts):
     assert moved < 0.5 * unheld
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_decay_is_the_share_of_the_output_that_moves(wide, facts):
     """|B|^2 in the search's coordinates is tr(Δ^T C Δ) / tr(W^T C W): a heavy decay makes it small."""
     c = second_moments(wide, TEXTS, layers=[1])

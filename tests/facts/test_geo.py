@@ -54,6 +54,7 @@ def test_counts(facts):
     assert facts.read == len(facts)
 
 
+@pytest.mark.slow
 def test_is_found_by_its_name():
     assert load_facts("geo").facts == load_geo().facts
     assert load_facts(BUNDLED).facts == load_geo().facts

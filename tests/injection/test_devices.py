@@ -23,6 +23,7 @@ from tests.places import assert_same
 TOKENS = torch.tensor([[1, 9, 30, 7, 12]])
 
 
+@pytest.mark.slow_case("gpt2")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -48,6 +49,7 @@ def test_grids(pair, settings):
     np.testing.assert_allclose(two, one, atol=1e-6)
 
 
+@pytest.mark.slow_case("gpt2")
 def test_generation_and_the_context_manager(pair):
     said, logits = [], []
     for model in pair:

@@ -67,6 +67,7 @@ def one_by_one(model, facts, repair, metrics):
     return next(iter(scores.values())) if isinstance(metrics, str) else scores
 
 
+@pytest.mark.slow_case("gpt2-hooked")
 @pytest.mark.parametrize(
     ("encodings", "place"),
     [
@@ -377,6 +378,7 @@ def test_the_report_has_rank_and_the_whole_answers_probability_where_the_grid_ha
     assert not {"rank", "answer_prob"} & set(cell_report(made_grid(), select_cell(made_grid())))
 
 
+@pytest.mark.slow_case("gpt2-hooked")
 @pytest.mark.parametrize(
     ("encoding", "place"),
     [

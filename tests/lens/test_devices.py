@@ -63,6 +63,7 @@ def test_vectors_from_any_device(pair):
         np.testing.assert_allclose(got["prob"].values, want["prob"].values, atol=1e-6)
 
 
+@pytest.mark.slow_case("gpt2")
 def test_patchscopes(pair):
     def grid(model):
         return patchscope(model, SOURCES, TARGET, track={"a": ["w1", "w2"]})["prob"].values
@@ -146,6 +147,7 @@ READS = {
 }
 
 
+@pytest.mark.slow_case("gpt2")
 @pytest.mark.parametrize("name", READS)
 def test_further_readings(pair, name):
     assert_same(pair, READS[name])

@@ -72,6 +72,7 @@ def test_an_exception_at_any_line_leaves_no_hook(backend, load_tiny):
     assert at > 100
 
 
+@pytest.mark.slow_case("bridge")
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 def test_nor_does_one_in_the_middle_of_a_pass(backend, load_tiny):
     model = load_tiny("gpt2", backend, fresh=True)

@@ -28,6 +28,7 @@ def same(found, expected, names=("score", "change", "effect", "clean", "corrupte
     return True
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_token_ids(tiny):
     expected = patch(tiny, changed(ALL, answer="w11", wrong="w21"), "attn_out")
     right, wrong = first_ids(tiny, ["w11", "w21"]).tolist()
@@ -73,6 +74,7 @@ def count_rows(model, call):
         handle.remove()
 
 
+@pytest.mark.slow_case("llama-bridge")
 @pytest.mark.parametrize("kind", ["resid_mid", "z", "pattern", "mlp_post"])
 def test_a_cache_stands_for_the_clean_run(tiny, kind):
     clean, corrupted = ids(tiny, CLEAN), ids(tiny, CORRUPTED)
@@ -222,6 +224,7 @@ def test_full_logits_are_those_of_the_prompt(tiny):
     assert np.allclose(found["score"][0].sel(metric="watch"), alone["score"][0], atol=1e-5)
 
 
+@pytest.mark.slow_case("gpt2-hooked")
 @pytest.mark.parametrize("kind", ["resid_post", "attn_out", "mlp_out", "z"])
 @pytest.mark.parametrize(("shape", "backend"), [("gpt2", "hooked"), ("llama", "bridge")])
 def test_a_permanent_hook_is_kept_and_acts(load_tiny, kind, shape, backend):

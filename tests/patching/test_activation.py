@@ -32,6 +32,7 @@ N = 7  # tokens, BOS included
 ALONE = changed(ONE, corrupted=None)
 
 
+@pytest.mark.slow_case("llama-bridge-denoise-mlp")
 @pytest.mark.parametrize("kind", [k for k, axis in HEAD_AXIS.items() if axis is None])
 @pytest.mark.parametrize("direction", ["denoise", pytest.param("noise", marks=pytest.mark.slow)])
 def test_layer_by_position_equals_the_loop(tiny, kind, direction):
@@ -55,6 +56,7 @@ def test_layer_by_position_equals_the_loop(tiny, kind, direction):
                 assert float(result["effect"].sel(at)) == pytest.approx(effect, abs=1e-4, rel=1e-4)
 
 
+@pytest.mark.slow_case("llama-bridge")
 @pytest.mark.parametrize("kind", [k for k, axis in HEAD_AXIS.items() if axis is not None])
 def test_heads_equal_the_loop(tiny, kind):
     """Each head at all positions, and head by position, with a metric of the whole answer."""
@@ -196,6 +198,7 @@ def test_patching_everything_restores_everything(tiny):
     assert np.allclose(result["effect"][:, 0], 1, atol=1e-4)
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_any_batching_gives_the_same(tiny):
     kinds = ["attn_out", "mlp_out"]
     full = patch(tiny, ALL, kinds)

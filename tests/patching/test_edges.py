@@ -79,6 +79,7 @@ def path_slope(model, pair, sender, receiver, score, before=(), eps=1e-4):
     return (ends[0] - ends[1]) / (2 * eps)
 
 
+@pytest.mark.slow_case("gpt2")
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_every_edge_is_the_derivative_of_its_path(load_tiny, shape):
     model = load_tiny(shape, "hooked", "float64")
@@ -118,6 +119,7 @@ def test_integrated_edges_are_means_along_the_path(load_tiny):
         assert got == pytest.approx(total, abs=1e-6), (sender, receiver)
 
 
+@pytest.mark.slow_case("gpt2")
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_integrated_edges_tell_how_complete_they_are(load_tiny, shape):
     model = load_tiny(shape, "hooked", "float64")
@@ -132,6 +134,7 @@ def test_integrated_edges_tell_how_complete_they_are(load_tiny, shape):
     assert "completeness_error" not in attribute_edges(model, ALL, "L0H0", "logits").data
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_no_batch_changes_an_estimate(tiny):
     """Pairs and points share passes; order of nodes and size of a pass are not seen."""
     options = {"method": "integrated", "steps": 3, "metric": "answer_logprob"}
@@ -268,6 +271,7 @@ def circuits(model):
     return {name: Circuit(frozenset(edges - cut)) for name, cut in cuts.items()}
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_circuits_by_identities(tiny):
     cut = circuits(tiny)
     found = faithfulness(tiny, ALL, list(cut.values()))
@@ -378,6 +382,7 @@ def test_acdc_keeps_what_matters(load_tiny):
     assert len(everything.circuit) == 0
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_acdc_decides_as_one_edge_and_pair_at_a_time_does(tiny):
     """Each harm is the divergence of two circuits, pair by pair; pairs have two lengths."""
     longer = tuple(f"{text} w9" for text in (CLEAN[0], CORRUPTED[0]))

@@ -54,6 +54,7 @@ def by_hand(model, pair, sender, receiver, score):
     return run(model, corrupted, [hook], **score)
 
 
+@pytest.mark.slow_case("gpt2")
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_equals_the_weights_applied_by_hand(load_tiny, shape):
     model = load_tiny(shape, "hooked", "float64")
@@ -74,6 +75,7 @@ def test_equals_the_weights_applied_by_hand(load_tiny, shape):
     assert reached > 100
 
 
+@pytest.mark.slow
 def test_both_classes_agree(load_tiny):
     for shape in ("gpt2", "llama", "llama32"):
         found = [
@@ -152,6 +154,7 @@ def test_positions_and_noising(load_tiny):
     assert node.reaches(reader)
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_no_pass_is_wider_than_allowed(tiny):
     """The probes of readers' inputs keep to the bounds as the sweeps do."""
     nodes = "heads", ["k", "MLP2", "logits"]

@@ -55,6 +55,7 @@ def noisy_value(model, text, kind, layer, noise):
     return found[0]
 
 
+@pytest.mark.slow_case("llama-bridge-")
 @pytest.mark.parametrize("kind", ["resid_post", "mlp_out", "attn_out"])
 def test_equals_the_loop(tiny, kind):
     score = {"metric": "answer_logprob"}
@@ -89,6 +90,7 @@ def test_equals_the_loop(tiny, kind):
                 assert float(got["spread"]) == pytest.approx(spread, abs=1e-5)
 
 
+@pytest.mark.slow_case("llama-bridge-")
 @pytest.mark.parametrize("cut", ["mlp", "attn"])
 @pytest.mark.parametrize("kind", ["resid_post", "resid_pre", "attn_out", "mlp_out"])
 def test_severed_equals_the_loop(tiny, cut, kind):
@@ -145,6 +147,7 @@ def test_noise_that_moves_nothing_but_rounding_has_no_share(tiny):
         trace(tiny, TEXTS[0], SUBJECTS[0], metric=lambda x: 3 + 1e-6 * x[:, 0].tanh(), samples=2)
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_roles_for_unequal_prompts(tiny):
     texts = ["w1 w7 w8 w9", "w2 w22 w5 w9 w17 w18"]
     subjects = ["w7", "w22 w5"]

@@ -107,6 +107,7 @@ def test_no_fact_known_gives_no_gap(tiny):
         failure_types(tiny, found)
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_failure_types_follow_the_rule(tiny, monkeypatch):
     """Every failure gets the first type whose rule holds, recomputed from the columns."""
     facts = tiny_facts(tiny)
@@ -148,6 +149,7 @@ def test_failures_that_the_lens_cannot_read_are_reported(tiny):
         failure_types(tiny, found)
 
 
+@pytest.mark.slow_case("gpt2-hooked")
 def test_a_gap_is_a_result_that_is_saved_with_its_facts(tiny, tmp_path):
     facts = tiny_facts(tiny)
     facts[4] = replace(facts[4], subject="", first_prompts={"suffix": "w1 w2"})
@@ -182,6 +184,7 @@ def failure_like(folder):
     return Result.from_arrays(data, provenance={}).save(folder / "other.nc")
 
 
+@pytest.mark.slow_case("gpt2-hooked")
 def test_figures_and_cells_are_small(tiny, tmp_path):
     facts = tiny_facts(tiny, 8)
     found = set_outcomes(find_gap(tiny, facts, form=FORMS), [i % 2 == 0 for i in range(8)])

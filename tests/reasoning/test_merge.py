@@ -50,6 +50,7 @@ def test_a_sweep_with_one_batch_each(model):
     assert merged.n_used == whole.n_used
 
 
+@pytest.mark.slow
 def test_an_evaluation(model, tmp_path):
     def evaluate(facts):
         own = [query for query in sets if query.case in {fact.id for fact in facts}]

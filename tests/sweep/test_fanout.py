@@ -90,6 +90,7 @@ def every_kind(model, prompts):
     return items
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_equals_one_forward_per_cell(tiny):
     prompts = pad(PROMPTS)
     items = every_kind(tiny, prompts)

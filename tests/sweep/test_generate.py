@@ -68,6 +68,7 @@ def test_a_common_lead_and_unequal_lengths_change_nothing(tiny, batch_size, pass
         assert said.ids == greedy_by_hand(tiny, encode(tiny, text), 6), text
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_rows_that_end_leave_the_others_alone(tiny):
     free = {t: generate(tiny, [t], max_new_tokens=10, stop=())[0] for t in MANY}
     stop = (" w1", " w2", " w3")  # many end early, at different steps
@@ -243,6 +244,7 @@ def test_answered_compares_text_end_and_first_token(load_tiny):
     assert score_prompts(model, [known], [Target(ids[:1])], greedy)["greedy"].item() == 0.0
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_answered_rows_do_not_depend_on_each_other(tiny):
     said = generate(tiny, TEXTS, max_new_tokens=12, stop=())
     words = [g.text.split() or ["w1"] for g in said]  # some end at once

@@ -142,6 +142,7 @@ def test_on_the_bridge_as_well(bridge, name):
     assert executor.n > 1 and same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix", ["W_O", "W_out"])
 def test_moments(model, matrix):
     count = partial(mi_hops.second_moments, model, FACTS, matrix=matrix, max_tokens=64)
@@ -175,6 +176,7 @@ def test_edits(model):
             assert torch.equal(x.left, y.left) and torch.equal(x.right, y.right)
 
 
+@pytest.mark.slow
 def test_evaluate(model):
     gap, facts = facts_of(model)
     queries = mi_hops.build_sets(model, facts, gap=gap, per_case=1)
@@ -337,6 +339,7 @@ def test_a_changed_or_hooked_model_works_here():
         assert executor.n == 6
 
 
+@pytest.mark.slow
 def test_a_model_from_elsewhere_needs_its_loader():
     import copy
 

@@ -113,6 +113,7 @@ def test_what_the_cards_say(planted):
         assert checks["planted"]["unchanged"] >= 0.99
 
 
+@pytest.mark.slow_case("planted-decoy-0")
 def test_the_state_at_the_planted_place_decides_the_answer_or_does_not(planted):
     name, model = planted
     truth, pairs = planted_truth(name), swapped_pairs(name)
@@ -125,6 +126,7 @@ def test_the_state_at_the_planted_place_decides_the_answer_or_does_not(planted):
     assert became >= 0.95 if truth.used else stayed >= 0.98
 
 
+@pytest.mark.slow_case("planted-decoy-0")
 def test_other_tokens_do_not_matter(planted):
     """The first relation has been read by the first hop's last token before the planted block."""
     name, model = planted
@@ -137,6 +139,7 @@ def test_other_tokens_do_not_matter(planted):
         assert stayed >= 0.95
 
 
+@pytest.mark.slow_case("planted-decoy-0")
 def test_the_bridge_reads_where_it_is_written_and_nowhere_else(planted):
     """The lens by hand: hidden states of plain transformers, final norm, unembedding."""
     from transformers import AutoModelForCausalLM
