@@ -71,6 +71,7 @@ def test_the_bridge_is_spelled_at_the_first_hops_end_and_used(name, form):
     assert float(lost.max()) >= 0.2
 
 
+@pytest.mark.slow_case("hops-gpt2")
 def test_the_gap_is_where_it_was_made(bundled):
     name, _, _, gap = bundled
     splits = gap.by_split().set_index("split")

@@ -21,6 +21,7 @@ def test_every_tool_was_asked_of_every_planted_model():
         assert 0 <= row["power"][1] <= row["power"][0] <= row["power"][2] <= 1
 
 
+@pytest.mark.slow_case("planted-serial-0")
 @pytest.mark.parametrize("name", ["planted-serial-0", "planted-decoy-0", "planted-hidden-0"])
 def test_the_table_says_what_the_lens_says_now(name):
     truth, facts = planted_truth(name), mi_hops.planted_facts(name)[:60]

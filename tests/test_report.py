@@ -139,6 +139,7 @@ def copied(study: Study, folder) -> Study:
 # what it says
 
 
+@pytest.mark.slow
 def test_every_step_has_its_section_in_order_and_in_the_contents(page):
     assert [i for i in page.ids if i in SECTIONS] == list(SECTIONS)
     targets = [link.removeprefix("#") for tag, _, link in page.links if link.startswith("#")]
@@ -147,6 +148,7 @@ def test_every_step_has_its_section_in_order_and_in_the_contents(page):
     assert len(set(page.ids)) == len(page.ids)
 
 
+@pytest.mark.slow
 def test_every_figure_has_a_title_a_caption_with_n_and_plots(report, page):
     parts = report.read_text(encoding="utf-8").split("<figure>")[1:]
     assert len(parts) == 3 + 3 + 2 + 1 + 2 + 2
@@ -160,6 +162,7 @@ def test_every_figure_has_a_title_a_caption_with_n_and_plots(report, page):
     assert set(page.plots) <= set(page.ids)
 
 
+@pytest.mark.slow
 def test_the_head_says_what_was_studied(study, page):
     settings = study.settings
     for value in ("model", "fingerprint", "dtype", "backend", "processing", "mi_hops"):
@@ -169,6 +172,7 @@ def test_the_head_says_what_was_studied(study, page):
     assert f"n = {settings['n_facts']}" in page.text.replace("\N{NO-BREAK SPACE}", " ")
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_summary(study, page):
     text = page.text.replace("\N{NO-BREAK SPACE}", " ")
     forms = study.summary["gap"]["forms"]
@@ -187,6 +191,7 @@ def test_the_numbers_are_those_of_the_summary(study, page):
         assert name in text
 
 
+@pytest.mark.slow
 def test_the_plots_show_what_the_files_hold(study, page):
     erasure = study.result("erasure")
     expected = erasure.ci(variable="bridge").sel(variant="published", position="first hop")
@@ -211,6 +216,7 @@ def test_the_plots_show_what_the_files_hold(study, page):
     assert np.allclose(array(bars["y"]), [s["two_hop_of_known"]["value"] for s in gap.values()])
 
 
+@pytest.mark.slow
 def test_it_opens_with_model_world_and_questions(study, page):
     shape = study.settings["shape"]
     begin = page.text.split("What was found")[1].replace("\N{NO-BREAK SPACE}", " ")
@@ -234,11 +240,13 @@ def test_a_made_up_world_is_called_one(tmp_path):
     assert "made-up" not in opening(SimpleNamespace(settings=settings), gap).world
 
 
+@pytest.mark.slow
 def test_c_is_explained_where_it_first_stands(page):
     first = page.text.index("C = I")
     assert "C is the covariance of what the edited weights read" in page.text[first : first + 700]
 
 
+@pytest.mark.slow
 def test_differences_of_shares_are_percentage_points(study, page):
     other = study.summary["injection"]["memories"]["permuted_bridge"]["bridge_minus_this"]
     assert points(other) in page.text
@@ -247,6 +255,7 @@ def test_differences_of_shares_are_percentage_points(study, page):
     assert points({**given, "value": None}) == "no case"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("low", "high", "says"),
     [
@@ -267,6 +276,7 @@ def test_layers_are_located_only_against_the_others(study, low, high, says):
     assert "+0.200" in found.text
 
 
+@pytest.mark.slow
 def test_the_located_layers_are_compared_on_the_other_half(study):
     result = study.result("locate")
     effect = result["effect"].sel(kind="attn_out", position="last").transpose("example", "layer")
@@ -281,6 +291,7 @@ def test_the_located_layers_are_compared_on_the_other_half(study):
     assert above["n"] == (~half).sum()
 
 
+@pytest.mark.slow
 def test_every_figure_has_a_text_and_no_theme_of_its_own(report, page):
     text = report.read_text(encoding="utf-8")
     labels = re.findall(r'class="plot" id="plot-[^"]*" role="img" aria-label="([^"]*)"', text)
@@ -294,6 +305,7 @@ def test_every_figure_has_a_text_and_no_theme_of_its_own(report, page):
     assert "prefers-color-scheme: dark" in page.styles
 
 
+@pytest.mark.slow
 def test_cases_show_what_was_said_before_and_after(study, page):
     frame = study.result("editing").frame
     first = frame[frame["set"] == "correction"].iloc[0]
@@ -348,6 +360,7 @@ def test_text_of_models_and_facts_is_escaped(study, tmp_path):
 # the file
 
 
+@pytest.mark.slow
 def test_it_needs_no_network(report, page):
     for tag, name, link in page.links:
         text_link = tag == "a" and name == "href" and link.startswith("https://arxiv.org/abs/")
@@ -426,6 +439,7 @@ def test_a_comparison_says_what_one_study_lacks(study, ignorant, compared):
     assert not re.search(r"\b(None|nan)\b", page.text)
 
 
+@pytest.mark.slow
 def test_a_comparison_refuses_what_it_cannot_compare(study, tmp_path):
     with pytest.raises(ValueError, match="not finished.*resume"):
         compare_studies(study, replace(study, summary={}), tmp_path / "a.html")
@@ -464,6 +478,7 @@ def test_numbers_in_words():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("low", "high", "says"),
     [

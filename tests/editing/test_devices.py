@@ -45,7 +45,7 @@ def check_same(pair, make):
     assert_same_bits(two, before)
 
 
-@pytest.mark.slow_case("gpt2")
+@pytest.mark.slow
 @pytest.mark.parametrize("match", ["residual", pytest.param("attention", marks=pytest.mark.slow)])
 def test_creme(pair, fact, facts, match):
     options = {"layers": [0, 1, 2], "templates": TEMPLATES, "match": match}
@@ -78,6 +78,7 @@ def test_knowledge_editor(pair, fact):
     assert logs[1][-1]["kl"] == pytest.approx(logs[0][-1]["kl"], rel=1e-3)
 
 
+@pytest.mark.slow_case("gpt2")
 def test_grace(pair, facts):
     prompts = tuple(encode(pair[0], f.prompt("suffix")) for f in facts[:2])
     batch = pad([p.ids for p in prompts])

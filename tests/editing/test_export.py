@@ -65,6 +65,7 @@ def test_everything_else_is_kept(load_tiny, checkpoints, tmp_path, fact):
     assert AutoTokenizer.from_pretrained(out)("w5 w6").input_ids == [1, 9, 10]
 
 
+@pytest.mark.slow_case("llama32")
 @pytest.mark.parametrize(
     "shape", ["llama", "llama32", pytest.param("gpt2", marks=pytest.mark.slow)]
 )

@@ -26,6 +26,7 @@ def losses(model, facts, edits):
     return found
 
 
+@pytest.mark.slow_case("llama-bridge-W_out")
 @pytest.mark.parametrize("matrix", ["W_out", pytest.param("W_O", marks=pytest.mark.slow)])
 def test_ftl_learns_within_its_bound(tiny, facts, matrix):
     before = weights(tiny)

@@ -64,6 +64,7 @@ def test_what_comes_before_the_change_is_run_once_and_tells_the_same(wide, facts
     assert found[0][1].abs().min() > 0
 
 
+@pytest.mark.slow_case("True")
 @pytest.mark.parametrize("with_c", [False, True])
 def test_the_edit_writes_the_value_at_the_key(load_tiny, fact, facts, with_c):
     model = load_tiny("llama", "bridge", "float64")
@@ -78,6 +79,7 @@ def test_the_edit_writes_the_value_at_the_key(load_tiny, fact, facts, with_c):
     assert edit.changes[0].matrix == "W_out" and edit.changes[0].rank == 1
 
 
+@pytest.mark.slow_case("llama-bridge")
 def test_the_target_becomes_likely_and_the_model_stays(tiny, facts):
     before = weights(tiny)
     grads = [p.requires_grad for p in tiny.parameters()]
@@ -93,6 +95,7 @@ def test_the_target_becomes_likely_and_the_model_stays(tiny, facts):
                 assert answer_loss(tiny, batch).item() < old - 1
 
 
+@pytest.mark.slow
 def test_facts_of_a_batch_do_not_meet(load_tiny, facts):
     model = load_tiny("gpt2", "bridge", "float64")
     search = {**QUICK, "kl": 0.1, "decay": 0.1}
@@ -104,6 +107,7 @@ def test_facts_of_a_batch_do_not_meet(load_tiny, facts):
         )
 
 
+@pytest.mark.slow
 def test_clamp_and_decay_bound_the_value(load_tiny, fact):
     model = load_tiny("llama", "bridge")
     requests = [Request.from_fact(fact)]

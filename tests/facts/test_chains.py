@@ -49,6 +49,7 @@ def fours(world):
 # --- two hops are the common case ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_hops_make_todays_fact(world):
     """Whatever a two-hop fact is made of, its hops make it again, bit for bit."""
     geo = load_facts("geo")

@@ -23,7 +23,7 @@ from tests.places import assert_same
 TOKENS = torch.tensor([[1, 9, 30, 7, 12]])
 
 
-@pytest.mark.slow_case("gpt2")
+@pytest.mark.slow_case("gpt2", "heads", "resid_mid")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -64,6 +64,7 @@ def test_generation_and_the_context_manager(pair):
     torch.testing.assert_close(logits[1], logits[0], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow_case("gpt2")
 def test_side_effects(pair):
     injection = MemoryInjection([1, 2], 3.0)
     assert_same(pair, lambda m: side_effects(m, FACTS, injection, ["w20 w21 w22", "w3 w4"]))

@@ -45,6 +45,7 @@ def check_same(pair, read):
     np.testing.assert_allclose(two, one, atol=1e-6)
 
 
+@pytest.mark.slow_case("gpt2")
 @pytest.mark.parametrize("kind", ["resid", "result"])
 def test_logit_lens(pair, kind):
     def read(model):
@@ -54,6 +55,7 @@ def test_logit_lens(pair, kind):
     check_same(pair, read)
 
 
+@pytest.mark.slow_case("gpt2")
 def test_vectors_from_any_device(pair):
     # Those of a block on the other device, and those that lie with the model's ends.
     elsewhere = next(pair[1].blocks[1].parameters()).device
@@ -78,6 +80,7 @@ def test_patchscopes(pair):
     check_same(pair, mapped)
 
 
+@pytest.mark.slow_case("gpt2")
 def test_attribution(pair):
     def shares(model):
         result = logit_attribution(model, SOURCES, {"a": ["w1", "w2"]})

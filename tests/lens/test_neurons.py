@@ -35,6 +35,7 @@ def activity(model, text, layer, neuron=None, head=None):
     return (z @ model.W_O[layer, head]).norm(dim=-1)
 
 
+@pytest.mark.slow_case("llama-bridge-head", "gpt2-hooked-neuron")
 @pytest.mark.parametrize("unit", [{"neuron": 9}, {"head": 3}], ids=["neuron", "head"])
 def test_the_most_active_texts(tiny, unit):
     with torch.no_grad():

@@ -28,7 +28,7 @@ def formula(x, y):
     return norm(x.T @ y) ** 2 / (norm(x.T @ x) * norm(y.T @ y))
 
 
-@pytest.mark.slow_case("llama-bridge")
+@pytest.mark.slow
 def test_equals_the_formula(tiny, load_tiny):
     found = similarity(tiny, TEXTS, batch_size=4)["cka"]
     other = load_tiny("llama32")

@@ -133,7 +133,7 @@ def test_a_padded_batch_gives_the_losses_of_unpadded_texts(tiny, last_only):
 
 
 # Every layout and every objective, on one family of each class.
-@pytest.mark.slow_case("gpt2-hooked")
+@pytest.mark.slow_case("gpt2-hooked", "translator", "full", "normed", "low rank")
 @pytest.mark.parametrize("shape", [("gpt2", "hooked"), ("llama", "bridge")], ids="-".join)
 @pytest.mark.parametrize(
     ("make", "objective"),

@@ -32,7 +32,12 @@ N = 7  # tokens, BOS included
 ALONE = changed(ONE, corrupted=None)
 
 
-@pytest.mark.slow_case("llama-bridge-denoise-mlp")
+@pytest.mark.slow_case(
+    "llama-bridge-denoise-mlp",
+    "llama-bridge-denoise-attn_out",
+    "llama-bridge-denoise-resid_post",
+    "gpt2-hooked-denoise-resid_mid",
+)
 @pytest.mark.parametrize("kind", [k for k, axis in HEAD_AXIS.items() if axis is None])
 @pytest.mark.parametrize("direction", ["denoise", pytest.param("noise", marks=pytest.mark.slow)])
 def test_layer_by_position_equals_the_loop(tiny, kind, direction):

@@ -47,6 +47,7 @@ def slope(model, text, kind, layer, there, here, positions, head=None, eps=1e-4,
     return (ends[0] - ends[1]) / (2 * eps)
 
 
+@pytest.mark.slow_case("llama-bridge-resid", "llama-bridge-mlp", "gpt2-hooked-q", "gpt2-hooked-k")
 @pytest.mark.parametrize("kind", list(HEAD_AXIS))
 @pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
 def test_every_kind_is_the_directional_derivative(load_tiny, kind, shape, backend):
@@ -147,6 +148,7 @@ def test_divergence_from_the_base_itself_has_no_slope(load_tiny, method):
     attribute(model, PAIRS[0], **{**options, "direction": "denoise"})
 
 
+@pytest.mark.slow_case("bfloat16", "float64")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_a_divergence_given_as_an_object_is_refused_at_its_own_base(load_tiny, dtype):
     for shape, backend in (("gpt2", "bridge"), ("llama", "hooked")):

@@ -92,7 +92,7 @@ SWEEPS = [
 ]
 
 
-@pytest.mark.slow_case("float64")
+@pytest.mark.slow_case("float64", "gpt2-bridge", "llama-hooked")
 @precisely("sweep,batch", SWEEPS, BATCHES)
 def test_patching(precise, sweep, batch):
     model, near = precise
@@ -133,7 +133,7 @@ def replacements(how, values, i, kind):
     return [(torch.stack([v[-2] for v in values]).mean(0).expand_as(own), -2)]
 
 
-@pytest.mark.slow_case("float64")
+@pytest.mark.slow_case("float64", "gpt2-bridge", "llama-hooked")
 @precisely("kind,batch", HEAD_AXIS, BATCHES)
 def test_ablation(precise, kind, batch):
     model, near = precise
@@ -213,7 +213,7 @@ def path(model, pair, sender, receiver, score):
     return run(model, corrupted, [hook], **score)
 
 
-@pytest.mark.slow_case("float64")
+@pytest.mark.slow_case("float64", "gpt2-bridge", "llama-hooked")
 @pytest.mark.parametrize("precise", MODELS, ids=lambda p: "-".join(p[:3]), indirect=True)
 def test_paths(precise):
     model, near = precise

@@ -26,7 +26,7 @@ def score(model, text, answer, change):
     return float(logits[0, -1].log_softmax(-1)[model.to_single_token(answer)])
 
 
-@pytest.mark.slow_case("gpt2-hooked")
+@pytest.mark.slow
 def test_path_attributions_add_up_to_the_difference(wide):
     for baseline, worst in (("corrupted", 1e-6), ("mean", 0.05)):
         found = attribute_inputs(wide, ASKED, baseline=baseline, steps=100)

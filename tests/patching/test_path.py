@@ -54,7 +54,7 @@ def by_hand(model, pair, sender, receiver, score):
     return run(model, corrupted, [hook], **score)
 
 
-@pytest.mark.slow_case("gpt2")
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_equals_the_weights_applied_by_hand(load_tiny, shape):
     model = load_tiny(shape, "hooked", "float64")

@@ -106,6 +106,7 @@ SCARCE = {
 }
 
 
+@pytest.mark.slow_case("llama-bridge")
 @pytest.mark.parametrize("name", SCARCE)
 def test_out_of_memory_halves_what_was_tried(tiny, name):
     limit, call = SCARCE[name]

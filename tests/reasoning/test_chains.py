@@ -174,6 +174,7 @@ def test_who_comes_first_by_hand():
 # --- a view is a two-hop fact ----------------------------------------------------------------------
 
 
+@pytest.mark.slow_case("llama-bridge-2")
 @pytest.mark.parametrize("bridge", [1, 2])
 def test_methods_do_with_a_view_what_they_do_with_a_two_hop_fact(tiny, bridge):
     """Without its chain a view is an ordinary two-hop fact with the same texts."""

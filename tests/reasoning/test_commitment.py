@@ -41,6 +41,7 @@ def dictated(monkeypatch):
     return ask
 
 
+@pytest.mark.slow_case("bridge-gpt2", "hooked-llama")
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 def test_each_place_is_read_as_plain_transformers_read_it(

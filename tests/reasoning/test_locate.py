@@ -17,6 +17,7 @@ from mi_hops.text.tokens import answer_ids, encode
 from tests.reasoning.tiny_facts import tiny_facts
 
 
+@pytest.mark.slow_case("llama-bridge-2", "gpt2-hooked-1")
 @pytest.mark.parametrize("form", ["suffix", "prefix"])
 @pytest.mark.parametrize("window", [1, 2])
 def test_cells_equal_single_forward_passes(tiny, form, window):

@@ -59,6 +59,7 @@ MANY = [f"{LEAD} w{i} {'w4 ' * (i % 4)}w{i + 1}" for i in range(20, 32)] + [
 ]
 
 
+@pytest.mark.slow_case("llama-bridge-3-0", "gpt2-hooked-3-64")
 @pytest.mark.parametrize("pass_cost", [0, pytest.param(3, marks=pytest.mark.slow), 64])
 @pytest.mark.parametrize("batch_size", [3, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_common_lead_and_unequal_lengths_change_nothing(tiny, batch_size, pass_cost, monkeypatch):

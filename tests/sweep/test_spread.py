@@ -123,6 +123,7 @@ def scores(model):
     return torch.stack(list(found.values()))
 
 
+@pytest.mark.slow_case("erasure", "injection", "locate")
 @pytest.mark.parametrize("name", WORK)
 def test_the_same_to_the_last_bit(model, name):
     expected = WORK[name](model)
@@ -154,6 +155,7 @@ def test_moments(model, matrix):
     assert all(torch.equal(found.second[i], c) for i, c in expected.second.items())
 
 
+@pytest.mark.slow
 def test_moments_that_are_dear_to_send_are_counted_here(model, monkeypatch):
     expected = mi_hops.second_moments(model, FACTS, max_tokens=64)
     monkeypatch.setattr("mi_hops.sweep.batching.MOST_SENT", 2 * 6 * 8 * 128**2 - 1)

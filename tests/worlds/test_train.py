@@ -115,7 +115,7 @@ def test_a_short_name_is_one_word_of_the_bridge():
     assert found & whole and found & (words - whole)
 
 
-@pytest.mark.slow_case("gpt2")
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_later_stage_goes_on_from_what_there_is(family):
     """More layers on top of a first stage's, none of which a rate of 0 moves."""
