@@ -42,7 +42,11 @@ class AutoCircuit:
 
         for flag in ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"):
             setattr(model.cfg, flag, True)
+        self.group = (
+            1  # query heads of a key and value head, each of which has edges of its own there
+        )
         if model.cfg.n_key_value_heads is not None:
+            self.group = int(model.cfg.n_heads) // int(model.cfg.n_key_value_heads)
             model.set_ungroup_grouped_query_attention(True)
         self.names = (
             [node.name for node in writers(model, "all")],
@@ -59,7 +63,7 @@ class AutoCircuit:
         self.model = patchable_model(
             model, factorized=True, slice_output="last_seq", separate_qkv=True
         )
-        self.model.edges = sorted(self.model.edges, key=lambda e: order[_edge(e)])
+        self.model.edges = sorted(self.model.edges, key=lambda e: order[self.edge(e)])
         sides = [[torch.tensor(p.ids) for p in side] for side in (clean, corrupted)]
         right, wrong = ([torch.tensor([a])] * len(clean) for a in answers)
         data = PromptDataset(*sides, right, wrong)
@@ -74,27 +78,32 @@ class AutoCircuit:
 
     def by_edge(self, found: Any) -> dict[tuple[str, str], float]:
         """Edge -> its score, as a change by corrupting it."""
-        return {_edge(e): -float(e.prune_score(found)) for e in self.model.edges}
+        scores: dict[tuple[str, str], float] = {}
+        for e in self.model.edges:
+            edge = self.edge(e)
+            scores[edge] = scores.get(edge, 0.0) - float(e.prune_score(found))
+        return scores
 
     def acdc(self) -> set[tuple[str, str]]:
         """Edges that stay at a threshold of 0.01 nats."""
         from auto_circuit.prune_algos.ACDC import acdc_prune_scores
 
         found = acdc_prune_scores(self.model, self.loader, None, tao_exps=[-2], tao_bases=[1])
-        return {_edge(e) for e in self.model.edges if e.prune_score(found) == torch.inf}
+        return {self.edge(e) for e in self.model.edges if e.prune_score(found) == torch.inf}
+
+    def edge(self, edge: Any) -> tuple[str, str]:
+        """Its names in ours; edges into query heads that share a key or value head have one name."""
+        return _node(edge.src.name, self.group), _node(edge.dest.name, self.group)
 
 
-def _edge(edge: Any) -> tuple[str, str]:
-    """Its names in ours."""
-    return _node(edge.src.name), _node(edge.dest.name)
-
-
-def _node(name: str) -> str:
+def _node(name: str, group: int) -> str:
     if name in ("Resid Start", "Resid End"):
         return {"Resid Start": "embed", "Resid End": "logits"}[name]
     if name.startswith("MLP "):
         return f"MLP{name.split()[1]}"
     layer, head, *role = name[1:].split(".")
+    if role and role[0] != "Q":
+        head = str(int(head) // group)
     return f"L{layer}H{head}" + "".join(f".{r.lower()}" for r in role)
 
 
