@@ -1,6 +1,6 @@
 """More questions for two steps of the study on SmolLM2-135M: editing beside baselines, and erasure.
 
-``OMP_NUM_THREADS=1 python -m benchmarks.real_more --folder real-study [--cases 130] [--erasure]``
+``OMP_NUM_THREADS=1 python -m benchmarks.real_more --folder real-study [--cases 150] [--erasure]``
 
 Works on the folder of a finished `benchmarks.real_model`, and writes its sections of that page. It is
 resumed where it was stopped: every few edits and every batch of questions scored go to disk. Questions
@@ -9,7 +9,9 @@ is a table in which all methods have the same questions.
 
 Rules, written before a reported question was edited by a baseline:
 
-- Reported are questions of the study's reporting half, in a seeded order; nothing was chosen on them.
+- Reported are the questions of the study's reporting half, in a seeded order, and behind them, up to
+  `REPORTED` in all, questions of the other half that neither an edit, nor locating, nor injection was
+  chosen on (also in a seeded order).
 - CREME's layers and strength are those that the study chose, on 15 questions of the other half.
 - A baseline's setting is the best of `OPTIONS` on the first `CHOOSE` of these 15, by the study's rule:
   share corrected (first token) + 4 x share of unrelated questions still answered; of equals, the first
@@ -69,6 +71,8 @@ MODEL, FACTS, PAGE, NAME = "smollm2-135m", "geo", "real-model", "SmolLM2-135M"
 #: Questions edited and scored together, edits that are made before they are written, and questions
 #: that a baseline's setting is chosen on.
 BLOCK, WRITTEN, CHOOSE = 10, 5, 4
+#: Questions to report.
+REPORTED = 150
 
 #: Baseline -> settings to choose from.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -122,11 +126,30 @@ class Setup:
     @cached_property
     def halves(self) -> tuple[list[TwoHopFact], list[TwoHopFact]]:
         """Questions to choose on (those of the study) and to report, in a seeded order."""
+        choose, report = self._kept_halves
+        random.Random(self.run.settings.seed).shuffle(report)
+        return self._drawn(choose)[:CHOOSE], report
+
+    @property
+    def _kept_halves(self) -> tuple[list[TwoHopFact], list[TwoHopFact]]:
         left_out = {who for who, _ in self.study.choices["left_out"]}
         choose, report = ([f for f in h if f.id not in left_out] for h in self.run.halves)
-        drawn = self.run.draw(choose, int(self.study.choices["n_choose"]), "edits")
-        random.Random(self.run.settings.seed).shuffle(report)
-        return drawn[:CHOOSE], report
+        return choose, report
+
+    def _drawn(self, choose: list[TwoHopFact]) -> list[TwoHopFact]:
+        return self.run.draw(choose, int(self.study.choices["n_choose"]), "edits")
+
+    @cached_property
+    def further(self) -> list[TwoHopFact]:
+        """Questions of the other half on which nothing was chosen, to make up `REPORTED`."""
+        drawn = {f.id for f in self._drawn(self._kept_halves[0])}
+        for step in ("locate", "injection_grid"):
+            result = self.study.result(step)
+            assert result is not None
+            drawn |= set(result["example"].values.tolist())
+        rest = [f for f in self._kept_halves[0] if f.id not in drawn]
+        random.Random(self.run.settings.seed).shuffle(rest)
+        return rest[: REPORTED - len(self.halves[1])]
 
     def moments(self, matrix: str, layers: Sequence[int]) -> Moments:
         """C, counted once."""
@@ -295,13 +318,17 @@ def blocks(folder: Path) -> Iterator[tuple[Evaluation, dict[str, Any]]]:
 def measure(setup: Setup, cases: int) -> None:
     """Edit and score block by block."""
     chosen = choose(setup)["methods"]
-    report = setup.halves[1][:cases]
+    half = len(setup.halves[1])
+    report = [*setup.halves[1], *setup.further]
     queries = setup.queries(report)
-    for start in range(0, len(report), BLOCK):
+    starts = [*range(0, half, BLOCK), *range(half, len(report), BLOCK)]
+    for start, end in zip(starts, [*starts[1:], len(report)], strict=True):
+        if start >= cases:
+            break
         path = setup.folder / f"block-{start:03d}.json"
         if path.exists():
             continue
-        mine = report[start : start + BLOCK]
+        mine = report[start:end]
         ids = {f.id for f in mine}
         with parts.keeping(
             setup.folder / f".block-{start:03d}.kept", f"block {sorted(ids)} {chosen}"
@@ -312,7 +339,7 @@ def measure(setup: Setup, cases: int) -> None:
         found.save(path.with_suffix(".nc"), overwrite=True)
         took = {r.name: {"seconds": r.seconds, "mib": r.peak, "n": len(mine)} for r in repairs}
         path.write_text(json.dumps(took, indent=1) + "\n")
-        print(f"{start + len(mine)} of {len(report)} questions", flush=True)
+        print(f"{end} of {len(report)} questions", flush=True)
 
 
 def cost(setup: Setup) -> None:
@@ -356,7 +383,8 @@ def _estimate(scores: Any, repair: str, name: str, statistic: str) -> dict[str, 
 def section(found: Mapping[str, Any]) -> Iterator[str]:
     """CREME beside the baselines."""
     yield (
-        f"The same {found['n']} questions of the reporting half for every method, one edit each, made "
+        f"The same {found['n']} questions for every method (the reporting half, and behind it questions of "
+        "the other half that nothing was chosen on), one edit each, made "
         "from the prompts with their worked examples; shares of first tokens unless named otherwise, in "
         "percent, mean over cases with bootstrap intervals. *Kept* is accuracy (whole answers) after over accuracy before; "
         "the hops are asked in the form that no edit was given. Processor seconds (one thread of a busy "
