@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mi_hops.editing.edit import Edit, stack
 from mi_hops.model import CHECKPOINTS, HookedModel, dtype_of, load_model, prepends_bos, read_matrix
+from mi_hops.model.bos import adds_bos, make_add_bos
 from mi_hops.result.files import replacing
 
 #: Matrix -> where families keep it; ``{}`` is the layer. The module's class decides the order: a
@@ -155,23 +156,11 @@ def _source(
 
 def _save_tokenizer(source: str, bos: bool, folder: Path) -> None:
     """The checkpoint's tokenizer, made to add BOS where the model's prompts begin with it."""
-    from tokenizers.processors import Sequence as InTurn
-    from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
-    def adds_bos(tokenizer: Any) -> bool:
-        return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
-
     tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if bos and not adds_bos(tokenizer):
-        core, name = tokenizer.backend_tokenizer, tokenizer.bos_token
-        adding: Any = TemplateProcessing(
-            single=[name, "$A"],
-            pair=[name, "$A", "$B"],
-            special_tokens=[(name, tokenizer.bos_token_id)],
-        )
-        own = core.post_processor
-        core.post_processor = adding if own is None else InTurn([own, adding])
+    if bos:
+        make_add_bos(tokenizer)
     tokenizer.save_pretrained(folder)
     if adds_bos(AutoTokenizer.from_pretrained(folder)) != bos:
         raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mi_hops.model.bos import make_add_bos
 from mi_hops.result.files import replacing
 
 #: Models that a Python package ships as a GGUF file: name -> (module, package).
@@ -137,6 +138,8 @@ def _read(file: Path) -> tuple[Any, Any]:
     at: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**at)
     _split_as_trained(tokenizer, reader)
+    if _field(reader, "tokenizer.ggml.add_bos_token") and tokenizer.bos_token_id is not None:
+        make_add_bos(tokenizer)  # older versions of transformers do not read this
     config = AutoConfig.from_pretrained(**at)
     if config.model_type == "gpt2":  # transformers would take the sizes of GPT-2 small
         config.n_positions = _field(reader, "gpt2.context_length")

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from mi_hops.model.bos import adds_bos
 from mi_hops.model.classes import hooked_class
 from mi_hops.model.gguf import PACKAGED, gguf_checkpoint, gguf_file, is_gguf
 from mi_hops.model.layout import lay_out
@@ -95,7 +96,7 @@ def load_model(
     family = config.model_type
     with _reading(source, "tokenizer"):
         tokenizer = _tokenizer(source)
-    bos = _adds_bos(tokenizer) if bos is None else _with_bos(tokenizer, bos)
+    bos = adds_bos(tokenizer) if bos is None else _with_bos(tokenizer, bos)
     if backend is None:
         backend = "hooked" if hooked_class() and family in _HOOKED_FAMILIES else "bridge"
     if backend == "hooked":
@@ -253,12 +254,6 @@ def _tokenizer(source: str) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts BOS before a text."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
 def _with_bos(tokenizer: Any, bos: bool) -> bool:

@@ -110,9 +110,10 @@ def test_is_converted_once_by_content(tmp_path, cache, monkeypatch):
     assert sorted(p.name for p in folder.parent.iterdir()) == sorted([folder.name, other.name])
 
 
-def test_bos_is_added_where_the_file_says_so(tmp_path):
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_bos_is_added_where_the_file_says_so(shape, tmp_path):
     for bos in (False, True):
-        model = mi_hops.load_model(write(network("gpt2"), tmp_path / f"{bos}.gguf", bos=bos))
+        model = mi_hops.load_model(write(network(shape), tmp_path / f"{bos}.gguf", bos=bos))
         assert mi_hops.encode(model, TEXT).has_bos is bos
         assert provenance(model)["bos"] is bos
 
