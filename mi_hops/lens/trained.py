@@ -217,26 +217,32 @@ def load_lens(model: HookedModel, source: str | Path, *, transfer: bool = False)
         return _from_tuned_lens(model, folder, transfer)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind, settings, version = config["type"], config["settings"], config["format"]
+        kind, settings, version = str(config["type"]), config["settings"], int(config["format"])
+        same = (config["fingerprint"], config["unembedding"])
+        processing, notes = config["provenance"]["processing"], config["notes"]
         stored = load_file(folder / WEIGHTS)
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no lens ({CONFIG}, {WEIGHTS}: {error!r})") from error
     if version > FORMAT:
         raise ValueError(f"{folder} has lens format {version}; update mi_hops")
     types = {cls.type_name: cls for cls in TrainedLens.__subclasses__()}
     if kind not in types:
         raise ValueError(f"unknown type of lens {kind!r}; expected one of {sorted(types)}")
-    same = (config["fingerprint"], config["unembedding"])
     if not transfer and same != (fingerprint(model), unembedding_hash(model)):
         raise ValueError(
-            f"this lens belongs to a model with fingerprint {config['fingerprint']} (weight "
-            f"processing {config['provenance']['processing']!r}), this one has "
+            f"this lens belongs to a model with fingerprint {same[0]} (weight processing "
+            f"{processing!r}), this one has "
             f"{fingerprint(model)} ({processing_of(model)!r}); pass transfer=True to read one model "
             "with another's lens"
         )
-    lens = types[kind](model, **settings)
+    try:
+        lens = types[kind](model, **settings)
+    except TypeError as error:
+        raise ValueError(
+            f"{folder} is damaged: no lens has its settings ({CONFIG}: {error})"
+        ) from error
     lens.fill(stored)
-    lens.trained_on, lens.notes = config["fingerprint"], config["notes"]
+    lens.trained_on, lens.notes = same[0], notes
     return lens
 
 

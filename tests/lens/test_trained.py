@@ -257,6 +257,28 @@ def test_a_folder_without_its_weights_or_with_broken_ones_is_told(load_tiny, tmp
         load_lens(model, folder)
 
 
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda c: c.pop("fingerprint"), "holds no lens .*fingerprint"),
+        (lambda c: c.pop("unembedding"), "holds no lens .*unembedding"),
+        (lambda c: c.update(provenance=3), "holds no lens"),
+        (lambda c: c.update(format="new"), "holds no lens"),
+        (lambda c: c.update(type=["tuned"]), "unknown type of lens"),
+        (lambda c: c.update(settings=["rank"]), "no lens has its settings"),
+        (lambda c: c["settings"].update(ranP=2), "no lens has its settings .*ranP"),
+    ],
+)
+def test_damaged_settings_of_a_lens_are_told(load_tiny, tmp_path, change, says):
+    model = load_tiny()
+    path = TunedLens(model).save(tmp_path / "lens") / "lens.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=says):
+        load_lens(model, path.parent)
+
+
 def test_a_lens_of_another_model_is_refused_unless_it_is_moved(load_tiny):
     model, other = load_tiny("gpt2"), load_tiny("gpt2", processing="fold")
     lens, heads = TunedLens(model), AttentionLens(model, layers=[1])
