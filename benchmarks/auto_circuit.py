@@ -42,9 +42,8 @@ class AutoCircuit:
 
         for flag in ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"):
             setattr(model.cfg, flag, True)
-        self.group = (
-            1  # query heads of a key and value head, each of which has edges of its own there
-        )
+        # Query heads that share a key and value head; each has edges of its own there.
+        self.group = 1
         if model.cfg.n_key_value_heads is not None:
             self.group = int(model.cfg.n_heads) // int(model.cfg.n_key_value_heads)
             model.set_ungroup_grouped_query_attention(True)

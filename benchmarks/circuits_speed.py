@@ -288,7 +288,7 @@ def page(found: dict[str, list[list[Any]]]) -> str:
         "batch, one forward and backward pass a point; logit differences at the last of 16 tokens. "
         "The loop of ACDC makes one pass for every edge and pair, with the passes of `faithfulness`. "
         "Both are written for this page (the rows of ACDC before it took pairs together). EAP-IG's own "
-        "code keeps its scores on CUDA and was not run.\n\n"
+        "code keeps its scores on CUDA and was not run. EAP-IG with 16 pairs was run beside other work.\n\n"
         + table(COLUMNS, rows)
         + "\n\n## The package auto-circuit\n\nIts own code (1.0.1 of the package index), pairs in one "
         "batch, on a copy of the model: EAP as the gradient of its masks, ACDC at 0.01 nats in our order "

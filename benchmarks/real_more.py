@@ -149,7 +149,7 @@ class Setup:
             drawn |= set(result["example"].values.tolist())
         rest = [f for f in self._kept_halves[0] if f.id not in drawn]
         random.Random(self.run.settings.seed).shuffle(rest)
-        return rest[: REPORTED - len(self.halves[1])]
+        return rest[: max(0, REPORTED - len(self.halves[1]))]
 
     def moments(self, matrix: str, layers: Sequence[int]) -> Moments:
         """C, counted once."""

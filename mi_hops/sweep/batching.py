@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from mi_hops.model import HookedModel
 from mi_hops.sweep.fanout import out_of_memory
-from mi_hops.sweep.keep import keep, keep_each
+from mi_hops.sweep.keep import in_order, keep, keep_each
 from mi_hops.sweep.spread import Around, spreading
 
 Item = TypeVar("Item")
@@ -76,13 +76,8 @@ def each_made_elsewhere(
         return
     stream = iter(parts)
     while window := list(islice(stream, window_size)):
-        ready: dict[int, Found] = {}
-        at = 0
-        for number, found in elsewhere.each(window, run, (), texts):
-            ready[number] = found
-            while at in ready:
-                yield window[at], ready.pop(at)
-                at += 1
+        made = elsewhere.each(window, run, (), texts)
+        yield from zip(window, in_order(made, range(len(window))), strict=True)
 
 
 def _as_texts(part: Sequence[Any]) -> list[str]:

@@ -17,18 +17,20 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
 from mi_hops.result.files import replacing
+
+T = TypeVar("T")
 
 #: Seconds of work that are gathered before they are written.
 WRITE_EVERY = 20.0
@@ -205,16 +207,25 @@ def keep_each(
     keeper = _keeper.get()
     names = [keeper.name(what) for what in parts] if keeper else []
     known = {i for i, name in enumerate(names) if keeper and keeper.knows(name)}
-    made = make([i for i in range(len(parts)) if i not in known])
-    ready: dict[int, Any] = {}
+    missing = [i for i in range(len(parts)) if i not in known]
+
+    def kept() -> Iterator[tuple[int, Any]]:
+        for i, value in make(missing):
+            yield i, keeper.make(names[i], partial(_same, value)) if keeper else value
+
+    made = in_order(kept(), missing)
     for i in range(len(parts)):
-        if keeper and i in known:
-            yield keeper.get(names[i])[0]
-            continue
-        while i not in ready:
-            number, value = next(made)
-            ready[number] = keeper.make(names[number], partial(_same, value)) if keeper else value
-        yield ready.pop(i)
+        yield keeper.get(names[i])[0] if keeper and i in known else next(made)
+
+
+def in_order(found: Iterator[tuple[int, T]], numbers: Iterable[int]) -> Iterator[T]:
+    """The values of these numbers in their order, of what comes in any; none is asked for early."""
+    ready: dict[int, T] = {}
+    for number in numbers:
+        while number not in ready:
+            i, value = next(found)
+            ready[i] = value
+        yield ready.pop(number)
 
 
 def _same(value: Any) -> Any:

@@ -59,9 +59,9 @@ def spread(
 
     This applies to `generate` (and so to `find_gap`), lenses over prompts or facts, erasing, locating,
     patching, tracing and ablating over pairs, injection, `score_prompts`, `second_moments`,
-    `creme_many` and `evaluate`. Training, gradients and other edits run in this process, and so does everything while
-    hooks are attached to the model or its weights are changed. A task whose worker is lost is redone,
-    and one that fails `TRIES` times does not stop the others.
+    `creme_many` and `evaluate`. Training, gradients and other edits run in this process, and so does
+    everything while hooks are attached to the model or its weights are changed. A task whose worker
+    is lost is redone, and one that fails `TRIES` times does not stop the others.
 
     Args:
         executor: of `concurrent.futures`, such as ``dask.distributed.Client(...).get_executor()``, or
