@@ -12,6 +12,7 @@ from torch import Tensor
 from mi_hops.model import HookedModel, backend_of, device_of, n_kv_heads
 from mi_hops.model.cache import bridge_cache
 from mi_hops.model.hooks import additive_mask
+from mi_hops.model.plain import Slots
 
 
 def takes_unequal_rows(model: HookedModel) -> bool:
@@ -42,11 +43,16 @@ class RowCache:
         n_rows: how many rows.
         width: tokens of the longest prompt.
         n_new: tokens that will be appended to each, at most.
+        plain: it is for `PlainPasses`, not for the model's own.
     """
 
-    def __init__(self, model: HookedModel, n_rows: int, width: int, n_new: int = 0) -> None:
+    def __init__(
+        self, model: HookedModel, n_rows: int, width: int, n_new: int = 0, *, plain: bool = False
+    ) -> None:
         self._model, self._hooked = model, backend_of(model) == "hooked"
-        self._axis = 1 if self._hooked else 2  # of positions: TransformerLens's is before the heads
+        self._plain = plain
+        # Of positions: TransformerLens's is before the heads.
+        self._axis = 1 if self._hooked and not plain else 2
         self.width = width
         self._n_rows, self._n_slots = n_rows, width + n_new
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -72,11 +78,13 @@ class RowCache:
                 if start is not None:
                     mine.narrow(self._axis, 0, at).copy_(start._kept[layer][i])
                 mine.narrow(self._axis, at, width).copy_(value)
+                # An empty slot's weight is 0, and 0 times a NaN would be NaN.
+                mine.narrow(self._axis, at + width, self.width - at - width).zero_()
             return self._read(kept, first, n_rows, at + width)
 
         # For HookedTransformer one row of ones: it broadcasts, and causality is its own affair.
         ones = torch.ones(1, at + width, dtype=torch.long, device=device)
-        return self._pass(n_rows, at, join, ones, seen[None, None], positions)
+        return self._pass(n_rows, at, join, ones, seen[None, None], positions, alike=True)
 
     def step(self, seen: Bool[Tensor, "row slot"], positions: Int[Tensor, "row"]) -> Any:
         """A cache for a pass over one further token of every row.
@@ -94,7 +102,13 @@ class RowCache:
             return self._read(kept, 0, self._n_rows, end)
 
         return self._pass(
-            self._n_rows, end - 1, join, seen.long(), seen[:, None, None], positions[:, None]
+            self._n_rows,
+            end - 1,
+            join,
+            seen.long(),
+            seen[:, None, None],
+            positions[:, None],
+            alike=False,
         )
 
     def keep(self, rows: Int[Tensor, "row"]) -> None:
@@ -106,8 +120,7 @@ class RowCache:
     def _buffers(self, layer: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if layer not in self._kept:
             keys, values = (
-                # Zeros: an empty slot's weight is 0, and 0 times a NaN would be NaN.
-                x.new_zeros(
+                x.new_empty(
                     self._n_rows,
                     *x.shape[1 : self._axis],
                     self._n_slots,
@@ -132,11 +145,15 @@ class RowCache:
         ones: Int[Tensor, "row slot"],
         seen: Bool[Tensor, "row 1 pos slot"],
         positions: Int[Tensor, "row pos"],
+        *,
+        alike: bool,
     ) -> Any:
+        if self._plain:
+            return Slots(join, seen, positions, alike)
         if self._hooked:
             cfg = self._model.cfg
             shape = (n_rows, length, n_kv_heads(self._model), int(cfg.d_head))
-            return _HookedPass(join, shape, ones, seen)
+            return _HookedPass(join, shape, ones)
         cache = bridge_cache(lambda layer, k, v: join(layer, (k, v)), length)
         # A mask of the positions themselves: made from a row of ones it would know no empty slots.
         cache.options = {
@@ -154,12 +171,11 @@ class _HookedPass:
         join: Callable[[int, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]],
         shape: tuple[int, ...],
         ones: Int[Tensor, "row slot"],
-        seen: Bool[Tensor, "row 1 pos slot"],
     ) -> None:
-        self._join, self._shape, self._ones, self._seen = join, shape, ones, seen
+        self._join, self._shape, self._ones = join, shape, ones
 
     def __getitem__(self, layer: int) -> _HookedPassEntry:
-        return _HookedPassEntry(self._join, self._shape, layer, self._seen)
+        return _HookedPassEntry(self._join, self._shape, layer)
 
     def append_attention_mask(self, mask: Tensor) -> Tensor:
         return self._ones
@@ -171,9 +187,8 @@ class _HookedPassEntry:
         join: Callable[[int, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]],
         shape: tuple[int, ...],
         layer: int,
-        seen: Bool[Tensor, "row 1 pos slot"],
     ) -> None:
-        self._join, self._layer, self.seen = join, layer, seen
+        self._join, self._layer = join, layer
         # A forward pass looks at the shape only; what it attends to is what `append` gives.
         self.past_keys = torch.empty(()).expand(shape)
 

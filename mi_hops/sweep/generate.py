@@ -7,9 +7,8 @@ model goes on to say after the end (`STOP`) does not matter; a longer name does.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from mi_hops.model import HookedModel, device_of, has_hooks
 from mi_hops.model.cache import new_cache
 from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.numeric import wide_dtype
-from mi_hops.model.plain_attention import plain_attention
+from mi_hops.model.plain import PlainPasses, plain_passes
 from mi_hops.model.row_cache import RowCache, takes_unequal_rows
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import each_part
@@ -147,7 +146,6 @@ def _replies(
             )
     together = repair is None and takes_unequal_rows(model) and not has_hooks(model)
     way = _Together(model, asks) if together else _Alike(model, asks, repair)
-    around = (pretransposed_weights, *([plain_attention] if together else []))
 
     def what(part: _Batch) -> tuple[Any, ...]:
         rows = [asks[i] for i in part[0]]
@@ -156,18 +154,16 @@ def _replies(
     replies: dict[int, _Reply] = {}
     with (
         torch.no_grad(),
-        ExitStack() as stack,
+        pretransposed_weights(model),
         progress_bar(total=len(asks), label="asking", unit="prompt") as bar,
     ):
-        for each in around:
-            stack.enter_context(each(model))
         for (rows, _), said in each_part(
             model,
             way.batches(batch_size),
             way.say,
             kept=what,
             texts=lambda part: [asks[i].prompt.text for i in part[0]],
-            around=around,
+            around=(pretransposed_weights,),
         ):
             replies |= {i: _Reply.of_list(plain) for i, plain in zip(rows, said, strict=True)}
             bar.update(len(rows))
@@ -189,36 +185,61 @@ class _Together:
     def __init__(self, model: HookedModel, asks: Sequence[_Ask]) -> None:
         self._model, self._asks = model, asks
         self._ids = [ask.prompt.ids for ask in asks]
-        self._run: dict[tuple[int, ...], RowCache] = {}  # what the last rows started with
+        self._starts: dict[tuple[int, ...], RowCache] = {}  # what the last rows started with
 
     def __reduce__(self) -> Any:
         return type(self), (self._model, self._asks)
 
+    @cached_property
+    def _passes(self) -> _Passes:
+        # Made at first use: then the weights lie in memory as passes want them.
+        return _Passes(self._model, plain_passes(self._model))
+
     def batches(self, batch_size: int) -> Iterator[tuple[list[int], list[Part]]]:
         """Rows, and the parts they are run in."""
         cost = _PASS_COST.get(device_of(self._model).type, _PASS_COST_ELSEWHERE)
-        for parts in plan_batches(self._ids, batch_size, pass_cost=cost):
+        packed = self._passes.plain is not None
+        for parts in plan_batches(self._ids, batch_size, pass_cost=cost, packed=packed):
             yield [i for part in parts for i in part.rows], parts
 
     def say(self, batch: _Batch) -> list[list[Any]]:
         """What is said to the rows, as `keep` can write it."""
-        (order, parts), ids, model = batch, self._ids, self._model
+        (order, parts), ids, passes = batch, self._ids, self._passes
         width = max(len(ids[i]) for i in order)
-        cache = RowCache(model, len(order), width, max(self._asks[i].room for i in order))
+        cache = passes.cache(len(order), width, max(self._asks[i].room for i in order))
         logits, first = [], 0
         for part in parts:
-            start = _run_starts(model, ids[part.rows[0]], part.starts, self._run)
+            start = _run_starts(passes, ids[part.rows[0]], part.starts, self._starts)
             shared = part.starts[-1] if part.starts else 0
             batch_ = pad([ids[i][shared:] for i in part.rows])
             view = cache.prompts(first, len(part.rows), batch_.tokens.shape[1], start)
-            logits.append(logits_at(model, batch_.tokens, batch_.last[:, None], cache=view)[:, 0])
+            logits.append(passes(batch_.tokens, batch_.last, view))
             first += len(part.rows)
         asks = [self._asks[i] for i in order]
-        return _as_lists(_step_by_step(model, asks, torch.cat(logits), cache))
+        return _as_lists(_step_by_step(passes, asks, torch.cat(logits), cache))
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Passes over rows of unequal lengths: as bare sums where possible, else by the model itself."""
+
+    model: HookedModel
+    plain: PlainPasses | None
+
+    def cache(self, n_rows: int, width: int, n_new: int = 0) -> RowCache:
+        return RowCache(self.model, n_rows, width, n_new, plain=self.plain is not None)
+
+    def __call__(
+        self, tokens: Int[Tensor, "row pos"], last: Int[Tensor, "row"], view: Any
+    ) -> Float[Tensor, "row vocab"]:
+        """Logits at each row's position `last`; `view` is of a cache made here."""
+        if self.plain is not None:
+            return self.plain(tokens, last, view)
+        return logits_at(self.model, tokens, last[:, None], cache=view)[:, 0]
 
 
 def _run_starts(
-    model: HookedModel,
+    passes: _Passes,
     ids: tuple[int, ...],
     starts: tuple[int, ...],
     run: dict[tuple[int, ...], RowCache],
@@ -233,21 +254,20 @@ def _run_starts(
         start = ids[:length]
         if start not in run:
             begun = 0 if before is None else before.width
-            run[start] = RowCache(model, 1, length)
+            run[start] = passes.cache(1, length)
             view = run[start].prompts(0, 1, length - begun, before)
-            last = torch.tensor([[length - begun - 1]])
-            logits_at(model, torch.tensor([start[begun:]]), last, cache=view)
+            passes(torch.tensor([start[begun:]]), torch.tensor([length - begun - 1]), view)
         before = run[start]
     return before
 
 
 def _step_by_step(
-    model: HookedModel,
+    passes: _Passes,
     asks: list[_Ask],
     logits: Float[Tensor, "row vocab"],
     cache: RowCache,
 ) -> list[_Reply]:
-    replies = [_Reply() for _ in asks]
+    model, replies = passes.model, [_Reply() for _ in asks]
     lengths = torch.tensor([len(ask.prompt) for ask in asks])
     width = int(lengths.max())
     here = list(range(len(asks)))  # the rows that the cache still has
@@ -266,8 +286,7 @@ def _step_by_step(
         seen = (slots < lengths[:, None]) | (slots >= width)
         place = device_of(model)
         view = cache.step(seen.to(place), (lengths + step).to(place))
-        last = torch.zeros(len(here), 1, dtype=torch.long)
-        logits = logits_at(model, best[:, None], last, cache=view)[:, 0]
+        logits = passes(best[:, None], torch.zeros(len(here), dtype=torch.long), view)
         step += 1
 
 
@@ -310,9 +329,10 @@ def _take(
     model: HookedModel, asks: list[_Ask], replies: list[_Reply], logits: Float[Tensor, "row vocab"]
 ) -> Int[Tensor, "row"]:
     """Adds the most probable token to every row that goes on; gives it for all rows."""
-    if logits.isnan().any():
+    top, best = logits.max(-1)  # NaN counts as the largest
+    if top.isnan().any():
         raise ValueError("the logits hold NaN, so there is no most probable token to generate")
-    best = logits.argmax(-1).cpu()
+    best = best.cpu()
     for r, (ask, reply) in enumerate(zip(asks, replies, strict=True)):
         if not _goes_on(ask, reply):
             continue
@@ -321,7 +341,9 @@ def _take(
             reply.rank = 1 + int((row > row[ask.first]).sum())
             reply.prob = float(row.softmax(-1)[ask.first])
         reply.ids.append(int(best[r]))
-        reply.said = _read(model, reply.ids, ask.stop)
+        ended = reply.ids[-1] == model.tokenizer.eos_token_id or len(reply.ids) == ask.room
+        if ended or ask.stop:  # where nothing stops it, its text is read once
+            reply.said = _read(model, reply.ids, ask.stop)
     return best
 
 

@@ -25,7 +25,7 @@ class Part:
 
 
 def plan_batches(
-    prompts: Sequence[tuple[int, ...]], batch_size: int, *, pass_cost: int
+    prompts: Sequence[tuple[int, ...]], batch_size: int, *, pass_cost: int, packed: bool = False
 ) -> Iterator[list[Part]]:
     """Batches of about equal size, cut into parts so that few tokens are run.
 
@@ -33,6 +33,7 @@ def plan_batches(
         prompts: token ids.
         batch_size: rows of a batch, at most.
         pass_cost: what a pass costs besides its tokens, in tokens.
+        packed: padding costs nothing, so that no part is cut for its length.
     """
     groups = _groups(prompts, pass_cost)
     rows = [
@@ -48,7 +49,8 @@ def plan_batches(
             starts, _ = groups[group]
             members = [i for i, g in batch if g == group]
             shared = starts[-1] if starts else 0
-            parts += [Part(cut, starts) for cut in _by_length(members, prompts, shared, pass_cost)]
+            cuts = [tuple(members)] if packed else _by_length(members, prompts, shared, pass_cost)
+            parts += [Part(cut, starts) for cut in cuts]
         yield parts
 
 

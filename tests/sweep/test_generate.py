@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mi_hops.model import hook_name
+from mi_hops.model.plain import PlainPasses
 from mi_hops.sweep.generate import Generation, answered, end_ids, generate
 from mi_hops.sweep.metrics import Greedy, Target
 from mi_hops.sweep.scoring import logits_at, score_prompts
@@ -89,15 +90,20 @@ def test_a_row_that_is_done_does_not_outgrow_the_context(tiny):
         assert replace(found[i], prob=alone.prob) == alone
 
 
-def test_the_lead_is_run_once(load_tiny, monkeypatch):
-    model = load_tiny("llama")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])  # as bare sums; by the model itself
+def test_the_lead_is_run_once(load_tiny, monkeypatch, precision):
+    model = load_tiny("llama", dtype=precision)
     run = []
 
-    def counted(model, tokens, *args, **options):
-        run.append(tuple(tokens.shape))
-        return logits_at(model, tokens, *args, **options)
+    def counted(call, at):
+        def record(*given, **options):
+            run.append(tuple(given[at].shape))
+            return call(*given, **options)
 
-    monkeypatch.setattr(module, "logits_at", counted)
+        return record
+
+    monkeypatch.setattr(PlainPasses, "__call__", counted(PlainPasses.__call__, 1))
+    monkeypatch.setattr(module, "logits_at", counted(logits_at, 1))
     monkeypatch.setitem(module._PASS_COST, "cpu", 8)
     prompts = [f"{LEAD} w{i} w{i + 1}" for i in range(20, 40)]
     generate(model, prompts, max_new_tokens=3, batch_size=10, stop=())
@@ -109,9 +115,8 @@ def test_the_lead_is_run_once(load_tiny, monkeypatch):
     generate(
         model, prompts, max_new_tokens=2, stop=(), repair=repair, states=repair.fit(model, prompts)
     )
-    assert run[0] == (20, n + 2) and {rows for rows, _ in run} == {
-        20
-    }  # a repair may act on the lead, in each row its own way
+    # A repair may act on the lead, in each row its own way.
+    assert run[0] == (20, n + 2) and {rows for rows, _ in run} == {20}
 
 
 def test_hooks_of_the_users_own_act_as_without_batching(tiny):
@@ -162,6 +167,10 @@ def test_plans_hold_every_row_once_behind_what_it_starts_with(cost):
     widths = [max(len(prompts[i]) for i in p.rows) for p in parts]
     padded = sum(len(p.rows) * (w - s) for p, s, w in zip(parts, shared, widths, strict=True))
     assert list(plan_batches([], 4, pass_cost=cost)) == []
+    (whole,) = plan_batches(prompts, 100, pass_cost=cost, packed=True)  # never cut for a length
+    assert sorted(i for p in whole for i in p.rows) == list(range(len(prompts)))
+    begun = [prompts[p.rows[0]][: p.starts[-1]] if p.starts else () for p in whole]
+    assert len(set(begun)) == len(whole) <= len(parts)
     if cost < 40:
         assert padded + cost * len(run) < tokens
 

@@ -1,0 +1,267 @@
+"""Forward passes of GPT-2 and LLaMA as their bare sums, for passes in which nothing is hooked.
+
+TransformerLens calls a hook point for every activation, normalises the stream once each for queries, keys
+and values, rotates cached keys again in every pass, and exposes scores and pattern. Where nobody looks,
+all that is left out: attention is one fused kernel, and the difference is one of rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from mi_hops.model.classes import backend_of
+from mi_hops.model.identity import device_of, dtype_of
+from mi_hops.model.types import HookedModel
+from mi_hops.model.weights import norm_parts, unembedding
+
+_ARCHITECTURES = ("GPT2LMHeadModel", "LlamaForCausalLM")
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    **dict.fromkeys(
+        ("gelu_new", "gelu_pytorch_tanh"), lambda x: functional.gelu(x, approximate="tanh")
+    ),
+}
+#: Whose modules compute what their weights say. Of another's (an adapter, a quantised layer) nobody knows.
+_KNOWN = ("torch", "transformers", "transformer_lens")
+
+Joined = tuple[Float[Tensor, "row kv slot d_head"], Float[Tensor, "row kv slot d_head"]]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where a pass finds and leaves its keys and values, and what it attends to.
+
+    Attributes:
+        join: takes a layer's new keys and values; gives all that the pass attends to.
+        seen: which slots each position attends to; one row stands for all.
+        positions: of the tokens within their rows; one row stands for all.
+        alike: all rows have the same tokens before this pass, so that what they go on with alike is
+            computed once.
+    """
+
+    join: Callable[[int, Joined], Joined]
+    seen: Bool[Tensor, "row 1 pos slot"]
+    positions: Int[Tensor, "row pos"]
+    alike: bool
+
+
+def plain_passes(model: HookedModel) -> PlainPasses | None:
+    """Passes over a `RowCache` that compute what `model` computes; None where that is not certain.
+
+    Certain are GPT-2 and LLaMA of both classes in float32, and HookedTransformer in float64, on one
+    device, with no hook of any kind and no foreign module, whose weights lie in memory so that a pass
+    need not copy them (`layout`). In half precision the order of summation shows; and transformers'
+    RMSNorm takes float64 for float32.
+    """
+    cfg = model.cfg
+    hooked = backend_of(model) == "hooked"
+    config = None if hooked else model.original_model.config
+    usable = (
+        (cfg.original_architecture if hooked else cfg.architecture) in _ARCHITECTURES
+        and cfg.act_fn in _ACTIVATIONS
+        and (dtype_of(model) == torch.float32 or (hooked and dtype_of(model) == torch.float64))
+        and len({(p.device, p.dtype) for p in model.parameters()}) == 1
+        and not cfg.scale_attn_by_inverse_layer_idx
+        and not cfg.use_attn_result
+        and not cfg.use_split_qkv_input
+        and not cfg.use_attn_in
+        and getattr(config, "scale_attn_weights", True)
+        and not getattr(model, "compatibility_mode", False)
+        and not any(map(_foreign, model.modules()))
+    )
+    if not usable:
+        return None
+    try:
+        return PlainPasses(model)
+    except _CopyError:
+        return None
+
+
+def _foreign(module: torch.nn.Module) -> bool:
+    """Whether anything but its own class or TransformerLens decides what a module returns."""
+    own = type(module).__module__.split(".")[0] in _KNOWN
+    # The Bridge puts hooks of torch's and forwards of its own, which only look, at some modules.
+    others = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    others += [module.__dict__[name] for name in ("forward",) if name in module.__dict__]
+    roots = [str(getattr(fn, "__module__", "")).split(".")[0] for fn in others]
+    return not own or any(root != "transformer_lens" for root in roots)
+
+
+class _CopyError(Exception):
+    """A weight does not lie in memory as a pass wants it."""
+
+
+@dataclass(frozen=True)
+class _Linear:
+    weight: Float[Tensor, "d_out d_in"]
+    bias: Float[Tensor, "d_out"] | None
+
+    def __call__(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_out"]:
+        return functional.linear(x, self.weight, self.bias)
+
+
+def _linear(module: Any, name: str, pattern: str) -> _Linear:
+    """A matrix and its bias, by TransformerLens's letter for both."""
+    # A grouped-query HookedTransformer repeats heads in W_K and b_K; its own are _W_K and _b_K.
+    own = "_" if hasattr(module, f"_W_{name}") else ""
+    weight: Tensor = getattr(module, f"{own}W_{name}")
+    bias = getattr(module, f"{own}b_{name}", None)
+    turned = rearrange(weight.detach(), pattern)
+    if turned.data_ptr() != weight.data_ptr():
+        raise _CopyError
+    if bias is None or not bias.any():  # HookedTransformer gives a model without biases zeros
+        return _Linear(turned, None)
+    return _Linear(turned, bias.detach().flatten())
+
+
+def _distinct(
+    tokens: Int[Tensor, "row pos"], last: Int[Tensor, "row"], alike: bool
+) -> tuple[Int[Tensor, "token"], Int[Tensor, "token"], Int[Tensor, "distinct"]]:
+    """Where tokens are that are not padding, which distinct token each is, and where each of these is first.
+
+    Two tokens are one if they and all before them in their rows agree. Places count through all rows.
+    """
+    at, which, first = [], [], []
+    known: dict[tuple[int, int], int] = {}
+    n_pos = tokens.shape[1]
+    for row, (ids, end) in enumerate(zip(tokens.tolist(), last.tolist(), strict=True)):
+        before = -1 if alike else -1 - row
+        for pos in range(end + 1):
+            key = before, ids[pos]
+            at.append(row * n_pos + pos)
+            if key not in known:
+                known[key] = len(first)
+                first.append(at[-1])
+            before = known[key]
+            which.append(before)
+    return torch.tensor(at), torch.tensor(which), torch.tensor(first)
+
+
+_IN, _OUT, _MLP = "head model d -> (head d) model", "head d model -> model (head d)", "i o -> o i"
+
+
+class _Block:
+    """The parts of a block, as views of the model's weights."""
+
+    def __init__(self, model: HookedModel, block: Any, like: Tensor) -> None:
+        self.norms = [norm_parts(model, norm, like)[:2] for norm in (block.ln1, block.ln2)]
+        self.q, self.k, self.v = (_linear(block.attn, name, _IN) for name in "QKV")
+        self.o = _linear(block.attn, "O", _OUT)
+        gated = getattr(block.mlp, "W_gate", None) is not None
+        self.gate = _linear(block.mlp, "gate", _MLP) if gated else None
+        self.enter, self.leave = (_linear(block.mlp, name, _MLP) for name in ("in", "out"))
+
+
+class PlainPasses:
+    """Passes over the model's weights as they are now; made by `plain_passes`."""
+
+    def __init__(self, model: HookedModel) -> None:
+        self._model, cfg = model, model.cfg
+        like = torch.empty(cfg.d_model, dtype=dtype_of(model), device=device_of(model))
+        self._blocks = [_Block(model, block, like) for block in model.blocks]
+        *self._final, self._layer_norm = norm_parts(model, model.ln_final, like)
+        weight, bias = unembedding(model)
+        self._unembed = _Linear(weight.T, bias.to(weight.dtype))
+        self._activation = _ACTIVATIONS[cfg.act_fn]
+        hooked = backend_of(model) == "hooked"
+        self._scale = 1 / float(model.blocks[0].attn.attn_scale) if hooked else cfg.d_head**-0.5
+
+    def __call__(
+        self, tokens: Int[Tensor, "row pos"], last: Int[Tensor, "row"], slots: Slots
+    ) -> Float[Tensor, "row vocab"]:
+        """Logits at each row's position `last`."""
+        place, cfg = device_of(self._model), self._model.cfg
+        rows, n_pos = tokens.shape
+        # Only attention needs every token in its row. The rest is computed once per distinct token: not
+        # for padding, and once for what rows start with alike.
+        at, which, first = (t.to(place) for t in _distinct(tokens, last, slots.alike))
+        positions = slots.positions.expand(rows, -1).flatten()[first]
+        x = self._embed(tokens.to(place).flatten()[first], positions)
+        turn = self._rotation(x, positions)
+        n_shared = self._blocks[0].q.weight.shape[0] // self._blocks[0].k.weight.shape[0]
+        mask = x.new_zeros(slots.seen.shape).masked_fill_(~slots.seen, float("-inf"))
+        mask = repeat(mask, "row one pos slot -> row one (head pos) slot", head=n_shared)
+        whole = len(x) == rows * n_pos
+
+        def apart(y: Float[Tensor, "token head_d"]) -> Float[Tensor, "row head pos d"]:
+            full = y if whole else y.new_zeros(rows * n_pos, y.shape[-1])
+            if not whole:
+                full[at] = y[which]
+            return full.view(rows, n_pos, -1, cfg.d_head).transpose(1, 2)
+
+        for layer, block in enumerate(self._blocks):
+            y = self._norm(x, *block.norms[0])
+            q, k, v = apart(turn(block.q(y))), apart(turn(block.k(y))), apart(block.v(y))
+            k, v = slots.join(layer, (k, v))
+            # Heads that share keys are further queries of one head, so that no key is repeated.
+            z = functional.scaled_dot_product_attention(
+                rearrange(q, "row (kv head) pos d -> row kv (head pos) d", head=n_shared),
+                k,
+                v,
+                attn_mask=mask,
+                scale=self._scale,
+            )
+            z = rearrange(z, "row kv (head pos) d -> (row pos) (kv head d)", head=n_shared)
+            if layer == len(self._blocks) - 1:  # from here on only the last positions count
+                ends = torch.arange(rows) * n_pos + last
+                x = x[which[torch.searchsorted(at, ends.to(place))]]
+                z = z[ends.to(place)]
+            elif not whole:
+                z = z[first]
+            x += block.o(z)
+            y = self._norm(x, *block.norms[1])
+            if block.gate is None:
+                y = self._activation(block.enter(y))
+            else:
+                y = self._activation(block.gate(y)).mul_(block.enter(y))
+            x += block.leave(y)
+        return self._unembed(self._norm(x, *self._final))
+
+    def _embed(
+        self, ids: Int[Tensor, "token"], positions: Int[Tensor, "token"]
+    ) -> Float[Tensor, "token d_model"]:
+        x = self._model.embed(ids[None])
+        if self._model.cfg.positional_embedding_type == "rotary":
+            return x[0]
+        if backend_of(self._model) == "hooked":
+            return x[0] + self._model.pos_embed.W_pos[positions]
+        return (x + self._model.pos_embed(positions[None]))[0]
+
+    def _norm(
+        self, x: Float[Tensor, "token d_model"], gain: Tensor, shift: Tensor
+    ) -> Float[Tensor, "token d_model"]:
+        eps = self._model.cfg.eps
+        if self._layer_norm:
+            return functional.layer_norm(x, x.shape[-1:], gain, shift, eps)
+        return functional.rms_norm(x, x.shape[-1:], gain, eps)
+
+    def _rotation(
+        self, x: Float[Tensor, "token d_model"], positions: Int[Tensor, "token"]
+    ) -> Callable[[Float[Tensor, "token head_d"]], Float[Tensor, "token head_d"]]:
+        """Turns queries or keys to their positions; nothing, where the embedding tells positions."""
+        if self._model.cfg.positional_embedding_type != "rotary":
+            return lambda q: q
+        if backend_of(self._model) == "hooked":
+            attn = self._model.blocks[0].attn
+            cos, sin = attn.rotary_cos[positions], attn.rotary_sin[positions]
+        else:
+            cos, sin = (t[0] for t in self._model.rotary_emb(x[None], positions[None]))
+        cos, sin = (rearrange(t.to(x.dtype), "token d -> token 1 d") for t in (cos, sin))
+        half = cos.shape[-1] // 2
+        # Each half takes the other, the first with a minus.
+        signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+
+        def turn(flat: Float[Tensor, "token head_d"]) -> Float[Tensor, "token head_d"]:
+            q = rearrange(flat, "token (head d) -> token head d", d=cos.shape[-1])
+            return torch.addcmul(q * cos, q.roll(half, -1), signed).flatten(1)
+
+        return turn
