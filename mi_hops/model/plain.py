@@ -89,11 +89,11 @@ def plain_passes(model: HookedModel) -> PlainPasses | None:
 def _foreign(module: torch.nn.Module) -> bool:
     """Whether anything but its own class or TransformerLens decides what a module returns."""
     own = type(module).__module__.split(".")[0] in _KNOWN
-    # The Bridge puts hooks of torch's and forwards of its own, which only look, at some modules.
+    # The Bridge and transformers put hooks at some modules that only look.
     others = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     others += [module.__dict__[name] for name in ("forward",) if name in module.__dict__]
     roots = [str(getattr(fn, "__module__", "")).split(".")[0] for fn in others]
-    return not own or any(root != "transformer_lens" for root in roots)
+    return not own or any(root not in _KNOWN for root in roots)
 
 
 class _CopyError(Exception):
@@ -130,7 +130,9 @@ def _distinct(
 
     Two tokens are one if they and all before them in their rows agree. Places count through all rows.
     """
-    at, which, first = [], [], []
+    at: list[int] = []
+    which: list[int] = []
+    first: list[int] = []
     known: dict[tuple[int, int], int] = {}
     n_pos = tokens.shape[1]
     for row, (ids, end) in enumerate(zip(tokens.tolist(), last.tolist(), strict=True)):
