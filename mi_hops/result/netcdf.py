@@ -3,10 +3,14 @@
 `xarray.open_dataset` opens the files as well. What NetCDF cannot hold is carried in JSON: the header
 (an attribute of the file), and text with None, NUL or lone surrogates in it (cell by cell, in arrays
 marked ``mi_hops_cells="json"``). Token strings of byte-level vocabularies have all of these.
+
+A file ends in a checksum of all before it, which HDF5 takes no notice of: HDF5 reads a damaged file as it
+comes, and of some it never stops reading.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 _HEADER = "mi_hops_header"
 _CELLS = "mi_hops_cells"
+_SEAL = b"\nmi_hops sha256 "
 
 
 def write(
@@ -44,8 +49,23 @@ def write(
         dataset[name] = _escape(dataset[name])
     dataset = dataset.assign_attrs({_HEADER: json.dumps(dict(header))})
     with replacing(path, suffix=".nc", overwrite=overwrite) as partial:
-        partial.write_bytes(_image(dataset))
+        image = _image(dataset)
+        partial.write_bytes(image + _seal(image))
     return Path(path)
+
+
+def _seal(image: bytes) -> bytes:
+    return _SEAL + hashlib.sha256(image).hexdigest().encode()
+
+
+def _require_whole(path: Path) -> None:
+    """Refuse a file that does not match its checksum; one that xarray wrote anew has none."""
+    content = path.read_bytes()
+    image, seal = content[: -len(_seal(b""))], content[-len(_seal(b"")) :]
+    if seal.startswith(_SEAL) and seal != _seal(image):
+        raise ValueError(
+            f"{path} is damaged: it does not match its checksum; copy it again or compute it anew"
+        )
 
 
 def _image(dataset: xr.Dataset) -> bytes:
@@ -64,13 +84,14 @@ def read(path: str | os.PathLike[str]) -> tuple[xr.Dataset, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file was not written by `write`.
+        ValueError: The file was not written by `write`, or is damaged.
     """
     import xarray as xr
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
+    _require_whole(path)
     try:
         # Undecoded times: units such as "seconds" would be turned into time differences.
         with xr.open_dataset(

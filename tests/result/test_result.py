@@ -388,6 +388,24 @@ def test_files_of_others_are_refused(tmp_path):
 # Drawing
 
 
+def test_a_damaged_file_is_refused_before_it_is_read(tmp_path):
+    path = make(2).save(tmp_path / "r.nc")
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 97):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        if at < len(whole) - 80:
+            with pytest.raises(ValueError, match="is damaged: it does not match its checksum"):
+                Result.load(path)
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="is not a result saved by mi_hops"):
+        Result.load(path)
+    # Written anew by xarray it has no checksum, and is read.
+    path.write_bytes(whole)
+    again = xr.load_dataset(path, engine="h5netcdf")
+    again.to_netcdf(tmp_path / "again.nc", engine="h5netcdf")
+    assert_same(Result.load(tmp_path / "again.nc"), make(2))
+
+
 def test_plot_says_what_is_averaged_and_draws_the_mean():
     result = make()
     figure = result.plot()
