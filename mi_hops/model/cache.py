@@ -160,9 +160,9 @@ class _HookedView:
     def __init__(self, entries: list[tuple[Tensor, Tensor]], length: int) -> None:
         self.rows = list(range(entries[0][0].shape[0]))
         self._length = length
-        self._entries = [_HookedEntry(self, k, v) for k, v in entries]
+        self._entries = [HookedEntry(self, k, v) for k, v in entries]
 
-    def __getitem__(self, layer: int) -> _HookedEntry:
+    def __getitem__(self, layer: int) -> HookedEntry:
         return self._entries[layer]
 
     def append_attention_mask(self, mask: Tensor) -> Tensor:
@@ -170,7 +170,9 @@ class _HookedView:
         return mask.new_ones(1, self._length + mask.shape[1])
 
 
-class _HookedEntry:
+class HookedEntry:
+    """A layer of a `Prefix.view` of a HookedTransformer."""
+
     def __init__(self, view: _HookedView, keys: Tensor, values: Tensor) -> None:
         self._view, self._keys, self._values = view, keys, values
 
@@ -180,9 +182,15 @@ class _HookedEntry:
         return self._keys[:1].expand(len(self._view.rows), -1, -1, -1)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return _joined(self._keys, keys, self._view.rows, 1), _joined(
-            self._values, values, self._view.rows, 1
-        )
+        """All keys and values that the rows attend to."""
+        return self.append_turned(keys, values, lambda past, offset: past)
+
+    def append_turned(
+        self, keys: Tensor, values: Tensor, turn: Callable[[Tensor, int], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The same, with `keys` turned to their positions and those cached by `turn(keys, 0)`."""
+        rows = self._view.rows
+        return _joined(turn(self._keys, 0), keys, rows, 1), _joined(self._values, values, rows, 1)
 
 
 def _bridge_view(entries: list[tuple[Tensor, Tensor]], length: int) -> Any:

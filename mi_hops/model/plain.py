@@ -31,7 +31,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
 }
 #: Whose modules compute what their weights say. Of another's (an adapter, a quantised layer) nobody knows.
-_KNOWN = ("torch", "transformers", "transformer_lens")
+_KNOWN = ("torch", "transformers", "transformer_lens", "mi_hops")
 
 Joined = tuple[Float[Tensor, "row kv slot d_head"], Float[Tensor, "row kv slot d_head"]]
 
@@ -87,13 +87,12 @@ def plain_passes(model: HookedModel) -> PlainPasses | None:
 
 
 def _foreign(module: torch.nn.Module) -> bool:
-    """Whether anything but its own class or TransformerLens decides what a module returns."""
-    own = type(module).__module__.split(".")[0] in _KNOWN
-    # The Bridge and transformers put hooks at some modules that only look.
-    others = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    others += [module.__dict__[name] for name in ("forward",) if name in module.__dict__]
-    roots = [str(getattr(fn, "__module__", "")).split(".")[0] for fn in others]
-    return not own or any(root not in _KNOWN for root in roots)
+    """Whether anything but its own class, transformers or TransformerLens decides what it returns."""
+    deciding = [type(module), *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if "forward" in module.__dict__:
+        deciding.append(module.__dict__["forward"])
+    # The Bridge and transformers put hooks at some modules that only look, `lean_blocks` forwards.
+    return any(str(getattr(it, "__module__", "")).split(".")[0] not in _KNOWN for it in deciding)
 
 
 class _CopyError(Exception):

@@ -18,7 +18,7 @@ code gave its control no recheck; here it is treated alike).
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
@@ -121,6 +121,38 @@ class Erasure:
         return wanted @ self.response
 
 
+class _Floors:
+    """States of prompts that share a pass, with their floors: of all at once, which reads W_U once.
+
+    Args:
+        shown: activations by hook name, ``[prompt, pos, d_model]``, there when the first is asked for.
+    """
+
+    def __init__(self, eraser: Eraser, shown: Mapping[str, Tensor]) -> None:
+        self.shown, self._eraser = shown, eraser
+        self._prompts: list[int] = []
+        self._positions: list[int] = []
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(
+        self, prompt: int, positions: Sequence[int]
+    ) -> Callable[[str], tuple[Float[Tensor, "pos d_model"], Float[Tensor, "pos"]]]:
+        """What gives the states and floors of some positions of a prompt, by hook name."""
+        own = slice(len(self._prompts), len(self._prompts) + len(positions))
+        self._prompts += [prompt] * len(positions)
+        self._positions += positions
+
+        def of(name: str) -> tuple[Tensor, Tensor]:
+            if name not in self._known:
+                states = self.shown[name][self._prompts, self._positions]
+                states = states.to(self._eraser.rows.device).double()
+                self._known[name] = states, self._eraser.floor(states)
+            states, floor = self._known[name]
+            return states[own], floor[own]
+
+        return of
+
+
 def _pseudo_inverse(
     gram: Float[Tensor, "d_model d_model"], eps: float
 ) -> tuple[Float[Tensor, "d_model d_model"], int]:
@@ -208,6 +240,7 @@ def erase_bridge(
     erased = [[case.bridge, *_controls(case, pool, controls, rng, vocab)] for case in cases]
 
     names = {layer: hook_name("resid_post", layer) for layer in layers}
+    floors: list[_Floors] = []
 
     def rows_of(i: int, base: int, shown: Mapping[str, Tensor]) -> list[Intervention]:
         case = cases[i]
@@ -217,11 +250,13 @@ def erase_bridge(
             for tokens in erased[i]
         ]
 
+        if not floors or floors[-1].shown is not shown:
+            floors[:] = [_Floors(eraser, shown)]  # a new group of prompts
+        places = floors[-1].add(base, case.where)
+
         @cache
         def deltas(layer: int) -> list[Tensor]:
-            # Of all rows of this block at once: the search for the minimum reads all of W_U.
-            states = shown[names[layer]][base, list(case.where)].to(eraser.rows.device).double()
-            floor = eraser.floor(states)
+            states, floor = places(names[layer])
             return [form.delta(states, floor) for form in forms]
 
         def shift(layer: int, f: int, at: int) -> Change:

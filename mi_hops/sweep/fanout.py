@@ -29,6 +29,7 @@ from mi_hops.model import (
 )
 from mi_hops.model.cache import Prefix, Recorder, remembering
 from mi_hops.model.layout import pretransposed_weights
+from mi_hops.model.lean import lean_blocks
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.interventions import HEAD_AXIS, Intervention, Site
 from mi_hops.sweep.keep import keep
@@ -147,6 +148,7 @@ def fan_out(
     with (
         torch.no_grad(),
         pretransposed_weights(model),
+        lean_blocks(model),
         progress_bar(total=len(interventions), label="interventions", show=limits.progress) as bar,
     ):
         stack = list(reversed(plan))

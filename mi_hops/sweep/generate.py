@@ -18,6 +18,7 @@ from torch import Tensor
 from mi_hops.model import HookedModel, device_of, has_hooks
 from mi_hops.model.cache import new_cache
 from mi_hops.model.layout import pretransposed_weights
+from mi_hops.model.lean import lean_blocks
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.model.plain import PlainPasses, plain_passes
 from mi_hops.model.row_cache import RowCache, takes_unequal_rows
@@ -155,6 +156,7 @@ def _replies(
     with (
         torch.no_grad(),
         pretransposed_weights(model),
+        lean_blocks(model),
         progress_bar(total=len(asks), label="asking", unit="prompt") as bar,
     ):
         for (rows, _), said in each_part(
@@ -163,7 +165,7 @@ def _replies(
             way.say,
             kept=what,
             texts=lambda part: [asks[i].prompt.text for i in part[0]],
-            around=(pretransposed_weights,),
+            around=(pretransposed_weights, lean_blocks),
         ):
             replies |= {i: _Reply.of_list(plain) for i, plain in zip(rows, said, strict=True)}
             bar.update(len(rows))

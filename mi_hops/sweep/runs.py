@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mi_hops.model import HookedModel, dtype_of
 from mi_hops.model.layout import pretransposed_weights
+from mi_hops.model.lean import lean_blocks
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import batched_with_oom_backoff
@@ -300,6 +301,7 @@ def run_sweep(
     others: dict[int, Tensor] = {}
     with (
         pretransposed_weights(model),  # once, not in every pass
+        lean_blocks(model),
         progress_bar(label=label, show=many, total=len(order)) as bar,
     ):
         parts = batched_with_oom_backoff(
@@ -309,7 +311,7 @@ def run_sweep(
             kept=(label, said, beside, wanted, replace(limits, progress=False)),
             model=model,
             texts=lambda group: [prompts[i].prompt.text for i in group],
-            around=(pretransposed_weights,),
+            around=(pretransposed_weights, lean_blocks),
         )
         for group, (counts, bases, scores) in parts:
             rows |= zip(group, scores.split(counts), strict=True)
