@@ -1,10 +1,10 @@
 """HookedTransformer's blocks without what nobody looks at, for the length of a sweep.
 
-A block normalises its input once each for queries, keys and values; grouped-query attention repeats every
+A block normalises its input once each for queries, keys and values, adds biases that are zero, repeats every
 key and value for all heads that share it, turns all keys to their positions again, those of a cache
-included, and exposes scores and pattern. Here a norm is computed once, and attention is one fused kernel
-over keys that are not repeated, wherever no hook sits at scores, pattern, turned keys or the norm. Hooks at
-queries, keys, values, z and outputs see what they saw; the difference is one of rounding.
+included, and exposes scores and pattern. Here each norm is computed once, and attention is one fused kernel
+over keys that are not repeated, wherever no hook sits at scores, pattern, turned keys or in the norm. All
+other hook points see what they saw; the difference is one of rounding.
 """
 
 from __future__ import annotations
@@ -14,15 +14,22 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import linear
 
 from mi_hops.model.cache import HookedEntry
 from mi_hops.model.classes import backend_of
+from mi_hops.model.plain import (
+    attend,
+    for_shared_heads,
+    is_ordinary,
+    normalise,
+    rotary_table,
+    rotate,
+)
 from mi_hops.model.types import HookedModel
-
-#: Families whose attention is what `_attention` computes.
-_ARCHITECTURES = ("GPT2LMHeadModel", "LlamaForCausalLM")
+from mi_hops.model.weights import norm_parts
 
 
 @contextmanager
@@ -30,14 +37,15 @@ def lean_blocks(model: HookedModel) -> Iterator[None]:
     """For the length of the block, passes compute what is looked at.
 
     Nothing changes for a Bridge, for other families than GPT-2 and LLaMA, in half precision (where the
-    order of summation shows), under autograd, and in a block whose inner hook points are in use.
+    order of summation shows), under autograd, and in a part of a block whose inner hook points are in
+    use.
     """
     cfg = model.cfg
     if not (
         backend_of(model) == "hooked"
-        and cfg.original_architecture in _ARCHITECTURES
+        and is_ordinary(cfg)
         and cfg.dtype in (torch.float32, torch.float64)
-        and not cfg.load_in_4bit
+        and cfg.n_devices == 1
         and not any("forward" in block.attn.__dict__ for block in model.blocks)
     ):
         yield
@@ -45,28 +53,45 @@ def lean_blocks(model: HookedModel) -> Iterator[None]:
     masks = _Masks()
     with ExitStack() as stack:
         for block in model.blocks:
-            norm = _Once(block.ln1)
-            parts = ((block.ln1, norm), (block.attn, _attention(block.attn, norm, masks)))
-            for module, forward in parts:
+            norm = _Norm(model, block.ln1, once=True)
+            parts: dict[Any, Callable[..., Tensor]] = {
+                block.ln1: norm,
+                block.attn: _attention(block.attn, norm, masks),
+            }
+            if not cfg.attn_only:
+                parts[block.ln2] = _Norm(model, block.ln2)
+                if cfg.gated_mlp:
+                    parts[block.mlp] = _gated(block.mlp)
+            for module, forward in parts.items():
                 # On the instance, before the class's own; taken off again, the class's own is back.
                 stack.callback(module.__dict__.pop, "forward", None)
                 module.forward = forward
         yield
 
 
-class _Once:
-    """A norm that computes the same tensor once, until it is told to `forget`."""
+class _Norm:
+    """A norm.
 
-    def __init__(self, norm: Any) -> None:
-        self._norm, self._own = norm, norm.forward
+    Args:
+        once: it computes the same tensor once, until it is told to `forget`.
+    """
+
+    def __init__(self, model: HookedModel, norm: Any, *, once: bool = False) -> None:
+        self._norm, self._own, self._once = norm, norm.forward, once
+        like = next(model.parameters())
+        gain, shift, self._centres = norm_parts(model, norm, like.new_empty(model.cfg.d_model))
+        self._parts = gain, shift if self._centres else None, model.cfg.eps
         self._made: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if _in_use(self._norm.hook_scale, self._norm.hook_normalized):
-            return self._own(x)  # a hook at the norm acts each time
-        if self._made is None or self._made[0] is not x:
-            self._made = x, self._own(x)
-        return self._made[1]
+        if _watched(self._norm.hook_scale, self._norm.hook_normalized):
+            return self._own(x)  # a hook in the norm acts each time
+        if self._made is not None and self._made[0] is x:
+            return self._made[1]
+        made = normalise(x, *self._parts)
+        if self._once:
+            self._made = x, made
+        return made
 
     def forget(self) -> None:
         self._made = None
@@ -87,25 +112,39 @@ class _Masks:
         return mask is None or self._ones
 
     def causal(self, n_pos: int, n_slots: int, n_shared: int, like: Tensor) -> Tensor:
-        """To be added to the scores of the last `n_pos` of `n_slots` positions, once per shared head."""
+        """For the last `n_pos` of `n_slots` positions."""
         key = n_pos, n_slots, n_shared
-        if self._causal is None or self._causal[0] != key:
+        if self._causal is None or self._causal[0] != key or self._causal[1].device != like.device:
             full = like.new_full((n_pos, n_slots), float("-inf")).triu(n_slots - n_pos + 1)
-            self._causal = key, repeat(full, "pos slot -> (head pos) slot", head=n_shared)
+            self._causal = key, for_shared_heads(full, n_shared)
         return self._causal[1]
 
 
-def _in_use(*points: Any) -> bool:
-    return any(point._forward_hooks for point in points)
+def _watched(*points: Any) -> bool:
+    """Whether a hook sits at one of these points, or gradients are wanted."""
+    return torch.is_grad_enabled() or any(point._forward_hooks for point in points)
 
 
-def _attention(attn: Any, norm: _Once, masks: _Masks) -> Callable[..., Tensor]:
+def _or_none(bias: Tensor) -> Tensor | None:
+    """None for the zeros that stand for no bias."""
+    return bias.flatten() if bias.any() else None
+
+
+def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
     cfg, own = attn.cfg, attn.forward
     rotary = cfg.positional_embedding_type == "rotary"
     inner = [attn.hook_attn_scores, attn.hook_pattern, *([attn.hook_rot_k] if rotary else [])]
+    # A grouped-query model's W_K and W_V repeat heads; its own are _W_K and _W_V.
+    names = [f"_W_{n}" if hasattr(attn, f"_W_{n}") else f"W_{n}" for n in "QKV"]
+    biases = [_or_none(getattr(attn, name.replace("W", "b"))) for name in names]
+    b_o = _or_none(attn.b_O)
 
     def turn(x: Tensor, offset: int) -> Tensor:
-        return attn.apply_rotary(x, offset) if rotary else x
+        if not rotary:
+            return x
+        end = offset + x.shape[1]
+        cos, sin = (table[offset:end, None] for table in rotary_table(attn, end))
+        return rotate(x, cos, sin)
 
     def forward(
         query_input: Tensor,
@@ -118,9 +157,8 @@ def _attention(attn: Any, norm: _Once, masks: _Masks) -> Callable[..., Tensor]:
         norm.forget()
         entry = past_kv_cache_entry
         if (
-            not masks.hides_nothing(attention_mask)
-            or torch.is_grad_enabled()
-            or _in_use(*inner)
+            _watched(*inner)
+            or not masks.hides_nothing(attention_mask)
             or cfg.use_attn_result
             or cfg.use_split_qkv_input
             or cfg.use_attn_in
@@ -133,7 +171,15 @@ def _attention(attn: Any, norm: _Once, masks: _Masks) -> Callable[..., Tensor]:
                 attention_mask=attention_mask,
                 **others,
             )
-        q, k, v = attn.calculate_qkv_matrices(query_input, key_input, value_input)
+        made = []
+        for x, name, bias in zip((query_input, key_input, value_input), names, biases, strict=True):
+            weight = rearrange(getattr(attn, name), "head model d -> (head d) model")
+            made.append(
+                rearrange(
+                    linear(x, weight, bias), "row pos (head d) -> row pos head d", d=cfg.d_head
+                )
+            )
+        q, k, v = attn.hook_q(made[0]), attn.hook_k(made[1]), attn.hook_v(made[2])
         offset = 0 if entry is None else entry.past_keys.shape[1]
         if isinstance(entry, HookedEntry):
             k, v = entry.append_turned(turn(k, offset), v, turn)
@@ -143,18 +189,27 @@ def _attention(attn: Any, norm: _Once, masks: _Masks) -> Callable[..., Tensor]:
             k = turn(k, 0)
         if rotary:
             q = attn.hook_rot_q(turn(q, offset))
-        # Heads that share keys are further queries of one head, so that no key is repeated.
-        n_pos, n_slots, n_shared = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-        z = torch.nn.functional.scaled_dot_product_attention(
-            rearrange(q, "row pos (kv head) d -> row kv (head pos) d", head=n_shared),
-            rearrange(k, "row slot kv d -> row kv slot d"),
-            rearrange(v, "row slot kv d -> row kv slot d"),
-            attn_mask=masks.causal(n_pos, n_slots, n_shared, q),
-            scale=1 / attn.attn_scale,
-        )
-        z = rearrange(z, "row kv (head pos) d -> row pos (kv head) d", head=n_shared)
-        z = rearrange(attn.hook_z(z), "row pos head d -> row pos (head d)")
+        n_shared = q.shape[2] // k.shape[2]
+        mask = masks.causal(q.shape[1], k.shape[1], n_shared, q)
+        q, k, v = (rearrange(x, "row pos head d -> row head pos d") for x in (q, k, v))
+        z = attn.hook_z(attend(q, k, v, mask, 1 / attn.attn_scale))
         weight = rearrange(attn.W_O, "head d model -> model (head d)")
-        return torch.nn.functional.linear(z, weight, attn.b_O)
+        return linear(rearrange(z, "row pos head d -> row pos (head d)"), weight, b_o)
+
+    return forward
+
+
+def _gated(mlp: Any) -> Callable[..., Tensor]:
+    own = mlp.forward
+    b_in, b_out = _or_none(mlp.b_in), _or_none(mlp.b_out)
+
+    def forward(x: Tensor) -> Tensor:
+        if _watched():
+            return own(x)
+        gate = mlp.hook_pre(linear(x, mlp.W_gate.T))
+        post = mlp.act_fn(gate).mul_(mlp.hook_pre_linear(linear(x, mlp.W_in.T)))
+        if b_in is not None:
+            post += b_in
+        return linear(mlp.hook_post(post), mlp.W_out.T, b_out)
 
     return forward

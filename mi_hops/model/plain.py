@@ -33,6 +33,67 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 #: Whose modules compute what their weights say. Of another's (an adapter, a quantised layer) nobody knows.
 _KNOWN = ("torch", "transformers", "transformer_lens", "mi_hops")
 
+
+def normalise(
+    x: Float[Tensor, "*any d_model"],
+    gain: Float[Tensor, "d_model"],
+    shift: Float[Tensor, "d_model"] | None,
+    eps: float,
+) -> Float[Tensor, "*any d_model"]:
+    """LayerNorm, or RMSNorm where there is no shift."""
+    if shift is not None:
+        return functional.layer_norm(x, x.shape[-1:], gain, shift, eps)
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (x * (size.square_() / x.shape[-1] + eps).rsqrt_()).mul_(gain)
+
+
+def rotate(
+    x: Float[Tensor, "*any d_head"],
+    cos: Float[Tensor, "*any d_head"],
+    sin: Float[Tensor, "*any d_head"],
+) -> Float[Tensor, "*any d_head"]:
+    """Queries or keys turned to their positions; cos and sin have both halves."""
+    half = cos.shape[-1] // 2
+    # Each half takes the other, the first with a minus.
+    signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+    return torch.addcmul(x * cos, x.roll(half, -1), signed)
+
+
+def rotary_table(
+    attn: Any, length: int
+) -> tuple[Float[Tensor, "pos d_head"], Float[Tensor, "pos d_head"]]:
+    """Cosines and sines of a HookedTransformer's attention, for `length` positions at least."""
+    if attn.rotary_cos.shape[0] < length:
+        like = attn.rotary_cos
+        attn.apply_rotary(like.new_zeros(1, 1, 1, like.shape[-1]), length - 1)  # lengthens it
+    return attn.rotary_cos, attn.rotary_sin
+
+
+def attend(
+    q: Float[Tensor, "row head pos d"],
+    k: Float[Tensor, "row kv slot d"],
+    v: Float[Tensor, "row kv slot d"],
+    mask: Float[Tensor, "*row shared_pos slot"],
+    scale: float,
+) -> Float[Tensor, "row pos head d"]:
+    """Attention in which heads that share keys are further queries of one, so that no key is repeated.
+
+    Args:
+        mask: added to scores, made by `for_shared_heads`.
+    """
+    n_shared = q.shape[1] // k.shape[1]
+    q = rearrange(q, "row (kv head) pos d -> row kv (head pos) d", head=n_shared)
+    z = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return rearrange(z, "row kv (head pos) d -> row pos (kv head) d", head=n_shared)
+
+
+def for_shared_heads(
+    mask: Float[Tensor, "*row pos slot"], n_shared: int
+) -> Float[Tensor, "*row shared_pos slot"]:
+    """A mask for `attend`: the same for each of the heads that share a key."""
+    return repeat(mask, "... pos slot -> ... (head pos) slot", head=n_shared)
+
+
 Joined = tuple[Float[Tensor, "row kv slot d_head"], Float[Tensor, "row kv slot d_head"]]
 
 
@@ -54,6 +115,26 @@ class Slots:
     alike: bool
 
 
+def is_ordinary(cfg: Any) -> bool:
+    """Whether blocks are those of GPT-2 or LLaMA, with no option that changes what they compute."""
+    odd = (
+        "use_attn_result", "use_split_qkv_input", "use_attn_in", "load_in_4bit", "use_qk_norm",
+        "use_logn_attn", "use_local_attn", "use_attention_sinks", "use_dynamic_ntk_rope",
+        "rotary_adjacent_pairs", "ungroup_grouped_query_attention", "attn_only", "clip_qkv",
+        "parallel_attn_mlp", "use_normalization_before_and_after", "post_embedding_ln",
+    )  # fmt: skip
+    family = getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None)
+    return (
+        family in _ARCHITECTURES
+        and cfg.act_fn in _ACTIVATIONS
+        and (getattr(cfg, "attention_dir", None) or "causal") == "causal"
+        and (getattr(cfg, "attn_scores_soft_cap", None) or -1) <= 0
+        and (getattr(cfg, "output_logits_soft_cap", None) or -1) <= 0
+        and getattr(cfg, "rotary_dim", None) in (None, cfg.d_head)
+        and not any(getattr(cfg, name, False) for name in odd)
+    )
+
+
 def plain_passes(model: HookedModel) -> PlainPasses | None:
     """Passes over a `RowCache` that compute what `model` computes; None where that is not certain.
 
@@ -66,14 +147,10 @@ def plain_passes(model: HookedModel) -> PlainPasses | None:
     hooked = backend_of(model) == "hooked"
     config = None if hooked else model.original_model.config
     usable = (
-        (cfg.original_architecture if hooked else cfg.architecture) in _ARCHITECTURES
-        and cfg.act_fn in _ACTIVATIONS
+        is_ordinary(cfg)
+        and not cfg.scale_attn_by_inverse_layer_idx
         and (dtype_of(model) == torch.float32 or (hooked and dtype_of(model) == torch.float64))
         and len({(p.device, p.dtype) for p in model.parameters()}) == 1
-        and not cfg.scale_attn_by_inverse_layer_idx
-        and not cfg.use_attn_result
-        and not cfg.use_split_qkv_input
-        and not cfg.use_attn_in
         and getattr(config, "scale_attn_weights", True)
         and not getattr(model, "compatibility_mode", False)
         and not any(map(_foreign, model.modules()))
@@ -190,7 +267,7 @@ class PlainPasses:
         turn = self._rotation(x, positions)
         n_shared = self._blocks[0].q.weight.shape[0] // self._blocks[0].k.weight.shape[0]
         mask = x.new_zeros(slots.seen.shape).masked_fill_(~slots.seen, float("-inf"))
-        mask = repeat(mask, "row one pos slot -> row one (head pos) slot", head=n_shared)
+        mask = for_shared_heads(mask, n_shared)
         whole = len(x) == rows * n_pos
 
         def apart(y: Float[Tensor, "token head_d"]) -> Float[Tensor, "row head pos d"]:
@@ -203,15 +280,7 @@ class PlainPasses:
             y = self._norm(x, *block.norms[0])
             q, k, v = apart(turn(block.q(y))), apart(turn(block.k(y))), apart(block.v(y))
             k, v = slots.join(layer, (k, v))
-            # Heads that share keys are further queries of one head, so that no key is repeated.
-            z = functional.scaled_dot_product_attention(
-                rearrange(q, "row (kv head) pos d -> row kv (head pos) d", head=n_shared),
-                k,
-                v,
-                attn_mask=mask,
-                scale=self._scale,
-            )
-            z = rearrange(z, "row kv (head pos) d -> (row pos) (kv head d)", head=n_shared)
+            z = attend(q, k, v, mask, self._scale).flatten(0, 1).flatten(1)
             if layer == len(self._blocks) - 1:  # from here on only the last positions count
                 ends = torch.arange(rows) * n_pos + last
                 x = x[which[torch.searchsorted(at, ends.to(place))]]
@@ -240,10 +309,7 @@ class PlainPasses:
     def _norm(
         self, x: Float[Tensor, "token d_model"], gain: Tensor, shift: Tensor
     ) -> Float[Tensor, "token d_model"]:
-        eps = self._model.cfg.eps
-        if self._layer_norm:
-            return functional.layer_norm(x, x.shape[-1:], gain, shift, eps)
-        return functional.rms_norm(x, x.shape[-1:], gain, eps)
+        return normalise(x, gain, shift if self._layer_norm else None, self._model.cfg.eps)
 
     def _rotation(
         self, x: Float[Tensor, "token d_model"], positions: Int[Tensor, "token"]
@@ -252,17 +318,14 @@ class PlainPasses:
         if self._model.cfg.positional_embedding_type != "rotary":
             return lambda q: q
         if backend_of(self._model) == "hooked":
-            attn = self._model.blocks[0].attn
-            cos, sin = attn.rotary_cos[positions], attn.rotary_sin[positions]
+            table = rotary_table(self._model.blocks[0].attn, int(positions.max()) + 1)
+            cos, sin = (values[positions] for values in table)
         else:
             cos, sin = (t[0] for t in self._model.rotary_emb(x[None], positions[None]))
         cos, sin = (rearrange(t.to(x.dtype), "token d -> token 1 d") for t in (cos, sin))
-        half = cos.shape[-1] // 2
-        # Each half takes the other, the first with a minus.
-        signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
 
         def turn(flat: Float[Tensor, "token head_d"]) -> Float[Tensor, "token head_d"]:
             q = rearrange(flat, "token (head d) -> token head d", d=cos.shape[-1])
-            return torch.addcmul(q * cos, q.roll(half, -1), signed).flatten(1)
+            return rotate(q, cos, sin).flatten(1)
 
         return turn
