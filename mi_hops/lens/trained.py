@@ -221,7 +221,7 @@ def load_lens(model: HookedModel, source: str | Path, *, transfer: bool = False)
         same = (config["fingerprint"], config["unembedding"])
         processing, notes = config["provenance"]["processing"], config["notes"]
         stored = load_file(folder / WEIGHTS)
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no lens ({CONFIG}, {WEIGHTS}: {error!r})") from error
     if version > FORMAT:
         raise ValueError(f"{folder} has lens format {version}; update mi_hops")

@@ -40,7 +40,15 @@ def read_tuned_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         weight = torch.stack([state[f"{i}.weight"].T for i in range(n)])
         zero = torch.zeros(d, dtype=weight.dtype)
         bias = torch.stack([state.get(f"{i}.bias", zero) for i in range(n)])
-    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        EOFError,
+    ) as error:
         raise ValueError(f"{folder} has no lens in the tuned-lens format ({error!r})") from error
     except (json.JSONDecodeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder} has no lens in the tuned-lens format ({error})") from error

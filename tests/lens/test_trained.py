@@ -264,6 +264,7 @@ def test_a_folder_without_its_weights_or_with_broken_ones_is_told(load_tiny, tmp
         (lambda c: c.pop("unembedding"), "holds no lens .*unembedding"),
         (lambda c: c.update(provenance=3), "holds no lens"),
         (lambda c: c.update(format="new"), "holds no lens"),
+        (lambda c: c.update(format=float("inf")), "holds no lens"),
         (lambda c: c.update(type=["tuned"]), "unknown type of lens"),
         (lambda c: c.update(settings=["rank"]), "no lens has its settings"),
         (lambda c: c["settings"].update(ranP=2), "no lens has its settings .*ranP"),
