@@ -237,7 +237,7 @@ def load_lens(model: HookedModel, source: str | Path, *, transfer: bool = False)
         )
     try:
         lens = types[kind](model, **settings)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(
             f"{folder} is damaged: no lens has its settings ({CONFIG}: {error})"
         ) from error

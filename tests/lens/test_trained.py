@@ -268,6 +268,7 @@ def test_a_folder_without_its_weights_or_with_broken_ones_is_told(load_tiny, tmp
         (lambda c: c.update(type=["tuned"]), "unknown type of lens"),
         (lambda c: c.update(settings=["rank"]), "no lens has its settings"),
         (lambda c: c["settings"].update(ranP=2), "no lens has its settings .*ranP"),
+        (lambda c: c["settings"].update(layers=[float("inf")]), "no lens has its settings"),
     ],
 )
 def test_damaged_settings_of_a_lens_are_told(load_tiny, tmp_path, change, says):
