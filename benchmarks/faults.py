@@ -329,6 +329,7 @@ def state(model: Any) -> dict[str, Any]:
     return {
         "weights": fingerprint(model),
         "hooks": [name for name, p in model.hook_dict.items() if p.fwd_hooks or p.bwd_hooks],
+        "forwards": [name for name, m in model.named_modules() if "forward" in m.__dict__],
         "modes": [(m.training, len(m._forward_hooks)) for m in model.modules()],
         "gradients": [(p.requires_grad, p.grad is None) for p in model.parameters()],
         "places": [(name, p.data_ptr()) for name, p in model.named_parameters()],
@@ -396,7 +397,7 @@ def page() -> str:
     text += table(columns, [[name, *(row[c] for c in columns[1:])] for name, row in faults.items()])
     text += (
         "\n\n## Interrupts inside functions\n\nAn exception is raised at a random moment. Compared "
-        "before and after: the weights bit for bit and their storage, hooks, training flags, gradients, "
+        "before and after: the weights bit for bit and their storage, hooks, forwards, training flags, gradients, "
         "grad mode, and the random generators of torch, numpy and Python.\n\n"
     )
     hit = found.get("interrupts", {})

@@ -74,7 +74,8 @@ CHOSEN_AT = {1: 10, 10: 10, 100: 100, 300: 300, 1000: 300}
 RULE = (
     "Every editor is given the prompts of one form only (suffix), bare of context templates, and makes "
     "*n* edits in one model. What is reported are the questions of ten models with one edit, of five with "
-    "10, of two with 100, and of one with more, each asked in the model that has its edit and n - 1 "
+    "10, of two with 100, and of one with more (all failed questions, where there are fewer than 1,000), each "
+    "asked in the model that has its edit and n - 1 "
     "others; unrelated questions are those that the model "
     "answered correctly before. Settings (column *chosen*) are those that correct the most first answer tokens "
     f"on *other* failed questions, where each unrelated question answered wrongly beyond {1 - ENOUGH:.0%} "
@@ -83,7 +84,8 @@ RULE = (
     "table](editing-table.md), what is reported, what is chosen on, and what C is counted on and kept "
     "prompts are drawn from share no single fact. *peak MiB* is the memory that making the edits of a "
     "model took beyond what the process held before. The search is given 1,500 prompts to keep, the least "
-    "squares C alone. An editor or a number of edits that has no row was not measured yet."
+    "squares C alone. Seconds are of one thread, partly beside other work. An editor or a number of edits that "
+    "has no row was not measured yet."
 )
 
 

@@ -23,6 +23,7 @@ from mi_hops.model.classes import backend_of
 from mi_hops.model.plain import (
     attend,
     for_shared_heads,
+    is_foreign,
     is_ordinary,
     normalise,
     rotary_table,
@@ -37,8 +38,8 @@ def lean_blocks(model: HookedModel) -> Iterator[None]:
     """For the length of the block, passes compute what is looked at.
 
     Nothing changes for a Bridge, for other families than GPT-2 and LLaMA, in half precision (where the
-    order of summation shows), under autograd, and in a part of a block whose inner hook points are in
-    use.
+    order of summation shows), for a model with modules of somebody else's, under autograd, and in a part
+    of a block whose inner hook points are in use.
     """
     cfg = model.cfg
     if not (
@@ -46,7 +47,7 @@ def lean_blocks(model: HookedModel) -> Iterator[None]:
         and is_ordinary(cfg)
         and cfg.dtype in (torch.float32, torch.float64)
         and cfg.n_devices == 1
-        and not any("forward" in block.attn.__dict__ for block in model.blocks)
+        and not any("forward" in m.__dict__ or is_foreign(m) for m in model.modules())
     ):
         yield
         return

@@ -153,7 +153,7 @@ def plain_passes(model: HookedModel) -> PlainPasses | None:
         and len({(p.device, p.dtype) for p in model.parameters()}) == 1
         and getattr(config, "scale_attn_weights", True)
         and not getattr(model, "compatibility_mode", False)
-        and not any(map(_foreign, model.modules()))
+        and not any(map(is_foreign, model.modules()))
     )
     if not usable:
         return None
@@ -163,7 +163,7 @@ def plain_passes(model: HookedModel) -> PlainPasses | None:
         return None
 
 
-def _foreign(module: torch.nn.Module) -> bool:
+def is_foreign(module: torch.nn.Module) -> bool:
     """Whether anything but its own class, transformers or TransformerLens decides what it returns."""
     deciding = [type(module), *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if "forward" in module.__dict__:
