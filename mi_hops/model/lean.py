@@ -58,11 +58,10 @@ def lean_blocks(model: HookedModel) -> Iterator[None]:
             parts: dict[Any, Callable[..., Tensor]] = {
                 block.ln1: norm,
                 block.attn: _attention(block.attn, norm, masks),
+                block.ln2: _Norm(model, block.ln2),
             }
-            if not cfg.attn_only:
-                parts[block.ln2] = _Norm(model, block.ln2)
-                if cfg.gated_mlp:
-                    parts[block.mlp] = _gated(block.mlp)
+            if cfg.gated_mlp:
+                parts[block.mlp] = _gated(block.mlp)
             for module, forward in parts.items():
                 # On the instance, before the class's own; taken off again, the class's own is back.
                 stack.callback(module.__dict__.pop, "forward", None)
@@ -80,8 +79,8 @@ class _Norm:
     def __init__(self, model: HookedModel, norm: Any, *, once: bool = False) -> None:
         self._norm, self._own, self._once = norm, norm.forward, once
         like = next(model.parameters())
-        gain, shift, self._centres = norm_parts(model, norm, like.new_empty(model.cfg.d_model))
-        self._parts = gain, shift if self._centres else None, model.cfg.eps
+        gain, shift, centres = norm_parts(model, norm, like.new_empty(model.cfg.d_model))
+        self._parts = gain, shift if centres else None, model.cfg.eps
         self._made: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
