@@ -43,8 +43,8 @@ def normalise(
     """LayerNorm, or RMSNorm where there is no shift."""
     if shift is not None:
         return functional.layer_norm(x, x.shape[-1:], gain, shift, eps)
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (x * (size.square_() / x.shape[-1] + eps).rsqrt_()).mul_(gain)
+    size = torch.linalg.vecdot(x, x)[..., None]
+    return (x / (size / x.shape[-1] + eps).sqrt_()).mul_(gain)
 
 
 def rotate(
