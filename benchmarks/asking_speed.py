@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Peak, keep, kept, paired, table, write
+from benchmarks.harness import CLASSES, Peak, backends, keep, kept, paired, table, write
 from mi_hops import encode, generate, load_facts, load_model
 from mi_hops.facts.wordings import few_shot_lead
-from mi_hops.model import hooked_class
 
 PAGE = "asking-speed"
 FORM = "prefix"
@@ -84,10 +83,9 @@ def measure(backend: Any, pairs: int) -> None:
 def page() -> None:
     """The table of all parts measured so far."""
     parts = [p for _, p in sorted(kept(PAGE).items(), key=lambda item: item[0])]
-    classes = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
     rows = [
         [
-            classes[p["backend"]], f"{p['shots']} ({p['lead']} tokens)" if p["shots"] else "none",
+            CLASSES[p["backend"]], f"{p['shots']} ({p['lead']} tokens)" if p["shots"] else "none",
             f"**{p['ratio']:.2f}** ({p['lowest']:.2f} to {p['highest']:.2f})",
             f"{p['same']} of {p['n']}", f"{p['mib']:.0f} / {p['plain_mib']:.0f}",
         ]
@@ -125,7 +123,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for backend in ("hooked", "bridge") if hooked_class() else ("bridge",):
+    for backend in backends():
         measure(backend, options.pairs)
     page()
 

@@ -15,8 +15,17 @@ from typing import Any
 
 import torch
 
+#: TransformerLens's two classes, as `load_model` and as readers name them.
+CLASSES = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def backends() -> list[Any]:
+    """The classes that are installed."""
+    from mi_hops.model import hooked_class
+
+    return [name for name in CLASSES if name == "bridge" or hooked_class()]
 
 
 def machine() -> str:

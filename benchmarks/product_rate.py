@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.asking_speed import SHOTS
-from benchmarks.harness import keep, kept, table, write
+from benchmarks.harness import CLASSES, backends, keep, kept, table, write
 from benchmarks.patching_speed import matmul_rate
 from mi_hops import (
     build_sets,
@@ -31,7 +31,6 @@ from mi_hops import (
     locate,
 )
 from mi_hops.facts.wordings import with_lead
-from mi_hops.model import hooked_class
 
 PAGE = "product-rate"
 FORM = "prefix"
@@ -90,10 +89,9 @@ def measure(backend: Any, runs: int) -> None:
 
 def page() -> None:
     """The table of all steps measured so far."""
-    classes = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
     rows = [
         [
-            classes[p["backend"]], p["step"], f"{p['operations'] / 1e9:.0f}", f"{p['seconds']:.1f}",
+            CLASSES[p["backend"]], p["step"], f"{p['operations'] / 1e9:.0f}", f"{p['seconds']:.1f}",
             f"**{p['share']:.0%}** ({p['shares'][0]:.0%} to {p['shares'][1]:.0%})",
         ]
         for p in kept(PAGE).values()
@@ -118,7 +116,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for backend in ("hooked", "bridge") if hooked_class() else ("bridge",):
+    for backend in backends():
         measure(backend, options.runs)
         page()
 

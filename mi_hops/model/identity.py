@@ -75,10 +75,7 @@ def fingerprint(model: HookedModel) -> str:
         digest.update(f"{name}={getattr(model.cfg, name)};".encode())
     for where, owner, part in _owners(model):
         for name in _WEIGHTS[part]:
-            # A grouped-query model's W_K repeats heads; its own is named _W_K.
-            tensor = getattr(owner, f"_{name}", None)
-            if tensor is None:
-                tensor = getattr(owner, name, None)
+            tensor = own_weight(owner, name)
             if tensor is None:
                 if part == "attn" and name in ("W_Q", "W_O"):
                     raise missing_weight(model, f"{where}.{name}")
@@ -105,6 +102,15 @@ _WEIGHTS = {
     "mlp": ("W_in", "W_gate", "W_out", "b_in", "b_out"),
     "norm": ("w", "b"),
 }
+
+
+def own_weight(owner: Any, name: str) -> Any:
+    """A module's weight by TransformerLens's name, or None.
+
+    A grouped-query HookedTransformer repeats heads in W_K and the like; its own are named _W_K.
+    """
+    tensor = getattr(owner, f"_{name}", None)
+    return getattr(owner, name, None) if tensor is None else tensor
 
 
 def _owners(model: HookedModel) -> Iterator[tuple[str, Any, str]]:

@@ -20,17 +20,19 @@ from torch.nn.functional import linear
 
 from mi_hops.model.cache import HookedEntry
 from mi_hops.model.classes import backend_of
+from mi_hops.model.identity import own_weight
 from mi_hops.model.plain import (
     attend,
     for_shared_heads,
     is_foreign,
     is_ordinary,
+    norm_of,
     normalise,
+    own_bias,
     rotary_table,
-    rotate,
+    rotation,
 )
 from mi_hops.model.types import HookedModel
-from mi_hops.model.weights import norm_parts
 
 
 @contextmanager
@@ -79,8 +81,7 @@ class _Norm:
     def __init__(self, model: HookedModel, norm: Any, *, once: bool = False) -> None:
         self._norm, self._own, self._once = norm, norm.forward, once
         like = next(model.parameters())
-        gain, shift, centres = norm_parts(model, norm, like.new_empty(model.cfg.d_model))
-        self._parts = gain, shift if centres else None, model.cfg.eps
+        self._parts = norm_of(model, norm, like.new_empty(model.cfg.d_model))
         self._made: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class _Masks:
     def causal(self, n_pos: int, n_slots: int, n_shared: int, like: Tensor) -> Tensor:
         """For the last `n_pos` of `n_slots` positions."""
         key = n_pos, n_slots, n_shared
-        if self._causal is None or self._causal[0] != key or self._causal[1].device != like.device:
+        if self._causal is None or self._causal[0] != key:
             full = like.new_full((n_pos, n_slots), float("-inf")).triu(n_slots - n_pos + 1)
             self._causal = key, for_shared_heads(full, n_shared)
         return self._causal[1]
@@ -125,26 +126,23 @@ def _watched(*points: Any) -> bool:
     return torch.is_grad_enabled() or any(point._forward_hooks for point in points)
 
 
-def _or_none(bias: Tensor) -> Tensor | None:
-    """None for the zeros that stand for no bias."""
-    return bias.flatten() if bias.any() else None
-
-
 def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
     cfg, own = attn.cfg, attn.forward
     rotary = cfg.positional_embedding_type == "rotary"
     inner = [attn.hook_attn_scores, attn.hook_pattern, *([attn.hook_rot_k] if rotary else [])]
-    # A grouped-query model's W_K and W_V repeat heads; its own are _W_K and _W_V.
-    names = [f"_W_{n}" if hasattr(attn, f"_W_{n}") else f"W_{n}" for n in "QKV"]
-    biases = [_or_none(getattr(attn, name.replace("W", "b"))) for name in names]
-    b_o = _or_none(attn.b_O)
+    biases = {name: own_bias(attn, name) for name in "QKVO"}
+
+    def project(x: Tensor, name: str) -> Tensor:
+        weight = rearrange(own_weight(attn, f"W_{name}"), "head model d -> (head d) model")
+        made = linear(x, weight, biases[name])
+        return rearrange(made, "row pos (head d) -> row pos head d", d=cfg.d_head)
 
     def turn(x: Tensor, offset: int) -> Tensor:
         if not rotary:
             return x
         end = offset + x.shape[1]
         cos, sin = (table[offset:end, None] for table in rotary_table(attn, end))
-        return rotate(x, cos, sin)
+        return rotation(cos, sin)(x)
 
     def forward(
         query_input: Tensor,
@@ -171,15 +169,9 @@ def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
                 attention_mask=attention_mask,
                 **others,
             )
-        made = []
-        for x, name, bias in zip((query_input, key_input, value_input), names, biases, strict=True):
-            weight = rearrange(getattr(attn, name), "head model d -> (head d) model")
-            made.append(
-                rearrange(
-                    linear(x, weight, bias), "row pos (head d) -> row pos head d", d=cfg.d_head
-                )
-            )
-        q, k, v = attn.hook_q(made[0]), attn.hook_k(made[1]), attn.hook_v(made[2])
+        q = attn.hook_q(project(query_input, "Q"))
+        k = attn.hook_k(project(key_input, "K"))
+        v = attn.hook_v(project(value_input, "V"))
         offset = 0 if entry is None else entry.past_keys.shape[1]
         if isinstance(entry, HookedEntry):
             k, v = entry.append_turned(turn(k, offset), v, turn)
@@ -194,14 +186,14 @@ def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
         q, k, v = (rearrange(x, "row pos head d -> row head pos d") for x in (q, k, v))
         z = attn.hook_z(attend(q, k, v, mask, 1 / attn.attn_scale))
         weight = rearrange(attn.W_O, "head d model -> model (head d)")
-        return linear(rearrange(z, "row pos head d -> row pos (head d)"), weight, b_o)
+        return linear(rearrange(z, "row pos head d -> row pos (head d)"), weight, biases["O"])
 
     return forward
 
 
 def _gated(mlp: Any) -> Callable[..., Tensor]:
     own = mlp.forward
-    b_in, b_out = _or_none(mlp.b_in), _or_none(mlp.b_out)
+    b_in, b_out = own_bias(mlp, "in"), own_bias(mlp, "out")
 
     def forward(x: Tensor) -> Tensor:
         if _watched():

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mi_hops.model.classes import backend_of
-from mi_hops.model.identity import device_of, dtype_of
+from mi_hops.model.identity import device_of, dtype_of, own_weight
 from mi_hops.model.types import HookedModel
 from mi_hops.model.weights import norm_parts, unembedding
 
@@ -34,6 +34,16 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _KNOWN = ("torch", "transformers", "transformer_lens", "mi_hops")
 
 
+#: Gain, shift (of a LayerNorm) and epsilon of a norm.
+Norm = tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model"] | None, float]
+
+
+def norm_of(model: HookedModel, norm: Any, like: Tensor) -> Norm:
+    """What `normalise` needs of a norm; `like` is a tensor ``[..., d_model]`` of the model's."""
+    gain, shift, centres = norm_parts(model, norm, like)
+    return gain, shift if centres else None, model.cfg.eps
+
+
 def normalise(
     x: Float[Tensor, "*any d_model"],
     gain: Float[Tensor, "d_model"],
@@ -47,16 +57,15 @@ def normalise(
     return (x / (size / x.shape[-1] + eps).sqrt_()).mul_(gain)
 
 
-def rotate(
-    x: Float[Tensor, "*any d_head"],
-    cos: Float[Tensor, "*any d_head"],
-    sin: Float[Tensor, "*any d_head"],
-) -> Float[Tensor, "*any d_head"]:
-    """Queries or keys turned to their positions; cos and sin have both halves."""
+Turn = Callable[[Float[Tensor, "*any d_head"]], Float[Tensor, "*any d_head"]]
+
+
+def rotation(cos: Float[Tensor, "*any d_head"], sin: Float[Tensor, "*any d_head"]) -> Turn:
+    """What turns queries or keys to their positions; cos and sin have both halves."""
     half = cos.shape[-1] // 2
     # Each half takes the other, the first with a minus.
     signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-    return torch.addcmul(x * cos, x.roll(half, -1), signed)
+    return lambda x: torch.addcmul(x * cos, x.roll(half, -1), signed)
 
 
 def rotary_table(
@@ -168,7 +177,7 @@ def is_foreign(module: torch.nn.Module) -> bool:
     deciding = [type(module), *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if "forward" in module.__dict__:
         deciding.append(module.__dict__["forward"])
-    # The Bridge and transformers put hooks at some modules that only look, `lean_blocks` forwards.
+    # The Bridge and transformers put hooks at some modules that only look; `lean_blocks` puts forwards.
     return any(str(getattr(it, "__module__", "")).split(".")[0] not in _KNOWN for it in deciding)
 
 
@@ -185,18 +194,19 @@ class _Linear:
         return functional.linear(x, self.weight, self.bias)
 
 
+def own_bias(module: Any, name: str) -> Float[Tensor, "d_out"] | None:
+    """A module's bias by TransformerLens's letter, or None, for which HookedTransformer has zeros."""
+    bias = own_weight(module, f"b_{name}")
+    return None if bias is None or not bias.any() else bias.detach().flatten()
+
+
 def _linear(module: Any, name: str, pattern: str) -> _Linear:
     """A matrix and its bias, by TransformerLens's letter for both."""
-    # A grouped-query HookedTransformer repeats heads in W_K and b_K; its own are _W_K and _b_K.
-    own = "_" if hasattr(module, f"_W_{name}") else ""
-    weight: Tensor = getattr(module, f"{own}W_{name}")
-    bias = getattr(module, f"{own}b_{name}", None)
+    weight = own_weight(module, f"W_{name}")
     turned = rearrange(weight.detach(), pattern)
     if turned.data_ptr() != weight.data_ptr():
         raise _CopyError
-    if bias is None or not bias.any():  # HookedTransformer gives a model without biases zeros
-        return _Linear(turned, None)
-    return _Linear(turned, bias.detach().flatten())
+    return _Linear(turned, own_bias(module, name))
 
 
 def _distinct(
@@ -231,7 +241,7 @@ class _Block:
     """The parts of a block, as views of the model's weights."""
 
     def __init__(self, model: HookedModel, block: Any, like: Tensor) -> None:
-        self.norms = [norm_parts(model, norm, like)[:2] for norm in (block.ln1, block.ln2)]
+        self.norms = [norm_of(model, norm, like) for norm in (block.ln1, block.ln2)]
         self.q, self.k, self.v = (_linear(block.attn, name, _IN) for name in "QKV")
         self.o = _linear(block.attn, "O", _OUT)
         gated = getattr(block.mlp, "W_gate", None) is not None
@@ -246,7 +256,7 @@ class PlainPasses:
         self._model, cfg = model, model.cfg
         like = torch.empty(cfg.d_model, dtype=dtype_of(model), device=device_of(model))
         self._blocks = [_Block(model, block, like) for block in model.blocks]
-        *self._final, self._layer_norm = norm_parts(model, model.ln_final, like)
+        self._final = norm_of(model, model.ln_final, like)
         weight, bias = unembedding(model)
         self._unembed = _Linear(weight.T, bias.to(weight.dtype))
         self._activation = _ACTIVATIONS[cfg.act_fn]
@@ -277,7 +287,7 @@ class PlainPasses:
             return full.view(rows, n_pos, -1, cfg.d_head).transpose(1, 2)
 
         for layer, block in enumerate(self._blocks):
-            y = self._norm(x, *block.norms[0])
+            y = normalise(x, *block.norms[0])
             q, k, v = apart(turn(block.q(y))), apart(turn(block.k(y))), apart(block.v(y))
             k, v = slots.join(layer, (k, v))
             z = attend(q, k, v, mask, self._scale).flatten(0, 1).flatten(1)
@@ -288,13 +298,13 @@ class PlainPasses:
             elif not whole:
                 z = z[first]
             x += block.o(z)
-            y = self._norm(x, *block.norms[1])
+            y = normalise(x, *block.norms[1])
             if block.gate is None:
                 y = self._activation(block.enter(y))
             else:
                 y = self._activation(block.gate(y)).mul_(block.enter(y))
             x += block.leave(y)
-        return self._unembed(self._norm(x, *self._final))
+        return self._unembed(normalise(x, *self._final))
 
     def _embed(
         self, ids: Int[Tensor, "token"], positions: Int[Tensor, "token"]
@@ -306,14 +316,7 @@ class PlainPasses:
             return x[0] + self._model.pos_embed.W_pos[positions]
         return (x + self._model.pos_embed(positions[None]))[0]
 
-    def _norm(
-        self, x: Float[Tensor, "token d_model"], gain: Tensor, shift: Tensor
-    ) -> Float[Tensor, "token d_model"]:
-        return normalise(x, gain, shift if self._layer_norm else None, self._model.cfg.eps)
-
-    def _rotation(
-        self, x: Float[Tensor, "token d_model"], positions: Int[Tensor, "token"]
-    ) -> Callable[[Float[Tensor, "token head_d"]], Float[Tensor, "token head_d"]]:
+    def _rotation(self, x: Float[Tensor, "token d_model"], positions: Int[Tensor, "token"]) -> Turn:
         """Turns queries or keys to their positions; nothing, where the embedding tells positions."""
         if self._model.cfg.positional_embedding_type != "rotary":
             return lambda q: q
@@ -322,10 +325,8 @@ class PlainPasses:
             cos, sin = (values[positions] for values in table)
         else:
             cos, sin = (t[0] for t in self._model.rotary_emb(x[None], positions[None]))
-        cos, sin = (rearrange(t.to(x.dtype), "token d -> token 1 d") for t in (cos, sin))
-
-        def turn(flat: Float[Tensor, "token head_d"]) -> Float[Tensor, "token head_d"]:
-            q = rearrange(flat, "token (head d) -> token head d", d=cos.shape[-1])
-            return rotate(q, cos, sin).flatten(1)
-
-        return turn
+        turn = rotation(*(rearrange(t.to(x.dtype), "token d -> token 1 d") for t in (cos, sin)))
+        d_head = cos.shape[-1]
+        return lambda flat: turn(
+            rearrange(flat, "token (head d) -> token head d", d=d_head)
+        ).flatten(1)

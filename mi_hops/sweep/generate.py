@@ -7,6 +7,7 @@ model goes on to say after the end (`STOP`) does not matter; a longer name does.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -147,6 +148,7 @@ def _replies(
             )
     together = repair is None and takes_unequal_rows(model) and not has_hooks(model)
     way = _Together(model, asks) if together else _Alike(model, asks, repair)
+    around = (pretransposed_weights, *([] if together else [lean_blocks]))
 
     def what(part: _Batch) -> tuple[Any, ...]:
         rows = [asks[i] for i in part[0]]
@@ -155,17 +157,18 @@ def _replies(
     replies: dict[int, _Reply] = {}
     with (
         torch.no_grad(),
-        pretransposed_weights(model),
-        lean_blocks(model),
+        ExitStack() as stack,
         progress_bar(total=len(asks), label="asking", unit="prompt") as bar,
     ):
+        for each in around:
+            stack.enter_context(each(model))
         for (rows, _), said in each_part(
             model,
             way.batches(batch_size),
             way.say,
             kept=what,
             texts=lambda part: [asks[i].prompt.text for i in part[0]],
-            around=(pretransposed_weights, lean_blocks),
+            around=around,
         ):
             replies |= {i: _Reply.of_list(plain) for i, plain in zip(rows, said, strict=True)}
             bar.update(len(rows))

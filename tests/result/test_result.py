@@ -385,9 +385,6 @@ def test_files_of_others_are_refused(tmp_path):
         Result.load(tmp_path / "new.nc")
 
 
-# Drawing
-
-
 def test_a_damaged_file_is_refused_before_it_is_read(tmp_path):
     path = make(2).save(tmp_path / "r.nc")
     whole = path.read_bytes()
@@ -404,6 +401,9 @@ def test_a_damaged_file_is_refused_before_it_is_read(tmp_path):
     again = xr.load_dataset(path, engine="h5netcdf")
     again.to_netcdf(tmp_path / "again.nc", engine="h5netcdf")
     assert_same(Result.load(tmp_path / "again.nc"), make(2))
+
+
+# Drawing
 
 
 def test_plot_says_what_is_averaged_and_draws_the_mean():
