@@ -1,10 +1,11 @@
 """What faults do to a study, and interrupts to the functions under it: nothing that stays.
 
-``python -m benchmarks.faults [--kills 100] [--others 20] [--interrupts 500]`` runs a small study of a
-bundled model again and again, in processes of their own that are killed, interrupted, starved of
-disk or robbed of their folder at random moments, goes on with what is left, and compares all numbers
-with those of a study that was never disturbed. Then it interrupts public functions and looks at what
-they leave behind. 0 leaves a part as it was counted last. Writes ``docs/reliability.md``. Linux only: processes are forked.
+``python -m benchmarks.faults [--kills 100] [--others 20] [--interrupts 500] [--more]`` runs a small
+study of a bundled model again and again, in processes of their own that are killed, interrupted,
+starved of disk or robbed of their folder at random moments, goes on with what is left, and compares
+all numbers with those of a study that was never disturbed. Then it interrupts public functions and
+looks at what they leave behind. 0 leaves a part as it was counted last; ``--more``, with another seed,
+adds to it. Writes ``docs/reliability.md``. Linux only: processes are forked.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ WRITE_EVERY = 0.02
 class Trials:
     """A small study, and the processes that run it under faults."""
 
-    def __init__(self, work: Path, seed: int) -> None:
+    def __init__(self, work: Path, seed: int, counted: dict[str, dict[str, int]]) -> None:
         self.work, self.rng = work, random.Random(seed)
         self.model = mi_hops.load_model("hops-gpt2")
         self.facts = mi_hops.Hopland().sample(train=4, held_out=12)
         # Few candidates for an edit, for a study of few seconds.
         choose.MOST_STARTS = 1
         choose.STRENGTHS[choose.ESTIMATED] = (0.7,)
-        self.counted: dict[str, dict[str, int]] = {}
+        self.counted = counted
         self.whole = work / "whole"
         begun = time.monotonic()
         self.run(self.whole)
@@ -433,14 +434,17 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=20, help="trials of each other fault")
     parser.add_argument("--interrupts", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", action="store_true", help="add to the faults counted before")
     parser.add_argument("--dry", action="store_true", help="print the counts, write no page")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     store = (lambda *_: None) if asked.dry else keep
     if asked.kills or asked.others:
         with tempfile.TemporaryDirectory() as folder:
-            trials = Trials(Path(folder), asked.seed)
-            store(PAGE, "study", {"seconds": trials.seconds})
+            before = kept(PAGE).get("faults", {})
+            trials = Trials(Path(folder), asked.seed, before if asked.more else {})
+            if not asked.more:
+                store(PAGE, "study", {"seconds": trials.seconds})
             todo: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
                 *(
                     (trials.killed, (name, asked.kills))
@@ -454,7 +458,7 @@ def main() -> None:
             ]
             for fault, given in todo:
                 fault(*given)
-                store(PAGE, "faults", trials.counted)
+                store(PAGE, "faults", {**before, **trials.counted})
                 print(json.dumps(trials.counted), flush=True)
     if asked.interrupts:
         hit = interrupted(asked.interrupts, asked.seed)
