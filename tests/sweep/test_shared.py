@@ -101,6 +101,8 @@ import sys
 from mi_hops import Hopland, StudySettings, run_study
 from mi_hops.study import Sizes, join_study
 out = sys.argv[1]
+print("ready", flush=True)
+sys.stdin.readline()
 counts = {"lens": 4, "tuned": 3, "erasure": 8, "locate": 4, "injection": 8, "edits": 2}
 few = StudySettings(sizes=Sizes(**counts, draws=1, strengths=(4.0,)))
 facts = Hopland().sample(train=4, held_out=12)
@@ -111,18 +113,32 @@ join_study(out, run)
 """
 
 
+def start(process):
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def wait_for(condition):
+    until = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < until, "nothing came within two minutes"
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_processes_that_join_make_the_same_study_though_the_leader_is_killed(tmp_path):
     out = tmp_path / "joined"
     (tmp_path / "join.py").write_text(SCRIPT)
     asked = [sys.executable, str(tmp_path / "join.py"), str(out)]
-    leader = subprocess.Popen(asked)
-    while not (out / ".tasks").exists():
-        time.sleep(0.1)
-    helper = subprocess.Popen(asked)
-    time.sleep(8)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    leader, helper = (subprocess.Popen(asked, **pipes) for _ in range(2))
+    assert leader.stdout.readline() == helper.stdout.readline() == "ready\n"
+    start(leader)
+    wait_for(lambda: (out / ".tasks").exists())
+    start(helper)
+    wait_for(lambda: list(out.glob("*.nc")))
     leader.kill()
-    assert helper.wait() == 0 and leader.wait() != 0
+    assert leader.wait() == -signal.SIGKILL and helper.wait() == 0
     counts = {"lens": 4, "tuned": 3, "erasure": 8, "locate": 4, "injection": 8, "edits": 2}
     few = StudySettings(sizes=Sizes(**counts, draws=1, strengths=(4.0,)))
     facts = Hopland().sample(train=4, held_out=12)
