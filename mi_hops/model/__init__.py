@@ -9,7 +9,6 @@ from .hooks import has_hooks as has_hooks
 from .hooks import hook_name as hook_name
 from .hooks import hooked as hooked
 from .hooks import nothing_stays as nothing_stays
-from .hooks import picking as picking
 from .hooks import plain_hooks as plain_hooks
 from .hooks import require_hooks as require_hooks
 from .hooks import require_layers as require_layers

@@ -51,13 +51,25 @@ def hook_name(kind: str, layer: int = 0) -> str:
         ) from None
 
 
+def hook_point(model: HookedModel, name: str) -> HookPoint | None:
+    """The hook point of a name, or None.
+
+    By attributes, as names are written: `hook_dict` of a Bridge resolves all of its names each time it is
+    read, which takes as long as several blocks of a small model.
+    """
+    found: Any = model
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, HookPoint) else model.hook_dict.get(name)
+
+
 def require_hooks(model: HookedModel, names: Iterable[str]) -> None:
     """Refuse a model that lacks a hook point, naming it.
 
     Raises:
         MissingHookError: with the missing names.
     """
-    missing = sorted({n for n in names if n not in model.hook_dict})
+    missing = sorted({n for n in names if hook_point(model, n) is None})
     if missing:
         raise MissingHookError(
             f"this {type(model).__name__} has no hook point {', '.join(missing)}; the method needs "
@@ -118,14 +130,8 @@ def hooked(model: HookedModel, hooks: Sequence[Hook], *, must_fire: bool = True)
         return
     fired = [False] * len(hooks)
     watched = [(name, _flagged(fn, fired, i)) for i, (name, fn) in enumerate(hooks)]
-    attached = model.hooks(fwd_hooks=plain_hooks(model, watched))
-    with nothing_stays(model):
-        try:
-            with attached:
-                yield
-        except BaseException:
-            attached.gen.close()  # an exception may have come before it was told of its end
-            raise
+    with nothing_stays(model), _attached(model, plain_hooks(model, watched)):
+        yield
     if must_fire and not all(fired):
         silent = sorted({hooks[i][0] for i, f in enumerate(fired) if not f})
         raise RuntimeError(
@@ -135,20 +141,37 @@ def hooked(model: HookedModel, hooks: Sequence[Hook], *, must_fire: bool = True)
 
 
 @contextmanager
+def _attached(model: HookedModel, hooks: Sequence[PlainHook]) -> Iterator[None]:
+    """As ``model.hooks(...)``, which on a Bridge reads `hook_dict` for each of them."""
+    points: list[HookPoint] = []
+    level = model.context_level = model.context_level + 1
+    try:
+        for name, fn in hooks:
+            point = hook_point(model, str(name))
+            assert point is not None, "plain_hooks refuses what is missing"
+            points.append(point)
+            point.add_hook(fn, level=level)
+        yield
+    finally:
+        for point in points:
+            point.remove_hooks("fwd", level=level)
+        model.context_level = level - 1
+
+
+@contextmanager
 def nothing_stays(model: HookedModel) -> Iterator[None]:
     """Take off what hooks a block put on and left, where it is ended by an exception.
 
     An exception may come at any line, such as that of Ctrl-C: between the one that attaches a hook
     and the one that notes it down. Hooks that were there before, and permanent ones, stay.
     """
-    first, level = RemovableHandle.next_id, getattr(model, "context_level", None)
+    first, level = RemovableHandle.next_id, model.context_level
     try:
         yield
     except BaseException:
         for module in model.modules():
             _take_off(module, first)
-        if level is not None:
-            setattr(model, "context_level", level)  # noqa: B010 (both classes have it, the protocol not)
+        model.context_level = level
         raise
 
 
@@ -185,25 +208,6 @@ _HOOK_TABLES = (
 def has_hooks(model: HookedModel) -> bool:
     """Whether a forward hook sits at any hook point: the user's own, if nothing here is running."""
     return any(isinstance(m, HookPoint) and m._forward_hooks for m in model.modules())
-
-
-@contextmanager
-def picking(model: HookedModel, pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let the unembedding see only what `pick` takes of the stream, after all hooks given so far.
-
-    A hook like any other, put straight at its place: looking names up takes the Bridge as long as
-    several blocks of a small model.
-    """
-    point = getattr(model.unembed, "hook_in", None)
-    if point is None:
-        raise MissingHookError(f"this {type(model).__name__} has no hook point unembed.hook_in")
-    with nothing_stays(model):
-        # Right before the unembedding: the GPT-2 Bridge reshapes what its final norm returns.
-        handle = point.register_forward_hook(lambda _, given, x: pick(x))
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 def _flagged(fn: HookFn, fired: list[bool], i: int) -> HookFn:

@@ -17,6 +17,9 @@ PlainHook = tuple[str | Callable[..., Any], Callable[..., Any]]
 class HookedModel(Protocol):
     """What this package needs from a model; both TransformerLens classes provide it."""
 
+    #: How many contexts of hooks are open, one within the other.
+    context_level: int
+
     # Read-only members: one class has a property where the other has an attribute.
 
     @property

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mi_hops.model import Hook, HookedModel, dtype_of, forward, hooked, picking
+from mi_hops.model import Hook, HookedModel, dtype_of, forward
 from mi_hops.model.cache import Prefix, Recorder
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.batching import batched_with_oom_backoff
@@ -179,8 +179,9 @@ def logits_at(
     def pick(x: Tensor) -> Tensor:
         return x[picker.to(x.device), positions.to(x.device)]
 
-    with hooked(model, hooks), picking(model, pick):
-        return forward(model, tokens, cache=cache, grows=grows)
+    # Right before the unembedding: the GPT-2 Bridge reshapes what its final norm returns.
+    hooks = [*hooks, ("unembed.hook_in", pick)]
+    return forward(model, tokens, hooks=hooks, cache=cache, grows=grows)
 
 
 def prefix_of(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> Prefix:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mi_hops import model as M
+from mi_hops.model.hooks import hook_point
 from tests.models import WORDS, tokenizer
 
 TOKENS = torch.tensor([[1, 7, 8, 9, 30], [1, 40, 41, 6, 11]])
@@ -142,6 +143,28 @@ def test_hooks_are_removed_after_an_exception(tiny):
 def test_a_hook_that_never_fires_raises(tiny):
     with pytest.raises(RuntimeError, match="never fired"):
         M.forward(tiny, TOKENS, hooks=[(M.hook_name("z", 2), lambda x: x)], stop_at_layer=1)
+
+
+def test_hook_points_are_those_of_hook_dict(tiny):
+    points = tiny.hook_dict
+    assert all(hook_point(tiny, name) is point for name, point in points.items())
+    for name in ("blocks.7.attn.hook_z", "blocks.0.attn", "cfg", "no", ""):
+        assert hook_point(tiny, name) is None
+
+
+def test_each_context_takes_off_its_own_hooks(tiny):
+    """The user's stay, and those of other contexts."""
+    name, seen = M.hook_name("z", 0), []
+    with (
+        tiny.hooks(fwd_hooks=[(name, lambda x, hook: seen.append("user's"))]),
+        M.hooked(tiny, [(name, lambda x: seen.append("outer"))]),
+    ):
+        with M.hooked(tiny, [(name, lambda x: seen.append("inner"))]):
+            tiny(TOKENS)
+        tiny(TOKENS)
+    tiny(TOKENS)
+    assert seen == ["user's", "outer", "inner", "user's", "outer"]
+    assert tiny.context_level == 0
 
 
 def test_missing_hooks_are_named(tiny):

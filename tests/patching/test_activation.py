@@ -483,12 +483,11 @@ def test_wrong_key_value_head(load_tiny):
 
 
 def test_missing_hook_is_named(tiny, monkeypatch):
-    from mi_hops.model import MissingHookError
+    from mi_hops.model import MissingHookError, hooks
 
-    name = hook_name("attn_out", 1)
-    hooks = {k: v for k, v in tiny.hook_dict.items() if k != name}
-    monkeypatch.setattr(type(tiny), "hook_dict", property(lambda self: hooks), raising=False)
-    if tiny.hook_dict is not hooks:
-        monkeypatch.setitem(tiny.__dict__, "hook_dict", hooks)
+    name, real = hook_name("attn_out", 1), hooks.hook_point
+    monkeypatch.setattr(
+        hooks, "hook_point", lambda model, asked: None if asked == name else real(model, asked)
+    )
     with pytest.raises(MissingHookError, match=name):
         patch(tiny, ONE, "attn_out")
