@@ -2,14 +2,13 @@
 
 ``python -m benchmarks.many_edits [--model hops-gpt2 hops-llama] [--counts 1 10 100 300 1000]`` writes
 ``docs/benchmarks/many-edits.md`` from the rows kept in ``benchmarks/results/many-edits/``, of which
-``--only NAME ...`` measures some again. ``--model smollm2-135m`` takes real facts. Settings are
-chosen on other failed questions than those reported, by the rule that stands on the page.
+``--only NAME ...`` measures some again. Settings are chosen on other failed questions than those
+reported, by the rule that stands on the page. `benchmarks.many_edits_real` adds a real model.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 from benchmarks.editing_setup import FORM, Setup, bytes_of, covariance, set_up
 from benchmarks.editing_table import FIRST_RIGHT
 from benchmarks.harness import Peak, keep, kept, table, write
-from mi_hops import TwoHopFact, find_gap, load_facts, load_model
+from mi_hops import TwoHopFact
 from mi_hops.editing import (
     Edit,
     Moments,
@@ -37,7 +36,6 @@ from mi_hops.editing import (
 from mi_hops.editing.baselines import memit, memit_sequential
 from mi_hops.model import Hook
 from mi_hops.reasoning.evaluate import evaluate
-from mi_hops.reasoning.sets import build_sets
 from mi_hops.sweep.metrics import target_of
 from mi_hops.sweep.repair import Rows
 from mi_hops.sweep.scoring import score_prompts
@@ -66,6 +64,14 @@ COLUMNS = (
     "peak MiB",
     "bytes / edit",
     "chosen",
+)
+
+ROOM = (
+    "matrix",
+    "threshold",
+    "free dimensions by layer",
+    "together",
+    "share of the text's second moment in them, at most",
 )
 
 #: Number of edits -> the number that their settings are chosen at.
@@ -132,39 +138,6 @@ class Many:
     def hooks(self, model: Any, states: Sequence[Any], rows: Rows) -> list[Hook]:
         """Every row in its part's model."""
         return edit_hooks(model, states)
-
-
-def set_up_real(name: str, *, cases: int, seed: int = 0) -> Setup:
-    """The same of real facts: choosing and learning on the subjects that are never reported."""
-    rng = random.Random(seed)
-    model = load_model(name)
-    by_split: dict[str, list[TwoHopFact]] = {"report": [], "choose": [], "practice": []}
-    for fact in load_facts("geo"):
-        aside = "choose" if sum(map(ord, fact.subject)) % 2 else "practice"
-        by_split[aside if fact.split == "choosing" else "report"].append(fact)
-
-    def scored(facts: list[TwoHopFact], seed: int) -> tuple[list[TwoHopFact], Any]:
-        asked = rng.sample(facts, min(len(facts), 8 * cases))
-        gap = find_gap(model, asked, form=FORM, score="first_token")
-        failed = gap.failed[:cases]
-        return failed, build_sets(model, failed, gap=gap, form=FORM, seed=seed)
-
-    report, queries = scored(by_split["report"], seed)
-    choose, choosing = scored(by_split["choose"], seed)
-    practice = by_split["practice"]
-    rng.shuffle(practice)
-    stated = [
-        f"{prompt} {answer}."
-        for f in practice[:500]
-        for prompt, answer in (
-            (f.prompt(FORM), f.answer),
-            (f.first_prompt(FORM), f.bridge),
-            (f.second_prompt(FORM), f.answer),
-        )
-    ]
-    choosing = choosing.of("correction", "specificity")
-    corpus = sorted(set(stated))
-    return Setup(model, name, choose, report, queries, choosing, corpus, practice)
 
 
 # -- editors --------------------------------------------------------------------------------------
@@ -345,19 +318,12 @@ def page() -> str:
     """The tables of all rows there are."""
     parts = [RULE]
     for name, found in kept(PAGE).items():
-        parts += [f"## {name}", f"Keys per edit: {found['keys']:.2f}."]
-        parts.append(
-            table(
-                (
-                    "matrix",
-                    "threshold",
-                    "free dimensions by layer",
-                    "together",
-                    "share of the text's second moment in them, at most",
-                ),
-                found["room"],
-            )
-        )
+        parts.append(f"## {name}")
+        if "rule" in found:
+            parts.append(found["rule"])
+        parts.append(f"Keys per edit: {found['keys']:.2f}.")
+        if found["room"]:
+            parts.append(table(ROOM, found["room"]))
         rows = []
         for row in found["rows"].values():
             shares = [f"{a[0]:.1%} ({a[1]:.1%} to {a[2]:.1%})" if a else "-" for a in row["shares"]]
@@ -388,8 +354,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     for name in given.model:
-        make = set_up_real if name == "smollm2-135m" else set_up
-        setup = make(name, cases=given.cases, seed=given.seed)
+        setup = set_up(name, cases=given.cases, seed=given.seed)
         found = kept(PAGE).get(name, {"rows": {}})
         found["room"] = room(setup)
         asked = [(encode(setup.model, f.prompt(FORM)), f.answer) for f in setup.report]
