@@ -18,9 +18,9 @@ from typing import Any
 from benchmarks.editing_setup import Setup
 from benchmarks.harness import keep, kept, write
 from benchmarks.many_edits import PAGE, Editor, measured, page
-from benchmarks.real_more import MODEL
+from benchmarks.real_more import FACTS, MODEL
 from benchmarks.real_more import Setup as Studied
-from mi_hops import TwoHopFact, find_gap
+from mi_hops import TwoHopFact, find_gap, load_facts
 from mi_hops.editing import Request, creme_joint, creme_search, second_moments
 from mi_hops.reasoning.sets import Known, build_sets
 from mi_hops.text.corpus import fact_texts
@@ -48,7 +48,8 @@ def set_up(folder: Path, edits: int) -> Setup:
     run, model = studied.run, studied.model
     gaps = [run.gap]
     asked = {fact.id for fact in run.gap.facts}
-    rest = [fact for fact in run.facts if fact.id not in asked]
+    assert run.choice is not None, "a study of facts in several wordings"
+    rest = [fact for fact in run.choice.apply(load_facts(FACTS))[0] if fact.id not in asked]
     random.Random(run.settings.seed).shuffle(rest)
 
     def failed() -> list[TwoHopFact]:
