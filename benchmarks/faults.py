@@ -59,7 +59,9 @@ class Trials:
         self.seconds = time.monotonic() - begun
         self.expected = numbers(self.whole)
 
-    def start(self, out: Path, before: Callable[[], Any] = lambda: None) -> int:
+    def start(
+        self, out: Path, before: Callable[[], Any] = lambda: None, executor: int | None = None
+    ) -> int:
         """A process that runs the study, or goes on with it."""
         child = os.fork()
         if child:
@@ -69,7 +71,14 @@ class Trials:
             sys.stderr = (self.work / "errors.txt").open("w")
             keep_module.WRITE_EVERY = WRITE_EVERY
             before()
-            run_study(self.model, self.facts, out=out, settings=SETTINGS, progress=False)
+            run_study(
+                self.model,
+                self.facts,
+                out=out,
+                settings=SETTINGS,
+                progress=False,
+                executor=executor,
+            )
             code = 0
         except KeyboardInterrupt:
             code = 130
@@ -156,6 +165,23 @@ class Trials:
 
                 self.run(out, deadly)
                 self.count("SIGKILL at a write", out=out if self.run(out) == 0 else self.work)
+
+    def workers_killed(self, n: int) -> None:
+        """One of two workers at a random moment; its tasks are done again."""
+        while n:
+            with self.folder() as out:
+                child = self.start(out, executor=2)
+                until = time.monotonic() + 60
+                while not workers_of(child) and time.monotonic() < until:
+                    time.sleep(0.1)
+                time.sleep(2 * self.moment())
+                if not (found := workers_of(child)):  # the study has ended
+                    ended(child)
+                    continue
+                os.kill(self.rng.choice(found), signal.SIGKILL)
+                code = ended(child)
+                self.count("worker killed", out=out if code == 0 else self.work)
+                n -= 1
 
     def damaged(self, n: int) -> None:
         """A file of the folder cut off or with one bit turned, finished or not."""
@@ -257,6 +283,16 @@ class Trials:
 def ended(child: int) -> int:
     """Exit status of a process, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def workers_of(process: int) -> list[int]:
+    """The processes that it has started and that run its tasks."""
+    try:
+        tasks = list(Path(f"/proc/{process}/task").iterdir())
+        children = [int(c) for task in tasks for c in (task / "children").read_text().split()]
+        return [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    except OSError:  # one of them has ended just now
+        return []
 
 
 def numbers(out: Path) -> Any:
@@ -451,6 +487,7 @@ def main() -> None:
                     for name in ("SIGKILL", "SIGTERM", "SIGINT")
                 ),
                 (trials.killed_while_writing, (asked.kills,)),
+                (trials.workers_killed, (asked.others,)),
                 (trials.damaged, (2 * asked.others,)),
                 *((fault, (asked.others,)) for fault in (trials.twice, trials.removed)),
                 *((fault, (asked.others,)) for fault in (trials.read_only, trials.full)),
