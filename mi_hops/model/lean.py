@@ -1,10 +1,11 @@
-"""HookedTransformer's blocks without what nobody looks at, for the length of a sweep.
+"""Blocks without what nobody looks at, for the length of a sweep.
 
-A block normalises its input once each for queries, keys and values, adds biases that are zero, repeats every
-key and value for all heads that share it, turns all keys to their positions again, those of a cache
-included, and exposes scores and pattern. Here each norm is computed once, and attention is one fused kernel
-over keys that are not repeated, wherever no hook sits at scores, pattern, turned keys or in the norm. All
-other hook points see what they saw; the difference is one of rounding.
+HookedTransformer normalises a block's input once each for queries, keys and values, adds biases that are
+zero, repeats every key and value for all heads that share it, turns all keys to their positions again,
+those of a cache included, and exposes scores and pattern. Here each norm is computed once, and attention is
+one fused kernel over keys that are not repeated, wherever no hook sits at scores, pattern, turned keys or in
+the norm. Of a Bridge only the attention of LLaMA is replaced, whose keys are repeated too. All other hook
+points see what they saw; the difference is one of rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.functional import linear
 
 from mi_hops.model.cache import HookedEntry
 from mi_hops.model.classes import backend_of
-from mi_hops.model.identity import own_weight
+from mi_hops.model.identity import device_of, own_weight
 from mi_hops.model.plain import (
     attend,
     for_shared_heads,
@@ -34,41 +35,74 @@ from mi_hops.model.plain import (
 )
 from mi_hops.model.types import HookedModel
 
+#: Options under which attention has further hook points.
+_FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in")
+
 
 @contextmanager
 def lean_blocks(model: HookedModel) -> Iterator[None]:
     """For the length of the block, passes compute what is looked at.
 
-    Nothing changes for a Bridge, for other families than GPT-2 and LLaMA, in half precision (where the
-    order of summation shows), for a model with modules of somebody else's, under autograd, and in a part
-    of a block whose inner hook points are in use.
+    Nothing changes for other families than GPT-2 and LLaMA, in half precision (where the order of
+    summation shows), for a model with modules of somebody else's or on several devices, under autograd,
+    and in a part of a block whose inner hook points are in use.
     """
-    cfg = model.cfg
-    if not (
-        backend_of(model) == "hooked"
-        and is_ordinary(cfg)
-        and cfg.dtype in (torch.float32, torch.float64)
-        and cfg.n_devices == 1
-        and not any("forward" in m.__dict__ or is_foreign(m) for m in model.modules())
-    ):
-        yield
-        return
-    masks = _Masks()
+    parts = {}
+    if is_ordinary(model.cfg) and not any(map(is_foreign, model.modules())):
+        parts = _hooked_parts(model) if backend_of(model) == "hooked" else _bridge_parts(model)
+    if any("forward" in module.__dict__ for module in parts):  # they are lean already
+        parts = {}
     with ExitStack() as stack:
-        for block in model.blocks:
-            norm = _Norm(model, block.ln1, once=True)
-            parts: dict[Any, Callable[..., Tensor]] = {
-                block.ln1: norm,
-                block.attn: _attention(block.attn, norm, masks),
-                block.ln2: _Norm(model, block.ln2),
-            }
-            if cfg.gated_mlp:
-                parts[block.mlp] = _gated(block.mlp)
-            for module, forward in parts.items():
-                # On the instance, before the class's own; taken off again, the class's own is back.
-                stack.callback(module.__dict__.pop, "forward", None)
-                module.forward = forward
+        for module, forward in parts.items():
+            # On the instance, before the class's own; taken off again, the class's own is back.
+            stack.callback(module.__dict__.pop, "forward", None)
+            module.__dict__["forward"] = forward
         yield
+
+
+def _hooked_parts(model: HookedModel) -> dict[Any, Callable[..., Any]]:
+    """Module -> what it is to do instead."""
+    cfg, parts = model.cfg, dict[Any, Callable[..., Any]]()
+    if cfg.dtype not in (torch.float32, torch.float64) or cfg.n_devices > 1:
+        return parts
+    masks = _Masks()
+    for block in model.blocks:
+        norm = _Norm(model, block.ln1, once=True)
+        parts[block.ln1] = norm
+        parts[block.attn] = _attention(block.attn, norm, masks)
+        parts[block.ln2] = _Norm(model, block.ln2)
+        if cfg.gated_mlp:
+            parts[block.mlp] = _gated(block.mlp)
+    return parts
+
+
+def _bridge_parts(model: HookedModel) -> dict[Any, Callable[..., Any]]:
+    """As `_hooked_parts`."""
+    usable = (
+        model.cfg.positional_embedding_type == "rotary"
+        and {(p.device, p.dtype) for p in model.parameters()} == {(device_of(model), torch.float32)}
+        and not getattr(model, "compatibility_mode", False)
+    )
+    if not usable:
+        return {}
+    turn = _Once(lambda cos, sin: rotation(cos[:, None], sin[:, None]))
+    shared = _Once(for_shared_heads)
+    return {block.attn: _bridge_attention(block.attn, turn, shared) for block in model.blocks}
+
+
+class _Once:
+    """A function whose last value stands until it is asked about other tensors: once for all blocks of a pass."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make, self._made = make, None
+        self._given: tuple[Any, ...] = ()
+
+    def __call__(self, *given: Any) -> Any:
+        if len(given) != len(self._given) or any(
+            a is not b for a, b in zip(given, self._given, strict=True)
+        ):
+            self._given, self._made = given, self._make(*given)
+        return self._made
 
 
 class _Norm:
@@ -157,9 +191,7 @@ def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
         if (
             _watched(*inner)
             or not masks.hides_nothing(attention_mask)
-            or cfg.use_attn_result
-            or cfg.use_split_qkv_input
-            or cfg.use_attn_in
+            or any(getattr(cfg, flag) for flag in _FLAGS)
         ):
             return own(
                 query_input=query_input,
@@ -187,6 +219,56 @@ def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
         z = attn.hook_z(attend(q, k, v, mask, 1 / attn.attn_scale))
         weight = rearrange(attn.W_O, "head d model -> model (head d)")
         return linear(rearrange(z, "row pos head d -> row pos (head d)"), weight, biases["O"])
+
+    return forward
+
+
+def _bridge_attention(attn: Any, turn: _Once, shared: _Once) -> Callable[..., Any]:
+    """As `_attention`, for the Bridge's component of LLaMA."""
+    own, wrapped, cfg = attn.forward, attn.original_component, attn.config
+    inner = [attn.hook_attn_scores, attn.hook_pattern, attn.hook_cos, attn.hook_sin]
+    d_head, n_shared = wrapped.head_dim, wrapped.num_key_value_groups
+
+    def apart(x: Tensor) -> Tensor:
+        return rearrange(x, "row pos (head d) -> row head pos d", d=d_head)
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        n_pos = hidden_states.shape[1]
+        n_slots = (
+            n_pos
+            if past_key_values is None
+            else n_pos + past_key_values.get_seq_length(wrapped.layer_idx)
+        )
+        if (
+            _watched(*inner)
+            or attn.training
+            or attention_mask is None
+            or attention_mask.dtype != hidden_states.dtype
+            or attention_mask.shape[1:] != (1, n_pos, n_slots)
+            or any(getattr(cfg, flag, False) for flag in _FLAGS)
+        ):
+            return own(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **others,
+            )
+        x = attn.hook_in(hidden_states)
+        q, k, v = apart(attn.q(x)), apart(attn.k(x)), apart(attn.v(x))
+        rotate = turn(*position_embeddings)
+        q, k = attn.hook_rot_q(rotate(q)), attn.hook_rot_k(rotate(k))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, wrapped.layer_idx)
+        z = attend(q, k, v, shared(attention_mask, n_shared), wrapped.scaling)
+        z = rearrange(z, "row pos head d -> row pos (head d)")
+        return attn.hook_out(attn.o(z)), None
 
     return forward
 
