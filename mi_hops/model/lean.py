@@ -91,7 +91,7 @@ def _bridge_parts(model: HookedModel) -> dict[Any, Callable[..., Any]]:
 
 
 class _Once:
-    """A function whose last value stands until it is asked about other tensors: once for all blocks of a pass."""
+    """A function computed once for all blocks of a pass: its last value stands until it is given other tensors."""
 
     def __init__(self, make: Callable[..., Any]) -> None:
         self._make, self._made = make, None
@@ -136,15 +136,12 @@ class _Masks:
     """The masks of a pass, made once for all of its blocks."""
 
     def __init__(self) -> None:
-        self._asked: Tensor | None = None
-        self._ones = True
+        self._all_ones = _Once(lambda mask: bool(mask.all()))
         self._causal: tuple[tuple[int, int, int], Tensor] | None = None
 
     def hides_nothing(self, mask: Tensor | None) -> bool:
         """Whether an attention mask is all ones."""
-        if mask is not None and mask is not self._asked:
-            self._asked, self._ones = mask, bool(mask.all())
-        return mask is None or self._ones
+        return mask is None or bool(self._all_ones(mask))
 
     def causal(self, n_pos: int, n_slots: int, n_shared: int, like: Tensor) -> Tensor:
         """For the last `n_pos` of `n_slots` positions."""
