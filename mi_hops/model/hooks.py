@@ -136,7 +136,8 @@ def hooked(model: HookedModel, hooks: Sequence[Hook], *, must_fire: bool = True)
         silent = sorted({hooks[i][0] for i, f in enumerate(fired) if not f})
         raise RuntimeError(
             f"hook(s) {silent} never fired, so the intervention did nothing; was the forward pass "
-            "stopped before that layer, or does the model skip this hook point?"
+            "stopped before that layer, or is the hook point off (model.set_use_attn_result(True) and "
+            "the like switch some on)?"
         )
 
 
