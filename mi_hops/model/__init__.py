@@ -5,7 +5,6 @@ from .classes import hooked_class as hooked_class
 from .hooks import HOOK_NAMES as HOOK_NAMES
 from .hooks import capture as capture
 from .hooks import forward as forward
-from .hooks import has_hooks as has_hooks
 from .hooks import hook_name as hook_name
 from .hooks import hooked as hooked
 from .hooks import nothing_stays as nothing_stays

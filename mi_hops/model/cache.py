@@ -183,14 +183,14 @@ class HookedEntry:
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values that the rows attend to."""
-        return self.append_turned(keys, values, lambda past, offset: past)
+        return self.append_rotated(keys, values, lambda past, offset: past)
 
-    def append_turned(
-        self, keys: Tensor, values: Tensor, turn: Callable[[Tensor, int], Tensor]
+    def append_rotated(
+        self, keys: Tensor, values: Tensor, rotate: Callable[[Tensor, int], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The same, with `keys` turned to their positions and those cached by `turn(keys, 0)`."""
+        """The same, with `keys` rotated already and those cached by `rotate(keys, 0)`."""
         rows = self._view.rows
-        return _joined(turn(self._keys, 0), keys, rows, 1), _joined(self._values, values, rows, 1)
+        return _joined(rotate(self._keys, 0), keys, rows, 1), _joined(self._values, values, rows, 1)
 
 
 def _bridge_view(entries: list[tuple[Tensor, Tensor]], length: int) -> Any:

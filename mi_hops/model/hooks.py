@@ -17,6 +17,7 @@ from transformer_lens.hook_points import HookPoint
 
 from mi_hops.model.classes import backend_of
 from mi_hops.model.identity import device_of, dtype_of
+from mi_hops.model.shortcuts import is_foreign
 from mi_hops.model.types import Hook, HookedModel, HookFn, MissingHookError, PlainHook
 
 #: Kind of activation -> TransformerLens hook name; ``{}`` is the layer.
@@ -130,8 +131,19 @@ def hooked(model: HookedModel, hooks: Sequence[Hook], *, must_fire: bool = True)
         return
     fired = [False] * len(hooks)
     watched = [(name, _flagged(fn, fired, i)) for i, (name, fn) in enumerate(hooks)]
-    with nothing_stays(model), _attached(model, plain_hooks(model, watched)):
+    points: list[HookPoint] = []
+    with nothing_stays(model):
+        # As model.hooks(...), which on a Bridge reads `hook_dict` for each of them.
+        level = model.context_level = model.context_level + 1
+        for name, fn in plain_hooks(model, watched):
+            point = hook_point(model, str(name))
+            assert point is not None, "plain_hooks refuses what is missing"
+            point.add_hook(fn, level=level)
+            points.append(point)
         yield
+        for point in points:
+            point.remove_hooks("fwd", level=level)
+        model.context_level = level - 1
     if must_fire and not all(fired):
         silent = sorted({hooks[i][0] for i, f in enumerate(fired) if not f})
         raise RuntimeError(
@@ -139,24 +151,6 @@ def hooked(model: HookedModel, hooks: Sequence[Hook], *, must_fire: bool = True)
             "stopped before that layer, or is the hook point off (model.set_use_attn_result(True) and "
             "the like switch some on)?"
         )
-
-
-@contextmanager
-def _attached(model: HookedModel, hooks: Sequence[PlainHook]) -> Iterator[None]:
-    """As ``model.hooks(...)``, which on a Bridge reads `hook_dict` for each of them."""
-    points: list[HookPoint] = []
-    level = model.context_level = model.context_level + 1
-    try:
-        for name, fn in hooks:
-            point = hook_point(model, str(name))
-            assert point is not None, "plain_hooks refuses what is missing"
-            points.append(point)
-            point.add_hook(fn, level=level)
-        yield
-    finally:
-        for point in points:
-            point.remove_hooks("fwd", level=level)
-        model.context_level = level - 1
 
 
 @contextmanager
@@ -171,12 +165,12 @@ def nothing_stays(model: HookedModel) -> Iterator[None]:
         yield
     except BaseException:
         for module in model.modules():
-            _take_off(module, first)
+            _remove_since(module, first)
         model.context_level = level
         raise
 
 
-def _take_off(module: Any, first: int) -> None:
+def _remove_since(module: Any, first: int) -> None:
     """Hooks with numbers from `first` on, which torch gives in the order of attaching."""
     permanent: set[int] = set()
     for side in ("fwd_hooks", "bwd_hooks"):
@@ -204,11 +198,6 @@ _HOOK_TABLES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-
-
-def has_hooks(model: HookedModel) -> bool:
-    """Whether a forward hook sits at any hook point: the user's own, if nothing here is running."""
-    return any(isinstance(m, HookPoint) and m._forward_hooks for m in model.modules())
 
 
 def _flagged(fn: HookFn, fired: list[bool], i: int) -> HookFn:
@@ -307,6 +296,8 @@ def _reads_in_place(model: HookedModel) -> bool:
         and not getattr(model.cfg, "output_logits_soft_cap", 0) > 0
         and model.W_U.is_floating_point()
         and model.W_U.element_size() >= 4
+        # A hook on the whole model would get the stream instead of logits.
+        and not (is_foreign(model) or is_foreign(model.unembed))
     )
 
 
@@ -343,8 +334,8 @@ def head_inputs(model: HookedModel, role: str, layer: int) -> str | None:
 def split_heads(model: HookedModel) -> Iterator[None]:
     """For the length of the block, the queries, keys and values of each head have inputs of their own."""
     before = model.cfg.use_split_qkv_input
-    model.cfg.use_split_qkv_input = True
     try:
+        model.cfg.use_split_qkv_input = True
         yield
     finally:
         model.cfg.use_split_qkv_input = before

@@ -75,7 +75,7 @@ def _turned(model: HookedModel) -> Iterator[tuple[Tensor, Callable[[Tensor], Ten
         mlp = dict(getattr(block, "mlp", block.attn).named_parameters(recurse=False))
         if "W_gate" in mlp:
             for name in ("W_gate", "W_in", "W_out"):
-                if mlp[name].ndim == 2:
+                if name in mlp and mlp[name].ndim == 2:
                     yield from _unless_so(mlp[name], _input_last)
 
 

@@ -1,17 +1,17 @@
-"""Blocks without what nobody looks at, for the length of a sweep.
+"""Blocks that skip what nobody observes, for the length of a sweep.
 
 HookedTransformer normalises a block's input once each for queries, keys and values, adds biases that are
-zero, repeats every key and value for all heads that share it, turns all keys to their positions again,
-those of a cache included, and exposes scores and pattern. Here each norm is computed once, and attention is
-one fused kernel over keys that are not repeated, wherever no hook sits at scores, pattern, turned keys or in
+zero, repeats every key and value for all heads that share it, rotates all keys again, those of
+a cache included, and exposes scores and pattern. Here each norm is computed once, and attention is
+one fused kernel over keys that are not repeated, wherever no hook sits at scores, pattern, rotated keys or in
 the norm. Of a Bridge only the attention of LLaMA is replaced, whose keys are repeated too. All other hook
 points see what they saw; the difference is one of rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,18 +21,17 @@ from torch.nn.functional import linear
 
 from mi_hops.model.cache import HookedEntry
 from mi_hops.model.classes import backend_of
-from mi_hops.model.identity import device_of, own_weight
+from mi_hops.model.identity import own_weight
 from mi_hops.model.plain import (
     attend,
     for_shared_heads,
-    is_foreign,
-    is_ordinary,
     norm_of,
     normalise,
     own_bias,
     rotary_table,
     rotation,
 )
+from mi_hops.model.shortcuts import may_be_rewritten
 from mi_hops.model.types import HookedModel
 
 #: Options under which attention has further hook points.
@@ -41,53 +40,53 @@ _FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in")
 
 @contextmanager
 def lean_blocks(model: HookedModel) -> Iterator[None]:
-    """For the length of the block, passes compute what is looked at.
+    """For the length of the context, passes skip what nobody observes.
 
-    Nothing changes for other families than GPT-2 and LLaMA, in half precision (where the order of
-    summation shows), for a model with modules of somebody else's or on several devices, under autograd,
-    and in a part of a block whose inner hook points are in use.
+    Nothing changes for a model that may not be rewritten (`shortcuts`), under autograd, and in a part of a
+    block whose inner hook points are in use.
     """
     parts = {}
-    if is_ordinary(model.cfg) and not any(map(is_foreign, model.modules())):
+    if may_be_rewritten(model):
         parts = _hooked_parts(model) if backend_of(model) == "hooked" else _bridge_parts(model)
-    if any("forward" in module.__dict__ for module in parts):  # they are lean already
+    if any("forward" in module.__dict__ for module in parts):  # within another such context
         parts = {}
-    with ExitStack() as stack:
+    try:
         for module, forward in parts.items():
             # On the instance, before the class's own; taken off again, the class's own is back.
-            stack.callback(module.__dict__.pop, "forward", None)
             module.__dict__["forward"] = forward
         yield
+        _remove(parts)
+    except BaseException:
+        _remove(parts)
+        raise
+
+
+def _remove(parts: Iterable[Any]) -> None:
+    for module in parts:
+        module.__dict__.pop("forward", None)
 
 
 def _hooked_parts(model: HookedModel) -> dict[Any, Callable[..., Any]]:
     """Module -> what it is to do instead."""
-    cfg, parts = model.cfg, dict[Any, Callable[..., Any]]()
-    if cfg.dtype not in (torch.float32, torch.float64) or cfg.n_devices > 1:
-        return parts
+    parts: dict[Any, Callable[..., Any]] = {}
     masks = _Masks()
     for block in model.blocks:
         norm = _Norm(model, block.ln1, once=True)
         parts[block.ln1] = norm
         parts[block.attn] = _attention(block.attn, norm, masks)
         parts[block.ln2] = _Norm(model, block.ln2)
-        if cfg.gated_mlp:
+        if model.cfg.gated_mlp:
             parts[block.mlp] = _gated(block.mlp)
     return parts
 
 
 def _bridge_parts(model: HookedModel) -> dict[Any, Callable[..., Any]]:
     """As `_hooked_parts`."""
-    usable = (
-        model.cfg.positional_embedding_type == "rotary"
-        and {(p.device, p.dtype) for p in model.parameters()} == {(device_of(model), torch.float32)}
-        and not getattr(model, "compatibility_mode", False)
-    )
-    if not usable:
+    if model.cfg.positional_embedding_type != "rotary":
         return {}
-    turn = _Once(lambda cos, sin: rotation(cos[:, None], sin[:, None]))
+    rotations = _Once(lambda cos, sin: rotation(cos[:, None], sin[:, None]))
     shared = _Once(for_shared_heads)
-    return {block.attn: _bridge_attention(block.attn, turn, shared) for block in model.blocks}
+    return {block.attn: _bridge_attention(block.attn, rotations, shared) for block in model.blocks}
 
 
 class _Once:
@@ -139,7 +138,7 @@ class _Masks:
         self._all_ones = _Once(lambda mask: bool(mask.all()))
         self._causal: tuple[tuple[int, int, int], Tensor] | None = None
 
-    def hides_nothing(self, mask: Tensor | None) -> bool:
+    def is_all_ones(self, mask: Tensor | None) -> bool:
         """Whether an attention mask is all ones."""
         return mask is None or bool(self._all_ones(mask))
 
@@ -168,7 +167,7 @@ def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
         made = linear(x, weight, biases[name])
         return rearrange(made, "row pos (head d) -> row pos head d", d=cfg.d_head)
 
-    def turn(x: Tensor, offset: int) -> Tensor:
+    def rotate(x: Tensor, offset: int) -> Tensor:
         if not rotary:
             return x
         end = offset + x.shape[1]
@@ -187,7 +186,7 @@ def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
         entry = past_kv_cache_entry
         if (
             _watched(*inner)
-            or not masks.hides_nothing(attention_mask)
+            or not masks.is_all_ones(attention_mask)
             or any(getattr(cfg, flag) for flag in _FLAGS)
         ):
             return own(
@@ -203,13 +202,13 @@ def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
         v = attn.hook_v(project(value_input, "V"))
         offset = 0 if entry is None else entry.past_keys.shape[1]
         if isinstance(entry, HookedEntry):
-            k, v = entry.append_turned(turn(k, offset), v, turn)
+            k, v = entry.append_rotated(rotate(k, offset), v, rotate)
         else:
             if entry is not None:
                 k, v = entry.append(k, v)
-            k = turn(k, 0)
+            k = rotate(k, 0)
         if rotary:
-            q = attn.hook_rot_q(turn(q, offset))
+            q = attn.hook_rot_q(rotate(q, offset))
         n_shared = q.shape[2] // k.shape[2]
         mask = masks.causal(q.shape[1], k.shape[1], n_shared, q)
         q, k, v = (rearrange(x, "row pos head d -> row head pos d") for x in (q, k, v))
@@ -220,7 +219,7 @@ def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
     return forward
 
 
-def _bridge_attention(attn: Any, turn: _Once, shared: _Once) -> Callable[..., Any]:
+def _bridge_attention(attn: Any, rotations: _Once, shared: _Once) -> Callable[..., Any]:
     """As `_attention`, for the Bridge's component of LLaMA."""
     own, wrapped, cfg = attn.forward, attn.original_component, attn.config
     inner = [attn.hook_attn_scores, attn.hook_pattern, attn.hook_cos, attn.hook_sin]
@@ -259,7 +258,7 @@ def _bridge_attention(attn: Any, turn: _Once, shared: _Once) -> Callable[..., An
             )
         x = attn.hook_in(hidden_states)
         q, k, v = apart(attn.q(x)), apart(attn.k(x)), apart(attn.v(x))
-        rotate = turn(*position_embeddings)
+        rotate = rotations(*position_embeddings)
         q, k = attn.hook_rot_q(rotate(q)), attn.hook_rot_k(rotate(k))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, wrapped.layer_idx)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,20 +20,12 @@ from torch.nn import functional
 
 from mi_hops.model.classes import backend_of
 from mi_hops.model.identity import device_of, dtype_of, own_weight
+from mi_hops.model.shortcuts import has_hooks, may_be_rewritten
 from mi_hops.model.types import HookedModel
 from mi_hops.model.weights import norm_parts, unembedding
 
-_ARCHITECTURES = ("GPT2LMHeadModel", "LlamaForCausalLM")
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    **dict.fromkeys(
-        ("gelu_new", "gelu_pytorch_tanh"), lambda x: functional.gelu(x, approximate="tanh")
-    ),
-}
-#: Whose modules compute what their weights say. Of another's (an adapter, a quantised layer) nobody knows.
-_KNOWN = ("torch", "transformers", "transformer_lens", "mi_hops")
-
+#: By the names that TransformerLens and transformers have for it: one fused kernel.
+_GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "NewGELUActivation", "GELUTanh", "PytorchGELUTanh")
 
 #: Gain, shift (of a LayerNorm) and epsilon of a norm.
 Norm = tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model"] | None, float]
@@ -41,7 +34,8 @@ Norm = tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model"] | None, float]
 def norm_of(model: HookedModel, norm: Any, like: Tensor) -> Norm:
     """What `normalise` needs of a norm; `like` is a tensor ``[..., d_model]`` of the model's."""
     gain, shift, centres = norm_parts(model, norm, like)
-    return gain, shift if centres else None, model.cfg.eps
+    eps = norm.eps if backend_of(model) == "hooked" else model.cfg.eps
+    return gain, shift if centres else None, float(eps)
 
 
 def normalise(
@@ -57,11 +51,11 @@ def normalise(
     return (x / (size / x.shape[-1] + eps).sqrt_()).mul_(gain)
 
 
-Turn = Callable[[Float[Tensor, "*any d_head"]], Float[Tensor, "*any d_head"]]
+Rotate = Callable[[Float[Tensor, "*any d_head"]], Float[Tensor, "*any d_head"]]
 
 
-def rotation(cos: Float[Tensor, "*any d_head"], sin: Float[Tensor, "*any d_head"]) -> Turn:
-    """What turns queries or keys to their positions; cos and sin have both halves."""
+def rotation(cos: Float[Tensor, "*any d_head"], sin: Float[Tensor, "*any d_head"]) -> Rotate:
+    """Rotates queries or keys by their positions; cos and sin have both halves."""
     half = cos.shape[-1] // 2
     # Each half takes the other, the first with a minus.
     signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
@@ -124,45 +118,18 @@ class Slots:
     alike: bool
 
 
-def is_ordinary(cfg: Any) -> bool:
-    """Whether blocks are those of GPT-2 or LLaMA, with no option that changes what they compute."""
-    odd = (
-        "use_attn_result", "use_split_qkv_input", "use_attn_in", "load_in_4bit", "use_qk_norm",
-        "use_logn_attn", "use_local_attn", "use_attention_sinks", "use_dynamic_ntk_rope",
-        "rotary_adjacent_pairs", "ungroup_grouped_query_attention", "attn_only", "clip_qkv",
-        "parallel_attn_mlp", "use_normalization_before_and_after", "post_embedding_ln",
-    )  # fmt: skip
-    family = getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None)
-    return (
-        family in _ARCHITECTURES
-        and cfg.act_fn in _ACTIVATIONS
-        and (getattr(cfg, "attention_dir", None) or "causal") == "causal"
-        and (getattr(cfg, "attn_scores_soft_cap", None) or -1) <= 0
-        and (getattr(cfg, "output_logits_soft_cap", None) or -1) <= 0
-        and getattr(cfg, "rotary_dim", None) in (None, cfg.d_head)
-        and not any(getattr(cfg, name, False) for name in odd)
-    )
-
-
 def plain_passes(model: HookedModel) -> PlainPasses | None:
     """Passes over a `RowCache` that compute what `model` computes; None where that is not certain.
 
-    Certain are GPT-2 and LLaMA of both classes in float32, and HookedTransformer in float64, on one
-    device, with no hook of any kind and no foreign module, whose weights lie in memory so that a pass
-    need not copy them (`layout`). In half precision the order of summation shows; and transformers'
-    RMSNorm takes float64 for float32.
+    Certain are models that `may_be_rewritten`, with no hook of any kind, whose weights lie in memory so
+    that a pass need not copy them (`layout`).
     """
-    cfg = model.cfg
-    hooked = backend_of(model) == "hooked"
-    config = None if hooked else model.original_model.config
+    config = None if backend_of(model) == "hooked" else model.original_model.config
     usable = (
-        is_ordinary(cfg)
-        and not cfg.scale_attn_by_inverse_layer_idx
-        and (dtype_of(model) == torch.float32 or (hooked and dtype_of(model) == torch.float64))
-        and len({(p.device, p.dtype) for p in model.parameters()}) == 1
+        may_be_rewritten(model)
+        and not has_hooks(model)
+        and not model.cfg.scale_attn_by_inverse_layer_idx
         and getattr(config, "scale_attn_weights", True)
-        and not getattr(model, "compatibility_mode", False)
-        and not any(map(is_foreign, model.modules()))
     )
     if not usable:
         return None
@@ -170,15 +137,6 @@ def plain_passes(model: HookedModel) -> PlainPasses | None:
         return PlainPasses(model)
     except _CopyError:
         return None
-
-
-def is_foreign(module: torch.nn.Module) -> bool:
-    """Whether anything but its own class, transformers or TransformerLens decides what it returns."""
-    deciding = [type(module), *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if "forward" in module.__dict__:
-        deciding.append(module.__dict__["forward"])
-    # The Bridge and transformers put hooks at some modules that only look; `lean_blocks` puts forwards.
-    return any(str(getattr(it, "__module__", "")).split(".")[0] not in _KNOWN for it in deciding)
 
 
 class _CopyError(Exception):
@@ -244,9 +202,19 @@ class _Block:
         self.norms = [norm_of(model, norm, like) for norm in (block.ln1, block.ln2)]
         self.q, self.k, self.v = (_linear(block.attn, name, _IN) for name in "QKV")
         self.o = _linear(block.attn, "O", _OUT)
+        wrapped = getattr(block.attn, "original_component", None)
+        self.scale = 1 / float(block.attn.attn_scale) if wrapped is None else float(wrapped.scaling)
+        self.activation = _activation(getattr(block.mlp, "original_component", block.mlp))
         gated = getattr(block.mlp, "W_gate", None) is not None
         self.gate = _linear(block.mlp, "gate", _MLP) if gated else None
         self.enter, self.leave = (_linear(block.mlp, name, _MLP) for name in ("in", "out"))
+
+
+def _activation(mlp: Any) -> Callable[[Tensor], Tensor]:
+    own = getattr(mlp, "act_fn", None) or mlp.act
+    if getattr(own, "__name__", type(own).__name__) in _GELU_TANH:
+        return partial(functional.gelu, approximate="tanh")
+    return own
 
 
 class PlainPasses:
@@ -259,9 +227,6 @@ class PlainPasses:
         self._final = norm_of(model, model.ln_final, like)
         weight, bias = unembedding(model)
         self._unembed = _Linear(weight.T, bias.to(weight.dtype))
-        self._activation = _ACTIVATIONS[cfg.act_fn]
-        hooked = backend_of(model) == "hooked"
-        self._scale = 1 / float(model.blocks[0].attn.attn_scale) if hooked else cfg.d_head**-0.5
 
     def __call__(
         self, tokens: Int[Tensor, "row pos"], last: Int[Tensor, "row"], slots: Slots
@@ -274,7 +239,7 @@ class PlainPasses:
         at, which, first = (t.to(place) for t in _distinct(tokens, last, slots.alike))
         positions = slots.positions.expand(rows, -1).flatten()[first]
         x = self._embed(tokens.to(place).flatten()[first], positions)
-        turn = self._rotation(x, positions)
+        rotate = self._rotation(x, positions)
         n_shared = self._blocks[0].q.weight.shape[0] // self._blocks[0].k.weight.shape[0]
         mask = x.new_zeros(slots.seen.shape).masked_fill_(~slots.seen, float("-inf"))
         mask = for_shared_heads(mask, n_shared)
@@ -288,9 +253,9 @@ class PlainPasses:
 
         for layer, block in enumerate(self._blocks):
             y = normalise(x, *block.norms[0])
-            q, k, v = apart(turn(block.q(y))), apart(turn(block.k(y))), apart(block.v(y))
+            q, k, v = apart(rotate(block.q(y))), apart(rotate(block.k(y))), apart(block.v(y))
             k, v = slots.join(layer, (k, v))
-            z = attend(q, k, v, mask, self._scale).flatten(0, 1).flatten(1)
+            z = attend(q, k, v, mask, block.scale).flatten(0, 1).flatten(1)
             if layer == len(self._blocks) - 1:  # from here on only the last positions count
                 ends = torch.arange(rows) * n_pos + last
                 x = x[which[torch.searchsorted(at, ends.to(place))]]
@@ -300,9 +265,9 @@ class PlainPasses:
             x += block.o(z)
             y = normalise(x, *block.norms[1])
             if block.gate is None:
-                y = self._activation(block.enter(y))
+                y = block.activation(block.enter(y))
             else:
-                y = self._activation(block.gate(y)).mul_(block.enter(y))
+                y = block.activation(block.gate(y)).mul_(block.enter(y))
             x += block.leave(y)
         return self._unembed(normalise(x, *self._final))
 
@@ -316,8 +281,10 @@ class PlainPasses:
             return x[0] + self._model.pos_embed.W_pos[positions]
         return (x + self._model.pos_embed(positions[None]))[0]
 
-    def _rotation(self, x: Float[Tensor, "token d_model"], positions: Int[Tensor, "token"]) -> Turn:
-        """Turns queries or keys to their positions; nothing, where the embedding tells positions."""
+    def _rotation(
+        self, x: Float[Tensor, "token d_model"], positions: Int[Tensor, "token"]
+    ) -> Rotate:
+        """Rotates queries or keys by their positions; changes nothing where these are embedded."""
         if self._model.cfg.positional_embedding_type != "rotary":
             return lambda q: q
         if backend_of(self._model) == "hooked":
@@ -325,8 +292,8 @@ class PlainPasses:
             cos, sin = (values[positions] for values in table)
         else:
             cos, sin = (t[0] for t in self._model.rotary_emb(x[None], positions[None]))
-        turn = rotation(*(rearrange(t.to(x.dtype), "token d -> token 1 d") for t in (cos, sin)))
+        rotate = rotation(*(rearrange(t.to(x.dtype), "token d -> token 1 d") for t in (cos, sin)))
         d_head = cos.shape[-1]
-        return lambda flat: turn(
+        return lambda flat: rotate(
             rearrange(flat, "token (head d) -> token head d", d=d_head)
         ).flatten(1)

@@ -23,18 +23,18 @@ from mi_hops.model import (
     HookedModel,
     hook_name,
     n_heads_of,
-    permanent_hooks,
     require_hooks,
     require_layers,
 )
 from mi_hops.model.cache import Prefix, Recorder, remembering
 from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.lean import lean_blocks
+from mi_hops.model.shortcuts import is_touched
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.interventions import HEAD_AXIS, Intervention, Site
 from mi_hops.sweep.keep import keep
 from mi_hops.sweep.limits import Limits
-from mi_hops.sweep.passes import Pass, entry_hook, make_row, plan_passes, run_pass
+from mi_hops.sweep.passes import Pass, Row, entry_hook, make_row, plan_passes, run_pass
 from mi_hops.text.tokens import Batch
 
 Reduce = Callable[["Tensor", list[int]], "Tensor"]
@@ -105,11 +105,7 @@ def fan_out(
     prefix: Prefix | None = None
     out: list[Tensor | None] = [None] * len(interventions)
     seen: dict[str, Tensor] = {}
-    # Hooks of the user's may look at any position and act between any two sites.
-    plain = bool(permanent_hooks(model))
-    limits = replace(limits, reuse_prefix=limits.reuse_prefix and not plain)
-    rows = [make_row(model, item, seen, plain=plain) for item in interventions]
-    plan = plan_passes(model, prompts, rows, where, limits)
+    rows, plan, plain = _planned(model, prompts, interventions, where, limits, seen)
     watching: list[Hook] = [(name, _of_first(n_bases, fn)) for name, fn in (observe or {}).items()]
     watching += remembering(seen, {name for row in rows for name in row.needs}, n_bases)
     entries = {entry_hook(row.join) for row in rows}
@@ -247,7 +243,22 @@ def plan_fan_out(
 ) -> list[Pass]:
     """All passes that a fan-out would make; nothing runs."""
     where = _scored(prompts, scored)
-    plain = bool(permanent_hooks(model))
+    return _planned(model, prompts, interventions, where, limits, {})[1]
+
+
+def _planned(
+    model: HookedModel,
+    prompts: Batch,
+    interventions: Sequence[Intervention],
+    where: list[list[int]],
+    limits: Limits,
+    seen: dict[str, Tensor],
+) -> tuple[list[Row], list[Pass], bool]:
+    """Rows, passes, and whether every row is run as a whole, from the first token and the first block on.
+
+    That is so where hooks of the user's, or third-party modules, may look at any position and act between any two sites.
+    """
+    plain = is_touched(model)
     limits = replace(limits, reuse_prefix=limits.reuse_prefix and not plain)
-    rows = [make_row(model, item, {}, plain=plain) for item in interventions]
-    return plan_passes(model, prompts, rows, where, limits)
+    rows = [make_row(model, item, seen, plain=plain) for item in interventions]
+    return rows, plan_passes(model, prompts, rows, where, limits), plain

@@ -16,13 +16,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mi_hops.model import HookedModel, device_of, has_hooks
+from mi_hops.model import HookedModel, device_of
 from mi_hops.model.cache import new_cache
 from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.lean import lean_blocks
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.model.plain import PlainPasses, plain_passes
 from mi_hops.model.row_cache import RowCache, takes_unequal_rows
+from mi_hops.model.shortcuts import is_touched
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import each_part
 from mi_hops.sweep.repair import Repair, Rows
@@ -146,7 +147,7 @@ def _replies(
                 f"prompt of {len(ask.prompt)} tokens and {ask.room} to come exceed the model's "
                 f"context of {model.cfg.n_ctx}: {ask.prompt.text[:60]!r}..."
             )
-    together = repair is None and takes_unequal_rows(model) and not has_hooks(model)
+    together = repair is None and takes_unequal_rows(model) and not is_touched(model)
     way = _Together(model, asks) if together else _Alike(model, asks, repair)
     around = (pretransposed_weights, *([] if together else [lean_blocks]))
 

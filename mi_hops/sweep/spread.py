@@ -30,8 +30,9 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from mi_hops.model import HookedModel, fingerprint, has_hooks
+from mi_hops.model import HookedModel, fingerprint
 from mi_hops.model.loading import loader_of
+from mi_hops.model.shortcuts import is_touched
 from mi_hops.sweep.keep import keeping_nothing
 from mi_hops.sweep.shared import SharedFolder
 
@@ -136,7 +137,7 @@ class _Spread:
         return (
             model is self.model
             and not any(getattr(model.cfg, flag, False) for flag in _FLAGS)
-            and not has_hooks(model)
+            and not is_touched(model)
             and fingerprint(model) == self.fingerprint
         )
 

@@ -226,6 +226,14 @@ def test_saved_lenses_come_back_and_those_of_other_models_are_refused(load_tiny,
         load_lens(model, tmp_path / "nothing")
 
 
+def test_a_saved_lens_can_be_read_by_whom_the_umask_lets(load_tiny, tmp_path):
+    model = load_tiny("gpt2")
+    (tmp_path / "plain").touch()
+    folder = TunedLens(model).save(tmp_path / "lens")
+    modes = {path.stat().st_mode for path in (tmp_path / "plain", *folder.iterdir())}
+    assert len(modes) == 1
+
+
 def test_a_lens_is_fetched_from_the_hub_by_its_id(load_tiny, tmp_path, monkeypatch):
     import huggingface_hub
 

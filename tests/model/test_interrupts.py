@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mi_hops.model import capture, forward, hooked
+from mi_hops.model.lean import lean_blocks
 from mi_hops.sweep.scoring import logits_at
 
 TOKENS = torch.tensor([[1, 5, 6, 7]])
@@ -17,10 +18,11 @@ class Interrupt(BaseException):
     """What Ctrl-C could raise at that line."""
 
 
-def interrupted(call, at):
-    """Run `call` and raise at the line number `at` of those that deal with hooks; were there so many?"""
-    files = ("hook_points.py", "hooks.py", "module.py", "contextlib.py")
-    attaching = ("_hooks_context", "apply_hooks", "add_hook_to_point")  # of the Bridge
+HOOKS = ("hook_points.py", "hooks.py", "module.py", "contextlib.py")
+
+
+def interrupted(call, at, files=HOOKS):
+    """Run `call` and raise at the line number `at` of those in some files; were there so many?"""
     lines = iter(range(at, -1, -1))
 
     def local(frame, event, arg):
@@ -30,8 +32,7 @@ def interrupted(call, at):
         return local
 
     def trace(frame, event, arg):
-        code = frame.f_code
-        return local if code.co_filename.endswith(files) or code.co_name in attaching else None
+        return local if frame.f_code.co_filename.endswith(files) else None
 
     try:
         sys.settrace(trace)
@@ -68,8 +69,24 @@ def test_an_exception_at_any_line_leaves_no_hook(backend, load_tiny):
     at = 0
     while interrupted(attach, at):
         assert attached(model) == before, at
-        at += 1 if backend == "hooked" else 7  # the Bridge takes its time
+        at += 1
     assert at > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_an_exception_at_any_line_leaves_no_lean_block(backend, load_tiny):
+    model = load_tiny("llama", backend, fresh=True)
+
+    def enter():
+        with lean_blocks(model):
+            pass
+
+    at = 0
+    while interrupted(enter, at, ("lean.py", "contextlib.py")):
+        assert not any("forward" in m.__dict__ for m in model.modules()), at
+        at += 1
+    assert at > 30
 
 
 @pytest.mark.slow_case("bridge")

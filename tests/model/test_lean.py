@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -128,16 +130,18 @@ def test_nothing_stays_and_an_outer_block_is_kept(load_tiny, shape, backend):
 
 @pytest.mark.parametrize("shape, backend", cases("llama"))
 def test_results_of_heads_are_computed_where_they_are_asked_for(load_tiny, shape, backend):
+    """Also where that is switched on within."""
     model = load_tiny(shape, backend, DTYPES[backend])
     names = ["blocks.1.attn.hook_result"]
-    model.set_use_attn_result(True)
-    try:
-        want, _ = seen_at(model, names)
-        with lean_blocks(model):
-            got, _ = seen_at(model, names)
-    finally:
-        model.set_use_attn_result(False)
-    torch.testing.assert_close(got[0][1], want[0][1], **CLOSE[backend])
+    found = []
+    for within in (nullcontext, lean_blocks):
+        with within(model):
+            model.set_use_attn_result(True)
+            try:
+                found.append(seen_at(model, names)[0][0][1])
+            finally:
+                model.set_use_attn_result(False)
+    torch.testing.assert_close(*found, **CLOSE[backend])
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from functools import partial, wraps
 from unittest import mock
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import prune
+from transformers.activations import ReLUSquaredActivation
 
 import mi_hops
-from mi_hops.model import hooked_class
+from mi_hops.model import forward, hooked_class
 from mi_hops.model.layout import pretransposed_weights
+from mi_hops.model.lean import lean_blocks
 from mi_hops.model.plain import plain_passes
+from mi_hops.model.shortcuts import is_touched
 from tests.models import SHAPES, cases
 
 PROMPTS = ["w7 w30 w22 w5", "w7 w30 w9", "w7 w30 w22 w5 w60 w11"]
@@ -47,6 +54,116 @@ def test_nothing_of_the_users_is_passed_by(load_tiny, shape, backend):
     with mock.patch.dict(mlp.__dict__, forward=lambda *given: own(*given)):
         assert not is_plain(model)
     assert [g.ids for g in mi_hops.generate(model, PROMPTS, stop=())] == before
+
+
+@contextmanager
+def put(holder, name, value):
+    """Something of a module replaced for a while."""
+    own = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, own)
+
+
+@contextmanager
+def pruned(mlp):
+    prune.custom_from_mask(mlp, "weight", torch.ones_like(mlp.weight))
+    try:
+        yield
+    finally:
+        prune.remove(mlp, "weight")
+
+
+@contextmanager
+def hooked_everywhere():
+    handle = register_module_forward_hook(lambda module, given, out: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def wrapped_forward(module):
+    own = module.forward
+    return mock.patch.dict(module.__dict__, forward=wraps(own)(lambda *given: 2 * own(*given)))
+
+
+def part(model, name):
+    """A part of a block: the module that computes it."""
+    found = getattr(model.blocks[1], name)
+    return getattr(found, "original_component", found)
+
+
+#: What a third party may do to a model -> a context in which it has done so.
+THIRD_PARTIES = {
+    "a forward that wraps the own": lambda m: wrapped_forward(m.blocks[1].mlp),
+    "a partial": lambda m: mock.patch.dict(
+        m.blocks[1].mlp.__dict__, forward=partial(torch.mul, other=2.0)
+    ),
+    "a class's forward": lambda m: mock.patch.object(
+        type(m.blocks[1].mlp), "forward", lambda self, x, *rest: x
+    ),
+    "a hook on all modules": lambda m: hooked_everywhere(),
+    "a part of torch's": lambda m: mock.patch.dict(m.blocks[1]._modules, ln1=torch.nn.Identity()),
+    "a hook point": lambda m: m.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: None)]),
+    "autocast": lambda m: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
+@pytest.mark.parametrize("what", THIRD_PARTIES)
+def test_what_a_third_party_decides_is_not_computed_without_it(load_tiny, shape, backend, what):
+    model = load_tiny(shape, backend, "float32")
+    with THIRD_PARTIES[what](model):
+        assert not is_plain(model)
+        if what != "a hook point":  # which sweeps and lean blocks heed one by one
+            before = forwards(model)
+            with lean_blocks(model):
+                assert forwards(model) == before
+        touched = is_touched(model)
+    assert touched == (what != "autocast")
+    assert is_plain(model) and not is_touched(model)
+
+
+def forwards(model):
+    return [m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__]
+
+
+def test_a_pruned_weight_is_not_read_as_it_was(load_tiny):
+    model = load_tiny("llama", "bridge", "float32")
+    with pruned(part(model, "mlp").down_proj.original_component):
+        assert not is_plain(model)
+    assert is_plain(model)
+
+
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
+def test_the_activation_that_stands_in_the_block_counts(load_tiny, shape, backend):
+    model = load_tiny(shape, backend, "float32")
+    mlp = part(model, "mlp")
+    name = "act_fn" if hasattr(mlp, "act_fn") else "act"
+
+    other = torch.square if backend == "hooked" else ReLUSquaredActivation()
+    tokens = torch.tensor([[1, 5, 9]])
+    before = forward(model, tokens)
+    with put(mlp, name, other):
+        assert is_plain(model)
+        assert not torch.allclose(forward(model, tokens), before)
+        found = [g.ids for g in mi_hops.generate(model, PROMPTS, stop=())]
+        with mock.patch("mi_hops.sweep.generate.plain_passes", lambda model: None):
+            assert [g.ids for g in mi_hops.generate(model, PROMPTS, stop=())] == found
+
+
+@pytest.mark.skipif(hooked_class() is None, reason="this TransformerLens has no HookedTransformer")
+def test_torchs_hooks_on_the_whole_model_and_on_the_unembedding_fire(load_tiny):
+    model, tokens = load_tiny("gpt2", "hooked", "float32"), torch.tensor([[1, 5, 9]])
+    logits = forward(model, tokens)
+    for module in (model, model.unembed):
+        handle = module.register_forward_hook(lambda module, given, out: 2 * out)
+        torch.testing.assert_close(forward(model, tokens), 2 * logits)
+        handle.remove()
+    assert torch.equal(forward(model, tokens), logits)
 
 
 def test_weights_as_they_are_at_the_call(load_tiny):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from itertools import permutations
+from unittest import mock
 
 import pytest
 import torch
+from transformer_lens.hook_points import HookPoint
 
 from mi_hops.model import capture, forward, hook_name, n_heads_of
 from mi_hops.sweep.fanout import FanOut, fan_out, plan_fan_out
@@ -13,6 +16,7 @@ from mi_hops.sweep.interventions import HEAD_AXIS, Intervention, Site, ablate, a
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.passes import Pass
 from mi_hops.text.tokens import pad
+from tests.models import cases
 
 PROMPTS = [[1, 7, 8, 9, 30, 31, 12], [1, 40, 41, 6], [1, 22, 5, 17, 18]]
 
@@ -243,19 +247,74 @@ def test_rows_join_behind_what_they_leave_alone(load_tiny, kind, attended, fed):
     """A row passes neither the attention before its first change, nor the MLP."""
     model, prompts = load_tiny("gpt2", "hooked"), pad(PROMPTS[:1])
     sizes = {}
-    watch = {
-        hook_name(k, layer): lambda x, at=(k, layer): sizes.update({at: len(x)})
-        for k in ("z", "mlp_out")
-        for layer in range(3)
-    }
-    for name, fn in watch.items():
-        model.hook_dict[name].add_hook(lambda x, hook, fn=fn: fn(x))
-    try:
+
+    def look(point, x):  # a hook would be the user's, under which every row is run as a whole
+        sizes[point.name] = len(x)
+        return x
+
+    with mock.patch.object(HookPoint, "forward", look):
         fan_out(model, prompts, [Intervention.at(kind, 0, scale(2.0))])
+    for k, n in (("z", attended), ("mlp_out", fed)):
+        assert sum(sizes[hook_name(k, layer)] == 2 for layer in range(3)) == n
+
+
+def at_a_position(x):
+    x = x.clone()
+    x[:, 2:3] *= -2  # of the rows' shared beginning
+    return x
+
+
+def mixing(x):
+    return x + x.mean(1, keepdim=True)
+
+
+@contextmanager
+def torch_hook(module, fn):
+    def of_output(module, given, out):
+        return fn(out) if isinstance(out, torch.Tensor) else (fn(out[0]), *out[1:])
+
+    handle = module.register_forward_hook(of_output)
+    try:
+        yield
     finally:
-        model.reset_hooks()
-    assert sum(n == 2 for (k, _), n in sizes.items() if k == "z") == attended
-    assert sum(n == 2 for (k, _), n in sizes.items() if k == "mlp_out") == fed
+        handle.remove()
+
+
+USERS = {
+    "a stream changed at a position": lambda m: m.hooks(
+        fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: at_a_position(x))]
+    ),
+    "the stream between two sites": lambda m: m.hooks(
+        fwd_hooks=[("blocks.1.hook_resid_pre", lambda x, hook: -2 * x)]
+    ),
+    "the last stream, positions mixed": lambda m: m.hooks(
+        fwd_hooks=[("blocks.2.hook_resid_post", lambda x, hook: mixing(x))]
+    ),
+    "torch's hook on an MLP": lambda m: torch_hook(m.blocks[1].mlp, at_a_position),
+    "torch's hook on attention": lambda m: torch_hook(m.blocks[1].attn, torch.neg),
+    "torch's hook on the final norm": lambda m: torch_hook(m.ln_final, mixing),
+}
+
+
+@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
+def test_hooks_of_the_users_act_in_every_row(load_tiny, user, shape, backend):
+    """They may look at any position, and act between any two sites."""
+    model, prompts = load_tiny(shape, backend), pad(PROMPTS[:1])
+    n = len(PROMPTS[0])
+    items = [
+        Intervention.at(kind, layer, scale(2.0), positions=(pos,))
+        for kind in ("attn_out", "mlp_out", "resid_pre")
+        for layer in range(3)
+        for pos in (n - 1, 3)
+    ]
+    before = fan_out(model, prompts, items).rows
+    with USERS[user](model):
+        got = fan_out(model, prompts, items, limits=Limits(max_rows=4)).rows
+        torch.testing.assert_close(
+            got, loop(model, prompts, items, [[n - 1]]), atol=2e-5, rtol=1e-4
+        )
+    assert not torch.allclose(got, before, atol=1e-3)
 
 
 def test_out_of_memory_halves_the_pass(tiny, monkeypatch):

@@ -334,6 +334,9 @@ def test_a_changed_or_hooked_model_works_here():
             model.W_E.copy_(load_model("hops-gpt2").W_E)
         with model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: x)]):
             each(model, lambda n: n)
+        handle = model.blocks[1].mlp.register_forward_hook(lambda module, given, out: -out)
+        each(model, lambda n: n)
+        handle.remove()
         assert not executor.n
         each(model, lambda n: n)
         assert executor.n == 6
