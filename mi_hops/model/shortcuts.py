@@ -1,8 +1,7 @@
 """Whether a pass may leave out or reorder what a model does, because it computes what its weights say.
 
-A sweep joins rows late, starts behind a prefix, and may leave out what nobody observes. All of that
-is exact as long as nothing else has a say: no hook of the user's, no module, forward or activation that
-somebody else has put in place.
+A sweep joins rows late, starts behind a prefix, and skips what nobody observes. That is exact as long
+as nothing else has a say: no hook of the user's, and no module or forward of a third party.
 """
 
 from __future__ import annotations
