@@ -17,10 +17,10 @@ from mi_hops.model.classes import backend_of
 from mi_hops.model.types import HookedModel
 
 _ARCHITECTURES = ("GPT2LMHeadModel", "LlamaForCausalLM")
-#: Whose modules compute what their weights say. Of another's (an adapter, a quantised layer) nobody knows.
-_KNOWN = ("transformers", "transformer_lens", "mi_hops")
+#: Whose modules a model is made of. Of another's (an adapter, a quantised layer) nobody knows what they do.
+_KNOWN = ("transformers", "transformers_modules", "transformer_lens", "mi_hops")
 #: torch's own modules in GPT-2 and LLaMA. Any other has replaced something.
-_KNOWN_OF_TORCH = (
+_OF_TORCH = (
     torch.nn.Linear,
     torch.nn.Embedding,
     torch.nn.LayerNorm,
@@ -70,6 +70,7 @@ def may_be_rewritten(model: HookedModel) -> bool:
         and not torch.is_autocast_enabled(device.type)
         and not getattr(model, "compatibility_mode", False)
         and not _is_altered(model)
+        and all(type(m) in _OF_TORCH for m in model.modules() if _root(type(m)) == "torch")
     )
 
 
@@ -103,13 +104,17 @@ def is_foreign(module: Any) -> bool:
 
 @lru_cache(maxsize=512)
 def _is_known(kind: Any, forward: Any) -> bool:
-    """Whether a class, with the forward it has now, is one of those that GPT-2 and LLaMA are made of."""
-    root = kind.__module__.split(".")[0]
-    return (kind in _KNOWN_OF_TORCH or root in _KNOWN) and _is_ours(forward)
+    """Whether a class, with the forward it has now, is of torch's or transformers' layers, or TransformerLens's."""
+    ours = _root(kind) in _KNOWN or kind.__module__.startswith("torch.nn.modules.")
+    return ours and _is_ours(forward)
 
 
 def _is_ours(forward: Any) -> bool:
     return _origin(forward).split(".")[0] in ("torch", *_KNOWN)
+
+
+def _root(kind: Any) -> str:
+    return str(kind.__module__).split(".")[0]
 
 
 def _origin(call: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from mi_hops import model as M
 from mi_hops.model.hooks import hook_point
+from mi_hops.model.shortcuts import is_touched, may_be_rewritten
 from tests.models import WORDS, tokenizer
 
 TOKENS = torch.tensor([[1, 7, 8, 9, 30], [1, 40, 41, 6, 11]])
@@ -332,6 +333,8 @@ class TestOtherFamilies:
         )
         with torch.no_grad():
             assert torch.allclose(M.forward(model, TOKENS), hf(folder)(TOKENS).logits, atol=1e-4)
+        # Its rows may join late and start behind a prefix; its blocks run as they are.
+        assert not is_touched(model) and not may_be_rewritten(model)
         before = M.fingerprint(model)
         old = M.read_matrix(model, "W_O", 1)
         M.write_matrix(model, "W_O", 1, old + 1)
@@ -356,6 +359,7 @@ class TestOtherFamilies:
                 pad_token_id=0,
             )
         )
+        assert not is_touched(model)
         for refused in (M.fingerprint, lambda m: M.w_o(m, 0)):
             with pytest.raises(M.MissingHookError, match=r"no weight blocks\.0\.attn"):
                 refused(model)

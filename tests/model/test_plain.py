@@ -123,7 +123,8 @@ def test_what_a_third_party_decides_is_not_computed_without_it(load_tiny, shape,
             with lean_blocks(model):
                 assert forwards(model) == before
         touched = is_touched(model)
-    assert touched == (what != "autocast")
+    # Sweeps run the model's own modules, in whatever precision.
+    assert touched == (what not in ("autocast", "a part of torch's"))
     assert is_plain(model) and not is_touched(model)
 
 
