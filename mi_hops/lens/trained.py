@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mi_hops.lens import tuned_files
@@ -186,8 +186,7 @@ class TrainedLens(ABC):
         with replacing(folder, overwrite=overwrite) as partial:
             partial.mkdir()
             tensors = {k: v.detach().cpu().contiguous() for k, v in self.parameters.items()}
-            # save_file would keep it from everybody else, whatever the umask says.
-            (partial / WEIGHTS).write_bytes(save(tensors))
+            save_file(tensors, partial / WEIGHTS)
             (partial / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         return Path(folder)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mi_hops.facts.fact import TwoHopFact
@@ -325,7 +325,7 @@ class _Training:
         plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         record = {"identity": self.identity, "state": state}
         with replacing(folder / "training.safetensors", overwrite=True) as partial:
-            partial.write_bytes(save(plain, metadata={"training": json.dumps(record)}))
+            save_file(plain, partial, metadata={"training": json.dumps(record)})
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint, where there is one.

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,10 @@ def replacing(
         if partial.is_file():
             with partial.open("rb") as written:
                 os.fsync(written.fileno())
-        elif path.is_dir():
-            os.replace(path, old)  # a folder that is not empty cannot be replaced in one move
+        else:
+            _open_to_others(partial)
+            if path.is_dir():
+                os.replace(path, old)  # a folder that is not empty cannot be replaced in one move
         os.replace(partial, path)
     except OSError as error:
         if error.errno is not None and error.filename is None:  # a full disk names no file
@@ -60,6 +62,15 @@ def replacing(
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Let whom the umask lets read a folder read its files; safetensors keeps its own to their owner."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            with suppress(OSError):  # a file system that has no permissions
+                file.chmod(mode)
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
