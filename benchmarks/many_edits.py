@@ -314,6 +314,13 @@ def room(setup: Setup) -> list[list[str]]:
     return rows
 
 
+def keys_per_edit(setup: Setup, form: str | None) -> float:
+    """Tokens of an answer, on average: each is a key of its own."""
+    asked = [(encode(setup.model, f.prompt(form)), f.answer) for f in setup.report]
+    keys = [len(answer_ids(setup.model, *each)) for each in asked]
+    return sum(keys) / len(keys)
+
+
 def page() -> str:
     """The tables of all rows there are."""
     parts = [RULE]
@@ -357,9 +364,7 @@ def main() -> None:
         setup = set_up(name, cases=given.cases, seed=given.seed)
         found = kept(PAGE).get(name, {"rows": {}})
         found["room"] = room(setup)
-        asked = [(encode(setup.model, f.prompt(FORM)), f.answer) for f in setup.report]
-        keys = [len(answer_ids(setup.model, *each)) for each in asked]
-        found["keys"] = sum(keys) / len(keys)
+        found["keys"] = keys_per_edit(setup, FORM)
         options: dict[tuple[str, int], dict[str, Any]] = {}
         for label, editor in editors(setup).items():
             if given.only and label not in given.only:

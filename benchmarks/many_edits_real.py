@@ -17,14 +17,13 @@ from typing import Any
 
 from benchmarks.editing_setup import Setup
 from benchmarks.harness import keep, kept, write
-from benchmarks.many_edits import PAGE, Editor, measured, page
+from benchmarks.many_edits import PAGE, Editor, keys_per_edit, measured, page
 from benchmarks.real_more import FACTS, MODEL
 from benchmarks.real_more import Setup as Studied
 from mi_hops import TwoHopFact, find_gap, load_facts
 from mi_hops.editing import Request, creme_joint, creme_search, second_moments
 from mi_hops.reasoning.sets import Known, build_sets
 from mi_hops.text.corpus import fact_texts
-from mi_hops.text.tokens import answer_ids, encode
 
 RULE = (
     "Real facts, in the wordings and behind the worked examples that the [study of this model]"
@@ -42,9 +41,8 @@ RULE = (
 MORE = 200
 
 
-def set_up(folder: Path, edits: int) -> Setup:
+def set_up(studied: Studied, edits: int) -> Setup:
     """The questions edited, what is asked behind each edit, and what is counted and kept."""
-    studied = Studied(folder)
     run, model = studied.run, studied.model
     gaps = [run.gap]
     asked = {fact.id for fact in run.gap.facts}
@@ -112,13 +110,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="labels of editors")
     parser.add_argument("--dry", action="store_true", help="print the rows, write no page")
     given = parser.parse_args(argv)
-    form = Studied(given.folder).run.form
-    setup = set_up(given.folder, given.edits)
+    studied = Studied(given.folder)
+    form = studied.run.form
+    setup = set_up(studied, given.edits)
     print(f"{len(setup.report)} questions, {len(setup.practice)} to keep", flush=True)
-    asked = [(encode(setup.model, f.prompt(form)), f.answer) for f in setup.report]
-    keys = sum(len(answer_ids(setup.model, *each)) for each in asked) / len(asked)
     found: dict[str, Any] = kept(PAGE).get(MODEL, {"rows": {}, "room": []})
-    found |= {"keys": keys, "rule": RULE}
+    found |= {"keys": keys_per_edit(setup, form), "rule": RULE}
     for editor in editors(setup, form):
         if given.only and editor.name not in given.only:
             continue

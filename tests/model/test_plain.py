@@ -57,32 +57,12 @@ def test_nothing_of_the_users_is_passed_by(load_tiny, shape, backend):
 
 
 @contextmanager
-def put(holder, name, value):
-    """Something of a module replaced for a while."""
-    own = getattr(holder, name)
-    setattr(holder, name, value)
-    try:
-        yield
-    finally:
-        setattr(holder, name, own)
-
-
-@contextmanager
 def pruned(mlp):
     prune.custom_from_mask(mlp, "weight", torch.ones_like(mlp.weight))
     try:
         yield
     finally:
         prune.remove(mlp, "weight")
-
-
-@contextmanager
-def hooked_everywhere():
-    handle = register_module_forward_hook(lambda module, given, out: None)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def wrapped_forward(module):
@@ -105,7 +85,9 @@ THIRD_PARTIES = {
     "a class's forward": lambda m: mock.patch.object(
         type(m.blocks[1].mlp), "forward", lambda self, x, *rest: x
     ),
-    "a hook on all modules": lambda m: hooked_everywhere(),
+    "a hook on all modules": lambda m: register_module_forward_hook(
+        lambda module, given, out: None
+    ),
     "a part of torch's": lambda m: mock.patch.dict(m.blocks[1]._modules, ln1=torch.nn.Identity()),
     "a hook point": lambda m: m.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: None)]),
     "autocast": lambda m: torch.autocast("cpu", torch.bfloat16),
@@ -148,7 +130,7 @@ def test_the_activation_that_stands_in_the_block_counts(load_tiny, shape, backen
     other = torch.square if backend == "hooked" else ReLUSquaredActivation()
     tokens = torch.tensor([[1, 5, 9]])
     before = forward(model, tokens)
-    with put(mlp, name, other):
+    with mock.patch.object(mlp, name, other):
         assert is_plain(model)
         assert not torch.allclose(forward(model, tokens), before)
         found = [g.ids for g in mi_hops.generate(model, PROMPTS, stop=())]
@@ -161,9 +143,8 @@ def test_torchs_hooks_on_the_whole_model_and_on_the_unembedding_fire(load_tiny):
     model, tokens = load_tiny("gpt2", "hooked", "float32"), torch.tensor([[1, 5, 9]])
     logits = forward(model, tokens)
     for module in (model, model.unembed):
-        handle = module.register_forward_hook(lambda module, given, out: 2 * out)
-        torch.testing.assert_close(forward(model, tokens), 2 * logits)
-        handle.remove()
+        with module.register_forward_hook(lambda module, given, out: 2 * out):
+            torch.testing.assert_close(forward(model, tokens), 2 * logits)
     assert torch.equal(forward(model, tokens), logits)
 
 
