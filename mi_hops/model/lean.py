@@ -31,7 +31,7 @@ from mi_hops.model.plain import (
     rotary_table,
     rotation,
 )
-from mi_hops.model.shortcuts import may_be_rewritten
+from mi_hops.model.shortcuts import is_supported, may_be_rewritten
 from mi_hops.model.types import HookedModel
 
 #: Options under which attention has further hook points.
@@ -46,10 +46,9 @@ def lean_blocks(model: HookedModel) -> Iterator[None]:
     block whose inner hook points are in use.
     """
     parts = {}
-    if may_be_rewritten(model):
+    # Asked first, for within another such context there is nothing to do, batch after batch.
+    if is_supported(model.cfg) and not _has_forwards(model) and may_be_rewritten(model):
         parts = _hooked_parts(model) if backend_of(model) == "hooked" else _bridge_parts(model)
-    if any("forward" in module.__dict__ for module in parts):  # within another such context
-        parts = {}
     try:
         for module, forward in parts.items():
             # On the instance, before the class's own; taken off again, the class's own is back.
@@ -59,6 +58,11 @@ def lean_blocks(model: HookedModel) -> Iterator[None]:
     except BaseException:
         _remove(parts)
         raise
+
+
+def _has_forwards(model: HookedModel) -> bool:
+    """Whether a part of a block has a forward of its own already."""
+    return any("forward" in m.__dict__ for block in model.blocks for m in block.children())
 
 
 def _remove(parts: Iterable[Any]) -> None:
