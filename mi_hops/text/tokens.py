@@ -11,12 +11,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mi_hops.model import HookedModel, prepends_bos
 
@@ -399,39 +401,32 @@ def pad(rows: Sequence[Sequence[int]]) -> Batch:
     """
     if not rows or not all(len(r) for r in rows):
         raise TokenError("a batch needs at least one row, and every row at least one token")
-    width = max(len(r) for r in rows)
-    tokens = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.as_tensor(list(row))
-    return Batch(tokens, torch.tensor([len(r) for r in rows]))
+    tokens = [torch.as_tensor(list(row), dtype=torch.long) for row in rows]
+    return Batch(pad_sequence(tokens, batch_first=True), torch.tensor([len(r) for r in rows]))
 
 
 def batches_by_length(
     rows: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[int], Batch]]:
     """(indices into `rows`, batch) pairs in which all rows have one length: no padding at all."""
-    if batch_size < 1:
-        raise TokenError(f"batch_size is {batch_size}; expected at least 1")
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while (
-            end < len(order)
-            and end - start < batch_size
-            and len(rows[order[end]]) == len(rows[order[start]])
-        ):
-            end += 1
-        chosen = order[start:end]
-        yield chosen, pad([rows[i] for i in chosen])
-        start = end
+    for _, alike in groupby(_by_length(rows, batch_size), key=lambda i: len(rows[i])):
+        yield from _cut(rows, list(alike), batch_size)
 
 
 def batches(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[list[int], Batch]]:
     """(indices into `rows`, right-padded batch) pairs, rows of similar length together."""
+    yield from _cut(rows, _by_length(rows, batch_size), batch_size)
+
+
+def _by_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[int]:
     if batch_size < 1:
         raise TokenError(f"batch_size is {batch_size}; expected at least 1")
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    return sorted(range(len(rows)), key=lambda i: len(rows[i]))
+
+
+def _cut(
+    rows: Sequence[Sequence[int]], order: list[int], batch_size: int
+) -> Iterator[tuple[list[int], Batch]]:
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         yield chosen, pad([rows[i] for i in chosen])
