@@ -417,13 +417,8 @@ def capture(
 
 def _last_block(model: HookedModel, names: Iterable[str]) -> int | None:
     """The block to stop before once all names have fired, or None to run to the end."""
-    last = -1
-    for name in names:
-        parts = name.split(".")
-        if parts[0] != "blocks":
-            if name not in ("hook_embed", "hook_pos_embed"):
-                return None
-            continue
-        last = max(last, int(parts[1]))
-    stop = last + 1
+    blocks = [name for name in names if name not in ("hook_embed", "hook_pos_embed")]
+    if not all(name.startswith("blocks.") for name in blocks):
+        return None
+    stop = 1 + max((int(name.split(".")[1]) for name in blocks), default=-1)
     return stop if stop < model.cfg.n_layers else None

@@ -46,18 +46,14 @@ def pretransposed_weights(model: HookedModel) -> Iterator[None]:
 
 def copied_bytes(model: HookedModel) -> int:
     """Bytes that `pretransposed_weights` takes besides the model's own memory."""
-    return sum(_size(parameter) for parameter, _ in _copied(model))
-
-
-def _size(parameter: Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
+    return sum(parameter.nbytes for parameter, _ in _copied(model))
 
 
 def _copied(model: HookedModel) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
     """The weights that `pretransposed_weights` turns around, within its bounds."""
     room = MOST_BYTES
     for parameter, turn in _turned(model):
-        room -= _size(parameter)
+        room -= parameter.nbytes
         if parameter.device.type == "cpu" and room >= 0:
             yield parameter, turn
 

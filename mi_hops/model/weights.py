@@ -154,16 +154,14 @@ def norm_parts(
     Args:
         like: a tensor ``[..., d_model]`` whose dtype and device they get.
     """
-    gain, shift = (make(like.shape[-1:]).to(like) for make in (torch.ones, torch.zeros))
-    # The classes name them differently.
-    for name in ("w", "weight"):
-        if torch.is_tensor(getattr(norm, name, None)):
-            gain = getattr(norm, name).detach().to(like)
-            break
-    for name in ("b", "bias"):
-        if torch.is_tensor(getattr(norm, name, None)):
-            shift = getattr(norm, name).detach().to(like)
-            break
+
+    def part(make: Callable[..., Tensor], *names: str) -> Tensor:
+        """The norm's own, by the name that its class has for it."""
+        named = (getattr(norm, name, None) for name in names)
+        own = next((t for t in named if torch.is_tensor(t)), make(like.shape[-1:]))
+        return own.detach().to(like)
+
+    gain, shift = part(torch.ones, "w", "weight"), part(torch.zeros, "b", "bias")
     return gain, shift, str(getattr(model.cfg, "normalization_type", "LN")).startswith("LN")
 
 

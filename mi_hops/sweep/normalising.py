@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,7 +76,8 @@ class Normalised:
     higher_is_better: bool = True
 
     def __post_init__(self) -> None:
-        if not abs(self.clean - self.corrupted) > 0 or self.clean - self.corrupted in _INFINITE:
+        gap = self.clean - self.corrupted
+        if not gap or not math.isfinite(gap):
             raise ValueError(
                 f"metric {self.metric.name!r} is {self.clean} on the clean and {self.corrupted} on "
                 "the corrupted run; the share restored needs two different finite scores"
@@ -96,6 +98,3 @@ class Normalised:
         """Share restored, per row."""
         found = self.metric.score(logits, target)
         return (found - self.corrupted) / (self.clean - self.corrupted)
-
-
-_INFINITE = (float("inf"), float("-inf"))
