@@ -19,7 +19,6 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mi_hops.model.cache import HookedEntry
 from mi_hops.model.classes import backend_of
 from mi_hops.model.identity import own_weight
 from mi_hops.model.plain import (
@@ -205,8 +204,8 @@ def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
         k = attn.hook_k(project(key_input, "K"))
         v = attn.hook_v(project(value_input, "V"))
         offset = 0 if entry is None else entry.past_keys.shape[1]
-        if isinstance(entry, HookedEntry):
-            k, v = entry.append_rotated(rotate(k, offset), v, rotate)
+        if getattr(entry, "rotates", False):  # what many rows share is rotated once
+            k, v = entry.append(rotate(k, offset), v, rotate)
         else:
             if entry is not None:
                 k, v = entry.append(k, v)

@@ -97,22 +97,19 @@ def for_shared_heads(
     return repeat(mask, "... pos slot -> ... (head pos) slot", head=n_shared)
 
 
-Joined = tuple[Float[Tensor, "row kv slot d_head"], Float[Tensor, "row kv slot d_head"]]
-
-
 @dataclass(frozen=True)
 class Slots:
     """Where a pass finds and leaves its keys and values, and what it attends to.
 
     Attributes:
-        join: takes a layer's new keys and values; gives all that the pass attends to.
+        join: (layer, new keys, new values) -> all that the pass attends to, ``[row kv slot d_head]``.
         seen: which slots each position attends to; one row stands for all.
         positions: of the tokens within their rows; one row stands for all.
         alike: all rows have the same tokens before this pass, so that what they go on with alike is
             computed once.
     """
 
-    join: Callable[[int, Joined], Joined]
+    join: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
     seen: Bool[Tensor, "row 1 pos slot"]
     positions: Int[Tensor, "row pos"]
     alike: bool
@@ -254,7 +251,7 @@ class PlainPasses:
         for layer, block in enumerate(self._blocks):
             y = normalise(x, *block.norms[0])
             q, k, v = apart(rotate(block.q(y))), apart(rotate(block.k(y))), apart(block.v(y))
-            k, v = slots.join(layer, (k, v))
+            k, v = slots.join(layer, k, v)
             z = attend(q, k, v, mask, block.scale).flatten(0, 1).flatten(1)
             if layer == len(self._blocks) - 1:  # from here on only the last positions count
                 ends = torch.arange(rows) * n_pos + last

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mi_hops.model import HookedModel, backend_of, device_of, n_kv_heads
-from mi_hops.model.cache import bridge_cache
+from mi_hops.model import HookedModel, backend_of, device_of
+from mi_hops.model.cache import HookedCache, Join, bridge_cache
 from mi_hops.model.hooks import additive_mask
 from mi_hops.model.plain import Slots
 
@@ -69,9 +69,8 @@ class RowCache:
         device = device_of(self._model)
         where = torch.arange(at, at + width, device=device)
         seen = torch.arange(at + width, device=device)[None] <= where[:, None]
-        positions = where[None]
 
-        def join(layer: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        def join(layer: int, *new: Tensor) -> tuple[Tensor, Tensor]:
             kept = self._buffers(layer, new)
             for i, (buffer, value) in enumerate(zip(kept, new, strict=True)):
                 mine = buffer.narrow(0, first, n_rows)
@@ -82,9 +81,7 @@ class RowCache:
                 mine.narrow(self._axis, at + width, self.width - at - width).zero_()
             return self._read(kept, first, n_rows, at + width)
 
-        # For HookedTransformer one row of ones: it broadcasts, and causality is its own affair.
-        ones = torch.ones(1, at + width, dtype=torch.long, device=device)
-        return self._pass(n_rows, at, join, ones, seen[None, None], positions, alike=True)
+        return self._pass(n_rows, at, join, None, seen[None, None], where[None], alike=True)
 
     def step(self, seen: Bool[Tensor, "row slot"], positions: Int[Tensor, "row"]) -> Any:
         """A cache for a pass over one further token of every row.
@@ -95,7 +92,7 @@ class RowCache:
         """
         end = seen.shape[1]
 
-        def join(layer: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        def join(layer: int, *new: Tensor) -> tuple[Tensor, Tensor]:
             kept = self._buffers(layer, new)
             for buffer, value in zip(kept, new, strict=True):
                 buffer.narrow(self._axis, end - 1, 1).copy_(value)
@@ -117,15 +114,11 @@ class RowCache:
         for layer, (keys, values) in self._kept.items():
             self._kept[layer] = keys[rows.to(keys.device)], values[rows.to(values.device)]
 
-    def _buffers(self, layer: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _buffers(self, layer: int, new: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        axis = self._axis
         if layer not in self._kept:
             keys, values = (
-                x.new_empty(
-                    self._n_rows,
-                    *x.shape[1 : self._axis],
-                    self._n_slots,
-                    *x.shape[self._axis + 1 :],
-                )
+                x.new_empty(self._n_rows, *x.shape[1:axis], self._n_slots, *x.shape[axis + 1 :])
                 for x in new
             )
             self._kept[layer] = keys, values
@@ -141,8 +134,8 @@ class RowCache:
         self,
         n_rows: int,
         length: int,
-        join: Callable[[int, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]],
-        ones: Int[Tensor, "row slot"],
+        join: Join,
+        mask: Int[Tensor, "row slot"] | None,
         seen: Bool[Tensor, "row 1 pos slot"],
         positions: Int[Tensor, "row pos"],
         *,
@@ -150,47 +143,10 @@ class RowCache:
     ) -> Any:
         if self._plain:
             return Slots(join, seen, positions, alike)
-        if self._hooked:
-            cfg = self._model.cfg
-            shape = (n_rows, length, n_kv_heads(self._model), int(cfg.d_head))
-            return _HookedPass(join, shape, ones)
-        cache = bridge_cache(lambda layer, k, v: join(layer, (k, v)), length)
+        if self._hooked:  # which takes care of causality itself
+            return HookedCache(self._model, join, n_rows, length, mask)
+        cache = bridge_cache(join, length)
         # A mask of the positions themselves: made from a row of ones it would know no empty slots.
-        cache.options = {
-            "attention_mask": additive_mask(self._model, seen),
-            "position_ids": positions,
-        }
+        mask = additive_mask(self._model, seen)
+        cache.options = {"attention_mask": mask, "position_ids": positions}
         return cache
-
-
-class _HookedPass:
-    """Looks like TransformerLens's cache to a forward pass."""
-
-    def __init__(
-        self,
-        join: Callable[[int, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]],
-        shape: tuple[int, ...],
-        ones: Int[Tensor, "row slot"],
-    ) -> None:
-        self._join, self._shape, self._ones = join, shape, ones
-
-    def __getitem__(self, layer: int) -> _HookedPassEntry:
-        return _HookedPassEntry(self._join, self._shape, layer)
-
-    def append_attention_mask(self, mask: Tensor) -> Tensor:
-        return self._ones
-
-
-class _HookedPassEntry:
-    def __init__(
-        self,
-        join: Callable[[int, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]],
-        shape: tuple[int, ...],
-        layer: int,
-    ) -> None:
-        self._join, self._layer = join, layer
-        # A forward pass looks at the shape only; what it attends to is what `append` gives.
-        self.past_keys = torch.empty(()).expand(shape)
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return self._join(self._layer, (keys, values))
