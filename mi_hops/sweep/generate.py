@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_hops.model import HookedModel, device_of
-from mi_hops.model.cache import new_cache
 from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.lean import lean_blocks
 from mi_hops.model.numeric import wide_dtype
@@ -26,8 +25,8 @@ from mi_hops.model.row_cache import RowCache, takes_unequal_rows
 from mi_hops.model.shortcuts import is_touched
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import each_part
-from mi_hops.sweep.repair import Repair, Rows
-from mi_hops.sweep.scoring import check_states, logits_at
+from mi_hops.sweep.repair import Repair
+from mi_hops.sweep.scoring import check_states, logits_at, stepping
 from mi_hops.sweep.together import Part, plan_batches
 from mi_hops.text.matching import STOP, check_stop, find_ends, matches
 from mi_hops.text.tokens import (
@@ -76,12 +75,6 @@ class _Reply:
     said: Generation = Generation((), "", False)
     rank: int = 0
     prob: float = float("nan")
-
-    @classmethod
-    def of_list(cls, plain: Sequence[Any]) -> _Reply:
-        """From one of the lists of `_as_lists`."""
-        ids, text, finished, rank, prob = plain
-        return cls(ids, Generation(tuple(ids), text, finished), rank, prob)
 
 
 def _as_lists(replies: Sequence[_Reply]) -> list[list[Any]]:
@@ -171,7 +164,8 @@ def _replies(
             texts=lambda part: [asks[i].prompt.text for i in part[0]],
             around=around,
         ):
-            replies |= {i: _Reply.of_list(plain) for i, plain in zip(rows, said, strict=True)}
+            for i, (ids, text, finished, rank, prob) in zip(rows, said, strict=True):
+                replies[i] = _Reply(ids, Generation(tuple(ids), text, finished), rank, prob)
             bar.update(len(rows))
     return [replies[i] for i in range(len(asks))]
 
@@ -186,7 +180,10 @@ _PASS_COST_ELSEWHERE = 1024
 
 
 class _Together:
-    """Rows of unequal lengths: prompts part by part, then all of a batch step by step."""
+    """Rows of unequal lengths: prompts part by part, then all of a batch step by step.
+
+    They are run as bare sums where possible, else by the model itself.
+    """
 
     def __init__(self, model: HookedModel, asks: Sequence[_Ask]) -> None:
         self._model, self._asks = model, asks
@@ -197,103 +194,84 @@ class _Together:
         return type(self), (self._model, self._asks)
 
     @cached_property
-    def _passes(self) -> _Passes:
+    def _plain(self) -> PlainPasses | None:
         # Made at first use: then the weights lie in memory as passes want them.
-        return _Passes(self._model, plain_passes(self._model))
+        return plain_passes(self._model)
 
     def batches(self, batch_size: int) -> Iterator[tuple[list[int], list[Part]]]:
         """Rows, and the parts they are run in."""
         cost = _PASS_COST.get(device_of(self._model).type, _PASS_COST_ELSEWHERE)
-        packed = self._passes.plain is not None
+        packed = self._plain is not None
         for parts in plan_batches(self._ids, batch_size, pass_cost=cost, packed=packed):
             yield [i for part in parts for i in part.rows], parts
 
     def say(self, batch: _Batch) -> list[list[Any]]:
         """What is said to the rows, as `keep` can write it."""
-        (order, parts), ids, passes = batch, self._ids, self._passes
+        (order, parts), ids = batch, self._ids
         width = max(len(ids[i]) for i in order)
-        cache = passes.cache(len(order), width, max(self._asks[i].room for i in order))
+        cache = self._cache(len(order), width, max(self._asks[i].room for i in order))
         logits, first = [], 0
         for part in parts:
-            start = _run_starts(passes, ids[part.rows[0]], part.starts, self._starts)
+            start = self._run_starts(ids[part.rows[0]], part.starts)
             shared = part.starts[-1] if part.starts else 0
             batch_ = pad([ids[i][shared:] for i in part.rows])
             view = cache.prompts(first, len(part.rows), batch_.tokens.shape[1], start)
-            logits.append(passes(batch_.tokens, batch_.last, view))
+            logits.append(self._run(batch_.tokens, batch_.last, view))
             first += len(part.rows)
         asks = [self._asks[i] for i in order]
-        return _as_lists(_step_by_step(passes, asks, torch.cat(logits), cache))
+        return _as_lists(self._step_by_step(asks, torch.cat(logits), cache))
 
+    def _cache(self, n_rows: int, width: int, n_new: int = 0) -> RowCache:
+        return RowCache(self._model, n_rows, width, n_new, plain=self._plain is not None)
 
-@dataclass(frozen=True)
-class _Passes:
-    """Passes over rows of unequal lengths: as bare sums where possible, else by the model itself."""
-
-    model: HookedModel
-    plain: PlainPasses | None
-
-    def cache(self, n_rows: int, width: int, n_new: int = 0) -> RowCache:
-        return RowCache(self.model, n_rows, width, n_new, plain=self.plain is not None)
-
-    def __call__(
+    def _run(
         self, tokens: Int[Tensor, "row pos"], last: Int[Tensor, "row"], view: Any
     ) -> Float[Tensor, "row vocab"]:
-        """Logits at each row's position `last`; `view` is of a cache made here."""
-        if self.plain is not None:
-            return self.plain(tokens, last, view)
-        return logits_at(self.model, tokens, last[:, None], cache=view)[:, 0]
+        """Logits at each row's position `last`; `view` is of a `_cache`."""
+        if self._plain is not None:
+            return self._plain(tokens, last, view)
+        return logits_at(self._model, tokens, last[:, None], cache=view)[:, 0]
 
+    def _run_starts(self, ids: tuple[int, ...], starts: tuple[int, ...]) -> RowCache | None:
+        """Keys and values of the tokens that several prompts start with."""
+        wanted = [ids[:length] for length in starts]
+        self._starts = {start: known for start, known in self._starts.items() if start in wanted}
+        before = None
+        for start in wanted:
+            if start not in self._starts:
+                begun = 0 if before is None else before.width
+                self._starts[start] = self._cache(1, len(start))
+                view = self._starts[start].prompts(0, 1, len(start) - begun, before)
+                self._run(
+                    torch.tensor([start[begun:]]), torch.tensor([len(start) - begun - 1]), view
+                )
+            before = self._starts[start]
+        return before
 
-def _run_starts(
-    passes: _Passes,
-    ids: tuple[int, ...],
-    starts: tuple[int, ...],
-    run: dict[tuple[int, ...], RowCache],
-) -> RowCache | None:
-    """Keys and values of the tokens that several prompts start with; `run` has those known."""
-    wanted = {ids[:length] for length in starts}
-    for known in list(run):
-        if known not in wanted:
-            del run[known]
-    before = None
-    for length in starts:
-        start = ids[:length]
-        if start not in run:
-            begun = 0 if before is None else before.width
-            run[start] = passes.cache(1, length)
-            view = run[start].prompts(0, 1, length - begun, before)
-            passes(torch.tensor([start[begun:]]), torch.tensor([length - begun - 1]), view)
-        before = run[start]
-    return before
-
-
-def _step_by_step(
-    passes: _Passes,
-    asks: list[_Ask],
-    logits: Float[Tensor, "row vocab"],
-    cache: RowCache,
-) -> list[_Reply]:
-    model, replies = passes.model, [_Reply() for _ in asks]
-    lengths = torch.tensor([len(ask.prompt) for ask in asks])
-    width = int(lengths.max())
-    here = list(range(len(asks)))  # the rows that the cache still has
-    step = 0
-    while True:
-        best = _take(model, [asks[r] for r in here], [replies[r] for r in here], logits)
-        going = [k for k, r in enumerate(here) if _goes_on(asks[r], replies[r])]
-        if not going:
-            return replies
-        # Fewer rows are worth a copy of what is kept of them; and none may outgrow the context.
-        if len(going) <= 0.75 * len(here) or int(lengths.max()) + step >= model.cfg.n_ctx:
-            picked = torch.tensor(going)
-            cache.keep(picked)
-            here, best, lengths = [here[k] for k in going], best[picked], lengths[picked]
-        slots = torch.arange(width + step + 1)[None]
-        seen = (slots < lengths[:, None]) | (slots >= width)
-        place = device_of(model)
-        view = cache.step(seen.to(place), (lengths + step).to(place))
-        logits = passes(best[:, None], torch.zeros(len(here), dtype=torch.long), view)
-        step += 1
+    def _step_by_step(
+        self, asks: list[_Ask], logits: Float[Tensor, "row vocab"], cache: RowCache
+    ) -> list[_Reply]:
+        model, replies = self._model, [_Reply() for _ in asks]
+        lengths = torch.tensor([len(ask.prompt) for ask in asks])
+        width = int(lengths.max())
+        here = list(range(len(asks)))  # the rows that the cache still has
+        step = 0
+        while True:
+            best = _take(model, [asks[r] for r in here], [replies[r] for r in here], logits)
+            going = [k for k, r in enumerate(here) if _goes_on(asks[r], replies[r])]
+            if not going:
+                return replies
+            # Fewer rows are worth a copy of what is kept of them; and none may outgrow the context.
+            if len(going) <= 0.75 * len(here) or int(lengths.max()) + step >= model.cfg.n_ctx:
+                picked = torch.tensor(going)
+                cache.keep(picked)
+                here, best, lengths = [here[k] for k in going], best[picked], lengths[picked]
+            slots = torch.arange(width + step + 1)[None]
+            seen = (slots < lengths[:, None]) | (slots >= width)
+            place = device_of(model)
+            view = cache.step(seen.to(place), (lengths + step).to(place))
+            logits = self._run(best[:, None], torch.zeros(len(here), dtype=torch.long), view)
+            step += 1
 
 
 @dataclass
@@ -311,20 +289,16 @@ class _Alike:
 
     def say(self, batch: _Batch) -> list[list[Any]]:
         """What is said to the rows, as `keep` can write it."""
-        model, tokens = self.model, batch[1]
-        some = [self.asks[i] for i in batch[0]]
+        rows, tokens = batch
+        some = [self.asks[i] for i in rows]
         replies = [_Reply() for _ in some]
-        rows = Rows(tuple(ask.prompt for ask in some), tokens.shape[1])
-        states = [ask.state for ask in some]
-        cache = new_cache(model, len(tokens))
+        step = stepping(
+            self.model, [ask.prompt for ask in some], self.repair, [ask.state for ask in some]
+        )
         while True:
-            hooks = [] if self.repair is None else self.repair.hooks(model, states, rows)
-            last = torch.full((len(tokens), 1), rows.width - 1)
-            logits = logits_at(model, tokens, last, hooks=hooks, cache=cache)[:, 0]
-            tokens = _take(model, some, replies, logits)[:, None]
+            tokens = _take(self.model, some, replies, step(tokens))[:, None]
             if not any(_goes_on(ask, reply) for ask, reply in zip(some, replies, strict=True)):
                 return _as_lists(replies)
-            rows = rows.at(rows.offset + rows.width, 1)
 
 
 def _goes_on(ask: _Ask, reply: _Reply) -> bool:
@@ -452,7 +426,8 @@ def answered(
     ):
         accepted = (answer, *more)
         marks = tuple(s for s in stop if not any(s in a for a in accepted))
-        room = max(max_new_tokens, 3 + max(_n_tokens(model, a) for a in accepted))
+        spelt = model.tokenizer([" " + a for a in accepted], add_special_tokens=False)["input_ids"]
+        room = max(max_new_tokens, 3 + max(map(len, spelt)))
         asks.append(_Ask(prompt, state, room, marks, first))
     found = []
     replies = _replies(model, asks, batch_size, repair)
@@ -464,7 +439,3 @@ def answered(
         hit = said.ids[0] == ask.first
         found.append(Answered(said.text, exact, alias, hit, reply.rank, reply.prob))
     return found
-
-
-def _n_tokens(model: HookedModel, text: str) -> int:
-    return len(model.tokenizer(" " + text, add_special_tokens=False)["input_ids"])

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from mi_hops.model import HookedModel
-from mi_hops.model.cache import new_cache
 from mi_hops.sweep.keep import keep
-from mi_hops.sweep.repair import Repair, Rows
-from mi_hops.sweep.scoring import check_states, logits_at
+from mi_hops.sweep.repair import Repair
+from mi_hops.sweep.scoring import check_states, stepping
 from mi_hops.text.tokens import Batch, Prompt, TokenError, batches_by_length, decode, encode
 
 
@@ -69,18 +68,13 @@ def sample(
 
     def write(chosen: Sequence[int], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of a batch, and where the generator is after them."""
-        cache, tokens, drawn = new_cache(model, len(chosen)), batch.tokens, []
-        rows = Rows(tuple(known[i] for i in chosen), tokens.shape[1])
-        own = [given[i] for i in chosen]
+        step = stepping(model, [known[i] for i in chosen], repair, [given[i] for i in chosen])
+        tokens, drawn = batch.tokens, []
         for _ in range(n_tokens):
-            last = torch.full((len(chosen), 1), tokens.shape[1] - 1)
-            hooks = [] if repair is None else repair.hooks(model, own, rows)
-            logits = logits_at(model, tokens, last, hooks=hooks, cache=cache)[:, 0]
-            logits = logits.float().cpu()
+            logits = step(tokens).float().cpu()
             if top_k is not None and top_k < logits.shape[1]:
                 least = logits.topk(top_k).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -torch.inf)
-            rows = rows.at(rows.offset + rows.width, 1)
             tokens = torch.multinomial((logits / temperature).softmax(-1), 1, generator=source)
             drawn.append(tokens)
         return torch.cat(drawn, 1), source.get_state()

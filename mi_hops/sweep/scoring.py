@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_hops.model import Hook, HookedModel, dtype_of, forward
-from mi_hops.model.cache import Prefix, Recorder
+from mi_hops.model.cache import Prefix, Recorder, new_cache
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.metrics import MetricLike, Target, get_metrics, require_finite
@@ -182,6 +182,28 @@ def logits_at(
     # Right before the unembedding: the GPT-2 Bridge reshapes what its final norm returns.
     hooks = [*hooks, ("unembed.hook_in", pick)]
     return forward(model, tokens, hooks=hooks, cache=cache, grows=grows)
+
+
+def stepping(
+    model: HookedModel,
+    prompts: Sequence[Prompt],
+    repair: Repair | None,
+    states: Sequence[Any | None],
+) -> Callable[[Int[Tensor, "row pos"]], Float[Tensor, "row vocab"]]:
+    """A function of the next tokens of every row, which gives the logits after the last of them.
+
+    The rows have one length; its first call takes the prompts' own tokens.
+    """
+    cache, rows = new_cache(model, len(prompts)), Rows(tuple(prompts), width=0)
+
+    def step(tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "row vocab"]:
+        nonlocal rows
+        rows = rows.at(rows.offset + rows.width, tokens.shape[1])
+        hooks = [] if repair is None else repair.hooks(model, states, rows)
+        last = torch.full((len(tokens), 1), rows.width - 1)
+        return logits_at(model, tokens, last, hooks=hooks, cache=cache)[:, 0]
+
+    return step
 
 
 def prefix_of(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> Prefix:

@@ -103,7 +103,10 @@ def test_the_lead_is_run_once(load_tiny, monkeypatch, precision):
         return record
 
     monkeypatch.setattr(PlainPasses, "__call__", counted(PlainPasses.__call__, 1))
-    monkeypatch.setattr(module, "logits_at", counted(logits_at, 1))
+    for place in ("generate", "scoring"):
+        monkeypatch.setattr(
+            sys.modules[f"mi_hops.sweep.{place}"], "logits_at", counted(logits_at, 1)
+        )
     monkeypatch.setitem(module._PASS_COST, "cpu", 8)
     prompts = [f"{LEAD} w{i} w{i + 1}" for i in range(20, 40)]
     generate(model, prompts, max_new_tokens=3, batch_size=10, stop=())
