@@ -21,6 +21,7 @@ from mi_hops.model.cache import Prefix, Recorder
 from mi_hops.model.hooks import earliest_cut, splits_blocks
 from mi_hops.sweep.interventions import HEAD_AXIS, Change, Intervention, Site
 from mi_hops.sweep.limits import Limits
+from mi_hops.sweep.together import cheapest_cuts
 from mi_hops.text.tokens import Batch
 
 
@@ -80,11 +81,8 @@ def _groups(
 ) -> list[tuple[int, list[int]]]:
     """Partition rows by the position they start at so that the tokens computed are fewest.
 
-    A group runs from its smallest start. Dynamic programming over the distinct starts, of which at
-    most 32 are kept apart.
+    A group runs from its smallest start. At most 32 starts are told apart.
     """
-    if not starts:
-        return []
     distinct = sorted(set(starts))
     if len(distinct) > 32:
         step = len(distinct) / 32
@@ -94,20 +92,14 @@ def _groups(
         rows[max(s for s in distinct if s <= start)].append(i)
     blocks = [sum(n_layers - joins[i] / 2 for i in rows[s]) for s in distinct]
     fixed = n_layers * (_OVERHEAD_TOKENS + prompts.tokens.shape[0])
-    best: list[tuple[float, int]] = [(0.0, 0)]
-    for end in range(1, len(distinct) + 1):
-        options = []
-        for begin in range(end):
-            tokens = (width - distinct[begin]) * sum(blocks[begin:end])
-            options.append((best[begin][0] + tokens + fixed, begin))
-        best.append(min(options))
-    groups = []
-    end = len(distinct)
-    while end:
-        begin = best[end][1]
-        groups.append((distinct[begin], [i for s in distinct[begin:end] for i in rows[s]]))
-        end = begin
-    return groups[::-1]
+
+    def cost(begin: int, end: int) -> float:
+        return (width - distinct[begin]) * sum(blocks[begin:end]) + fixed
+
+    return [
+        (distinct[begin], [i for s in distinct[begin:end] for i in rows[s]])
+        for begin, end in cheapest_cuts(len(distinct), cost)
+    ]
 
 
 def rows_within(model: HookedModel, width: int, n_scored: int, memory: float | None) -> int:

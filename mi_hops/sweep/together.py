@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 
@@ -88,16 +88,19 @@ def _by_length(
 ) -> list[tuple[int, ...]]:
     """Rows in order of length, cut where a further pass costs less than the padding it spares."""
     widths = [len(prompts[i]) - shared for i in rows]
-    least, cut = [0], [0]
-    for end in range(1, len(rows) + 1):
-        price, begin = min(
-            (least[begin] + cost + (end - begin) * widths[end - 1], begin) for begin in range(end)
-        )
-        least.append(price)
-        cut.append(begin)
-    found = []
-    end = len(rows)
+    cuts = cheapest_cuts(len(rows), lambda begin, end: cost + (end - begin) * widths[end - 1])
+    return [tuple(rows[begin:end]) for begin, end in cuts]
+
+
+def cheapest_cuts(n: int, cost: Callable[[int, int], float]) -> list[tuple[int, int]]:
+    """`n` items cut into runs ``(begin, end)`` of least ``cost(begin, end)`` in total."""
+    best: list[tuple[float, int]] = [
+        (0, 0)
+    ]  # of the first items: their cost, where the last begins
+    for end in range(1, n + 1):
+        best.append(min((best[begin][0] + cost(begin, end), begin) for begin in range(end)))
+    cuts, end = [], n
     while end:
-        found.append(tuple(rows[cut[end] : end]))
-        end = cut[end]
-    return found[::-1]
+        cuts.append((best[end][1], end))
+        end = best[end][1]
+    return cuts[::-1]
