@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mi_hops.model import Hook, HookedModel, backend_of, device_of, n_kv_heads
+from mi_hops.model import HookedModel, backend_of, device_of, n_kv_heads
+from mi_hops.model.hooks import storing
 
 
 def new_cache(model: HookedModel, rows: int) -> Any:
@@ -21,18 +22,6 @@ def new_cache(model: HookedModel, rows: int) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache()
-
-
-def remembering(store: dict[str, Tensor], names: Iterable[str], n_rows: int) -> list[Hook]:
-    """Hooks after which `store` has copies of the first rows' activations, by hook name."""
-
-    def keep(name: str) -> Callable[[Tensor], None]:
-        def fn(x: Tensor) -> None:
-            store[name] = x[:n_rows].clone()
-
-        return fn
-
-    return [(name, keep(name)) for name in names]
 
 
 class Recorder:
@@ -55,7 +44,7 @@ class Recorder:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._streams: dict[str, Tensor] = {}
         self.cache = joining_cache(model, keep, n_rows, 0)
-        self.hooks = remembering(self._streams, streams, n_rows)
+        self.hooks = storing(self._streams, streams, lambda x: x[:n_rows].clone())
 
     def prefix(self) -> Prefix:
         """What was remembered, once the pass has run."""

@@ -401,18 +401,24 @@ def capture(
     wanted = list(dict.fromkeys(names))
     require_hooks(model, wanted)
     found: dict[str, Tensor] = {}
+    hooks = [*hooks, *storing(found, wanted, Tensor.detach)]
+    stop = None if logits else _last_block(model, [name for name, _ in hooks])
+    out = forward(model, tokens, hooks=hooks, stop_at_layer=stop)
+    return found, out if logits else None
 
-    def keep(name: str) -> HookFn:
-        def fn(tensor: Tensor) -> None:
-            found[name] = tensor.detach()
+
+def storing(
+    store: dict[str, Tensor], names: Iterable[str], take: Callable[[Tensor], Tensor]
+) -> list[tuple[str, Callable[[Tensor], None]]]:
+    """Hooks after which `store` has what `take` makes of the activations, by hook name."""
+
+    def look(name: str) -> Callable[[Tensor], None]:
+        def fn(x: Tensor) -> None:
+            store[name] = take(x)
 
         return fn
 
-    stop = None if logits else _last_block(model, [*wanted, *(n for n, _ in hooks)])
-    out = forward(
-        model, tokens, hooks=[*hooks, *((n, keep(n)) for n in wanted)], stop_at_layer=stop
-    )
-    return found, out if logits else None
+    return [(name, look(name)) for name in names]
 
 
 def _last_block(model: HookedModel, names: Iterable[str]) -> int | None:

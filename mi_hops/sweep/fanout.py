@@ -26,7 +26,8 @@ from mi_hops.model import (
     require_hooks,
     require_layers,
 )
-from mi_hops.model.cache import Prefix, Recorder, remembering
+from mi_hops.model.cache import Prefix, Recorder
+from mi_hops.model.hooks import storing
 from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.lean import lean_blocks
 from mi_hops.model.shortcuts import is_touched
@@ -107,18 +108,19 @@ def fan_out(
     seen: dict[str, Tensor] = {}
     rows, plan, plain = _planned(model, prompts, interventions, where, limits, seen)
     watching: list[Hook] = [(name, _of_first(n_bases, fn)) for name, fn in (observe or {}).items()]
-    watching += remembering(seen, {name for row in rows for name in row.needs}, n_bases)
+    needed = {name for row in rows for name in row.needs}
+    watching += storing(seen, needed, lambda x: x[:n_bases].clone())
     entries = {entry_hook(row.join) for row in rows}
 
     def attempt(step: Pass) -> list[Tensor]:
         """Values of the pass's rows; nothing where memory runs out."""
         nonlocal base, prefix
-        recorder = Recorder(model, n_bases, entries) if base is None and len(plan) > 1 else None
+        first = base is None
+        recorder = Recorder(model, n_bases, entries) if first and len(plan) > 1 else None
+        members = [rows[i] for i in step.members]
+        bases = list(range(n_bases)) if first else sorted({row.base for row in members})
+        shown = [*watching, *(recorder.hooks if recorder else [])] if first else []
         try:
-            members = [rows[i] for i in step.members]
-            bases = list(range(n_bases))
-            if base is not None:
-                bases = sorted({row.base for row in members})
             logits, parents = run_pass(
                 model,
                 prompts,
@@ -128,17 +130,17 @@ def fan_out(
                 where,
                 prefix,
                 recorder,
-                [*watching, *(recorder.hooks if recorder else [])] if base is None else [],
+                shown,
                 plain=plain,
             )
-            found = None if base is not None else reduce(logits[:n_bases], list(range(n_bases)))
+            found = reduce(logits[:n_bases], bases) if first else None
             values = reduce(logits[-len(parents) :], parents) if parents else logits[:0]
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not out_of_memory(error) or len(step.members) < 2:
                 raise
             return []
-        if found is not None:
-            base, prefix = found, None if recorder is None else recorder.prefix()
+        if first:
+            base, prefix = found, recorder.prefix() if recorder else None
         return [values]
 
     with (

@@ -17,12 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mi_hops.model import HookedModel, dtype_of
+from mi_hops.model.hooks import storing
 from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.lean import lean_blocks
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import batched_with_oom_backoff
-from mi_hops.sweep.fanout import Reduce, fan_out, plan_fan_out
+from mi_hops.sweep.fanout import fan_out, plan_fan_out
 from mi_hops.sweep.interventions import Intervention
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import Metric, Target, require_finite
@@ -182,15 +183,20 @@ class Sweep:
         Raises:
             ValueError: a score that is not finite; what `fanout.fan_out` and the metrics refuse.
         """
+        firsts = [runs[0] for runs in self._of_prompt]
+
+        def of_prompts(fn: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+            return lambda x: fn(x[firsts])
+
         rows, origin = self.expand(items)
         out = fan_out(
             self.model,
             self.batch,
             rows,
             scored=self.scored,
-            reduce=self._reduce(),
+            reduce=self._reduce,
             limits=limits or Limits(),
-            observe=self._of_prompts(observe),
+            observe={name: of_prompts(fn) for name, fn in (observe or {}).items()},
         )
         n_metrics = len(self.prompts[0].metrics)
         base = out.base.new_full((len(self.prompts), n_metrics), float("nan"))
@@ -206,31 +212,17 @@ class Sweep:
             require_finite(metric.name, found[:, m])
         return Scores(base, found)
 
-    def _of_prompts(
-        self, observe: Mapping[str, Callable[[Tensor], None]] | None
-    ) -> dict[str, Callable[[Tensor], None]]:
-        firsts = [runs[0] for runs in self._of_prompt]
-
-        def of_prompts(fn: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-            return lambda x: fn(x[firsts])
-
-        return {name: of_prompts(fn) for name, fn in (observe or {}).items()}
-
-    def _reduce(self) -> Reduce:
-        wide = wide_dtype(dtype_of(self.model))
+    def _reduce(self, logits: Tensor, bases: list[int]) -> Tensor:
         n_metrics = len(self.prompts[0].metrics)
-
-        def reduce(logits: Tensor, bases: list[int]) -> Tensor:
-            scores = torch.full((len(bases), n_metrics), float("nan"), dtype=wide)
-            for index in sorted(set(bases)):
-                rows = [r for r, b in enumerate(bases) if b == index]
-                # A whole pass of one prompt needs no copy of its logits.
-                part = logits if len(rows) == len(bases) else logits[rows]
-                for _, metric, values in self.runs[index].scores(part, self.prompts):
-                    scores[rows, metric] = values.detach().to("cpu", wide)
-            return scores
-
-        return reduce
+        wide = wide_dtype(dtype_of(self.model))
+        scores = torch.full((len(bases), n_metrics), float("nan"), dtype=wide)
+        for index in sorted(set(bases)):
+            rows = [r for r, b in enumerate(bases) if b == index]
+            # A whole pass of one prompt needs no copy of its logits.
+            part = logits if len(rows) == len(bases) else logits[rows]
+            for _, metric, values in self.runs[index].scores(part, self.prompts):
+                scores[rows, metric] = values.detach().to("cpu", wide)
+        return scores
 
 
 # -- many prompts, a few of them at a time ---------------------------------------------------------
@@ -290,8 +282,8 @@ def run_sweep(
         shown: dict[str, Tensor] = {}
         items = [item for base, i in enumerate(group) for item in rows_of(i, base, shown)]
         counts = [sum(item.base == base for item in items) for base in range(len(group))]
-        observe = keep_in(shown, wanted, len(group)) if sources else None
-        found = sweep.run(items, inner, observe)
+        shows = storing(shown, wanted, lambda x: x[len(group) :].detach()) if sources else []
+        found = sweep.run(items, inner, dict(shows))
         return [counts, found.base, found.rows]
 
     said = [(s.prompt.ids, s.target.answer, [m.name for m in s.metrics]) for s in prompts]
@@ -337,19 +329,5 @@ def score_and_capture(
         behind a prompt are answer tokens and padding.
     """
     store: dict[str, Tensor] = {}
-    found = Sweep(model, prompts).run([], observe=keep_in(store, names))
+    found = Sweep(model, prompts).run([], observe=dict(storing(store, names, Tensor.detach)))
     return found.base, store
-
-
-def keep_in(
-    store: dict[str, Tensor], names: Iterable[str], first: int = 0
-) -> dict[str, Callable[[Tensor], None]]:
-    """What to observe so that `store` holds the activations of the prompts from number `first` on."""
-
-    def keep(name: str) -> Callable[[Tensor], None]:
-        def fn(x: Tensor) -> None:
-            store[name] = x[first:].detach()
-
-        return fn
-
-    return {name: keep(name) for name in names}
