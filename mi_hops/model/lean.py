@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from operator import is_not
 from typing import Any
 
 import torch
@@ -72,12 +74,24 @@ def _remove(parts: Iterable[Any]) -> None:
 def _hooked_parts(model: HookedModel) -> dict[Any, Callable[..., Any]]:
     """Module -> what it is to do instead."""
     parts: dict[Any, Callable[..., Any]] = {}
-    masks = _Masks()
+    like = next(model.parameters())
+
+    def bare(norm: Any) -> Callable[[Tensor], Tensor]:
+        own = norm_of(model, norm, like.new_empty(model.cfg.d_model))
+        return lambda x: normalise(x, *own)
+
+    @lru_cache(maxsize=1)
+    def causal_mask(n_pos: int, n_slots: int, n_shared: int) -> Tensor:
+        """For the last `n_pos` of `n_slots` positions."""
+        full = like.new_full((n_pos, n_slots), float("-inf")).triu(n_slots - n_pos + 1)
+        return for_shared_heads(full, n_shared)
+
+    all_ones = _Once(lambda mask: mask is None or bool(mask.all()))
     for block in model.blocks:
-        norm = _Norm(model, block.ln1, once=True)
-        parts[block.ln1] = norm
-        parts[block.attn] = _attention(block.attn, norm, masks)
-        parts[block.ln2] = _Norm(model, block.ln2)
+        once = _Once(bare(block.ln1))
+        parts[block.ln1] = _norm(block.ln1, once)
+        parts[block.attn] = _attention(block.attn, once, all_ones, causal_mask)
+        parts[block.ln2] = _norm(block.ln2, bare(block.ln2))
         if model.cfg.gated_mlp:
             parts[block.mlp] = _gated(block.mlp)
     return parts
@@ -93,65 +107,31 @@ def _bridge_parts(model: HookedModel) -> dict[Any, Callable[..., Any]]:
 
 
 class _Once:
-    """A function computed once for all blocks of a pass: its last value stands until it is given other tensors."""
+    """A function whose last value stands until it is given other tensors, or told to `forget`."""
 
     def __init__(self, make: Callable[..., Any]) -> None:
-        self._make, self._made = make, None
-        self._given: tuple[Any, ...] = ()
+        self._make = make
+        self.forget()
 
     def __call__(self, *given: Any) -> Any:
-        if len(given) != len(self._given) or any(
-            a is not b for a, b in zip(given, self._given, strict=True)
-        ):
+        if len(given) != len(self._given) or any(map(is_not, given, self._given)):
             self._given, self._made = given, self._make(*given)
         return self._made
 
-
-class _Norm:
-    """A norm.
-
-    Args:
-        once: it computes the same tensor once, until it is told to `forget`.
-    """
-
-    def __init__(self, model: HookedModel, norm: Any, *, once: bool = False) -> None:
-        self._norm, self._own, self._once = norm, norm.forward, once
-        like = next(model.parameters())
-        self._parts = norm_of(model, norm, like.new_empty(model.cfg.d_model))
-        self._made: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if _watched(self._norm.hook_scale, self._norm.hook_normalized):
-            return self._own(x)  # a hook in the norm acts each time
-        if self._made is not None and self._made[0] is x:
-            return self._made[1]
-        made = normalise(x, *self._parts)
-        if self._once:
-            self._made = x, made
-        return made
-
     def forget(self) -> None:
-        self._made = None
+        self._given: tuple[Any, ...] = ()
+        self._made: Any = None
 
 
-class _Masks:
-    """The masks of a pass, made once for all of its blocks."""
+def _norm(norm: Any, bare: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    own = norm.forward
 
-    def __init__(self) -> None:
-        self._all_ones = _Once(lambda mask: bool(mask.all()))
-        self._causal: tuple[tuple[int, int, int], Tensor] | None = None
+    def forward(x: Tensor) -> Tensor:
+        if _watched(norm.hook_scale, norm.hook_normalized):
+            return own(x)  # a hook in the norm acts each time
+        return bare(x)
 
-    def is_all_ones(self, mask: Tensor | None) -> bool:
-        """Whether an attention mask is all ones."""
-        return mask is None or bool(self._all_ones(mask))
-
-    def causal(self, n_pos: int, n_slots: int, n_shared: int, like: Tensor) -> Tensor:
-        """For the last `n_pos` of `n_slots` positions."""
-        key = n_pos, n_slots, n_shared
-        if self._causal is None or self._causal[0] != key:
-            full = like.new_full((n_pos, n_slots), float("-inf")).triu(n_slots - n_pos + 1)
-            self._causal = key, for_shared_heads(full, n_shared)
-        return self._causal[1]
+    return forward
 
 
 def _watched(*points: Any) -> bool:
@@ -159,7 +139,9 @@ def _watched(*points: Any) -> bool:
     return torch.is_grad_enabled() or any(point._forward_hooks for point in points)
 
 
-def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
+def _attention(
+    attn: Any, norm: _Once, all_ones: _Once, causal_mask: Callable[[int, int, int], Tensor]
+) -> Callable[..., Tensor]:
     cfg, own = attn.cfg, attn.forward
     rotary = cfg.positional_embedding_type == "rotary"
     inner = [attn.hook_attn_scores, attn.hook_pattern, *([attn.hook_rot_k] if rotary else [])]
@@ -189,17 +171,11 @@ def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
         entry = past_kv_cache_entry
         if (
             _watched(*inner)
-            or not masks.is_all_ones(attention_mask)
+            or not all_ones(attention_mask)
             or any(getattr(cfg, flag) for flag in _FLAGS)
         ):
-            return own(
-                query_input=query_input,
-                key_input=key_input,
-                value_input=value_input,
-                past_kv_cache_entry=entry,
-                attention_mask=attention_mask,
-                **others,
-            )
+            others |= {"past_kv_cache_entry": entry, "attention_mask": attention_mask}
+            return own(query_input, key_input, value_input, **others)
         q = attn.hook_q(project(query_input, "Q"))
         k = attn.hook_k(project(key_input, "K"))
         v = attn.hook_v(project(value_input, "V"))
@@ -213,7 +189,7 @@ def _attention(attn: Any, norm: _Norm, masks: _Masks) -> Callable[..., Tensor]:
         if rotary:
             q = attn.hook_rot_q(rotate(q, offset))
         n_shared = q.shape[2] // k.shape[2]
-        mask = masks.causal(q.shape[1], k.shape[1], n_shared, q)
+        mask = causal_mask(q.shape[1], k.shape[1], n_shared)
         q, k, v = (rearrange(x, "row pos head d -> row head pos d") for x in (q, k, v))
         z = attn.hook_z(attend(q, k, v, mask, 1 / attn.attn_scale))
         weight = rearrange(attn.W_O, "head d model -> model (head d)")
@@ -238,12 +214,9 @@ def _bridge_attention(attn: Any, rotations: _Once, shared: _Once) -> Callable[..
         past_key_values: Any = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        n_pos = hidden_states.shape[1]
-        n_slots = (
-            n_pos
-            if past_key_values is None
-            else n_pos + past_key_values.get_seq_length(wrapped.layer_idx)
-        )
+        n_slots = n_pos = hidden_states.shape[1]
+        if past_key_values is not None:
+            n_slots += past_key_values.get_seq_length(wrapped.layer_idx)
         if (
             _watched(*inner)
             or attn.training
@@ -252,12 +225,9 @@ def _bridge_attention(attn: Any, rotations: _Once, shared: _Once) -> Callable[..
             or attention_mask.shape[1:] != (1, n_pos, n_slots)
             or any(getattr(cfg, flag, False) for flag in _FLAGS)
         ):
+            others |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
             return own(
-                hidden_states=hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **others,
+                hidden_states=hidden_states, position_embeddings=position_embeddings, **others
             )
         x = attn.hook_in(hidden_states)
         q, k, v = apart(attn.q(x)), apart(attn.k(x)), apart(attn.v(x))
