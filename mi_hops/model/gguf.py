@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,6 @@ def _convert(file: Path, digest: str, folder: Path) -> None:
         with replacing(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-    except FileExistsError:
-        if not (folder / "config.json").exists():
-            raise
     except OSError as error:
         if (folder / "config.json").exists():
             return  # another process has made it meanwhile
@@ -233,11 +231,10 @@ def _stored_as(reader: Any) -> str:
     try:
         name = LlamaFileType(_field(reader, "general.file_type")).name
     except ValueError:  # none given, or one that this gguf package does not know
-        sizes: dict[str, int] = {}
+        sizes: Counter[str] = Counter()
         for tensor in reader.tensors:
-            kind = tensor.tensor_type.name
-            sizes[kind] = sizes.get(kind, 0) + int(tensor.n_elements)
-        return max(sizes, key=lambda kind: sizes[kind])
+            sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+        return sizes.most_common(1)[0][0]
     return re.sub("^(ALL|MOSTLY)_", "", name)
 
 

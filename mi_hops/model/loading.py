@@ -96,7 +96,10 @@ def load_model(
     family = config.model_type
     with _reading(source, "tokenizer"):
         tokenizer = _tokenizer(source)
-    bos = adds_bos(tokenizer) if bos is None else _with_bos(tokenizer, bos)
+    if bos is None:
+        bos = adds_bos(tokenizer)
+    elif bos and tokenizer.bos_token_id is None:
+        raise ValueError("bos=True, but the tokenizer of this checkpoint has no BOS token")
     if backend is None:
         backend = "hooked" if hooked_class() and family in _HOOKED_FAMILIES else "bridge"
     if backend == "hooked":
@@ -254,12 +257,6 @@ def _tokenizer(source: str) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
-
-
-def _with_bos(tokenizer: Any, bos: bool) -> bool:
-    if bos and tokenizer.bos_token_id is None:
-        raise ValueError("bos=True, but the tokenizer of this checkpoint has no BOS token")
-    return bos
 
 
 def _weights(source: str, dtype: Any, **options: Any) -> Any:

@@ -99,38 +99,22 @@ class Intervention:
 
 def replace(value: Tensor) -> Change:
     """Replace the activation with `value` (broadcast)."""
-
-    def change(x: Tensor) -> Tensor:
-        return _like(value, x).expand_as(x)
-
-    return change
+    return lambda x: _like(value, x).expand_as(x)
 
 
 def add(vector: Tensor, strength: float = 1.0) -> Change:
     """Add ``strength * vector``."""
-
-    def change(x: Tensor) -> Tensor:
-        return x + strength * _like(vector, x)
-
-    return change
+    return lambda x: x + strength * _like(vector, x)
 
 
 def scale(factor: float) -> Change:
     """Multiply by `factor`."""
-
-    def change(x: Tensor) -> Tensor:
-        return x * factor
-
-    return change
+    return lambda x: x * factor
 
 
 def ablate(mean: Tensor | None = None) -> Change:
     """Zero ablation, or mean ablation if a `mean` activation is given."""
-
-    def change(x: Tensor) -> Tensor:
-        return x.new_zeros(x.shape) if mean is None else _like(mean, x).expand_as(x)
-
-    return change
+    return torch.zeros_like if mean is None else replace(mean)
 
 
 def noise(std: float, generator: Generator) -> Change:
@@ -147,11 +131,7 @@ def noise(std: float, generator: Generator) -> Change:
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
-    """`value` on the activation's device and dtype, checked to broadcast to its shape.
-
-    Raises:
-        ValueError: a shape that does not broadcast to the activation's.
-    """
+    """`value` on the activation's device and dtype, checked to broadcast to its shape."""
     if value.ndim > x.ndim or any(
         v not in (1, n) for v, n in zip(value.shape[::-1], x.shape[::-1], strict=False)
     ):
