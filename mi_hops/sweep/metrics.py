@@ -97,6 +97,10 @@ class Metric(Protocol):
         ...
 
 
+#: ``[row, scored, vocab]``, as `Metric.score` takes them.
+Logits = Float[Tensor, "row scored vocab"]
+
+
 def _wide(logits: Tensor) -> Tensor:
     """The logits in float32 or wider.
 
@@ -135,9 +139,7 @@ class NextToken(_AtPrompt):
     higher_is_better: bool
     compute: Callable[[Tensor, Target], Tensor]
 
-    def score(
-        self, logits: Float[Tensor, "row scored vocab"], target: Target
-    ) -> Float[Tensor, "row"]:
+    def score(self, logits: Logits, target: Target) -> Float[Tensor, "row"]:
         """One score per row."""
         return self.compute(_wide(logits[:, 0]), target)
 
@@ -201,9 +203,7 @@ class KL(_AtPrompt):
                 f"{tuple(self.baseline.shape)}"
             )
 
-    def score(
-        self, logits: Float[Tensor, "row scored vocab"], target: Target
-    ) -> Float[Tensor, "row"]:
+    def score(self, logits: Logits, target: Target) -> Float[Tensor, "row"]:
         """One divergence per row, at least 0 but for rounding."""
         return self._divergence(logits[:, 0])
 
@@ -242,9 +242,7 @@ class AnswerLogprob:
         """All answer tokens but the last; one position for each of the answer's."""
         return Plan(target.answer[:-1], tuple(range(len(target.answer))))
 
-    def score(
-        self, logits: Float[Tensor, "row scored vocab"], target: Target
-    ) -> Float[Tensor, "row"]:
+    def score(self, logits: Logits, target: Target) -> Float[Tensor, "row"]:
         """Sum over the answer's tokens."""
         steps = torch.arange(len(target.answer), device=logits.device)
         ids = torch.tensor(target.answer, device=logits.device)
@@ -270,9 +268,7 @@ class Greedy:
         extra = target.answer if self.ends else target.answer[:-1]
         return Plan(extra, tuple(range(len(extra) + 1)))
 
-    def score(
-        self, logits: Float[Tensor, "row scored vocab"], target: Target
-    ) -> Float[Tensor, "row"]:
+    def score(self, logits: Logits, target: Target) -> Float[Tensor, "row"]:
         """1.0 or 0.0 per row."""
         wide = _wide(logits)
         best = wide.argmax(-1)
@@ -298,9 +294,7 @@ class Custom(_AtPrompt):
     unit: str = ""
     higher_is_better: bool = True
 
-    def score(
-        self, logits: Float[Tensor, "row scored vocab"], target: Target
-    ) -> Float[Tensor, "row"]:
+    def score(self, logits: Logits, target: Target) -> Float[Tensor, "row"]:
         """What the function returns, checked.
 
         Raises:
@@ -370,9 +364,7 @@ class FullLogits:
             )
         return Plan(scored=tuple(range(1 - self.length, 1)))
 
-    def score(
-        self, logits: Float[Tensor, "row scored vocab"], target: Target
-    ) -> Float[Tensor, "row"]:
+    def score(self, logits: Logits, target: Target) -> Float[Tensor, "row"]:
         """What the function returns for each row, checked.
 
         Raises:

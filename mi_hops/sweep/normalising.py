@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_hops.sweep.metrics import Metric, Plan, Target
+from mi_hops.sweep.metrics import Logits, Metric, Plan, Target
 
 
 def score_gap(
@@ -92,9 +92,7 @@ class Normalised:
         """That of the metric."""
         return self.metric.plan(target)
 
-    def score(
-        self, logits: Float[Tensor, "row scored vocab"], target: Target
-    ) -> Float[Tensor, "row"]:
+    def score(self, logits: Logits, target: Target) -> Float[Tensor, "row"]:
         """Share restored, per row."""
         found = self.metric.score(logits, target)
         return (found - self.corrupted) / (self.clean - self.corrupted)
