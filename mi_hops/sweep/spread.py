@@ -246,7 +246,9 @@ class _Given:
             return self.executor.submit(*task)
 
     def wait(self, futures: Iterable[Future[bytes]]) -> set[Future[bytes]]:
-        """The first of them that are done."""
+        """The first of them that are done; while none is, who shares a folder does some."""
+        if isinstance(self.executor, SharedFolder):
+            return self.executor.wait(futures)
         return wait(futures, return_when=FIRST_COMPLETED)[0]
 
     def replace(self, error: BrokenExecutor) -> None:
@@ -272,24 +274,15 @@ class _Processes(_Given):
             self.executor = _pool(self.n)
 
 
-@dataclass
-class _Shared(_Given):
-    """Processes that share a folder, of which this is one."""
-
-    def wait(self, futures: Iterable[Future[bytes]]) -> set[Future[bytes]]:
-        """The first of them that are done; while none is, this process does some."""
-        assert isinstance(self.executor, SharedFolder)
-        return self.executor.wait(futures)
-
-
 @contextmanager
-def _shared(folder: SharedFolder, model: Any, load: Load) -> Iterator[_Shared]:
+def _shared(folder: SharedFolder, model: Any, load: Load) -> Iterator[_Given]:
+    """Processes that share a folder, of which this is one."""
     global _model, _known
     folder.begin()
     # What this process does it does with the model that it has.
     _model = cloudpickle.dumps((load, fingerprint(model))), model
     try:
-        yield _Shared(folder)
+        yield _Given(folder)
     finally:
         _model = _known = b"", None
         folder.shutdown()
