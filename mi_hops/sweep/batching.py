@@ -139,10 +139,8 @@ def batched_with_oom_backoff(
         return
     while start < len(items):
         part = items[start : start + size]
-        if kept is None:
-            found = attempt(part)
-        else:
-            found = keep(partial(attempt, part), *kept, start, len(part))
+        make = partial(attempt, part)
+        found = make() if kept is None else keep(make, *kept, start, len(part))
         if not found:
             size = len(part) // 2
             continue

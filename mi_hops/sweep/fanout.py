@@ -18,14 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mi_hops.model import (
-    Hook,
-    HookedModel,
-    hook_name,
-    n_heads_of,
-    require_hooks,
-    require_layers,
-)
+from mi_hops.model import Hook, HookedModel, hook_name, n_heads_of, require_hooks, require_layers
 from mi_hops.model.cache import Prefix, Recorder
 from mi_hops.model.hooks import storing
 from mi_hops.model.layout import pretransposed_weights

@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -211,7 +210,7 @@ def keep_each(
 
     def kept() -> Iterator[tuple[int, Any]]:
         for i, value in make(missing):
-            yield i, keeper.make(names[i], partial(_same, value)) if keeper else value
+            yield i, keeper.make(names[i], lambda value=value: value) if keeper else value
 
     made = in_order(kept(), missing)
     for i in range(len(parts)):
@@ -226,10 +225,6 @@ def in_order(found: Iterator[tuple[int, T]], numbers: Iterable[int]) -> Iterator
             i, value = next(found)
             ready[i] = value
         yield ready.pop(number)
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 class Running:

@@ -9,18 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mi_hops.model import (
-    Hook,
-    HookedModel,
-    device_of,
-    dtype_of,
-    forward,
-    hook_name,
-)
+from mi_hops.model import Hook, HookedModel, device_of, dtype_of, forward, hook_name
 from mi_hops.model.cache import Prefix, Recorder
 from mi_hops.model.hooks import earliest_cut, splits_blocks
 from mi_hops.sweep.interventions import HEAD_AXIS, Change, Intervention, Site
 from mi_hops.sweep.limits import Limits
+from mi_hops.sweep.sites import activation_width
 from mi_hops.sweep.together import cheapest_cuts
 from mi_hops.text.tokens import Batch
 
@@ -114,7 +108,7 @@ def row_bytes(model: HookedModel, width: int, n_scored: int) -> int:
     """Estimated bytes that one row of `width` tokens needs at its widest moment."""
     cfg = model.cfg
     size = dtype_of(model).itemsize
-    d_mlp = getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
+    d_mlp = activation_width(model, "mlp_post", width)
     attention = 4 * cfg.n_heads * (cfg.d_head + width)
     token = size * (6 * cfg.d_model + max(3 * d_mlp, attention))
     return width * token + n_scored * cfg.d_vocab * (size + 4)
@@ -242,19 +236,17 @@ def run_pass(
             view.rows = [bases.index(base) for base in rows]
         bases = []
 
-    def grow(entry: str, new: list[int]) -> Callable[[Tensor], Tensor]:
+    def grow(join: int, new: list[int]) -> Callable[[Tensor], Tensor]:
         def fn(x: Tensor) -> Tensor:
             if view is not None:
                 view.rows += [known.index(base) for base in new]
             if prefix is None:
                 return torch.cat([x, x[[known.index(base) for base in new]]])
-            return torch.cat([x, prefix.stream(entry, new, start)])
+            return torch.cat([x, prefix.stream(entry_hook(join), new, start)])
 
         return fn
 
-    hooks: list[Hook] = [
-        (entry_hook(join), grow(entry_hook(join), new)) for join, new in joining.items()
-    ]
+    hooks: list[Hook] = [(entry_hook(join), grow(join, new)) for join, new in joining.items()]
     hooks += watching  # before the changes, which may use what is shown
     hooks += _change_hooks(items, len(bases), start)
     where = [[p - start for p in scored[b]] for b in (*bases, *parents)]
