@@ -81,7 +81,7 @@ class RowCache:
                 mine.narrow(self._axis, at + width, self.width - at - width).zero_()
             return self._read(kept, first, n_rows, at + width)
 
-        return self._pass(n_rows, at, join, None, seen[None, None], where[None], alike=True)
+        return self._pass(n_rows, join, seen[None, None], where[None], alike=True)
 
     def step(self, seen: Bool[Tensor, "row slot"], positions: Int[Tensor, "row"]) -> Any:
         """A cache for a pass over one further token of every row.
@@ -98,15 +98,7 @@ class RowCache:
                 buffer.narrow(self._axis, end - 1, 1).copy_(value)
             return self._read(kept, 0, self._n_rows, end)
 
-        return self._pass(
-            self._n_rows,
-            end - 1,
-            join,
-            seen.long(),
-            seen[:, None, None],
-            positions[:, None],
-            alike=False,
-        )
+        return self._pass(self._n_rows, join, seen[:, None, None], positions[:, None], alike=False)
 
     def keep(self, rows: Int[Tensor, "row"]) -> None:
         """Only these rows go on, in this order."""
@@ -133,9 +125,7 @@ class RowCache:
     def _pass(
         self,
         n_rows: int,
-        length: int,
         join: Join,
-        mask: Int[Tensor, "row slot"] | None,
         seen: Bool[Tensor, "row 1 pos slot"],
         positions: Int[Tensor, "row pos"],
         *,
@@ -143,8 +133,9 @@ class RowCache:
     ) -> Any:
         if self._plain:
             return Slots(join, seen, positions, alike)
+        length = seen.shape[-1] - positions.shape[-1]
         if self._hooked:  # which takes care of causality itself
-            return HookedCache(self._model, join, n_rows, length, mask)
+            return HookedCache(self._model, join, n_rows, length, seen[:, 0, -1].long())
         cache = bridge_cache(join, length)
         # A mask of the positions themselves: made from a row of ones it would know no empty slots.
         mask = additive_mask(self._model, seen)
