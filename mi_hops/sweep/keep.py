@@ -188,9 +188,8 @@ def keep(make: Callable[[], Any], *what: Any) -> Any:
     if keeper is None:
         return make()
     name = keeper.name(what)
-    for value in keeper.get(name):
-        return value
-    return keeper.make(name, make)
+    found = keeper.get(name)
+    return found[0] if found else keeper.make(name, make)
 
 
 def keep_each(
@@ -203,18 +202,16 @@ def keep_each(
         parts: what tells each from others.
         make: gives ``(number, value)`` of the parts with these numbers, as they are done.
     """
-    keeper = _keeper.get()
-    names = [keeper.name(what) for what in parts] if keeper else []
-    known = {i for i, name in enumerate(names) if keeper and keeper.knows(name)}
-    missing = [i for i in range(len(parts)) if i not in known]
-
-    def kept() -> Iterator[tuple[int, Any]]:
-        for i, value in make(missing):
-            yield i, keeper.make(names[i], lambda value=value: value) if keeper else value
-
-    made = in_order(kept(), missing)
-    for i in range(len(parts)):
-        yield keeper.get(names[i])[0] if keeper and i in known else next(made)
+    keeper, numbers = _keeper.get(), list(range(len(parts)))
+    if keeper is None:
+        yield from in_order(make(numbers), numbers)
+        return
+    names = [keeper.name(what) for what in parts]
+    missing = [i for i in numbers if not keeper.knows(names[i])]
+    kept = ((i, keeper.make(names[i], lambda value=value: value)) for i, value in make(missing))
+    made = in_order(kept, missing)
+    for name in names:
+        yield keeper.get(name)[0] if keeper.knows(name) else next(made)
 
 
 def in_order(found: Iterator[tuple[int, T]], numbers: Iterable[int]) -> Iterator[T]:
