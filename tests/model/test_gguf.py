@@ -118,15 +118,10 @@ def test_bos_is_added_where_the_file_says_so(shape, tmp_path):
         assert provenance(model)["bos"] is bos
 
 
-def broken(tmp_path, cut):
-    file = write(network("llama"), tmp_path / "cut.gguf")
-    file.write_bytes(file.read_bytes()[:cut])
-    return file
-
-
 @pytest.mark.parametrize("cut", [0, 3, 40, 3000, 20_000, -500_000, -4000, -40])
 def test_a_truncated_file_is_refused(tmp_path, cache, cut):
-    file = broken(tmp_path, cut)
+    file = write(network("llama"), tmp_path / "cut.gguf")
+    file.write_bytes(file.read_bytes()[:cut])
     with pytest.raises(
         ValueError, match=r"cut\.gguf cannot be read as GGUF .* damaged or incomplete"
     ):

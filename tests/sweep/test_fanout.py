@@ -109,25 +109,21 @@ def test_equals_one_forward_per_cell(tiny):
 
 
 @pytest.mark.slow
-def test_scaled_rope_and_tied_embeddings(load_tiny):
-    for backend in ("bridge", "hooked"):
-        model = load_tiny("llama32", backend)
-        prompts = pad(PROMPTS)
-        items = every_kind(model, prompts)
-        scored = [[n - 1] for n in prompts.lengths.tolist()]
-        out = fan_out(model, prompts, items)
-        assert torch.allclose(out.rows, loop(model, prompts, items, scored), atol=2e-5, rtol=0)
-
-
-@pytest.mark.slow
-def test_float64_on_hooked(load_tiny):
-    for shape in ("gpt2", "llama"):
-        model = load_tiny(shape, "hooked", "float64")
-        prompts = pad(PROMPTS)
-        items = every_kind(model, prompts)
-        scored = [[n - 1] for n in prompts.lengths.tolist()]
-        out = fan_out(model, prompts, items)
-        assert torch.allclose(out.rows, loop(model, prompts, items, scored), atol=1e-10, rtol=0)
+@pytest.mark.parametrize(
+    ("given", "atol"),
+    [
+        (("llama32", "bridge"), 2e-5),
+        (("llama32", "hooked"), 2e-5),
+        (("gpt2", "hooked", "float64"), 1e-10),
+        (("llama", "hooked", "float64"), 1e-10),
+    ],
+)
+def test_scaled_rope_tied_embeddings_and_float64(load_tiny, given, atol):
+    model, prompts = load_tiny(*given), pad(PROMPTS)
+    items = every_kind(model, prompts)
+    scored = [[n - 1] for n in prompts.lengths.tolist()]
+    out = fan_out(model, prompts, items)
+    assert torch.allclose(out.rows, loop(model, prompts, items, scored), atol=atol, rtol=0)
 
 
 def test_equals_transformer_lens_loop(load_tiny):

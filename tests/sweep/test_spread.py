@@ -6,7 +6,6 @@ import importlib.util
 import os
 import signal
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
@@ -242,11 +241,14 @@ def test_a_task_that_fails_always_is_told_of_and_the_others_are_kept(model, tmp_
             raise RuntimeError("no such number")
         return n * n
 
-    with keeping_after(tmp_path / "kept"), Watched() as executor, spread(model, executor):
-        with pytest.raises(TaskError, match=r"1 batch.*3 times.*number 4.*no such number"):
-            each(model, fails)
-        assert executor.n == 8
-        raise Done
+    with (
+        pytest.raises(TaskError, match=r"1 batch.*3 times.*number 4.*no such number"),
+        keeping(tmp_path / "kept", "x"),
+        Watched() as executor,
+        spread(model, executor),
+    ):
+        each(model, fails)
+    assert executor.n == 8
 
     def makes(n):
         made.append(n)
@@ -255,25 +257,6 @@ def test_a_task_that_fails_always_is_told_of_and_the_others_are_kept(model, tmp_
     with keeping(tmp_path / "kept", "x"):
         assert each(model, makes) == {n: n * n for n in range(6)}
     assert made == [4]
-
-
-class Done(Exception):
-    pass
-
-
-class keeping_after:  # noqa: N801
-    """As `keeping`, for a block that is ended by `Done`."""
-
-    def __init__(self, folder):
-        self.inner = keeping(folder, "x")
-
-    def __enter__(self):
-        self.inner.__enter__()
-
-    def __exit__(self, kind, *error):
-        with suppress(Done):
-            self.inner.__exit__(kind, *error)
-        return kind is Done
 
 
 def test_an_error_of_the_input_is_raised_as_it_is(model):
