@@ -32,11 +32,8 @@ from mi_hops.model.plain import (
     rotary_table,
     rotation,
 )
-from mi_hops.model.shortcuts import is_supported, may_be_rewritten
+from mi_hops.model.shortcuts import OPTIONS, is_supported, may_be_rewritten
 from mi_hops.model.types import HookedModel
-
-#: Options under which attention has further hook points.
-_FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in")
 
 
 @contextmanager
@@ -172,7 +169,7 @@ def _attention(
         if (
             _watched(*inner)
             or not all_ones(attention_mask)
-            or any(getattr(cfg, flag) for flag in _FLAGS)
+            or any(getattr(cfg, flag) for flag in OPTIONS)
         ):
             others |= {"past_kv_cache_entry": entry, "attention_mask": attention_mask}
             return own(query_input, key_input, value_input, **others)
@@ -223,7 +220,7 @@ def _bridge_attention(attn: Any, rotations: _Once, shared: _Once) -> Callable[..
             or attention_mask is None
             or attention_mask.dtype != hidden_states.dtype
             or attention_mask.shape[1:] != (1, n_pos, n_slots)
-            or any(getattr(cfg, flag, False) for flag in _FLAGS)
+            or any(getattr(cfg, flag, False) for flag in OPTIONS)
         ):
             others |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
             return own(

@@ -30,6 +30,8 @@ _OF_TORCH = (
     torch.nn.SiLU,
     torch.nn.GELU,
 )
+#: Options under which blocks have further hook points; `load_model` leaves them off.
+OPTIONS = ("use_attn_result", "use_split_qkv_input", "use_attn_in")
 #: Hooks that the libraries attach themselves, and that only look.
 _LOOKING = ("transformer_lens.model_bridge.", "transformers.")
 
@@ -37,7 +39,7 @@ _LOOKING = ("transformer_lens.model_bridge.", "transformers.")
 def is_supported(cfg: Any) -> bool:
     """Whether blocks are those of GPT-2 or LLaMA, with no option that changes what they compute."""
     unsupported = (
-        "use_attn_result", "use_split_qkv_input", "use_attn_in", "load_in_4bit", "use_qk_norm",
+        *OPTIONS, "load_in_4bit", "use_qk_norm",
         "use_logn_attn", "use_local_attn", "use_attention_sinks", "use_dynamic_ntk_rope",
         "rotary_adjacent_pairs", "ungroup_grouped_query_attention", "attn_only", "clip_qkv",
         "parallel_attn_mlp", "use_normalization_before_and_after", "post_embedding_ln",

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mi_hops.model import HookedModel, fingerprint
 from mi_hops.model.loading import loader_of
-from mi_hops.model.shortcuts import is_touched
+from mi_hops.model.shortcuts import OPTIONS, is_touched
 from mi_hops.sweep.keep import keeping_nothing
 from mi_hops.sweep.shared import SharedFolder
 
@@ -136,7 +136,7 @@ class _Spread:
         """Whether the workers' model is this one, as it is now."""
         return (
             model is self.model
-            and not any(getattr(model.cfg, flag, False) for flag in _FLAGS)
+            and not any(getattr(model.cfg, flag, False) for flag in (*OPTIONS, "use_hook_mlp_in"))
             and not is_touched(model)
             and fingerprint(model) == self.fingerprint
         )
@@ -210,9 +210,6 @@ class _Spread:
 
 
 _spread: ContextVar[_Spread | None] = ContextVar("spread", default=None)
-
-#: Settings of a model that `load_model` leaves off, and that hook points depend on.
-_FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
 
 def _report(failed: Sequence[_Task], texts: Sequence[Sequence[str]]) -> TaskError:
@@ -363,14 +360,14 @@ def _make(shared: bytes, data: bytes) -> bytes:
             _known = b"", None  # makes room first
             work = pickle.loads(shared)
             model = _loaded(work.load, work.fingerprint)
-            _known = digest, (work, model, _unpickled(work.run, model))
+            _known = digest, (work, model, _Unpickler(work.run, model).load())
         work, model, run = _known[1]
         if torch.get_num_threads() != work.threads:
             torch.set_num_threads(work.threads)
         stack.enter_context(torch.set_grad_enabled(work.grad))
         for around in work.around:
             stack.enter_context(around(model))
-        return pickle.dumps([_on_cpu(run(part)) for part in _unpickled(data, model)])
+        return pickle.dumps([_on_cpu(run(part)) for part in _Unpickler(data, model).load()])
 
 
 def _loaded(load: Load, expected: str) -> Any:
@@ -424,10 +421,6 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, name: str) -> Any:
         """What has this name."""
         return self._parts[name]
-
-
-def _unpickled(data: bytes, model: Any) -> Any:
-    return _Unpickler(data, model).load()
 
 
 def _parts(model: Any) -> dict[str, Any]:
