@@ -435,9 +435,7 @@ def get_metric(metric: MetricLike) -> Metric:
             f"{metric!r} is not a metric; expected a name from {list(METRICS)}, an object with plan "
             "and score, or a function from logits [row, vocab] to [row]"
         )
-    if isinstance(metric, Metric):
-        return metric
-    return Custom(metric, _name_of(metric))
+    return metric if isinstance(metric, Metric) else Custom(metric, _name_of(metric))
 
 
 def _name_of(function: Callable[..., Any]) -> str:

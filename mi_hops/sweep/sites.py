@@ -98,11 +98,10 @@ class Sites:
         if self.window < 1:
             raise ValueError(f"window is {self.window} layers; expected at least 1")
         several = not isinstance(self.kinds, str) and (len(kinds) > 1 or named in ((), (None,)))
-        for name, value in (("kinds", kinds), ("layers", layers), ("several", several)):
+        units = {"heads": _listed(self.heads), "neurons": _listed(self.neurons)}
+        found = {"kinds": kinds, "layers": layers, "several": several, **units}
+        for name, value in found.items():
             object.__setattr__(self, name, value)
-        for name in ("heads", "neurons"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, value if value == "all" else _listed(value))
 
     def __repr__(self) -> str:
         told = []
@@ -147,20 +146,18 @@ class Sites:
         if "pattern" in acting and sources is not None:  # their keys correspond token by token
             for source, base in zip(sources, bases, strict=True):
                 align(source, base)
-        axes: list[tuple[str, Sequence[Any]]] = []
-        if self.several:
-            axes.append(("kind", kinds))
-        axes.append(("layer", layers))
+        coords: dict[str, Any] = {"kind": kinds} if self.several else {}
+        coords["layer"] = layers
         if axis:
-            axes.append(("position", labels))
+            coords["position"] = labels
         if unit_dim:
-            axes.append((unit_dim, units))
+            coords[unit_dim] = units
         name = "neuron" if unit_dim == "neuron" else "head"
         cells = tuple(
             Cell(kind, window_of(layer, self.window, n_layers), span, **{name: unit})
             for kind, layer, span, unit in product(acting, layers, range(len(labels)), units)
         )
-        coords = {dim: np.asarray(found) for dim, found in axes}
+        coords = {dim: np.asarray(found) for dim, found in coords.items()}
         grid = Grid(kinds, coords, cells, labels, axis, taken, put)
         require_hooks(model, grid.hook_names())
         return grid
@@ -287,8 +284,8 @@ class Grid:
 
     def hook_names(self) -> list[str]:
         """Hook points whose activations the cells touch."""
-        names = {hook_name(c.kind, layer): None for c in self.cells for layer in c.layers}
-        return list(names)
+        names = (hook_name(cell.kind, layer) for cell in self.cells for layer in cell.layers)
+        return list(dict.fromkeys(names))
 
     def reshape(
         self, values: Float[Tensor, "example cell *rest"]
