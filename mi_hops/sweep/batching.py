@@ -80,10 +80,6 @@ def each_made_elsewhere(
         yield from zip(window, in_order(made, range(len(window))), strict=True)
 
 
-def _as_texts(part: Sequence[Any]) -> list[str]:
-    return [str(item) for item in part]
-
-
 def batched_with_oom_backoff(
     items: Sequence[Item],
     size: int,
@@ -91,7 +87,7 @@ def batched_with_oom_backoff(
     *,
     kept: tuple[Any, ...] | None = None,
     model: HookedModel | None = None,
-    texts: Callable[[Sequence[Any]], Sequence[str]] = _as_texts,
+    texts: Callable[[Sequence[Any]], Sequence[str]] = lambda part: list(map(str, part)),
     around: Sequence[Around] = (),
 ) -> Iterator[tuple[Sequence[Item], Found]]:
     """Each part of at most `size` items, in order, with what `run` makes of it.

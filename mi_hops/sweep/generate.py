@@ -1,8 +1,4 @@
-"""Greedy generation, and when a generated text counts as the answer.
-
-Answered correctly means: greedily, over the whole vocabulary, the whole answer and its end. What a
-model goes on to say after the end (`STOP`) does not matter; a longer name does.
-"""
+"""Greedy generation, and which prompts are answered correctly (`mi_hops.text.matching`)."""
 
 from __future__ import annotations
 

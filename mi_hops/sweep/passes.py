@@ -260,11 +260,9 @@ def run_pass(
 def _cut(
     model: HookedModel, items: Sequence[Row], watched: Sequence[str] | None, where: list[list[int]]
 ) -> Hook:
-    """A hook that keeps ``where[row]`` of each row, as early as nothing else is needed.
+    """A hook that keeps ``where[row]`` of each row, as early as nothing else is changed or watched.
 
-    Only scored positions are unembedded, and on HookedTransformer only they pass the last MLP,
-    unless an intervention touches it or it is watched. The GPT-2 Bridge reshapes the final norm's
-    output to the input's shape, so there the cut comes right before the unembedding.
+    Where `watched` is None, that is before the unembedding.
     """
     name = "unembed.hook_in"
     if watched is not None:
