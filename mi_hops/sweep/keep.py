@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -208,7 +209,7 @@ def keep_each(
         return
     names = [keeper.name(what) for what in parts]
     missing = [i for i in numbers if not keeper.knows(names[i])]
-    kept = ((i, keeper.make(names[i], lambda value=value: value)) for i, value in make(missing))
+    kept = ((i, keeper.make(names[i], repeat(value).__next__)) for i, value in make(missing))
     made = in_order(kept, missing)
     for name in names:
         yield keeper.get(name)[0] if keeper.knows(name) else next(made)
