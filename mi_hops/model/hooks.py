@@ -174,13 +174,10 @@ def _remove_since(module: Any, first: int) -> None:
     """Hooks with numbers from `first` on, which torch gives in the order of attaching."""
     permanent: set[int] = set()
     for side in ("fwd_hooks", "bwd_hooks"):
-        kept = []
-        for handle in getattr(module, side, ()):
-            if handle.is_permanent:
-                permanent.add(handle.hook.id)
-            if handle.is_permanent or handle.hook.id < first:
-                kept.append(handle)
-        if hasattr(module, side):
+        handles = getattr(module, side, None)
+        if handles is not None:
+            permanent |= {handle.hook.id for handle in handles if handle.is_permanent}
+            kept = [handle for handle in handles if handle.is_permanent or handle.hook.id < first]
             setattr(module, side, kept)
     for name in _HOOK_TABLES:
         table = getattr(module, name)

@@ -63,24 +63,20 @@ def _turned(model: HookedModel) -> Iterator[tuple[Tensor, Callable[[Tensor], Ten
     if backend_of(model) != "hooked":
         return
     for block in model.blocks:
+        turns = []
         for name, parameter in block.attn.named_parameters(recurse=False):
             # A grouped-query model's own key and value weights are named _W_K and _W_V.
             plain = name.lstrip("_")
             if plain in ("W_Q", "W_K", "W_V", "W_O") and parameter.ndim == 3:
-                yield from _unless_so(parameter, _output_first if plain == "W_O" else _input_last)
+                turns.append((parameter, _output_first if plain == "W_O" else _input_last))
         mlp = dict(getattr(block, "mlp", block.attn).named_parameters(recurse=False))
         if "W_gate" in mlp:
-            for name in ("W_gate", "W_in", "W_out"):
-                if name in mlp and mlp[name].ndim == 2:
-                    yield from _unless_so(mlp[name], _input_last)
-
-
-def _unless_so(
-    parameter: Tensor, turn: Callable[[Tensor], Tensor]
-) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
-    # On the meta device the strides alone are worked out.
-    if turn(parameter.data.to("meta")).stride() != parameter.stride():
-        yield parameter, turn
+            found = (mlp[name] for name in ("W_gate", "W_in", "W_out") if name in mlp)
+            turns += [(parameter, _input_last) for parameter in found if parameter.ndim == 2]
+        for parameter, turn in turns:
+            # On the meta device the strides alone are worked out.
+            if turn(parameter.data.to("meta")).stride() != parameter.stride():
+                yield parameter, turn
 
 
 def _input_last(data: Tensor) -> Tensor:
