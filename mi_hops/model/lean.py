@@ -108,7 +108,8 @@ class _Once:
 
     def __init__(self, make: Callable[..., Any]) -> None:
         self._make = make
-        self.forget()
+        self._given: tuple[Any, ...] = ()
+        self._made: Any = None
 
     def __call__(self, *given: Any) -> Any:
         if len(given) != len(self._given) or any(map(is_not, given, self._given)):
@@ -116,8 +117,7 @@ class _Once:
         return self._made
 
     def forget(self) -> None:
-        self._given: tuple[Any, ...] = ()
-        self._made: Any = None
+        self._given, self._made = (), None
 
 
 def _norm(norm: Any, bare: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
