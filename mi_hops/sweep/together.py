@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from os.path import commonprefix
 
 #: Beyond so many branchings the starts of prompts are no longer compared.
@@ -45,9 +46,9 @@ def plan_batches(
     for b in range(n_batches):
         batch = rows[b * len(rows) // n_batches : (b + 1) * len(rows) // n_batches]
         parts: list[Part] = []
-        for group in sorted({group for _, group in batch}):
+        for group, alike in groupby(batch, key=lambda row: row[1]):
             starts, _ = groups[group]
-            members = [i for i, g in batch if g == group]
+            members = [i for i, _ in alike]
             shared = starts[-1] if starts else 0
             cuts = [tuple(members)] if packed else _by_length(members, prompts, shared, pass_cost)
             parts += [Part(cut, starts) for cut in cuts]

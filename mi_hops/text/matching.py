@@ -20,13 +20,7 @@ ARTICLES = ("the ", "a ", "an ")
 def find_ends(text: str, stop: Sequence[str]) -> list[int]:
     """Where stop strings occur in a text, in order; blank text at the start ends nothing."""
     start = len(text) - len(text.lstrip())
-    found = set()
-    for mark in stop:
-        at = text.find(mark, start)
-        while at >= 0:
-            found.add(at)
-            at = text.find(mark, at + 1)
-    return sorted(found)
+    return [at for at in range(start, len(text)) if text.startswith(tuple(stop), at)]
 
 
 def check_stop(stop: Sequence[str]) -> None:
@@ -44,11 +38,8 @@ def normalise(text: str) -> str:
     """
     plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     bare = plain.strip(SURROUNDING)
-    for article in ARTICLES:
-        if bare.startswith(article):
-            bare = bare[len(article) :].strip(SURROUNDING)
-            break
-    return bare or plain
+    article = next((article for article in ARTICLES if bare.startswith(article)), "")
+    return bare.removeprefix(article).strip(SURROUNDING) or plain
 
 
 def matches(
