@@ -60,10 +60,7 @@ class Prefix:
     """
 
     def __init__(
-        self,
-        model: HookedModel,
-        entries: list[tuple[Tensor, Tensor]],
-        streams: dict[str, Tensor],
+        self, model: HookedModel, entries: list[tuple[Tensor, Tensor]], streams: dict[str, Tensor]
     ) -> None:
         self._model, self._entries, self._streams = model, entries, streams
 

@@ -27,12 +27,12 @@ from mi_hops.sweep.together import Part, plan_batches
 from mi_hops.text.matching import STOP, check_stop, find_ends, matches
 from mi_hops.text.tokens import (
     Prompt,
-    TokenError,
     answer_ids,
     batches_by_length,
     decode,
     encode,
     pad,
+    require_room,
 )
 
 
@@ -131,11 +131,7 @@ def _replies(
             f"max_new_tokens is {room} and batch_size {batch_size}; both must be 1 or more"
         )
     for ask in asks:
-        if len(ask.prompt) + ask.room > model.cfg.n_ctx:
-            raise TokenError(
-                f"prompt of {len(ask.prompt)} tokens and {ask.room} to come exceed the model's "
-                f"context of {model.cfg.n_ctx}: {ask.prompt.text[:60]!r}..."
-            )
+        require_room(model, ask.prompt.text, len(ask.prompt), ask.room)
     together = repair is None and takes_unequal_rows(model) and not is_touched(model)
     way = _Together(model, asks) if together else _Alike(model, asks, repair)
     around = (pretransposed_weights, *([] if together else [lean_blocks]))
@@ -340,8 +336,7 @@ def end_ids(model: HookedModel, stop: Sequence[str] = STOP) -> tuple[int, ...]:
     check_stop(stop)
     tokenizer = model.tokenizer
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    marks = tuple(stop)
-    ends = {i for i, text in enumerate(texts) if marks and text.lstrip(" ").startswith(marks)}
+    ends = {i for i, text in enumerate(texts) if text.lstrip(" ").startswith(tuple(stop))}
     if tokenizer.eos_token_id is not None:
         ends.add(int(tokenizer.eos_token_id))
     return tuple(sorted(i for i in ends if i < model.cfg.d_vocab))

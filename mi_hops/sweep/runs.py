@@ -28,7 +28,7 @@ from mi_hops.sweep.interventions import Intervention
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import Metric, Target, require_finite
 from mi_hops.sweep.passes import Pass
-from mi_hops.text.tokens import Batch, Prompt, TokenError, pad
+from mi_hops.text.tokens import Batch, Prompt, pad, require_room
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ def plan_runs(model: HookedModel, prompts: Sequence[Scored], keys: Sequence[Hash
     Raises:
         TokenError: a prompt that does not fit the context together with its answer.
     """
-    limit = int(model.cfg.n_ctx)
     asked: dict[Hashable, list[tuple[tuple[int, ...], int, int, tuple[int, ...]]]] = {}
     for i, (item, key) in enumerate(zip(prompts, keys, strict=True)):
         for m, metric in enumerate(item.metrics):
@@ -105,11 +104,7 @@ def plan_runs(model: HookedModel, prompts: Sequence[Scored], keys: Sequence[Hash
         for extra, i, m, at in sorted(wanted, key=lambda w: -len(w[0])):
             if extra not in serving:
                 prompt = prompts[i].prompt
-                if len(prompt) + len(extra) > limit:
-                    raise TokenError(
-                        f"{len(prompt)} tokens of the prompt and {len(extra)} of its answer exceed "
-                        f"the model's context of {limit}: {prompt.text[:60]!r}..."
-                    )
+                require_room(model, prompt.text, len(prompt), len(extra), "of its answer")
                 run = Run(i, (*prompt.ids, *extra))
                 runs.append(run)
                 for end in range(len(extra) + 1):

@@ -12,7 +12,7 @@ from mi_hops.model import HookedModel
 from mi_hops.sweep.keep import keep
 from mi_hops.sweep.repair import Repair
 from mi_hops.sweep.scoring import check_states, stepping
-from mi_hops.text.tokens import Batch, Prompt, TokenError, batches_by_length, decode, encode
+from mi_hops.text.tokens import Batch, Prompt, batches_by_length, decode, encode, require_room
 
 
 def sample(
@@ -57,12 +57,8 @@ def sample(
         raise ValueError(f"top_k is {top_k}; expected 1 token or more, or None for all")
     known = [encode(model, p) if isinstance(p, str) else p for p in prompts]
     given = check_states(len(known), repair, states)
-    longest = max((len(p) for p in known), default=0)
-    if longest + n_tokens > model.cfg.n_ctx:
-        raise TokenError(
-            f"a prompt of {longest} tokens and {n_tokens} to come exceed the model's context of "
-            f"{model.cfg.n_ctx}"
-        )
+    for prompt in known:
+        require_room(model, prompt.text, len(prompt), n_tokens)
     source = torch.Generator().manual_seed(seed)
     texts = [""] * len(known)
 

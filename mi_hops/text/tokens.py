@@ -177,15 +177,25 @@ def _prompt(
     has_bos: bool,
     max_extra: int = 0,
 ) -> Prompt:
-    limit = int(model.cfg.n_ctx)
-    if len(ids) + max_extra > limit:
-        raise TokenError(
-            f"prompt of {len(ids)} tokens (+{max_extra} to come) exceeds the model's context of "
-            f"{limit}: {_shortened(text)!r}"
-        )
+    require_room(model, text, len(ids), max_extra)
     tokenizer = model.tokenizer
     labels = tuple(str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids)
     return Prompt(text, tuple(ids), labels, tuple(spans), has_bos)
+
+
+def require_room(
+    model: HookedModel, text: str, n_tokens: int, more: int, what: str = "to come"
+) -> None:
+    """Refuse a prompt of `n_tokens` that does not fit the context together with what follows it.
+
+    Raises:
+        TokenError: naming both numbers and the prompt.
+    """
+    if n_tokens + more > model.cfg.n_ctx:
+        raise TokenError(
+            f"prompt of {n_tokens} tokens (+{more} {what}) exceeds the model's context of "
+            f"{model.cfg.n_ctx}: {_shortened(text)!r}"
+        )
 
 
 def _tokenise(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
