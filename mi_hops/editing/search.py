@@ -38,7 +38,8 @@ from mi_hops.editing.request import (
     requests_of,
 )
 from mi_hops.editing.teaching import chunks, frozen, teacher_forced
-from mi_hops.model import Hook, HookedModel, device_of, read_matrix
+from mi_hops.model import Hook, HookedModel, device_of, hook_name, read_matrix
+from mi_hops.model.hooks import storing
 from mi_hops.model.numeric import kl_divergence, widen
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.scoring import logits_at
@@ -132,7 +133,8 @@ def creme_search(
     for request in requests:
         check_bridge_known(model, request)
     texts = list(dict.fromkeys([*(p for r in requests for p in r.keep), *kept]))
-    rows = _rows_of(model, requests), _kept_rows(model, texts) if texts else None
+    join = hook_name("resid_pre", min(editable.layers))
+    rows = _rows_of(model, requests, join), _kept_rows(model, texts, join) if texts else None
     with frozen(model):
         changes = _search(model, editable, covariance, how, rows, progress)
     asked_for = {"joint": [request.to_dict() for request in requests]}
@@ -155,24 +157,31 @@ class _Rows:
     Attributes:
         weights: one over the positions scored in a row, 0 at repeats.
         wanted: log-probabilities.
+        join: hook of the stream that enters the first block edited.
+        entering: that stream, which no change moves.
     """
 
     tokens: Int[Tensor, "row pos"]
     scored: Int[Tensor, "row scored"]
     weights: Float[Tensor, "row scored"]
     wanted: Float[Tensor, "row scored vocab"]
+    join: str
+    entering: Float[Tensor, "row pos d_model"]
 
     def apart(
         self, model: HookedModel, hooks: Sequence[Hook], drawn: Int[Tensor, "drawn"]
     ) -> Float[Tensor, "drawn"]:
         """KL(wanted || said) of the rows drawn, in nats a position."""
-        logits = logits_at(model, self.tokens[drawn], self.scored[drawn], hooks=hooks)
+        # One row goes through the blocks below; the rows drawn take its place behind them.
+        joins: Hook = self.join, lambda x: self.entering[drawn.to(x.device)].to(x)
+        tokens, scored = self.tokens[:1], self.scored[drawn]
+        logits = logits_at(model, tokens, scored, hooks=[joins, *hooks], grows=True)
         said = widen(logits).log_softmax(-1)
         apart = kl_divergence(self.wanted[drawn].to(said), said)
         return (apart * self.weights[drawn].to(said)).sum(1)
 
 
-def _rows_of(model: HookedModel, requests: Sequence[Request]) -> _Rows:
+def _rows_of(model: HookedModel, requests: Sequence[Request], join: str) -> _Rows:
     """Two-hop prompts, answers appended, to go on as the second-hop prompts do."""
     answers = [r.target for r in requests]
     two = teacher_forced(model, [r.two_hop_prompt for r in requests], answers)
@@ -180,26 +189,32 @@ def _rows_of(model: HookedModel, requests: Sequence[Request]) -> _Rows:
     # An answer has the same tokens behind both prompts, or the positions would not correspond.
     if not torch.equal(two.answers, second.answers):
         raise ValueError("an answer is split into other tokens behind its two prompts")
-    wanted = _said(model, second.tokens, second.scored)
-    return _Rows(two.tokens, two.scored, two.weights, wanted)
+    wanted, _ = _said(model, second.tokens, second.scored, join)
+    _, entering = _said(model, two.tokens, two.scored, join)
+    return _Rows(two.tokens, two.scored, two.weights, wanted, join, entering)
 
 
-def _kept_rows(model: HookedModel, texts: Sequence[str]) -> _Rows:
+def _kept_rows(model: HookedModel, texts: Sequence[str], join: str) -> _Rows:
     """Prompts that are to go on as they do."""
     batch = pad([encode(model, text).ids for text in texts])
     scored = batch.last[:, None]
-    return _Rows(batch.tokens, scored, torch.ones(scored.shape), _said(model, batch.tokens, scored))
+    wanted, entering = _said(model, batch.tokens, scored, join)
+    return _Rows(batch.tokens, scored, torch.ones(scored.shape), wanted, join, entering)
 
 
 def _said(
-    model: HookedModel, tokens: Int[Tensor, "row pos"], scored: Int[Tensor, "row scored"]
-) -> Float[Tensor, "row scored vocab"]:
-    """Log-probabilities at the positions scored, of the model as it is."""
+    model: HookedModel, tokens: Int[Tensor, "row pos"], scored: Int[Tensor, "row scored"], join: str
+) -> tuple[Float[Tensor, "row scored vocab"], Float[Tensor, "row pos d_model"]]:
+    """Log-probabilities at the positions scored and the stream at `join`, of the model as it is."""
+    said, entering = [], []
     with torch.no_grad():
-        parts = [
-            logits_at(model, tokens[i], scored[i]) for i in map(list, chunks(len(tokens), 128))
-        ]
-    return torch.cat([widen(part).log_softmax(-1) for part in parts])
+        for rows in map(list, chunks(len(tokens), 128)):
+            seen: dict[str, Tensor] = {}
+            hooks = storing(seen, [join], torch.clone)
+            logits = logits_at(model, tokens[rows], scored[rows], hooks=hooks)
+            said.append(widen(logits).log_softmax(-1))
+            entering.append(seen[join])
+    return torch.cat(said), torch.cat(entering)
 
 
 # -- the search -----------------------------------------------------------------------------------

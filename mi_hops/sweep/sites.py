@@ -87,7 +87,8 @@ class Sites:
         named = tuple(dict.fromkeys(layer for _, layer in parsed))
         layers = _listed(self.layers)
         if named not in ((), (None,)):
-            if layers is not None or len(parsed) != len(kinds) * len(named) or None in named:
+            every = set(product(kinds, named))
+            if layers is not None or None in named or set(parsed) != every or len(parsed) > len(every):
                 raise ValueError(
                     f"hook names {list(given)} name their layers; give each kind at each of them, and "
                     "no layers beside, or kinds and layers"

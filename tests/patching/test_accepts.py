@@ -157,6 +157,7 @@ def test_hook_names_are_kinds(tiny):
     assert same(patch(tiny, ONE, get_act_name("k")), patch(tiny, ONE, "k"))
     for given, message in (
         ("blocks.1.hook_nothing", "cannot act on"),
+        (["blocks.0.attn.hook_z"] * 2 + ["blocks.1.attn.hook_q"] * 2, "name their layers"),
         (["blocks.1.hook_resid_pre", "z"], "name their layers"),
         (["blocks.1.hook_resid_pre", "blocks.0.hook_attn_out"], "name their layers"),
     ):
