@@ -133,6 +133,16 @@ def all_edges(model: HookedModel) -> list[Edge]:
     ]
 
 
+def require_edges(edges: Iterable[Edge], known: Iterable[Edge]) -> None:
+    """Refuse edges that are not among the model's.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    if unknown := sorted(set(edges) - set(known)):
+        raise ValueError(f"{len(unknown)} edges are not the model's, e.g. {unknown[:3]}")
+
+
 def _named(
     what: str, given: str | Iterable[str], groups: dict[str, list[Node]], known: dict[str, Node]
 ) -> list[Node]:
