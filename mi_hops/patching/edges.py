@@ -121,8 +121,10 @@ def attribute_edges(
     name = "EAP" if method == "gradient" else "EAP-IG"
     baselines = job.by_run(base, other)
     settings: dict[str, object] = {"method": name}
+    units = {}
     if method == "integrated":
         baselines["completeness_error"] = (covered / score_gap(other, base) - 1).abs()
+        units["completeness_error"] = "share of the difference"
         settings |= {"steps": steps, "rule": rule}
     result = edge_result(
         job,
@@ -130,7 +132,7 @@ def attribute_edges(
         baselines,
         nodes,
         title=f"Edge attribution ({name})",
-        units={"completeness_error": "share of the difference"},
+        units=units,
         **settings,
     )
     return Attribution(result, partial(_exact, job, *nodes))
