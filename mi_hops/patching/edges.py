@@ -30,7 +30,7 @@ from mi_hops.model import HookedModel, dtype_of, hook_name, require_hooks
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.activation import PatchJob
 from mi_hops.patching.core import require_effect
-from mi_hops.patching.gradients import Recorded, record
+from mi_hops.patching.gradients import Recorded, input_change, record
 from mi_hops.patching.nodes import (
     Node,
     Writes,
@@ -190,10 +190,7 @@ class _Estimator:
         writes = Writes(model, [item.prompt for item in both], acting, store)
         moved = writes.differences(acting, range(n, 2 * n), range(n))
         begin = store[inputs][:n]
-        way = torch.zeros_like(begin)
-        for row, item in enumerate(bases):  # answer tokens and padding belong to no prompt
-            width = len(item.prompt)
-            way[row, :width] = store[inputs][n + row, :width] - begin[row, :width]
+        way = input_change(bases, store[inputs][n:], begin)
         change = torch.zeros(n, len(acting), len(self.targets), dtype=moved.dtype)
         covered = torch.zeros(n, dtype=moved.dtype)
         rows = [(i, point, weight) for i in range(n) for point, weight in self.points]
