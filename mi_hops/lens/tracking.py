@@ -175,11 +175,7 @@ def resolve(
 
 
 def check_role(role: str) -> None:
-    """Refuse a role that is not in `ROLES`.
-
-    Raises:
-        ValueError: another role.
-    """
+    """Refuse a role that is not in `ROLES`, with a ValueError."""
     if role not in ROLES:
         raise ValueError(f"role is {role!r}; expected one of {ROLES}")
 

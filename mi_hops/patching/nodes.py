@@ -133,11 +133,7 @@ def all_edges(model: HookedModel) -> list[Edge]:
 
 
 def require_edges(edges: Iterable[Edge], known: Iterable[Edge]) -> None:
-    """Refuse edges that are not among the model's.
-
-    Raises:
-        ValueError: with the first of them.
-    """
+    """Refuse edges that are not among the model's, with a ValueError."""
     if unknown := sorted(set(edges) - set(known)):
         raise ValueError(f"{len(unknown)} edges are not the model's, e.g. {unknown[:3]}")
 
