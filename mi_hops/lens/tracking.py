@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -185,11 +185,6 @@ def at_role(
 ) -> tuple[list[Case], list[int], Skipped]:
     """The facts that can be read at a role, its token in each prompt, and what was skipped.
 
-    Args:
-        role: one of `ROLES`.
-        form: form of the prompt; default each fact's first.
-        purpose: what the facts are read for, for the error.
-
     Raises:
         ValueError: another role.
         NoUsableFactError: no fact is left.
@@ -198,8 +193,7 @@ def at_role(
     found, skipped = usable(
         model, facts, lambda case: (case, case.positions(role)[-1]), purpose=purpose, form=form
     )
-    cases, places = (list(part) for part in zip(*found, strict=True))
-    return cast("list[Case]", cases), cast("list[int]", places), skipped
+    return [case for case, _ in found], [at for _, at in found], skipped
 
 
 def rows_at(
