@@ -432,24 +432,6 @@ def test_half_precision_models_score_in_float32(load_tiny, method):
         assert np.corrcoef(found.values.ravel(), true.values.ravel())[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("method", ["gradient", "integrated", "atp*"])
-def test_model_is_left_as_it_was(tiny, method):
-    tokens = torch.tensor([encode(tiny, CLEAN[0]).ids])
-    before = forward(tiny, tokens)
-    flags = [p.requires_grad for p in tiny.parameters()]
-
-    def broken(logits):
-        raise KeyboardInterrupt
-
-    attribute(tiny, ALL, ["q"], method=method)
-    with pytest.raises(KeyboardInterrupt):
-        attribute(tiny, ALL, "q", method=method, metric=broken)
-    assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
-    assert [p.requires_grad for p in tiny.parameters()] == flags
-    assert all(p.grad is None for p in tiny.parameters())
-    assert torch.equal(forward(tiny, tokens), before)
-
-
 def test_estimates_are_a_result(tiny, tmp_path):
     """They plot, save and index like one, and leave the model behind when pickled."""
     found = attribute(tiny, changed(ONE, labels=["first"]), Sites("z", positions="each"))
