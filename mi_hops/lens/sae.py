@@ -233,7 +233,7 @@ def bridge_features(
         }
     if not rows:
         raise ValueError(f"no bridge has {min_count} facts, some in each half; give more facts")
-    return pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), name="bridge"))
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("bridge")
 
 
 def clamp(sae: Any, feature: int, value: float) -> Change:
