@@ -98,10 +98,6 @@ def spell_all(
 
     Args:
         alone: `track` was given for one prompt (name -> spelling), not as one spelling per prompt.
-
-    Raises:
-        TokenError: see `spell`.
-        ValueError: a name with another number of spellings than there are prompts.
     """
     each: dict[str, Sequence[Any]] = {}
     for name, given in (track or {}).items():
@@ -147,13 +143,13 @@ def resolve(
         ValueError: "all", "each" position of prompts of several lengths, or a role with another
             number of positions than there are prompts.
     """
-    if isinstance(where, str) and where == "all":
+    if where == "all":
         raise ValueError(
             "'all' means all tokens at once, and a lens reads one at a time; use positions='each'"
         )
-    if isinstance(where, str) and where == "last":
+    if where == "last":
         where = {"last": -1}
-    if isinstance(where, str) and where == "each":
+    if where == "each":
         lengths = sorted({len(p) for p in prompts})
         if len(lengths) > 1:
             raise ValueError(
@@ -199,12 +195,7 @@ def at_role(
 def rows_at(
     model: HookedModel, prompts: Prompts, track: Track, position: Where | Sequence[Where]
 ) -> list[Row]:
-    """The prompts, each read at one position, and what is tracked in it.
-
-    Raises:
-        TokenError: see `labelled_prompts`, `resolve` and `spell`.
-        ValueError: nothing to track, or positions or spellings that do not fit the prompts.
-    """
+    """The prompts, each read at one position, and what is tracked in it."""
     labels, known, alone = labelled_prompts(model, prompts)
     if not track:
         raise ValueError("name something to track, e.g. {'answer': 'American'}")

@@ -57,11 +57,7 @@ class CircuitRunner:
         self._column = {v.name: j for j, v in enumerate(self.readers)}
 
     def mask(self, edges: Collection[Edge]) -> Bool[Tensor, "writer reader"]:
-        """True at the edges of a circuit.
-
-        Raises:
-            ValueError: an edge the model does not have.
-        """
+        """True at the edges of a circuit, all of which must be the model's."""
         require_edges(edges, self.edges)
         mask = torch.zeros(len(self.writers), len(self.readers), dtype=torch.bool)
         for u, v in edges:
@@ -171,9 +167,6 @@ class ReadyPairs:
         Args:
             known: these changes in a circuit that differs from all of `masks` in edges into `first`
                 and later readers only; then nothing before `first` is computed again.
-
-        Raises:
-            ValueError: a score that is not finite.
         """
         run = _CircuitPass(self, masks, known, first)
         with torch.no_grad():

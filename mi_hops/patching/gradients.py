@@ -108,11 +108,7 @@ def record(
     start: Float[Tensor, "row pos d_model"] | None = None,
     drop_block: int | None = None,
 ) -> Recorded:
-    """The forward pass of `run_with_gradients`, whose arguments these are.
-
-    Raises:
-        ValueError: a metric without a gradient, or one that is not finite.
-    """
+    """The forward pass of `run_with_gradients`, whose arguments these are."""
     sweep = Sweep(model, prompts)
     lowest = 0 if start is not None else min((int(n.split(".")[1]) for n in names), default=0)
     live: dict[str, Tensor] = {}
