@@ -26,7 +26,9 @@ from tests.patching.loops import (
     ANSWERS,
     CLEAN,
     CORRUPTED,
+    ONE,
     PAIRS,
+    SCORE,
     WRONGS,
     changed,
     put,
@@ -36,8 +38,6 @@ from tests.patching.loops import (
     write,
 )
 
-FIRST = ALL.select([0])
-SCORE = {"answer": ANSWERS[0], "wrong": WRONGS[0]}
 N = 7
 
 
@@ -75,7 +75,7 @@ def test_every_edge_is_the_derivative_of_its_path(load_tiny, shape):
 
 def test_integrated_edges_are_means_along_the_path(load_tiny):
     model = load_tiny("llama", "hooked", "float64")
-    found = attribute_edges(model, FIRST, method="integrated", steps=3, rule="trapezoid")
+    found = attribute_edges(model, ONE, method="integrated", steps=3, rule="trapezoid")
     assert found.provenance["method"] == "EAP-IG"
     ends = [source(model, text, "resid_pre", 0) for text in PAIRS[0]]
     for sender, receiver in (
@@ -223,8 +223,8 @@ def test_scores_that_are_not_finite_cut_no_edges(tiny):
     """NaN is never above a threshold: without the check every edge would go."""
     broken = NextToken("broken", "", True, lambda logits, target: logits[:, 0] * float("nan"))
     for call in (
-        lambda: acdc(tiny, FIRST, threshold=0.1, metric=broken),
-        lambda: faithfulness(tiny, FIRST, [Circuit(frozenset())], metric=broken),
+        lambda: acdc(tiny, ONE, threshold=0.1, metric=broken),
+        lambda: faithfulness(tiny, ONE, [Circuit(frozenset())], metric=broken),
     ):
         with pytest.raises(ValueError, match="'broken' is not finite"):
             call()
@@ -271,7 +271,7 @@ def test_cutting_what_a_head_reads_noises_it(load_tiny):
             inputs = {f"L1H{h}.q" for h in heads}
             inputs |= {f"L1H{1 if shape == 'llama' else 2}.{kind}" for kind in "kv"}
             circuit = Circuit(frozenset((u, v) for u, v in edges if v not in inputs))
-            found = faithfulness(model, FIRST, [circuit])
+            found = faithfulness(model, ONE, [circuit])
             hooks = [put("z", 1, source(model, CORRUPTED[0], "z", 1), range(N), h) for h in heads]
             expected = run(model, PAIRS[0][0], hooks, **SCORE)
             assert float(found["score"][0, 0]) == pytest.approx(expected, abs=1e-4)
@@ -310,7 +310,7 @@ def test_pruning(load_tiny):
 def test_extraction_and_faithfulness_curve(tiny):
     scores = attribute_edges(tiny, ALL)
     with pytest.raises(ValueError, match="pass those of attribute_edges"):
-        extract(tiny, attribute(tiny, FIRST), 7)
+        extract(tiny, attribute(tiny, ONE), 7)
     n = len(all_edges(tiny))
     assert int(np.isfinite(scores["change"][0]).sum()) == n
     whole = extract(tiny, scores, n)
@@ -381,27 +381,27 @@ def test_acdc_decides_as_one_edge_and_pair_at_a_time_does(tiny):
 
 def test_refuses(tiny):
     with pytest.raises(ValueError, match="steps is 0"):
-        attribute_edges(tiny, FIRST, method="integrated", steps=0)
+        attribute_edges(tiny, ONE, method="integrated", steps=0)
     with pytest.raises(ValueError, match="'gradient' or 'integrated'"):
-        attribute_edges(tiny, FIRST, method="eap")
+        attribute_edges(tiny, ONE, method="eap")
     with pytest.raises(ValueError, match="no edge leads"):
-        attribute_edges(tiny, FIRST, "L2H0", "L1H0.q")
+        attribute_edges(tiny, ONE, "L2H0", "L1H0.q")
     with pytest.raises(ValueError, match="top is 0"):
-        attribute_edges(tiny, FIRST, "L0H0").verify(top=0)
+        attribute_edges(tiny, ONE, "L0H0").verify(top=0)
     several = {"metric": ["rank", "logit_diff"]}
     for call in (
-        lambda: attribute_edges(tiny, FIRST, **several),
-        lambda: faithfulness(tiny, FIRST, [Circuit(frozenset())], **several),
-        lambda: acdc(tiny, FIRST, threshold=1.0, **several),
+        lambda: attribute_edges(tiny, ONE, **several),
+        lambda: faithfulness(tiny, ONE, [Circuit(frozenset())], **several),
+        lambda: acdc(tiny, ONE, threshold=1.0, **several),
     ):
         with pytest.raises(ValueError, match="expected one metric"):
             call()
     with pytest.raises(ValueError, match="not the model's"):
-        faithfulness(tiny, FIRST, [Circuit(frozenset({("MLP2", "MLP1")}))])
-    third = changed(FIRST, source=CORRUPTED[1])
+        faithfulness(tiny, ONE, [Circuit(frozenset({("MLP2", "MLP1")}))])
+    third = changed(ONE, source=CORRUPTED[1])
     with pytest.raises(ValueError, match="no other source of activations"):
         attribute_edges(tiny, third)
     with pytest.raises(ValueError, match="0 circuits"):
-        faithfulness(tiny, FIRST, [])
+        faithfulness(tiny, ONE, [])
     with pytest.raises(ValueError, match="threshold is 0"):
         acdc(tiny, PAIRS[0], threshold=0)

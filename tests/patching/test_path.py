@@ -11,10 +11,19 @@ from mi_hops.patching.nodes import Node, readers, writers
 from mi_hops.sweep import Limits, Sites
 from mi_hops.sweep.passes import row_bytes
 from mi_hops.text.tokens import TokenError, encode
-from tests.patching.loops import ALL, ANSWERS, ONE, PAIRS, WRONGS, changed, reading, run, write
+from tests.patching.loops import (
+    ALL,
+    ANSWERS,
+    ONE,
+    PAIRS,
+    SCORE,
+    WRONGS,
+    changed,
+    reading,
+    run,
+    write,
+)
 
-FIRST = ALL.select([0])
-SCORE = {"answer": ANSWERS[0], "wrong": WRONGS[0]}
 N = 7
 
 
@@ -93,9 +102,9 @@ def test_all_writes_together_are_the_whole_change(load_tiny):
     """The embedding alone reaches block 0, so its path to a query is the patched query itself."""
     for backend in ("hooked", "bridge"):
         model = load_tiny("llama", backend)
-        path = path_patch(model, FIRST, "embed", ["L0H1.q", "L0H0.k"])
+        path = path_patch(model, ONE, "embed", ["L0H1.q", "L0H0.k"])
         for kind, name, dim in (("q", "L0H1.q", "head"), ("k", "L0H0.k", "kv_head")):
-            exact = patch(model, FIRST, Sites(kind, layers=0))
+            exact = patch(model, ONE, Sites(kind, layers=0))
             head = 1 if kind == "q" else 0
             whole = float(exact["score"].sel({dim: head, "layer": 0})[0])
             assert float(path["score"].sel(receiver=name)[0, 0]) == pytest.approx(whole, abs=1e-5)
@@ -104,7 +113,7 @@ def test_all_writes_together_are_the_whole_change(load_tiny):
 def test_positions_and_noising(load_tiny):
     model = load_tiny("gpt2", "hooked", "float64")
     node, reader = Node("head", 0, 1), Node("q", 2, 3)
-    result = path_patch(model, FIRST, "L0H1", "L2H3.q", positions=slice(3, 5), direction="noise")
+    result = path_patch(model, ONE, "L0H1", "L2H3.q", positions=slice(3, 5), direction="noise")
     clean, corrupted = PAIRS[0]
     change = write(model, corrupted, node) - write(model, clean, node)
     change[[0, 1, 2, 5, 6]] = 0
