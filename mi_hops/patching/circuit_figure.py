@@ -87,19 +87,15 @@ def circuit_figure(
     places = _places({end for pairs in ends.values() for pair in pairs for end in pair}, ends)
     figure = _drawn(drawn, weights, ends, places, scored=scores is not None)
     cut = f"\nthe {len(drawn)} largest of {len(circuit)} edges" if len(drawn) < len(circuit) else ""
-    rows = {y for _, y in places.values()}
-    below = {"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top"}
+    ticks = dict(sorted((y, _row_label(name)) for name, (_, y) in places.items()))
     figure.update_layout(showlegend=True, hovermode="closest", plot_bgcolor="rgba(0, 0, 0, 0)")
     figure.update_xaxes(visible=False)
-    ticks = {y: _row_label(name) for name, (_, y) in places.items()}
     figure.update_yaxes(
-        tickvals=sorted(ticks),
-        ticktext=[ticks[y] for y in sorted(ticks)],
-        showgrid=False,
-        zeroline=False,
+        tickvals=list(ticks), ticktext=list(ticks.values()), showgrid=False, zeroline=False
     )
-    apply_style(figure, f"{title}{cut}", {"height": 160 + 52 * len(rows), **layout})
+    apply_style(figure, f"{title}{cut}", {"height": 160 + 52 * len(ticks), **layout})
     if "legend" not in layout:
+        below = {"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top"}
         figure.update_layout(legend=below)
     return figure
 
