@@ -222,7 +222,7 @@ def split_types(
 
 
 def control_labels(
-    types: Sequence[str], labels: Sequence[str], rng: np.random.Generator
+    types: Sequence[str] | np.ndarray, labels: Sequence[str] | np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """A random label for each type, drawn as often as labels are among types."""
     _, first, number = np.unique(types, return_index=True, return_inverse=True)
