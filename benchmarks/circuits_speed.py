@@ -167,7 +167,7 @@ def one_by_one(model: Any, pairs: Any, threshold: float) -> list[bool]:
     mask = runner.mask(runner.edges)
 
     def badness() -> float:
-        return float(torch.cat([pair.scores(mask[None])[0] for pair in ready]).mean())
+        return float(torch.cat([pair.run(mask[None])[0][0] for pair in ready]).mean())
 
     now, stay = badness(), []
     for j in sorted(range(len(runner.readers)), key=lambda j: -runner.readers[j].stage):

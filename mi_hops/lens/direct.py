@@ -11,6 +11,7 @@ agree on folded models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,14 +20,7 @@ from torch import Tensor
 
 from mi_hops.cases import Case, usable
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.lens.tracking import (
-    Prompts,
-    Row,
-    Track,
-    check_role,
-    first_tokens,
-    rows_at,
-)
+from mi_hops.lens.tracking import Prompts, Row, Track, check_role, first_tokens, rows_at
 from mi_hops.lens.vectors import activations, head_outputs, in_batches
 from mi_hops.model import HookedModel, hook_name, linear_read_out, provenance, read_out, unembedding
 from mi_hops.model.numeric import widen
@@ -165,15 +159,19 @@ def _shares(
 ) -> dict[str, Tensor]:
     layers = range(int(model.cfg.n_layers))
     ends = (hook_name("resid_pre", 0), hook_name("resid_post", layers[-1]))
-    names = {kind: [hook_name(kind, i) for i in layers] for kind in ("z", "attn_out", "mlp_out")}
-    needed = [*ends, *(name for listed in names.values() for name in listed)]
-    found = activations(model, tokens, cells, needed, cache)
+    names = [[hook_name(kind, i) for i in layers] for kind in ("z", "attn_out", "mlp_out")]
+    found = activations(model, tokens, cells, [*ends, *chain(*names)], cache)
     place = unembedding(model)[0].device  # shares are added up where logits are made
     found = {name: widen(x).to(place) for name, x in found.items()}
     start, final = (found[name] for name in ends)
-    z, attention, mlps = (torch.stack([found[n] for n in names[k]], dim=1) for k in names)
+    z, attention, mlps = (torch.stack([found[name] for name in each], dim=1) for each in names)
     heads = torch.stack([head_outputs(model, z[:, i], i) for i in layers], dim=1)
-    _check_sum(start + attention.sum(1) + mlps.sum(1), final)
+    error = (start + attention.sum(1) + mlps.sum(1) - final).norm() / final.norm()
+    if error > 0.02:
+        raise ValueError(
+            f"embedding, attention and MLP outputs do not add up to the final stream (off by "
+            f"{float(error):.0%}); direct attribution is not defined for this architecture"
+        )
     directions, constant = linear_read_out(model, final, firsts, centre=centre)
 
     def share(part: Tensor) -> Tensor:
@@ -190,12 +188,3 @@ def _shares(
         "constant": constant.cpu(),
         "logit": logits.gather(1, firsts.to(logits.device)).cpu(),
     }
-
-
-def _check_sum(total: Tensor, final: Tensor) -> None:
-    error = (total - final).norm() / final.norm()
-    if error > 0.02:
-        raise ValueError(
-            f"embedding, attention and MLP outputs do not add up to the final stream (off by "
-            f"{float(error):.0%}); direct attribution is not defined for this architecture"
-        )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from mi_hops.lens.trained import Example, TrainedLens
-from mi_hops.lens.vectors import gather
-from mi_hops.model import Hook, HookedModel, forward, hook_name, read_out
+from mi_hops.lens.vectors import activations, gather
+from mi_hops.model import HookedModel, hook_name, hooked, read_out
 from mi_hops.text.tokens import Batch
 
 
@@ -66,22 +67,15 @@ def _without_heads(
     model: HookedModel, batch: Batch, cells: tuple[Tensor, Tensor], layer: int
 ) -> Tensor:
     """Logits ``[head, cell, vocab]``."""
-    rows, columns = cells
+
+    def take_away(head: int, z: Tensor) -> Tensor:
+        z = z.clone()
+        z[:, :, head] = 0
+        return z
+
     out = []
     for head in range(model.cfg.n_heads):
-
-        def take_away(z: Tensor, head: int = head) -> Tensor:
-            z = z.clone()
-            z[:, :, head] = 0
-            return z
-
-        kept: list[Tensor] = []
-
-        def keep(x: Tensor, kept: list[Tensor] = kept) -> Tensor:
-            kept.append(x[rows.to(x.device), columns.to(x.device)])
-            return x[:, :1]
-
-        hooks: list[Hook] = [(hook_name("z", layer), take_away), ("unembed.hook_in", keep)]
-        forward(model, batch.tokens, hooks=hooks)
-        out.append(read_out(model, kept[0], norm=False))
+        with hooked(model, [(hook_name("z", layer), partial(take_away, head))]):
+            final = activations(model, batch.tokens, cells, ["final"])["final"]
+        out.append(read_out(model, final, norm=False))
     return torch.stack(out)

@@ -89,13 +89,8 @@ def logit_flow(
             along = einsum("head e d, row token d -> row head e token", weight, directions)
             moved = einsum("row pos head e, row head e token -> row head pos token", value, along)
             flow.append(looked[..., None] * moved)
-            mlps.append(
-                einsum(
-                    "row d, row token d -> row token",
-                    there(found[hook_name("mlp_out", i)]),
-                    directions,
-                )
-            )
+            wrote = there(found[hook_name("mlp_out", i)])
+            mlps.append(einsum("row d, row token d -> row token", wrote, directions))
         stacked = torch.stack(flow, 1)
         stacked = stacked if by_head else stacked.sum(2)
         room = stacked.new_full((*stacked.shape[:-2], width, stacked.shape[-1]), float("nan"))
@@ -106,8 +101,7 @@ def logit_flow(
 
     found = in_batches(model, known, batch_size, read)
     tokens = [[*p.pieces, *[""] * (width - len(p))] for p in known]
-    head = ("head",) if by_head else ()
-    coords = {"head": range(int(model.cfg.n_heads))} if by_head else {}
+    head = {"head": range(int(model.cfg.n_heads))} if by_head else {}
     return Result.from_arrays(
         {
             "flow": (("example", "layer", *head, "position", "tracked"), found["flow"]),
@@ -119,7 +113,7 @@ def logit_flow(
             "position": range(width),
             "tracked": list(track),
             "token": (("example", "position"), np.asarray(tokens, dtype=object)),
-            **coords,
+            **head,
         },
         units={"flow": "logits", "mlps": "logits"},
         provenance=provenance(model, method="logit_flow", centre=centre),

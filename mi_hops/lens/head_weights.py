@@ -112,10 +112,9 @@ def copying(model: HookedModel) -> Result:
     """
     weight = embedding(model)
     wide = wide_dtype(weight.dtype)
-    u, _ = unembedding(model)
-    u = u.to(wide)
+    u = _into_logits(model, wide)
     # The circuit's other eigenvalues are 0, and those of A B are those of B A, which is small.
-    loop = _into_logits(model, u - u.mean(1, keepdim=True)) @ weight.to(u.device, wide)
+    loop = u @ weight.to(u.device, wide)
     scores = []
     for layer in range(int(model.cfg.n_layers)):
         v, o = _v_and_o(model, layer, wide)
@@ -137,8 +136,8 @@ def _ov(
     for layer, head in chain:
         v, o = _v_and_o(model, layer, rows.dtype)
         rows = rows.to(v.device) @ v[head] @ o[head]
-    u = unembedding(model)[0].to(rows.dtype)
-    return rows.to(u.device) @ _into_logits(model, u - u.mean(1, keepdim=True))
+    u = _into_logits(model, rows.dtype)
+    return rows.to(u.device) @ u
 
 
 def _qk(
@@ -175,10 +174,10 @@ def _behind(
     return weight - weight.mean(-2, keepdim=True) if centred else weight
 
 
-def _into_logits(
-    model: HookedModel, u: Float[Tensor, "d_model vocab"]
-) -> Float[Tensor, "d_model vocab"]:
-    return _behind(model, model.ln_final, u)
+def _into_logits(model: HookedModel, dtype: torch.dtype) -> Float[Tensor, "d_model vocab"]:
+    """W_U behind the final norm, relative to the mean over the vocabulary."""
+    u = unembedding(model)[0].to(dtype)
+    return _behind(model, model.ln_final, u - u.mean(1, keepdim=True))
 
 
 def _chain(model: HookedModel, heads: Head | Sequence[Head]) -> list[tuple[int, int]]:
@@ -187,7 +186,7 @@ def _chain(model: HookedModel, heads: Head | Sequence[Head]) -> list[tuple[int, 
     )
     found = [_head(model, head) for head in ([heads] if single else heads)]  # type: ignore[arg-type]
     layers = [layer for layer, _ in found]
-    if not found or any(b <= a for a, b in zip(layers, layers[1:], strict=False)):
+    if not found or layers != sorted(set(layers)):
         raise ValueError(f"heads are {heads!r}; expected one, or several in ascending layers")
     return found
 

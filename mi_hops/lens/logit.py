@@ -142,14 +142,13 @@ def logit_lens(
     spelled = spell_all(model, known, track, alone=alone)
     rows = [Row(*row) for row in zip(labels, known, places, spelled, strict=True)]
     reader = _Reader.of(model, kind, layers, lens, readout)
-    found = reader.read(rows, batch_size, cache)
     coords: dict[str, Any] = {"position": names}
     tokens = [[prompt.labels[i] for i in at] for prompt, at in zip(known, places, strict=True)]
     if alone:
         coords["token"] = ("position", tokens[0])
     else:
         coords["token"] = (("example", "position"), np.array(tokens, dtype=object))
-    return _result(reader, rows, found, coords, method="logit_lens")
+    return reader.result(rows, coords, batch_size, cache, method="logit_lens")
 
 
 def fact_trajectories(
@@ -211,9 +210,8 @@ def fact_trajectories(
 
     rows, skipped = usable(model, facts, prepare, purpose="the lens", form=form)
     reader = _Reader.of(model, kind, layers, lens, readout)
-    found = reader.read(rows, batch_size)
     coords = {"position": list(roles.values())}
-    return _result(reader, rows, found, coords, method="fact_trajectories", skipped=skipped)
+    return reader.result(rows, coords, batch_size, method="fact_trajectories", skipped=skipped)
 
 
 def _roles(facts: Sequence[TwoHopFact], bridges: str) -> dict[str, str]:
@@ -382,10 +380,21 @@ class _Reader:
         heads = list(range(model.cfg.n_heads)) if name == "result" else [None]
         return cls(model, name, chosen, heads, as_lens(model, lens), readout)
 
-    def read(
-        self, rows: Sequence[Row], batch_size: int, cache: Activations | None = None
-    ) -> dict[str, Tensor]:
-        """What the rows say, ``[row, layer, position, ...]`` as `values` gives it."""
+    def result(
+        self,
+        rows: Sequence[Row],
+        coords: Mapping[str, Any],
+        batch_size: int,
+        cache: Activations | None = None,
+        *,
+        method: str,
+        skipped: Sequence[tuple[str, str]] = (),
+    ) -> Result:
+        """What the rows say.
+
+        Args:
+            coords: of the positions; the others come from the reader and the rows.
+        """
 
         def read(chosen: list[int], tokens: Tensor, at: Tensor) -> dict[str, Tensor]:
             part = [rows[i] for i in chosen]
@@ -394,7 +403,23 @@ class _Reader:
             vectors = gather(self.model, tokens, cells, final=self.readout.kl, **options)
             return self.values(vectors, [row.tracked for row in part for _ in row.places])
 
-        return in_batches(self.model, [row.prompt for row in rows], batch_size, read, cache)
+        found = in_batches(self.model, [row.prompt for row in rows], batch_size, read, cache)
+        labels = {"example": [row.label for row in rows], "layer": list(self.layers), **coords}
+        dims = ["example", "layer", "position"]
+        if self.kind == "result":
+            dims, labels["head"] = [*dims, "head"], list(self.heads)
+        if rows[0].tracked:
+            labels["tracked"] = list(rows[0].tracked)
+        values = variables(self.model, found, dims)
+        what = rows[0].prompt.text if len(rows) == 1 else f"{len(rows)} prompts"
+        return Result.from_arrays(
+            values,
+            coords=labels,
+            units=units_of(values),
+            title=f"{self.lens.name} lens, {readable(self.kind)}: {what}",
+            skipped=skipped,
+            provenance=provenance(self.model, method=method, lens=self.lens.name, kind=self.kind),
+        )
 
     def values(self, vectors: Vectors, names: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """``[row, layer, position, ...]`` (and head, before what a variable has of its own).
@@ -432,34 +457,6 @@ class _Reader:
             name: rearrange(value, shape, row=n_rows, layer=len(self.layers))
             for name, value in joined.items()
         }
-
-
-def _result(
-    reader: _Reader,
-    rows: Sequence[Row],
-    found: Mapping[str, Tensor],
-    coords: Mapping[str, Any],
-    *,
-    method: str,
-    skipped: Sequence[tuple[str, str]] = (),
-) -> Result:
-    dims = ["example", "layer", "position", *["head"] * (reader.kind == "result")]
-    labels = {"example": [row.label for row in rows], "layer": list(reader.layers), **coords}
-    if reader.kind == "result":
-        labels["head"] = list(reader.heads)
-    if rows[0].tracked:
-        labels["tracked"] = list(rows[0].tracked)
-    values = variables(reader.model, found, dims)
-    origin = provenance(reader.model, method=method, lens=reader.lens.name, kind=reader.kind)
-    what = rows[0].prompt.text if len(rows) == 1 else f"{len(rows)} prompts"
-    return Result.from_arrays(
-        values,
-        coords=labels,
-        units=units_of(values),
-        title=f"{reader.lens.name} lens, {readable(reader.kind)}: {what}",
-        skipped=skipped,
-        provenance=origin,
-    )
 
 
 def variables(

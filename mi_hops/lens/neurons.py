@@ -7,7 +7,7 @@ an MLP's share among its neurons as it divides a logit among heads and MLPs.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from mi_hops.lens.examples import real_cells
 from mi_hops.lens.sae import check_reads
 from mi_hops.lens.tracking import Prompts, Track, first_tokens, rows_at
 from mi_hops.lens.training import Corpus
-from mi_hops.lens.vectors import Layers, activations, gather, in_batches, resolve_layers
+from mi_hops.lens.vectors import Layers, activations, hook_of, in_batches, resolve_layers
 from mi_hops.model import (
     HookedModel,
     hook_name,
@@ -79,9 +79,8 @@ def neuron_attribution(
         names = [hook_name(kind, layer) for kind in kinds for layer in wanted]
         found = activations(model, tokens, (rows, at[chosen]), [*names, end])
         place = unembedding(model)[0].device
-        directions, _ = linear_read_out(
-            model, widen(found[end]).to(place), firsts[chosen], centre=centre
-        )
+        final = widen(found[end]).to(place)
+        directions, _ = linear_read_out(model, final, firsts[chosen], centre=centre)
         shares, biases = [], []
         for layer in wanted:
             hidden, out = (widen(found[hook_name(kind, layer)]).to(place) for kind in kinds)
@@ -90,10 +89,7 @@ def neuron_attribution(
             shares.append(hidden[:, :, None] * along)
             rest = out - hidden @ weight
             biases.append(einsum("row d, row token d -> row token", rest, directions))
-        return {
-            "neurons": torch.stack(shares, 1).cpu(),
-            "biases": torch.stack(biases, 1).cpu(),
-        }
+        return {"neurons": torch.stack(shares, 1).cpu(), "biases": torch.stack(biases, 1).cpu()}
 
     shares = in_batches(model, known, batch_size, read)
     return Result.from_arrays(
@@ -157,27 +153,26 @@ def top_texts(
         >>> found.data.sizes["example"]
         3
     """
-    unit = _Unit(model, layer, neuron, head, feature, sae)
+    unit = _Unit.of(model, layer, {"neuron": neuron, "head": head, "feature": feature}, sae)
     if top < 1 or context < 0:
         raise ValueError(f"top is {top} and context {context}; expected at least 1 and 0")
-    best: list[tuple[float, int, list[int], list[float]]] = []
-    n = n_tokens = 0
-    bos = None if model.tokenizer is None else model.tokenizer.bos_token_id
-    for batch in token_batches(model, corpus, max_tokens=max_tokens):
-        values = unit.values(batch)
-        for row, length in enumerate(batch.lengths.tolist()):
-            ids, found = batch.tokens[row, :length].tolist(), values[row, :length]
-            first = int(ids[0] == bos and length > 1)
-            at = first + int(found[first:].argmax())
-            left, right = max(0, at - context), at + context // 4 + 1
-            # Of two texts alike the earlier one stays: its number is larger when negated.
-            item = (float(found[at]), -n, ids[left:right], found[left:right].tolist())
-            n, n_tokens = n + 1, n_tokens + length
-            if len(best) < top:
-                heapq.heappush(best, item)
-            elif item[:2] > best[0][:2]:
-                heapq.heapreplace(best, item)
-    best.sort(key=lambda item: item[:2], reverse=True)
+    lengths: list[int] = []
+
+    def texts() -> Iterator[tuple[float, int, list[int], list[float]]]:
+        """Largest value, number, ids and values around it of each text."""
+        bos = None if model.tokenizer is None else model.tokenizer.bos_token_id
+        for batch in token_batches(model, corpus, max_tokens=max_tokens):
+            values = unit.values(batch)
+            for row, length in enumerate(batch.lengths.tolist()):
+                ids, found = batch.tokens[row, :length].tolist(), values[row, :length]
+                first = int(ids[0] == bos and length > 1)
+                at = first + int(found[first:].argmax())
+                around = slice(max(0, at - context), at + context // 4 + 1)
+                # Of two texts alike the earlier one stays: its number is larger when negated.
+                yield float(found[at]), -len(lengths), ids[around], found[around].tolist()
+                lengths.append(length)
+
+    best = heapq.nlargest(top, texts())
     width = max(len(ids) for _, _, ids, _ in best)
     shown = np.full((len(best), width), np.nan)
     tokens = np.full((len(best), width), "", dtype=object)
@@ -193,8 +188,10 @@ def top_texts(
             "token": (("example", "position"), tokens),
         },
         units={"activation": "activation", "peak": "activation"},
-        provenance=provenance(model, method="top texts", unit=unit.name, texts=n, tokens=n_tokens),
-        title=f"{unit.name}: the {len(best)} most active of {n} texts",
+        provenance=provenance(
+            model, method="top texts", unit=unit.name, texts=len(lengths), tokens=sum(lengths)
+        ),
+        title=f"{unit.name}: the {len(best)} most active of {len(lengths)} texts",
         allow_nonfinite=True,  # texts of several lengths
     )
 
@@ -205,56 +202,49 @@ class _Unit:
 
     model: HookedModel
     layer: int
-    neuron: int | None
-    head: int | None
-    feature: int | None
+    kind: str
+    number: int
     sae: Any
 
-    def __post_init__(self) -> None:
-        units = {"neuron": self.neuron, "head": self.head, "feature": self.feature}
-        given = {name: number for name, number in units.items() if number is not None}
-        if len(given) != 1 or (self.sae is None) != (self.feature is None):
+    @classmethod
+    def of(cls, model: HookedModel, layer: int, units: dict[str, int | None], sae: Any) -> _Unit:
+        given = {kind: number for kind, number in units.items() if number is not None}
+        if len(given) != 1 or (sae is not None) != ("feature" in given):
             raise ValueError(
                 f"got {given or 'no unit'}; give one neuron, one head, or one feature with its sae"
             )
-        ((name, number),) = given.items()
-        if self.feature is not None:
-            check_reads(self.model, self.sae, self.layer)
-            size = int(self.sae.W_dec.shape[0])
+        ((kind, number),) = given.items()
+        if kind == "feature":
+            check_reads(model, sae, layer)
+            size = len(sae.W_dec)
         else:
-            resolve_layers(self.model, "mlp_out", self.layer)
-            weight = live_matrix(self.model, "W_out" if name == "neuron" else "W_O", self.layer)
-            size = int(weight.shape[0])
+            size = len(live_matrix(model, "W_out" if kind == "neuron" else "W_O", layer))
         if not 0 <= number < size:
-            raise ValueError(f"no {name} {number}; there are 0..{size - 1}")
+            raise ValueError(f"no {kind} {number}; there are 0..{size - 1}")
+        return cls(model, layer, kind, number, sae)
 
     @property
     def name(self) -> str:
         """For titles."""
-        if self.neuron is not None:
-            return f"neuron {self.neuron} of layer {self.layer}"
-        if self.head is not None:
-            return f"L{self.layer}H{self.head}"
-        return f"feature {self.feature} after {self.layer} blocks"
+        if self.kind == "head":
+            return f"L{self.layer}H{self.number}"
+        where = f"of layer {self.layer}" if self.kind == "neuron" else f"after {self.layer} blocks"
+        return f"{self.kind} {self.number} {where}"
 
     def values(self, batch: Batch) -> Float[Tensor, "row pos"]:
         """Activity at every real token; -inf on padding."""
         cells = real_cells(batch)
-        kind = "mlp_post" if self.neuron is not None else "z"
-        if self.feature is not None:
-            read = gather(self.model, batch.tokens, cells, kind="resid", layers=[self.layer]).read
-            with torch.no_grad():
-                rows = read[self.layer].to(self.sae.W_dec.device, self.sae.W_dec.dtype)
-                found = self.sae.encode(rows)[:, self.feature]
-        else:
-            with torch.no_grad():
-                name = hook_name(kind, self.layer)
-                x = activations(self.model, batch.tokens, cells, [name])[name]
-                if self.head is None:
-                    found = x[:, self.neuron]
-                else:
-                    weight = live_matrix(self.model, "W_O", self.layer)[self.head]
-                    found = (widen(x[:, self.head]) @ widen(weight.to(x.device))).norm(dim=-1)
+        kinds = {"neuron": "mlp_post", "head": "z", "feature": "resid"}
+        name = hook_of(self.model, kinds[self.kind], self.layer)
+        with torch.no_grad():
+            x = activations(self.model, batch.tokens, cells, [name])[name]
+            if self.kind == "head":
+                weight = live_matrix(self.model, "W_O", self.layer)[self.number]
+                found = (widen(x[:, self.number]) @ widen(weight.to(x.device))).norm(dim=-1)
+            else:
+                if self.kind == "feature":
+                    x = self.sae.encode(x.to(self.sae.W_dec.device, self.sae.W_dec.dtype))
+                found = x[:, self.number]
         values = torch.full(batch.tokens.shape, float("-inf"))
         values[cells] = found.float().cpu()
         return values

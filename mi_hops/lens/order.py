@@ -113,17 +113,10 @@ def who_comes_first(result: Result, *, position: str | Mapping[str, str] = "last
         risen[name] = half_layers(values.transpose("example", "layer").values)
     rows = []
     for one, other in combinations(risen, 2):
-        row: dict[str, object] = {"one": one, "other": other}
-        row |= {"layer_one": float(risen[one].mean()), "layer_other": float(risen[other].mean())}
-        for name, first in (
-            ("one", risen[one] < risen[other]),
-            ("other", risen[one] > risen[other]),
-        ):
+        mine, its = risen[one], risen[other]
+        row = {"one": one, "other": other, "layer_one": mine.mean(), "layer_other": its.mean()}
+        for name, first in (("one_first", mine < its), ("other_first", mine > its)):
             low, high = proportion_ci(int(first.sum()), len(first))
-            row |= {
-                f"{name}_first": float(first.mean()),
-                f"{name}_first_low": low,
-                f"{name}_first_high": high,
-            }
-        rows.append({**row, "n": len(risen[one])})
+            row |= {name: first.mean(), f"{name}_low": low, f"{name}_high": high}
+        rows.append({**row, "n": len(mine)})
     return pd.DataFrame(rows)

@@ -106,22 +106,22 @@ def fact_probes(
     cases, places, skipped = at_role(model, facts, role, form=form, purpose="a probe")
     labels, phrases = [label(c.fact) for c in cases], [c.fact.first_hop for c in cases]
     _check_labels(phrases, labels)
-    counts = Counter(labels)
-    keep = np.array([counts[name] >= training.min_count for name in labels])
-    rare = f"label with fewer than {training.min_count} facts"
-    skipped += [(c.fact.id, rare) for c, kept in zip(cases, keep, strict=True) if not kept]
+    counts, least = Counter(labels), training.min_count
+    kept = [i for i, name in enumerate(labels) if counts[name] >= least]
+    rare = f"label with fewer than {least} facts"
+    skipped += [
+        (c.fact.id, rare) for c, name in zip(cases, labels, strict=True) if counts[name] < least
+    ]
     target, types, ids = (
-        np.array(part)[keep] for part in (labels, phrases, [c.fact.id for c in cases])
+        np.array(part)[kept] for part in (labels, phrases, [c.fact.id for c in cases])
     )
     if len(set(target)) < 2:
         raise ValueError(
-            f"a probe needs at least two labels with {training.min_count} facts each; "
-            f"{len(set(target))} left"
+            f"a probe needs at least two labels with {least} facts each; {len(set(target))} left"
         )
     rng = np.random.default_rng(training.seed)
     train, test, unseen = split_types(types.tolist(), rng)
     controls = [control_labels(types, target, rng) for _ in range(training.n_controls)]
-    kept = np.flatnonzero(keep)
     prompts, where = [cases[i].prompt for i in kept], [places[i] for i in kept]
     states = states_at(model, prompts, where, kind=name, layers=chosen, batch_size=batch_size)
     inputs = states.float().cpu().numpy()
@@ -130,15 +130,13 @@ def fact_probes(
         fitted = make().fit(x[train], wanted[train])
         return [fitted.predict(x[part]) == wanted[part] for part in parts]
 
-    found: dict[str, list[np.ndarray]] = {"correct": [], "control": [], "unseen": []}
+    found = []
     for k in progress_bar(range(len(chosen)), label="probes", show=progress):
         x = inputs[:, k]
         tested, new = correct(x, target, test, unseen)
-        found["correct"].append(tested.astype(float))
-        found["unseen"].append(new.astype(float))
-        found["control"].append(np.mean([correct(x, c, test)[0] for c in controls], axis=0))
+        found.append((tested, np.mean([correct(x, c, test)[0] for c in controls], axis=0), new))
     tested, control, new = (
-        np.stack(found[part], axis=1) for part in ("correct", "control", "unseen")
+        np.stack(part, axis=1).astype(float) for part in zip(*found, strict=True)
     )
     common = Counter(target[train].tolist()).most_common(1)[0][0]
     dims, unseen_dims = ("example", "layer"), ("unseen_example", "layer")
@@ -204,22 +202,17 @@ def _check_labels(phrases: Sequence[str], labels: Sequence[str]) -> None:
 def split_types(
     types: Sequence[str], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices of training facts, test facts of types seen in training, facts of unseen types.
-
-    Raises:
-        ValueError: one of the three is empty.
-    """
-    distinct = sorted(set(types))
+    """Indices of training facts, test facts of types seen in training, facts of unseen types."""
+    each = np.asarray(types)
+    distinct = np.unique(each)
     n = max(1, round(UNSEEN_SHARE * len(distinct)))
-    out = {distinct[i] for i in rng.permutation(len(distinct))[:n]}
-    unseen = np.array([i for i, kind in enumerate(types) if kind in out], dtype=int)
-    rest = rng.permutation([i for i, kind in enumerate(types) if kind not in out]).astype(int)
+    out = np.isin(each, distinct[rng.permutation(len(distinct))[:n]])
+    rest = rng.permutation(np.flatnonzero(~out))
     cut = round(TEST_SHARE * len(rest))
     test, train = rest[:cut], rest[cut:]
     # A type that training has not seen cannot be memorised; such facts are unseen as well.
-    known = {types[i] for i in train}
-    new = np.array([types[i] not in known for i in test], dtype=bool)
-    unseen, test = np.sort(np.concatenate([unseen, test[new]])), np.sort(test[~new])
+    known = np.isin(each, each[train])
+    test, unseen = np.sort(test[known[test]]), np.flatnonzero(~known)
     if not len(train) or not len(test) or not len(unseen):
         raise ValueError(
             f"the split leaves {len(train)} training, {len(test)} test and {len(unseen)} unseen "
@@ -229,11 +222,8 @@ def split_types(
 
 
 def control_labels(
-    types: Sequence[str], labels: Sequence[str], rng: np.random.Generator
+    types: Sequence[str] | np.ndarray, labels: Sequence[str] | np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """A random label for each type, drawn as often as labels are among types."""
-    own = dict(zip(types, labels, strict=True))
-    distinct = sorted(own)
-    drawn = rng.permutation([own[kind] for kind in distinct])
-    table = dict(zip(distinct, drawn.tolist(), strict=True))
-    return np.array([table[kind] for kind in types])
+    _, first, number = np.unique(types, return_index=True, return_inverse=True)
+    return rng.permutation(np.asarray(labels)[first])[number]

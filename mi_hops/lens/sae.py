@@ -24,8 +24,8 @@ from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.examples import real_cells
 from mi_hops.lens.tracking import at_role, check_role
 from mi_hops.lens.training import Corpus
-from mi_hops.lens.vectors import gather, resolve_layers, states_at, stream_site
-from mi_hops.model import HookedModel, device_of, fingerprint, hook_name, provenance
+from mi_hops.lens.vectors import gather, hook_of, resolve_layers, states_at, stream_site
+from mi_hops.model import HookedModel, device_of, fingerprint, provenance
 from mi_hops.result.result import Result
 from mi_hops.sweep.interventions import Change, Intervention
 from mi_hops.sweep.limits import Limits
@@ -101,7 +101,7 @@ def train_sae(
         sae = sae_lens.SAE.load_from_disk(folder, device=device)
     for parameter in sae.parameters():
         parameter.requires_grad_(False)
-    sae.cfg.metadata.hook_name = _hook_of(model, layer)
+    sae.cfg.metadata.hook_name = hook_of(model, "resid", layer)
     sae.cfg.metadata.model_name = str(model.cfg.model_name)
     sae.cfg.metadata[_FINGERPRINT] = fingerprint(model)
     return sae.eval()
@@ -233,7 +233,7 @@ def bridge_features(
         }
     if not rows:
         raise ValueError(f"no bridge has {min_count} facts, some in each half; give more facts")
-    return pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), name="bridge"))
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("bridge")
 
 
 def clamp(sae: Any, feature: int, value: float) -> Change:
@@ -330,11 +330,6 @@ def clamp_effect(
 # -- small parts ----------------------------------------------------------------------------------
 
 
-def _hook_of(model: HookedModel, layer: int) -> str:
-    site = stream_site(model, layer, 0)
-    return hook_name(site.kind, site.layer)
-
-
 def check_reads(model: HookedModel, sae: Any, layer: int) -> None:
     """Refuse an autoencoder that is known to read something other than this stream."""
     resolve_layers(model, "resid", layer)
@@ -353,7 +348,7 @@ def check_reads(model: HookedModel, sae: Any, layer: int) -> None:
     if hook is not None and hook not in same:
         raise ValueError(
             f"this autoencoder reads {hook!r}, not the stream after {layer} blocks, which is "
-            f"{_hook_of(model, layer)!r}"
+            f"{hook_of(model, 'resid', layer)!r}"
         )
 
 

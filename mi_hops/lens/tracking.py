@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -98,10 +98,6 @@ def spell_all(
 
     Args:
         alone: `track` was given for one prompt (name -> spelling), not as one spelling per prompt.
-
-    Raises:
-        TokenError: see `spell`.
-        ValueError: a name with another number of spellings than there are prompts.
     """
     each: dict[str, Sequence[Any]] = {}
     for name, given in (track or {}).items():
@@ -147,13 +143,13 @@ def resolve(
         ValueError: "all", "each" position of prompts of several lengths, or a role with another
             number of positions than there are prompts.
     """
-    if isinstance(where, str) and where == "all":
+    if where == "all":
         raise ValueError(
             "'all' means all tokens at once, and a lens reads one at a time; use positions='each'"
         )
-    if isinstance(where, str) and where == "last":
+    if where == "last":
         where = {"last": -1}
-    if isinstance(where, str) and where == "each":
+    if where == "each":
         lengths = sorted({len(p) for p in prompts})
         if len(lengths) > 1:
             raise ValueError(
@@ -175,11 +171,7 @@ def resolve(
 
 
 def check_role(role: str) -> None:
-    """Refuse a role that is not in `ROLES`.
-
-    Raises:
-        ValueError: another role.
-    """
+    """Refuse a role that is not in `ROLES`, with a ValueError."""
     if role not in ROLES:
         raise ValueError(f"role is {role!r}; expected one of {ROLES}")
 
@@ -189,11 +181,6 @@ def at_role(
 ) -> tuple[list[Case], list[int], Skipped]:
     """The facts that can be read at a role, its token in each prompt, and what was skipped.
 
-    Args:
-        role: one of `ROLES`.
-        form: form of the prompt; default each fact's first.
-        purpose: what the facts are read for, for the error.
-
     Raises:
         ValueError: another role.
         NoUsableFactError: no fact is left.
@@ -202,19 +189,13 @@ def at_role(
     found, skipped = usable(
         model, facts, lambda case: (case, case.positions(role)[-1]), purpose=purpose, form=form
     )
-    cases, places = (list(part) for part in zip(*found, strict=True))
-    return cast("list[Case]", cases), cast("list[int]", places), skipped
+    return [case for case, _ in found], [at for _, at in found], skipped
 
 
 def rows_at(
     model: HookedModel, prompts: Prompts, track: Track, position: Where | Sequence[Where]
 ) -> list[Row]:
-    """The prompts, each read at one position, and what is tracked in it.
-
-    Raises:
-        TokenError: see `labelled_prompts`, `resolve` and `spell`.
-        ValueError: nothing to track, or positions or spellings that do not fit the prompts.
-    """
+    """The prompts, each read at one position, and what is tracked in it."""
     labels, known, alone = labelled_prompts(model, prompts)
     if not track:
         raise ValueError("name something to track, e.g. {'answer': 'American'}")

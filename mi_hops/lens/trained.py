@@ -328,10 +328,6 @@ def low_rank(*shape: int, rank: int, width: int, seed: int) -> dict[str, Tensor]
 
 
 def check_rank(rank: int | None, d_model: int) -> None:
-    """Refuse a rank that no d x d translator can have.
-
-    Raises:
-        ValueError: a rank that is not in 1..d_model.
-    """
+    """Refuse, with a ValueError, a rank that no d x d translator can have."""
     if rank is not None and not 1 <= rank <= d_model:
         raise ValueError(f"rank is {rank}; expected 1..{d_model}, or None for a full translator")

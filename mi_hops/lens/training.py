@@ -328,11 +328,7 @@ class _Training:
             save_file(plain, partial, metadata={"training": json.dumps(record)})
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint, where there is one.
-
-        Raises:
-            ValueError: a checkpoint of another training.
-        """
+        """Go on from a checkpoint, where there is one of this very training."""
         path = folder / "training.safetensors"
         if not path.exists():
             return

@@ -21,6 +21,9 @@ from mi_hops.model import HookedModel, unembedding
 #: The files of such a folder.
 CONFIG, PARAMS = "config.json", "params.pt"
 
+#: What reading files that hold something else may raise.
+_BROKEN = (OSError, RuntimeError, KeyError, TypeError, AttributeError, OverflowError, EOFError)
+
 
 def is_tuned_lens(folder: Path) -> bool:
     """Whether a folder holds a lens of the tuned-lens package."""
@@ -28,11 +31,7 @@ def is_tuned_lens(folder: Path) -> bool:
 
 
 def read_tuned_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Its config, and the parameters of a `TunedLens`: ``weight`` and ``bias``, stacked over layers.
-
-    Raises:
-        ValueError: files that are broken, or hold something else.
-    """
+    """Its config, and the parameters of a `TunedLens`: ``weight`` and ``bias``, stacked over layers."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         state = torch.load(folder / PARAMS, map_location="cpu", weights_only=True)
@@ -40,15 +39,7 @@ def read_tuned_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         weight = torch.stack([state[f"{i}.weight"].T for i in range(n)])
         zero = torch.zeros(d, dtype=weight.dtype)
         bias = torch.stack([state.get(f"{i}.bias", zero) for i in range(n)])
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        EOFError,
-    ) as error:
+    except _BROKEN as error:
         raise ValueError(f"{folder} has no lens in the tuned-lens format ({error!r})") from error
     except (json.JSONDecodeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder} has no lens in the tuned-lens format ({error})") from error

@@ -193,7 +193,7 @@ def gather(
         MissingHookError: a hook point that the model does not have.
         ValueError: an activation that the cache does not hold.
     """
-    names = {layer: _hook_of(model, kind, layer) for layer in layers}
+    names = {layer: hook_of(model, kind, layer) for layer in layers}
     with torch.no_grad():
         kept = activations(model, tokens, cells, [*names.values(), *["final"] * final], cache)
         read = {layer: kept[name] for layer, name in names.items()}
@@ -224,14 +224,14 @@ def activations(
     require_hooks(model, hooks)
     final = "final" in names
     if cache is not None:
-        end = _hook_of(model, "resid", int(model.cfg.n_layers))
+        end = hook_of(model, "resid", int(model.cfg.n_layers))
         for name in dict.fromkeys([*hooks, *[end] * final]):
             keep(name)(_cached(cache, name, tokens))
         return kept | ({"final": final_norm(model, kept[end])} if final else {})
     reads: list[Hook] = [(name, keep(name)) for name in hooks]
     if final:
         reads.append(("unembed.hook_in", keep_final))
-    last = 1 + max(int(name.split(".")[1]) for name in hooks)
+    last = 1 + max((int(name.split(".")[1]) for name in hooks), default=0)
     stop = None if final or last == model.cfg.n_layers else last
     forward(model, tokens, hooks=reads, stop_at_layer=stop)
     return kept
@@ -325,13 +325,12 @@ def head_outputs(
     return einsum("... head d_head, head d_head d_model -> ... head d_model", z, weight)
 
 
-def _hook_of(model: HookedModel, kind: str, layer: int) -> str:
-    if kind == "result":
-        return hook_name("z", layer)
-    if kind != "resid":
-        return hook_name(kind, layer)
-    site = stream_site(model, layer, 0)
-    return hook_name(site.kind, site.layer)
+def hook_of(model: HookedModel, kind: str, layer: int) -> str:
+    """The hook point that a kind of `KINDS` is read at."""
+    if kind == "resid":
+        site = stream_site(model, layer, 0)
+        kind, layer = site.kind, site.layer
+    return hook_name("z" if kind == "result" else kind, layer)
 
 
 # -- values from logits ---------------------------------------------------------------------------

@@ -166,6 +166,8 @@ class PatchJob:
         if direction not in ("denoise", "noise"):
             raise ValueError(f"direction is {direction!r}; expected 'denoise' or 'noise'")
         self.model, self.direction, self.limits = model, direction, limits or Limits()
+        # Of the other run and of the base.
+        self._ends = ("clean", "corrupted") if direction == "denoise" else ("corrupted", "clean")
         self.pairs = pairs = Pairs.of(pairs)
         if not pairs.corrupted:
             raise ValueError(
@@ -344,16 +346,16 @@ class PatchJob:
             effect = normalised(scores, known[:, None], base[:, None], undefined="nan")
             require_effect(effect, self.why_no_effect(base, known))
             values = {"effect": effect, **values}
-        source = (
-            "given" if self.given is not None else "third" if self.pairs.source else "other run"
-        )
-        ends = ("clean", "corrupted") if self.direction == "denoise" else ("corrupted", "clean")
-        taken_from = {"third": "a third prompt", "other run": ends[0]}.get(source, "activations")
+        source, into = self._ends
+        if self.given is not None:
+            source = "activations"
+        elif self.pairs.source:
+            source = "a third prompt"
         return self.sweep.result(
             values,
             self.by_run(base, known),
             title=(
-                f"Activation patching, {taken_from} into {ends[1]}: {', '.join(self.grid.kinds)}; "
+                f"Activation patching, {source} into {into}: {', '.join(self.grid.kinds)}; "
                 f"{', '.join(self.metrics.names)}"
             ),
             units={"effect": self.share},
@@ -374,8 +376,7 @@ class PatchJob:
 
     def by_run(self, base: Tensor, other: Tensor | None) -> dict[str, Tensor]:
         """Scores of the base prompts and of the other run, under ``clean`` and ``corrupted``."""
-        ends = ("clean", "corrupted") if self.direction == "denoise" else ("corrupted", "clean")
-        return {name: x for name, x in zip(ends, (other, base), strict=True) if x is not None}
+        return {name: x for name, x in zip(self._ends, (other, base), strict=True) if x is not None}
 
     def why_no_effect(self, base: Tensor, other: Tensor) -> str:
         """The reason where no pair has an effect."""

@@ -45,7 +45,7 @@ from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.activation import PatchJob
 from mi_hops.patching.atp_star import atp_star
 from mi_hops.patching.core import require_effect
-from mi_hops.patching.gradients import run_with_gradients
+from mi_hops.patching.gradients import input_change, run_with_gradients
 from mi_hops.patching.products import Places, products, require_finite_estimates
 from mi_hops.patching.quadrature import Rule, path_points
 from mi_hops.patching.verify import Attribution
@@ -257,10 +257,7 @@ class _Estimator:
         end, there = score_and_capture(model, ends, kept)
         base, here = score_and_capture(model, bases, kept)
         begin = here[inputs]
-        difference = torch.zeros_like(begin, dtype=base.dtype)
-        for row, item in enumerate(bases):  # answer tokens and padding belong to no prompt
-            n = len(item.prompt)
-            difference[row, :n] = (there[inputs][row, :n] - begin[row, :n]).to(base.dtype)
+        difference = input_change(bases, there[inputs], begin).to(base.dtype)
         mean: dict[str, Tensor] = {}
         covered = torch.zeros(len(begin), dtype=base.dtype)
         for point, weight in self.points:

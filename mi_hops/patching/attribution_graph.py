@@ -9,11 +9,11 @@ gave it (``clerp``), or the name of a group of nodes that a reader pinned (``sup
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from mi_hops.facts.tables import find
@@ -64,8 +64,7 @@ class AttributionGraph:
             raise ValueError("no name was given; give the bridge's and its aliases")
         said = self.nodes["label"] + " | " + self.nodes["group"]
         inner = ~self.nodes["type"].isin([_TOKEN, _ERROR])
-        found = [any(find(n, text) for n in wanted) for text in said]
-        return self.nodes[inner & np.asarray(found, dtype=bool)]
+        return self.nodes[inner & said.map(lambda text: any(find(n, text) for n in wanted))]
 
     def through(self, nodes: Iterable[str], target: str | None = None) -> float:
         """The share of the paths into a node, by weight, that go through one of the given nodes.
@@ -86,24 +85,22 @@ class AttributionGraph:
         wanted, end = set(nodes), self.target if target is None else target
         if unknown := sorted((wanted | {end}) - set(self.nodes.index)):
             raise ValueError(f"no node {unknown[:3]} in this graph of {len(self.nodes)}")
-        whole = self._reach(end, frozenset())
-        return 0.0 if whole == 0 else 1 - self._reach(end, frozenset(wanted)) / whole
+        whole = self._reach(end, set())
+        return 0.0 if whole == 0 else 1 - self._reach(end, wanted) / whole
 
-    def _reach(self, end: str, without: frozenset[str]) -> float:
+    def _reach(self, end: str, without: Set[str]) -> float:
         """The weight of all paths from beginnings to `end` that pass none of `without`."""
-        into: dict[str, list[tuple[str, float]]] = {}
+        into = defaultdict(list)
         for source, goal, weight in self.links.itertuples(index=False):
-            into.setdefault(goal, []).append((source, abs(weight)))
+            into[goal].append((source, abs(weight)))
         starts = set(self.nodes.index[self.nodes["type"].isin([_TOKEN, _ERROR])])
-        reach: dict[str, float] = {}
+        reach = dict.fromkeys(without, 0.0)
         order = self.nodes.sort_values("layer", kind="stable").index
         for node in order:  # links lead upward, so sources come first
-            if node in without:
-                reach[node] = 0.0
-                continue
-            total = sum(size for _, size in into.get(node, ()))
-            passed = sum(size * reach.get(source, 0.0) for source, size in into.get(node, ()))
-            reach[node] = (passed / total if total else 0.0) + (node in starts)
+            if node not in without:
+                total = sum(size for _, size in into[node])
+                passed = sum(size * reach.get(source, 0.0) for source, size in into[node])
+                reach[node] = (passed / total if total else 0.0) + (node in starts)
         return reach[end]
 
 
@@ -142,32 +139,15 @@ def load_attribution_graph(path: str | os.PathLike[str]) -> AttributionGraph:
     tokens = [str(t) for t in metadata.get("prompt_tokens", [])]
     groups = _groups(found.get("qParams"))
     rows = [_node(path, node, tokens, groups) for node in nodes]
-    table = pd.DataFrame(rows, columns=["node", *_COLUMNS]).set_index("node")
-    if table.index.has_duplicates or not (table["type"] == _LOGIT).any():
+    layers = {row["node"]: row["layer"] for row in rows}
+    if len(layers) < len(rows) or _LOGIT not in {row["type"] for row in rows}:
         raise ValueError(f"{path} is no attribution graph: a node twice, or no logit node")
-    return AttributionGraph(
-        str(metadata.get("prompt", "")),
-        tokens,
-        table,
-        _links(path, links, table["layer"].to_dict()),
-    )
+    table = pd.DataFrame(rows).set_index("node")
+    told = str(metadata.get("prompt", ""))
+    return AttributionGraph(told, tokens, table, _links(path, links, layers))
 
 
-_COLUMNS = (
-    "type",
-    "layer",
-    "position",
-    "token",
-    "label",
-    "group",
-    "probability",
-    "activation",
-)
-
-
-def _node(
-    path: Any, node: Any, tokens: Sequence[str], groups: Mapping[str, str]
-) -> tuple[Any, ...]:
+def _node(path: Any, node: Any, tokens: Sequence[str], groups: Mapping[str, str]) -> dict[str, Any]:
     bad = [
         name
         for name, kind in _FIELDS.items()
@@ -175,19 +155,19 @@ def _node(
     ]
     if bad:
         raise ValueError(f"{path}: a node lacks {bad}: {node!r:.120}")
-    layer = -1 if node["layer"] == "E" else int(node["layer"])
     at = int(node["ctx_idx"])
-    return (
-        node["node_id"],
-        node["feature_type"],
-        layer,
-        at,
-        tokens[at] if 0 <= at < len(tokens) else "",
-        str(node.get("clerp") or ""),
-        groups.get(node["node_id"], ""),
-        float(node.get("token_prob") or 0.0),
-        float(node["activation"]) if node.get("activation") is not None else float("nan"),
-    )
+    activation = node.get("activation")
+    return {
+        "node": node["node_id"],
+        "type": node["feature_type"],
+        "layer": -1 if node["layer"] == "E" else int(node["layer"]),
+        "position": at,
+        "token": tokens[at] if 0 <= at < len(tokens) else "",
+        "label": str(node.get("clerp") or ""),
+        "group": groups.get(node["node_id"], ""),
+        "probability": float(node.get("token_prob") or 0.0),
+        "activation": float("nan") if activation is None else float(activation),
+    }
 
 
 def _groups(pinned: Any) -> dict[str, str]:

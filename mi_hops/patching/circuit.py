@@ -12,21 +12,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
-from math import isfinite
+from heapq import heappop, heappush
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mi_hops.model import (
-    HookedModel,
-    dtype_of,
-    n_heads_of,
-    provenance,
-)
+from mi_hops.model import HookedModel, dtype_of, n_heads_of, provenance
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.circuit_runs import CircuitRunner, ReadyPairs
 from mi_hops.patching.core import require_effect
@@ -97,23 +92,27 @@ class Circuit:
 
         A key or value head leads on to all query heads that share it.
         """
-        after = _next_writers(model)
-        edges = set(self.edges)
-        fed = {"embed"}
-        while True:  # forward: what the embedding reaches
-            found = {w for u, v in edges if u in fed for w in after.get(v, ())} | fed
-            if found == fed:
-                break
-            fed = found
-        edges = {(u, v) for u, v in edges if u in fed}
-        useful = {"logits"}
-        while True:  # backward: what reaches the logits
-            sending = {u for u, v in edges if v in useful}
-            found = useful | {v for v, ws in after.items() if sending & set(ws)}
-            if found == useful:
-                break
-            useful = found
+        after = next_writers(model)
+
+        def fed_by(writing: set[str]) -> set[str]:
+            return {w for u, v in self.edges if u in writing for w in after.get(v, ())}
+
+        fed = _closure({"embed"}, fed_by)
+        edges = {(u, v) for u, v in self.edges if u in fed}
+
+        def leading_to(reading: set[str]) -> set[str]:
+            sending = {u for u, v in edges if v in reading}
+            return {v for v, shaped in after.items() if sending & set(shaped)}
+
+        useful = _closure({"logits"}, leading_to)
         return Circuit(frozenset((u, v) for u, v in edges if v in useful))
+
+
+def _closure(found: set[str], more: Callable[[set[str]], set[str]]) -> set[str]:
+    """The names, with all that follows from them by `more`."""
+    while not (new := more(found)) <= found:
+        found = found | new
+    return found
 
 
 def extract(
@@ -144,20 +143,18 @@ def extract(
             f"edges have a sender and a receiver, and these scores are on {list(scores.data.dims)}; "
             "pass those of attribute_edges or path_patch"
         )
-    mean = scores["change"].mean("example")
-    names = product(mean["sender"].values.tolist(), mean["receiver"].values.tolist())
-    values = mean.transpose("sender", "receiver").values.ravel().tolist()
-    edges = [(u, v, x) for (u, v), x in zip(names, values, strict=True) if isfinite(x)]
+    mean = scores["change"].mean("example").transpose("sender", "receiver")
+    edges = mean.to_series().dropna()
     if not 1 <= n_edges <= len(edges):
         raise ValueError(f"n_edges is {n_edges}; expected 1 to {len(edges)}, the edges scored")
     if by == "serving":
         sign = -1 if scores.provenance.get("direction") == "noise" else 1
-        edges = [(u, v, sign * x) for u, v, x in edges if sign * x > 0]
+        edges = edges[sign * edges > 0]
     elif by != "size":
         raise ValueError(f"by is {by!r}; expected 'size' or 'serving'")
     if select not in ("top", "greedy"):
         raise ValueError(f"select is {select!r}; expected 'top' or 'greedy'")
-    ranked = [(u, v) for u, v, _ in sorted(edges, key=lambda e: -abs(e[2]))]
+    ranked = (-edges.abs()).sort_values(kind="stable").index.tolist()
     best = ranked[:n_edges] if select == "top" else _grown(model, ranked, n_edges)
     circuit = Circuit(frozenset(best))
     return circuit.pruned(model) if prune else circuit
@@ -165,25 +162,21 @@ def extract(
 
 def _grown(model: HookedModel, ranked: Sequence[Edge], n_edges: int) -> list[Edge]:
     """Edges added from the logits down, each the best one whose reader matters already."""
-    into: dict[str, list[str]] = {}  # writer -> the readers that shape it
-    for reader, shaped in _next_writers(model).items():
+    into = defaultdict(list)  # writer -> the readers that shape it
+    for reader, shaped in next_writers(model).items():
         for writer in shaped:
-            into.setdefault(writer, []).append(reader)
-    rank = {edge: i for i, edge in enumerate(ranked)}
-    by_reader: dict[str, list[Edge]] = {}
-    for edge in ranked:
-        by_reader.setdefault(edge[1], []).append(edge)
-    open_edges = {(rank[e], e) for e in by_reader.get("logits", ())}
-    held = {"logits"}
+            into[writer].append(reader)
+    waiting = defaultdict(list)  # reader that does not matter yet -> ranks of the edges into it
+    for rank, (_, reader) in enumerate(ranked):
+        waiting[reader].append(rank)
+    open_ranks = waiting.pop("logits", [])
     taken: list[Edge] = []
-    while open_edges and len(taken) < n_edges:
-        best = min(open_edges)
-        open_edges.remove(best)
-        taken.append(best[1])
-        for reader in into.get(best[1][0], ()):
-            if reader not in held:
-                held.add(reader)
-                open_edges |= {(rank[e], e) for e in by_reader.get(reader, ())}
+    while open_ranks and len(taken) < n_edges:
+        best = ranked[heappop(open_ranks)]
+        taken.append(best)
+        for reader in into[best[0]]:
+            for rank in waiting.pop(reader, ()):
+                heappush(open_ranks, rank)
     return taken
 
 
@@ -233,7 +226,7 @@ def faithfulness(
         (alone,) = runner.prepare([bases[i]], [job.corrupted[i]])
 
         def run(part: Sequence[int], ready: ReadyPairs = alone) -> Tensor:
-            return ready.scores(masks[list(part)])[0]
+            return ready.run(masks[list(part)])[0][0]
 
         parts = batched_with_oom_backoff(range(len(circuits)), limits.batch_size, run)
         scores[i] = torch.cat([found for _, found in parts])
@@ -268,14 +261,14 @@ def faithfulness(
     )
 
 
-def _next_writers(model: HookedModel) -> dict[str, list[str]]:
-    """Reader -> the writers whose output it shapes (empty for the logits)."""
+def next_writers(model: HookedModel) -> dict[str, list[str]]:
+    """Reader, but for the logits -> the writers it shapes: of a key or value, all heads that share it."""
     found: dict[str, list[str]] = {}
     for v in readers(model, "all"):
         if v.role == "mlp":
             found[v.name] = [v.name]
         elif v.head is not None:
             shared = int(model.cfg.n_heads) // n_heads_of(model, v.role)
-            group: Iterable[int] = range(v.head * shared, (v.head + 1) * shared)
+            group = range(v.head * shared, (v.head + 1) * shared)
             found[v.name] = [Node("head", v.layer, h).name for h in group]
     return found

@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.model import HookedModel, n_heads_of
-from mi_hops.patching.circuit import Circuit
-from mi_hops.patching.nodes import Edge, all_edges
+from mi_hops.model import HookedModel
+from mi_hops.patching.circuit import Circuit, next_writers
+from mi_hops.patching.nodes import Edge, all_edges, require_edges
 from mi_hops.result.figure_parts import GREY, apply_style, markup
 from mi_hops.result.plots import COLOURS
 
@@ -70,8 +70,7 @@ def circuit_figure(
         >>> len(circuit_figure(model, Circuit(frozenset(way))).data[-1].x)
         4
     """
-    if unknown := sorted(circuit.edges - set(all_edges(model))):
-        raise ValueError(f"{len(unknown)} edges are not the model's, e.g. {unknown[:3]}")
+    require_edges(circuit.edges, all_edges(model))
     if not circuit.edges or most < 1:
         raise ValueError(f"{len(circuit)} edges and most={most}; expected at least 1 of each")
     weights = dict.fromkeys(circuit.edges, 0.0)
@@ -88,19 +87,15 @@ def circuit_figure(
     places = _places({end for pairs in ends.values() for pair in pairs for end in pair}, ends)
     figure = _drawn(drawn, weights, ends, places, scored=scores is not None)
     cut = f"\nthe {len(drawn)} largest of {len(circuit)} edges" if len(drawn) < len(circuit) else ""
-    rows = {y for _, y in places.values()}
-    below = {"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top"}
+    ticks = dict(sorted((y, _row_label(name)) for name, (_, y) in places.items()))
     figure.update_layout(showlegend=True, hovermode="closest", plot_bgcolor="rgba(0, 0, 0, 0)")
     figure.update_xaxes(visible=False)
-    ticks = {y: _row_label(name) for name, (_, y) in places.items()}
     figure.update_yaxes(
-        tickvals=sorted(ticks),
-        ticktext=[ticks[y] for y in sorted(ticks)],
-        showgrid=False,
-        zeroline=False,
+        tickvals=list(ticks), ticktext=list(ticks.values()), showgrid=False, zeroline=False
     )
-    apply_style(figure, f"{title}{cut}", {"height": 160 + 52 * len(rows), **layout})
+    apply_style(figure, f"{title}{cut}", {"height": 160 + 52 * len(ticks), **layout})
     if "legend" not in layout:
+        below = {"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top"}
         figure.update_layout(legend=below)
     return figure
 
@@ -112,17 +107,11 @@ def _ends(
     heads = {
         name for u, v in circuit.edges for name in (u, v.removesuffix(".q")) if "." not in name
     }
+    shaped = next_writers(model)
     found = {}
     for u, v in edges:
-        component, _, role = v.partition(".")
-        into = [component]
-        if role in ("k", "v"):
-            shared = int(model.cfg.n_heads) // n_heads_of(model, role)
-            match = re.fullmatch(r"L(\d+)H(\d+)", component)
-            assert match is not None  # keys and values are heads'
-            layer, head = int(match[1]), int(match[2])
-            group = [f"L{layer}H{h}" for h in range(head * shared, (head + 1) * shared)]
-            into = [name for name in group if name in heads] or group[:1]
+        group = shaped.get(v, [v])
+        into = [name for name in group if name in heads] or group[:1]
         found[u, v] = [(u, name) for name in into]
     return found
 
@@ -138,10 +127,9 @@ def _row(name: str) -> tuple[int, int]:
 
 
 def _row_label(name: str) -> str:
-    if name in ("embed", "logits"):
-        return {"embed": "embedding", "logits": "logits"}[name]
     layer, mlp = _row(name)
-    return f"MLP {layer}" if mlp else f"heads {layer}"
+    ends = {"embed": "embedding", "logits": "logits"}
+    return ends.get(name, f"MLP {layer}" if mlp else f"heads {layer}")
 
 
 def _places(

@@ -7,9 +7,9 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from mi_hops.model import HookedModel, n_heads_of
-from mi_hops.patching.circuit import Circuit
-from mi_hops.patching.nodes import Edge, all_edges
+from mi_hops.model import HookedModel
+from mi_hops.patching.circuit import Circuit, next_writers
+from mi_hops.patching.nodes import Edge, all_edges, require_edges
 from mi_hops.result.files import read_object, replacing
 
 if TYPE_CHECKING:
@@ -36,15 +36,13 @@ def save_eap_ig(
         FileExistsError: `path` exists and `overwrite` is False.
         ValueError: another suffix than ``.json``, or edges that are not the model's.
     """
-    known = all_edges(model)
-    if unknown := sorted(circuit.edges - set(known)):
-        raise ValueError(f"{len(unknown)} edges are not the model's, e.g. {unknown[:3]}")
+    theirs = _their_edges(model)
+    require_edges(circuit.edges, theirs.values())
     mean = None if scores is None else scores["change"].mean("example")
     edges: dict[str, dict[str, Any]] = {}
-    for u, v in known:
+    for name, (u, v) in theirs.items():
         score = 0.0 if mean is None else float(mean.sel(sender=u, receiver=v))
-        for name in _their_edges(model, (u, v)):
-            edges[name] = {"score": score, "in_graph": (u, v) in circuit.edges}
+        edges[name] = {"score": score, "in_graph": (u, v) in circuit.edges}
     used = {_their_node(name) for name in circuit.nodes}
     nodes = dict.fromkeys(re.split(r"->|<", name)[part] for name in edges for part in (0, 1))
     cfg = {
@@ -68,7 +66,7 @@ def load_eap_ig(model: HookedModel, path: str | os.PathLike[str]) -> Circuit:
     edges = found.get("edges")
     if not isinstance(edges, dict):
         raise ValueError(f"{path} is no graph of EAP-IG's code: it has no table of edges")
-    ours = {name: edge for edge in all_edges(model) for name in _their_edges(model, edge)}
+    ours = _their_edges(model)
     if edges.keys() != ours.keys():
         other = sorted(edges.keys() ^ ours.keys())
         raise ValueError(
@@ -85,13 +83,13 @@ def _their_node(name: str) -> str:
     return {"embed": "input"}.get(name, name.replace("MLP", "m"))
 
 
-def _their_edges(model: HookedModel, edge: Edge) -> list[str]:
-    """The names of an edge in EAP-IG's code: one, or one for each query head that shares its reader."""
-    sender, receiver = _their_node(edge[0]), edge[1]
-    match = re.fullmatch(r"L(\d+)H(\d+)\.([qkv])", receiver)
-    if match is None:
-        return [f"{sender}->{_their_node(receiver)}"]
-    layer, head, role = match.groups()
-    shared = int(model.cfg.n_heads) // n_heads_of(model, role)
-    heads = range(int(head) * shared, (int(head) + 1) * shared)
-    return [f"{sender}->a{layer}.h{h}<{role}>" for h in heads]
+def _their_edges(model: HookedModel) -> dict[str, Edge]:
+    """Name in EAP-IG's code -> our edge; one edge has a name for each query head that shares its reader."""
+    shaped = next_writers(model)
+    found = {}
+    for u, v in all_edges(model):
+        role = v.partition(".")[2]
+        for head in shaped.get(v, [v]):
+            name = f"{_their_node(u)}->{_their_node(head)}"
+            found[f"{name}<{role}>" if role else name] = (u, v)
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,15 @@ from mi_hops.model.cache import Prefix
 from mi_hops.model.hooks import head_inputs, split_heads, splits_blocks
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.core import captured
-from mi_hops.patching.nodes import Edge, Node, Writes, all_edges, readers, writers
+from mi_hops.patching.nodes import (
+    Edge,
+    Node,
+    Writes,
+    all_edges,
+    readers,
+    require_edges,
+    writers,
+)
 from mi_hops.sweep.metrics import require_finite
 from mi_hops.sweep.runs import Scored, Sweep
 from mi_hops.sweep.scoring import prefix_of
@@ -48,14 +57,8 @@ class CircuitRunner:
         self._column = {v.name: j for j, v in enumerate(self.readers)}
 
     def mask(self, edges: Collection[Edge]) -> Bool[Tensor, "writer reader"]:
-        """True at the edges of a circuit.
-
-        Raises:
-            ValueError: an edge the model does not have.
-        """
-        unknown = sorted(set(edges) - self.edges)
-        if unknown:
-            raise ValueError(f"{len(unknown)} edges are not the model's, e.g. {unknown[:3]}")
+        """True at the edges of a circuit, all of which must be the model's."""
+        require_edges(edges, self.edges)
         mask = torch.zeros(len(self.writers), len(self.readers), dtype=torch.bool)
         for u, v in edges:
             mask[self._row[u], self._column[v]] = True
@@ -153,14 +156,6 @@ class ReadyPairs:
         view.rows = [0]
         return view
 
-    def scores(self, masks: Bool[Tensor, "circuit writer reader"]) -> Float[Tensor, "pair circuit"]:
-        """Scores of circuits, in one pass.
-
-        Raises:
-            ValueError: a score that is not finite.
-        """
-        return self.run(masks)[0]
-
     def run(
         self,
         masks: Bool[Tensor, "circuit writer reader"],
@@ -172,9 +167,6 @@ class ReadyPairs:
         Args:
             known: these changes in a circuit that differs from all of `masks` in edges into `first`
                 and later readers only; then nothing before `first` is computed again.
-
-        Raises:
-            ValueError: a score that is not finite.
         """
         run = _CircuitPass(self, masks, known, first)
         with torch.no_grad():
@@ -257,9 +249,9 @@ class _CircuitPass:
             else:
                 hooks += self._attention_by_rows(layer)
             at = last if layer == n_layers - 1 else _ALL
-            hooks.append((hook_name("resid_mid", layer), self._enter_mlp(layer, at)))
-            hooks.append((hook_name("mlp_out", layer), self._mlp(at)))
-        hooks.append((hook_name("resid_post", n_layers - 1), self._leave(n_layers, last)))
+            hooks.append((hook_name("resid_mid", layer), partial(self._enter_mlp, layer, at)))
+            hooks.append((hook_name("mlp_out", layer), partial(self._mlp, at)))
+        hooks.append((hook_name("resid_post", n_layers - 1), partial(self._leave, n_layers, last)))
         if not self.splits:
             hooks.append(("unembed.hook_in", lambda x: x[:, self.where]))
         return hooks
@@ -276,26 +268,21 @@ class _CircuitPass:
         hooks: list[Hook] = [(hook_name("resid_pre", layer), one_row)]
         for role in _INPUTS:
             found = [Node(role, layer, head) for head in range(n_heads_of(self.model, role))]
-
-            def fn(x: Tensor, found: list[Node] = found) -> Tensor:
-                inputs = self._inputs(found, hook_name("resid_pre", layer))
-                return rearrange(inputs, "row head pos d -> row pos head d").to(x)
-
             name = head_inputs(self.model, role, layer)
             assert name is not None
-            hooks.append((name, fn))
-        return [*hooks, (hook_name("z", layer), self._heads(layer))]
+            hooks.append((name, partial(self._head_inputs, layer, found)))
+        return [*hooks, (hook_name("z", layer), partial(self._heads, layer))]
 
     def _attention_by_rows(self, layer: int) -> list[Hook]:
         heads = {role: n_heads_of(self.model, role) for role in _INPUTS}
         inputs = [Node(role, layer, head) for role in _INPUTS for head in range(heads[role])]
-        hooks: list[Hook] = [(hook_name("resid_pre", layer), self._enter(layer, inputs))]
+        hooks: list[Hook] = [(hook_name("resid_pre", layer), partial(self._enter, layer, inputs))]
         start = 0
         for role in _INPUTS:
             own = slice(start, start + heads[role])
-            hooks.append((hook_name(role, layer), self._gather(own, len(inputs))))
+            hooks.append((hook_name(role, layer), partial(self._gather, own, len(inputs))))
             start += heads[role]
-        hooks.append((hook_name("z", layer), self._heads(layer)))
+        hooks.append((hook_name("z", layer), partial(self._heads, layer)))
         if self.splits:  # rows that the stream has and attention does not have any more
             rows = self.n * len(inputs)
 
@@ -332,59 +319,42 @@ class _CircuitPass:
         each += self.pairs.streams[name][:, at].to(moved)[:, None, None]
         return moved
 
+    # -- hook functions, bound to their place --------------------------------------------------------
+
     def _repeat(self, x: Tensor) -> Tensor:
         return repeat(x[:1], "1 pos d -> row pos d", row=self.n)
 
-    def _enter(self, layer: int, inputs: list[Node]) -> Any:
-        def fn(x: Tensor) -> Tensor:
-            name = hook_name("resid_pre", layer)
-            rows = rearrange(self._inputs(inputs, name), "row reader ... -> (row reader) ...")
-            main = self.pairs.streams[name].repeat_interleave(self.shape[1], 0)
-            return torch.cat([main.to(x), rows.to(x)])
+    def _head_inputs(self, layer: int, heads: Sequence[Node], x: Tensor) -> Tensor:
+        inputs = self._inputs(heads, hook_name("resid_pre", layer))
+        return rearrange(inputs, "row head pos d -> row pos head d").to(x)
 
-        return fn
+    def _enter(self, layer: int, inputs: Sequence[Node], x: Tensor) -> Tensor:
+        name = hook_name("resid_pre", layer)
+        rows = rearrange(self._inputs(inputs, name), "row reader ... -> (row reader) ...")
+        main = self.pairs.streams[name].repeat_interleave(self.shape[1], 0)
+        return torch.cat([main.to(x), rows.to(x)])
 
-    def _gather(self, own: slice, n_inputs: int) -> Any:
-        def fn(x: Tensor) -> Tensor:
-            each = x[self.n :].unflatten(0, (self.n, n_inputs))[:, own]
-            # Of every reader's row, the reader's own head.
-            heads = rearrange(each.diagonal(dim1=1, dim2=3), "row pos d head -> row pos head d")
-            return heads.contiguous() if self.splits else torch.cat([heads, x[self.n :]])
+    def _gather(self, own: slice, n_inputs: int, x: Tensor) -> Tensor:
+        each = x[self.n :].unflatten(0, (self.n, n_inputs))[:, own]
+        # Of every reader's row, the reader's own head.
+        heads = rearrange(each.diagonal(dim1=1, dim2=3), "row pos d head -> row pos head d")
+        return heads.contiguous() if self.splits else torch.cat([heads, x[self.n :]])
 
-        return fn
+    def _heads(self, layer: int, x: Tensor) -> None:
+        weight = w_o(self.model, layer).detach().to(x.device, self.wide)
+        spec = "row pos head d_head, head d_head d_model -> row head pos d_model"
+        self._write(einsum(spec, x[: self.n].to(self.wide), weight))
 
-    def _heads(self, layer: int) -> Any:
-        def fn(x: Tensor) -> None:
-            weight = w_o(self.model, layer).detach().to(x.device, self.wide)
-            written = einsum(
-                "row pos head d_head, head d_head d_model -> row head pos d_model",
-                x[: self.n].to(self.wide),
-                weight,
-            )
-            self._write(written)
+    def _enter_mlp(self, layer: int, at: slice | list[int], x: Tensor) -> Tensor:
+        main = self._inputs([Node("mlp", layer)], hook_name("resid_mid", layer), at)[:, 0].to(x)
+        return main if self.splits else torch.cat([main, x[self.n :]])
 
-        return fn
+    def _mlp(self, at: slice | list[int], x: Tensor) -> None:
+        self._write(x[: self.n, None].to(self.wide), at)
 
-    def _enter_mlp(self, layer: int, at: slice | list[int]) -> Any:
-        def fn(x: Tensor) -> Tensor:
-            name = hook_name("resid_mid", layer)
-            main = self._inputs([Node("mlp", layer)], name, at)[:, 0].to(x)
-            return main if self.splits else torch.cat([main, x[self.n :]])
-
-        return fn
-
-    def _mlp(self, at: slice | list[int]) -> Any:
-        def fn(x: Tensor) -> None:
-            self._write(x[: self.n, None].to(self.wide), at)
-
-        return fn
-
-    def _leave(self, n_layers: int, at: slice | list[int]) -> Any:
-        def fn(x: Tensor) -> Tensor:
-            name = hook_name("resid_post", n_layers - 1)
-            return self._inputs([Node("logits", n_layers)], name, at)[:, 0].to(x)
-
-        return fn
+    def _leave(self, n_layers: int, at: slice | list[int], x: Tensor) -> Tensor:
+        name = hook_name("resid_post", n_layers - 1)
+        return self._inputs([Node("logits", n_layers)], name, at)[:, 0].to(x)
 
 
 _INPUTS: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")

@@ -7,6 +7,7 @@ carries the first hop's difference, and a logit difference of the two answers me
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,15 +54,15 @@ def contrast(
     pool = sides
     if partners is not None:
         pool, _ = usable(model, partners, _side, purpose="pairing", form=form)
-    by_shape: dict[tuple[Any, ...], list[_Side]] = {}
-    for side in pool:
-        by_shape.setdefault(side[1], []).append(side)
+    by_shape = defaultdict(list)
+    for case, shape, _ in pool:
+        by_shape[shape].append(case)
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for case, shape, places in sides:
         fitting = [
             other
-            for other, _, _ in by_shape.get(shape, [])
+            for other in by_shape[shape]
             if other.fact.bridge != case.fact.bridge
             and other.target.answer[0] != case.target.answer[0]
         ]

@@ -270,10 +270,6 @@ class GridSweep:
 
 
 def require_effect(effect: Tensor, why: str) -> None:
-    """Refuse effects of which none is a number.
-
-    Raises:
-        ValueError: with the reason.
-    """
+    """Refuse, with a ValueError that says why, effects of which none is a number."""
     if effect.isnan().all():
         raise ValueError(f"no effect is defined: {why}")

@@ -15,6 +15,7 @@ several query heads need no special case.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ from mi_hops.model import HookedModel, dtype_of, hook_name, require_hooks
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.activation import PatchJob
 from mi_hops.patching.core import require_effect
-from mi_hops.patching.gradients import Recorded, record
+from mi_hops.patching.gradients import Recorded, input_change, record
 from mi_hops.patching.nodes import (
     Node,
     Writes,
@@ -121,8 +122,10 @@ def attribute_edges(
     name = "EAP" if method == "gradient" else "EAP-IG"
     baselines = job.by_run(base, other)
     settings: dict[str, object] = {"method": name}
+    units = {}
     if method == "integrated":
         baselines["completeness_error"] = (covered / score_gap(other, base) - 1).abs()
+        units["completeness_error"] = "share of the difference"
         settings |= {"steps": steps, "rule": rule}
     result = edge_result(
         job,
@@ -130,7 +133,7 @@ def attribute_edges(
         baselines,
         nodes,
         title=f"Edge attribution ({name})",
-        units={"completeness_error": "share of the difference"},
+        units=units,
         **settings,
     )
     return Attribution(result, partial(_exact, job, *nodes))
@@ -188,10 +191,7 @@ class _Estimator:
         writes = Writes(model, [item.prompt for item in both], acting, store)
         moved = writes.differences(acting, range(n, 2 * n), range(n))
         begin = store[inputs][:n]
-        way = torch.zeros_like(begin)
-        for row, item in enumerate(bases):  # answer tokens and padding belong to no prompt
-            width = len(item.prompt)
-            way[row, :width] = store[inputs][n + row, :width] - begin[row, :width]
+        way = input_change(bases, store[inputs][n:], begin)
         change = torch.zeros(n, len(acting), len(self.targets), dtype=moved.dtype)
         covered = torch.zeros(n, dtype=moved.dtype)
         rows = [(i, point, weight) for i in range(n) for point, weight in self.points]
@@ -232,70 +232,53 @@ class _Estimator:
         share = share.to(moved.device)
         moved = moved if len(pairs) == len(moved) else moved[pairs]
         stages = sorted(node.stage for node in self.sources)
-        places = _places(self.targets)
+        groups = defaultdict(list)  # readers that one pass backward serves
+        for j, reader in enumerate(self.targets):
+            groups[(reader.stage, *_hooks(reader))].append(j)
         mlps = [hook_name("resid_mid", v.layer) for v in self.targets if v.role == "mlp"]
         require_hooks(model, mlps)  # in parallel blocks the MLP reads no attention
-        results = list(dict.fromkeys(_result_hook(v) for v in self.targets))
-        entries = [entry for _, entry, _ in places if entry is not None]
+        results = list(dict.fromkeys(result for _, _, result in groups))
+        entries = [entry for _, entry, _ in groups if entry is not None]
         run = record(model, prompts, list(dict.fromkeys([*results, *entries])), start=start)
         slopes, stream = run.gradients(results)
         # Other pairs of the group may be longer; behind its prompt nothing of a pair moves.
         width = min(moved.shape[2], stream.shape[1])
         moved = moved[:, :, :width]
         change = moved.new_zeros(len(pairs), moved.shape[1], len(self.targets))
-        for stage, entry, members in places:
+        for (stage, entry, result), members in groups.items():
             n = sum(s < stage for s in stages)
             if not n:
                 continue
-            for chosen, slope in self._slopes(run, slopes, entry, members):
-                slope = slope[:, :, :width].to(moved)
-                mean = einsum("pair row, reader row pos d -> pair reader pos d", share, slope)
-                change[:, :n, chosen] = torch.bmm(
-                    rearrange(moved[:, :n], "pair sender pos d -> pair sender (pos d)"),
-                    rearrange(mean, "pair reader pos d -> pair (pos d) reader"),
-                )
+            slope = self._slope(run, slopes[result], entry, result, members)
+            slope = slope[:, :, :width].to(moved)
+            mean = einsum("pair row, reader row pos d -> pair reader pos d", share, slope)
+            change[:, :n, members] = torch.bmm(
+                rearrange(moved[:, :n], "pair sender pos d -> pair sender (pos d)"),
+                rearrange(mean, "pair reader pos d -> pair (pos d) reader"),
+            )
         of_rows = way[[i for i, _, _ in part], : stream.shape[1]].to(share)
         sums = einsum("row pos d, row pos d -> row", stream.to(share), of_rows)
         return pairs, change.cpu(), (share @ sums).cpu()
 
-    def _slopes(
-        self, run: Recorded, slopes: dict[str, Tensor], entry: str | None, members: Sequence[int]
-    ) -> list[tuple[list[int], Float[Tensor, "reader row pos d_model"]]]:
-        """Gradients at the own inputs of readers of one place, those of one result together."""
-        by_result: dict[str, list[int]] = {}
-        for j in members:
-            by_result.setdefault(_result_hook(self.targets[j]), []).append(j)
-        found = []
-        for result, chosen in by_result.items():
-            slope = slopes[result]
-            if entry is None:  # the logits' input is the stream itself
-                found.append((chosen, slope[None]))
-                continue
-            heads = [self.targets[j].head for j in chosen]
-            each = slope.new_zeros(len(chosen), *slope.shape)
-            for way, head in enumerate(heads):
-                own = slice(None) if head is None else (slice(None), slice(None), head)
-                each[way][own] = slope[own]
-            found.append((chosen, run.pull_back(result, entry, each)))
-        return found
+    def _slope(
+        self, run: Recorded, slope: Tensor, entry: str | None, result: str, members: Sequence[int]
+    ) -> Float[Tensor, "reader row pos d_model"]:
+        """Gradients at the own inputs of readers of one place, from that at their result."""
+        if entry is None:  # the logits' input is the stream itself
+            return slope[None]
+        each = slope.new_zeros(len(members), *slope.shape)
+        for way, j in enumerate(members):
+            head = self.targets[j].head
+            own = slice(None) if head is None else (slice(None), slice(None), head)
+            each[way][own] = slope[own]
+        return run.pull_back(result, entry, each)
 
 
-def _result_hook(reader: Node) -> str:
-    """Where the gradient is taken: what the reader makes of its input; for the logits the stream."""
+def _hooks(reader: Node) -> tuple[str | None, str]:
+    """Where a reader's input enters, None for the logits, and what it makes of it (there, the stream)."""
     if reader.role == "logits":
-        return hook_name("resid_post", reader.layer - 1)
-    return read_hooks(reader)[1]
-
-
-def _places(targets: Sequence[Node]) -> list[tuple[int, str | None, list[int]]]:
-    """Readers whose input enters at one hook point: (stage, the hook, indices)."""
-    places: dict[tuple[int, str | None], list[int]] = {}
-    for j, reader in enumerate(targets):
-        entry = None
-        if reader.role != "logits":
-            # The stream before the MLP is the attention's write plus what is left alone; where the
-            # Bridge has a hook point for it, that lies on another branch.
-            kind = "attn_out" if reader.role == "mlp" else "resid_pre"
-            entry = hook_name(kind, reader.layer)
-        places.setdefault((reader.stage, entry), []).append(j)
-    return [(stage, entry, members) for (stage, entry), members in places.items()]
+        return None, hook_name("resid_post", reader.layer - 1)
+    # The stream before the MLP is the attention's write plus what is left alone; where the Bridge has
+    # a hook point for it, that lies on another branch.
+    kind = "attn_out" if reader.role == "mlp" else "resid_pre"
+    return hook_name(kind, reader.layer), read_hooks(reader)[1]

@@ -7,9 +7,9 @@ lowest block asked for, and blocks below it keep nothing for the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -108,20 +108,25 @@ def record(
     start: Float[Tensor, "row pos d_model"] | None = None,
     drop_block: int | None = None,
 ) -> Recorded:
-    """The forward pass of `run_with_gradients`, whose arguments these are.
-
-    Raises:
-        ValueError: a metric without a gradient, or one that is not finite.
-    """
+    """The forward pass of `run_with_gradients`, whose arguments these are."""
     sweep = Sweep(model, prompts)
     lowest = 0 if start is not None else min((int(n.split(".")[1]) for n in names), default=0)
     live: dict[str, Tensor] = {}
     leaf: list[Tensor] = []
-    hooks: list[Hook] = [(hook_name("resid_pre", lowest), _start_graph(leaf, start))]
+
+    def start_graph(x: Tensor) -> Tensor:
+        x = x.detach().clone() if start is None else overlaid(x.detach(), start)
+        leaf.append(x.requires_grad_(True))
+        return leaf[0]
+
+    def keep(name: str, x: Tensor) -> Tensor:
+        live[name] = x
+        return x  # what the model goes on with, also where the hook saw a reshaped copy
+
+    hooks: list[Hook] = [(hook_name("resid_pre", lowest), start_graph)]
     if drop_block is not None:
-        stop: Callable[[Tensor], Tensor] = torch.Tensor.detach
-        hooks += [(hook_name(kind, drop_block), stop) for kind in ("attn_out", "mlp_out")]
-    hooks += [(name, _keep(live, name)) for name in names]
+        hooks += [(hook_name(k, drop_block), torch.Tensor.detach) for k in ("attn_out", "mlp_out")]
+    hooks += [(name, partial(keep, name)) for name in names]
     positions = torch.tensor(sweep.scored)
     with torch.enable_grad():
         logits = logits_at(model, sweep.batch.tokens, positions, hooks=hooks)
@@ -173,6 +178,17 @@ def overlaid(x: Float[Tensor, "row pos *d"], value: Float[Tensor, "row pos *d"])
     return x
 
 
+def input_change(
+    prompts: Sequence[Scored], there: Tensor, here: Tensor
+) -> Float[Tensor, "row pos d_model"]:
+    """`there` less `here` at the tokens of the prompts; 0 at answer tokens and padding, no prompt's own."""
+    found = torch.zeros_like(here)
+    for row, item in enumerate(prompts):
+        n = len(item.prompt)
+        found[row, :n] = there[row, :n] - here[row, :n]
+    return found
+
+
 def _require_finite(metric: str, gradients: dict[str, Tensor]) -> None:
     bad = [name for name, slope in gradients.items() if not slope.isfinite().all()]
     if bad:
@@ -185,35 +201,13 @@ def _require_finite(metric: str, gradients: dict[str, Tensor]) -> None:
 
 def _slopes(total: Tensor, at: Sequence[Tensor], keep: bool) -> list[Tensor | None]:
     """Gradients of `total`; None where it does not depend on a tensor."""
-    on_graph = [i for i, tensor in enumerate(at) if tensor.requires_grad]
-    found = torch.autograd.grad(
-        total, [at[i] for i in on_graph], allow_unused=True, retain_graph=keep
-    )
-    out: list[Tensor | None] = [None] * len(at)
-    for i, slope in zip(on_graph, found, strict=True):
-        out[i] = slope
-    return out
-
-
-def _start_graph(leaf: list[Tensor], start: Tensor | None) -> Callable[[Tensor], Tensor]:
-    def fn(x: Tensor) -> Tensor:
-        x = x.detach().clone() if start is None else overlaid(x.detach(), start)
-        leaf.append(x.requires_grad_(True))
-        return leaf[0]
-
-    return fn
-
-
-def _keep(live: dict[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
-    def fn(x: Tensor) -> Tensor:
-        live[name] = x
-        return x  # what the model goes on with, also where the hook saw a reshaped copy
-
-    return fn
+    on_graph = [tensor for tensor in at if tensor.requires_grad]
+    found = iter(torch.autograd.grad(total, on_graph, allow_unused=True, retain_graph=keep))
+    return [next(found) if tensor.requires_grad else None for tensor in at]
 
 
 def _scores(sweep: Sweep, logits: Tensor) -> Tensor:
-    rows: list[Any] = []
+    rows = []
     for i, run in enumerate(sweep.runs):
         ((_, _, found),) = run.scores(logits[i : i + 1], sweep.prompts)
         rows.append(found[0])

@@ -16,6 +16,7 @@ A token is taken away by giving its place the embedding of a baseline; its posit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -25,13 +26,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mi_hops.model import HookedModel, dtype_of, embedding, hook_name, provenance
-from mi_hops.model.numeric import wide_dtype
+from mi_hops.model.numeric import wide_dtype, widen
 from mi_hops.patching.core import Metrics
-from mi_hops.patching.gradients import run_with_gradients
+from mi_hops.patching.gradients import input_change, run_with_gradients
 from mi_hops.patching.quadrature import Rule, path_points
 from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
-from mi_hops.sweep.interventions import Change, Intervention
+from mi_hops.sweep.interventions import Intervention, add
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike
 from mi_hops.sweep.pairs import Pairs, PairsLike, as_prompts
@@ -100,10 +101,10 @@ def attribute_inputs(
 
     def run(group: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         part = [items[i] for i in group]
-        score, empty, kept = absent.scores(part, group)
+        score, empty, away, stream = absent.scores(part, group)
         if method == "occlusion":
-            return _occluded(model, part, score, kept["away"], limits), score, empty
-        return _along_path(model, part, kept, points), score, empty
+            return _occluded(model, part, score, away, limits), score, empty
+        return _along_path(model, part, away, stream, points), score, empty
 
     width, wide = max(map(len, prompts)), wide_dtype(dtype_of(model))
     found = torch.full((len(prompts), width), float("nan"), dtype=wide)
@@ -162,29 +163,22 @@ class _Absent:
 
     def scores(
         self, items: Sequence[Scored], group: Sequence[int]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Scores as they are and with every token away, and ``away``: what each place loses."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scores as they are and with every token away; what each place then loses, and the stream."""
         embed, stream = hook_name("embed"), hook_name("resid_pre", 0)
         score, there = score_and_capture(self.model, items, [embed, stream])
         here = there[embed]
         if self.baseline == "corrupted":
-            swapped = [
-                Scored(self.others[i], item.target, item.metrics)
-                for i, item in zip(group, items, strict=True)
-            ]
+            numbered = zip(group, items, strict=True)
+            swapped = [replace(item, prompt=self.others[i]) for i, item in numbered]
             other = score_and_capture(self.model, swapped, [embed])[1][embed].to(here)
         elif self.baseline == "mean":
             other = self._mean(items[0].prompt, here).expand_as(here)
         else:
             other = torch.zeros_like(here)
-        wide = wide_dtype(here.dtype)
-        away = torch.zeros_like(there[stream], dtype=wide)
-        for row, item in enumerate(items):  # answer tokens and padding stay
-            n = len(item.prompt)
-            away[row, :n] = here[row, :n].to(wide) - other[row, :n].to(wide)
+        away = input_change(items, widen(here), widen(other))
         empty = _without(self.model, items, away, [[range(len(i.prompt))] for i in items], Limits())
-        stacked = torch.stack([rows[0] for rows in empty])
-        return score[:, 0], stacked, {"away": away, "stream": there[stream]}
+        return score[:, 0], torch.stack([rows[0] for rows in empty]), away, there[stream]
 
     def _mean(self, prompt: Prompt, here: Tensor) -> Tensor:
         """The mean of the vocabulary's embeddings, as the model scales them."""
@@ -203,15 +197,12 @@ def _without(
 ) -> list[Float[Tensor, "place"]]:
     """Scores with the tokens of each of a row's places taken away."""
 
-    def less(row: int, where: Sequence[int]) -> Change:
-        lost = away[row, list(where)]
-        return lambda x: x - lost.to(x.device, x.dtype)
-
     def rows_of(row: int, base: int, _: Mapping[str, Tensor]) -> list[Intervention]:
-        return [
-            Intervention.at("resid_pre", 0, less(row, where), positions=where, base=base)
-            for where in places[row]
-        ]
+        rows = []
+        for where in places[row]:
+            less = add(away[row, list(where)], -1.0)
+            rows.append(Intervention.at("resid_pre", 0, less, positions=where, base=base))
+        return rows
 
     found = run_sweep(model, items, rows_of, limits=limits, label="tokens")
     return [rows[:, 0] for rows in found.rows]
@@ -234,13 +225,14 @@ def _occluded(
 def _along_path(
     model: HookedModel,
     items: Sequence[Scored],
-    kept: Mapping[str, Tensor],
+    away: Float[Tensor, "row pos d_model"],
+    stream: Float[Tensor, "row pos d_model"],
     points: Sequence[tuple[float, float]],
 ) -> Float[Tensor, "row pos"]:
     """(embedding - baseline) * the gradient averaged over points between them (1 is the prompt)."""
-    away, stream = kept["away"], kept["stream"].to(kept["away"].dtype)
     slope = torch.zeros_like(away)
     for point, weight in points:
-        run = run_with_gradients(model, items, [], start=stream - (1 - point) * away)
+        start = stream.to(away.dtype) - (1 - point) * away
+        run = run_with_gradients(model, items, [], start=start)
         slope += weight * run.stream.to(slope)
     return einsum("row pos d, row pos d -> row pos", away, slope).cpu()

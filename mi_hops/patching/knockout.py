@@ -7,16 +7,16 @@ al. 2023, arXiv 2304.14767; of two-hop questions Biran et al. 2024, arXiv 2406.1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from mi_hops.model import HookedModel
 from mi_hops.patching.core import ChangeOf, GridSweep, Metrics
-from mi_hops.sweep.interventions import Change, Intervention, Site
+from mi_hops.sweep.interventions import Change
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike
-from mi_hops.sweep.pairs import Pairs, PairsLike, as_prompts
+from mi_hops.sweep.pairs import Pairs, PairsLike, as_prompts, one_each
 from mi_hops.sweep.sites import PositionsLike, Sites
 from mi_hops.text.tokens import Where
 from mi_hops.text.tokens import positions as positions_of
@@ -70,11 +70,8 @@ def knockout(
     bases = as_prompts(model, pairs.clean)
     sites = Sites("pattern", layers=layers, positions=keys, heads=heads, window=window)
     grid = sites.grid(model, bases)
-    several = isinstance(queries, Sequence) and not isinstance(queries, str)
-    each: Sequence[Where] = queries if several else [queries] * len(bases)  # type: ignore[assignment,list-item]
-    if len(each) != len(bases):
-        raise ValueError(f"queries lists {len(each)} spans for {len(bases)} prompts; give one each")
-    seeing = tuple(positions_of(prompt, where) for prompt, where in zip(bases, each, strict=True))
+    each = one_each("queries", queries, len(bases))
+    seeing = [positions_of(prompt, where) for prompt, where in zip(bases, each, strict=True)]
     for prompt, queried, spans in zip(bases, seeing, grid.base, strict=True):
         for label, blocked in zip(grid.labels, spans, strict=True):
             blind = [q for q in queried if set(range(q + 1)) <= set(blocked)]
@@ -87,8 +84,14 @@ def knockout(
     metrics = Metrics.of(metric)
     targets = pairs.targets(model, bases, metrics.reading_answers)
     scored = metrics.scored(bases, targets, metrics.baselines(model, bases))
-    sweep = _Blocking(model, bases, grid, metrics, pairs.labels, limits, seeing)
-    scores, intact, _ = sweep.run(scored, lambda *_: _unused)
+    sweep = GridSweep(model, bases, grid, metrics, pairs.labels, limits)
+    # The patterns of the queries are changed, and the spans of the grid are the keys they lose.
+    at_queries = replace(grid, base=tuple((where,) * len(grid.labels) for where in seeing))
+
+    def changes_of(example: int, row: int, shown: Mapping[str, Tensor]) -> ChangeOf:
+        return lambda cell, layer, sample: _blocked(grid.base[example][cell.span])
+
+    scores, intact, _ = replace(sweep, grid=at_queries).run(scored, changes_of)
     return sweep.result(
         {"change": scores - intact[:, None], "score": scores},
         {"intact": intact},
@@ -98,27 +101,6 @@ def knockout(
         method="attention knockout",
         window=window,
     )
-
-
-@dataclass(frozen=True)
-class _Blocking(GridSweep):
-    """A grid whose spans are the keys that queries of the same prompt do not see."""
-
-    queries: tuple[tuple[int, ...], ...]
-
-    def interventions(
-        self, example: int, base: int, change_of: ChangeOf, samples: int = 1
-    ) -> list[Intervention]:
-        items = []
-        for cell in self.grid.cells:
-            where = self.queries[example]
-            sites = tuple(Site("pattern", layer, where, cell.head) for layer in cell.layers)
-            items.append(Intervention(sites, _blocked(self.grid.base[example][cell.span]), base))
-        return items
-
-
-def _unused(*_: object) -> Change:
-    raise AssertionError("a knockout makes its own changes")
 
 
 def _blocked(keys: Sequence[int]) -> Change:

@@ -8,7 +8,7 @@ Readers: ``"L3H2.q"``, ``"L3H2.k"``, ``"L3H2.v"`` (key/value heads as they are c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +26,6 @@ from mi_hops.model import (
     hook_name,
     n_heads_of,
     provenance,
-    require_hooks,
     w_o,
 )
 from mi_hops.model.numeric import wide_dtype
@@ -131,6 +130,12 @@ def all_edges(model: HookedModel) -> list[Edge]:
         for v in readers(model, "all")
         if u.reaches(v)
     ]
+
+
+def require_edges(edges: Iterable[Edge], known: Iterable[Edge]) -> None:
+    """Refuse edges that are not among the model's, with a ValueError."""
+    if unknown := sorted(set(edges) - set(known)):
+        raise ValueError(f"{len(unknown)} edges are not the model's, e.g. {unknown[:3]}")
 
 
 def _named(
@@ -266,52 +271,35 @@ def read_hooks(reader: Node) -> tuple[str, str]:
 def probe(
     model: HookedModel,
     tokens: Int[Tensor, "1 pos"],
-    layer: int,
-    entry: str,
-    change: Callable[[Tensor], Tensor],
-    names: Sequence[str],
-) -> dict[str, Tensor]:
-    """What a block's norm and projections make of changed inputs, exactly.
+    reader: Node,
+    changes: Float[Tensor, "row pos d_model"],
+) -> Float[Tensor, "row pos *rest"]:
+    """What a reader's norm and projections make of its input with changes added, exactly.
 
-    The prompt runs up to `layer`; there its stream is copied for each changed input, which nothing
-    but the readers at `names` ever sees. It works on any attention, for no weight is read.
-
-    Args:
-        entry: ``"resid_pre"`` (queries, keys, values) or ``"resid_mid"`` (the MLP).
-        change: from the stream at `entry`, ``[1, pos, d_model]``, to inputs ``[row, pos, d_model]``.
-
-    Returns:
-        By name, ``[row, pos, ...]``.
+    The prompt runs up to the reader's block; there its stream is copied for each change, which nothing
+    but the readers of that place ever sees. It works on any attention, for no weight is read.
     """
-    found: dict[str, Tensor] = {}
+    entry, result = read_hooks(reader)
+    found: list[Tensor] = []
 
     def copy(x: Tensor) -> Tensor:
-        if entry == "resid_pre":
-            return torch.cat([x, change(x).to(x.dtype)])
-        rows = change(x.new_zeros(x.shape)).shape[0]
-        return torch.cat([x, repeat(x, "1 pos d -> row pos d", row=rows)])
+        return repeat(x, "1 pos d -> row pos d", row=1 + len(changes))
 
     def alter(x: Tensor) -> Tensor:
-        return torch.cat([x[:1], change(x[:1]).to(x.dtype)])
+        return torch.cat([x[:1], x[:1] + changes.to(x)])
 
-    def keep(name: str) -> Callable[[Tensor], Tensor]:
-        def fn(x: Tensor) -> Tensor:
-            found[name] = x[1:]
-            return x
-
-        return fn
-
-    hooks: list[Hook] = [(hook_name("resid_pre", layer), copy)]
-    if entry == "resid_mid":
-        hooks.append((hook_name("resid_mid", layer), alter))
-    hooks += [(name, keep(name)) for name in names]
-    stop: int | None = layer + 1
+    hooks: list[Hook] = [
+        (hook_name("resid_pre", reader.layer), copy),
+        (hook_name(entry, reader.layer), alter),
+        (result, lambda x: found.append(x[1:])),
+    ]
+    stop: int | None = reader.layer + 1
     if stop == int(model.cfg.n_layers):  # to the end, but not through the vocabulary
         stop = None
         hooks.append(("unembed.hook_in", lambda x: x[:1, :1]))
-    require_hooks(model, [name for name, _ in hooks])
-    forward(model, tokens.to(device_of(model)), hooks=hooks, stop_at_layer=stop, grows=True)
-    return found
+    with torch.no_grad():
+        forward(model, tokens, hooks=hooks, stop_at_layer=stop, grows=True)
+    return found[0]
 
 
 def arrival(reader: Node, value: Tensor, positions: tuple[int, ...]) -> Intervention:
@@ -372,14 +360,12 @@ def edge_result(
         settings: what else the provenance remembers.
     """
     senders, receivers = ([node.name for node in side] for side in nodes)
-    unit = dict.fromkeys((*values, *baselines), job.metrics.units[0])
+    own = dict.fromkeys((*values, *baselines), job.metrics.units[0])
     return Result.from_arrays(
         {name: (("example", "sender", "receiver"), value) for name, value in values.items()},
         baselines={name: (("example",), value) for name, value in baselines.items()},
         coords={"example": job.pairs.labels, "sender": senders, "receiver": receivers},
-        units={
-            k: u for k, u in {**unit, "effect": job.share, **(units or {})}.items() if k in unit
-        },
+        units={**own, "effect": job.share, **(units or {})},
         provenance=provenance(
             job.model, direction=job.direction, metrics=job.metrics.names, **settings
         ),

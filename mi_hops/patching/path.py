@@ -29,14 +29,13 @@ from mi_hops.patching.nodes import (
     edge_result,
     job_of_nodes,
     probe,
-    read_hooks,
     readers,
     writers,
 )
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
-from mi_hops.sweep.interventions import Change, Intervention, Site, add
+from mi_hops.sweep.interventions import Intervention, Site, add
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike
 from mi_hops.sweep.normalising import normalised
@@ -148,10 +147,6 @@ def _change(writes: Writes, node: Node, span: Sequence[int]) -> Float[Tensor, "p
     return kept
 
 
-def _adds(changes: Float[Tensor, "row pos d_model"]) -> Change:
-    return lambda x: x + changes.to(x)
-
-
 @dataclass(frozen=True)
 class _Pair:
     """One pair of prompts.
@@ -178,10 +173,9 @@ class _Pair:
         Readers of one block are swept together, and as many senders at a time as fit into a pass,
         so that no more than one block's inputs are held for these; fewer where memory runs out.
         """
-        sweep = Sweep(self.model, [self.base])
+        sweep, limits = Sweep(self.model, [self.base]), self.limits
         width = len(self.base.prompt)
-        fitting = self.limits.max_rows or rows_within(self.model, width, 1, self.limits.memory)
-        most = max(1, fitting)
+        most = limits.max_rows or rows_within(self.model, width, 1, limits.memory)
         by_place: dict[tuple[str, int], list[int]] = {}
         for j, target in enumerate(targets):
             by_place.setdefault((target.role, target.layer), []).append(j)
@@ -191,7 +185,7 @@ class _Pair:
 
             def run(part: Sequence[int], members: list[int] = members) -> tuple[Any, Scores]:
                 paths = [(i, j) for i in part for j in members if wanted[i, j]]
-                return paths, sweep.run(self._interventions(part, paths, targets), self.limits)
+                return paths, sweep.run(self._interventions(part, paths, targets), limits)
 
             for _, (paths, found) in batched_with_oom_backoff(senders, most, run):
                 intact = found.base[0, 0]
@@ -209,10 +203,7 @@ class _Pair:
         if reader.role == "logits":
             last = Site("resid_post", reader.layer - 1, where)
             return [Intervention((last,), add(self.changes[i][list(where)])) for i, _ in paths]
-        entry, name = read_hooks(reader)
         tokens = pad([self.base.prompt.ids]).tokens
-        more = _adds(self.changes[list(senders)])
-        with torch.no_grad():
-            values = probe(self.model, tokens, reader.layer, entry, more, [name])[name]
+        values = probe(self.model, tokens, reader, self.changes[list(senders)])
         row = {i: s for s, i in enumerate(senders)}
         return [arrival(targets[j], values[row[i]], where) for i, j in paths]

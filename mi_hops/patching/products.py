@@ -129,11 +129,7 @@ def products(
 
 
 def require_finite_estimates(change: Tensor) -> None:
-    """Refuse estimates that are not finite.
-
-    Raises:
-        ValueError: saying how many.
-    """
+    """Refuse estimates that are not finite, with a ValueError."""
     bad = int((~change.isfinite()).sum())
     if bad:
         raise ValueError(

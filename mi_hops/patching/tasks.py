@@ -227,8 +227,7 @@ def induction(model: HookedModel, n: int = 20, *, length: int = 12, seed: int = 
     vocabulary = [i for i in range(int(model.cfg.d_vocab)) if i not in special]
     bos = [tokenizer.bos_token_id] if tokenizer is not None and prepends_bos(model) else []
     rng = random.Random(seed)
-    sides: list[tuple[Prompt, Prompt]] = []
-    targets, roles = [], []
+    drawn: list[_Checked] = []
     for _ in range(n):
         *tokens, other = rng.sample(vocabulary, length + 1)
         at = rng.randrange(1, length - 1)  # the repetition ends here, before the next
@@ -237,16 +236,10 @@ def induction(model: HookedModel, n: int = 20, *, length: int = 12, seed: int = 
         clean, corrupted = (
             Prompt.from_tokens(model, [*bos, *part, *again]) for part in (tokens, changed)
         )
-        sides.append((clean, corrupted))
-        targets.append((tokens[at + 1], other))
-        roles.append((len(bos) + at, len(bos) + at + 1, clean.last))
-    previous, answer, last = (list(each) for each in zip(*roles, strict=True))
-    return Pairs(
-        [clean for clean, _ in sides],
-        [corrupted for _, corrupted in sides],
-        answer=[Target((right,), (wrong,)) for right, wrong in targets],
-        roles={"previous": previous, "answer": answer, "last": last},
-    )
+        where = len(bos) + at
+        roles = {"previous": where, "answer": where + 1, "last": clean.last}
+        drawn.append((clean, corrupted, Target((tokens[at + 1],), (other,)), roles))
+    return _as_pairs(drawn)
 
 
 def two_hop(
@@ -312,27 +305,21 @@ def _drawn_pairs(
         raise ValueError(
             f"none of {len(skipped)} drawings of {task} can be used; the first: {first}"
         )
-    clean, corrupted, answer, roles = zip(*kept, strict=True)
-    return Pairs(
-        list(clean),
-        list(corrupted),
-        answer=list(answer),
-        roles={name: [at[name] for at in roles] for name in roles[0]},
-        skipped=list(skipped.items()),
-    )
+    return _as_pairs(kept, list(skipped.items()))
 
 
 #: Clean and corrupted prompt, what they are scored on, and the places of the roles.
 _Checked = tuple[Prompt, Prompt, Target, dict[str, int]]
 
 
-def _checked(model: HookedModel, item: _Drawn) -> _Checked:
-    """A drawing as prompts, answers and places.
+def _as_pairs(drawn: Sequence[_Checked], skipped: Sequence[tuple[str, str]] = ()) -> Pairs:
+    clean, corrupted, answer, roles = (list(part) for part in zip(*drawn, strict=True))
+    places = {name: [at[name] for at in roles] for name in roles[0]}
+    return Pairs(clean, corrupted, answer=answer, roles=places, skipped=skipped)
 
-    Raises:
-        TokenError: words that the tokenizer does not know, prompts of unequal lengths, answers that
-            begin with the same token.
-    """
+
+def _checked(model: HookedModel, item: _Drawn) -> _Checked:
+    """A drawing as prompts, answers and places, refused (`TokenError`) where these do not fit."""
     for text in (item.clean, item.corrupted, item.answer, item.wrong):
         if unknown := _unknown(model, text):
             raise TokenError(f"the tokenizer does not know {unknown!r}")
@@ -342,10 +329,8 @@ def _checked(model: HookedModel, item: _Drawn) -> _Checked:
             f"the prompts have {len(clean)} and {len(corrupted)} tokens: {list(clean.labels)}, "
             f"{list(corrupted.labels)}"
         )
-    if item.glued:
-        ids = [_continued(model, clean, text) for text in (item.answer, item.wrong)]
-    else:
-        ids = [answer_ids(model, clean, text) for text in (item.answer, item.wrong)]
+    continued = _continued if item.glued else answer_ids
+    ids = [continued(model, clean, text) for text in (item.answer, item.wrong)]
     if ids[0][0] == ids[1][0]:
         raise TokenError(f"{item.answer!r} and {item.wrong!r} begin with the same token")
     roles = {name: _token_of(clean, span) for name, span in item.roles.items()}
@@ -353,11 +338,7 @@ def _checked(model: HookedModel, item: _Drawn) -> _Checked:
 
 
 def _continued(model: HookedModel, prompt: Prompt, text: str) -> tuple[int, ...]:
-    """Tokens of what follows the prompt without a space.
-
-    Raises:
-        TokenError: its first token reaches into the prompt.
-    """
+    """Tokens of what follows the prompt without a space."""
     whole = encode(model, prompt.text + text).ids
     if whole[: len(prompt)] != prompt.ids or len(whole) == len(prompt):
         raise TokenError(f"{prompt.text[-12:] + text!r} has no token boundary before {text!r}")
@@ -390,11 +371,7 @@ def _unknown(model: HookedModel, text: str) -> str | None:
 def _singles(
     model: HookedModel, words: Sequence[str], what: str, task: str, least: int
 ) -> list[str]:
-    """The words that are one token behind another word.
-
-    Raises:
-        ValueError: fewer than are needed.
-    """
+    """The words that are one token behind another word; at least so many."""
     found = []
     for word in dict.fromkeys(words):
         if _unknown(model, word) is None:

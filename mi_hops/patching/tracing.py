@@ -146,14 +146,12 @@ def trace(
         texts=lambda i: [bases[i].text],
     )
     bar = progress_bar(parts, label="prompts", total=len(bases), show=limits.progress)
-    for i, (rows, base) in bar:
-        restored[i], noisy[i] = rows, base
+    for i, found in bar:
+        restored[i], noisy[i] = found
     for m, name in enumerate(metrics.names):
         require_finite(name, restored[..., m].flatten())
-    indirect = restored - noisy[:, :, None]
-    mean = indirect.mean(1)
-    total = clean - noisy.mean(1)
-    effect = mean / score_gap(clean, noisy.mean(1))[:, None]
+    indirect, mean_noisy = restored - noisy[:, :, None], noisy.mean(1)
+    effect = indirect.mean(1) / score_gap(clean, mean_noisy)[:, None]
     require_effect(effect, "the noise changes no prompt's score; raise `noise`")
     if not isinstance(severed, str):
         grid = replace(
@@ -163,15 +161,15 @@ def trace(
         )
     return GridSweep(model, bases, grid, metrics, pairs.labels, limits).result(
         {
-            "indirect": mean,
+            "indirect": indirect.mean(1),
             "effect": effect,
             "score": restored.mean(1),
             "spread": _standard_error(indirect),
         },
         {
             "clean": clean,
-            "noisy": noisy.mean(1),
-            "total": total,
+            "noisy": mean_noisy,
+            "total": clean - mean_noisy,
             "total_spread": _standard_error(noisy),
         },
         title=f"Causal tracing: {', '.join(grid.kinds)}; {', '.join(metrics.names)}",
@@ -290,11 +288,12 @@ class _Tracer:
 
     def interventions(self) -> list[Intervention]:
         items = []
+        layers = range(int(self.model.cfg.n_layers))
         for variant in self.variants:
-            kind = _SEVERED_KIND.get(variant, "")
-            layers = range(int(self.model.cfg.n_layers))
-            names = [hook_name(kind, layer) for layer in layers] if kind else []
-            noisy = captured(self.model, [self.prompt], names) if kind else {}
+            kind = _SEVERED_KIND.get(variant)
+            if kind:
+                names = [hook_name(kind, layer) for layer in layers]
+                noisy = captured(self.model, [self.prompt], names)
             for cell in self.grid.cells:
                 pairs = self._put(self.clean, cell)
                 if kind:  # held at its noisy values wherever it comes after what is restored

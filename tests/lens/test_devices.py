@@ -46,16 +46,6 @@ def check_same(pair, read):
 
 
 @pytest.mark.slow_case("gpt2")
-@pytest.mark.parametrize("kind", ["resid", "result"])
-def test_logit_lens(pair, kind):
-    def read(model):
-        options = {"positions": "each", "kind": kind, "track": {"a": ["w7 w8", "w9"]}}
-        return logit_lens(model, TEXTS[0], readout=Readout(top_k=2), **options)["prob"].values
-
-    check_same(pair, read)
-
-
-@pytest.mark.slow_case("gpt2")
 def test_vectors_from_any_device(pair):
     # Those of a block on the other device, and those that lie with the model's ends.
     elsewhere = next(pair[1].blocks[1].parameters()).device
@@ -66,27 +56,14 @@ def test_vectors_from_any_device(pair):
 
 
 @pytest.mark.slow_case("gpt2")
-def test_patchscopes(pair):
-    def grid(model):
-        return patchscope(model, SOURCES, TARGET, track={"a": ["w1", "w2"]})["prob"].values
-
+def test_generation_from_a_mapped_state(pair):
     def mapped(model):
         fitted = fit_affine(model, model, TEXTS, source_layer=2, target_layer=1)
         places = Place(SOURCES[0], layers=2), Place(TARGET, layers=1)
         options = {"mapping": fitted, "stop": (), "max_new_tokens": 3}
         return patchscope_generate(model, *places, **options).ids
 
-    check_same(pair, grid)
     check_same(pair, mapped)
-
-
-@pytest.mark.slow_case("gpt2")
-def test_attribution(pair):
-    def shares(model):
-        result = logit_attribution(model, SOURCES, {"a": ["w1", "w2"]})
-        return np.concatenate([result[n].values.ravel() for n in ("heads", "mlps", "constant")])
-
-    check_same(pair, shares)
 
 
 @pytest.mark.slow
@@ -119,13 +96,6 @@ def test_training(pair, tmp_path, make, objective):
     np.testing.assert_allclose(again, first, atol=1e-9)
 
 
-@pytest.mark.slow
-def test_single_heads(pair):
-    check_same(
-        pair, lambda m: evaluate_heads(m, AttentionLens(m), TEXTS[:3])["leave_one_out_kl"].values
-    )
-
-
 def probes(model):
     pytest.importorskip("sklearn")
     from tests.lens.test_probes import facts
@@ -134,7 +104,15 @@ def probes(model):
 
 
 TRACK = {"a": ["w1", "w2 w3"]}
+EACH = {"positions": "each", "track": {"a": ["w7 w8", "w9"]}, "readout": Readout(top_k=2)}
 READS = {
+    **{
+        f"logit_lens, {kind}": lambda m, kind=kind: logit_lens(m, TEXTS[0], kind=kind, **EACH)
+        for kind in ("resid", "result")
+    },
+    "patchscope": lambda m: patchscope(m, SOURCES, TARGET, track=TRACK),
+    "logit_attribution": lambda m: logit_attribution(m, SOURCES, TRACK),
+    "evaluate_heads, slow": lambda m: evaluate_heads(m, AttentionLens(m), TEXTS[:3]),
     "fact_trajectories": lambda m: fact_trajectories(m, FACTS),
     "fact_attribution": lambda m: fact_attribution(m, FACTS),
     "token_map": lambda m: token_map(m, TARGET),
@@ -150,7 +128,7 @@ READS = {
 }
 
 
-@pytest.mark.slow_case("gpt2")
+@pytest.mark.slow_case("gpt2", "slow")
 @pytest.mark.parametrize("name", READS)
-def test_further_readings(pair, name):
+def test_readings(pair, name):
     assert_same(pair, READS[name])

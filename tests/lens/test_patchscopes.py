@@ -19,14 +19,15 @@ from mi_hops.lens import (
 )
 from mi_hops.lens.patchscopes import Transplant
 from mi_hops.lens.vectors import states_at
-from mi_hops.model import forward, hook_name, load_model
+from mi_hops.model import forward, load_model
 from mi_hops.sweep.generate import generate
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.repair import Rows
 from mi_hops.text.corpus import fact_texts
-from mi_hops.text.tokens import answer_ids, encode
+from mi_hops.text.tokens import encode
 from mi_hops.worlds import Hopland
 from tests.models import save_checkpoint
+from tests.patching.loops import put, run
 from tests.repairs import greedy_by_hand
 
 SOURCES = ("w1 w2 w3 w4 w5", "w9 w8")
@@ -59,21 +60,12 @@ def test_every_pair_equals_one_hooked_forward(tiny):
     goal, track = Place(targets, ["w21", "w33"]), {"a": ["w7", "w8"]}
     scope = patchscope(tiny, SOURCES, goal, track=track, limits=Limits(max_rows=5))
     for i, (source, target, at) in enumerate(zip(SOURCES, targets, (2, 4), strict=True)):
-        prompt = encode(tiny, target)
-        first = answer_ids(tiny, prompt, ("w7", "w8")[i])[0]
         known = encode(tiny, source)
         states = states_at(tiny, [known], [known.last], layers=[0, 1, 2, 3])[0]
         for start, end in ((0, 2), (3, 0), (1, 3), (2, 2)):
-
-            def put(x, state=states[start], at=at):
-                x = x.clone()
-                x[0, at] = state
-                return x
-
-            name = hook_name("resid_post", 2) if end == 3 else hook_name("resid_pre", end)
-            with torch.no_grad():
-                logits = forward(tiny, torch.tensor([prompt.ids]), hooks=[(name, put)])
-            want = logits[0, -1].softmax(-1)[first].item()
+            kind, layer = ("resid_post", 2) if end == 3 else ("resid_pre", end)
+            hook = put(kind, layer, states[start : start + 1], [at], take=[0])
+            want = run(tiny, target, [hook], "first_prob", ("w7", "w8")[i])
             got = scope["prob"].values[i, start, end, 0]
             assert np.isclose(got, want, atol=1e-5)
 
@@ -102,10 +94,10 @@ def test_a_transplant_acts_in_the_pass_that_holds_its_position(load_tiny):
     model, prompt = load_tiny(), encode(load_tiny(), TARGET)
     repair = Transplant(1, 3)
     assert repair.hooks(model, [None], Rows((prompt,), 1, offset=4)) == []
-    ((name, put),) = repair.hooks(
+    ((name, act),) = repair.hooks(
         model, [torch.ones(32), None], Rows((prompt, prompt), 2, offset=2)
     )
-    x = put(torch.zeros(2, 2, 32))
+    x = act(torch.zeros(2, 2, 32))
     assert name == "blocks.1.hook_resid_pre"
     assert x[0, 1].eq(1).all() and not x[0, 0].any() and not x[1].any()
     with pytest.raises(ValueError, match="other prompts"):
@@ -130,19 +122,8 @@ def test_maps_between_models(load_tiny):
     across = patchscope(model, SOURCES[0], TARGET, source_model=other, track={"a": "w7"})
     assert across.provenance["source_model"] != across.provenance["fingerprint"]
     source = encode(other, SOURCES[0])
-    state = states_at(other, [source], [source.last], layers=[1])[0, 0]
-
-    def put(x):
-        x = x.clone()
-        x[0, -1] = state
-        return x
-
-    prompt = encode(model, TARGET)
-    with torch.no_grad():
-        logits = forward(
-            model, torch.tensor([prompt.ids]), hooks=[(hook_name("resid_pre", 2), put)]
-        )
-    want = logits[0, -1].softmax(-1)[answer_ids(model, prompt, "w7")[0]].item()
+    state = states_at(other, [source], [source.last], layers=[1])[0]
+    want = run(model, TARGET, [put("resid_pre", 2, state, [-1], take=[0])], "first_prob", "w7")
     assert np.isclose(across["prob"].sel(source_layer=1, target_layer=2).item(), want, atol=1e-5)
 
 
@@ -185,15 +166,8 @@ def test_a_fitted_map_leads_from_one_model_to_another_of_another_width(tiny, nar
     source, prompt = encode(narrow, SOURCES[0]), encode(tiny, TARGET)
     state = states_at(narrow, [source], [source.last], layers=[2])[0, 0]
     moved = state @ fitted.weight + fitted.bias
-
-    def put(x):
-        x = x.clone()
-        x[0, -1] = moved
-        return x
-
-    with torch.no_grad():
-        logits = forward(tiny, torch.tensor([prompt.ids]), hooks=[(hook_name("resid_pre", 1), put)])
-    want = logits[0, -1].softmax(-1)[answer_ids(tiny, prompt, "w7")[0]].item()
+    hook = put("resid_pre", 1, moved[None], [-1], take=[0])
+    want = run(tiny, TARGET, [hook], "first_prob", "w7")
     assert np.isclose(scope["prob"].item(), want, atol=1e-5)
     said = patchscope_generate(tiny, *places, max_new_tokens=3, stop=(), **settings)
     options = {"repair": Transplant(1, prompt.last), "states": [moved], "max_new_tokens": 3}

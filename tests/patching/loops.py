@@ -60,6 +60,42 @@ def put(kind, layer, value, positions, head=None, neuron=None, take=None):
     return (hook_name(kind, layer), fn)
 
 
+def write(model, text, node):
+    """What a writer adds to the stream, from the weights."""
+    if node.role == "head":
+        z = source(model, text, "z", node.layer)
+        return z[:, node.head] @ model.blocks[node.layer].attn.W_O[node.head]
+    return source(
+        model, text, "resid_pre" if node.role == "embed" else f"{node.role}_out", node.layer
+    )
+
+
+def reading(model, text, reader, change, before=()):
+    """A hook that gives a reader its input with a change added: its own norm and weights, by hand.
+
+    Of a HookedTransformer, in the run that the hooks `before` make of the prompt.
+    """
+    if reader.role == "logits":
+        return (hook_name("resid_post", reader.layer - 1), lambda x: x + change[None])
+    tokens = torch.tensor([encode(model, text).ids])
+
+    def at(kind):
+        name = hook_name(kind, reader.layer)
+        return capture(model, tokens, [name], hooks=list(before))[0][name][0]
+
+    block, where = model.blocks[reader.layer], range(len(change))
+    if reader.role == "mlp":
+        out = block.mlp(block.ln2((at("resid_mid") + change)[None]))[0]
+        return put("mlp_out", reader.layer, out, where)
+    normed = block.ln1((at("resid_pre") + change)[None])[0]
+    letter, value = reader.role.upper(), at(reader.role).clone()
+    weight, bias = getattr(block.attn, f"W_{letter}"), getattr(block.attn, f"b_{letter}")
+    # Key and value weights are expanded to all heads: every n-th is the key/value head itself.
+    head = reader.head * (model.cfg.n_heads // value.shape[1])
+    value[:, reader.head] = normed @ weight[head] + bias[head]
+    return put(reader.role, reader.layer, value, where, reader.head)
+
+
 CLEAN, CORRUPTED = [c for c, _ in PAIRS], [c for _, c in PAIRS]
 
 #: All pairs, and the first by itself (with an answer of one token).

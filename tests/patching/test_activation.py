@@ -21,6 +21,7 @@ from tests.patching.loops import (
     CORRUPTED,
     ONE,
     PAIRS,
+    SCORE,
     WRONGS,
     changed,
     put,
@@ -102,7 +103,7 @@ def test_window_patches_blocks_together(tiny):
     values = [source(tiny, CLEAN[0], "mlp_out", layer) for layer in range(3)]
     for layer, blocks in enumerate([(0,), (0, 1), (1, 2)]):
         hooks = [put("mlp_out", b, values[b], [4]) for b in blocks]
-        found = run(tiny, CORRUPTED[0], hooks, answer="w11", wrong="w21")
+        found = run(tiny, CORRUPTED[0], hooks, **SCORE)
         assert float(result["score"][0, layer, 4]) == pytest.approx(found, abs=1e-5)
 
 
@@ -113,7 +114,7 @@ def test_single_neurons(tiny):
     value = source(tiny, CLEAN[0], "mlp_post", 1)
     for j, neuron in enumerate(neurons):
         hook = put("mlp_post", 1, value, [3], neuron=neuron)
-        found = run(tiny, CORRUPTED[0], [hook], answer="w11", wrong="w21")
+        found = run(tiny, CORRUPTED[0], [hook], **SCORE)
         assert float(result["score"][0, 0, j]) == pytest.approx(found, abs=1e-5)
 
 
@@ -356,7 +357,7 @@ def test_ablated_neurons(tiny, how):
     value = {"zero": 0 * values, "mean": values[1:].mean(0).expand_as(values)}.get(how, values)
     for j, neuron in enumerate((3, 30)):
         hook = put("mlp_post", 2, value, [N - 1], neuron=neuron)
-        found = run(tiny, CLEAN[0], [hook], answer="w11", wrong="w21")
+        found = run(tiny, CLEAN[0], [hook], **SCORE)
         assert float(result["score"][0, 0, j]) == pytest.approx(found, abs=1e-5)
 
 
@@ -369,30 +370,11 @@ def test_mean_of_a_prompt_alone_at_its_own_place_is_refused(tiny):
 
 @pytest.mark.parametrize("how", ["position_mean", "resample"])
 def test_reference_of_other_lengths_by_token_is_refused(tiny, how):
-    asked = Pairs(CLEAN, answer="w11", wrong="w21")
+    asked = Pairs(CLEAN, **SCORE)
     options = {"how": how, "reference": ["w1 w2", "w3 w4"]}
     with pytest.raises(TokenError, match="7 positions and the reference 3"):
         ablate(tiny, asked, **options)
     ablate(tiny, asked, Sites("attn_out", positions={"last": -1}), **options)
-
-
-@pytest.mark.parametrize("call", [patch, ablate])
-def test_nothing_stays_behind(tiny, call):
-    tokens = torch.tensor([encode(tiny, CLEAN[0]).ids])
-    before = forward(tiny, tokens)
-    prompts = PAIRS[0] if call is patch else CLEAN[0]
-
-    def interrupted(logits):
-        raise KeyboardInterrupt
-
-    def exhausted(logits):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    for metric, error in ((interrupted, KeyboardInterrupt), (exhausted, torch.OutOfMemoryError)):
-        with pytest.raises(error):
-            call(tiny, prompts, metric=metric)
-        assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
-        assert torch.equal(forward(tiny, tokens), before)
 
 
 @pytest.mark.parametrize(

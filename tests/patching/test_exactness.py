@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from mi_hops.model import capture, embedding, hook_name, n_heads_of, w_o
+from mi_hops.model import capture, embedding, hook_name, n_heads_of
 from mi_hops.patching import ablate, patch, path_patch, trace
 from mi_hops.patching.nodes import read_hooks, readers, writers
 from mi_hops.patching.tracing import noise_draws
 from mi_hops.sweep import Pairs, Sites
 from mi_hops.sweep.interventions import HEAD_AXIS
 from mi_hops.text.tokens import encode
-from tests.patching.loops import ALL, ANSWERS, PAIRS, WRONGS, changed, put, run, source
+from tests.patching.loops import ALL, ANSWERS, PAIRS, WRONGS, changed, put, run, source, write
 from tests.patching.test_tracing import noise_hook
 
 #: Class, dtype, and how far a sweep may be from the loop, in the unit of the metric. The Bridge
@@ -185,18 +185,10 @@ def test_tracing(precise, kind):
                 assert float(got) == near(run(model, text, hooks, **score)), unit
 
 
-def written(model, text, node):
-    """What a writer adds to the residual stream."""
-    if node.role != "head":
-        kind = "resid_pre" if node.role == "embed" else f"{node.role}_out"
-        return source(model, text, kind, node.layer)
-    return source(model, text, "z", node.layer)[:, node.head] @ w_o(model, node.layer)[node.head]
-
-
 def path(model, pair, sender, receiver, score):
     """Two passes: what the reader makes of its changed input, and the base run with that put in."""
     clean, corrupted = pair
-    change = written(model, clean, sender) - written(model, corrupted, sender)
+    change = write(model, clean, sender) - write(model, corrupted, sender)
     n = len(change)
 
     def moved(x):

@@ -104,7 +104,7 @@ def test_every_late_state_fed_back(tiny):
 def test_refuses(tiny):
     with pytest.raises(ValueError, match="sees nothing at all"):
         knockout(tiny, ONE, "all", "last")
-    with pytest.raises(ValueError, match="2 spans for 3 prompts"):
+    with pytest.raises(ValueError, match="got 2 of queries for 3 examples"):
         knockout(tiny, ASKED, queries=[-1, -2])
     with pytest.raises(ValueError, match="score an answer"):
         knockout(tiny, CLEAN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -132,13 +133,24 @@ def test_out_of_memory_halves_what_was_tried(tiny, name):
     assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
 
 
+@contextmanager
+def left_as_it_was(model):
+    """What is run within, and fails, leaves no hook, flag, gradient or weight behind."""
+    tokens = torch.tensor([encode(model, CLEAN).ids])
+    before = forward(model, tokens)
+    flags = {k: v for k, v in vars(model.cfg).items() if k.startswith("use_")}
+    yield
+    assert not any(h.fwd_hooks or h.bwd_hooks for h in model.hook_dict.values())
+    assert {k: v for k, v in vars(model.cfg).items() if k.startswith("use_")} == flags
+    assert torch.is_grad_enabled()
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert torch.equal(forward(model, tokens), before)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError])
 @pytest.mark.parametrize("name", [n for n in CALLS if n not in ("plan", "composition")])
 def test_model_is_as_before_after_a_failure_in_mid_pass(tiny, name, error):
     """A block fails from its second run on; whatever the function was doing, nothing is left."""
-    tokens = torch.tensor([encode(tiny, CLEAN).ids])
-    before = forward(tiny, tokens)
-    flags = {k: v for k, v in vars(tiny.cfg).items() if k.startswith("use_")}
     runs = []
 
     def fail(*args):
@@ -146,14 +158,54 @@ def test_model_is_as_before_after_a_failure_in_mid_pass(tiny, name, error):
         if len(runs) >= (1 if name in ONE_PASS else 2):
             raise error("in mid pass")
 
-    handle = tiny.blocks[1].register_forward_pre_hook(fail)
-    try:
-        with pytest.raises(error):
-            CALLS[name](tiny)
-    finally:
-        handle.remove()
-    assert not any(h.fwd_hooks or h.bwd_hooks for h in tiny.hook_dict.values())
-    assert {k: v for k, v in vars(tiny.cfg).items() if k.startswith("use_")} == flags
-    assert torch.is_grad_enabled()
-    assert not any(p.requires_grad for p in tiny.parameters())
-    assert torch.equal(forward(tiny, tokens), before)
+    with left_as_it_was(tiny):
+        handle = tiny.blocks[1].register_forward_pre_hook(fail)
+        try:
+            with pytest.raises(error):
+                CALLS[name](tiny)
+        finally:
+            handle.remove()
+
+
+#: Calls that score prompts, by a metric of one's own.
+SCORING = {
+    "patch": lambda m, **score: patching.patch(m, PAIRS[0], **score),
+    "ablate": lambda m, **score: patching.ablate(m, CLEAN, **score),
+    "trace": lambda m, **score: patching.trace(m, CLEAN, "w7", samples=2, **score),
+    **{
+        method: lambda m, method=method, **score: patching.attribute(
+            m, PAIRS[0], "q", method=method, steps=2, **score
+        )
+        for method in ("gradient", "integrated", "atp*")
+    },
+    "path_patch": lambda m, **score: patching.path_patch(
+        m, PAIRS[0], receivers=["q", "mlps"], **score
+    ),
+    "attribute_edges": lambda m, **score: patching.attribute_edges(m, PAIRS[0], **score),
+    "faithfulness": lambda m, **score: patching.faithfulness(m, PAIRS[0], CIRCUITS, **score),
+    "acdc": lambda m, **score: patching.acdc(
+        m, PAIRS[0], threshold=1.0, start=CIRCUITS[1], **score
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCORING)
+def test_model_is_as_before_after_a_failure_of_the_metric(tiny, name):
+    """The first time that it is asked, or the last."""
+
+    def failing(asked, number, error):
+        def metric(logits):
+            asked.append(1)
+            if len(asked) >= number:
+                raise error("in the metric")
+            return logits[:, 15] - logits[:, 25]
+
+        return metric
+
+    whole = []
+    with left_as_it_was(tiny):
+        SCORING[name](tiny, metric=failing(whole, float("inf"), None))
+        for error in (KeyboardInterrupt, torch.OutOfMemoryError):
+            for number in (1, len(whole)):
+                with pytest.raises(error):
+                    SCORING[name](tiny, metric=failing([], number, error))
