@@ -145,6 +145,8 @@ def resolve_layers(model: HookedModel, kind: str, layers: Layers) -> tuple[str, 
     found = [layers] if isinstance(layers, int) else [int(layer) for layer in layers]
     if not found:
         raise ValueError("layers is empty; name at least one, or pass None for all")
+    if len(set(found)) < len(found):
+        raise ValueError(f"layers {found} name a layer twice over; name each once")
     if name != "resid":
         require_layers(model, found)
     elif wrong := [layer for layer in found if not 0 <= layer <= n_layers]:

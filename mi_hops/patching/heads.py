@@ -15,7 +15,7 @@ from fancy_einsum import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mi_hops.model import HookedModel, capture, hook_name, provenance
+from mi_hops.model import HookedModel, capture, dtype_of, hook_name, provenance
 from mi_hops.model.numeric import widen
 from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
@@ -169,10 +169,14 @@ def composition(model: HookedModel, mode: Composition) -> Result:
         where the sender does not come first.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: an unknown mode, or a model in half precision.
     """
     if mode not in ("q", "k", "v"):
         raise ValueError(f"mode is {mode!r}; expected 'q', 'k' or 'v'")
+    if (dtype := dtype_of(model)).itemsize < 4:
+        raise ValueError(
+            f"the model is in {dtype}; composition needs float32: load_model(..., dtype='float32')"
+        )
     found: Any = model.all_composition_scores(mode.upper())
     scores = getattr(found, "scores", found).detach().float().cpu()
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)

@@ -35,6 +35,7 @@ from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.interventions import Intervention, add
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike
+from mi_hops.sweep.normalising import score_gap
 from mi_hops.sweep.pairs import Pairs, PairsLike, as_prompts
 from mi_hops.sweep.runs import Scored, run_sweep, score_and_capture
 from mi_hops.text.tokens import Prompt, align
@@ -101,7 +102,7 @@ def attribute_inputs(
 
     def run(group: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         part = [items[i] for i in group]
-        score, empty, away, stream = absent.scores(part, group)
+        score, empty, away, stream = absent.scores(part, group, limits)
         if method == "occlusion":
             return _occluded(model, part, score, away, limits), score, empty
         return _along_path(model, part, away, stream, points), score, empty
@@ -117,7 +118,7 @@ def attribute_inputs(
     baselines = {"score": score, "empty": empty}
     units = dict.fromkeys(("attribution", "score", "empty"), metrics.units[0])
     if method == "integrated":
-        baselines["completeness_error"] = (found.nansum(1) / (score - empty) - 1).abs()
+        baselines["completeness_error"] = (found.nansum(1) / score_gap(score, empty) - 1).abs()
         units["completeness_error"] = "share of the difference"
     tokens = [[*p.pieces, *[""] * (width - len(p))] for p in prompts]
     return Result.from_arrays(
@@ -162,7 +163,7 @@ class _Absent:
                 align(*pair)
 
     def scores(
-        self, items: Sequence[Scored], group: Sequence[int]
+        self, items: Sequence[Scored], group: Sequence[int], limits: Limits
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scores as they are and with every token away; what each place then loses, and the stream."""
         embed, stream = hook_name("embed"), hook_name("resid_pre", 0)
@@ -177,7 +178,7 @@ class _Absent:
         else:
             other = torch.zeros_like(here)
         away = input_change(items, widen(here), widen(other))
-        empty = _without(self.model, items, away, [[range(len(i.prompt))] for i in items], Limits())
+        empty = _without(self.model, items, away, [[range(len(i.prompt))] for i in items], limits)
         return score[:, 0], torch.stack([rows[0] for rows in empty]), away, there[stream]
 
     def _mean(self, prompt: Prompt, here: Tensor) -> Tensor:

@@ -304,6 +304,7 @@ def test_vocabulary_is_kept_only_when_asked_for(load_tiny):
         (lambda m: logit_lens(m, TEXT, layers=[4]), "0..3"),
         (lambda m: logit_lens(m, TEXT, kind="resid_post", layers=[3]), "0..2"),
         (lambda m: logit_lens(m, TEXT, layers=[]), "layers is empty"),
+        (lambda m: logit_lens(m, TEXT, layers=[1, 1]), "twice over"),
         (lambda m: logit_lens(m, []), "no prompt"),
         (lambda m: logit_lens(m, TEXTS, positions="each"), "prompts of one length"),
         (lambda m: logit_lens(m, TEXTS, positions={"a": [1, 2]}), "got 2 of .* for 3 examples"),

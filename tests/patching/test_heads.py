@@ -98,6 +98,11 @@ def test_composition_is_the_norm_of_the_product(load_tiny, mode):
         assert all(np.allclose(found, r["composition"], atol=1e-4, equal_nan=True) for r in results)
 
 
+def test_composition_needs_float32(load_tiny):
+    with pytest.raises(ValueError, match=r"bfloat16.*needs float32"):
+        composition(load_tiny("llama", "bridge", dtype="bfloat16"), "q")
+
+
 def test_icl_score_is_a_difference_of_losses(tiny):
     texts = [" ".join(f"w{(7 * i + j) % 60}" for i in range(20)) for j in range(3)]
     found = icl_score(tiny, texts, early=5, late=15, width=2, limits=Limits(batch_size=2))

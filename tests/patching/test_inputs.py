@@ -38,6 +38,13 @@ def test_path_attributions_add_up_to_the_difference(wide):
         assert found["completeness_error"].values == pytest.approx(missed.values, abs=1e-9)
 
 
+def test_a_share_of_no_difference_is_nan(wide):
+    found = attribute_inputs(
+        wide, ASKED, baseline="corrupted", steps=2, metric=lambda x: 3 + 1e-20 * x[:, 0]
+    )
+    assert found["completeness_error"].isnull().all()
+
+
 def test_only_tokens_that_differ_contribute_against_corrupted_prompts(wide):
     found = attribute_inputs(wide, ASKED, baseline="corrupted", steps=5)["attribution"]
     changed = (found.fillna(0) != 0).values
