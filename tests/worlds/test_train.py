@@ -67,7 +67,7 @@ def test_batches_hold_the_shares_asked_for():
     tokenizer = build_tokenizer(SMALL, "gpt2")
     recipe = replace(RECIPE, batch_size=2000, texts=Texts(1.0, (0.0, 1.0, 0.0), context=0.0))
     sampler = Sampler(SMALL, tokenizer, recipe)
-    prefix = {tuple(t) for t in sampler.pools[True, FORMS[1]].tokens}
+    prefix = {tuple(t) for t, _ in sampler.pools["composed", FORMS[1]]}
     assert {tuple(t) for t, _ in sampler.draw()} <= prefix
 
 
