@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -355,7 +355,6 @@ def _facts(
         ValueError: options without a file, or a column that is not a pair; see also `load_facts`.
     """
     from mi_hops.facts import load_facts
-    from mi_hops.facts.loaders import Format
 
     if not columns and templates is None and format is None and on_error == "raise":
         return path
@@ -364,11 +363,9 @@ def _facts(
             "--format, --columns, --templates and --on-error say how a file is read; name it with "
             "--facts"
         )
-    if format not in (None, *get_args(Format)):
-        raise ValueError(f"unknown format {format!r}; known are {sorted(get_args(Format))}")
     return load_facts(
         path,
-        format=format,  # type: ignore[arg-type]  # checked above
+        format=format,  # type: ignore[arg-type]  # checked there
         columns=_columns(columns) if columns else None,
         templates=templates,
         on_error=on_error,
