@@ -21,7 +21,7 @@ from mi_hops.study.parts import Block, Text
 from mi_hops.study.report.describe import describe
 from mi_hops.study.report.opening import opening
 from mi_hops.study.steps import steps_of
-from mi_hops.study.study import Study
+from mi_hops.study.study import Study, require_finished
 from mi_hops.study.summary import headlines
 from mi_hops.study.trust import how_far
 
@@ -66,11 +66,7 @@ def write_report(study: Study, path: str | Path | None = None, *, overwrite: boo
         'report.html'
     """
     path = study.folder / "report.html" if path is None else Path(path)
-    if not study.summary:
-        raise ValueError(
-            f"the study in {study.folder} is not finished (no summary.json); run it again to resume "
-            "it, then write the report"
-        )
+    require_finished(study, "write the report")
     with replacing(path, suffix=".html", overwrite=overwrite) as partial:
         partial.write_text(_page(study), encoding="utf-8", newline="\n")
     return path
@@ -169,8 +165,9 @@ def _about(
     if processing != "none":
         processing += " (norms folded into the weights, these centred)"
     limit = "" if settings["limit"] is None else f" (limit {settings['limit']})"
+    weights = f", {settings['weights']}" if "weights" in settings else ""
     return [
-        ("Model", f"{settings['model']} (weights {settings['fingerprint']}{_made(settings)})"),
+        ("Model", f"{settings['model']} (weights {settings['fingerprint']}{weights})"),
         ("Facts", f"n = {settings['n_facts']}{limit}; {settings['facts']['report']}"),
         ("Precision", f"{settings['dtype']} on {settings['device']}"),
         ("Backend", f"{settings['backend']}; weight processing: {processing}"),
@@ -178,10 +175,6 @@ def _about(
         ("BOS", "before every prompt" if settings["bos"] else "not prepended"),
         ("Versions", made),
     ]
-
-
-def _made(settings: Mapping[str, Any]) -> str:
-    return f", {settings['weights']}" if "weights" in settings else ""
 
 
 def _settings(

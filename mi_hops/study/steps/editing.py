@@ -65,7 +65,7 @@ _WITHOUT_C = (
 _COUNTS = ("zero_before", "cases_used", "cases_skipped")
 
 #: Set of queries -> its name on the page, and what it asks.
-_SETS = {
+SETS = {
     "correction": ("correction", "the failed question itself, in the form that was repaired"),
     "paraphrase": ("paraphrase", "its other wordings: other order, question form, paraphrases"),
     "other_order": ("other order", "the part of the paraphrases that is the other template order"),
@@ -136,7 +136,7 @@ class Editing(Step):
         edits, draws = asked.most(size.edits), size.draws
         tried = edits // _CHOOSING * MOST_STARTS * sum(map(len, STRENGTHS.values()))
         made = 2 * len(CONTEXTS) * (tried + edits * len(STRENGTHS))
-        scored = edits * (1 + len(STRENGTHS)) * (len(_SETS) + 4 * draws)
+        scored = edits * (1 + len(STRENGTHS)) * (len(SETS) + 4 * draws)
         rows = made + tried * (1 + draws) + 2 * scored
         return Work(rows, rows * asked.question + scored * ANSWER)
 
@@ -425,7 +425,7 @@ def _relative(scores: Mapping[str, Any]) -> Table:
 
 def _asked(evaluation: Evaluation) -> Table:
     rows = [
-        [*_SETS.get(name, (name, "")), count.describe()]
+        [*SETS.get(name, (name, "")), count.describe()]
         for name, count in evaluation.counts().items()
     ]
     title = "What each set asks, and of how many cases"
@@ -484,4 +484,4 @@ def _words(given: Mapping[str, Any]) -> str:
 
 
 def _name(name: str) -> str:
-    return _SETS[name][0] if name in _SETS else name
+    return SETS[name][0] if name in SETS else name
