@@ -215,17 +215,12 @@ def _best(result: Result, tracked: str, place: str) -> dict[str, Any]:
 
 
 def _ranks(plain: Result, tuned: Result, tracked: str, place: str) -> go.Figure:
-    rows = [
-        {"layer": layer, "rank": rank, "lens": f"{name} lens"}
+    medians = {
+        f"{name} lens": {"layer": result["layer"].values, "rank": _medians(result, tracked, place)}
         for name, result in (("logit", plain), ("tuned", tuned))
-        for layer, rank in zip(
-            result["layer"].values.tolist(), _medians(result, tracked, place).tolist(), strict=True
-        )
-    ]
+    }
+    data = pd.concat([pd.DataFrame(columns).assign(lens=lens) for lens, columns in medians.items()])
     labels = {"layer": "blocks passed (0 = embedding)", "rank": "median rank"}
-    plot = plots.lines(
-        pd.DataFrame(rows), x="layer", y="rank", group="lens", title="", labels=labels
-    )
-    ranks = [row["rank"] for row in rows]
-    decades = (floor(log10(min(ranks))), max(1, ceil(log10(max(ranks)))))
+    plot = plots.lines(data, x="layer", y="rank", group="lens", title="", labels=labels)
+    decades = (floor(log10(data["rank"].min())), max(1, ceil(log10(data["rank"].max()))))
     return panel(plot).update_yaxes(type="log", dtick=1, exponentformat="none", range=decades)
