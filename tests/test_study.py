@@ -11,18 +11,15 @@ import pytest
 
 from mi_hops.model import fingerprint
 from mi_hops.study import STEPS as ALL_STEPS
-from mi_hops.study import Sizes, Study, StudySettings, run_study, write_report
+from mi_hops.study import Study, StudySettings, run_study, write_report
 from mi_hops.study.choose import choose_edit, layer_spans
 from mi_hops.study.run import load_study_facts
 from tests.reasoning.tiny_chains import tiny_chains
-from tests.reasoning.tiny_facts import dictated, tiny_facts
+from tests.reasoning.tiny_facts import SIZES, dictated, tiny_facts
 
 #: Those of facts that come in one wording.
 STEPS = [step.name for step in ALL_STEPS if step.name != "wordings"]
-COUNTS = {"lens": 4, "tuned": 3, "erasure": 3, "locate": 3, "injection": 4, "edits": 4}
-SMALL = StudySettings(
-    sizes=Sizes(**COUNTS, draws=1, strengths=(1.0, 4.0)), also=("knockout", "back_patching")
-)
+SMALL = StudySettings(sizes=SIZES, also=("knockout", "back_patching"))
 
 
 #: Each family and each class once: a study is many forward passes.
