@@ -229,15 +229,16 @@ def test_it_opens_with_model_world_and_questions(study, page):
     assert "made-up" not in begin
 
 
-def test_a_made_up_world_is_called_one(tmp_path):
+def test_a_made_up_world_is_called_one():
     world = Hopland()
     facts = world.two_hop_facts("seen_parts")[:3]
-    settings = {"model": "m", "facts": {"file": None}, "steps": []}
+    settings = {"model": "m", "facts": {"file": None}}
     gap = SimpleNamespace(facts=facts, frame=pd.DataFrame())
-    told = opening(SimpleNamespace(settings=settings), gap)
+    study = SimpleNamespace(settings=settings, result=lambda step: gap)
+    told = opening(study)
     assert "a made-up world" in told.world and told.examples is None
     gap.facts = [replace(facts[0], relation1="author")]
-    assert "made-up" not in opening(SimpleNamespace(settings=settings), gap).world
+    assert "made-up" not in opening(study).world
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mi_hops.lens.order import SCORES
-from mi_hops.reasoning.gap import HOPS, Gap
+from mi_hops.reasoning.gap import HOPS
 from mi_hops.result.figure_parts import as_text
 from mi_hops.result.files import replacing
 from mi_hops.study.numbers import percent
@@ -18,7 +18,7 @@ from mi_hops.study.report.page import Section, render
 from mi_hops.study.steps import STEPS
 from mi_hops.study.steps.editing import SETS
 from mi_hops.study.steps.injection import MEMORIES
-from mi_hops.study.steps.lens import PLACES
+from mi_hops.study.steps.lens import PLACES, shown_group
 from mi_hops.study.steps.locate import KINDS
 from mi_hops.study.study import Study, require_finished
 
@@ -124,8 +124,7 @@ def _ran(study: Study, step: str) -> bool:
 
 
 def _described(study: Study) -> str:
-    gap = study.result("gap") if _ran(study, "gap") else None
-    told = opening(study, gap if isinstance(gap, Gap) else None)
+    told = opening(study)
     n = f"n = {study.settings['n_facts']} facts"
     return f"{told.model} {told.world} ({n}; folder {study.folder.resolve().name})"
 
@@ -214,9 +213,7 @@ def _lens(sides: Sides) -> Iterator[Block]:
             parts = []
             for name, study in sides.items():
                 result: Any = study.result("lens")
-                passed = result["group"].values == "passed"
-                shown = passed if passed.any() else ~passed
-                words = "answered" if passed.any() else "failed"
+                words, shown = shown_group(result)
                 counts[name] = f"{name}: n = {shown.sum()} {words}"
                 ids = result["example"].values[shown].tolist()
                 here = result.sel(position=place, tracked=tracked, example=ids)

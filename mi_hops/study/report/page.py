@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mi_hops.reasoning.gap import Gap
 from mi_hops.result.files import replacing
 from mi_hops.study.numbers import figures
 from mi_hops.study.parts import Block, Text
@@ -74,13 +73,12 @@ def write_report(study: Study, path: str | Path | None = None, *, overwrite: boo
 
 def _page(study: Study) -> str:
     places = {step.name: step.shown_in or step.name for step in steps_of(study)}
-    gap = study.result("gap") if "gap" in study.settings["steps"] else None
     return render(
         "report.html.jinja",
         title=f"Two-hop questions: {study.settings['model']}",
         found="What was found",
         model=study.settings["model"],
-        opening=opening(study, gap if isinstance(gap, Gap) else None),
+        opening=opening(study),
         headlines=[(places[step], line) for step, line in headlines(study.summary) if line.text],
         about=_about(study.settings, study.summary["made_with"]),
         settings=_settings(study.settings, study.records, study.budget),

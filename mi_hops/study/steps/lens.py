@@ -165,6 +165,12 @@ def read_groups(run: Run, lens: LensLike) -> Result:
     return result.assign(coords={"group": ("example", names)}, title=title, main="prob")
 
 
+def shown_group(result: Result) -> tuple[str, np.ndarray]:
+    """The answered questions where there are any, else all: what they are called, and which."""
+    passed = result["group"].values == "passed"
+    return (GROUPS["passed"], passed) if passed.any() else (GROUPS["failed"], ~passed)
+
+
 def reading(asked: Asked) -> Work:
     """What `read_groups` takes."""
     rows = 2 * asked.most(asked.settings.size.lens)
