@@ -22,7 +22,6 @@ from mi_hops.reasoning.sets import Known, build_sets
 from mi_hops.result.result import Result
 from mi_hops.study.choose import (
     CHOICE_RULE,
-    ESTIMATED,
     IDENTITY,
     MOST_STARTS,
     STRENGTHS,
@@ -294,10 +293,7 @@ def _choose(
                 "n_kept": len(unrelated),
             }
         )
-    chosen = {
-        kind: choose_edit([c for c in candidates if c["kind"] == kind])
-        for kind in (IDENTITY, ESTIMATED)
-    }
+    chosen = {kind: choose_edit([c for c in candidates if c["kind"] == kind]) for kind in STRENGTHS}
     rule = {"rule": CHOICE_RULE, "n_choose": len(cases), "located": located}
     return {**rule, "candidates": candidates, "chosen": chosen}
 
