@@ -146,12 +146,7 @@ def proportion_ci(k: int, n: int, *, level: float = 0.95) -> tuple[float, float]
 
 
 def summarise_change(
-    before: Any,
-    after: Any,
-    *,
-    level: float = 0.95,
-    n_resamples: int = 2000,
-    seed: int = 0,
+    before: Any, after: Any, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
     """Change of positive numbers (probabilities) from `before` to `after`, summarised in several ways.
 

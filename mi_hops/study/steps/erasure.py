@@ -152,10 +152,7 @@ def _erased(result: Result, clean: Mapping[str, Any]) -> Figure:
     panels = []
     for place in result["position"].values.tolist():
         parts = [
-            frame(
-                ends[name].sel(variant=variant, position=place),
-                erased=f"{words}, {variant}",
-            )
+            frame(ends[name].sel(variant=variant, position=place), erased=f"{words}, {variant}")
             for variant in variants
             for name, (words, _) in colours.items()
         ]

@@ -32,18 +32,7 @@ from mi_hops.study.numbers import (
     share_of,
     sign,
 )
-from mi_hops.study.parts import (
-    FAINT,
-    STRONG,
-    Block,
-    Figure,
-    Table,
-    Text,
-    bars,
-    heatmap,
-    row,
-    used,
-)
+from mi_hops.study.parts import FAINT, STRONG, Block, Figure, Table, Text, bars, heatmap, row, used
 from mi_hops.study.step import Asked, Step, Work
 
 _SCORE = "first_correct"
