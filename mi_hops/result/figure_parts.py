@@ -150,13 +150,10 @@ def as_frame(data: pd.DataFrame | Mapping[str, Any], *columns: str | None) -> pd
 
 def by_group(frame: pd.DataFrame, group: str | None, x: str) -> list[tuple[str, pd.DataFrame]]:
     """The rows of each line or set of bars, in order of appearance; each has one point at an x."""
-    parts = (
-        [("", frame)]
-        if group is None
-        else [
-            (as_text(name), part) for name, part in frame.groupby(group, sort=False, observed=True)
-        ]
-    )
+    parts = [("", frame)]
+    if group is not None:
+        groups = frame.groupby(group, sort=False, observed=True)
+        parts = [(as_text(name), part) for name, part in groups]
     for name, part in parts:
         if part[x].duplicated().any():
             raise ValueError(
