@@ -10,9 +10,10 @@ import json
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -179,9 +180,8 @@ def study(
             return tell_study(out / "report.html", summary, as_json=as_json, quiet=quiet)
         if quiet or as_json or not sys.stderr.isatty():
             no_loading_bar()
-        given = _facts(
-            facts, format=format, columns=columns, templates=templates, on_error=on_error
-        )
+        how = {"format": format, "templates": templates, "on_error": on_error}
+        given = _facts(facts, columns, **how)
         from mi_hops.study import (
             StudySettings,
             executor_of,
@@ -200,30 +200,19 @@ def study(
             budget=None if budget is None else _minutes(budget),
             also=tuple(also or ()),  # type: ignore[arg-type]  # checked there
         )
-        where: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend}
+        asked: dict[str, Any] = {"model": model, "facts": given, "out": out, "settings": settings}
+        asked |= {"device": device, "dtype": dtype, "backend": backend}
         if dry_run:
-            plan = plan_study(model, given, out=out, settings=settings, **where)
+            plan = plan_study(**asked)
             return typer.echo(json.dumps(plan.to_dict())) if as_json else show_plan(plan)
-
-        def run(executor: Any) -> Any:
-            return run_study(
-                model,
-                given,
-                out=out,
-                settings=settings,
-                **where,
-                force=force,
-                progress=not quiet,
-                executor=executor,
-            )
-
+        run = partial(run_study, **asked, force=force, progress=not quiet)
         if join and (force or workers is not None or scheduler is not None):
             raise ValueError("--join cannot be combined with --force, --workers or --scheduler")
         if join:
-            done = join_study(out, run)
+            done = join_study(out, lambda executor: run(executor=executor))
         else:
             with executor_of(workers, scheduler) as executor:
-                done = run(executor)
+                done = run(executor=executor)
         report = write_report(done, out / "report.html", overwrite=True)
         if inputs := _inputs(model, facts, templates):
             remember(out, call, inputs)
@@ -341,38 +330,25 @@ def _inputs(model: str, facts: Path | None, templates: Path | None) -> list[Path
     return files and [*files, *(path.resolve() for path in more)]
 
 
-def _facts(
-    path: Path | None,
-    *,
-    format: str | None,
-    columns: list[str] | None,
-    templates: Path | None,
-    on_error: Literal["raise", "drop"],
-) -> Path | Facts | None:
+def _facts(path: Path | None, columns: list[str] | None, **how: Any) -> Path | Facts | None:
     """The facts as they are to be read; the path where nothing is said about that.
+
+    Args:
+        how: further options of `load_facts`.
 
     Raises:
         ValueError: options without a file, or a column that is not a pair; see also `load_facts`.
     """
     from mi_hops.facts import load_facts
-    from mi_hops.facts.loaders import Format
 
-    if not columns and templates is None and format is None and on_error == "raise":
+    if not columns and how == {"format": None, "templates": None, "on_error": "raise"}:
         return path
     if path is None:
         raise ValueError(
             "--format, --columns, --templates and --on-error say how a file is read; name it with "
             "--facts"
         )
-    if format not in (None, *get_args(Format)):
-        raise ValueError(f"unknown format {format!r}; known are {sorted(get_args(Format))}")
-    return load_facts(
-        path,
-        format=format,  # type: ignore[arg-type]  # checked above
-        columns=_columns(columns) if columns else None,
-        templates=templates,
-        on_error=on_error,
-    )
+    return load_facts(path, columns=_columns(columns) if columns else None, **how)
 
 
 @app.command()

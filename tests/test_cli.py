@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from typer.testing import CliRunner
@@ -40,15 +41,21 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict]:
         return path
 
     monkeypatch.chdir(tmp_path)
-
-    _install(monkeypatch, run_study, write_report)
+    monkeypatch.setattr("mi_hops.study.run_study", run_study)
+    monkeypatch.setattr("mi_hops.study.write_report", write_report)
     return seen
 
 
-def _install(monkeypatch: pytest.MonkeyPatch, run_study, write_report=None) -> None:
-    monkeypatch.setattr("mi_hops.study.run_study", run_study)
-    if write_report is not None:
-        monkeypatch.setattr("mi_hops.study.write_report", write_report)
+@pytest.fixture
+def fails(monkeypatch):
+    """Lets every study fail with an error; returns the recorder of the calls."""
+
+    def fails(error):
+        study = Mock(side_effect=error)
+        monkeypatch.setattr("mi_hops.study.run_study", study)
+        return study
+
+    return fails
 
 
 def test_study_defaults(calls):
@@ -112,7 +119,7 @@ TABLE = (
     "Ran,the director of Ran,Akira Kurosawa,Tokyo,The director of Ran was born in,"
     "Ran was directed by,Akira Kurosawa was born in,Tokio,Edo\n"
 )
-COLUMNS = (
+PAIRS = (
     "subject=film",
     "first_hop=whose",
     "bridge=director",
@@ -123,13 +130,13 @@ COLUMNS = (
     "answer_aliases=also",
     "answer_aliases=too",
 )
+COLUMNS = [part for pair in PAIRS for part in ("--columns", pair)]
 
 
 def test_study_reads_any_table(calls, tmp_path):
     path = tmp_path / "films.csv"
     path.write_text(TABLE)
-    given = [part for pair in COLUMNS for part in ("--columns", pair)]
-    result = runner.invoke(app, ["study", "--facts", str(path), *given])
+    result = runner.invoke(app, ["study", "--facts", str(path), *COLUMNS])
     assert result.exit_code == 0, result.output
     (fact,) = calls[0]["facts"]
     assert calls[0]["facts"].source == str(path)
@@ -142,8 +149,7 @@ def test_study_reads_any_table(calls, tmp_path):
 def test_malformed_rows_can_be_dropped(calls, tmp_path):
     path = tmp_path / "films.csv"
     path.write_text(TABLE + "Ran,,,,,,,,\n")
-    options = ["study", "--facts", str(path)]
-    options += [part for pair in COLUMNS for part in ("--columns", pair)]
+    options = ["study", "--facts", str(path), *COLUMNS]
     refused = runner.invoke(app, options)
     assert refused.exit_code == 2 and "row 1" in refused.stderr
     result = runner.invoke(app, [*options, "--on-error", "drop"])
@@ -151,11 +157,8 @@ def test_malformed_rows_can_be_dropped(calls, tmp_path):
     assert len(calls[0]["facts"]) == 1
 
 
-def test_errors_name_options_not_keyword_arguments(monkeypatch):
-    def run_study(*args, **kwargs):
-        raise ValueError("use backend='bridge', dtype=\"float32\" or force=True; k=3, x[a=b]")
-
-    _install(monkeypatch, run_study)
+def test_errors_name_options_not_keyword_arguments(fails):
+    fails(ValueError("use backend='bridge', dtype=\"float32\" or force=True; k=3, x[a=b]"))
     said = runner.invoke(app, ["study"]).stderr
     assert said == "Error: use --backend bridge, --dtype float32 or --force; k=3, x[a=b]\n"
 
@@ -204,7 +207,6 @@ def test_study_reads_mquake_with_templates(calls, tmp_path):
         (["--facts", "FILE", "--columns", "bridge"], "--columns 'bridge' is not a pair"),
         (["--facts", "FILE", "--columns", "prompts.=question"], "columns names 'prompts.'"),
         (["--facts", "FILE", "--columns", "bridge=gone"], "columns lacks"),
-        (["--on-error", "drop"], "name it with --facts"),
         (
             ["--facts", "FILE", "--format", "jsonl", "--templates", "."],
             "has no option ['templates']",
@@ -239,11 +241,8 @@ def test_a_device_that_is_not_there(tmp_path, command, device):
         OSError("the hub cannot be reached"),
     ],
 )
-def test_expected_errors_are_one_line_and_exit_code_2(monkeypatch, error):
-    def run_study(*args, **kwargs):
-        raise error
-
-    _install(monkeypatch, run_study)
+def test_expected_errors_are_one_line_and_exit_code_2(fails, error):
+    fails(error)
     result = runner.invoke(app, ["study"])
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -253,19 +252,13 @@ def test_expected_errors_are_one_line_and_exit_code_2(monkeypatch, error):
     assert shown.exception is error  # raised as it is, so that Python prints the traceback
 
 
-def test_an_unexpected_error_is_not_hidden(monkeypatch):
-    def run_study(*args, **kwargs):
-        raise ZeroDivisionError("a bug")
-
-    _install(monkeypatch, run_study)
+def test_an_unexpected_error_is_not_hidden(fails):
+    fails(ZeroDivisionError("a bug"))
     assert isinstance(runner.invoke(app, ["study"]).exception, ZeroDivisionError)
 
 
-def test_ctrl_c_says_that_the_same_command_resumes(monkeypatch):
-    def run_study(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    _install(monkeypatch, run_study)
+def test_ctrl_c_says_that_the_same_command_resumes(fails):
+    fails(KeyboardInterrupt)
     result = runner.invoke(app, ["study"])
     assert result.exit_code == 130
     assert "the same command resumes" in result.stderr
@@ -400,24 +393,20 @@ def test_a_finished_study_is_reopened_without_torch_until_something_changes(tmp_
 
 
 def test_compare_hands_on_both_folders_and_their_names(monkeypatch, tmp_path):
-    seen = []
-
-    def compare_studies(first, second, path, *, names, overwrite):
-        seen.append((first, second, path, names, overwrite))
-        return path
-
-    monkeypatch.setattr("mi_hops.study.compare_studies", compare_studies)
     page = tmp_path / "page.html"
+    compare = Mock(return_value=page)
+    monkeypatch.setattr("mi_hops.study.compare_studies", compare)
     given = ["compare", "a", "b", "--out", str(page), "--names", "before", "after"]
     done = runner.invoke(app, given)
     assert done.exit_code == 0, done.output
-    assert seen == [(Path("a"), Path("b"), page, ("before", "after"), False)]
+    how = {"names": ("before", "after"), "overwrite": False}
+    compare.assert_called_once_with(Path("a"), Path("b"), page, **how)
     assert runner.invoke(app, [*given, "-q"]).stdout == f"{page}\n"
     page.write_text("another page")
     refused = runner.invoke(app, given)
     assert refused.exit_code == 2 and "use --force" in refused.stderr
     assert runner.invoke(app, [*given, "--force"]).exit_code == 0
-    assert seen[-1][-1] is True
+    assert compare.call_args.kwargs["overwrite"] is True
 
 
 def test_piped_output_has_no_control_codes(calls):
@@ -428,24 +417,16 @@ def test_piped_output_has_no_control_codes(calls):
 @pytest.mark.parametrize(
     ("text", "minutes"), [("20m", 20), ("90s", 1.5), ("2h", 120), (" 1.5h ", 90)]
 )
-def test_a_budget_of_time(text, minutes, monkeypatch):
-    seen = {}
-
-    def run_study(model, facts, **options):
-        seen.update(options)
-        raise ValueError("enough")
-
-    monkeypatch.setattr("mi_hops.study.run_study", run_study)
-    found = CliRunner().invoke(
-        app, ["study", "--budget", text, "--score", "first-token", "--shots", "2"]
-    )
-    assert found.exit_code == 2
-    settings = seen["settings"]
+def test_a_budget_of_time(text, minutes, fails):
+    study = fails(ValueError("enough"))
+    options = ["--budget", text, "--score", "first-token", "--shots", "2"]
+    assert runner.invoke(app, ["study", *options]).exit_code == 2
+    settings = study.call_args.kwargs["settings"]
     assert (settings.budget, settings.score, settings.shots) == (minutes, "first_token", 2)
 
 
 @pytest.mark.parametrize("text", ["20", "m", "0m", "soon"])
 def test_a_budget_that_is_no_time(text):
-    found = CliRunner().invoke(app, ["study", "--budget", text])
+    found = runner.invoke(app, ["study", "--budget", text])
     assert found.exit_code == 2
     assert "is not a time; expected e.g. 20m" in found.output

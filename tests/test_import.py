@@ -25,18 +25,18 @@ def _modules() -> list[str]:
     return sorted(module.name for module in found)
 
 
-def test_import_loads_nothing_heavy():
-    code = f"import sys, mi_hops; dir(mi_hops); print([n for n in {HEAVY} if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
-
-
-def test_facts_and_worlds_load_no_model():
-    code = (
-        "import sys, mi_hops; mi_hops.load_facts('hopland'); mi_hops.Hopland(); mi_hops.planted_models();"
-        "print([n for n in ('torch', 'transformer_lens', 'transformers') if n in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("use", "unloaded"),
+    [
+        ("dir(mi_hops)", HEAVY),
+        (
+            "mi_hops.load_facts('hopland'); mi_hops.Hopland(); mi_hops.planted_models()",
+            ("torch", "transformer_lens", "transformers"),
+        ),
+    ],
+)
+def test_what_needs_no_model_loads_nothing_heavy(use, unloaded):
+    code = f"import sys, mi_hops; {use}; print([n for n in {unloaded} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

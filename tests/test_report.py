@@ -10,22 +10,22 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from mi_hops.study import Sizes, Study, StudySettings, compare_studies, run_study, write_report
+from mi_hops.study import Study, StudySettings, compare_studies, run_study, write_report
 from mi_hops.study.context import choosing
 from mi_hops.study.numbers import figures, layers, number, percent, points
 from mi_hops.study.report.opening import opening
 from mi_hops.study.summary import headlines
 from mi_hops.worlds import Hopland
-from tests.reasoning.tiny_facts import dictated, tiny_facts
+from tests.reasoning.tiny_facts import SIZES, dictated, tiny_facts
 
-COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "edits": 4, "tuned": 3}
-SMALL = StudySettings(sizes=Sizes(**COUNTS, draws=1, strengths=(1.0, 4.0)))
+SMALL = StudySettings(sizes=SIZES)
 SECTIONS = ("gap", "lens", "erasure", "locate", "injection", "editing")
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
@@ -33,9 +33,9 @@ EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 class Page(HTMLParser):
     """Ids, links, scripts and visible text of a page."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
-        self.source = text
+        self.source = path.read_text(encoding="utf-8")
         self.ids: list[str] = []
         self.links: list[tuple[str, str, str]] = []
         self.tags: list[str] = []
@@ -43,7 +43,7 @@ class Page(HTMLParser):
         self.styles = ""
         self.words = ""
         self._inside: list[str] = []
-        self.feed(text)
+        self.feed(self.source)
         self.close()
 
     def handle_starttag(self, tag, attrs):
@@ -119,7 +119,7 @@ def report(study, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(report):
-    return Page(report.read_text(encoding="utf-8"))
+    return Page(report)
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +149,8 @@ def test_every_step_has_its_section_in_order_and_in_the_contents(page):
 
 
 @pytest.mark.slow
-def test_every_figure_has_a_title_a_caption_with_n_and_plots(report, page):
-    parts = report.read_text(encoding="utf-8").split("<figure>")[1:]
+def test_every_figure_has_a_title_a_caption_with_n_and_plots(page):
+    parts = page.source.split("<figure>")[1:]
     assert len(parts) == 3 + 3 + 2 + 1 + 2 + 2
     for part in parts:
         inside = part.split("</figure>")[0]
@@ -169,12 +169,12 @@ def test_the_head_says_what_was_studied(study, page):
         assert str(settings[value]) in page.text
     for name, version in settings["versions"].items():
         assert f"{name} {version}" in page.text
-    assert f"n = {settings['n_facts']}" in page.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert f"n = {settings['n_facts']}" in page.text
 
 
 @pytest.mark.slow
 def test_the_numbers_are_those_of_the_summary(study, page):
-    text = page.text.replace("\N{NO-BREAK SPACE}", " ")
+    text = page.text
     forms = study.summary["gap"]["forms"]
     assert percent(next(iter(forms.values()))["gap"], n=False) in text
     assert number(study.summary["erasure"]["cells"][-1]["bridge_minus_control"], n=False) in text
@@ -219,7 +219,7 @@ def test_the_plots_show_what_the_files_hold(study, page):
 @pytest.mark.slow
 def test_it_opens_with_model_world_and_questions(study, page):
     shape = study.settings["shape"]
-    begin = page.text.split("What was found")[1].replace("\N{NO-BREAK SPACE}", " ")
+    begin = page.text.split("What was found")[1]
     assert f"{shape['layers']} layers of {shape['heads']} attention heads" in begin
     gap = study.result("gap")
     passed, failed = gap.passed[0], gap.failed[0]
@@ -229,15 +229,16 @@ def test_it_opens_with_model_world_and_questions(study, page):
     assert "made-up" not in begin
 
 
-def test_a_made_up_world_is_called_one(tmp_path):
+def test_a_made_up_world_is_called_one():
     world = Hopland()
     facts = world.two_hop_facts("seen_parts")[:3]
-    settings = {"model": "m", "facts": {"file": None}, "steps": []}
+    settings = {"model": "m", "facts": {"file": None}}
     gap = SimpleNamespace(facts=facts, frame=pd.DataFrame())
-    told = opening(SimpleNamespace(settings=settings), gap)
+    study = SimpleNamespace(settings=settings, result=lambda step: gap)
+    told = opening(study)
     assert "a made-up world" in told.world and told.examples is None
     gap.facts = [replace(facts[0], relation1="author")]
-    assert "made-up" not in opening(SimpleNamespace(settings=settings), gap).world
+    assert "made-up" not in opening(study).world
 
 
 @pytest.mark.slow
@@ -292,9 +293,9 @@ def test_the_located_layers_are_compared_on_the_other_half(study):
 
 
 @pytest.mark.slow
-def test_every_figure_has_a_text_and_no_theme_of_its_own(report, page):
-    text = report.read_text(encoding="utf-8")
-    labels = re.findall(r'class="plot" id="plot-[^"]*" role="img" aria-label="([^"]*)"', text)
+def test_every_figure_has_a_text_and_no_theme_of_its_own(page):
+    plots = r'class="plot" id="plot-[^"]*" role="img" aria-label="([^"]*)"'
+    labels = re.findall(plots, page.source)
     assert len(labels) == len(page.plots)
     for label in labels:
         assert re.match(r".+\. (Bars|Lines|Heatmap) of .+", label), label
@@ -314,8 +315,7 @@ def test_cases_show_what_was_said_before_and_after(study, page):
 
 
 def test_a_model_that_knows_nothing_gets_a_report_that_says_so(ignorant, tmp_path):
-    text = write_report(ignorant, tmp_path / "report.html").read_text(encoding="utf-8")
-    page = Page(text)
+    page = Page(write_report(ignorant, tmp_path / "report.html"))
     assert [i for i in page.ids if i in SECTIONS] == list(SECTIONS)
     assert "knows both hops of none of these facts" in page.text
     for step in SECTIONS[1:]:
@@ -332,7 +332,7 @@ def test_a_step_that_was_left_out_shows_its_reason(study, tmp_path):
         changed.path(step).unlink()
         (changed.folder / f"{step}.skipped").write_text(f"no {step} today, for {EVIL}\n")
         changed.summary[step] = {"skipped": changed.skipped(step)}
-    page = Page(write_report(changed, tmp_path / "r.html").read_text(encoding="utf-8"))
+    page = Page(write_report(changed, tmp_path / "r.html"))
     for step in ("erasure", "editing"):
         assert page.text.count(f"no {step} today") == 2  # among the findings, and in its place
         assert not [i for i in page.plots if i.startswith(f"plot-{step}")]
@@ -349,8 +349,8 @@ def test_text_of_models_and_facts_is_escaped(study, tmp_path):
     changed.settings["model"] = changed.settings["facts"]["report"] = EVIL
     for form in changed.summary["gap"]["forms"].values():  # becomes a label inside a plot
         form["by_split"][EVIL] = form["by_split"].pop("seen_parts")
-    page = Page(write_report(changed, tmp_path / "r.html").read_text(encoding="utf-8"))
-    plain = Page(write_report(study, tmp_path / "plain.html").read_text(encoding="utf-8"))
+    page = Page(write_report(changed, tmp_path / "r.html"))
+    plain = Page(write_report(study, tmp_path / "plain.html"))
     assert EVIL in page.words
     assert page.tags == plain.tags
     labels = json.dumps(page.plots["plot-gap-3-1"])
@@ -411,9 +411,9 @@ def compared(study, ignorant, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_comparison_shows_both_studies(study, compared):
-    page = Page((compared / "same.html").read_text(encoding="utf-8"))
+    page = Page(compared / "same.html")
     assert [i for i in page.ids if i in SECTIONS] == list(SECTIONS)
-    text = page.text.replace("\N{NO-BREAK SPACE}", " ")
+    text = page.text
     for name, value in study.headlines():
         # What was chosen stands beside the number, so that the numbers of both share a row.
         assert re.sub(r" \((?!C = I)[^)]*\)", "", name) in text and value in text
@@ -430,9 +430,8 @@ def test_a_comparison_shows_both_studies(study, compared):
 
 @pytest.mark.slow
 def test_a_comparison_says_what_one_study_lacks(study, ignorant, compared):
-    text = (compared / "page.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert len(text.encode()) < 2_000_000
+    page = Page(compared / "page.html")
+    assert len(page.source.encode()) < 2_000_000
     assert study.settings["fingerprint"] in page.text
     assert ignorant.settings["fingerprint"] in page.text
     assert f"ignorant: The logit lens was left out: {ignorant.skipped('lens')}" in page.text
@@ -530,13 +529,13 @@ def browse(chromium, path, profile, *options):
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1200, 500])
-def test_a_browser_draws_every_plot_without_errors(chromium, report, page, tmp_path, width):
+def test_a_browser_draws_every_plot_without_errors(chromium, page, tmp_path, width):
     measure = (
         "<script>document.documentElement.dataset.width = document.documentElement.scrollWidth + "
         "'/' + window.innerWidth;</script></body>"
     )
     copy = tmp_path / "report.html"
-    copy.write_text(report.read_text(encoding="utf-8").replace("</body>", measure), "utf-8")
+    copy.write_text(page.source.replace("</body>", measure), "utf-8")
     dom, console = browse(
         chromium, copy, tmp_path / "profile", f"--window-size={width},1200", "--dump-dom"
     )
@@ -555,7 +554,7 @@ def test_a_browser_draws_a_comparison(chromium, compared, tmp_path):
     path = compared / "page.html"
     dom, console = browse(chromium, path, tmp_path / "profile", "--dump-dom")
     assert console == []
-    for name in Page(path.read_text(encoding="utf-8")).plots:
+    for name in Page(path).plots:
         assert 'class="main-svg"' in dom.split(f'id="{name}"')[1].split("data-plot=")[0]
 
 

@@ -11,18 +11,15 @@ import pytest
 
 from mi_hops.model import fingerprint
 from mi_hops.study import STEPS as ALL_STEPS
-from mi_hops.study import Sizes, Study, StudySettings, run_study, write_report
+from mi_hops.study import Study, StudySettings, run_study, write_report
 from mi_hops.study.choose import choose_edit, layer_spans
 from mi_hops.study.run import load_study_facts
 from tests.reasoning.tiny_chains import tiny_chains
-from tests.reasoning.tiny_facts import dictated, tiny_facts
+from tests.reasoning.tiny_facts import SIZES, dictated, tiny_facts
 
 #: Those of facts that come in one wording.
 STEPS = [step.name for step in ALL_STEPS if step.name != "wordings"]
-COUNTS = {"lens": 4, "tuned": 3, "erasure": 3, "locate": 3, "injection": 4, "edits": 4}
-SMALL = StudySettings(
-    sizes=Sizes(**COUNTS, draws=1, strengths=(1.0, 4.0)), also=("knockout", "back_patching")
-)
+SMALL = StudySettings(sizes=SIZES, also=("knockout", "back_patching"))
 
 
 #: Each family and each class once: a study is many forward passes.
@@ -60,12 +57,9 @@ def knowing(tiny, dictate):
     return tiny, [replace(f, split="held") for f in tiny_facts(tiny, 16)]
 
 
-def run(model, facts, out, **options):
-    given = options.pop("settings", {})
-    own = {key: given[key] for key in ("seed", "limit") if key in given}
-    sizes = replace(SMALL.size, **{key: given[key] for key in given if key not in own})
-    settings = replace(SMALL, sizes=sizes, **own)
-    return run_study(model, facts, out=out, settings=settings, progress=False, **options)
+def run(model, facts, out, *, seed=0, force=False, **sizes):
+    settings = replace(SMALL, seed=seed, sizes=replace(SIZES, **sizes))
+    return run_study(model, facts, out=out, settings=settings, force=force, progress=False)
 
 
 def test_every_step_is_written_and_read_back(finished):
@@ -108,7 +102,7 @@ def test_facts_that_a_step_cannot_use_are_left_out_of_it(knowing, tmp_path):
     facts[7] = replace(facts[7], second_prompts={"prefix": facts[7].second_prompts["prefix"]})
     facts[8] = replace(facts[8], first_prompts={})
     counts = {"lens": 16, "erasure": 16, "locate": 16, "injection": 16, "edits": 8}
-    study = run(model, facts, tmp_path / "study", settings=counts)
+    study = run(model, facts, tmp_path / "study", **counts)
     assert [study.skipped(step) for step in STEPS] == [None] * len(STEPS)
     left = {step: [i for i, _ in study.result(step).skipped] for step in STEPS[:-1]}
     assert left["gap"] == ["8"]
@@ -137,7 +131,7 @@ def test_chains_stand_among_the_facts(knowing, tmp_path):
     model, facts = knowing
     chains = [replace(f, split="held") for f in tiny_chains(6)]
     counts = {"lens": 20, "erasure": 20, "locate": 20, "injection": 20, "edits": 8}
-    study = run(model, [*chains, *facts[:8]], tmp_path / "study", settings=counts)
+    study = run(model, [*chains, *facts[:8]], tmp_path / "study", **counts)
     assert [study.skipped(step) for step in STEPS] == [None] * len(STEPS)
     found = study.result("gap")
     assert found.by_hops()["n"].tolist() == [8, 6]
@@ -257,10 +251,10 @@ def test_other_settings_are_not_overwritten(tiny, tmp_path):
     out = tmp_path / "study"
     run(tiny, facts, out)
     with pytest.raises(FileExistsError, match=r"other settings \(seed differ\)"):
-        run(tiny, facts, out, settings={"seed": 1})
+        run(tiny, facts, out, seed=1)
     with pytest.raises(FileExistsError, match="facts_digest"):
         run(tiny, facts[:3], out)
-    assert run(tiny, facts, out, settings={"seed": 1}, force=True).settings["seed"] == 1
+    assert run(tiny, facts, out, seed=1, force=True).settings["seed"] == 1
 
 
 @pytest.mark.slow

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from mi_hops import Sizes, StudySettings, load_model
+from mi_hops import StudySettings, load_model
 from mi_hops.facts import Facts
 from mi_hops.reasoning.gap import find_gap
 from mi_hops.study import run_study, write_report
 from mi_hops.study.context import Run
 from mi_hops.study.steps import STEPS
+from tests.reasoning.tiny_facts import SIZES
 from tests.reasoning.worded_facts import worded_facts
 
-COUNTS = {"lens": 4, "erasure": 3, "locate": 3, "injection": 4, "edits": 4, "tuned": 3}
-SIZES = Sizes(**COUNTS, wordings=2, draws=1, strengths=(1.0, 4.0))
+SMALL = replace(SIZES, wordings=2)
+
+
+#: The folder of a study without steps.
+EMPTY = SimpleNamespace(settings={"steps": []})
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def model():
 
 @pytest.mark.slow
 def test_wordings_and_lead_are_chosen_first(model, worded, tmp_path):
-    settings = StudySettings(sizes=SIZES, limit=40, shots=2, score="first_token")
+    settings = StudySettings(sizes=SMALL, limit=40, shots=2, score="first_token")
     study = run_study(model, worded, out=tmp_path / "s", settings=settings, progress=False)
     assert study.settings["steps"][0] == "wordings"
     choice, gap = study.result("wordings"), study.result("gap")
@@ -61,14 +66,14 @@ def test_wordings_and_lead_are_chosen_first(model, worded, tmp_path):
 
 def test_a_lead_without_facts_to_take_it_from_is_refused(worded):
     plain = Facts(tuple(f for f in worded if f.split != "choosing"), "made", 1)
-    run = Run(None, plain, _folder(), StudySettings(shots=2), False)
+    run = Run(None, plain, EMPTY, StudySettings(shots=2), False)
     with pytest.raises(ValueError, match="0 of these facts are of such a split"):
         _ = run.facts
 
 
 def test_a_lead_for_facts_in_one_wording(worded):
     marked = Facts(worded.facts, "made", len(worded))
-    run = Run(None, marked, _folder(), StudySettings(shots=1), False)
+    run = Run(None, marked, EMPTY, StudySettings(shots=1), False)
     assert {f.split for f in run.facts} == {"reported"}
     assert all(f.prompt().count("\n") == 1 for f in run.facts)
 
@@ -110,10 +115,3 @@ def test_a_budget_is_spent_once(tmp_path, worded):
 def test_settings_that_make_no_sense(given, said):
     with pytest.raises(ValueError, match=said):
         StudySettings(**given)
-
-
-def _folder():
-    class Nothing:
-        settings = {"steps": []}
-
-    return Nothing()

@@ -13,14 +13,13 @@ from dataclasses import replace
 
 import pytest
 
-from mi_hops.study import Sizes, Study, StudySettings, run_study, write_report
+from mi_hops.study import Study, StudySettings, run_study, write_report
 from mi_hops.study.folder import Folder, locked, prepare
 from mi_hops.sweep import keep as keep_module
-from tests.reasoning.tiny_facts import dictated, tiny_facts
+from tests.reasoning.tiny_facts import SIZES, dictated, tiny_facts
 from tests.stopping import stop_making
 
-COUNTS = {"lens": 4, "tuned": 3, "erasure": 3, "locate": 3, "injection": 4, "edits": 2}
-SMALL = StudySettings(sizes=Sizes(**COUNTS, draws=1, strengths=(4.0,)))
+SMALL = StudySettings(sizes=replace(SIZES, edits=2, strengths=(4.0,)))
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -83,15 +81,3 @@ def test_the_formatter_decides_and_torch_is_imported_at_the_top():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_file_is_over_500_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
-
-
-def test_importing_the_package_imports_neither_torch_nor_transformer_lens():
-    code = (
-        "import sys, mi_hops; print([m for m in ('torch', 'transformer_lens') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_dir_is_the_list_of_public_names():
-    assert sorted(dir(mi_hops)) == sorted(mi_hops.__all__)

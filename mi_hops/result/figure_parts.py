@@ -16,7 +16,6 @@ from mi_hops.result.names import readable
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-    import xarray as xr
 
 MAX_TICKS = 40
 
@@ -81,28 +80,10 @@ def markup(text: str) -> str:
     return escape(text, quote=False)
 
 
-def hover_text(
-    panel: xr.DataArray,
-    x: str,
-    y: str,
-    i: int,
-    j: int,
-    x_ticks: Sequence[str],
-    y_ticks: Sequence[str],
-    head_grid: bool,
-    pieces: Mapping[str, np.ndarray],
-) -> str:
-    """Hover text of cell [i, j]: where it is, its value, and the further arrays."""
-    if head_grid:
-        cell = panel.isel({y: i, x: j})
-        layer = cell["layer"].item() if "layer" in cell.coords else (i if y == "layer" else j)
-        head = cell["head"].item() if "head" in cell.coords else (i if y == "head" else j)
-        where = [head_label(layer, head)]
-    else:
-        where = [f"{readable(x)}: {x_ticks[j]}", f"{readable(y)}: {y_ticks[i]}"]
-    value = f"<b>{as_number(panel.values[i, j])}</b>"
-    more = (f"{k}: {as_number(v[i, j])}" for k, v in pieces.items())
-    return "<br>".join([*map(markup, where), value, *map(markup, more)])
+def hover_text(where: Sequence[str], value: Any, more: Mapping[str, Any]) -> str:
+    """Hover text of a cell: where it is, its value, and further numbers by name."""
+    numbers = (f"{name}: {as_number(number)}" for name, number in more.items())
+    return "<br>".join([*map(markup, where), f"<b>{as_number(value)}</b>", *map(markup, numbers)])
 
 
 def colour_scale(values: np.ndarray, colours: Colours) -> dict[str, Any]:
@@ -169,13 +150,10 @@ def as_frame(data: pd.DataFrame | Mapping[str, Any], *columns: str | None) -> pd
 
 def by_group(frame: pd.DataFrame, group: str | None, x: str) -> list[tuple[str, pd.DataFrame]]:
     """The rows of each line or set of bars, in order of appearance; each has one point at an x."""
-    parts = (
-        [("", frame)]
-        if group is None
-        else [
-            (as_text(name), part) for name, part in frame.groupby(group, sort=False, observed=True)
-        ]
-    )
+    parts = [("", frame)]
+    if group is not None:
+        groups = frame.groupby(group, sort=False, observed=True)
+        parts = [(as_text(name), part) for name, part in groups]
     for name, part in parts:
         if part[x].duplicated().any():
             raise ValueError(

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HEADER = "mi_hops_header"
 _CELLS = "mi_hops_cells"
 _SEAL = b"\nmi_hops sha256 "
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # NUL and lone surrogates
 
 
 def write(
@@ -139,11 +141,10 @@ def json_copy(mapping: Mapping[str, Any], what: str) -> dict[str, Any]:
     """
 
     def plain(value: Any) -> Any:
-        if isinstance(value, np.generic | np.ndarray):
+        of_torch = type(value).__module__.split(".")[0] == "torch"
+        if isinstance(value, np.generic | np.ndarray) or (of_torch and hasattr(value, "tolist")):
             return value.tolist()
-        if isinstance(value, os.PathLike) or type(value).__module__.split(".")[0] == "torch":
-            if hasattr(value, "tolist"):
-                return value.tolist()
+        if of_torch or isinstance(value, os.PathLike):
             return str(value)
         if isinstance(value, set | frozenset):
             return sorted(value)
@@ -160,11 +161,10 @@ def _escape(array: xr.DataArray) -> xr.DataArray:
     if array.dtype.kind not in "OUT":
         return array
     items = array.values.ravel().tolist()
-    if all(isinstance(item, str) and _is_storable(item) for item in items):
+    if all(isinstance(item, str) and not _UNSTORABLE.search(item) for item in items):
         return array.astype(object)
-    return array.copy(data=_objects(map(json.dumps, items), array.shape)).assign_attrs(
-        {_CELLS: "json"}
-    )
+    cells = np.fromiter(map(json.dumps, items), object).reshape(array.shape)
+    return array.copy(data=cells).assign_attrs({_CELLS: "json"})
 
 
 def _unescape(array: xr.DataArray) -> xr.DataArray:
@@ -173,27 +173,9 @@ def _unescape(array: xr.DataArray) -> xr.DataArray:
         for key, value in array.attrs.items()
     }
     if attributes.pop(_CELLS, None) == "json":
-        items = map(json.loads, array.values.ravel().tolist())
-        array = array.copy(data=_objects(items, array.shape))
+        cells = np.fromiter(map(json.loads, array.values.ravel().tolist()), object)
+        array = array.copy(data=cells.reshape(array.shape))
     elif array.dtype.kind in "OT":
         array = array.astype(str)
     array.attrs = attributes
     return array
-
-
-def _objects(items: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Object array of exactly these cells (numpy would look into sequences)."""
-    listed = list(items)
-    cells = np.empty(len(listed), dtype=object)
-    cells[:] = listed
-    return cells.reshape(shape)
-
-
-def _is_storable(text: str) -> bool:
-    if "\x00" in text:
-        return False
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -69,10 +69,10 @@ def axis_labels(array: xr.DataArray, dim: str) -> list[str]:
     become ``H{h}``, or ``L{l}H{h}`` where the array belongs to one layer; code names are spelled out,
     other labels are shown as they are. Labels that repeat get their index.
     """
-    values = array[dim].values if dim in array.coords else np.arange(array.sizes[dim])
+    values = array[dim].values
     if "token" in array.coords and array["token"].dims == (dim,):
         tokens = array["token"].values.tolist()
-        places = values if np.issubdtype(values.dtype, np.number) else np.arange(len(tokens))
+        places = values if np.issubdtype(values.dtype, np.number) else range(len(tokens))
         return [
             token_label(str(token), place) if token != "" else str(place)
             for token, place in zip(tokens, places, strict=True)
@@ -149,15 +149,21 @@ def heatmap(
         vertical_spacing=min(0.9 / max(rows - 1, 1), (under + 30) / height),
     )
     extras = {name: extra.broadcast_like(array) for name, extra in (hover or {}).items()}
+
+    def where(i: int, j: int) -> list[str]:
+        if {x, y} == {"layer", "head"}:
+            at = {y: i, x: j}
+            return [head_label(*(array[dim].values[at[dim]] for dim in ("layer", "head")))]
+        return [f"{readable(x)}: {x_ticks[j]}", f"{readable(y)}: {y_ticks[i]}"]
+
     for index, panel in enumerate(panels):
         pieces = {
             name: (extra if facet is None else extra.isel({facet: index})).transpose(y, x).values
             for name, extra in extras.items()
         }
-        head_grid = {x, y} == {"layer", "head"}
         words = [
             [
-                hover_text(panel, x, y, i, j, x_ticks, y_ticks, head_grid, pieces)
+                hover_text(where(i, j), panel.values[i, j], {k: v[i, j] for k, v in pieces.items()})
                 for j in range(len(x_ticks))
             ]
             for i in range(len(y_ticks))
@@ -209,8 +215,8 @@ def heatmap(
                 "outlinewidth": 0,
             },
         },
+        plot_bgcolor=_MISSING,
     )
-    figure.update_layout(plot_bgcolor=_MISSING)
     apply_style(figure, title, {**layout, "height": height})
     return figure
 

@@ -146,12 +146,7 @@ def proportion_ci(k: int, n: int, *, level: float = 0.95) -> tuple[float, float]
 
 
 def summarise_change(
-    before: Any,
-    after: Any,
-    *,
-    level: float = 0.95,
-    n_resamples: int = 2000,
-    seed: int = 0,
+    before: Any, after: Any, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
     """Change of positive numbers (probabilities) from `before` to `after`, summarised in several ways.
 
@@ -230,7 +225,7 @@ def summarise_change(
         lower, upper = nothing
         if count > 1 and not name.startswith("mean_relative_change"):
             ends = _percentiles(np.concatenate(draws[name])[:, None], level, np.array([False]))
-            lower, upper = float(ends[0][0]), float(ends[1][0])
+            lower, upper = ends[:, 0].tolist()
         table[name] = (value, lower, upper, count, unit)
         if name == "median_relative_change":
             table["share_improved"] = (improved / n if n else np.nan, low, high, n, "share")
@@ -333,19 +328,18 @@ def _resample(
 
 def _ends(
     draw: Callable[[slice], np.ndarray], few: np.ndarray, level: float, n_resamples: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile ends for all cells, a block of cells at a time to bound the memory of the draws.
+) -> np.ndarray:
+    """Percentile ends [2, cell], a block of cells at a time to bound the memory of the draws.
 
     `draw` gives the draws [resample, cell] of a block, from the same resamples for every block.
     """
     size = max(1, 4 * _CHUNK // n_resamples)
     blocks = [slice(start, start + size) for start in range(0, max(len(few), 1), size)]
-    ends = [_percentiles(draw(block), level, few[block]) for block in blocks]
-    return np.concatenate([low for low, _ in ends]), np.concatenate([high for _, high in ends])
+    return np.concatenate([_percentiles(draw(b), level, few[b]) for b in blocks], axis=1)
 
 
-def _percentiles(draws: np.ndarray, level: float, few: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the central `level` of draws [resample, cell], NaN in the cells marked `few`.
+def _percentiles(draws: np.ndarray, level: float, few: np.ndarray) -> np.ndarray:
+    """Ends [2, cell] of the central `level` of draws [resample, cell], NaN where marked `few`.
 
     A resample without a single value (all NaN) is left out.
     """
@@ -354,7 +348,7 @@ def _percentiles(draws: np.ndarray, level: float, few: np.ndarray) -> tuple[np.n
     if use.any():
         quantile = np.nanquantile if np.isnan(draws[:, use]).any() else np.quantile
         ends[:, use] = quantile(draws[:, use], [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return ends[0], ends[1]
+    return ends
 
 
 def to_numpy(array: Any) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mi_hops.lens.order import SCORES
-from mi_hops.reasoning.gap import HOPS, Gap
+from mi_hops.reasoning.gap import HOPS
 from mi_hops.result.figure_parts import as_text
 from mi_hops.result.files import replacing
 from mi_hops.study.numbers import percent
@@ -16,8 +16,11 @@ from mi_hops.study.parts import Block, Figure, Table, Text, bars, curves, frame,
 from mi_hops.study.report.opening import opening
 from mi_hops.study.report.page import Section, render
 from mi_hops.study.steps import STEPS
-from mi_hops.study.steps.lens import PLACES
-from mi_hops.study.study import Study
+from mi_hops.study.steps.editing import SETS
+from mi_hops.study.steps.injection import MEMORIES
+from mi_hops.study.steps.lens import PLACES, shown_group
+from mi_hops.study.steps.locate import KINDS
+from mi_hops.study.study import Study, require_finished
 
 #: What the studies are called -> the study.
 Sides = Mapping[str, Study]
@@ -72,11 +75,7 @@ def compare_studies(
     """
     studies = [s if isinstance(s, Study) else Study.open(s) for s in (first, second)]
     for study in studies:
-        if not study.summary:
-            raise ValueError(
-                f"the study in {study.folder} is not finished (no summary.json); run it again to "
-                "resume it, then compare"
-            )
+        require_finished(study, "compare")
     called = list(names) if names is not None else _names(studies)
     if len(called) != 2 or called[0] == called[1]:
         raise ValueError(f"names is {called}; expected two different names, one for each study")
@@ -100,9 +99,7 @@ def _page(sides: Sides) -> str:
     for step in STEPS:
         if step.name not in _COMPARED:
             continue
-        shared = {
-            n: s for n, s in sides.items() if s.summary.get(step.name, {}) and _ran(s, step.name)
-        }
+        shared = {name: study for name, study in sides.items() if _ran(study, step.name)}
         blocks: list[Block] = []
         for name, study in sides.items():
             if name not in shared:
@@ -123,12 +120,11 @@ def _page(sides: Sides) -> str:
 
 
 def _ran(study: Study, step: str) -> bool:
-    return step in study.settings["steps"] and "skipped" not in study.summary[step]
+    return step in study.summary and "skipped" not in study.summary[step]
 
 
 def _described(study: Study) -> str:
-    gap = study.result("gap") if _ran(study, "gap") else None
-    told = opening(study, gap if isinstance(gap, Gap) else None)
+    told = opening(study)
     n = f"n = {study.settings['n_facts']} facts"
     return f"{told.model} {told.world} ({n}; folder {study.folder.resolve().name})"
 
@@ -217,9 +213,7 @@ def _lens(sides: Sides) -> Iterator[Block]:
             parts = []
             for name, study in sides.items():
                 result: Any = study.result("lens")
-                passed = result["group"].values == "passed"
-                shown = passed if passed.any() else ~passed
-                words = "answered" if passed.any() else "failed"
+                words, shown = shown_group(result)
                 counts[name] = f"{name}: n = {shown.sum()} {words}"
                 ids = result["example"].values[shown].tolist()
                 here = result.sel(position=place, tracked=tracked, example=ids)
@@ -237,66 +231,55 @@ def _lens(sides: Sides) -> Iterator[Block]:
 
 
 def _erasure(sides: Sides) -> Iterator[Block]:
-    panels = []
     results: dict[str, Any] = {name: study.result("erasure") for name, study in sides.items()}
-    for place in ("first hop", "last"):
-        parts = [
-            frame(
-                result.difference_ci("control", variable="bridge").sel(
-                    variant="exact", position=place
-                ),
-                study=name,
-            )
-            for name, result in results.items()
-        ]
-        plot = curves(
-            parts,
-            group="study",
-            x_label="layer whose output is changed",
-            y_label="difference of P(answer)",
-            zero=True,
-        )
-        panels.append((f"At the {PLACES[place]}", plot))
-    counts = "; ".join(f"{name}: n = {result.n_used}" for name, result in results.items())
+    ends = {
+        name: result.difference_ci("control", variable="bridge").sel(variant="exact")
+        for name, result in results.items()
+    }
+    places = {f"At the {PLACES[place]}": {"position": place} for place in ("first hop", "last")}
     yield Figure(
         "Bridge erased minus another entity erased (exact form)",
-        panels,
-        f"Difference of P(answer) by layer ({counts}), bands are 95% bootstrap intervals. Below zero the "
-        "answer rests on the bridge.",
+        _by_layer(ends, places, "layer whose output is changed", "difference of P(answer)"),
+        f"Difference of P(answer) by layer ({_used(results)}), bands are 95% bootstrap intervals. Below "
+        "zero the answer rests on the bridge.",
     )
 
 
 def _located(sides: Sides) -> Iterator[Block]:
-    panels = []
     results: dict[str, Any] = {name: study.result("locate") for name, study in sides.items()}
-    for kind, words in (("attn_out", "Attention output"), ("mlp_out", "MLP output")):
-        parts = [
-            frame(result.ci(variable="effect").sel(kind=kind, position="last"), study=name)
-            for name, result in results.items()
-        ]
-        plot = curves(
-            parts, group="study", x_label="layer", y_label="change of P(answer)", zero=True
-        )
-        panels.append((f"{words} at the last token", plot))
-    counts = "; ".join(f"{name}: n = {result.n_used}" for name, result in results.items())
+    ends = {
+        name: result.ci(variable="effect").sel(position="last") for name, result in results.items()
+    }
+    kinds = {f"{KINDS[kind]} at the last token": {"kind": kind} for kind in ("attn_out", "mlp_out")}
     yield Figure(
         "Change of P(answer) when a module is given what the second hop computes",
-        panels,
-        f"Means over failed questions ({counts}), bands are 95% bootstrap intervals.",
+        _by_layer(ends, kinds, "layer", "change of P(answer)"),
+        f"Means over failed questions ({_used(results)}), bands are 95% bootstrap intervals.",
     )
 
 
+def _by_layer(
+    ends: Mapping[str, Any], panels: Mapping[str, dict[str, str]], x_label: str, y_label: str
+) -> list[tuple[str, Any]]:
+    """Panels, each of one part of the intervals, with a line for each study."""
+    found = []
+    for title, part in panels.items():
+        lines = [frame(interval.sel(part), study=name) for name, interval in ends.items()]
+        plot = curves(lines, group="study", x_label=x_label, y_label=y_label, zero=True)
+        found.append((title, plot))
+    return found
+
+
+def _used(results: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}: n = {result.n_used}" for name, result in results.items())
+
+
 def _injection(sides: Sides) -> Iterator[Block]:
-    names = {
-        "bridge": "the bridge",
-        "permuted_bridge": "another fact's bridge",
-        "random_word": "random words",
-    }
     rows = [
-        row(memories[memory]["first_correct"], injected=words, study=name)
+        row(memories[memory]["first_correct"], injected=MEMORIES[memory], study=name)
         for name, study in sides.items()
         for memories in [study.summary["injection"]["memories"]]
-        for memory, words in names.items()
+        for memory in ("bridge", "permuted_bridge", "random_word")
         if memory in memories
     ]
     if (plot := bars(rows, x="injected", group="study", y_label="first token correct")) is not None:
@@ -311,15 +294,14 @@ def _injection(sides: Sides) -> Iterator[Block]:
 
 
 def _editing(sides: Sides) -> Iterator[Block]:
-    sets = {"correction": "correction", "paraphrase": "paraphrase", "specificity": "unrelated"}
     panels, counts = [], set()
     repairs = dict.fromkeys(r for s in sides.values() for r in s.summary["editing"]["scores"])
     for repair in repairs:
         rows = [
-            row(scores[name]["exact_match_after"], asked=words, study=side)
+            row(scores[name]["exact_match_after"], asked=SETS[name][0], study=side)
             for side, study in sides.items()
             for scores in [study.summary["editing"]["scores"].get(repair, {})]
-            for name, words in sets.items()
+            for name in ("correction", "paraphrase", "specificity")
             if "exact_match_after" in scores.get(name, {})
         ]
         plot = bars(rows, x="asked", group="study", y_label="whole answer correct")

@@ -23,13 +23,7 @@ from mi_hops.sweep.keep import keeping
 
 @dataclass(repr=False)
 class Folder:
-    """A study's folder, as far as its steps need it.
-
-    Attributes:
-        folder: where the files are.
-        settings: what was asked for, with model and facts fingerprints.
-        summary: the headline numbers, as in ``summary.json``.
-    """
+    """A study's folder, as far as its steps need it; `Study` describes the attributes."""
 
     folder: Path
     settings: dict[str, Any]
@@ -57,13 +51,15 @@ class Folder:
     @property
     def choices(self) -> dict[str, Any]:
         """What was chosen for the edits, and from what; empty if none were made."""
-        path = self.folder / "choices.json"
-        return read_json(path) if path.exists() else {}
+        return self._read("choices.json")
 
     @property
     def budget(self) -> dict[str, Any]:
         """Step -> seconds for one fact and facts taken, where a time budget decided."""
-        path = self.folder / "budget.json"
+        return self._read("budget.json")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
         return read_json(path) if path.exists() else {}
 
     def write(self, name: str, text: str) -> None:
@@ -78,7 +74,7 @@ class Folder:
         ``seconds``; ``peak_memory``, of the process up to its end, bytes; ``files``, name -> checksum.
         """
         try:
-            return dict(read_json(self.folder / "steps.json"))
+            return dict(self._read("steps.json"))
         except (OSError, ValueError):
             return {}
 

@@ -49,9 +49,9 @@ def estimate(value: Any, low: Any, high: Any, n: Any) -> dict[str, Any]:
 
 def share(k: float, n: int) -> dict[str, Any]:
     """K of n, with its exact interval."""
-    return (
-        estimate(k / n, *proportion_ci(int(k), int(n)), n) if n else estimate(None, None, None, 0)
-    )
+    if not n:
+        return estimate(None, None, None, 0)
+    return estimate(k / n, *proportion_ci(int(k), int(n)), n)
 
 
 def share_of(values: Any) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def percent(given: Estimate, *, n: bool = True) -> str:
     if given["value"] is None:
         return "no case"
     text = f"{given['value']:.1%}".replace("-", _MINUS)
-    return f"{text} {_spread(given, _hundredth, n)}".strip()
+    return f"{text} {_spread(given, _hundredth, n)}"
 
 
 def points(given: Estimate, unit: str = "percentage points", *, n: bool = False) -> str:
@@ -99,7 +99,7 @@ def number(given: Estimate, *, n: bool = True, signed: bool = True) -> str:
     if given["value"] is None:
         return "no case"
     text = figures(given["value"], signed=signed)
-    return f"{text} {_spread(given, lambda end: figures(end, signed=signed), n)}".strip()
+    return f"{text} {_spread(given, lambda end: figures(end, signed=signed), n)}"
 
 
 def share_headline(name: str, given: Estimate, text: str = "") -> Headline:

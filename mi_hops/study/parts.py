@@ -114,13 +114,7 @@ def frame(intervals: Any, **labels: Any) -> pd.DataFrame:
     return table.assign(**labels)
 
 
-def panel(
-    plot: go.Figure,
-    *,
-    height: int = 320,
-    y_range: tuple[float, float] | None = None,
-    as_percent: bool = False,
-) -> go.Figure:
+def panel(plot: go.Figure, *, height: int = 320) -> go.Figure:
     """A plot made ready for the page: its title is the page's, its legend lies above it."""
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
     plot.update_layout(
@@ -132,10 +126,6 @@ def panel(
     )
     plot.update_xaxes(title_standoff=8, automargin=True)
     plot.update_yaxes(title_standoff=8, automargin=True)
-    if y_range is not None:
-        plot.update_yaxes(range=y_range)
-    if as_percent:
-        plot.update_yaxes(tickformat=".0%")
     return plot
 
 
@@ -146,16 +136,19 @@ def curves(
     x_label: str,
     y_label: str,
     zero: bool = False,
-    y_range: tuple[float, float] | None = None,
     **options: Any,
 ) -> go.Figure:
-    """Lines with bands over layers, from rows of `frame`; `zero` draws a line at 0."""
+    """Lines with bands over layers, from rows of `frame`; `zero` draws a line at 0.
+
+    Args:
+        options: for `plots.lines`.
+    """
     options |= {"y": "estimate", "interval": ("lower", "upper"), "group": group}
     options |= {"title": "", "labels": {"layer": x_label, "estimate": y_label}}
     plot = plots.lines(pd.concat(parts), x="layer", **options)
     if zero:
         plot.add_hline(y=0, line={"color": GREY, "width": 1.2})
-    return panel(plot, y_range=y_range)
+    return panel(plot)
 
 
 def bars(
@@ -172,13 +165,14 @@ def bars(
     if data.empty or data["value"].isna().all():
         return None
     options: dict[str, Any] = {"y": "value", "interval": ("lower", "upper"), "group": group}
-    plot = plots.bars(data, x=x, **options, title="", labels={x: "", "value": y_label})
+    options |= {"title": "", "labels": {x: "", "value": y_label}, "y_range": (0, most)}
+    plot = plots.bars(data, x=x, **options)
     # Plotly turns the labels where there is no room for them, as on a phone; lines keep them short.
     labels = [
         "<br>".join(wrap(label, 13, break_long_words=False)) for label in plot.layout.xaxis.ticktext
     ]
     plot.update_xaxes(tickangle=None, ticktext=labels, title=None)
-    return panel(plot, height=height, y_range=(0, most), as_percent=True)
+    return panel(plot, height=height).update_yaxes(tickformat=".0%")
 
 
 def heatmap(

@@ -103,7 +103,7 @@ def plan_study(
     loaded, chosen, wanted = begin(model, facts, settings, device, dtype, backend)
     asked = _asked(loaded, chosen, settings)
     seconds = _seconds_per_token(loaded, chosen)
-    done = _done(out, wanted)
+    study = None if out is None else same_study(Path(out), wanted)
     steps = []
     for step in STEPS:
         if step.name not in wanted["steps"]:
@@ -112,15 +112,10 @@ def plan_study(
         minutes = work.tokens * seconds / 60
         if settings.budget is not None:
             minutes = min(minutes, settings.budget * step.share)
-        steps.append(PlannedStep(step.name, work.rows, minutes, step.name in done))
+        done = study is not None and study.sound(step.name)
+        steps.append(PlannedStep(step.name, work.rows, minutes, done))
     weights = sum(p.numel() * p.element_size() for p in loaded.parameters())
     return StudyPlan(wanted["model"], asked.facts, tuple(steps), weights + CPU_MEMORY)
-
-
-def _done(out: str | Path | None, wanted: dict[str, Any]) -> set[str]:
-    """Steps that the folder has, if it is of this study."""
-    study = None if out is None else same_study(Path(out), wanted)
-    return set() if study is None else {n for n in wanted["steps"] if study.sound(n)}
 
 
 def _asked(model: HookedModel, facts: Facts, settings: StudySettings) -> Asked:

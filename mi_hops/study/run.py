@@ -182,8 +182,7 @@ def load_study_facts(
 
     Facts for choosing wordings are kept besides.
     """
-    if facts is None:
-        facts = "hopland"
+    facts = "hopland" if facts is None else facts
     if isinstance(facts, str | Path) or not isinstance(facts, Sequence):
         facts = load_facts(facts)
     given = facts if isinstance(facts, Facts) else Facts(tuple(cast(Any, facts)), "", len(facts))

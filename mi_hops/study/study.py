@@ -82,6 +82,19 @@ class Study(Folder):
         return [(line["name"], line["text"]) for line in self.summary.get("headlines", [])]
 
 
+def require_finished(study: Study, then: str) -> None:
+    """Refuse a study without a summary.
+
+    Raises:
+        ValueError: with what to do first, and `then`.
+    """
+    if not study.summary:
+        raise ValueError(
+            f"the study in {study.folder} is not finished (no summary.json); run it again to resume "
+            f"it, then {then}"
+        )
+
+
 def made_with(provenance: Mapping[str, Any]) -> str:
     """``"torch 2.13.0, transformers 5.1.0 on cpu"``, of a result or of a study's settings."""
     versions = (f"{name} {version}" for name, version in provenance["versions"].items())

@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mi_hops.worlds.planted import KINDS, kind_of
+
 _DATA = Path(__file__).parent.parent / "data" / "ground_truth.json"
 
 #: Step -> its tools, each with what it is called in a sentence.
@@ -66,7 +68,7 @@ def _creme() -> str:
     for model, splits in ground_truth()["creme"].items():
         if not model.startswith("planted-"):
             continue
-        used = not model.startswith(("planted-decoy", "planted-shortcut"))
+        used = KINDS[kind_of(model)][1]
         for value in splits.values():
             if isinstance(value, dict):
                 share, _, _, n = value["corrected"]

@@ -37,6 +37,13 @@ SPLITS = ("train", "seen_parts", "first_unseen", "second_unseen", "both_unseen")
 #: barred.
 CHAIN_SPLITS = ("trained_parts", "held_out_part", "unseen_part")
 
+#: Whether the first and the second fact are barred -> split.
+_UNSEEN = {
+    (True, False): "first_unseen",
+    (False, True): "second_unseen",
+    (True, True): "both_unseen",
+}
+
 
 @dataclass(frozen=True)
 class Relation:
@@ -64,28 +71,26 @@ def _people(n: int, rng: random.Random, one_word: bool) -> list[str]:
     first, particles, last, one = _WORDS["people"].values()
     if one_word:
         return _some(n, [*one, *first, *last], rng)
-    two = [f"{a} {b}" for a, b in product(first, last)]
-    three = [f"{a} {p} {b}" for a, p, b in product(first, particles, last)]
-    return _mix(n, one, two, three, rng)
+    return _mix(n, [[one], [first, last], [first, particles, last]], rng)
 
 
 def _places(n: int, kind: str, rng: random.Random, one_word: bool) -> list[str]:
     heads, cores, tails = _WORDS["places"][kind]
     if one_word:
         return _some(n, cores, rng)
-    two = [f"{h} {c}" for h, c in product(heads, cores)]
-    three = [f"{h} {c} {t}" for h, c, t in product(heads, cores, tails)]
-    return _mix(n, cores, two, three, rng)
+    return _mix(n, [[cores], [heads, cores], [heads, cores, tails]], rng)
 
 
-def _mix(n: int, one: list[str], two: list[str], three: list[str], rng: random.Random) -> list[str]:
-    """`n` distinct names, about 1/6 of one word, 1/2 of two and 1/3 of three."""
-    pools = [one, two, three]
-    sizes = [max(1, n // 6), 0, n // 3]
-    sizes[1] = n - sizes[0] - sizes[2]
-    names = [
-        name for size, pool in zip(sizes, pools, strict=True) for name in _some(size, pool, rng)
-    ]
+def _mix(n: int, words: list[list[list[str]]], rng: random.Random) -> list[str]:
+    """`n` distinct names, about 1/6 of one word, 1/2 of two and 1/3 of three.
+
+    Args:
+        words: for each of these lengths, what may stand in each place of a name.
+    """
+    one, three = max(1, n // 6), n // 3
+    names = []
+    for size, parts in zip((one, n - one - three, three), words, strict=True):
+        names += _some(size, list(map(" ".join, product(*parts))), rng)
     rng.shuffle(names)
     return names
 
@@ -207,16 +212,9 @@ class Hopland:
             for second in self._by_subject.get(first.object, ()):
                 if second.object in (first.subject, first.object):
                     continue
-                draw = rng.random()
-                out_1 = key in self.barred
-                out_2 = (second.subject, second.relation.name) in self.barred
-                if out_1 or out_2:
-                    split = {(1, 0): "first_unseen", (0, 1): "second_unseen"}.get(
-                        (out_1, out_2), "both_unseen"
-                    )
-                else:
-                    split = "seen_parts" if draw < self._held_out else "train"
-                yield first, second, split
+                split = "seen_parts" if rng.random() < self._held_out else "train"
+                barred = (key in self.barred, _key(second) in self.barred)
+                yield first, second, _UNSEEN.get(barred, split)
 
     def two_hop_facts(self, *splits: str) -> list[TwoHopFact]:
         """The compositions of `splits` (default: all) as `TwoHopFact` records."""

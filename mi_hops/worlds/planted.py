@@ -105,9 +105,7 @@ def planted_truth(name: str) -> PlantedTruth:
     record = planted_record(name)
     truth = record["truth"]
     return PlantedTruth(
-        name=name,
-        **{**truth, "readable_by": tuple(truth["readable_by"])},
-        checks=record["checks"],
+        name=name, **{**truth, "readable_by": tuple(truth["readable_by"])}, checks=record["checks"]
     )
 
 

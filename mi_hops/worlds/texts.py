@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +21,11 @@ if TYPE_CHECKING:
 
 END = "."
 
-
 #: Pieces of similar length that a batch is cut into, which saves padding.
 MICRO_BATCHES = 4
+
+#: Tokens of a text, and how many of them are its prompt.
+Tokenised = tuple[list[int], int]
 
 
 def words_of(world: Hopland) -> list[str]:
@@ -34,12 +35,7 @@ def words_of(world: Hopland) -> list[str]:
         texts += [*Hopland.record(first, second).prompts.values(), second.object]
     for fact in world.facts.values():
         texts += [*fact.prompts().values(), fact.object]
-    words = set()
-    for text in texts:
-        for mark in (".", ":", "?"):
-            text = text.replace(mark, f" {mark} ")
-        words.update(text.split())
-    return sorted(words)
+    return sorted({word for text in texts for word in re.findall(r"[.:?]|[^\s.:?]+", text)})
 
 
 def build_tokenizer(world: Hopland, family: Family) -> PreTrainedTokenizerFast:
@@ -59,9 +55,8 @@ def build_tokenizer(world: Hopland, family: Family) -> PreTrainedTokenizerFast:
     special = {
         f"{kind}_token": token for kind, token in zip(kinds.split(), tokens.split(), strict=True)
     }
-    marks = (".", ":", "?")
     vocab = list(dict.fromkeys(special.values()))
-    vocab += [w if w in marks else marker + w for w in words_of(world)]
+    vocab += [w if w in (".", ":", "?") else marker + w for w in words_of(world)]
     core = Tokenizer(
         models.WordLevel({t: i for i, t in enumerate(vocab)}, unk_token=special["unk_token"])
     )
@@ -81,18 +76,7 @@ def build_tokenizer(world: Hopland, family: Family) -> PreTrainedTokenizerFast:
     )
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """Tokenised training texts of one kind and form: `tokens` padded right, `prompt` lengths."""
-
-    tokens: list[list[int]]
-    prompt: list[int]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-def sequences(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Sequences:
+def sequences(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Tokenised]:
     """(prompt, answer) pairs as BOS, prompt, answer and full stop."""
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -104,7 +88,13 @@ def sequences(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Sequences:
     for p, w in zip(prompts, wholes, strict=True):
         if w[: len(p)] != p:
             raise ValueError("a prompt's tokens are not the start of prompt + answer's tokens")
-    return Sequences([[bos, *w] for w in wholes], [1 + len(p) for p in prompts])
+    return [([bos, *w], 1 + len(p)) for p, w in zip(prompts, wholes, strict=True)]
+
+
+def padded(rows: Sequence[list[int]]) -> Tensor:
+    """[row, pos]: rows filled up on the right with their last token, for nothing looks ahead."""
+    width = max(map(len, rows))
+    return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows])
 
 
 def _apposed(fact: TwoHopFact, form: str, name: str) -> str:
@@ -127,42 +117,34 @@ class Sampler:
         if not trained:
             raise ValueError(f"{world!r} has no composition to train on; take a larger world")
         singles = list(world.facts.values())
-        self.pools: dict[tuple[bool, str], Sequences] = {}
+        self.pools: dict[tuple[str, str], list[Tokenised]] = {}
         for form in FORMS:
-            self.pools[True, form] = sequences(
-                tokenizer, [(f.prompts[form], f.answer) for f in trained]
-            )
-            self.pools[False, form] = sequences(
-                tokenizer, [(f.prompts()[form], f.object) for f in singles]
-            )
-        self.apposed = {
-            form: sequences(
-                tokenizer,
-                [
+            pairs = {
+                "composed": [(f.prompts[form], f.answer) for f in trained],
+                "single": [(f.prompts()[form], f.object) for f in singles],
+            }
+            if recipe.texts.apposed:
+                pairs["apposed"] = [
                     (_apposed(f, form, name), f.answer)
                     for f in trained
                     for name in _names(f, recipe.texts.short)
-                ],
-            )
-            for form in FORMS
-            if recipe.texts.apposed
-        }
+                ]
+            for kind, given in pairs.items():
+                self.pools[kind, form] = sequences(tokenizer, given)
         lead_ins = [c.format("").strip() for c in CONTEXTS if c != "{}"]
         self.contexts = tokenizer(lead_ins, add_special_tokens=False)["input_ids"]
         self.recipe, self.rng = recipe, random.Random(recipe.seed)
 
-    def draw(self) -> list[tuple[list[int], int]]:
-        """`batch_size` sequences, each as (tokens, length of its prompt), sorted by length."""
-        recipe, rng = self.recipe, self.rng
+    def draw(self) -> list[Tokenised]:
+        """`batch_size` sequences, sorted by length."""
+        texts, rng = self.recipe.texts, self.rng
         batch = []
-        for form in rng.choices(FORMS, recipe.texts.forms, k=recipe.batch_size):
-            composed = rng.random() < recipe.texts.composed
-            pool = self.pools[composed, form]
-            if composed and recipe.texts.apposed and rng.random() < recipe.texts.apposed:
-                pool = self.apposed[form]
-            i = rng.randrange(len(pool))
-            tokens, prompt = pool.tokens[i], pool.prompt[i]
-            if rng.random() < recipe.texts.context:
+        for form in rng.choices(FORMS, texts.forms, k=self.recipe.batch_size):
+            kind = "composed" if rng.random() < texts.composed else "single"
+            if kind == "composed" and texts.apposed and rng.random() < texts.apposed:
+                kind = "apposed"
+            tokens, prompt = rng.choice(self.pools[kind, form])
+            if rng.random() < texts.context:
                 lead = rng.choice(self.contexts)
                 tokens, prompt = [tokens[0], *lead, *tokens[1:]], prompt + len(lead)
             batch.append((tokens, prompt))
@@ -171,8 +153,7 @@ class Sampler:
     def micro_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
         """(tokens [row, pos], flat scored positions, targets, scored positions of the whole batch).
 
-        Rows are padded on the right by repeating their last token: nothing looks ahead, and
-        padding is never scored.
+        Padding is never scored.
         """
         batch = self.draw()
         if self.recipe.texts.apposed:
@@ -181,17 +162,12 @@ class Sampler:
         size = math.ceil(len(batch) / MICRO_BATCHES)
         for start in range(0, len(batch), size):
             piece = batch[start : start + size]
-            width = len(piece[-1][0])
-            rows = np.array([t + t[-1:] * (width - len(t)) for t, _ in piece])
-            where = [
-                r * width + j
-                for r, (t, prompt) in enumerate(piece)
-                for j in range(prompt - 1, len(t) - 1)
-            ]
-            flat = np.array(where)
-            yield (
-                torch.from_numpy(rows),
-                torch.from_numpy(flat),
-                torch.from_numpy(rows.reshape(-1)[flat + 1]),
-                total,
+            rows = padded([tokens for tokens, _ in piece])
+            where = torch.tensor(
+                [
+                    r * rows.shape[1] + j
+                    for r, (tokens, prompt) in enumerate(piece)
+                    for j in range(prompt - 1, len(tokens) - 1)
+                ]
             )
+            yield rows, where, rows.flatten()[where + 1], total

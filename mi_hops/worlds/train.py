@@ -30,7 +30,7 @@ from mi_hops.result.progress import progress_bar
 from mi_hops.worlds.card import model_card
 from mi_hops.worlds.hopland import Hopland
 from mi_hops.worlds.recipe import RECIPES, AdamW, Family, Recipe
-from mi_hops.worlds.texts import Sampler, build_tokenizer, sequences
+from mi_hops.worlds.texts import Sampler, build_tokenizer, padded, sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -109,18 +109,14 @@ def accuracy(
         argmax along it is correct, so no generation loop is needed.
     """
     device = next(model.parameters()).device
-    data = sequences(tokenizer, pairs)
-    order = sorted(range(len(data)), key=lambda i: len(data.tokens[i]))
+    data = sorted(sequences(tokenizer, pairs), key=lambda pair: len(pair[0]))
     first = whole = 0
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        width = len(data.tokens[rows[-1]])
-        tokens = torch.tensor(
-            [data.tokens[i] + data.tokens[i][-1:] * (width - len(data.tokens[i])) for i in rows]
-        ).to(device)
+    for start in range(0, len(data), batch_size):
+        rows = data[start : start + batch_size]
+        tokens = padded([row for row, _ in rows]).to(device)
         hits = model(tokens, use_cache=False).logits[:, :-1].argmax(-1) == tokens[:, 1:]
-        for r, i in enumerate(rows):
-            scored = hits[r, data.prompt[i] - 1 : len(data.tokens[i]) - 1]
+        for hit, (row, prompt) in zip(hits, rows, strict=True):
+            scored = hit[prompt - 1 : len(row) - 1]
             first += bool(scored[0])
             whole += bool(scored.all())
     n = max(1, len(pairs))

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.study import Sizes
 from mi_hops.study.steps import gap as gap_step
 from mi_hops.sweep.generate import generate
+
+#: Of a study of these facts.
+SIZES = Sizes(
+    lens=4, tuned=3, erasure=3, locate=3, injection=4, edits=4, draws=1, strengths=(1.0, 4.0)
+)
 
 
 def tiny_fact(first_hop, prompt):

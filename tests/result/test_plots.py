@@ -29,49 +29,43 @@ def grid():
     )
 
 
+def heatmap(array, x="position", title="t", **more):
+    return plots.heatmap(array, x=x, y="layer", title=title, **more)
+
+
 def scale(figure):
     axis = figure.layout.coloraxis
     return axis.cmin, axis.cmax
 
 
 def test_heatmap_draws_the_values_given(grid):
-    figure = plots.heatmap(
-        grid, x="position", y="layer", title="t", colours=Colours("effect (nats)")
-    )
+    figure = heatmap(grid, colours=Colours("effect (nats)"))
     np.testing.assert_array_equal(figure.data[0].z, grid.values)
     turned = plots.heatmap(grid, x="layer", y="position", title="t")
     np.testing.assert_array_equal(turned.data[0].z, grid.values.T)
     assert figure.layout.xaxis.title.text == "position"
     assert figure.layout.yaxis.title.text == "layer"
     assert figure.layout.yaxis.autorange != "reversed"
-    assert plots.heatmap(
-        grid, x="position", y="layer", title="t", y_upward=False
-    ).layout.yaxis.autorange == ("reversed")
+    assert heatmap(grid, y_upward=False).layout.yaxis.autorange == "reversed"
 
 
 def test_colours_are_symmetric_with_positive_blue(grid):
-    figure = plots.heatmap(
-        grid, x="position", y="layer", title="t", colours=Colours("effect (nats)")
-    )
+    figure = heatmap(grid, colours=Colours("effect (nats)"))
     assert scale(figure) == (-0.4, 0.4)
     bar = figure.layout.coloraxis.colorbar.title.text
     assert "effect (nats)" in bar and "blue: positive" in bar
     colours = figure.layout.coloraxis.colorscale
     red, _, blue = (int(part) for part in colours[-1][1].removeprefix("rgb(")[:-1].split(","))
     assert blue > red, "the high end is blue"
-    moved = plots.heatmap(grid, x="position", y="layer", title="t", colours=Colours(midpoint=1.0))
+    moved = heatmap(grid, colours=Colours(midpoint=1.0))
     low, high = scale(moved)
     assert (low + high) / 2 == pytest.approx(1.0) and low == pytest.approx(-0.4)
     assert "above 1" in moved.layout.coloraxis.colorbar.title.text
-    assert scale(
-        plots.heatmap(grid, x="position", y="layer", title="t", colours=Colours(high=2.0))
-    ) == (-2.0, 2.0)
+    assert scale(heatmap(grid, colours=Colours(high=2.0))) == (-2.0, 2.0)
 
 
 def test_white_stays_at_the_midpoint_between_unequal_ends(grid):
-    figure = plots.heatmap(
-        grid, x="position", y="layer", title="t", colours=Colours(low=-0.1, high=0.3)
-    )
+    figure = heatmap(grid, colours=Colours(low=-0.1, high=0.3))
     assert scale(figure) == (-0.1, 0.3)
     shades = figure.layout.coloraxis.colorscale
     place, colour = min(shades, key=lambda shade: abs(shade[0] - 0.25))  # 0 lies a quarter up
@@ -80,9 +74,7 @@ def test_white_stays_at_the_midpoint_between_unequal_ends(grid):
 
 
 def test_sequential_scale_starts_at_zero(grid):
-    figure = plots.heatmap(
-        abs(grid), x="position", y="layer", title="t", colours=Colours(sequential=True)
-    )
+    figure = heatmap(abs(grid), colours=Colours(sequential=True))
     assert scale(figure) == (0.0, 0.4)
     assert "darker: higher" in figure.layout.coloraxis.colorbar.title.text
 
@@ -90,19 +82,12 @@ def test_sequential_scale_starts_at_zero(grid):
 @pytest.mark.parametrize("fill", [0.0, np.nan])
 def test_flat_and_empty_heatmaps_have_a_scale(grid, fill):
     for sequential in (False, True):
-        figure = plots.heatmap(
-            xr.full_like(grid, fill),
-            x="position",
-            y="layer",
-            title="t",
-            colours=Colours(sequential=sequential),
-        )
-        low, high = scale(figure)
+        low, high = scale(heatmap(xr.full_like(grid, fill), colours=Colours(sequential=sequential)))
         assert low < high
 
 
 def test_equal_tokens_stay_apart_and_markup_is_escaped(grid):
-    figure = plots.heatmap(grid, x="position", y="layer", title="a < b")
+    figure = heatmap(grid, title="a < b")
     assert list(figure.layout.xaxis.ticktext) == ["&lt;s&gt; 0", " of 1", " of 2"]
     assert len(set(figure.data[0].x)) == 3
     assert "a &lt; b" in figure.layout.title.text
@@ -115,7 +100,7 @@ def test_heads_are_named_by_layer_and_head():
     array = xr.DataArray(
         np.arange(6.0).reshape(2, 3), dims=("layer", "head"), coords={"layer": [4, 7]}
     )
-    figure = plots.heatmap(array, x="head", y="layer", title="t")
+    figure = heatmap(array, x="head")
     assert figure.data[0].customdata[1][2].startswith("L7H2<br>")
     array = array.assign_coords(head=[0, 1, 2])
     assert plots.axis_labels(array, "head") == ["H0", "H1", "H2"]
@@ -125,7 +110,7 @@ def test_heads_are_named_by_layer_and_head():
 def test_hover_has_the_value_and_the_further_arrays(grid):
     n = xr.DataArray([7, 9], dims="layer", coords={"layer": [0, 1]})
     lower = (grid - 0.123456789).transpose("position", "layer")
-    figure = plots.heatmap(grid, x="position", y="layer", title="t", hover={"n": n, "lower": lower})
+    figure = heatmap(grid, hover={"n": n, "lower": lower})
     text = figure.data[0].customdata[1][0]
     assert text == "position: &lt;s&gt; 0<br>layer: 1<br><b>0</b><br>n: 9<br>lower: -0.123457"
 
@@ -136,7 +121,7 @@ def test_facets_share_one_scale_and_keep_their_order():
         dims=("component", "layer", "position"),
         coords={"component": ["resid", "attn", "mlp", "q", "k"]},
     )
-    figure = plots.heatmap(array, x="position", y="layer", facet="component", title="t")
+    figure = heatmap(array, facet="component")
     notes = [note.text for note in figure.layout.annotations]
     assert notes == ["residual stream", "attn", "mlp", "q", "k"]
     assert {trace.coloraxis for trace in figure.data} == {"coloraxis"}
@@ -146,11 +131,11 @@ def test_facets_share_one_scale_and_keep_their_order():
 
 def test_heatmap_refuses_what_it_cannot_draw(grid):
     with pytest.raises(ValueError, match=r"has dimensions .* select or average"):
-        plots.heatmap(grid.expand_dims(head=2), x="position", y="layer", title="t")
+        heatmap(grid.expand_dims(head=2))
     with pytest.raises(ValueError, match="low < high"):
-        plots.heatmap(grid, x="position", y="layer", title="t", colours=Colours(low=1.0, high=0.0))
+        heatmap(grid, colours=Colours(low=1.0, high=0.0))
     with pytest.raises(ValueError, match="needs numbers"):
-        plots.heatmap(grid.astype(str), x="position", y="layer", title="t")
+        heatmap(grid.astype(str))
 
 
 @pytest.fixture
@@ -225,17 +210,17 @@ def test_frames_that_cannot_be_drawn_are_refused(draw, curve):
 
 
 def test_long_titles_are_broken(grid):
-    figure = plots.heatmap(grid, x="position", y="layer", title="word " * 40)
+    figure = heatmap(grid, title="word " * 40)
     assert figure.layout.title.text.count("<br>") == 2
-    narrow = plots.heatmap(grid, x="position", y="layer", title="word " * 40, width=430)
+    narrow = heatmap(grid, title="word " * 40, width=430)
     assert max(map(len, narrow.layout.title.text.split("<br>"))) <= 50
-    short = plots.heatmap(grid, x="position", y="layer", title="word")
+    short = heatmap(grid, title="word")
     assert figure.layout.margin.t > short.layout.margin.t
 
 
 def test_layout_is_the_callers(grid, curve):
     drawn = [
-        plots.heatmap(grid, x="position", y="layer", title="t", width=500, template="plotly_dark"),
+        heatmap(grid, width=500, template="plotly_dark"),
         plots.lines(curve[:3], x="layer", y="value", title="t", width=500, template="plotly_dark"),
         plots.bars(curve[:3], x="layer", y="value", title="t", width=500, template="plotly_dark"),
     ]
@@ -262,7 +247,7 @@ def test_ink_is_the_templates(grid, curve):
     try:
         pio.templates.default = "plotly_dark"
         drawn = [
-            plots.heatmap(grid, x="position", y="layer", title="t"),
+            heatmap(grid),
             plots.lines(curve[:3], x="layer", y="value", title="t", references={"clean": 0.2}),
             plots.bars(curve[:3], x="layer", y="value", interval=("lower", "upper"), title="t"),
         ]
@@ -278,9 +263,7 @@ def test_ink_is_the_templates(grid, curve):
 
 def test_tokens_are_escaped_once_wherever_they_stand(grid):
     lines = xr.concat([grid, grid], dim="layer").assign_coords(layer=[0, 1, 2, 3])
-    panels = plots.heatmap(
-        lines.expand_dims(head=[0, 1]), x="head", y="layer", facet="position", title="t"
-    )
+    panels = heatmap(lines.expand_dims(head=[0, 1]), x="head", facet="position")
     assert panels.layout.annotations[0].text == "&lt;s&gt; 0"
     frame = pd.DataFrame({"token": ["<s> 0"], "value": [1.0]})
     bars = plots.bars(frame, x="token", y="value", title="t")
@@ -292,7 +275,7 @@ def test_tokens_are_escaped_once_wherever_they_stand(grid):
 
 def test_zero_has_no_sign(grid):
     array = xr.full_like(grid, -0.0)
-    figure = plots.heatmap(array, x="position", y="layer", title="t")
+    figure = heatmap(array)
     assert not np.signbit(figure.data[0].z).any()
     assert "<b>0</b>" in figure.data[0].customdata[0][0]
     frame = pd.DataFrame({"x": [0, 1], "y": [-0.0, 1.0], "low": [-0.0, 0.5], "high": [0.2, 1.5]})
@@ -309,7 +292,7 @@ def test_zero_has_no_sign(grid):
 
 def test_names_are_spelled_out(grid):
     array = grid.rename(position="kv_head").drop_vars("token")
-    figure = plots.heatmap(array, x="kv_head", y="layer", title="t")
+    figure = heatmap(array, x="kv_head")
     assert figure.layout.xaxis.title.text == "key/value head"
     frame = pd.DataFrame({"set": ["other_order", "Other_Order"], "p": [1.0, 0.5]})
     drawn = plots.bars(frame, x="set", y="p", title="t")
@@ -318,7 +301,7 @@ def test_names_are_spelled_out(grid):
 
 def test_the_colour_bars_title_stands_above_its_ticks(grid):
     label = "change of the logit difference (logits)"
-    figure = plots.heatmap(grid, x="position", y="layer", title="t", colours=Colours(label))
+    figure = heatmap(grid, colours=Colours(label))
     title = figure.layout.coloraxis.colorbar.title
     assert title.side == "top"
     assert all(len(line) <= 18 for line in title.text.split("<br>"))
@@ -330,7 +313,7 @@ def test_figures_become_pictures(grid, tmp_path):
     pytest.importorskip("kaleido")
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
-    figure = plots.heatmap(grid, x="position", y="layer", title="t", width=300, height=200)
+    figure = heatmap(grid, width=300, height=200)
     (tmp_path / "figure.json").write_text(figure.to_json())
     code = (
         "import plotly.io as pio\n"
@@ -349,7 +332,7 @@ def test_figures_become_pictures(grid, tmp_path):
 
 
 def test_html_leaves_plotlyjs_to_the_page(grid):
-    figure = plots.heatmap(grid, x="position", y="layer", title="t")
+    figure = heatmap(grid)
     html = plots.to_html(figure, div_id="first")
     assert 'id="first"' in html and "<html" not in html and len(html) < 50_000
     assert plots.to_html(figure, div_id="first") == html

@@ -90,25 +90,25 @@ def test_nonfinite_numbers_are_refused_with_their_place():
         )
 
 
-def test_bad_parts_are_refused():
-    with pytest.raises(ValueError, match="not a baseline"):
-        Result.from_arrays({}, baselines={"b": ("example", [1.0])}, provenance={})
-    with pytest.raises(ValueError, match=r"units for \['q'\]"):
-        Result.from_arrays({"p": ("example", [1.0])}, units={"q": "nats"}, provenance={})
-    with pytest.raises(ValueError, match="both value and baseline"):
-        Result.from_arrays(
-            {"p": ("example", [1.0])}, baselines={"p": ("example", [1.0])}, provenance={}
-        )
-    with pytest.raises(ValueError, match="rename one"):
-        Result.from_arrays({"layer": (("layer",), [1.0])}, provenance={})
-    with pytest.raises(ValueError, match="layer"):
-        Result.from_arrays({"p": ("layer", [1.0]), "q": ("layer", [1.0, 2.0])}, provenance={})
-    with pytest.raises(ValueError, match="provenance has to be JSON"):
-        Result.from_arrays({"p": ("layer", [1.0])}, provenance={"x": object()})
-    with pytest.raises(ValueError, match=r"names \['p/q'\] have a slash"):
-        Result.from_arrays({"p/q": ("layer", [1.0])}, provenance={})
-    with pytest.raises(ValueError, match="complex"):
-        Result.from_arrays({"p": ("layer", [1j])}, provenance={})
+ONE = ("layer", [1.0])
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "message"),
+    [
+        ({}, {"baselines": {"b": ONE}}, "not a baseline"),
+        ({"p": ONE}, {"units": {"q": "nats"}}, r"units for \['q'\]"),
+        ({"p": ONE}, {"baselines": {"p": ONE}}, "both value and baseline"),
+        ({"layer": ONE}, {}, "rename one"),
+        ({"p": ONE, "q": ("layer", [1.0, 2.0])}, {}, "layer"),
+        ({"p": ONE}, {"provenance": {"x": object()}}, "provenance has to be JSON"),
+        ({"p/q": ONE}, {}, r"names \['p/q'\] have a slash"),
+        ({"p": ("layer", [1j])}, {}, "complex"),
+    ],
+)
+def test_bad_parts_are_refused(values, more, message):
+    with pytest.raises(ValueError, match=message):
+        Result.from_arrays(values, **{"provenance": {}, **more})
 
 
 def test_describe_counts_the_used_and_the_reasons():

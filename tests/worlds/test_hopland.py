@@ -47,7 +47,7 @@ def test_splits_mean_what_they_say(world):
         if split == "train":
             trained.update(keys)
     assert not trained & world.barred
-    seen = [f for f in world.two_hop_facts("seen_parts")]
+    seen = world.two_hop_facts("seen_parts")
     inside = sum(
         (f.subject, f.relation1) in trained and (f.bridge, f.relation2) in trained for f in seen
     )

@@ -25,6 +25,12 @@ RECIPE = Recipe(
 )
 
 
+def sampler_of(family, **changes):
+    """(tokenizer, sampler) of the small recipe with some changes."""
+    tokenizer = build_tokenizer(SMALL, family)
+    return tokenizer, Sampler(SMALL, tokenizer, replace(RECIPE, **changes))
+
+
 @pytest.fixture(scope="module", params=[pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def trained(request):
     return request.param, *train(SMALL, request.param, RECIPE, progress=False, log_every=5)
@@ -44,8 +50,7 @@ def test_tokenizer_gives_every_text_back(family):
 
 @pytest.mark.slow
 def test_batches_score_answers_and_their_end_only():
-    tokenizer = build_tokenizer(SMALL, "gpt2")
-    sampler = Sampler(SMALL, tokenizer, RECIPE)
+    tokenizer, sampler = sampler_of("gpt2")
     names = {o.object for o in SMALL.facts.values()}
     seen, totals = 0, set()
     for tokens, where, targets, total in sampler.micro_batches():
@@ -64,18 +69,16 @@ def test_batches_score_answers_and_their_end_only():
 
 @pytest.mark.slow
 def test_batches_hold_the_shares_asked_for():
-    tokenizer = build_tokenizer(SMALL, "gpt2")
-    recipe = replace(RECIPE, batch_size=2000, texts=Texts(1.0, (0.0, 1.0, 0.0), context=0.0))
-    sampler = Sampler(SMALL, tokenizer, recipe)
-    prefix = {tuple(t) for t in sampler.pools[True, FORMS[1]].tokens}
+    texts = Texts(1.0, (0.0, 1.0, 0.0), context=0.0)
+    _, sampler = sampler_of("gpt2", batch_size=2000, texts=texts)
+    prefix = {tuple(t) for t, _ in sampler.pools["composed", FORMS[1]]}
     assert {tuple(t) for t, _ in sampler.draw()} <= prefix
 
 
 @pytest.mark.slow
 def test_in_an_apposition_the_bridge_follows_its_description():
-    tokenizer = build_tokenizer(SMALL, "llama")
-    recipe = replace(RECIPE, batch_size=400, texts=Texts(1.0, context=0.0, apposed=0.5))
-    sampler = Sampler(SMALL, tokenizer, recipe)
+    texts = Texts(1.0, context=0.0, apposed=0.5)
+    tokenizer, sampler = sampler_of("llama", batch_size=400, texts=texts)
     facts = SMALL.two_hop_facts("train")
     plain = {f"{p} {f.answer}." for f in facts for p in f.prompts.values()}
     drawn = [tokenizer.decode(tokens[1:]).strip() for tokens, _ in sampler.draw()]
@@ -90,8 +93,7 @@ def test_in_an_apposition_the_bridge_follows_its_description():
 
 @pytest.mark.slow
 def test_with_appositions_all_tokens_are_scored():
-    tokenizer = build_tokenizer(SMALL, "gpt2")
-    sampler = Sampler(SMALL, tokenizer, replace(RECIPE, texts=Texts(apposed=0.5)))
+    _, sampler = sampler_of("gpt2", texts=Texts(apposed=0.5))
     for tokens, where, targets, _ in sampler.micro_batches():
         flat = tokens.reshape(-1)
         assert torch.equal(flat[where + 1], targets)
@@ -101,9 +103,8 @@ def test_with_appositions_all_tokens_are_scored():
 
 @pytest.mark.slow
 def test_a_short_name_is_one_word_of_the_bridge():
-    tokenizer = build_tokenizer(SMALL, "gpt2")
     texts = Texts(1.0, context=0.0, apposed=1.0, short=True)
-    sampler = Sampler(SMALL, tokenizer, replace(RECIPE, batch_size=400, texts=texts))
+    tokenizer, sampler = sampler_of("gpt2", batch_size=400, texts=texts)
     facts = SMALL.two_hop_facts("train")
     whole = {f.bridge for f in facts}
     words = {word for bridge in whole for word in bridge.split()}

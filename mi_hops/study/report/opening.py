@@ -29,10 +29,11 @@ class Opening:
     examples: Table | None
 
 
-def opening(study: Study, gap: Gap | None) -> Opening:
+def opening(study: Study) -> Opening:
     """What a reader has to know before the first number."""
-    settings = study.settings
-    return Opening(_model(settings), _world(settings, gap), None if gap is None else _asked(gap))
+    gap: Any = study.result("gap")
+    model, world = _model(study.settings), _world(study.settings, gap)
+    return Opening(model, world, None if gap is None else _asked(gap))
 
 
 def made_up(gap: Gap) -> bool:

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mi_hops.reasoning.gap import Gap
 from mi_hops.result.files import replacing
 from mi_hops.study.numbers import figures
 from mi_hops.study.parts import Block, Text
 from mi_hops.study.report.describe import describe
 from mi_hops.study.report.opening import opening
 from mi_hops.study.steps import steps_of
-from mi_hops.study.study import Study
+from mi_hops.study.study import Study, require_finished
 from mi_hops.study.summary import headlines
 from mi_hops.study.trust import how_far
 
@@ -66,11 +65,7 @@ def write_report(study: Study, path: str | Path | None = None, *, overwrite: boo
         'report.html'
     """
     path = study.folder / "report.html" if path is None else Path(path)
-    if not study.summary:
-        raise ValueError(
-            f"the study in {study.folder} is not finished (no summary.json); run it again to resume "
-            "it, then write the report"
-        )
+    require_finished(study, "write the report")
     with replacing(path, suffix=".html", overwrite=overwrite) as partial:
         partial.write_text(_page(study), encoding="utf-8", newline="\n")
     return path
@@ -78,13 +73,12 @@ def write_report(study: Study, path: str | Path | None = None, *, overwrite: boo
 
 def _page(study: Study) -> str:
     places = {step.name: step.shown_in or step.name for step in steps_of(study)}
-    gap = study.result("gap") if "gap" in study.settings["steps"] else None
     return render(
         "report.html.jinja",
         title=f"Two-hop questions: {study.settings['model']}",
         found="What was found",
         model=study.settings["model"],
-        opening=opening(study, gap if isinstance(gap, Gap) else None),
+        opening=opening(study),
         headlines=[(places[step], line) for step, line in headlines(study.summary) if line.text],
         about=_about(study.settings, study.summary["made_with"]),
         settings=_settings(study.settings, study.records, study.budget),
@@ -169,8 +163,9 @@ def _about(
     if processing != "none":
         processing += " (norms folded into the weights, these centred)"
     limit = "" if settings["limit"] is None else f" (limit {settings['limit']})"
+    weights = f", {settings['weights']}" if "weights" in settings else ""
     return [
-        ("Model", f"{settings['model']} (weights {settings['fingerprint']}{_made(settings)})"),
+        ("Model", f"{settings['model']} (weights {settings['fingerprint']}{weights})"),
         ("Facts", f"n = {settings['n_facts']}{limit}; {settings['facts']['report']}"),
         ("Precision", f"{settings['dtype']} on {settings['device']}"),
         ("Backend", f"{settings['backend']}; weight processing: {processing}"),
@@ -178,10 +173,6 @@ def _about(
         ("BOS", "before every prompt" if settings["bos"] else "not prepended"),
         ("Versions", made),
     ]
-
-
-def _made(settings: Mapping[str, Any]) -> str:
-    return f", {settings['weights']}" if "weights" in settings else ""
 
 
 def _settings(

@@ -22,7 +22,6 @@ from mi_hops.reasoning.sets import Known, build_sets
 from mi_hops.result.result import Result
 from mi_hops.study.choose import (
     CHOICE_RULE,
-    ESTIMATED,
     IDENTITY,
     MOST_STARTS,
     STRENGTHS,
@@ -65,7 +64,7 @@ _WITHOUT_C = (
 _COUNTS = ("zero_before", "cases_used", "cases_skipped")
 
 #: Set of queries -> its name on the page, and what it asks.
-_SETS = {
+SETS = {
     "correction": ("correction", "the failed question itself, in the form that was repaired"),
     "paraphrase": ("paraphrase", "its other wordings: other order, question form, paraphrases"),
     "other_order": ("other order", "the part of the paraphrases that is the other template order"),
@@ -136,7 +135,7 @@ class Editing(Step):
         edits, draws = asked.most(size.edits), size.draws
         tried = edits // _CHOOSING * MOST_STARTS * sum(map(len, STRENGTHS.values()))
         made = 2 * len(CONTEXTS) * (tried + edits * len(STRENGTHS))
-        scored = edits * (1 + len(STRENGTHS)) * (len(_SETS) + 4 * draws)
+        scored = edits * (1 + len(STRENGTHS)) * (len(SETS) + 4 * draws)
         rows = made + tried * (1 + draws) + 2 * scored
         return Work(rows, rows * asked.question + scored * ANSWER)
 
@@ -294,10 +293,7 @@ def _choose(
                 "n_kept": len(unrelated),
             }
         )
-    chosen = {
-        kind: choose_edit([c for c in candidates if c["kind"] == kind])
-        for kind in (IDENTITY, ESTIMATED)
-    }
+    chosen = {kind: choose_edit([c for c in candidates if c["kind"] == kind]) for kind in STRENGTHS}
     rule = {"rule": CHOICE_RULE, "n_choose": len(cases), "located": located}
     return {**rule, "candidates": candidates, "chosen": chosen}
 
@@ -425,7 +421,7 @@ def _relative(scores: Mapping[str, Any]) -> Table:
 
 def _asked(evaluation: Evaluation) -> Table:
     rows = [
-        [*_SETS.get(name, (name, "")), count.describe()]
+        [*SETS.get(name, (name, "")), count.describe()]
         for name, count in evaluation.counts().items()
     ]
     title = "What each set asks, and of how many cases"
@@ -484,4 +480,4 @@ def _words(given: Mapping[str, Any]) -> str:
 
 
 def _name(name: str) -> str:
-    return _SETS[name][0] if name in _SETS else name
+    return SETS[name][0] if name in SETS else name

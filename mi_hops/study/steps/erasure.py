@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.reasoning.erasure import erase_bridge
@@ -16,9 +16,6 @@ from mi_hops.study.numbers import Headline, layers, mean, number, number_headlin
 from mi_hops.study.parts import Block, Figure, Table, Text, curves, frame, panel, used
 from mi_hops.study.step import Asked, Step, Work
 from mi_hops.study.steps.lens import PLACES
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 _VARIANTS = {"published": "published form", "exact": "exact form"}
 _CHANGED = "layer whose output is changed"
@@ -120,10 +117,13 @@ class Erasure(Step):
             yield Text(text, style="note")
         yield _erased(result, summary["clean"])
         difference = result.difference_ci("control", variable="bridge")
-        places = result["position"].values.tolist()
-        panels = [
-            (f"At the {PLACES[p]}", _less_control(difference.sel(position=p))) for p in places
-        ]
+        panels = []
+        for place in result["position"].values.tolist():
+            data = frame(difference.sel(position=place))
+            data["variant"] = data["variant"].map(_VARIANTS)
+            label = "difference of P(answer)"
+            plot = curves([data], group="variant", x_label=_CHANGED, y_label=label, zero=True)
+            panels.append((f"At the {PLACES[place]}", plot))
         yield Figure(
             "Bridge erased minus control",
             panels,
@@ -152,10 +152,7 @@ def _erased(result: Result, clean: Mapping[str, Any]) -> Figure:
     panels = []
     for place in result["position"].values.tolist():
         parts = [
-            frame(
-                ends[name].sel(variant=variant, position=place),
-                erased=f"{words}, {variant}",
-            )
+            frame(ends[name].sel(variant=variant, position=place), erased=f"{words}, {variant}")
             for variant in variants
             for name, (words, _) in colours.items()
         ]
@@ -186,18 +183,11 @@ def _erased(result: Result, clean: Mapping[str, Any]) -> Figure:
     )
 
 
-def _less_control(intervals: Any) -> go.Figure:
-    data = frame(intervals)
-    data["variant"] = data["variant"].map(_variant)
-    label = "difference of P(answer)"
-    return curves([data], group="variant", x_label=_CHANGED, y_label=label, zero=True)
-
-
 def _costs(cells: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for cell in cells:
         below, change = cell["layers_below_zero"], cell["bridge_minus_control"]
-        names = [_variant(cell["variant"]), PLACES[cell["position"]]]
+        names = [_VARIANTS[cell["variant"]], PLACES[cell["position"]]]
         where = [layers(below) if below else "none", str(cell["layer"])]
         rows.append([*names, *where, number(change, n=False), str(change["n"])])
     columns = ["form", "position", "interval below zero at", "largest at layer"]
@@ -209,7 +199,3 @@ def _costs(cells: Sequence[Mapping[str, Any]]) -> Table:
         note="The layer with the largest cost is chosen on one half of the questions; the last "
         "two columns are its difference of P(answer), 95% interval and n on the other half.",
     )
-
-
-def _variant(name: str) -> str:
-    return _VARIANTS.get(name, name)

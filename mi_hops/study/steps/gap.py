@@ -79,7 +79,9 @@ class GapStep(Step):
             "by_score": {
                 score: _shares(result.scored_by(score).frame) for score in get_args(Score)
             },
-            "known_in_any_form": share_of(_known_in_any(result)),
+            "known_in_any_form": share_of(
+                result[result.score].drop_sel(asked="two_hop").max("form").min("asked").values
+            ),
             "by_relations": _by_relations(result),
             "skipped_facts": len(result.skipped),
         }
@@ -164,7 +166,7 @@ def _examples(gap: Gap) -> Iterator[Table]:
         said = (asked["said_first"], asked["said_second"], asked["said"])
         correct = [bool(asked[hop]) for hop in HOPS]
         cells = [
-            f"{prompt} {_said(text)} {_mark(ok, want)}"
+            f"{prompt} “{text}”{'' if text else ' (nothing)'} {'✓' if ok else f'→ {want}'}"
             for (prompt, want), text, ok in zip(_asked(fact, gap, lead), said, correct, strict=True)
         ]
         other = "–" if len(gap.forms) < 2 else _YES[bool(asked["other_form"])]
@@ -198,14 +200,6 @@ def _asked(fact: TwoHopFact, gap: Gap, lead: str) -> Iterator[tuple[str, str]]:
     yield own(fact.prompt(gap.form)), fact.answer
 
 
-def _said(text: str) -> str:
-    return f"“{text}”" if text else "“” (nothing)"
-
-
-def _mark(correct: bool, wanted: str) -> str:
-    return "✓" if correct else f"→ {wanted}"
-
-
 def _lead(gap: Gap) -> str:
     """The worked examples before the first fact's prompts."""
     return " / ".join(gap.facts[0].prompt(gap.form).split("\n")[:-1])
@@ -229,11 +223,6 @@ def _none_known(summary: Mapping[str, Any]) -> str:
         "there is no gap to study: the steps below have nothing to work on. What was asked and said "
         f"stands above. What may help: {'; '.join(ways)}."
     )
-
-
-def _known_in_any(gap: Gap) -> Any:
-    correct = gap[gap.score].drop_sel(asked="two_hop")
-    return correct.max("form").min("asked").values
 
 
 def _shares(frame: pd.DataFrame) -> dict[str, Any]:

@@ -32,24 +32,13 @@ from mi_hops.study.numbers import (
     share_of,
     sign,
 )
-from mi_hops.study.parts import (
-    FAINT,
-    STRONG,
-    Block,
-    Figure,
-    Table,
-    Text,
-    bars,
-    heatmap,
-    row,
-    used,
-)
+from mi_hops.study.parts import FAINT, STRONG, Block, Figure, Table, Text, bars, heatmap, row, used
 from mi_hops.study.step import Asked, Step, Work
 
 _SCORE = "first_correct"
 _METRICS = (_SCORE, "first_prob", "first_logprob", "rank")
 _PLACE = "first hop"
-_MEMORIES = {
+MEMORIES = {
     "bridge": "the bridge",
     "random_word": "random words",
     "permuted_bridge": "another fact's bridge",
@@ -265,7 +254,7 @@ def _memories(result: Result, cell: Mapping[str, Any]) -> Iterator[Figure | Tabl
     n, table = result.data.sizes["example"], _report(result)
     left = left_out(count_reasons(result.skipped))
     records = [
-        (name, label, table.loc[name]) for name, label in _MEMORIES.items() if name in table.index
+        (name, label, table.loc[name]) for name, label in MEMORIES.items() if name in table.index
     ]
     rows = [row(share_of(result[f"{_SCORE}_before"].values), injected="nothing")]
     rows += [row(_ends(record, "correct"), injected=label) for _, label, record in records]
@@ -276,7 +265,7 @@ def _memories(result: Result, cell: Mapping[str, Any]) -> Iterator[Figure | Tabl
     encoding = _ENCODINGS.get(cell["encoding"], cell["encoding"])
     where = f"{_place(cell)}, strength {cell['strength']:g}, encoding “{encoding}”"
     if plot is not None:
-        colours = [STRONG if r["injected"] == _MEMORIES["bridge"] else FAINT for r in rows]
+        colours = [STRONG if r["injected"] == MEMORIES["bridge"] else FAINT for r in rows]
         plot.update_traces(marker_color=colours)
         yield Figure(
             "Reporting half: the chosen cell beside its controls",

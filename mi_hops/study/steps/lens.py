@@ -78,11 +78,10 @@ class Lens(Step):
                 chosen = np.subtract(*(bridge[side & half].mean(0) for side in sides))[1:]
                 layer = 1 + int(chosen.argmax())
                 reported = [bridge[side & ~half, layer] for side in sides]
-                value, low, high = (float(x) for x in difference_ci(*reported))
                 entry["passed_minus_failed"] = {
                     "layer": layer,
                     "on_choosing_half": float(chosen.max()),
-                    **estimate(value, low, high, len(reported[0])),
+                    **estimate(*difference_ci(*reported), len(reported[0])),
                     "n_other": len(reported[1]),
                 }
         return found
@@ -156,8 +155,7 @@ def read_groups(run: Run, lens: LensLike) -> Result:
     label: dict[str, str] = {}
     facts = []
     for name, group in groups.items():
-        most = run.settings.size.lens
-        facts += run.draw(group, most, f"lens {name}")
+        facts += run.draw(group, run.settings.size.lens, f"lens {name}")
         label |= {fact.id: name for fact in group}
     if not facts:
         raise Skip(run.none_known)
@@ -165,6 +163,12 @@ def read_groups(run: Run, lens: LensLike) -> Result:
     names = [label[i] for i in result["example"].values.tolist()]
     title = "Bridge and answer in the lens"
     return result.assign(coords={"group": ("example", names)}, title=title, main="prob")
+
+
+def shown_group(result: Result) -> tuple[str, np.ndarray]:
+    """The answered questions where there are any, else all: what they are called, and which."""
+    passed = result["group"].values == "passed"
+    return (GROUPS["passed"], passed) if passed.any() else (GROUPS["failed"], ~passed)
 
 
 def reading(asked: Asked) -> Work:

@@ -17,7 +17,7 @@ from mi_hops.study.parts import Block, Figure, Table, Text, heatmap, used
 from mi_hops.study.step import Asked, Step, Work
 from mi_hops.study.steps.lens import PLACES
 
-_KINDS = {"attn_out": "Attention output", "mlp_out": "MLP output", "resid_post": "Block output"}
+KINDS = {"attn_out": "Attention output", "mlp_out": "MLP output", "resid_post": "Block output"}
 
 
 class Locate(Step):
@@ -42,7 +42,7 @@ class Locate(Step):
     def work(self, asked: Asked) -> Work:
         """Every kind of module at two positions of every layer."""
         most = asked.most(asked.settings.size.locate)
-        return asked.swept(most * asked.n_layers * 2 * len(_KINDS))
+        return asked.swept(most * asked.n_layers * 2 * len(KINDS))
 
     def summarise(self, result: Result, study: Folder) -> dict[str, Any]:
         """The located layers, and the strongest cell of each kind of module."""
@@ -60,51 +60,43 @@ class Locate(Step):
                 "layer": int(at["layer"]),
                 "effect": estimate(*(at[k].item() for k in ("estimate", "lower", "upper", "n"))),
             }
-        baselines = {name: mean(result[name].values) for name in ("clean", "guide")}
-        located = located_layers(result)
         return {
-            **baselines,
-            "located_layers": located,
+            **{name: mean(result[name].values) for name in ("clean", "guide")},
+            "located_layers": located_layers(result),
             "above_others": _above_others(result),
             "cells": cells,
         }
 
     def headlines(self, entry: dict[str, Any], left_out: dict[str, int]) -> Iterator[Headline]:
         """The located layers."""
-        located, n = entry["located_layers"], f"n = {entry['clean']['n']}"
+        located, above = entry["located_layers"], entry["above_others"]
+        where, n = layers(located).replace(" to ", "–"), f"n = {entry['clean']['n']}"
         if not located:
+            where = "none"
             text = "No layer's attention output, taken from the second hop, raises the answer."
-            yield Headline("layers located", "none", n, text)
-            return
-        where, above = layers(located).replace(" to ", "–"), entry["above_others"]
-        if above is None:
+        elif above is None:
             text = (
                 "are where attention output at the last token, taken from the second hop by itself, "
                 "raises the answer of failed questions most; with no others to compare them with, that "
                 "says little."
             )
-            yield Headline("layers located", where, n, text)
-            return
-        chosen, how = layers(above["layers"]), number(above)
-        if sign(above) > 0:
-            carries = (
-                "carries the second hop: its"
-                if len(located) == 1
-                else "carry the second hop: their"
-            )
+        elif sign(above) > 0:
+            one = len(located) == 1
             text = (
-                f"{carries} attention output at the last token, taken from the second hop by itself, "
-                "raises the answer of failed questions most. Against the other layers P(answer) changes "
-                f"by {how} ({chosen} chosen on one half of the questions, measured on the other)."
+                f"{'carries' if one else 'carry'} the second hop: {'its' if one else 'their'} attention "
+                "output at the last token, taken from the second hop by itself, raises the answer of "
+                "failed questions most. Against the other layers P(answer) changes by "
+                f"{number(above)} ({layers(above['layers'])} chosen on one half of the questions, "
+                "measured on the other)."
             )
-            yield Headline("layers located", where, n, text)
-            return
-        text = (
-            f"carries the second hop: {layers(located)} have the largest mean effect, but it does not "
-            f"stand out. Located on one half of the questions, {chosen} change P(answer) on the other "
-            f"half by {how} against the other layers."
-        )
-        yield Headline("layers located", "no clear layer", f"{n}; largest at {where}", text)
+        else:
+            text = (
+                f"carries the second hop: {layers(located)} have the largest mean effect, but it does "
+                f"not stand out. Located on one half of the questions, {layers(above['layers'])} change "
+                f"P(answer) on the other half by {number(above)} against the other layers."
+            )
+            where, n = "no clear layer", f"{n}; largest at {where}"
+        yield Headline("layers located", where, n, text)
 
     def section(self, result: Result, study: Folder) -> Iterator[Block]:
         """A map of the effects of each kind of module."""
@@ -127,20 +119,18 @@ class Locate(Step):
         # One scale for all kinds, so that colours compare.
         extent = float(abs(ends["estimate"]).max()) or 1.0
         columns = ends["position"].values.tolist()
+        rows = ends["layer"].values.tolist()
+        boxes = [(rows.index(i), columns.index("last")) for i in located if "last" in columns]
         panels = []
         for kind in cells:
-            boxes = []
-            if kind == "attn_out" and "last" in columns:
-                rows = ends["layer"].values.tolist()
-                boxes = [(rows.index(i), columns.index("last")) for i in located]
             plot = heatmap(
                 ends.sel(kind=kind),
                 x="position",
                 limits=(-extent, extent),
                 colour_label="change of P(answer)",
-                boxes=boxes,
+                boxes=boxes if kind == "attn_out" else [],
             )
-            panels.append((_KINDS.get(kind, kind), plot))
+            panels.append((KINDS.get(kind, kind), plot))
         yield Figure(
             "Change of P(answer) when one module is replaced",
             panels,
@@ -163,7 +153,7 @@ class Locate(Step):
             ("module", "position", "layer", "change of P(answer)", "n"),
             [
                 [
-                    _KINDS.get(kind, kind),
+                    KINDS.get(kind, kind),
                     PLACES[cell["position"]],
                     str(cell["layer"]),
                     number(cell["effect"], n=False),

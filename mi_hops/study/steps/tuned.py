@@ -19,12 +19,12 @@ from mi_hops.study.numbers import Headline, figures, mean
 from mi_hops.study.parts import Block, Figure, Table, Text, panel
 from mi_hops.study.step import Asked, Step, Work
 from mi_hops.study.steps.lens import (
-    GROUPS,
     PLACES,
     comes_first,
     first_table,
     read_groups,
     reading,
+    shown_group,
 )
 from mi_hops.sweep.sample import sample
 
@@ -153,7 +153,7 @@ class Tuned(Step):
             for place in PLACES
             if place in entry
         ]
-        shown, which = _shown(result)
+        shown, which = shown_group(result)
         yield Figure(
             "Median rank in either lens, layer by layer",
             panels,
@@ -188,13 +188,6 @@ def _cells(reading: int) -> int:
     return min(max(int(_WORK / reading), 16), _BATCH)
 
 
-def _shown(result: Result) -> tuple[str, np.ndarray]:
-    """The answered questions where there are any, else all: what they are called, and which."""
-    groups = result["group"].values
-    passed = groups == "passed"
-    return (GROUPS["passed"], passed) if passed.any() else (GROUPS["failed"], groups != "")
-
-
 def _values(result: Result, variable: str, tracked: str, place: str) -> np.ndarray:
     """[example, layer]."""
     found = result[variable].sel(tracked=tracked, position=place)
@@ -203,29 +196,24 @@ def _values(result: Result, variable: str, tracked: str, place: str) -> np.ndarr
 
 def _medians(result: Result, tracked: str, place: str) -> np.ndarray:
     """Median rank by layer, of the questions shown."""
-    return np.median(_values(result, "rank", tracked, place)[_shown(result)[1]], axis=0)
+    return np.median(_values(result, "rank", tracked, place)[shown_group(result)[1]], axis=0)
 
 
 def _best(result: Result, tracked: str, place: str) -> dict[str, Any]:
     medians = _medians(result, tracked, place)[1:]
     medians = medians[:-1] if len(medians) > 1 else medians
     at = int(medians.argmin())
-    n = int(_shown(result)[1].sum())
+    n = int(shown_group(result)[1].sum())
     return {"median_rank": float(medians[at]), "layer": at + 1, "n": n}
 
 
 def _ranks(plain: Result, tuned: Result, tracked: str, place: str) -> go.Figure:
-    rows = [
-        {"layer": layer, "rank": rank, "lens": f"{name} lens"}
+    medians = {
+        f"{name} lens": {"layer": result["layer"].values, "rank": _medians(result, tracked, place)}
         for name, result in (("logit", plain), ("tuned", tuned))
-        for layer, rank in zip(
-            result["layer"].values.tolist(), _medians(result, tracked, place).tolist(), strict=True
-        )
-    ]
+    }
+    data = pd.concat([pd.DataFrame(columns).assign(lens=lens) for lens, columns in medians.items()])
     labels = {"layer": "blocks passed (0 = embedding)", "rank": "median rank"}
-    plot = plots.lines(
-        pd.DataFrame(rows), x="layer", y="rank", group="lens", title="", labels=labels
-    )
-    ranks = [row["rank"] for row in rows]
-    decades = (floor(log10(min(ranks))), max(1, ceil(log10(max(ranks)))))
+    plot = plots.lines(data, x="layer", y="rank", group="lens", title="", labels=labels)
+    decades = (floor(log10(data["rank"].min())), max(1, ceil(log10(data["rank"].max()))))
     return panel(plot).update_yaxes(type="log", dtick=1, exponentformat="none", range=decades)

@@ -66,7 +66,7 @@ class Wordings(Step):
         """The number of worked examples, the forms by what is known, the wording of each relation."""
         best = result[result.provenance["score"]].sel(shots=result.shots)
         wordings = result.wordings
-        n = dict(zip(result["relation"].values.tolist(), result["n"].values.tolist(), strict=True))
+        n = result["n"].to_series().to_dict()
         relations = [
             {
                 "relation": relation,
