@@ -167,16 +167,11 @@ class EditorRepair:
     def __init__(
         self, editor: Callable[..., Sequence[RowEdit]], *, name: str, **options: Any
     ) -> None:
-        self._editor, self._name, self.options = editor, name, options
+        self._editor, self.name, self.options = editor, name, options
 
     def __repr__(self) -> str:
         given = ", ".join(f"{k}={str(v)[:60]}" for k, v in self.options.items())
-        return f"{type(self).__name__}({self._name!r}{', ' * bool(given)}{given})"
-
-    @property
-    def name(self) -> str:
-        """Label in tables."""
-        return self._name
+        return f"{type(self).__name__}({self.name!r}{', ' * bool(given)}{given})"
 
     def fit(self, model: HookedModel, facts: Sequence[Asked]) -> list[RowEdit]:
         """One edit per fact (or request), as the editor makes it."""
