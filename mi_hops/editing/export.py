@@ -140,12 +140,17 @@ def _as_os_error(error: Exception, out: Path) -> Exception:
     return error
 
 
+def checkpoint_path(name_or_path: str | Path) -> str:
+    """What transformers loads a checkpoint from: a bundled model's folder, or what is given."""
+    bundled = CHECKPOINTS / str(name_or_path)
+    return str(bundled if (bundled / "config.json").exists() else name_or_path)
+
+
 def _source(
     model_or_path: HookedModel | str | Path, dtype: torch.dtype | str | None
 ) -> tuple[str, torch.dtype | str | None]:
     if isinstance(model_or_path, str | Path):
-        bundled = CHECKPOINTS / str(model_or_path)
-        return str(bundled if (bundled / "config.json").exists() else model_or_path), dtype
+        return checkpoint_path(model_or_path), dtype
     source = str(getattr(model_or_path.tokenizer, "name_or_path", ""))
     if not source:
         raise ValueError(
