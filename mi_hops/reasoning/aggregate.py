@@ -80,7 +80,7 @@ def aggregate(
     Raises:
         ValueError: a missing column, no rows, or a probability that is negative or not finite.
     """
-    frame = _checked(frame)
+    _check(frame)
     return by_group(
         frame,
         lambda part: change_scores(
@@ -210,6 +210,11 @@ def reduce_scores(
     return table.rename_axis("statistic")
 
 
+def with_interval(name: str, value: float, lower: float, upper: float, n: int) -> dict[str, Any]:
+    """A value as columns: ``NAME``, ``NAME_lower``, ``NAME_upper`` and ``NAME_n``."""
+    return {name: value, f"{name}_lower": lower, f"{name}_upper": upper, f"{name}_n": n}
+
+
 def trimmed_mean(values: Any, axis: int = 0) -> np.ndarray:
     """Mean without the lowest and the highest `TRIM` of the values (rounded down)."""
     from scipy.stats import trim_mean
@@ -226,7 +231,7 @@ def case_table(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return means
 
 
-def _checked(frame: pd.DataFrame) -> pd.DataFrame:
+def _check(frame: pd.DataFrame) -> None:
     missing = [c for c in ("case", "set", "before", "after") if c not in frame]
     wrong = [c for c in ("wrong_before", "wrong_after") if c in frame]
     if missing or len(wrong) == 1:
@@ -245,7 +250,6 @@ def _checked(frame: pd.DataFrame) -> pd.DataFrame:
                 f"{name} is {values[row]} in row {row} (case {frame['case'].iloc[row]!r}); expected "
                 "a probability: finite and not negative"
             )
-    return frame
 
 
 def _relative(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -45,7 +45,8 @@ import pandas as pd
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.hop_edits import HOPS, HopEdit, SingleFact, plain, single_fact
-from mi_hops.reasoning.evaluation import Evaluation
+from mi_hops.reasoning.aggregate import with_interval
+from mi_hops.reasoning.evaluation import UNREPAIRED, Evaluation
 from mi_hops.reasoning.gap import Gap, hop_prompt
 from mi_hops.reasoning.queries import Draft, Query, QuerySets, require_unique
 from mi_hops.reasoning.sets import names_of, shuffled, with_first_hop
@@ -157,7 +158,7 @@ def chain_scores(
     rows: dict[str, dict[str, float]] = {}
     repairs = list(dict.fromkeys(frame["repair"]))
     for label, repair, when in [
-        ("unrepaired", repairs[0], "before"),
+        (UNREPAIRED, repairs[0], "before"),
         *((repair, repair, "after") for repair in repairs),
     ]:
         part = frame[frame["repair"] == repair]
@@ -166,9 +167,8 @@ def chain_scores(
             asked = part[part["set"].isin(sets)]
             each = asked.groupby("case")[f"{score}_{when}"].agg(reduce)
             right, n = int(each.sum()), len(each)
-            row[name] = right / n if n else float("nan")
             ends = proportion_ci(right, n, level=level) if n else (float("nan"),) * 2
-            row[f"{name}_lower"], row[f"{name}_upper"], row[f"{name}_n"] = *ends, n
+            row |= with_interval(name, right / n if n else float("nan"), *ends, n)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("repair")
 
 
