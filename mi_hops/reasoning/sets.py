@@ -17,7 +17,7 @@ from mi_hops.facts.forms import require_form
 from mi_hops.facts.templates import capitalise
 from mi_hops.model import HookedModel
 from mi_hops.reasoning.gap import Gap, find_gap
-from mi_hops.reasoning.queries import SETS, Draft, Query, QuerySets, among
+from mi_hops.reasoning.queries import Draft, Query, QuerySets, among
 from mi_hops.text.matching import normalise
 from mi_hops.text.tokens import TokenError, find_text
 
@@ -139,8 +139,7 @@ def build_sets(
     queries: list[Query] = []
     skipped: list[tuple[str, str, str]] = []
     for case in facts:
-        for name in SETS:
-            found = makers.make(name, case)
+        for name, found in makers.sets(case).items():
             if isinstance(found, str):
                 skipped.append((name, case.id, found))
             else:
@@ -150,7 +149,7 @@ def build_sets(
 
 
 class _Makers:
-    """One method per set: drafts for a case, or the reason why there are none."""
+    """The queries of all sets for one case after another."""
 
     def __init__(
         self,
@@ -177,9 +176,34 @@ class _Makers:
         # Single facts that some case is made of are not neutral, whichever repair is on.
         self.touched = {hop for case in cases for hop in _hops(case)}
 
-    def make(self, name: str, case: TwoHopFact) -> list[Query] | str:
-        rng = random.Random(f"{self.seed}/{name}/{case.id}")
-        drafts = getattr(self, f"_{name}")(case, rng)
+    def sets(self, case: TwoHopFact) -> dict[str, list[Query] | str]:
+        """Set -> a case's queries, or the reason why there are none; in the order of `SETS`."""
+        form, own = self._form_of(case), case.prompt(self.form)
+        said = self.known.said.get(case.id, "").strip()
+        texts = [text for name, text in case.prompts.items() if name != form]
+        texts += [text.rstrip() for text in case.paraphrases]
+        order = case.prompts.get(_OTHER_ORDER.get(form, ""))
+        first, second = (
+            self._not_given(case, p) for p in (case.first_prompts, case.second_prompts)
+        )
+        same = self.by_relation2.get(case.relation2, [])
+        drafts = {
+            "correction": [Draft.of(case, own, said)],
+            "paraphrase": [Draft.of(case, text, said) for text in texts],
+            "other_order": [] if order is None else [Draft.of(case, order, said)],
+            "generalisation": self._generalisation(case),
+            "specificity": self._unrelated(case, "specificity", self.answered),
+            "specificity_same_relation": self._unrelated(case, "specificity_same_relation", same),
+            "first_hop": [
+                Draft(text, case.bridge, case.bridge_aliases, case.id, wrong=case.answer)
+                for text in first
+            ],
+            "second_hop": [Draft.of(case, text) for text in second],
+            "neutral": self._neutral(case),
+        }
+        return {name: self._queries(name, case, found) for name, found in drafts.items()}
+
+    def _queries(self, name: str, case: TwoHopFact, drafts: list[Draft] | str) -> list[Query] | str:
         if not drafts:
             return _NOTHING[name]
         if isinstance(drafts, str):
@@ -188,36 +212,10 @@ class _Makers:
         unique = {d.prompt: d for d in drafts if name == "correction" or d.prompt != own}
         if not unique:
             return "only the correction prompt itself"
-        wrong = self._wrong(name, case)
-        return [
-            replace(draft, wrong=wrong).query(case.id, name, i)
-            for i, draft in enumerate(unique.values())
-        ]
+        return [draft.query(case.id, name, i) for i, draft in enumerate(unique.values())]
 
-    def _wrong(self, name: str, case: TwoHopFact) -> str | None:
-        if name in ("correction", "paraphrase", "other_order"):
-            return (self.known.said.get(case.id) or "").strip()
-        return None if name == "second_hop" else case.answer
-
-    # -- the case's own prompts -------------------------------------------------------------------
-
-    def _correction(self, case: TwoHopFact, rng: random.Random) -> list[Draft]:
-        return [Draft.of(case, case.prompt(self.form))]
-
-    def _paraphrase(self, case: TwoHopFact, rng: random.Random) -> list[Draft]:
-        texts = [t for f, t in case.prompts.items() if f != self._form_of(case)]
-        return [Draft.of(case, t) for t in (*texts, *(p.rstrip() for p in case.paraphrases))]
-
-    def _other_order(self, case: TwoHopFact, rng: random.Random) -> list[Draft]:
-        order = _OTHER_ORDER.get(self._form_of(case), "")
-        return [Draft.of(case, case.prompts[order])] if order in case.prompts else []
-
-    def _first_hop(self, case: TwoHopFact, rng: random.Random) -> list[Draft]:
-        texts = self._not_given(case, case.first_prompts)
-        return [Draft(t, case.bridge, case.bridge_aliases, case.id) for t in texts]
-
-    def _second_hop(self, case: TwoHopFact, rng: random.Random) -> list[Draft]:
-        return [Draft.of(case, t) for t in self._not_given(case, case.second_prompts)]
+    def _rng(self, case: TwoHopFact, name: str) -> random.Random:
+        return random.Random(f"{self.seed}/{name}/{case.id}")
 
     def _not_given(self, case: TwoHopFact, prompts: Mapping[str, str]) -> list[str]:
         """A single hop's prompts that no repair was given.
@@ -233,7 +231,7 @@ class _Makers:
 
     # -- drawn from the pool ----------------------------------------------------------------------
 
-    def _generalisation(self, case: TwoHopFact, rng: random.Random) -> list[Draft] | str:
+    def _generalisation(self, case: TwoHopFact) -> list[Draft] | str:
         mine = (case.answer, *case.answer_aliases, case.subject, case.bridge)
         others = [
             f
@@ -250,35 +248,29 @@ class _Makers:
             prompt = self._with_first_hop(case, other)
             if prompt is None or prompt in self.corrections:
                 return None
-            return normalise(other.answer), Draft.of(other, prompt)
+            return normalise(other.answer), Draft.of(other, prompt, case.answer)
 
-        return self._drawn(others, draft, rng)
+        return self._drawn(others, draft, self._rng(case, "generalisation"))
 
-    def _specificity(self, case: TwoHopFact, rng: random.Random) -> list[Draft]:
-        return self._unrelated(case, self.answered, rng)
-
-    def _specificity_same_relation(self, case: TwoHopFact, rng: random.Random) -> list[Draft]:
-        return self._unrelated(case, self.by_relation2.get(case.relation2, []), rng)
-
-    def _unrelated(
-        self, case: TwoHopFact, facts: Sequence[TwoHopFact], rng: random.Random
-    ) -> list[Draft]:
+    def _unrelated(self, case: TwoHopFact, name: str, facts: Sequence[TwoHopFact]) -> list[Draft]:
         mine = names_of(case)
 
         def draft(other: TwoHopFact) -> tuple[str, Draft] | None:
             prompt = other.prompts.get(self._form_of(other))
             if not prompt or prompt in self.corrections or mine & names_of(other):
                 return None
-            return prompt, Draft.of(other, prompt)
+            return prompt, Draft.of(other, prompt, case.answer)
 
-        return self._drawn(facts, draft, rng)
+        return self._drawn(facts, draft, self._rng(case, name))
 
-    def _neutral(self, case: TwoHopFact, rng: random.Random) -> list[Draft] | str:
-        mine = names_of(case)
+    def _neutral(self, case: TwoHopFact) -> list[Draft] | str:
+        mine, rng = names_of(case), self._rng(case, "neutral")
 
         def of_text(text: Draft) -> tuple[str, Draft] | None:
             said = normalise(f"{text.prompt} {text.answer}")
-            return None if any(name in said for name in mine) else (text.prompt, text)
+            if any(name in said for name in mine):
+                return None
+            return text.prompt, replace(text, wrong=case.answer)
 
         def of_fact(fact: TwoHopFact) -> tuple[str, Draft] | None:
             first, second = _hops(fact)
@@ -290,7 +282,7 @@ class _Makers:
             form = self.form if self.form in prompts else next(iter(prompts), None)
             if form is None or hop in self.touched or mine & {hop[0], normalise(answer)}:
                 return None
-            return prompts[form], Draft(prompts[form], answer, aliases, fact.id)
+            return prompts[form], Draft(prompts[form], answer, aliases, fact.id, case.answer)
 
         if self.texts:
             return self._drawn(self.texts, of_text, rng) or "every text names it"
