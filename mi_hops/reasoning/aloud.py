@@ -15,7 +15,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from typing import Any
 
 import pandas as pd
 
@@ -147,8 +147,10 @@ def reason_aloud(
     )
     asked, prompts = [fact for fact, _ in prepared], [both for _, both in prepared]
 
-    room = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    reply = partial(generate, model, stop=(layout.end,), **room)
+    room: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+
+    def reply(texts: Sequence[str]) -> list[Generation]:
+        return generate(model, texts, stop=(layout.end,), **room)
 
     said = {
         "latent": reply([latent for latent, _ in prompts]),

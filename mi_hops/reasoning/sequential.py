@@ -134,6 +134,6 @@ def retention(evaluation: Evaluation, score: str = "exact_match", **options: Any
                     f"specificity; the evaluation has {sorted(sets)}"
                 )
             found = table.loc[key]
-            numbers = (float(found[c]) for c in ("value", "lower", "upper"))
-            row |= with_interval(name, *numbers, int(found["n_cases"]))
+            value, lower, upper = (float(found[c]) for c in ("value", "lower", "upper"))
+            row |= with_interval(name, value, lower, upper, int(found["n_cases"]))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("repair")
