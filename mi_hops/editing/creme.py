@@ -20,6 +20,7 @@ added to them, at every position of every row, as the edited weight would, befor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, overload
 
 import torch
@@ -241,9 +242,7 @@ class CremeRun:
         self._plans, self._model, self._editable, self._how = plans, model, editable, how
         self._held = held or {}
         self.keys: dict[int, Tensor] = {}
-        self._starts = [0]
-        for plan in plans:
-            self._starts.append(self._starts[-1] + len(plan.rows))
+        self._starts = [*accumulate((len(plan.rows) for plan in plans), initial=0)]
         self._found: list[list[Change]] = [[] for _ in plans]
         self._before: list[Tensor] = []
 
@@ -286,16 +285,12 @@ class CremeRun:
                 )
                 change = self._editable.change(layer, left, self._how.strength * residual)
                 self._found[i].append(change)
-                rows = self._touched(i)
+                acts = self._plans[i].edited(self._how.target)
+                rows = [row for row, on in enumerate(acts, start=self._starts[i]) if on]
                 edited[rows] = (out[rows].to(wide) + change.act(z[rows].to(wide))).to(out.dtype)
             return edited
 
         return edit
-
-    def _touched(self, i: int) -> list[int]:
-        """Rows of fact i that its changes act on."""
-        on = self._plans[i].edited(self._how.target)
-        return [self._starts[i] + j for j, yes in enumerate(on) if yes]
 
 
 def _stacked(read: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from mi_hops.editing.edit import Edit, stack
 from mi_hops.model import CHECKPOINTS, HookedModel, dtype_of, load_model, prepends_bos, read_matrix
 from mi_hops.model.bos import adds_bos, make_add_bos
+from mi_hops.model.gguf import gguf_checkpoint, is_gguf
 from mi_hops.result.files import replacing
 
 #: Matrix -> where families keep it; ``{}`` is the layer. The module's class decides the order: a
@@ -132,7 +133,7 @@ def _as_os_error(error: Exception, out: Path) -> Exception:
     """
     number = re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error))
     if isinstance(error, OSError):
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # else its text would be lost
             error.filename = str(out)
     elif number:
         code = int(number[1] or number[2])
@@ -140,12 +141,19 @@ def _as_os_error(error: Exception, out: Path) -> Exception:
     return error
 
 
+def checkpoint_path(name_or_path: str | Path) -> str:
+    """What transformers loads a checkpoint from: a bundled or a GGUF model's folder, or what is given."""
+    if is_gguf(name_or_path):
+        return str(gguf_checkpoint(name_or_path))
+    bundled = CHECKPOINTS / str(name_or_path)
+    return str(bundled if (bundled / "config.json").exists() else name_or_path)
+
+
 def _source(
     model_or_path: HookedModel | str | Path, dtype: torch.dtype | str | None
 ) -> tuple[str, torch.dtype | str | None]:
     if isinstance(model_or_path, str | Path):
-        bundled = CHECKPOINTS / str(model_or_path)
-        return str(bundled if (bundled / "config.json").exists() else model_or_path), dtype
+        return checkpoint_path(model_or_path), dtype
     source = str(getattr(model_or_path.tokenizer, "name_or_path", ""))
     if not source:
         raise ValueError(

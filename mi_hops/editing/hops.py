@@ -43,20 +43,11 @@ def hop_requests(edits: HopEdit | Iterable[HopEdit], form: str | None = None) ->
     return [request for request in found if unique[request.two_hop_prompt] is request]
 
 
-class TeachingRepair(Protocol):
+class TeachingRepair(Repair, Protocol):
     """A repair that can be fitted to requests as well as to facts."""
-
-    @property
-    def name(self) -> str:
-        """Label in tables."""
-        ...
 
     def fit(self, model: HookedModel, facts: Sequence[Asked]) -> Sequence[Any]:
         """One state per fact or request."""
-        ...
-
-    def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
-        """Hooks for a pass whose row r is under ``states[r]``."""
         ...
 
 
@@ -99,14 +90,8 @@ class HopRepair:
         form: str | None = None,
         name: str = "",
     ) -> None:
-        self.repair, self.form = repair, form
-        self._name = name or repair.name
+        self.repair, self.form, self.name = repair, form, name or repair.name
         self._edits = {edit.id: edit for edit in edits}
-
-    @property
-    def name(self) -> str:
-        """Label in tables."""
-        return self._name
 
     def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[Any]:
         """One state per fact: an edit, several in the order they were made, or a codebook."""
@@ -169,12 +154,7 @@ class OnTop:
 
     def __init__(self, below: Repair, above: Repair, *, name: str = "") -> None:
         self.below, self.above = below, above
-        self._name = name or f"{below.name} + {above.name}"
-
-    @property
-    def name(self) -> str:
-        """Label in tables."""
-        return self._name
+        self.name = name or f"{below.name} + {above.name}"
 
     def fit(self, model: HookedModel, facts: Sequence[TwoHopFact]) -> list[tuple[Edit, ...]]:
         """The edits of each fact, in the order they were made; the model is left as it was."""

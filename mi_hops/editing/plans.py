@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -74,14 +74,10 @@ class CremeSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", check_templates(self.templates))
-        for name, choices in (
-            ("position", ("last", "first hop")),
-            ("target", ("edited", "clean")),
-            ("match", ("attention", "residual")),
-            ("cover", ("first", "answer")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {choices}")
+        kinds = {"position": Position, "target": Target, "match": Match, "cover": Cover}
+        for name, kind in kinds.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ValueError(f"{name} is {value!r}; expected one of {get_args(kind)}")
         if not (self.keep in (None, "hops") or callable(self.keep)):
             raise ValueError(
                 f"keep is {self.keep!r}; expected 'hops', a function of a fact, or None"
@@ -93,14 +89,11 @@ class CremeSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for the record of an edit."""
-        c = self.covariance
-        counted = None if c is None else c.to_dict()
-        keep = getattr(self.keep, "__name__", self.keep)
         return {
             **vars(self),
-            "covariance": counted,
+            "covariance": None if self.covariance is None else self.covariance.to_dict(),
             "templates": list(self.templates),
-            "keep": keep,
+            "keep": getattr(self.keep, "__name__", self.keep),
         }
 
 

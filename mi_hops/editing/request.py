@@ -286,8 +286,6 @@ def key_position(prompt: Prompt, phrase: str, position: Position) -> int:
     """The token an edit reads: the last one of the prompt, or of `phrase`."""
     if position == "last":
         return prompt.last
-    if position != "first hop":
-        raise ValueError(f"position is {position!r}; expected 'last' or 'first hop'")
     if not phrase:
         raise ValueError("position 'first hop' needs a request that names its first hop")
     return last_position(prompt, phrase)

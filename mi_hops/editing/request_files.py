@@ -130,10 +130,7 @@ def load_requests(
         return _zsre(row, record, target)
 
     path = existing_file(path)
-    made, read, dropped, repaired = collect_rows(
-        read_records(path), build, source=str(path), on_error=on_error
-    )
-    return Requests(tuple(made), str(path), read, dropped, repaired)
+    return Requests(*collect_rows(read_records(path), build, source=str(path), on_error=on_error))
 
 
 def _counterfact(row: int, record: Any, target: str, second_hop: bool) -> Request:

@@ -7,6 +7,7 @@ added at every position of the row, which is what the edited weight would have g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -93,22 +94,21 @@ def edits_of(item: RowEdit) -> tuple[Edit, ...]:
 
 def _row_changes(rows: dict[int, list[Change]], n_rows: int) -> Callable[[Tensor, Tensor], Tensor]:
     """What one matrix's output becomes when each row is under its own changes."""
-    merged: dict[tuple[int, ...], Change] = {}
-    groups: dict[int, tuple[Change, list[int]]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for row, changes in rows.items():
-        key = tuple(id(c) for c in changes)
-        change = merged.setdefault(key, merge(changes))
-        groups.setdefault(id(change), (change, []))[1].append(row)
+        groups.setdefault(tuple(map(id, changes)), []).append(row)
+    found = [(merge(rows[where[0]]), where) for where in groups.values()]
     small = [
         (c.left, c.right, where)
-        for c, where in groups.values()
+        for c, where in found
         if c.left is not None and c.rank <= _BATCHED_RANK
     ]
-    if len(small) < 2:
-        small = []
-    taken = {row for _, _, where in small for row in where}
-    whole = [(c, where) for c, where in groups.values() if where[0] not in taken]
-    batched = _batched(small) if small else None
+    batched = _batched(small) if len(small) > 1 else None
+    whole = [
+        (c, where)
+        for c, where in found
+        if batched is None or c.left is None or c.rank > _BATCHED_RANK
+    ]
 
     def act(x: Tensor, out: Tensor) -> Tensor:
         if out.shape[0] != n_rows:
@@ -134,9 +134,7 @@ def _batched(
     small: list[tuple[Tensor, Tensor, list[int]]],
 ) -> tuple[list[int], Float[Tensor, "row rank d_in"], Float[Tensor, "row rank d_out"]]:
     """Rows, and their factors padded with zeros to one rank."""
-    wide = torch.float32
-    for _, right, _ in small:
-        wide = torch.promote_types(wide, right.dtype)
+    wide = reduce(torch.promote_types, (right.dtype for _, right, _ in small), torch.float32)
     rows = [row for _, _, where in small for row in where]
     lefts = [left.to(wide) for left, _, where in small for _ in where]
     rights = [right.to(wide) for _, right, where in small for _ in where]
@@ -167,16 +165,11 @@ class EditorRepair:
     def __init__(
         self, editor: Callable[..., Sequence[RowEdit]], *, name: str, **options: Any
     ) -> None:
-        self._editor, self._name, self.options = editor, name, options
+        self._editor, self.name, self.options = editor, name, options
 
     def __repr__(self) -> str:
         given = ", ".join(f"{k}={str(v)[:60]}" for k, v in self.options.items())
-        return f"{type(self).__name__}({self._name!r}{', ' * bool(given)}{given})"
-
-    @property
-    def name(self) -> str:
-        """Label in tables."""
-        return self._name
+        return f"{type(self).__name__}({self.name!r}{', ' * bool(given)}{given})"
 
     def fit(self, model: HookedModel, facts: Sequence[Asked]) -> list[RowEdit]:
         """One edit per fact (or request), as the editor makes it."""

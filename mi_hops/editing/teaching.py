@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mi_hops.editing.request import Request, fill
 from mi_hops.model import Hook, HookedModel
 from mi_hops.model.numeric import widen
 from mi_hops.sweep.scoring import logits_at, prefix_of
@@ -75,6 +76,14 @@ def teacher_forced(
         torch.tensor([[*i, *[i[-1]] * (longest - len(i))] for i in ids]),
         torch.tensor([[(j < len(i)) / len(i) for j in range(longest)] for i in ids]),
     )
+
+
+def in_templates(
+    model: HookedModel, requests: Sequence[Request], templates: Sequence[str]
+) -> TeacherForcedBatch:
+    """Rows that teach each request's prompt its target in every template; a request's stand together."""
+    rows = [(fill(t, r.two_hop_prompt), r.target) for r in requests for t in templates]
+    return teacher_forced(model, *zip(*rows, strict=True))
 
 
 def cache_of(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> Any:

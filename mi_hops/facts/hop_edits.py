@@ -238,7 +238,15 @@ def hop_edits(
         >>> all(e.before.bridge != e.after.bridge for e in edits)
         True
     """
-    donors = _Donors([f for f in (facts if pool is None else pool) if not f.chain], hop)
+    # A fact lends its answer to those of its second relation; a new bridge is lent by a fact that
+    # leads on from it by the second relation that is asked for.
+    objects: dict[str, set[str]] = {}
+    lenders: dict[tuple[str, str], TwoHopFact] = {}
+    for fact in facts if pool is None else pool:
+        if not fact.chain:
+            single = single_fact(fact, hop)
+            objects.setdefault(single.relation, set()).add(plain(single.object))
+            lenders.setdefault((plain(single.object), fact.relation2), fact)
     given: dict[tuple[str, str], str] = {}
     edits: list[HopEdit] = []
     left_out: list[tuple[str, str]] = []
@@ -247,11 +255,11 @@ def hop_edits(
             left_out.append((fact.id, "more than two hops"))
             continue
         single = single_fact(fact, hop)
-        names = donors.names(fact)
+        names = sorted(objects.get(single.relation, ()))
         random.Random(f"{seed}/{hop}/{single.key}").shuffle(names)
         if single.key in given:
             names = [name for name in names if name == given[single.key]]
-        found = (donors.get(name, fact) for name in names)
+        found = (lenders.get((name, fact.relation2)) for name in names)
         donor = next((d for d in found if d is not None and _fits(fact, d, hop)), None)
         if donor is None:
             why = "no other object of its relation leads to a known answer"
@@ -267,31 +275,6 @@ def hop_edits(
 def plain(text: str) -> str:
     """A name without regard to case, accents and runs of white space."""
     return " ".join(fold(text).split())
-
-
-class _Donors:
-    """Facts that lend others their objects.
-
-    A fact lends its answer to those of its second relation. A new bridge is lent by a fact that leads
-    on from it by the second relation that is asked for.
-    """
-
-    def __init__(self, pool: Sequence[TwoHopFact], hop: WhichHop) -> None:
-        self._hop = hop
-        self._objects: dict[str, set[str]] = {}
-        self._facts: dict[tuple[str, str], TwoHopFact] = {}
-        for fact in pool:
-            single = single_fact(fact, hop)
-            self._objects.setdefault(single.relation, set()).add(plain(single.object))
-            self._facts.setdefault((plain(single.object), fact.relation2), fact)
-
-    def names(self, fact: TwoHopFact) -> list[str]:
-        """The objects that the relation has."""
-        return sorted(self._objects.get(single_fact(fact, self._hop).relation, ()))
-
-    def get(self, name: str, fact: TwoHopFact) -> TwoHopFact | None:
-        """The fact that lends this one an object, if there is one."""
-        return self._facts.get((name, fact.relation2))
 
 
 def _fits(fact: TwoHopFact, donor: TwoHopFact, hop: WhichHop) -> bool:

@@ -6,12 +6,11 @@ are needed, so less can be told of its questions.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.facts.phrases import asks_who, described
+from mi_hops.facts.phrases import asks_who, bare, described
 from mi_hops.facts.reading import (
     BadRow,
     DropRow,
@@ -114,28 +113,27 @@ def _from_paragraphs(record: Any, question: str, answer: str) -> dict[str, Any]:
     titles = list(dict.fromkeys(map(_title, pairs)))
     if len(titles) != 2 or any(t not in texts for t in titles):
         raise DropRow("not two paragraphs", f"{question!r} needs the paragraphs {titles}")
-    places = {title: find(_bare(title), question) for title in titles}
-    named = [title for title in titles if places[title]]
+    named = {title: span for title in titles if (span := find(bare(title), question))}
     if len(named) != 1:
         raise DropRow(
             f"{'both paragraphs' if named else 'neither paragraph'} named in the question",
             f"{titles} in {question!r}",
         )
-    (subject,), (bridge,) = named, [_bare(t) for t in titles if t not in named]
+    ((subject, span),) = named.items()
+    (other,) = (title for title in titles if title != subject)
+    bridge = bare(other)
     supporting = [p[1] for p in pairs if _title(p) == subject]
     said = [s for i, s in enumerate(texts[subject]) if i in supporting]
     if find(bridge, " ".join(map(str, said))) is None:
         raise DropRow("bridge cannot be identified", f"{bridge!r} is not in what {subject!r} says")
-    (other,) = (t for t in titles if t != subject)
     if find(answer, " ".join(map(str, texts[other]))) is None:
         raise DropRow("answer not in the bridge's paragraph", f"{answer!r} of {bridge!r}")
-    span = places[subject]
     return {
-        "subject": _bare(subject),
+        "subject": bare(subject),
         "relation1": UNNAMED_RELATIONS[0],
         "bridge": bridge,
         "relation2": UNNAMED_RELATIONS[1],
-        "first_hop": question[slice(*span)] if span else subject,
+        "first_hop": question[slice(*span)],
     }
 
 
@@ -144,8 +142,3 @@ def _title(pair: Any) -> str:
     if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
         raise BadRow("unreadable record", f"{pair!r:.80} is not a list [title, ...]")
     return pair[0]
-
-
-def _bare(title: str) -> str:
-    """A title without the remark in brackets that tells it from others."""
-    return re.sub(r"\s*\([^)]*\)$", "", title)

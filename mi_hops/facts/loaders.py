@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,7 @@ from mi_hops.facts.reading import (
     read_lines,
     refuse_same,
 )
-from mi_hops.facts.tables import Columns, has_fields, load_table, read_frame
+from mi_hops.facts.tables import LISTS, PROMPTS, Columns, has_fields, load_table, read_frame
 from mi_hops.facts.templates import Wording
 from mi_hops.facts.twohopfact import TWO_HOP, load_two_hop_fact
 from mi_hops.result.files import replacing
@@ -47,8 +47,6 @@ Format = Literal[
     "two_hop_fact",
 ]
 
-_TABLES = ("prompts", "first_prompts", "second_prompts")
-_LISTS = ("paraphrases", "bridge_aliases", "answer_aliases")
 _LINE_START = 200
 
 # Fields that open a record of these sets, and no other's.
@@ -92,12 +90,12 @@ def _from_line(row: int, line: str, fixes: RowFixes) -> TwoHopFact:
 def _check_types(record: Mapping[str, Any]) -> None:
     """JSON has types of its own; a list where a text belongs would pass for a name later."""
     for name, value in record.items():
-        if name in _TABLES or name == "meta":
+        if name in PROMPTS or name == "meta":
             good = isinstance(value, dict) and (
                 name == "meta" or all(isinstance(v, str) for v in value.values())
             )
             kind = "an object" if name == "meta" else "an object of form -> text"
-        elif name in _LISTS:
+        elif name in LISTS:
             good = isinstance(value, list) and all(isinstance(v, str) for v in value)
             kind = "a list of texts"
         elif name == "chain":
@@ -175,17 +173,19 @@ def _to_line(fact: TwoHopFact) -> str:
     return line + "\n"
 
 
-#: Format -> the options that are its own.
-_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "geo": (),
-    "hotpotqa": (),
-    "jsonl": (),
-    "memory_injections": ("strict_reference",),
-    "mquake": ("templates", "wordings"),
-    "musique": (),
-    "table": ("columns", "separator"),
-    "two_hop_fact": (),
+#: Format -> its loader, and the options that are its own.
+_LOADERS: Mapping[str, tuple[Callable[..., Facts], tuple[str, ...]]] = {
+    "geo": (load_geo, ()),
+    "hotpotqa": (load_hotpot, ()),
+    "jsonl": (load_jsonl, ()),
+    "memory_injections": (load_memory_injections, ("strict_reference",)),
+    "mquake": (load_mquake, ("templates", "wordings")),
+    "musique": (load_musique, ()),
+    "table": (load_table, ("columns", "separator")),
+    "two_hop_fact": (load_two_hop_fact, ()),
 }
+#: Those that read data frames, too.
+_OF_FRAMES = ("table", "two_hop_fact")
 
 
 def load_facts(
@@ -239,31 +239,17 @@ def load_facts(
     given = {name: value for name, value in options.items() if value is not None}
     source = facts_path(facts) if isinstance(facts, str | Path) else facts
     found = format or _guess_format(source, columns is not None)
-    if found not in _OPTIONS:
-        raise ValueError(f"unknown format {found!r}; known are {sorted(_OPTIONS)}")
-    if unknown := sorted(set(given) - set(_OPTIONS[found])):
+    if found not in _LOADERS:
+        raise ValueError(f"unknown format {found!r}; known are {sorted(_LOADERS)}")
+    load, known = _LOADERS[found]
+    if unknown := sorted(set(given) - set(known)):
         name = source if isinstance(source, Path) else "the table"
-        known = list(_OPTIONS[found])
         raise ValueError(
-            f"{name} is read as {found!r}, which has no option {unknown}; it has {known}"
+            f"{name} is read as {found!r}, which has no option {unknown}; it has {list(known)}"
         )
-    if found == "table":
-        return load_table(source, columns=columns, separator=separator, on_error=on_error)
-    if found == "two_hop_fact":
-        return load_two_hop_fact(source, on_error=on_error)
-    if not isinstance(source, Path):
+    if not isinstance(source, Path) and found not in _OF_FRAMES:
         raise ValueError(f"format is {found!r}, which is a file's; a data frame is a 'table'")
-    if found == "mquake":
-        return load_mquake(source, templates=templates, wordings=wordings, on_error=on_error)
-    if found == "memory_injections":
-        return load_memory_injections(source, strict_reference=strict_reference, on_error=on_error)
-    plain = {
-        "geo": load_geo,
-        "hotpotqa": load_hotpot,
-        "jsonl": load_jsonl,
-        "musique": load_musique,
-    }
-    return plain[found](source, on_error=on_error)
+    return load(source, on_error=on_error, **given)
 
 
 def facts_path(name_or_path: str | Path) -> Path:
@@ -295,5 +281,5 @@ def _guess_format(source: Path | pd.DataFrame, has_columns: bool) -> str:
         return "musique" if any(name in start for name in _MUSIQUE) else "jsonl"
     raise FactsFileError(
         f"{source}: cannot tell its format from {start[:40]!r}; name it with format=, one of "
-        f"{sorted(_OPTIONS)}"
+        f"{sorted(_LOADERS)}"
     )

@@ -37,7 +37,7 @@ from mi_hops.facts.tables import (
     refuse_named,
     require_columns,
 )
-from mi_hops.facts.templates import capitalise
+from mi_hops.facts.templates import capitalise, doubled_article
 
 #: The names that the two prompts' columns have had in the published files.
 SENTENCE_COLUMNS = (
@@ -156,18 +156,15 @@ def _repaired(
             for name, text in vars(raw).items()
         }
     )
-    explicit, bridge_aliases = row.explicit, []
-    named = find(row.bridge, explicit)
+    explicit, bridge, bridge_aliases = row.explicit, row.bridge, []
+    named = find(bridge, explicit)
     if named is None:
-        named = find(row.bridge, explicit, fold_accents=True)
+        named = find(bridge, explicit, fold_accents=True)
         if named is None:
-            raise DropRow("bridge not in explicit prompt", f"{row.bridge!r} in {explicit!r}")
-        bridge_aliases.append(row.bridge)
-    bridge = explicit[slice(*named)]
-    if bridge_aliases:
-        fixes.changed("bridge respelt as in its prompt", "bridge", row.bridge, bridge)
-    else:
-        bridge = row.bridge
+            raise DropRow("bridge not in explicit prompt", f"{bridge!r} in {explicit!r}")
+        bridge_aliases.append(bridge)
+        spelt = explicit[slice(*named)]
+        bridge = fixes.changed("bridge respelt as in its prompt", "bridge", bridge, spelt)
 
     obscure = row.obscure
     span = find(row.phrase, obscure)
@@ -180,7 +177,7 @@ def _repaired(
         )
     phrase = obscure[slice(*span)]
     before, after = obscure[: span[0]], obscure[span[1] :]
-    if phrase.casefold().startswith("the ") and f" {before}".casefold().endswith(" the "):
+    if doubled_article(before, phrase):
         before = before[: -len("the ")]
         phrase = phrase if before else capitalise(phrase)
         obscure = fixes.changed("doubled article", "obscure", obscure, before + phrase + after)

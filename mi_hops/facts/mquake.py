@@ -32,9 +32,7 @@ from mi_hops.facts.reading import (
     triple,
 )
 from mi_hops.facts.tables import find, refuse_named
-from mi_hops.facts.templates import SLOT, Wording, capitalise
-
-_ARTICLE = "the "
+from mi_hops.facts.templates import SLOT, Wording, capitalise, doubled_article
 
 
 def load_mquake(
@@ -115,11 +113,10 @@ def _fact(row: int, record: Any, table: Mapping[str, Wording], fixes: RowFixes) 
     refuse_same(names[-2], answer)
     refuse_repeated(names)
     relations = [relation for _, relation, _ in triples]
-    builder = _Prompts(fixes)
     phrases = [names[0]]  # what the next hop is asked about
     for relation in relations[:-1]:
-        phrases.append(builder.fill(table[relation].noun, phrases[-1]))
-    prompts = builder.about(table[relations[-1]], phrases[-1])
+        phrases.append(_fill(table[relation].noun, phrases[-1], fixes))
+    prompts = _about(table[relations[-1]], phrases[-1], fixes)
     questions = [q.strip() for q in texts_of(record, "questions") if q.strip()]
     chosen = next((q for q in questions if find(phrases[-1], q) is not None), None)
     prompts["question"] = chosen or prompts["question"]
@@ -135,7 +132,7 @@ def _fact(row: int, record: Any, table: Mapping[str, Wording], fixes: RowFixes) 
             relation=relation,
             object=name,
             phrase=phrase,
-            prompts=builder.about(table[relation], before) | _asked(single),
+            prompts=_about(table[relation], before, fixes) | _asked(single),
             aliases=_others(name, single, *others),
         )
         for relation, before, name, phrase, single, others in zip(
@@ -182,30 +179,24 @@ def _edited(record: Any) -> dict[str, Any]:
     }
 
 
-class _Prompts:
-    """Fills wordings, noting each doubled article once."""
+def _fill(template: str, thing: str, fixes: RowFixes) -> str:
+    """`template` about `thing`; "the [X]" about "the author" has one article, which is noted."""
+    before, after = template.split(SLOT)
+    if doubled_article(before, thing):
+        once = before + thing[len("the ") :]
+        fixes.note("doubled article", f"{before + thing!r} became {once!r}")
+        return once + after
+    return before + thing + after
 
-    def __init__(self, fixes: RowFixes) -> None:
-        self._fixes = fixes
 
-    def fill(self, template: str, thing: str) -> str:
-        """`template` about `thing`; "the [X]" about "the author" has one article."""
-        before, after = template.split(SLOT)
-        doubled = before + thing
-        opened = f" {before}".casefold().endswith(f" {_ARTICLE}")
-        if opened and thing.casefold().startswith(_ARTICLE):
-            thing = thing[len(_ARTICLE) :]
-            self._fixes.note("doubled article", f"{doubled!r} became {before + thing!r}")
-        return before + thing + after
-
-    def about(self, wording: Wording, thing: str) -> dict[str, str]:
-        """All forms about `thing`, without a prefix form that only repeats the suffix form."""
-        prompts = {"suffix": capitalise(self.fill(wording.noun, thing)) + " is"}
-        prefix = capitalise(self.fill(wording.statement, thing))
-        if prefix != prompts["suffix"]:
-            prompts["prefix"] = prefix
-        prompts["question"] = capitalise(self.fill(wording.question, thing))
-        return prompts
+def _about(wording: Wording, thing: str, fixes: RowFixes) -> dict[str, str]:
+    """All forms about `thing`, without a prefix form that only repeats the suffix form."""
+    prompts = {"suffix": capitalise(_fill(wording.noun, thing, fixes)) + " is"}
+    prefix = capitalise(_fill(wording.statement, thing, fixes))
+    if prefix != prompts["suffix"]:
+        prompts["prefix"] = prefix
+    prompts["question"] = capitalise(_fill(wording.question, thing, fixes))
+    return prompts
 
 
 def _asked(hop: Any) -> dict[str, str]:

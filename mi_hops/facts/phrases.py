@@ -46,6 +46,11 @@ def form_of(text: str, span: tuple[int, int] | None) -> str:
     return "prefix" if span is not None and span[0] == 0 else "suffix"
 
 
+def bare(title: str) -> str:
+    """A title without the remark in brackets that tells it from others."""
+    return re.sub(r"\s*\([^)]*\)$", "", title)
+
+
 def described(question: str, subject: str, relation: str) -> tuple[int, int] | None:
     """Where a question describes the object of a relation: "the director of film Ran", "Ran's director".
 
@@ -57,9 +62,8 @@ def described(question: str, subject: str, relation: str) -> tuple[int, int] | N
     Returns:
         The span, with an article before it; None where there is none or more than one.
     """
-    bare = re.sub(r"\s*\([^)]*\)$", "", subject)
     for name in _NAMES.get(relation, (relation,)):
-        for thing in dict.fromkeys((subject, bare)):
+        for thing in dict.fromkeys((subject, bare(subject))):
             r, s = re.escape(name), re.escape(thing)
             for pattern in (
                 rf"{r} of (?:the )?(?:\w+ )?['\"]?{s}['\"]?",
@@ -81,5 +85,6 @@ def asks_who(relation: str) -> str:
 def is_noun(relation: str) -> bool:
     """Whether "the RELATION of X" is English: "place of birth", not "founded by" or "located in"."""
     words = relation.casefold().split()
-    bare = words and words[-1] not in _PREPOSITIONS
-    return bool(bare and not words[0].endswith("ed") and words[0] not in ("has", "part", "is"))
+    if not words or words[-1] in _PREPOSITIONS:
+        return False
+    return not words[0].endswith("ed") and words[0] not in ("has", "part", "is")

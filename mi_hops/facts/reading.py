@@ -167,8 +167,7 @@ def collect(
     on_error: OnError = "raise",
 ) -> Facts:
     """Build a fact from every record and record those that gave none; see `collect_rows`."""
-    facts, read, dropped, repaired = collect_rows(records, build, source=source, on_error=on_error)
-    return Facts(tuple(facts), source, read, dropped, repaired)
+    return Facts(*collect_rows(records, build, source=source, on_error=on_error))
 
 
 def collect_rows(
@@ -177,7 +176,7 @@ def collect_rows(
     *,
     source: str,
     on_error: OnError = "raise",
-) -> tuple[list[Made], int, tuple[RowNote, ...], tuple[RowNote, ...]]:
+) -> tuple[tuple[Made, ...], str, int, tuple[RowNote, ...], tuple[RowNote, ...]]:
     """Build something with an id from every record, and note those that gave none.
 
     Args:
@@ -187,7 +186,8 @@ def collect_rows(
         on_error: "raise", or "drop" for malformed records too.
 
     Returns:
-        What was built, the number of records read, notes on those dropped and on those repaired.
+        What was built, the source, the number of records read, notes on those dropped and on those
+        repaired: the fields of `Facts`.
 
     Raises:
         FactsFileError: a malformed record or an id used twice (with ``on_error="raise"``), or no
@@ -218,7 +218,7 @@ def collect_rows(
         repaired.extend(RowNote(row, *note) for note in fixes.notes)
     if row < 0:
         raise FactsFileError(f"{source}: no records in it; at least one is needed")
-    return made, row + 1, tuple(dropped), tuple(repaired)
+    return tuple(made), source, row + 1, tuple(dropped), tuple(repaired)
 
 
 def existing_file(path: str | Path) -> Path:
@@ -291,7 +291,7 @@ def line_object(line: str) -> dict[str, Any]:
     return record
 
 
-def field_of(record: Any, name: str, kind: type | tuple[type, ...]) -> Any:
+def field_of(record: Any, name: str, kind: type) -> Any:
     """A record's field of that name and type.
 
     Raises:
@@ -303,8 +303,7 @@ def field_of(record: Any, name: str, kind: type | tuple[type, ...]) -> Any:
         raise BadRow("field missing", f"no field {name!r}; there are {sorted(record)}")
     value = record[name]
     if not isinstance(value, kind):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise BadRow("unreadable record", f"{name!r} is {value!r:.80}; expected {kinds}")
+        raise BadRow("unreadable record", f"{name!r} is {value!r:.80}; expected {kind.__name__}")
     return value
 
 

@@ -31,8 +31,8 @@ UNNAMED_RELATIONS = ("first hop", "second hop")
 WHITE_SPACE = "stray white space"
 _REQUIRED = ("bridge", "answer", "first_hop")
 _NAMES = (*_REQUIRED, "id", "subject", "relation1", "relation2", "split")
-_PROMPTS = ("prompts", "first_prompts", "second_prompts")
-_LISTS = ("paraphrases", "bridge_aliases", "answer_aliases")
+PROMPTS = ("prompts", "first_prompts", "second_prompts")
+LISTS = ("paraphrases", "bridge_aliases", "answer_aliases")
 _MAX_SHOWN = 40
 
 #: Field (prompts with their form, "prompts.suffix") -> column; several columns for lists.
@@ -95,9 +95,9 @@ def load_table(
         for field, spec in wanted.items():
             if field in _NAMES:
                 values[field] = text(spec[""])
-            elif field in _PROMPTS:
+            elif field in PROMPTS:
                 values[field] = {form: t for form, c in spec.items() if (t := text(c))}
-            elif field in _LISTS:
+            elif field in LISTS:
                 values[field] = tuple(t for c in spec for t in _texts(cells[c], separator))
             else:
                 values[field] = {c: _kept(cells[c]) for c in spec}
@@ -131,8 +131,8 @@ def _named_like_fields(frame: pd.DataFrame, source: str) -> dict[str, str]:
             f"{source}: the columns are {names[:_MAX_SHOWN]}; expected {list(_REQUIRED)} and a "
             "prompts.FORM, or columns={field: column} that says which column holds each"
         )
-    fields = (*_NAMES, *_LISTS)
-    return {n: n for n in names if n in fields or n.partition(".")[0] in _PROMPTS}
+    fields = (*_NAMES, *LISTS)
+    return {n: n for n in names if n in fields or n.partition(".")[0] in PROMPTS}
 
 
 def has_fields(names: Iterable[str]) -> bool:
@@ -146,13 +146,13 @@ def _wanted(columns: Columns) -> dict[str, dict[str, str]]:
     wanted: dict[str, dict[str, str]] = {}
     for name, spec in columns.items():
         field, dot, form = name.partition(".")
-        if field not in (*_NAMES, *_PROMPTS, *_LISTS, "meta"):
-            known = sorted([*_NAMES, *(f"{table}.FORM" for table in _PROMPTS), *_LISTS, "meta"])
+        if field not in (*_NAMES, *PROMPTS, *LISTS, "meta"):
+            known = sorted([*_NAMES, *(f"{table}.FORM" for table in PROMPTS), *LISTS, "meta"])
             raise ValueError(f"columns names the field {name!r}; a fact has {known}")
-        if bool(dot) != (field in _PROMPTS) or bool(form) != bool(dot):
-            expected = f"{field}.suffix, say" if field in _PROMPTS else repr(field)
+        if bool(dot) != (field in PROMPTS) or bool(form) != bool(dot):
+            expected = f"{field}.suffix, say" if field in PROMPTS else repr(field)
             raise ValueError(f"columns names {name!r}; expected {expected}")
-        if field in (*_LISTS, "meta"):
+        if field in (*LISTS, "meta"):
             wanted[field] = {c: c for c in ((spec,) if isinstance(spec, str) else spec)}
         elif isinstance(spec, str):
             wanted.setdefault(field, {})[form] = spec

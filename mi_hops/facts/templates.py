@@ -54,6 +54,11 @@ def capitalise(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def doubled_article(before: str, thing: str) -> bool:
+    """Whether `thing` begins with the article that the text before it ends in."""
+    return f" {before}".casefold().endswith(" the ") and thing.casefold().startswith("the ")
+
+
 def prompts_about(wording: Wording, thing: str) -> dict[str, str]:
     """All forms of the prompt that asks for a relation of `thing`, keyed by form."""
     return {

@@ -107,16 +107,16 @@ def _fact(row: int, cells: Mapping[str, Any], stem: str, fixes: RowFixes) -> Two
             "first hop cannot be identified", f"{asked!r} and {second!r} differ elsewhere too"
         )
     form, phrase = form_of(asked, span), asked[slice(*span)]
-    relations = (
+    relation1, relation2 = (
         _first(cells, f"{r}.category", f"{r}.template_id") or unnamed
         for r, unnamed in zip(("r1", "r2"), UNNAMED_RELATIONS, strict=True)
     )
     return TwoHopFact(
         id=_first(cells, "uid") or f"{stem}-{row}",
         subject=_first(cells, "e1.value") or phrase,
-        relation1=next(relations),
+        relation1=relation1,
         bridge=bridge,
-        relation2=next(relations),
+        relation2=relation2,
         answer=answer,
         first_hop=phrase,
         prompts={form: asked},

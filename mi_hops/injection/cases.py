@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mi_hops.cases import Case, Skipped, usable
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.injection.encodings import Encoder, encode_memories
+from mi_hops.injection.encodings import Encoder, encode_each
 from mi_hops.injection.place import Place, adding
 from mi_hops.model import HookedModel
 from mi_hops.result.result import Result
@@ -87,11 +88,9 @@ class Cases:
     def vectors(
         self, texts: Mapping[str, Sequence[str]], encoder: Encoder
     ) -> Float[Tensor, "memory fact layer d_model"]:
-        """Vectors of named memories with one text per fact; a text that several share, once."""
-        distinct = list(dict.fromkeys(text for column in texts.values() for text in column))
-        table = encode_memories(self.model, distinct, encoder)
-        at = {text: i for i, text in enumerate(distinct)}
-        return torch.stack([table[[at[text] for text in column]] for column in texts.values()])
+        """Vectors of named memories with one text per fact."""
+        each = encode_each(self.model, chain.from_iterable(texts.values()), encoder)
+        return torch.stack([torch.stack([each[t] for t in column]) for column in texts.values()])
 
     def run(
         self, rows: Sequence[Row], *, limits: Limits, label: str, only: Sequence[int] | None = None

@@ -9,7 +9,7 @@ even for tied embeddings; without processing the two are equal there.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -157,6 +157,15 @@ def encode_memories(
         pooled = torch.stack([_pooled(table, prompt.ids, encoder.pooling) for prompt in prompts])
         vectors = repeat(pooled, "memory d -> memory layer d", layer=int(model.cfg.n_layers))
     return vectors if encoder.heads is None else restrict_to_heads(model, vectors, encoder.heads)
+
+
+def encode_each(
+    model: HookedModel, texts: Iterable[str], encoder: Encoder
+) -> dict[str, Float[Tensor, "layer d_model"]]:
+    """Text -> its vectors; a text that comes several times is encoded once."""
+    distinct = list(dict.fromkeys(texts))
+    vectors = encode_memories(model, distinct, encoder) if distinct else ()
+    return dict(zip(distinct, vectors, strict=True))
 
 
 def _pooled(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
+from itertools import chain
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from mi_hops.facts.fact import TwoHopFact
 from mi_hops.injection.encodings import (
     Encoder,
     EncoderLike,
-    encode_memories,
+    encode_each,
     restrict_to_heads,
 )
 from mi_hops.injection.place import Absent, Place, Positions, Stream, adding, adding_at
@@ -194,11 +195,9 @@ class MemoryInjection:
         if len(phrases) != len(memories):
             raise ValueError(f"got {len(memories)} memories and {len(phrases)} first hops")
         groups = [_texts(i, memory) for i, memory in enumerate(memories)]
-        distinct = list(dict.fromkeys(text for group in groups for text in group))
-        table = encode_memories(model, distinct, self.encoder) if distinct else torch.empty(0)
-        at = {text: i for i, text in enumerate(distinct)}
+        each = encode_each(model, chain.from_iterable(groups), self.encoder)
         vectors = [
-            table[[at[text] for text in group]].sum(0) if group else self._own(model, memory)
+            torch.stack([each[t] for t in group]).sum(0) if group else self._own(model, memory)
             for group, memory in zip(groups, memories, strict=True)
         ]
         return [*map(Memory, groups, vectors, phrases)]

@@ -80,7 +80,7 @@ def aggregate(
     Raises:
         ValueError: a missing column, no rows, or a probability that is negative or not finite.
     """
-    frame = _checked(frame)
+    _check(frame)
     return by_group(
         frame,
         lambda part: change_scores(
@@ -133,32 +133,27 @@ def change_scores(
 
 
 def by_group(
-    frame: pd.DataFrame,
-    scores_of: Callable[[pd.DataFrame], Scores],
-    *,
-    level: float = 0.95,
-    n_resamples: int = 2000,
-    seed: int = 0,
+    frame: pd.DataFrame, scores_of: Callable[[pd.DataFrame], Scores], **settings: Any
 ) -> pd.DataFrame:
-    """Reduce the scores of each (repair,) set of a long frame; see `aggregate` for the result."""
+    """Reduce the scores of each (repair,) set of a long frame.
+
+    Args:
+        settings: ``level``, ``n_resamples`` and ``seed``, as in `aggregate`, which describes the result.
+    """
     keys = [c for c in ("repair", "set") if c in frame]
-    parts = {}
-    for label, part in frame.groupby(keys, sort=False, observed=True):
-        scores = scores_of(part)
-        cases = part["case"].to_numpy()
-        parts[label] = reduce_scores(cases, scores, level=level, n_resamples=n_resamples, seed=seed)
+    parts = {
+        label: reduce_scores(part["case"].to_numpy(), scores_of(part), **settings)
+        for label, part in frame.groupby(keys, sort=False, observed=True)
+    }
     return pd.concat(parts, names=[*keys, "statistic"])
 
 
-def reduce_scores(
-    cases: Sequence[Any] | np.ndarray, scores: Scores, *, level: float, n_resamples: int, seed: int
-) -> pd.DataFrame:
-    """One row per statistic, with its bootstrap interval over cases (see `aggregate`).
+def reduce_scores(cases: np.ndarray, scores: Scores, **settings: Any) -> pd.DataFrame:
+    """One row per statistic, with its bootstrap interval over cases (see `by_group`).
 
     Args:
         cases: ``[query]``, the case of each query.
     """
-    settings: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
     _, codes = np.unique(np.asarray(cases, dtype=str), return_inverse=True)
     rows: dict[str, tuple[float, float, float, int, int, str]] = {}
 
@@ -167,7 +162,7 @@ def reduce_scores(
         shares = shares[~np.isnan(shares)]
         if not np.isin(shares, (0, 1)).all():
             return ends
-        return proportion_ci(int(shares.sum()), len(shares), level=level)
+        return proportion_ci(int(shares.sum()), len(shares), level=settings["level"])
 
     def add(name: str, values: np.ndarray, unit: str, value: float, ends: tuple[Any, Any]) -> None:
         known = ~np.isnan(values)
@@ -210,6 +205,11 @@ def reduce_scores(
     return table.rename_axis("statistic")
 
 
+def with_interval(name: str, value: float, lower: float, upper: float, n: int) -> dict[str, Any]:
+    """A value as columns: ``NAME``, ``NAME_lower``, ``NAME_upper`` and ``NAME_n``."""
+    return {name: value, f"{name}_lower": lower, f"{name}_upper": upper, f"{name}_n": n}
+
+
 def trimmed_mean(values: Any, axis: int = 0) -> np.ndarray:
     """Mean without the lowest and the highest `TRIM` of the values (rounded down)."""
     from scipy.stats import trim_mean
@@ -226,7 +226,7 @@ def case_table(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return means
 
 
-def _checked(frame: pd.DataFrame) -> pd.DataFrame:
+def _check(frame: pd.DataFrame) -> None:
     missing = [c for c in ("case", "set", "before", "after") if c not in frame]
     wrong = [c for c in ("wrong_before", "wrong_after") if c in frame]
     if missing or len(wrong) == 1:
@@ -245,7 +245,6 @@ def _checked(frame: pd.DataFrame) -> pd.DataFrame:
                 f"{name} is {values[row]} in row {row} (case {frame['case'].iloc[row]!r}); expected "
                 "a probability: finite and not negative"
             )
-    return frame
 
 
 def _relative(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -273,9 +272,7 @@ def _nan_mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def _ratio_ci(
-    top: np.ndarray, bottom: np.ndarray, *, level: float, n_resamples: int, seed: int
-) -> tuple[float, float, float]:
+def _ratio_ci(top: np.ndarray, bottom: np.ndarray, **settings: Any) -> tuple[float, float, float]:
     """sum(top) / sum(bottom) over cases and its bootstrap interval; NaN where bottom sums to 0."""
     known = ~(np.isnan(top) | np.isnan(bottom))
     pair = np.stack([top[known], bottom[known]], axis=1)
@@ -286,7 +283,5 @@ def _ratio_ci(
         share = np.divide(over, under, out=np.full(over.shape, np.nan), where=under > 0)
         return np.repeat(share, 2, axis=-1)  # one for each of the two cells that are resampled
 
-    lower, upper = bootstrap_ci(
-        pair, statistic=ratio, level=level, n_resamples=n_resamples, seed=seed
-    )
+    lower, upper = bootstrap_ci(pair, statistic=ratio, **settings)
     return float(ratio(pair, 0)[0]), float(lower[0]), float(upper[0])

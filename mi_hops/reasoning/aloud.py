@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -146,14 +147,10 @@ def reason_aloud(
     )
     asked, prompts = [fact for fact, _ in prepared], [both for _, both in prepared]
 
+    room: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+
     def reply(texts: Sequence[str]) -> list[Generation]:
-        return generate(
-            model,
-            texts,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            stop=(layout.end,),
-        )
+        return generate(model, texts, stop=(layout.end,), **room)
 
     said = {
         "latent": reply([latent for latent, _ in prompts]),
@@ -170,11 +167,9 @@ def reason_aloud(
         values["answer_said"].append(named is not None)
         values["answer_at"].append(float("nan") if named is None else named[0])
     swaps = _swaps(asked, [r.text for r in said["aloud"]], layout, seed)
-    which = [i for i, swap in enumerate(swaps) if swap is not None]
-    texts = {i: f"{prompts[i][1]} {swaps[i].text}" for i in which}  # type: ignore[union-attr]
-    after = dict(zip(which, reply([texts[i] for i in which]) if which else [], strict=True))
-    for i, fact in enumerate(asked):
-        swap = swaps[i]
+    cut = {i: f"{prompts[i][1]} {swap.text}" for i, swap in enumerate(swaps) if swap is not None}
+    after = dict(zip(cut, reply(list(cut.values())) if cut else [], strict=True))
+    for i, (fact, swap) in enumerate(zip(asked, swaps, strict=True)):
         follows = keeps = float("nan")
         if swap is not None:
             whole = Generation(after[i].ids, f"{swap.text} {after[i].text}", after[i].finished)
@@ -182,20 +177,13 @@ def reason_aloud(
             keeps = _answered(layout, whole, fact)
         values["follows"].append(follows)
         values["keeps"].append(keeps)
+    numbers = {name: [float(v) for v in found] for name, found in values.items()}
+    texts = {f"said_{way}": [reply.text for reply in replies] for way, replies in said.items()}
+    texts |= {f"asked_{way}": [both[i] for both in prompts] for i, way in enumerate(said)}
+    texts["said_swapped"] = [after[i].text if i in after else "" for i in range(len(asked))]
+    texts["swapped_in"] = [swap.other.bridge if swap else "" for swap in swaps]
     return Result.from_arrays(
-        {name: (("example",), [float(v) for v in found]) for name, found in values.items()}
-        | {f"said_{name}": (("example",), [r.text for r in said[name]]) for name in said}
-        | {
-            f"asked_{name}": (("example",), [both[i] for both in prompts])
-            for i, name in enumerate(said)
-        }
-        | {
-            "said_swapped": (
-                ("example",),
-                [after[i].text if i in after else "" for i in range(len(asked))],
-            ),
-            "swapped_in": (("example",), [s.other.bridge if s else "" for s in swaps]),
-        },
+        {name: ("example", column) for name, column in {**numbers, **texts}.items()},
         coords={"example": [fact.id for fact in asked]},
         units=dict.fromkeys(OUTCOMES, "share") | {"answer_at": "characters"},
         provenance=provenance(

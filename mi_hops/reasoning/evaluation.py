@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from mi_hops.reasoning.aggregate import Scores, by_group, case_table, change_scores
+from mi_hops.reasoning.aggregate import Scores, by_group, case_table, change_scores, with_interval
 from mi_hops.reasoning.queries import SetCount, count_sets, in_order
 from mi_hops.result import plots
 from mi_hops.result.display import html_table, shorten
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 #: What counts as a correct answer; the last needs generation.
 ACCURACIES = ("first_correct", "exact_match", "generation_correct")
 
-_UNREPAIRED = "unrepaired"
+#: What tables and figures call the model without a repair.
+UNREPAIRED = "unrepaired"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -158,8 +159,7 @@ class Evaluation:
         summary: dict[str, dict[str, Any]] = {}
         for row in rows.itertuples():
             found = summary.setdefault(row.model, {})
-            found[row.set], found[f"{row.set}_lower"] = row.value, row.lower
-            found[f"{row.set}_upper"], found[f"{row.set}_n"] = row.upper, int(row.n)
+            found |= with_interval(row.set, row.value, row.lower, row.upper, int(row.n))
         return pd.DataFrame.from_dict(summary, orient="index").rename_axis("repair")
 
     def _before_and_after(
@@ -173,7 +173,7 @@ class Evaluation:
             raise ValueError(f"no set(s) {sorted(set(chosen) - set(known))}; there are {known}")
         rows = table[table["set"].isin(chosen)]
         after = rows[rows["statistic"] == f"{score}_after"].assign(model=lambda t: t["repair"])
-        before = rows[rows["statistic"] == f"{score}_before"].assign(model=_UNREPAIRED)
+        before = rows[rows["statistic"] == f"{score}_before"].assign(model=UNREPAIRED)
         if after.empty or before.empty:
             names = [s.removesuffix("_after") for s in table["statistic"] if s.endswith("_after")]
             raise ValueError(f"no score {score!r}; expected one of {list(dict.fromkeys(names))}")
@@ -181,15 +181,12 @@ class Evaluation:
         before = before[before["repair"] == max(self._repairs(), key=self._n_cases)]
         data = pd.concat([before, after]).rename(columns={"n_cases": "n"})
         data = data.sort_values("set", key=lambda s: s.map(chosen.index), kind="stable")
-        return data.sort_values("model", key=lambda s: s != _UNREPAIRED, kind="stable")
+        return data.sort_values("model", key=lambda s: s != UNREPAIRED, kind="stable")
 
     def cases(self) -> pd.DataFrame:
         """Means over the queries of each repair, set and case; index (repair, set, case)."""
-        numbers = [c for c in self.frame.columns if c.endswith(("_before", "_after")) or c == "kl"]
-        numbers = [
-            c for c in numbers if not c.startswith("said_") or c.startswith("generation_correct")
-        ]
-        return case_table(self.frame, numbers)
+        scores = [c for c in self.frame if c.endswith(("_before", "_after")) or c == "kl"]
+        return case_table(self.frame, [c for c in scores if not c.startswith("said_")])
 
     def plot(
         self,
@@ -297,28 +294,24 @@ class Evaluation:
                 for w in ("before", "after")
             )
         )
-        for name in (a for a in ACCURACIES if f"{a}_after" in part):
+        accuracies = dict.fromkeys((a for a in ACCURACIES if f"{a}_after" in part), "share")
+        units = {"first_prob": "probability", "answer_logprob": "nats"}
+        for name, unit in {**accuracies, **units, **self.provenance.get("metrics", {})}.items():
             before, after = column(f"{name}_before"), column(f"{name}_after")
             scores.means |= {
-                f"{name}_before": (before, "share"),
-                f"{name}_after": (after, "share"),
-                f"{name}_change": (after - before, "share"),
-                f"{name}_retained": (np.where(before == 1, after, np.nan), "share"),
+                f"{name}_before": (before, unit),
+                f"{name}_after": (after, unit),
+                f"{name}_change": (after - before, unit),
             }
-            scores.case_ratios[f"{name}_ratio"] = (after, before, "fraction of before", 0.0)
-        units = {"first_prob": "probability", "answer_logprob": "nats"}
-        for name, unit in {**units, **self.provenance.get("metrics", {})}.items():
-            before, after = column(f"{name}_before"), column(f"{name}_after")
-            scores.means[f"{name}_before"] = (before, unit)
-            scores.means[f"{name}_after"] = (after, unit)
-            scores.means[f"{name}_change"] = (after - before, unit)
+            if name in accuracies:
+                kept = np.where(before == 1, after, np.nan)
+                scores.means[f"{name}_retained"] = (kept, unit)
+                scores.case_ratios[f"{name}_ratio"] = (after, before, "fraction of before", 0.0)
         for when in ("before", "after"):
             scores.spreads[f"median_rank_{when}"] = (column(f"rank_{when}"), "rank", np.median)
             scores.means[f"statement_loss_{when}"] = (column(f"statement_loss_{when}"), "nats")
         scores.means["kl"] = (column("kl"), "nats")
-        empty = [n for n, (values, _) in scores.means.items() if np.isnan(values).all()]
-        for name in empty:
-            del scores.means[name]
+        scores.means = {n: mean for n, mean in scores.means.items() if not np.isnan(mean[0]).all()}
         return scores
 
 

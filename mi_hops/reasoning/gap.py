@@ -151,9 +151,13 @@ class Gap(Result):
         frame["hops"] = [fact.n_hops for fact in self.facts]
         by_itself = correct.isel(form=0).drop_sel(asked="two_hop").values
         said = here["said"].drop_sel(asked="two_hop").values
-        for hop, part in (("first", self._first_part), ("second", self._hops & ~self._first_part)):
-            frame[hop] = (by_itself | ~part).all(1)
-            frame[f"said_{hop}"] = [
+        # [example, hop]: before the bridge that the fact is seen from, or behind it
+        hop = np.arange(by_itself.shape[1])
+        at = np.array([fact.at_bridge for fact in self.facts], dtype=int)[:, None]
+        n = frame["hops"].to_numpy(int)[:, None]
+        for name, part in (("first", hop < at), ("second", (at <= hop) & (hop < n))):
+            frame[name] = (by_itself | ~part).all(1)
+            frame[f"said_{name}"] = [
                 " / ".join(texts[which]) for texts, which in zip(said, part, strict=True)
             ]
         frame["two_hop"] = correct.isel(form=0).sel(asked="two_hop").values
@@ -165,18 +169,6 @@ class Gap(Result):
         others = correct.sel(asked="two_hop").isel(form=slice(1, None))
         frame["other_form"] = others.any("form").values
         return frame
-
-    @property
-    def _hops(self) -> np.ndarray:
-        """[example, hop], whether the fact has that hop."""
-        n = np.array([fact.n_hops for fact in self.facts], dtype=int)
-        return np.arange(self.data.sizes["asked"] - 1) < n[:, None]
-
-    @property
-    def _first_part(self) -> np.ndarray:
-        """[example, hop], whether the hop comes before the bridge that the fact is seen from."""
-        at = np.array([fact.at_bridge for fact in self.facts], dtype=int)
-        return np.arange(self.data.sizes["asked"] - 1) < at[:, None]
 
     @property
     def passed(self) -> list[TwoHopFact]:

@@ -25,6 +25,7 @@ from mi_hops.editing import Edit
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import HookedModel, provenance
 from mi_hops.reasoning.evaluate import named_repairs
+from mi_hops.reasoning.evaluation import UNREPAIRED
 from mi_hops.result.result import Result
 from mi_hops.sweep.repair import Repair
 from mi_hops.sweep.sample import sample
@@ -32,7 +33,6 @@ from mi_hops.sweep.sample import sample
 #: n of the n-grams -> weight of their entropy.
 _WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 _WORD = re.compile(r"\w+|[^\w\s]")
-UNREPAIRED = "unrepaired"
 
 
 def generation_entropy(text: str) -> float:

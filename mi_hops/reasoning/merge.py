@@ -98,7 +98,7 @@ def _results(parts: Sequence[Result]) -> Result:
         )
     except (ValueError, xr.MergeError) as error:
         raise ValueError(f"the labels of the parts differ: {error}") from error
-    merged = type(first)(
+    return type(first)(
         data,
         provenance=first.provenance,
         title=first.title,
@@ -106,7 +106,6 @@ def _results(parts: Sequence[Result]) -> Result:
         skipped=[entry for part in parts for entry in part.skipped],
         allow_nonfinite=True,  # checked when the parts were made
     )
-    return merged
 
 
 def _evaluations(parts: Sequence[Evaluation]) -> Evaluation:

@@ -38,16 +38,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import pandas as pd
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.hop_edits import HOPS, HopEdit, SingleFact, plain, single_fact
-from mi_hops.reasoning.evaluation import Evaluation
-from mi_hops.reasoning.gap import Gap
-from mi_hops.reasoning.queries import Query, QuerySets, among, require_unique
+from mi_hops.reasoning.aggregate import with_interval
+from mi_hops.reasoning.evaluation import UNREPAIRED, Evaluation
+from mi_hops.reasoning.gap import Gap, hop_prompt
+from mi_hops.reasoning.queries import Draft, Query, QuerySets, require_unique
 from mi_hops.reasoning.sets import names_of, shuffled, with_first_hop
 from mi_hops.result.statistics import proportion_ci
 
@@ -115,7 +116,7 @@ def portability_sets(
     for edit in edits:
         for name, drafts in makers.sets(edit).items():
             unique = {(draft.prompt, plain(draft.answer)): draft for draft in drafts}
-            queries += [draft.query(edit, name, i) for i, draft in enumerate(unique.values())]
+            queries += [draft.query(edit.id, name, i) for i, draft in enumerate(unique.values())]
             if not drafts:
                 skipped.append((name, edit.id, _NOTHING[name]))
     settings = {"form": makers.form, "per_case": per_case, "seed": seed, "edited": "single facts"}
@@ -157,7 +158,7 @@ def chain_scores(
     rows: dict[str, dict[str, float]] = {}
     repairs = list(dict.fromkeys(frame["repair"]))
     for label, repair, when in [
-        ("unrepaired", repairs[0], "before"),
+        (UNREPAIRED, repairs[0], "before"),
         *((repair, repair, "after") for repair in repairs),
     ]:
         part = frame[frame["repair"] == repair]
@@ -166,9 +167,8 @@ def chain_scores(
             asked = part[part["set"].isin(sets)]
             each = asked.groupby("case")[f"{score}_{when}"].agg(reduce)
             right, n = int(each.sum()), len(each)
-            row[name] = right / n if n else float("nan")
             ends = proportion_ci(right, n, level=level) if n else (float("nan"),) * 2
-            row[f"{name}_lower"], row[f"{name}_upper"], row[f"{name}_n"] = *ends, n
+            row |= with_interval(name, right / n if n else float("nan"), *ends, n)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("repair")
 
 
@@ -229,37 +229,10 @@ class _World:
         return {r: other for (r, other), seen in back.items() if len(seen) >= _SEEN and all(seen)}
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A query before it has a case and a set."""
-
-    prompt: str
-    answer: str
-    aliases: tuple[str, ...]
-    source: str
-    wrong: str | None = None
-
-    @classmethod
-    def of(cls, single: SingleFact, prompt: str, wrong: str | None = None) -> _Draft:
-        """A prompt with a single fact's object."""
-        source = f"{single.subject}/{single.relation}"
-        return cls(prompt, single.object, single.aliases, source, wrong)
-
-    def query(self, edit: HopEdit, name: str, i: int) -> Query:
-        """The query of a set."""
-        wrong = self.wrong
-        if wrong is not None and among(wrong, self.answer, *self.aliases):
-            wrong = None
-        return Query(
-            case=edit.id,
-            set=name,
-            query_id=f"{edit.id}#{name}#{i}",
-            prompt=self.prompt,
-            answer=self.answer,
-            aliases=self.aliases,
-            wrong=wrong,
-            source=self.source,
-        )
+def _single(single: SingleFact, prompt: str, wrong: str | None = None) -> Draft:
+    """A prompt with a single fact's object."""
+    source = f"{single.subject}/{single.relation}"
+    return Draft(prompt, single.object, single.aliases, source, wrong)
 
 
 class _Makers:
@@ -269,12 +242,12 @@ class _Makers:
         self.world, self.form, self.per_case, self.seed = world, world.form, per_case, seed
         self.touched = {single.key for edit in edits for single in edit.singles}
 
-    def sets(self, edit: HopEdit) -> dict[str, list[_Draft]]:
+    def sets(self, edit: HopEdit) -> dict[str, list[Draft]]:
         """Set -> its drafts, none where there is nothing to ask."""
         own, chains = self._own(edit), self._chains(edit)
         given, others = own[:1], own[1:]
         old = [
-            _Draft(d.prompt, d.wrong, (), d.source, wrong=d.answer)
+            Draft(d.prompt, d.wrong, (), d.source, wrong=d.answer)
             for d in (*own, *chains)
             if d.wrong is not None
         ]
@@ -308,12 +281,12 @@ class _Makers:
 
     # -- the edited fact --------------------------------------------------------------------------
 
-    def _taught(self, edit: HopEdit, single: SingleFact, form: str) -> _Draft:
+    def _taught(self, edit: HopEdit, single: SingleFact, form: str) -> Draft:
         before = [single_fact(edit.before, hop) for hop in edit.hops]
         old = next((b.object for b in before if b.key == single.key), None)
-        return _Draft.of(single, single.prompts[form], wrong=old)
+        return _single(single, single.prompts[form], wrong=old)
 
-    def _reverse(self, edit: HopEdit) -> Iterator[_Draft]:
+    def _reverse(self, edit: HopEdit) -> Iterator[Draft]:
         for single in edit.singles:
             relation = self.world.reverse.get(single.relation, "")
             back = self.world.get(single.object, relation)
@@ -321,42 +294,37 @@ class _Makers:
             if back is None or before is None or self.world.get(before.object, relation) is None:
                 continue
             for prompt in back.prompts.values():
-                yield _Draft(prompt, single.subject, (), back.subject, wrong=back.object)
+                yield Draft(prompt, single.subject, (), back.subject, wrong=back.object)
 
-    def _other_hop(self, edit: HopEdit) -> list[_Draft]:
+    def _other_hop(self, edit: HopEdit) -> list[Draft]:
         kept = [single_fact(edit.after, hop) for hop in HOPS if hop not in edit.hops]
         return [
-            _Draft.of(single, single.prompts[self._form(single.prompts)])
+            _single(single, hop_prompt(single.prompts, self.form))
             for single in kept
             if single.prompts and self.world.knows(single)
         ]
 
     # -- two hops through it ----------------------------------------------------------------------
 
-    def _own(self, edit: HopEdit) -> list[_Draft]:
+    def _own(self, edit: HopEdit) -> list[Draft]:
         """The case's own question, in the form taught first; none where it says nothing."""
         after, before = edit.after, edit.before
         kept = [single_fact(after, hop) for hop in HOPS if hop not in edit.hops]
         same = single_fact(after, "second").says(before.answer, *before.answer_aliases)
         if same or not all(self.world.knows(single) for single in kept):
             return []
-        form = self._form(after.prompts)
-        texts = [after.prompts[form]]
-        texts += [text for name, text in after.prompts.items() if name != form]
-        texts += [text.rstrip() for text in after.paraphrases]
-        return [
-            _Draft(text, after.answer, after.answer_aliases, after.id, wrong=before.answer)
-            for text in dict.fromkeys(texts)
-        ]
+        taught = hop_prompt(after.prompts, self.form)
+        texts = (taught, *after.prompts.values(), *(p.rstrip() for p in after.paraphrases))
+        return [Draft.of(after, text, wrong=before.answer) for text in dict.fromkeys(texts)]
 
-    def _chains(self, edit: HopEdit) -> list[_Draft]:
-        found: list[Callable[[], list[_Draft]]] = []
+    def _chains(self, edit: HopEdit) -> list[Draft]:
+        found: list[Callable[[], list[Draft]]] = []
         if "first" in edit.hops:
             found += self._from_bridge(edit)
         if "second" in edit.hops:
             found += self._to_subject(edit)
         asked = set(edit.after.prompts.values()) | set(edit.after.paraphrases)
-        chains: list[_Draft] = []
+        chains: list[Draft] = []
         taken = 0
         for make in shuffled(found, self._rng(edit, "portability")):
             new = [draft for draft in make() if draft.prompt not in asked]
@@ -366,7 +334,7 @@ class _Makers:
                 break
         return chains
 
-    def _from_bridge(self, edit: HopEdit) -> list[Callable[[], list[_Draft]]]:
+    def _from_bridge(self, edit: HopEdit) -> list[Callable[[], list[Draft]]]:
         """Other second hops from the new bridge, behind the case's first hop."""
         after, before = edit.after, edit.before
         others: dict[str, TwoHopFact] = {}
@@ -379,22 +347,18 @@ class _Makers:
                 continue
             others.setdefault(fact.relation2, fact)
 
-        def drafts(fact: TwoHopFact) -> list[_Draft]:
+        def drafts(fact: TwoHopFact) -> list[Draft]:
             old = self.world.get(before.bridge, fact.relation2)
             wrong = old.object if old is not None else None
             texts = [
                 with_first_hop(text, fact.first_hop, after.first_hop)
                 for text in fact.prompts.values()
             ]
-            return [
-                _Draft(text, fact.answer, fact.answer_aliases, fact.id, wrong)
-                for text in texts
-                if text is not None
-            ]
+            return [Draft.of(fact, text, wrong) for text in texts if text is not None]
 
-        return [lambda fact=fact: drafts(fact) for fact in others.values()]  # type: ignore[misc]
+        return [partial(drafts, fact) for fact in others.values()]
 
-    def _to_subject(self, edit: HopEdit) -> list[Callable[[], list[_Draft]]]:
+    def _to_subject(self, edit: HopEdit) -> list[Callable[[], list[Draft]]]:
         """Other first hops that lead to the bridge whose second hop is edited."""
         after = edit.after
         second = single_fact(after, "second")
@@ -406,21 +370,21 @@ class _Makers:
                 continue
             others.setdefault(first.key, fact)
 
-        def drafts(fact: TwoHopFact) -> list[_Draft]:
+        def drafts(fact: TwoHopFact) -> list[Draft]:
             texts = (*fact.prompts.values(), *(p.rstrip() for p in fact.paraphrases))
             return [
-                _Draft(text, after.answer, after.answer_aliases, fact.id, wrong=fact.answer)
+                Draft(text, after.answer, after.answer_aliases, fact.id, wrong=fact.answer)
                 for text in texts
             ]
 
-        return [lambda fact=fact: drafts(fact) for fact in others.values()]  # type: ignore[misc]
+        return [partial(drafts, fact) for fact in others.values()]
 
     # -- what is to stay --------------------------------------------------------------------------
 
-    def _near(self, edit: HopEdit, name: str) -> list[_Draft]:
+    def _near(self, edit: HopEdit, name: str) -> list[Draft]:
         """Known single facts about an edited subject, or of an edited relation."""
         world, edited = self.world, {single.key for single in edit.singles}
-        found: list[_Draft] = []
+        found: list[Draft] = []
         for single in edit.singles:
             if name == "same_subject":
                 pool = world.by_subject.get(plain(single.subject), [])
@@ -428,25 +392,25 @@ class _Makers:
                 pool = world.by_relation.get(single.relation, [])
             pool = [s for s in pool if s.key not in edited and not s.says(single.object)]
             for other in islice(shuffled(pool, self._rng(edit, name)), self.per_case):
-                prompt = other.prompts[self._form(other.prompts)]
-                found.append(_Draft.of(other, prompt, wrong=single.object))
+                prompt = hop_prompt(other.prompts, self.form)
+                found.append(_single(other, prompt, wrong=single.object))
         return found
 
-    def _specificity(self, edit: HopEdit) -> list[_Draft]:
+    def _specificity(self, edit: HopEdit) -> list[Draft]:
         mine = names_of(edit.before) | names_of(edit.after)
         unrelated = (
-            _Draft(f.prompts[self._form(f.prompts)], f.answer, f.answer_aliases, f.id)
+            Draft.of(f, hop_prompt(f.prompts, self.form))
             for f in shuffled(self.world.answered, self._rng(edit, "specificity"))
             if not mine & names_of(f)
         )
         return list(islice(unrelated, self.per_case))
 
-    def _neutral(self, edit: HopEdit) -> list[_Draft]:
+    def _neutral(self, edit: HopEdit) -> list[Draft]:
         facts = (edit.before, edit.after)
         mine = {plain(name) for f in facts for name in (f.subject, f.bridge, f.answer)}
         singles = list(self.world.singles.values())
         untouched = (
-            _Draft.of(single, single.prompts[self._form(single.prompts)])
+            _single(single, hop_prompt(single.prompts, self.form))
             for single in shuffled(singles, self._rng(edit, "neutral"))
             if single.key not in self.touched
             and not mine & {plain(single.subject), plain(single.object)}

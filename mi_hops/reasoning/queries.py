@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mi_hops.facts.fact import TwoHopFact
 from mi_hops.result.display import html_table, shorten
 from mi_hops.text.matching import normalise
 
@@ -107,6 +108,36 @@ class Query:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, ready for JSON."""
         return {**asdict(self), "aliases": list(self.aliases)}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A query before it has a case, a set and an id."""
+
+    prompt: str
+    answer: str
+    aliases: tuple[str, ...]
+    source: str
+    wrong: str | None = None
+
+    @classmethod
+    def of(cls, fact: TwoHopFact, prompt: str, wrong: str | None = None) -> Draft:
+        """A prompt with the fact's own answer."""
+        return cls(prompt, fact.answer, fact.answer_aliases, fact.id, wrong)
+
+    def query(self, case: str, name: str, i: int) -> Query:
+        """The i-th query of a case's set; a wrong answer that is right is left out."""
+        competes = self.wrong and not among(self.wrong, self.answer, *self.aliases)
+        return Query(
+            case=case,
+            set=name,
+            query_id=f"{case}#{name}#{i}",
+            prompt=self.prompt,
+            answer=self.answer,
+            aliases=self.aliases,
+            wrong=self.wrong if competes else None,
+            source=self.source,
+        )
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,6 +12,7 @@ from mi_hops.editing import Edit, EditRepair, stack
 from mi_hops.editing.rows import require_not_applied
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import HookedModel
+from mi_hops.reasoning.aggregate import with_interval
 from mi_hops.reasoning.evaluate import evaluate
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.queries import Query, QuerySets
@@ -133,6 +134,6 @@ def retention(evaluation: Evaluation, score: str = "exact_match", **options: Any
                     f"specificity; the evaluation has {sorted(sets)}"
                 )
             found = table.loc[key]
-            row[name], row[f"{name}_lower"] = float(found["value"]), float(found["lower"])
-            row[f"{name}_upper"], row[f"{name}_n"] = float(found["upper"]), int(found["n_cases"])
+            value, lower, upper = (float(found[c]) for c in ("value", "lower", "upper"))
+            row |= with_interval(name, value, lower, upper, int(found["n_cases"]))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("repair")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from mi_hops.facts.fact import TwoHopFact
@@ -17,7 +17,7 @@ from mi_hops.facts.forms import require_form
 from mi_hops.facts.templates import capitalise
 from mi_hops.model import HookedModel
 from mi_hops.reasoning.gap import Gap, find_gap
-from mi_hops.reasoning.queries import SETS, Query, QuerySets, among
+from mi_hops.reasoning.queries import Draft, Query, QuerySets, among
 from mi_hops.text.matching import normalise
 from mi_hops.text.tokens import TokenError, find_text
 
@@ -139,8 +139,7 @@ def build_sets(
     queries: list[Query] = []
     skipped: list[tuple[str, str, str]] = []
     for case in facts:
-        for name in SETS:
-            found = makers.make(name, case)
+        for name, found in makers.sets(case).items():
             if isinstance(found, str):
                 skipped.append((name, case.id, found))
             else:
@@ -149,23 +148,8 @@ def build_sets(
     return QuerySets(tuple(queries), tuple(ids), tuple(skipped), settings)
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A query before it has a case, a set and an id."""
-
-    prompt: str
-    answer: str
-    aliases: tuple[str, ...]
-    source: str
-
-    @classmethod
-    def of(cls, fact: TwoHopFact, prompt: str) -> _Draft:
-        """A prompt with the fact's own answer."""
-        return cls(prompt, fact.answer, fact.answer_aliases, fact.id)
-
-
 class _Makers:
-    """One method per set: drafts for a case, or the reason why there are none."""
+    """The queries of all sets for one case after another."""
 
     def __init__(
         self,
@@ -192,9 +176,34 @@ class _Makers:
         # Single facts that some case is made of are not neutral, whichever repair is on.
         self.touched = {hop for case in cases for hop in _hops(case)}
 
-    def make(self, name: str, case: TwoHopFact) -> list[Query] | str:
-        rng = random.Random(f"{self.seed}/{name}/{case.id}")
-        drafts = getattr(self, f"_{name}")(case, rng)
+    def sets(self, case: TwoHopFact) -> dict[str, list[Query] | str]:
+        """Set -> a case's queries, or the reason why there are none; in the order of `SETS`."""
+        form, own = self._form_of(case), case.prompt(self.form)
+        said = self.known.said.get(case.id, "").strip()
+        texts = [text for name, text in case.prompts.items() if name != form]
+        texts += [text.rstrip() for text in case.paraphrases]
+        order = case.prompts.get(_OTHER_ORDER.get(form, ""))
+        first, second = (
+            self._not_given(case, p) for p in (case.first_prompts, case.second_prompts)
+        )
+        same = self.by_relation2.get(case.relation2, [])
+        drafts = {
+            "correction": [Draft.of(case, own, said)],
+            "paraphrase": [Draft.of(case, text, said) for text in texts],
+            "other_order": [] if order is None else [Draft.of(case, order, said)],
+            "generalisation": self._generalisation(case),
+            "specificity": self._unrelated(case, "specificity", self.answered),
+            "specificity_same_relation": self._unrelated(case, "specificity_same_relation", same),
+            "first_hop": [
+                Draft(text, case.bridge, case.bridge_aliases, case.id, wrong=case.answer)
+                for text in first
+            ],
+            "second_hop": [Draft.of(case, text) for text in second],
+            "neutral": self._neutral(case),
+        }
+        return {name: self._queries(name, case, found) for name, found in drafts.items()}
+
+    def _queries(self, name: str, case: TwoHopFact, drafts: list[Draft] | str) -> list[Query] | str:
         if not drafts:
             return _NOTHING[name]
         if isinstance(drafts, str):
@@ -203,46 +212,10 @@ class _Makers:
         unique = {d.prompt: d for d in drafts if name == "correction" or d.prompt != own}
         if not unique:
             return "only the correction prompt itself"
-        return [
-            Query(
-                case=case.id,
-                set=name,
-                query_id=f"{case.id}#{name}#{i}",
-                prompt=draft.prompt,
-                answer=draft.answer,
-                aliases=draft.aliases,
-                wrong=self._wrong(name, case, draft),
-                source=draft.source,
-            )
-            for i, draft in enumerate(unique.values())
-        ]
+        return [draft.query(case.id, name, i) for i, draft in enumerate(unique.values())]
 
-    def _wrong(self, name: str, case: TwoHopFact, draft: _Draft) -> str | None:
-        own = name in ("correction", "paraphrase", "other_order", "second_hop")
-        wrong = (self.known.said.get(case.id) or "").strip() if own else case.answer
-        if name == "second_hop" or not wrong or among(wrong, draft.answer, *draft.aliases):
-            return None
-        return wrong
-
-    # -- the case's own prompts -------------------------------------------------------------------
-
-    def _correction(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
-        return [_Draft.of(case, case.prompt(self.form))]
-
-    def _paraphrase(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
-        texts = [t for f, t in case.prompts.items() if f != self._form_of(case)]
-        return [_Draft.of(case, t) for t in (*texts, *(p.rstrip() for p in case.paraphrases))]
-
-    def _other_order(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
-        order = _OTHER_ORDER.get(self._form_of(case), "")
-        return [_Draft.of(case, case.prompts[order])] if order in case.prompts else []
-
-    def _first_hop(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
-        texts = self._not_given(case, case.first_prompts)
-        return [_Draft(t, case.bridge, case.bridge_aliases, case.id) for t in texts]
-
-    def _second_hop(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
-        return [_Draft.of(case, t) for t in self._not_given(case, case.second_prompts)]
+    def _rng(self, case: TwoHopFact, name: str) -> random.Random:
+        return random.Random(f"{self.seed}/{name}/{case.id}")
 
     def _not_given(self, case: TwoHopFact, prompts: Mapping[str, str]) -> list[str]:
         """A single hop's prompts that no repair was given.
@@ -258,7 +231,7 @@ class _Makers:
 
     # -- drawn from the pool ----------------------------------------------------------------------
 
-    def _generalisation(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
+    def _generalisation(self, case: TwoHopFact) -> list[Draft] | str:
         mine = (case.answer, *case.answer_aliases, case.subject, case.bridge)
         others = [
             f
@@ -271,41 +244,35 @@ class _Makers:
         if not others:
             return "no other second hop is known"
 
-        def draft(other: TwoHopFact) -> tuple[str, _Draft] | None:
+        def draft(other: TwoHopFact) -> tuple[str, Draft] | None:
             prompt = self._with_first_hop(case, other)
             if prompt is None or prompt in self.corrections:
                 return None
-            return normalise(other.answer), _Draft.of(other, prompt)
+            return normalise(other.answer), Draft.of(other, prompt, case.answer)
 
-        return self._drawn(others, draft, rng)
+        return self._drawn(others, draft, self._rng(case, "generalisation"))
 
-    def _specificity(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
-        return self._unrelated(case, self.answered, rng)
-
-    def _specificity_same_relation(self, case: TwoHopFact, rng: random.Random) -> list[_Draft]:
-        return self._unrelated(case, self.by_relation2.get(case.relation2, []), rng)
-
-    def _unrelated(
-        self, case: TwoHopFact, facts: Sequence[TwoHopFact], rng: random.Random
-    ) -> list[_Draft]:
+    def _unrelated(self, case: TwoHopFact, name: str, facts: Sequence[TwoHopFact]) -> list[Draft]:
         mine = names_of(case)
 
-        def draft(other: TwoHopFact) -> tuple[str, _Draft] | None:
+        def draft(other: TwoHopFact) -> tuple[str, Draft] | None:
             prompt = other.prompts.get(self._form_of(other))
             if not prompt or prompt in self.corrections or mine & names_of(other):
                 return None
-            return prompt, _Draft.of(other, prompt)
+            return prompt, Draft.of(other, prompt, case.answer)
 
-        return self._drawn(facts, draft, rng)
+        return self._drawn(facts, draft, self._rng(case, name))
 
-    def _neutral(self, case: TwoHopFact, rng: random.Random) -> list[_Draft] | str:
-        mine = names_of(case)
+    def _neutral(self, case: TwoHopFact) -> list[Draft] | str:
+        mine, rng = names_of(case), self._rng(case, "neutral")
 
-        def of_text(text: _Draft) -> tuple[str, _Draft] | None:
+        def of_text(text: Draft) -> tuple[str, Draft] | None:
             said = normalise(f"{text.prompt} {text.answer}")
-            return None if any(name in said for name in mine) else (text.prompt, text)
+            if any(name in said for name in mine):
+                return None
+            return text.prompt, replace(text, wrong=case.answer)
 
-        def of_fact(fact: TwoHopFact) -> tuple[str, _Draft] | None:
+        def of_fact(fact: TwoHopFact) -> tuple[str, Draft] | None:
             first, second = _hops(fact)
             choices = (
                 (first, fact.first_prompts, fact.bridge, fact.bridge_aliases),
@@ -315,7 +282,7 @@ class _Makers:
             form = self.form if self.form in prompts else next(iter(prompts), None)
             if form is None or hop in self.touched or mine & {hop[0], normalise(answer)}:
                 return None
-            return prompts[form], _Draft(prompts[form], answer, aliases, fact.id)
+            return prompts[form], Draft(prompts[form], answer, aliases, fact.id, case.answer)
 
         if self.texts:
             return self._drawn(self.texts, of_text, rng) or "every text names it"
@@ -324,11 +291,11 @@ class _Makers:
     def _drawn(
         self,
         items: Sequence[_Item],
-        draft: Callable[[_Item], tuple[str, _Draft] | None],
+        draft: Callable[[_Item], tuple[str, Draft] | None],
         rng: random.Random,
-    ) -> list[_Draft]:
+    ) -> list[Draft]:
         """The first `per_case` drafts of shuffled items, one for each key."""
-        found: dict[str, _Draft] = {}
+        found: dict[str, Draft] = {}
         for item in shuffled(items, rng):
             if len(found) == self.per_case:
                 break
@@ -354,12 +321,12 @@ def with_first_hop(text: str, old: str, new: str) -> str | None:
     return text[:start] + (capitalise(new) if text[start].isupper() else new) + text[end:]
 
 
-def _split_text(text: str, i: int) -> _Draft:
+def _split_text(text: str, i: int) -> Draft:
     """A text as a prompt and its last word."""
     prompt, *last = text.strip().rsplit(maxsplit=1)
     if not last:
         raise ValueError(f"text {i} is {text!r}; a neutral text needs two words or more")
-    return _Draft(prompt, last[0], (), f"text {i}")
+    return Draft(prompt, last[0], (), f"text {i}")
 
 
 def _hops(fact: TwoHopFact) -> tuple[tuple[str, str], tuple[str, str]]:

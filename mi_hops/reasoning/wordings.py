@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import get_args
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from mi_hops.facts.reading import Facts
 from mi_hops.facts.templates import FORMS, Wording
 from mi_hops.facts.wordings import few_shot_lead, reword, with_lead
 from mi_hops.model import HookedModel, provenance
-from mi_hops.reasoning.gap import Score
+from mi_hops.reasoning.gap import Score, check_score
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.generate import answered
@@ -121,11 +120,9 @@ def choose_wordings(
             f"wordings; got {len(facts)} facts with {len(relations)} such relations, "
             f"{len(hops)} of them in choosing facts"
         )
-    if score not in get_args(Score) or not set(forms) <= set(FORMS) or not forms:
-        raise ValueError(
-            f"score is {score!r} and forms are {list(forms)}; expected 'answer' or 'first_token', "
-            f"and forms of {list(FORMS)}"
-        )
+    check_score(score)
+    if not forms or not set(forms) <= set(FORMS):
+        raise ValueError(f"forms are {list(forms)}; expected one or more of {list(FORMS)}")
     names = sorted(hops)
     widest = max(len(relations[name].options(form)) for name in names for form in forms)
     shape = (len(forms), len(names), widest, len(shots))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from mi_hops.editing import PAPER, creme, creme_joint, creme_many
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.model import read_matrix, write_matrix
 from tests.models import SHAPES, models
 
 
@@ -70,6 +72,17 @@ def weights(model):
 def assert_same_bits(model, before):
     for n, p in model.named_parameters():
         assert torch.equal(p, before[n]), n
+
+
+@contextmanager
+def put_back(model, layers, matrix="W_O"):
+    """The matrices of some layers, which are in the model again after the block."""
+    originals = {i: read_matrix(model, matrix, i) for i in layers}
+    try:
+        yield originals
+    finally:
+        for i, w in originals.items():
+            write_matrix(model, matrix, i, w)
 
 
 def break_copies(monkeypatch, error, wrong, *, half=True):

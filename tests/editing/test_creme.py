@@ -26,6 +26,7 @@ from tests.editing.conftest import (
     make_fact,
     paper,
     paper_many,
+    put_back,
     weights,
 )
 from tests.models import cases
@@ -66,19 +67,9 @@ def test_one_pass_equals_the_layer_by_layer_procedure(wide, fact, layers, target
     before = weights(wide)
     edit = paper(wide, fact, layers=layers, templates=TEMPLATES, target=target)
     assert_same_bits(wide, before)
-    originals = {i: read_matrix(wide, "W_O", i) for i in layers}
-    try:
-        plain = plain_creme(
-            wide,
-            fact.prompt("suffix"),
-            fact.second_prompt("suffix"),
-            layers,
-            TEMPLATES,
-            clean_guide=target == "clean",
-        )
-    finally:
-        for i, w in originals.items():
-            write_matrix(wide, "W_O", i, w)
+    asked = fact.prompt("suffix"), fact.second_prompt("suffix")
+    with put_back(wide, layers) as originals:
+        plain = plain_creme(wide, *asked, layers, TEMPLATES, clean_guide=target == "clean")
     assert edit.layers == tuple(sorted(layers))
     for change in edit.changes:
         got = originals[change.layer] + change.delta()
@@ -90,14 +81,9 @@ def test_with_covariance_equals_the_plain_procedure(wide, fact, facts):
     moments = second_moments(wide, facts, layers=[0, 1], shrinkage=0.1)
     edit = paper(wide, fact, layers=[0, 1], templates=TEMPLATES, covariance=moments)
     inverse = {i: torch.linalg.inv(moments.shrunk(i)) for i in (0, 1)}
-    originals = {i: read_matrix(wide, "W_O", i) for i in (0, 1)}
-    try:
-        plain = plain_creme(
-            wide, fact.prompt(), fact.second_prompt(), [0, 1], TEMPLATES, inverse=inverse
-        )
-    finally:
-        for i, w in originals.items():
-            write_matrix(wide, "W_O", i, w)
+    asked = fact.prompt(), fact.second_prompt()
+    with put_back(wide, [0, 1]) as originals:
+        plain = plain_creme(wide, *asked, [0, 1], TEMPLATES, inverse=inverse)
     for change in edit.changes:
         got = originals[change.layer] + change.delta()
         torch.testing.assert_close(got, plain[change.layer], atol=1e-7, rtol=1e-7)
@@ -289,8 +275,7 @@ def test_the_defaults_equal_the_procedure_written_out(wide, fact, facts):
         for text in (fact.prompt("suffix"), fact.second_prompt("suffix"))
     )
     kept = [fact.first_prompt("suffix"), fact.second_prompt("suffix")]
-    originals = {i: read_matrix(wide, "W_O", i) for i in layers}
-    try:
+    with put_back(wide, layers) as originals:
         for layer, change in zip(layers, edit.changes, strict=True):
             rows = [last_mean(wide, texts, "z", layer) for texts in (*comps, *([t] for t in kept))]
             lack = [
@@ -306,9 +291,6 @@ def test_the_defaults_equal_the_procedure_written_out(wide, fact, facts):
             want = 0.7 * g.T @ torch.linalg.solve(m, right)
             torch.testing.assert_close(change.delta(), want, atol=1e-6, rtol=1e-6)
             write_matrix(wide, "W_O", layer, originals[layer] + want)
-    finally:
-        for i, w in originals.items():
-            write_matrix(wide, "W_O", i, w)
 
 
 # -- bad input ------------------------------------------------------------------------------------

@@ -114,6 +114,8 @@ def test_refusals(load_tiny, checkpoints, tmp_path, fact):
     folded = Edit(method="x", changes=edit.changes, fingerprint="", processing="fold")
     with pytest.raises(ValueError, match="processed"):
         export_hf(model, folded, tmp_path / "b")
+    with pytest.raises(OSError, match="no checkpoint that could be fetched"):
+        export_hf("nobody/nothing", edit, tmp_path / "c")
     assert os.listdir(tmp_path) == ["full"]
 
 

@@ -16,7 +16,7 @@ from mi_hops.editing import (
 )
 from mi_hops.editing.solve import solve_keys
 from mi_hops.model import read_matrix, write_matrix
-from tests.editing.conftest import assert_same_bits, paper, paper_joint, weights
+from tests.editing.conftest import assert_same_bits, paper, paper_joint, put_back, weights
 from tests.editing.test_creme import TEMPLATES, last_mean
 
 
@@ -34,8 +34,7 @@ def test_joint_equals_memits_normal_equations(wide, facts):
         covariance=moments,
         batch_size=13,
     )
-    originals = {i: read_matrix(wide, "W_O", i) for i in layers}
-    try:
+    with put_back(wide, layers) as originals:
         for layer, change in zip(layers, edit.changes, strict=True):
             asked = [
                 [[t.format(text) for t in TEMPLATES] for text in (f.prompt(), f.second_prompt())]
@@ -54,9 +53,6 @@ def test_joint_equals_memits_normal_equations(wide, facts):
             want = torch.linalg.solve(weight * c + keys.T @ keys, keys.T @ lack)
             torch.testing.assert_close(change.delta(), want, atol=1e-7, rtol=1e-6)
             write_matrix(wide, "W_O", layer, originals[layer] + want)
-    finally:
-        for i, w in originals.items():
-            write_matrix(wide, "W_O", i, w)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,8 @@ def test_edits_are_exported_and_loaded_again(shape, backend, tmp_path):
     assert (want - before).abs().max() > 0.01
     plain = AutoModelForCausalLM.from_pretrained(out)
     torch.testing.assert_close(logits(plain, ids), want, atol=1e-4, rtol=1e-5)
+    by_file = AutoModelForCausalLM.from_pretrained(mi_hops.export_hf(file, edit, tmp_path / "by"))
+    assert torch.equal(logits(by_file, ids), logits(plain, ids))
     again = mi_hops.load_model(out, backend=backend, device="cpu")
     torch.testing.assert_close(logits(again, ids), want, atol=1e-5, rtol=1e-5)
     assert provenance(again)["weights"] == "dequantised from Q8_0"

@@ -12,43 +12,27 @@ from mi_hops.editing import Request, creme
 from mi_hops.injection import MemoryInjection
 from mi_hops.lens import fact_trajectories, who_comes_first
 from mi_hops.reasoning import Gap, erase_bridge, find_gap, locate
-from mi_hops.reasoning import gap as gap_module
 from mi_hops.reasoning.gap import HOPS, asked_of
 from mi_hops.result.result import Result
 from mi_hops.result.statistics import proportion_ci
 from mi_hops.sweep import answered, generate
-from mi_hops.sweep.generate import Answered
 from tests.reasoning.tiny_chains import tiny_chain, tiny_chains
-from tests.reasoning.tiny_facts import tiny_facts
+from tests.reasoning.tiny_facts import dictate, tiny_facts
 
 # --- the gap ---------------------------------------------------------------------------------------
 
 
-def dictate(monkeypatch, right):
-    """Questions are answered as told; a wrong answer is the first bridge's name, or nothing."""
-
-    def told(model, prompts, answers, aliases, **options):
-        return [
-            Answered(
-                a if right[p] is True else right[p] or "", right[p] is True, False, False, 1, 0.5
-            )
-            for p, a in zip(prompts, answers, strict=True)
-        ]
-
-    monkeypatch.setattr(gap_module, "answered", told)
-
-
 def test_a_chain_is_in_the_gap_where_every_hop_is_known(monkeypatch, load_tiny):
-    right, facts = {}, []
+    instead, facts = {}, []
     for i in range(16):
         fact = tiny_chain(i % 8, "w60", split="a" if i < 8 else "b")
         fact = replace(fact, id=str(i)).with_prompts(lambda form, text, i=i: f"{text} w{i}")
         bits = [i & 8 > 0, i & 4 > 0, i & 2 > 0, i & 1 > 0]
-        for hop, bit in zip(fact.hops, bits, strict=False):
-            right[hop.prompts["suffix"]] = bit
-        right[fact.prompts["suffix"]] = True if bits[3] else fact.bridges[0]
+        asked = [*(hop.prompts["suffix"] for hop in fact.hops), fact.prompts["suffix"]]
+        said = ["", "", "", fact.bridges[0]]  # where it is not the answer
+        instead |= {p: text for p, text, bit in zip(asked, said, bits, strict=True) if not bit}
         facts.append(fact)
-    dictate(monkeypatch, right)
+    dictate(monkeypatch, instead)
     model = load_tiny()
     found = find_gap(model, facts)
     assert [f.id for f in found.failed] == ["14"]

@@ -10,23 +10,21 @@ import pytest
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.lens import fact_trajectories
-from mi_hops.reasoning import gap as gap_module
 from mi_hops.reasoning.failures import TYPES, FailureTypes, failure_types
 from mi_hops.reasoning.gap import HOPS, Gap, find_gap
 from mi_hops.result.result import Result
-from mi_hops.sweep.generate import Answered
-from tests.reasoning.tiny_facts import set_outcomes, tiny_facts
+from tests.reasoning.tiny_facts import dictate, set_outcomes, tiny_facts
 
 FORMS = ("suffix", "prefix")
 
 
 def test_every_combination_is_counted(monkeypatch, load_tiny):
     """Answers are dictated, so that the table is known by hand."""
-    facts, right = [], {}
+    facts, instead = [], {}
     for i in range(8):
         bits = (i & 4 > 0, i & 2 > 0, i & 1 > 0)
         prompts = [f"w{20 + i} w{j}" for j in range(3)]
-        right |= dict(zip(prompts, bits, strict=True))
+        instead |= {p: f"b{i}" for p, bit in zip(prompts, bits, strict=True) if not bit}
         facts.append(
             TwoHopFact(
                 id=str(i),
@@ -43,20 +41,7 @@ def test_every_combination_is_counted(monkeypatch, load_tiny):
             )
         )
 
-    def dictated(model, prompts, answers, aliases, **options):
-        return [
-            Answered(
-                a if right[p] else p.split()[0].replace("w2", "b"),
-                right[p],
-                False,
-                right[p],
-                1,
-                0.5,
-            )
-            for p, a in zip(prompts, answers, strict=True)
-        ]
-
-    monkeypatch.setattr(gap_module, "answered", dictated)
+    dictate(monkeypatch, instead)
     found = find_gap(load_tiny(), facts)
     assert found.table()["n"].tolist() == [1] * 8
     assert [f.id for f in found.failed] == ["6"]

@@ -8,10 +8,8 @@ import pytest
 from mi_hops.facts import HopEdit, hop_edits, load_geo, single_fact
 from mi_hops.facts.templates import capitalise, prompts_about
 from mi_hops.reasoning import Evaluation, chain_scores, evaluate, find_gap, portability_sets
-from mi_hops.reasoning import gap as gap_module
-from mi_hops.sweep.generate import Answered
 from mi_hops.worlds import Hopland
-from tests.reasoning.tiny_facts import tiny_facts
+from tests.reasoning.tiny_facts import dictate, tiny_facts
 from tests.repairs import NoRepair
 
 FORMS = ("suffix", "prefix", "question")
@@ -23,15 +21,7 @@ def ask(monkeypatch, load_tiny):
     """Gaps in which every question is answered, but for some prompts."""
 
     def gap_of(facts, unknown=()):
-        def dictated(model, prompts, answers, aliases, **options):
-            return [
-                Answered(
-                    "" if p in unknown else a, p not in unknown, False, p not in unknown, 1, 0.5
-                )
-                for p, a in zip(prompts, answers, strict=True)
-            ]
-
-        monkeypatch.setattr(gap_module, "answered", dictated)
+        dictate(monkeypatch, dict.fromkeys(unknown, ""))
         return find_gap(load_tiny(), facts, form="suffix")
 
     return gap_of

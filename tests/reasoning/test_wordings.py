@@ -54,5 +54,7 @@ def test_facts_without_wordings_are_refused(worded):
     model = load_model("hops-gpt2")
     with pytest.raises(ValueError, match="come in several wordings"):
         choose_wordings(model, Facts(worded.facts, "made", len(worded)))
-    with pytest.raises(ValueError, match="expected 'answer' or 'first_token'"):
+    with pytest.raises(ValueError, match="score is 'rank'; expected one of"):
         choose_wordings(model, worded, score="rank")
+    with pytest.raises(ValueError, match="forms are .*; expected one or more of"):
+        choose_wordings(model, worded, forms=())

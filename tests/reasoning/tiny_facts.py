@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.reasoning import gap as gap_module
 from mi_hops.study import Sizes
 from mi_hops.study.steps import gap as gap_step
-from mi_hops.sweep.generate import generate
+from mi_hops.sweep.generate import Answered, generate
 
 #: Of a study of these facts.
 SIZES = Sizes(
@@ -52,6 +53,18 @@ def tiny_facts(model, n=6):
             )
         )
     return facts
+
+
+def dictate(monkeypatch, instead):
+    """Every question of a gap is answered correctly, but for the prompts that have a text instead."""
+
+    def told(model, prompts, answers, aliases, **options):
+        return [
+            Answered(instead.get(p, a), p not in instead, False, p not in instead, 1, 0.5)
+            for p, a in zip(prompts, answers, strict=True)
+        ]
+
+    monkeypatch.setattr(gap_module, "answered", told)
 
 
 def set_outcomes(gap, two_hop):

@@ -7,7 +7,7 @@ LoRA searches for a low-rank one (arXiv 2106.09685); the adapters are `peft`'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from torch import Tensor
 from mi_hops.editing.change import Change, matrix_hooks
 from mi_hops.editing.checks import check_editable
 from mi_hops.editing.edit import Edit
-from mi_hops.editing.request import Asked, Request, check_templates, fill, requests_of
+from mi_hops.editing.export import checkpoint_path
+from mi_hops.editing.request import Asked, Request, check_templates, requests_of
 from mi_hops.editing.rows import EditorRepair
-from mi_hops.editing.teaching import answer_loss, chunks, frozen, minimise, teacher_forced
+from mi_hops.editing.teaching import answer_loss, chunks, frozen, in_templates, minimise
 from mi_hops.model import (
-    CHECKPOINTS,
-    Hook,
     HookedModel,
     device_of,
     dtype_of,
@@ -82,45 +81,47 @@ def finetune_many(
     }
     weights = {i: read_matrix(model, matrix, i) for i in editable.layers}
     scale = {i: float(w.double().square().mean().sqrt()) for i, w in weights.items()}
-    edits = []
-    for part in chunks(len(requests), batch_size):
-        rows = [(requests[i], t) for i in part for t in templates]
-        texts = [fill(t, r.two_hop_prompt) for r, t in rows]
-        batch = teacher_forced(model, texts, [r.target for r, _ in rows])
-        owner = repeat(torch.arange(len(part)), "fact -> (fact t)", t=len(templates))
-        # In units of the matrix's size, so that one step size serves all layers.
+
+    def search(some: Sequence[Request]) -> dict[int, Tensor]:
+        """Layer -> Δ ``[fact, d_in, d_out]``, in units of the matrix's size: one lr serves all layers."""
+        n = len(some)
         unit = {
-            i: torch.zeros(
-                len(part), *w.shape, dtype=editable.dtype, device=w.device, requires_grad=True
-            )
+            i: torch.zeros(n, *w.shape, dtype=editable.dtype, device=w.device, requires_grad=True)
             for i, w in weights.items()
         }
-        hooks: list[Hook] = []
-        for i, delta in unit.items():
+        batch = in_templates(model, some, templates)
+        owner = repeat(torch.arange(n), "fact -> (fact t)", t=len(templates))
 
-            def add(
-                x: Tensor, out: Tensor, delta: Tensor = delta, scale: float = scale[i]
-            ) -> Tensor:
-                own = delta[owner.to(delta.device)]  # noqa: B023
-                return out + (x.to(delta.dtype) @ own * scale).to(out.dtype)
+        def adding(i: int) -> Callable[[Tensor, Tensor], Tensor]:
+            def add(x: Tensor, out: Tensor) -> Tensor:
+                own = unit[i][owner.to(unit[i].device)]
+                return out + (x.to(own.dtype) @ own * scale[i]).to(out.dtype)
 
-            hooks += matrix_hooks(matrix, i, add)
+            return add
 
-        def loss(batch: Any = batch, hooks: list[Hook] = hooks, n: int = len(part)) -> Tensor:
+        hooks = [hook for i in unit for hook in matrix_hooks(matrix, i, adding(i))]
+
+        def loss() -> Tensor:
             return reduce(answer_loss(model, batch, hooks), "(fact t) -> fact", "mean", fact=n)
 
-        def clamp(unit: dict[int, Tensor] = unit) -> None:
+        def clamp() -> None:
             for delta in unit.values():
                 delta.clamp_(-bound, bound)
 
         with frozen(model):
             minimise(list(unit.values()), loss, steps=steps, lr=lr, after=clamp)
-        for j, i in enumerate(part):
+        return unit
+
+    edits = []
+    for part in chunks(len(requests), batch_size):
+        some = [requests[i] for i in part]
+        found = search(some)
+        for j, request in enumerate(some):
             changes = [
                 editable.change(layer, None, (delta[j] * scale[layer]).detach())
-                for layer, delta in unit.items()
+                for layer, delta in found.items()
             ]
-            edits.append(editable.edit("ft+l", requests[i].to_dict(), changes, settings))
+            edits.append(editable.edit("ft+l", request.to_dict(), changes, settings))
     return edits
 
 
@@ -188,9 +189,8 @@ def lora_many(
             f"{source} holds other weights than the model to be edited; give the checkpoint it was "
             "loaded from"
         )
-    bundled = CHECKPOINTS / str(source)
     hf: Any = AutoModelForCausalLM.from_pretrained(
-        bundled if (bundled / "config.json").exists() else source,
+        checkpoint_path(source),
         dtype=place["dtype"],
         attn_implementation="eager",
         trust_remote_code=False,
@@ -261,14 +261,13 @@ def _teach(
     lr: float,
 ) -> None:
     """Adam on the adapters, until they answer one prompt."""
-    texts = [fill(t, request.two_hop_prompt) for t in templates]
-    batch = teacher_forced(model, texts, [request.target] * len(texts))
-    rows = torch.arange(len(texts))[:, None]
+    batch = in_templates(model, [request], templates)
+    rows = torch.arange(len(templates))[:, None]
     parameters = [p for p in adapted.parameters() if p.requires_grad]
 
     def loss() -> Tensor:
         logits = adapted(batch.tokens.to(parameters[0].device)).logits
-        return batch.loss_of(logits[rows, batch.scored]) / len(texts)
+        return batch.loss_of(logits[rows, batch.scored]) / len(templates)
 
     minimise(parameters, loss, steps=steps, lr=lr)
 

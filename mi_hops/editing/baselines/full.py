@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mi_hops.editing.edit import WrongWeightsError
-from mi_hops.editing.request import Asked, Request, check_templates, fill, requests_of
-from mi_hops.editing.teaching import answer_loss, minimise, teacher_forced
+from mi_hops.editing.request import Asked, Request, check_templates, requests_of
+from mi_hops.editing.teaching import answer_loss, in_templates, minimise
 from mi_hops.model import HookedModel, fingerprint, require_unquantised
 
 
@@ -118,8 +118,7 @@ def _tuned(model: HookedModel, request: Request, how: Mapping[str, Any]) -> dict
     named = dict(model.named_parameters())
     for name, p in named.items():
         require_unquantised(p, name)
-    texts = [fill(t, request.two_hop_prompt) for t in how["templates"]]
-    batch = teacher_forced(model, texts, [request.target] * len(texts))
+    batch = in_templates(model, [request], how["templates"])
     wanted = {name: p.requires_grad for name, p in named.items()}
 
     def loss() -> Tensor:

@@ -136,19 +136,13 @@ class GraceRepair:
         if steps < 1 or lr <= 0 or radius <= 0:
             raise ValueError(f"radius {radius}, steps {steps}, lr {lr}; expected all above 0")
         self.layer, self.radius, self.shared, self.form = layer, radius, shared, form
-        self.steps, self.lr, self.batch_size, self._name = steps, lr, batch_size, name
-
-    @property
-    def name(self) -> str:
-        """Label in tables."""
-        return self._name
+        self.steps, self.lr, self.batch_size, self.name = steps, lr, batch_size, name
 
     def fit(self, model: HookedModel, facts: Sequence[Asked]) -> list[Codebook]:
         """One codebook per fact (or one shared by all); facts already known add nothing."""
         requests = requests_of(facts, self.form, taught=True)
         require_layers(model, [self.layer])
-        ends = (hook_name("resid_pre", self.layer), hook_name("resid_post", self.layer))
-        require_hooks(model, ends)
+        require_hooks(model, self._ends)
         states, values, known = self._search(model, requests)
         one = Codebook(self.layer)
         books = [one if self.shared else Codebook(self.layer) for _ in requests]
@@ -164,6 +158,11 @@ class GraceRepair:
                 book.learn(state, value, request.target, self.radius * float(state.norm()))
         return books
 
+    @property
+    def _ends(self) -> tuple[str, str]:
+        """Hook names of what enters the layer and what leaves it."""
+        return hook_name("resid_pre", self.layer), hook_name("resid_post", self.layer)
+
     def _search(
         self, model: HookedModel, requests: Sequence[Request]
     ) -> tuple[Float[Tensor, "fact d_model"], Float[Tensor, "fact d_model"], list[bool]]:
@@ -174,20 +173,19 @@ class GraceRepair:
             model answers it correctly without.
         """
         wide = wide_dtype(dtype_of(model))
-        ends = (hook_name("resid_pre", self.layer), hook_name("resid_post", self.layer))
         states, values, known = [], [], list[bool]()
         for part in chunks(len(requests), self.batch_size):
             texts = [requests[i].two_hop_prompt for i in part]
             prompts = pad([encode(model, text).ids for text in texts])
             rows, last = torch.arange(len(texts)), prompts.last
-            found = activations(model, prompts.tokens, self.layer, ends)
+            found = activations(model, prompts.tokens, self.layer, self._ends)
             entering, leaving = (x[rows, last].detach().clone() for x in found)
             value = leaving.to(wide).requires_grad_(True)
             batch = teacher_forced(model, texts, [requests[i].target for i in part])
             known += answered_correctly(model, batch)
             start = int(last.min())
             batch = batch.behind(model, start)
-            hook: Hook = (ends[1], _replacing(last - start, value))
+            hook: Hook = (self._ends[1], _replacing(last - start, value))
             with frozen(model):
                 minimise(
                     [value],
@@ -225,10 +223,7 @@ class GraceRepair:
                     out[row, at] = found[row].to(x.device, x.dtype)
             return out
 
-        return [
-            (hook_name("resid_pre", self.layer), look),
-            (hook_name("resid_post", self.layer), put),
-        ]
+        return list(zip(self._ends, (look, put), strict=True))
 
 
 def _replacing(

@@ -36,7 +36,6 @@ from mi_hops.editing.request import (
     Position,
     Request,
     check_templates,
-    fill,
     key_position,
     requests_of,
 )
@@ -48,9 +47,9 @@ from mi_hops.editing.teaching import (
     cache_of,
     chunks,
     frozen,
+    in_templates,
     last_logp,
     minimise,
-    teacher_forced,
 )
 from mi_hops.facts.templates import CONTEXTS, capitalise
 from mi_hops.model import HookedModel, dtype_of
@@ -253,13 +252,12 @@ def teach_requests(
     model: HookedModel, requests: Sequence[Request], how: ValueSearch
 ) -> tuple[TeacherForcedBatch, Place]:
     """Each request's prompt in every template with its target, and the places of the keys."""
-    rows = [(r, fill(t, r.two_hop_prompt)) for r in requests for t in how.templates]
-    batch = teacher_forced(model, [text for _, text in rows], [r.target for r, _ in rows])
-    positions = [
-        key_position(prompt, request.first_hop, how.position)
-        for (request, _), prompt in zip(rows, batch.prompts, strict=True)
-    ]
+    batch = in_templates(model, requests, how.templates)
     facts = repeat(torch.arange(len(requests)), "fact -> (fact t)", t=len(how.templates))
+    positions = [
+        key_position(prompt, requests[i].first_hop, how.position)
+        for i, prompt in zip(facts.tolist(), batch.prompts, strict=True)
+    ]
     return batch, Place(facts, torch.tensor(positions))
 
 
