@@ -88,7 +88,12 @@ class Sites:
         layers = _listed(self.layers)
         if named not in ((), (None,)):
             every = set(product(kinds, named))
-            if layers is not None or None in named or set(parsed) != every or len(parsed) > len(every):
+            if (
+                layers is not None
+                or None in named
+                or set(parsed) != every
+                or len(parsed) > len(every)
+            ):
                 raise ValueError(
                     f"hook names {list(given)} name their layers; give each kind at each of them, and "
                     "no layers beside, or kinds and layers"
