@@ -167,7 +167,7 @@ def failure_types(
         "said_layer": said_layer,
         "said_for_subject": shortcut,
     }
-    result = FailureTypes.from_arrays(
+    return FailureTypes.from_arrays(
         {name: ("example", values) for name, values in columns.items()},
         coords={"example": ids},
         units={"bridge_peak": "probability", "bridge_layer": "layer", "said_layer": "layer"},
@@ -176,8 +176,6 @@ def failure_types(
         main="type",
         skipped=skipped,
     )
-    assert isinstance(result, FailureTypes)
-    return result
 
 
 class _Read:

@@ -369,7 +369,6 @@ def find_gap(
         skipped=[(fact.id, reason) for fact, reason in reasons if reason],
         allow_nonfinite=len(names) > len(HOPS),
     )
-    assert isinstance(gap, Gap)
     gap.__dict__["facts"] = tuple(asked)  # the very ones, not what their JSON gives back
     return gap
 

@@ -154,7 +154,7 @@ def choose_wordings(
         for r, name in enumerate(names)
     ]
     dims = ("form", "relation", "option", "shots")
-    result = WordingChoice.from_arrays(
+    return WordingChoice.from_arrays(
         {name: (dims, array) for name, array in values.items()},
         coords={
             "form": list(forms),
@@ -178,8 +178,6 @@ def choose_wordings(
         used=sum(len(hops[name]) for name in names),
         allow_nonfinite=True,
     )
-    assert isinstance(result, WordingChoice)
-    return result
 
 
 #: A single hop: the fact that asks it, and which of its hops it is, counted from 0.

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
     import xarray as xr
+    from typing_extensions import Self
 
 _FORMAT = 1
 _MOST = 1500  # characters of a description, so that a cell of a notebook never floods
@@ -128,7 +129,7 @@ class Result:
         baselines: Mapping[str, tuple[str | Sequence[str], Any]] | None = None,
         units: Mapping[str, str] | None = None,
         **keywords: Any,
-    ) -> Result:
+    ) -> Self:
         """Build a result from arrays, lists or torch tensors.
 
         Args:
@@ -390,7 +391,7 @@ class Result:
         return netcdf.write(self.data, path, header=header, overwrite=overwrite)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Result:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a file that `save` wrote.
 
         Raises:

@@ -179,9 +179,7 @@ class Run:
         """How the facts are worded, where they come in several wordings."""
         if "wordings" not in self.study.settings["steps"]:
             return None
-        found = WordingChoice.load(self.study.path("wordings"))
-        assert isinstance(found, WordingChoice)
-        return found
+        return WordingChoice.load(self.study.path("wordings"))
 
     @cached_property
     def facts(self) -> list[TwoHopFact]:
