@@ -191,7 +191,7 @@ def _fill(template: str, thing: str, fixes: RowFixes) -> str:
 
 def _about(wording: Wording, thing: str, fixes: RowFixes) -> dict[str, str]:
     """All forms about `thing`, without a prefix form that only repeats the suffix form."""
-    prompts = {"suffix": capitalise(_fill(wording.noun, thing, fixes)) + " is"}
+    prompts = {"suffix": f"{capitalise(_fill(wording.noun, thing, fixes))} {wording.verb}"}
     prefix = capitalise(_fill(wording.statement, thing, fixes))
     if prefix != prompts["suffix"]:
         prompts["prefix"] = prefix

@@ -259,9 +259,9 @@ def test_a_record_that_is_no_two_hop_question_is_dropped_and_reported(tmp_path, 
 
 
 def test_a_wording_given_by_hand_serves_a_relation_of_its_own(tmp_path):
-    eats = Wording("the food of [X]", "[X] eats", "What does [X] eat?")
+    eats = Wording("the food of [X]", "[X] eats", "What does [X] eat?", verb="is called")
     fact = load(tmp_path, record(orig=relations("P50", "P999")), wordings={"P999": eats})[0]
-    assert fact.prompts["suffix"] == "The food of the author of The Salt Road is"
+    assert fact.prompts["suffix"] == "The food of the author of The Salt Road is called"
     assert fact.prompts["prefix"] == "The author of The Salt Road eats"
 
 
