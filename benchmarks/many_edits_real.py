@@ -1,104 +1,165 @@
-"""Many edits in SmolLM2-135M: the questions that a study found it fails, all edited in one model.
+"""Many edits in SmolLM2-135M: real questions that it fails, all edited in one model.
 
-``OMP_NUM_THREADS=1 python -m benchmarks.many_edits_real --folder real-study [--edits 300] [--only NAME]``
-works on the folder of a finished `benchmarks.real_model` and adds its rows to the page of
-`benchmarks.many_edits`. The rule stands there, and here as `RULE`; it was written before a question was
-edited.
+``OMP_NUM_THREADS=1 python -m benchmarks.many_edits_real --folder FOLDER [--edits 300] [--only NAME]``
+adds its rows to the page of `benchmarks.many_edits`; ``--choose`` tries the settings of `OPTIONS` on other
+questions instead. What was asked is kept in the folder. The rule stands on the page, and here as `RULE`;
+it was written before a reported question was edited with these settings.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.editing_setup import Setup
 from benchmarks.harness import keep, kept, write
-from benchmarks.many_edits import PAGE, Editor, keys_per_edit, measured, page
-from benchmarks.real_more import FACTS, MODEL
-from benchmarks.real_more import Setup as Studied
-from mi_hops import TwoHopFact, find_gap, load_facts
+from benchmarks.many_edits import PAGE, Editor, chosen, keys_per_edit, measured, page
+from benchmarks.real_model import SIZES
+from mi_hops import StudySettings, TwoHopFact, choose_wordings, find_gap, load_facts, load_model
 from mi_hops.editing import Request, creme_joint, creme_search, second_moments
+from mi_hops.reasoning.gap import Gap
+from mi_hops.reasoning.queries import QuerySets
 from mi_hops.reasoning.sets import Known, build_sets
-from mi_hops.text.corpus import fact_texts
+from mi_hops.reasoning.wordings import WordingChoice
+from mi_hops.study.run import load_study_facts
+
+MODEL, FACTS, NAME = "smollm2-135m", "geo", "CREME, searched"
+SEED, SHOTS = 0, 3
+#: Facts of the study of this model, and those beyond it that are asked in one go until enough failed.
+STUDIED, MORE = 1900, 200
+#: Facts, the last of all, of which settings are chosen on; failed ones that are edited then.
+APART, CHOOSE = 700, 100
+#: Prompts to keep, and those of them that C is counted on.
+KEPT, COUNTED = 1500, 300
 
 RULE = (
     "Real facts, in the wordings and behind the worked examples that the [study of this model]"
     "(real-model.md) chose. Edited are the questions of which it knows both hops and fails the whole "
-    "answer: those of the study, and of facts that the study did not ask as many as are missing. Nothing is "
-    "chosen here: the search has the decay that both bundled models got for 300 edits, and half of their "
-    "rows per step; the least squares have the upper half of the layers and the middle of the ridges that "
-    "were tried there. C is counted on statements of a third of the answered questions, which are not "
-    "asked as unrelated ones; prompts to keep are those questions' and those of facts that the model does "
-    "not know. Answers are shared by many facts (a country's currency), so that, other than in the bundled "
-    "models, single facts that are scored may be among what is kept and counted. One query of a set is "
-    "asked for each edit."
+    "answer: those of the study, and of facts that the study did not ask as many as are missing. Settings of "
+    f"the search are chosen by the rule above on {CHOOSE} failed questions of {APART} other facts. C is counted "
+    "on prompts to keep with their worked examples and answers; they are of a third of the answered "
+    "questions, which are not asked as unrelated ones, and of facts that the model does not know. Answers "
+    "are shared by many facts (a country's currency), so that, other than in the bundled models, single "
+    "facts that are scored may be among what is kept and counted. One query of a set is asked for each edit."
 )
-#: Facts beyond the study's that are asked in one go until there are enough failed questions.
-MORE = 200
+
+#: Settings of the search that were tried on the facts set apart.
+OPTIONS: list[dict[str, Any]] = [
+    {"layers": list(range(20, 30)), "lr": 0.02, "decay": 0.3, "steps": 40},
+    {"layers": list(range(20, 30)), "lr": 0.005, "decay": 0.3, "steps": 40},
+]
 
 
-def set_up(studied: Studied, edits: int) -> Setup:
+class Asked:
+    """Which questions the model fails; what was asked is kept in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.model = folder, load_model(MODEL)
+        self.given, _ = load_study_facts(FACTS, StudySettings(sizes=replace(SIZES, facts=STUDIED)))
+
+    @cached_property
+    def choice(self) -> WordingChoice:
+        """The wordings, chosen as in the study."""
+        path = self.folder / "wordings.nc"
+        if not path.exists():
+            per_relation = SIZES.wordings
+            choose_wordings(
+                self.model, self.given, shots=(SHOTS,), per_relation=per_relation, seed=SEED
+            ).save(path)
+        return WordingChoice.load(path)
+
+    @property
+    def form(self) -> str:
+        """The form in which more is known."""
+        return self.choice.forms[0]
+
+    @cached_property
+    def studied(self) -> list[TwoHopFact]:
+        """Facts that the study asked."""
+        return self.choice.apply(self.given)[0]
+
+    @cached_property
+    def rest(self) -> list[TwoHopFact]:
+        """The others, in a seeded order."""
+        asked = {fact.id for fact in self.studied}
+        rest = [fact for fact in self.choice.apply(load_facts(FACTS))[0] if fact.id not in asked]
+        random.Random(SEED).shuffle(rest)
+        return rest
+
+    def gap(self, name: str, facts: Sequence[TwoHopFact]) -> Gap:
+        """Of these facts, from its file if there is one."""
+        path = self.folder / f"gap-{name}.nc"
+        if not path.exists():
+            find_gap(self.model, facts, form=self.form).save(path)
+        return Gap.load(path)
+
+    def gaps(self, edits: int) -> Iterator[Gap]:
+        """As many as it takes until that many questions failed."""
+        parts = {"studied": self.studied}
+        for start in range(0, len(self.rest) - APART, MORE):
+            parts[f"further-{start}"] = self.rest[start : start + MORE]
+        n = 0
+        for name, facts in parts.items():
+            if n < edits:
+                found = self.gap(name, facts)
+                n += sum(self.editable(fact) for fact in found.failed)
+                yield found
+
+    def editable(self, fact: TwoHopFact) -> bool:
+        """Whether both of its prompts ask in the same words."""
+        try:
+            Request.from_fact(fact, self.form)
+        except ValueError:
+            return False
+        return True
+
+
+def set_up(asked: Asked, edits: int) -> Setup:
     """The questions edited, what is asked behind each edit, and what is counted and kept."""
-    run, model = studied.run, studied.model
-    gaps = [run.gap]
-    asked = {fact.id for fact in run.gap.facts}
-    assert run.choice is not None, "a study of facts in several wordings"
-    rest = [fact for fact in run.choice.apply(load_facts(FACTS))[0] if fact.id not in asked]
-    random.Random(run.settings.seed).shuffle(rest)
+    gaps = list(asked.gaps(edits))
+    report = [f for gap in gaps for f in gap.failed if asked.editable(f)][:edits]
+    answered = list(gaps[0].passed)
+    corpus = random.Random(SEED).sample(answered, len(answered) // 3)
+    scored = {f.id for gap in gaps for f in (*gap.passed, *gap.failed)}
+    unknown = [f for f in asked.studied if f.id not in scored]
+    practice = [*corpus, *unknown]
+    random.Random(SEED).shuffle(practice)
+    apart = asked.gap("apart", asked.rest[-APART:])
+    choose = [f for f in apart.failed if asked.editable(f)][:CHOOSE]
+    counted = [f"{f.prompt(asked.form)} {f.answer}." for f in practice[:COUNTED]]
+    queries = _sets(asked, report, gaps, {f.id for f in corpus})
+    choosing = _sets(asked, choose, [apart], set()).of("correction", "specificity")
+    return Setup(asked.model, MODEL, choose, report, queries, choosing, counted, practice)
 
-    def failed() -> list[TwoHopFact]:
-        return [f for gap in gaps for f in gap.failed if editable(f, run.form)]
 
-    while len(failed()) < edits and rest:
-        gaps.append(find_gap(model, rest[:MORE], form=run.form))
-        rest = rest[MORE:]
-    report = failed()[:edits]
-    inside = {fact.id for fact in studied.corpus}
-    scored = {fact.id for gap in gaps for fact in (*gap.passed, *gap.failed)}
+def _sets(
+    asked: Asked, cases: list[TwoHopFact], gaps: Sequence[Gap], without: set[str]
+) -> QuerySets:
     known = Known(
-        answered={fact.id for gap in gaps for fact in gap.passed} - inside,
+        answered={f.id for gap in gaps for f in gap.passed} - without,
         second_hop={i for gap in gaps for i in gap.frame.loc[gap.frame["second"], "id"]},
     )
-    queries = build_sets(
-        model,
-        report,
-        known=known,
-        pool=[fact for gap in gaps for fact in gap.facts if fact.id not in inside],
-        form=run.form,
-        per_case=1,
-        seed=run.settings.seed,
-    )
-    unknown = [fact for fact in run.facts if fact.id not in scored]
-    corpus = list(dict.fromkeys(fact_texts(studied.corpus)))
-    return Setup(model, MODEL, [], report, queries, queries, corpus, [*studied.corpus, *unknown])
+    pool = [f for gap in gaps for f in gap.facts if f.id not in without]
+    form = asked.form
+    return build_sets(asked.model, cases, known=known, pool=pool, form=form, per_case=1, seed=SEED)
 
 
-def editable(fact: TwoHopFact, form: str | None) -> bool:
-    """Whether both of its prompts ask in the same words."""
-    try:
-        Request.from_fact(fact, form)
-    except ValueError:
-        return False
-    return True
-
-
-def editors(setup: Setup, form: str | None) -> list[Editor]:
+def editors(setup: Setup, form: str) -> list[Editor]:
     """The search, and the least squares that it starts from in the other models."""
     model, half = setup.model, list(range(setup.n_layers // 2, setup.n_layers))
     c = second_moments(model, setup.corpus, layers=half)
-    kept_prompts = [fact.prompt(form) for fact in setup.practice[:1500]]
+    prompts = [fact.prompt(form) for fact in setup.practice[:KEPT]]
     search = partial(
-        creme_search, model, covariance=c, kept=kept_prompts, form=form, rows=64, progress=True
+        creme_search, model, covariance=c, kept=prompts, form=form, rows=64, progress=True
     )
     joint = partial(creme_joint, model, covariance=c, form=form, templates=("{}",), layers=half)
-    return [
-        Editor("CREME, searched", search, [{"decay": 0.3}]),
-        Editor("CREME, jointly", joint, [{"ridge": 0.3}]),
-    ]
+    return [Editor(NAME, search, OPTIONS), Editor("CREME, jointly", joint, [{"ridge": 0.3}])]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -106,28 +167,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--edits", type=int, default=300)
-    parser.add_argument("--steps", type=int, help="of the search (default: its own)")
     parser.add_argument("--only", nargs="+", help="labels of editors")
-    parser.add_argument("--dry", action="store_true", help="print the rows, write no page")
+    parser.add_argument("--choose", action="store_true", help="try the settings, edit nothing else")
+    parser.add_argument("--option", type=int, help="number of the settings, not to choose again")
     given = parser.parse_args(argv)
-    studied = Studied(given.folder)
-    form = studied.run.form
-    setup = set_up(studied, given.edits)
+    asked = Asked(given.folder)
+    form = asked.form
+    setup = set_up(asked, given.edits)
     print(f"{len(setup.report)} questions, {len(setup.practice)} to keep", flush=True)
     found: dict[str, Any] = kept(PAGE).get(MODEL, {"rows": {}, "room": []})
     found |= {"keys": keys_per_edit(setup, form), "rule": RULE}
     for editor in editors(setup, form):
         if given.only and editor.name not in given.only:
             continue
-        option = dict(editor.options[0])
-        if given.steps and "decay" in option:
-            option["steps"] = given.steps
+        if given.choose or given.option is None:
+            option = chosen(setup, editor, len(setup.choose))
+            print(f"{editor.name}: {option}", flush=True)
+        else:
+            option = editor.options[given.option]
+        if given.choose:
+            continue
         row = {"editor": editor.name, **measured(setup, editor, len(setup.report), option)}
         print(row, flush=True)
-        if not given.dry:
-            found["rows"][f"{row['n']} {editor.name}"] = row
-            keep(PAGE, MODEL, found)
-            write(PAGE, "Many edits in one model", page(), script="many_edits")
+        found["rows"][f"{row['n']} {editor.name}"] = row
+        keep(PAGE, MODEL, found)
+        write(PAGE, "Many edits in one model", page(), script="many_edits")
 
 
 if __name__ == "__main__":
