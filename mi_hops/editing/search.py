@@ -52,7 +52,9 @@ class JointSearch:
 
     Attributes:
         form: of the prompts edited (facts only); default the first a fact has of both hops.
-        steps, lr: of Adam, on B in units of a layer's output over text; lr falls to 0 linearly.
+        steps, lr: of Adam, on B in units of a layer's output over text; lr falls to 0 linearly. A
+            step moves all coordinates alike, so by default lr is 0.05 for up to three layers of width
+            128 (the bundled models'), and less in proportion where layers are more or wider.
         decay, hold, enough: as in the module's formula.
         rows: two-hop prompts, and kept ones, drawn for a step; more than there are: all of them.
         own_hops: keep the facts' own single-hop prompts of the form edited as well.
@@ -61,7 +63,7 @@ class JointSearch:
 
     form: str | None = None
     steps: int = 80
-    lr: float = 0.05
+    lr: float | None = None
     decay: float = 1.0
     hold: float = 3.0
     enough: float = 0.3
@@ -73,13 +75,17 @@ class JointSearch:
         if (
             self.steps < 1
             or self.rows < 1
-            or self.lr <= 0
+            or (self.lr is not None and self.lr <= 0)
             or min(self.decay, self.hold, self.enough) < 0
         ):
             raise ValueError(
                 f"steps {self.steps}, rows {self.rows}, lr {self.lr}, decay {self.decay}, hold "
                 f"{self.hold}, enough {self.enough}; expected steps and rows of at least 1, lr above 0, the others not below"
             )
+
+    def step_size(self, n_layers: int, width: int) -> float:
+        """Of the first step: `lr`, or the default for so many layers of a width."""
+        return 0.05 * min(1, 3 * 128 / (n_layers * width)) if self.lr is None else self.lr
 
 
 def creme_search(
@@ -143,6 +149,7 @@ def creme_search(
         "kept": len(kept),
         "covariance": covariance.to_dict(),
         **asdict(how),
+        "lr": how.step_size(len(editable.layers), int(model.cfg.d_model)),
     }
     return editable.edit("creme-search", asked_for, changes, record)
 
@@ -236,6 +243,7 @@ def _search(
         unit = _unit(model, covariance, layer, factor.shape[1])
         factors.append((factor * unit).to(device_of(model), editable.dtype))
     width = int(model.cfg.d_model)
+    lr = how.step_size(len(editable.layers), width)
     found = [f.new_zeros(f.shape[1], width).requires_grad_() for f in factors]
 
     def adding(factor: Tensor, b: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -250,7 +258,7 @@ def _search(
         for layer, factor, b in zip(editable.layers, factors, found, strict=True)
         for hook in matrix_hooks("W_O", layer, adding(factor, b))
     ]
-    adam = torch.optim.Adam(found, lr=how.lr)
+    adam = torch.optim.Adam(found, lr=lr)
     draws = torch.Generator().manual_seed(how.seed)
 
     def drawn(part: _Rows) -> Tensor:
@@ -258,7 +266,7 @@ def _search(
 
     with torch.enable_grad():
         for step in progress_bar(range(how.steps), label="CREME search", show=progress):
-            adam.param_groups[0]["lr"] = how.lr * (1 - step / how.steps)
+            adam.param_groups[0]["lr"] = lr * (1 - step / how.steps)
             adam.zero_grad(set_to_none=True)
             loss = (taught.apart(model, hooks, drawn(taught)) - how.enough).clamp_min(0).mean()
             if kept is not None and how.hold:
@@ -266,7 +274,7 @@ def _search(
             moved = torch.stack([b.square().mean() for b in found]).sum()
             loss = loss + how.decay * moved.to(loss.device)
             if not torch.isfinite(loss):
-                raise ValueError(f"the loss is {loss.item()} at step {step}; lower lr ({how.lr})")
+                raise ValueError(f"the loss is {loss.item()} at step {step}; lower lr ({lr})")
             loss.backward()
             adam.step()
     return [

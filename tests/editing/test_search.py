@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mi_hops.editing import creme_joint, creme_search, second_moments
+from mi_hops.editing import JointSearch, creme_joint, creme_search, second_moments
+from mi_hops.editing.change import matrix_hooks
 from mi_hops.model import forward, read_matrix
 from mi_hops.model.numeric import kl_divergence
-from mi_hops.text.tokens import encode, pad
+from mi_hops.text.tokens import answer_ids, encode, pad
 from tests.editing.conftest import assert_same_bits, weights
 from tests.editing.test_creme import last_mean
 from tests.editing.test_moments import TEXTS
@@ -94,6 +95,39 @@ def test_a_first_step_has_the_learning_rates_size(wide, facts):
     delta = edit.changes[0].delta()
     moved, all_of_it = (torch.trace(x.T @ c.shrunk(1) @ x) for x in (delta, w))
     assert float(moved / all_of_it) == pytest.approx(0.02**2, rel=1e-3)
+
+
+def test_the_first_step_goes_down_the_gradient(wide, facts):
+    """Adam's first step is the gradient's sign; the gradient is that of whole passes, prompt by prompt."""
+    c = second_moments(wide, TEXTS, layers=[1])
+    options = {"steps": 1, "decay": 0.0, "enough": 0.0, "own_hops": False}
+    edit = creme_search(wide, facts[:2], c, layers=1, **options)
+    delta = torch.zeros_like(edit.changes[0].delta()).requires_grad_()
+
+    def said(prompt, answer, hooks=()):
+        ids = [*encode(wide, prompt).ids, *answer_ids(wide, encode(wide, prompt), answer)[:-1]]
+        logits = forward(wide, torch.tensor([ids]), hooks=hooks)[0]
+        return logits[len(encode(wide, prompt).ids) - 1 :].log_softmax(-1)
+
+    hooks = matrix_hooks("W_O", 1, lambda z, out: out + z @ delta)
+    with torch.enable_grad():
+        loss = 0.0
+        for fact in facts[:2]:
+            wanted = said(fact.second_prompt(), fact.answer).detach()
+            apart = wanted.exp() * (wanted - said(fact.prompt(), fact.answer, hooks))
+            loss = loss + apart.sum(1).mean()
+        (gradient,) = torch.autograd.grad(loss, delta)
+    factor = c.factor(1).to(gradient)
+    found = torch.linalg.lstsq(factor, edit.changes[0].delta().detach()).solution
+    assert torch.equal(found.sign(), -(factor.T @ gradient).sign())
+
+
+def test_steps_are_smaller_where_more_is_moved(tiny, facts):
+    c = second_moments(tiny, TEXTS)
+    three = creme_search(tiny, facts[:1], c, layers=[0, 1, 2], steps=1)
+    assert three.settings["lr"] == 0.05  # 3 layers of width 32
+    assert JointSearch().step_size(10, 576) == pytest.approx(0.05 * 3 * 128 / (10 * 576))
+    assert JointSearch(lr=0.2).step_size(10, 576) == 0.2
 
 
 def test_what_is_close_enough_is_not_moved(tiny, facts):
