@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mi_hops.result.files import replacing
+from mi_hops.result.statistics import to_numpy
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -173,7 +174,10 @@ def _unescape(array: xr.DataArray) -> xr.DataArray:
         for key, value in array.attrs.items()
     }
     if attributes.pop(_CELLS, None) == "json":
-        cells = np.fromiter(map(json.loads, array.values.ravel().tolist()), object)
+        items = [json.loads(cell) for cell in array.values.ravel().tolist()]
+        # Objects with lone surrogates are too much for xarray, where pandas keeps its texts in Arrow.
+        texts = all(isinstance(item, str) for item in items)
+        cells = to_numpy(items) if texts else np.fromiter(items, object)
         array = array.copy(data=cells.reshape(array.shape))
     elif array.dtype.kind in "OT":
         array = array.astype(str)
