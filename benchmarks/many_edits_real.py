@@ -27,7 +27,7 @@ from mi_hops.reasoning.sets import Known, build_sets
 from mi_hops.reasoning.wordings import WordingChoice
 from mi_hops.study.run import load_study_facts
 
-MODEL, FACTS, NAME = "smollm2-135m", "geo", "CREME, searched"
+MODEL, FACTS = "smollm2-135m", "geo"
 SEED, SHOTS = 0, 3
 #: Facts of the study of this model, and those beyond it that are asked in one go until enough failed.
 STUDIED, MORE = 1900, 200
@@ -52,7 +52,7 @@ RULE = (
     "their worked examples and answers; they are of a third of the answered questions, which are not asked as "
     "unrelated ones, and of facts that the model does not know. Answers are shared by many facts (a country's "
     "currency), so that, other than in the bundled models, single facts that are scored may be among what is "
-    "kept and counted. One query of a set is asked for each edit. The search is given 1,000 prompts to keep; "
+    f"kept and counted. One query of a set is asked for each edit. The search is given {KEPT:,} prompts to keep; "
     "seconds are of two threads, partly beside other work."
 )
 
@@ -157,7 +157,10 @@ def editors(setup: Setup, form: str) -> list[Editor]:
     prompts = [fact.prompt(form) for fact in setup.practice[:KEPT]]
     search = partial(creme_search, model, covariance=c, kept=prompts, form=form, rows=64)
     joint = partial(creme_joint, model, covariance=c, form=form, templates=("{}",), layers=half)
-    return [Editor(NAME, search, [SETTINGS]), Editor("CREME, jointly", joint, [{"ridge": 0.3}])]
+    return [
+        Editor("CREME, searched", search, [SETTINGS]),
+        Editor("CREME, jointly", joint, [{"ridge": 0.3}]),
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from mi_hops.editing.edit import Edit, stack
-from mi_hops.model import CHECKPOINTS, HookedModel, dtype_of, load_model, prepends_bos, read_matrix
+from mi_hops.model import (
+    HookedModel,
+    checkpoint_path,
+    dtype_of,
+    load_model,
+    prepends_bos,
+    read_matrix,
+)
 from mi_hops.model.bos import adds_bos, make_add_bos
-from mi_hops.model.gguf import gguf_checkpoint, is_gguf
 from mi_hops.result.files import replacing
 
 #: Matrix -> where families keep it; ``{}`` is the layer. The module's class decides the order: a
@@ -139,14 +145,6 @@ def _as_os_error(error: Exception, out: Path) -> Exception:
         code = int(number[1] or number[2])
         return OSError(code, os.strerror(code), str(out))
     return error
-
-
-def checkpoint_path(name_or_path: str | Path) -> str:
-    """What transformers loads a checkpoint from: a bundled or a GGUF model's folder, or what is given."""
-    if is_gguf(name_or_path):
-        return str(gguf_checkpoint(name_or_path))
-    bundled = CHECKPOINTS / str(name_or_path)
-    return str(bundled if (bundled / "config.json").exists() else name_or_path)
 
 
 def _source(

@@ -38,7 +38,7 @@ from mi_hops.editing.request import (
     requests_of,
 )
 from mi_hops.editing.teaching import chunks, frozen, teacher_forced
-from mi_hops.model import Hook, HookedModel, device_of, hook_name, read_matrix
+from mi_hops.model import Hook, HookedModel, capture, device_of, hook_name, read_matrix
 from mi_hops.model.hooks import storing
 from mi_hops.model.numeric import kl_divergence, widen
 from mi_hops.result.progress import progress_bar
@@ -197,8 +197,12 @@ def _rows_of(model: HookedModel, requests: Sequence[Request], join: str) -> _Row
     if not torch.equal(two.answers, second.answers):
         raise ValueError("an answer is split into other tokens behind its two prompts")
     wanted, _ = _said(model, second.tokens, second.scored, join)
-    _, entering = _said(model, two.tokens, two.scored, join)
-    return _Rows(two.tokens, two.scored, two.weights, wanted, join, entering)
+    with torch.no_grad():
+        entering = [
+            capture(model, two.tokens[rows], [join])[0][join]
+            for rows in map(list, chunks(len(two.tokens), 128))
+        ]
+    return _Rows(two.tokens, two.scored, two.weights, wanted, join, torch.cat(entering))
 
 
 def _kept_rows(model: HookedModel, texts: Sequence[str], join: str) -> _Rows:

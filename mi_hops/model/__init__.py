@@ -23,6 +23,7 @@ from .identity import provenance as provenance
 from .identity import takes_jacobian_lens as takes_jacobian_lens
 from .loading import CHECKPOINTS as CHECKPOINTS
 from .loading import bundled_models as bundled_models
+from .loading import checkpoint_path as checkpoint_path
 from .loading import load_model as load_model
 from .loading import model_files as model_files
 from .loading import usable_device as usable_device

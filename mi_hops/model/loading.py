@@ -88,7 +88,7 @@ def load_model(
         raise ValueError(
             "max_memory bounds what device_map puts on a device; give device_map='auto'"
         )
-    source = _source(name_or_path)
+    source = checkpoint_path(name_or_path)
     device = None if device_map is not None else usable_device(device)
     dtype = _dtype(dtype)
     with _reading(source, "config.json"):
@@ -152,7 +152,7 @@ def model_files(name_or_path: str | Path) -> list[Path]:
         >>> sorted(path.name for path in model_files("hops-gpt2"))[0]
         'README.md'
     """
-    source = Path(_source(name_or_path))
+    source = Path(checkpoint_path(name_or_path))
     given = [gguf_file(name_or_path)] if is_gguf(name_or_path) else []
     return given + sorted(p.resolve() for p in source.rglob("*") if p.is_file())
 
@@ -202,7 +202,12 @@ def _reading(source: str, what: str) -> Iterator[None]:
         raise
 
 
-def _source(name_or_path: str | Path) -> str:
+def checkpoint_path(name_or_path: str | Path) -> str:
+    """What transformers loads a checkpoint from: a bundled or a GGUF model's folder, or what is given.
+
+    Raises:
+        ValueError: a folder that holds no checkpoint, or a path where there is none.
+    """
     if is_gguf(name_or_path):
         return str(gguf_checkpoint(name_or_path))
     path = Path(name_or_path)

@@ -18,12 +18,12 @@ from torch import Tensor
 from mi_hops.editing.change import Change, matrix_hooks
 from mi_hops.editing.checks import check_editable
 from mi_hops.editing.edit import Edit
-from mi_hops.editing.export import checkpoint_path
 from mi_hops.editing.request import Asked, Request, check_templates, requests_of
 from mi_hops.editing.rows import EditorRepair
 from mi_hops.editing.teaching import answer_loss, chunks, frozen, in_templates, minimise
 from mi_hops.model import (
     HookedModel,
+    checkpoint_path,
     device_of,
     dtype_of,
     fingerprint,
