@@ -3,21 +3,30 @@
 The least squares of `mi_hops.editing.joint` copy the second-hop prompt's stream, all of its dimensions,
 at every key; a model has room for few such copies. What has to agree is less: what is said next. So
 the changes Δ of all layers are searched for at once, by gradient, such that each two-hop prompt goes on as
-its second-hop prompt does in the model as it is, and prompts to be kept as they do::
+its second-hop prompt does in the model as it is, only surer of the answer, and prompts to be kept as
+they do::
 
-    min   mean over edits of max(0, KL(p[. | second hop] || p_Δ[. | two hop]) - enough)
+    min   mean over edits of max(0, KL(q || p_Δ[. | two hop]) - enough)
         + hold  mean over kept prompts of KL(p[. | kept] || p_Δ[. | kept])
         + decay sum over layers of tr(Δ^T C Δ) / tr(W^T C W)
 
-with W the weight before. The last term is the share of a layer's output over the text of C that its
-change moves. The search is in coordinates B where ``Δ = F B`` and ``F F^T = C^-1``: there the term is
-``|B|^2``, and steps are alike in all directions that text uses much or little. With the null space of
-C, F is a basis of it, and no step leaves it.
+    q  =  (1 - answer_weight) p[. | second hop]  +  answer_weight [answer]
+
+with W the weight before. A model that knows the second hop may still put another token first ("the"
+before "United States"); `answer_weight` is what the answer's own token has besides. The last term is
+the share of a layer's output over the text of C that its change moves. The search is in coordinates B
+where ``Δ = F B`` and ``F F^T = C^-1``: there the term is ``|B|^2``, and directions that text uses much
+or little count alike. With the null space of C, F is a basis of it, and no step leaves it.
+
+Steps are Adam's, but with one second moment for each matrix. The gradient of a few hundred prompts has a
+low rank. Adam's own step, element by element, makes a full one of it, most of which no prompt asked for
+and every other one feels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -39,8 +48,9 @@ from mi_hops.editing.request import (
 )
 from mi_hops.editing.teaching import chunks, frozen, teacher_forced
 from mi_hops.model import Hook, HookedModel, capture, device_of, hook_name, read_matrix
-from mi_hops.model.hooks import storing
+from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.numeric import kl_divergence, widen
+from mi_hops.model.plain import plain_passes
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.scoring import logits_at
 from mi_hops.text.tokens import encode, pad
@@ -52,10 +62,10 @@ class JointSearch:
 
     Attributes:
         form: of the prompts edited (facts only); default the first a fact has of both hops.
-        steps, lr: of Adam, on B in units of a layer's output over text; lr falls to 0 linearly. A
-            step moves all coordinates alike, so by default lr is 0.05 for up to three layers of width
-            128 (the bundled models'), and less in proportion where layers are more or wider.
-        decay, hold, enough: as in the module's formula.
+        steps, lr: of the descent; lr is the first step's root mean square in B, and falls to 0
+            linearly. By default it is 0.05 for up to three layers of width 128 (the bundled models'),
+            and less in proportion where layers are more or wider.
+        answer_weight, decay, hold, enough: as in the module's formula.
         rows: two-hop prompts, and kept ones, drawn for a step; more than there are: all of them.
         own_hops: keep the facts' own single-hop prompts of the form edited as well.
         seed: of the draws.
@@ -64,6 +74,7 @@ class JointSearch:
     form: str | None = None
     steps: int = 80
     lr: float | None = None
+    answer_weight: float = 0.5
     decay: float = 1.0
     hold: float = 3.0
     enough: float = 0.3
@@ -77,10 +88,12 @@ class JointSearch:
             or self.rows < 1
             or (self.lr is not None and self.lr <= 0)
             or min(self.decay, self.hold, self.enough) < 0
+            or not 0 <= self.answer_weight < 1
         ):
             raise ValueError(
-                f"steps {self.steps}, rows {self.rows}, lr {self.lr}, decay {self.decay}, hold "
-                f"{self.hold}, enough {self.enough}; expected steps and rows of at least 1, lr above 0, the others not below"
+                f"steps {self.steps}, rows {self.rows}, lr {self.lr}, answer_weight {self.answer_weight}, "
+                f"decay {self.decay}, hold {self.hold}, enough {self.enough}; expected steps and rows of "
+                "at least 1, lr above 0, answer_weight from 0 to below 1, the others not below 0"
             )
 
     def step_size(self, n_layers: int, width: int) -> float:
@@ -101,7 +114,7 @@ def creme_search(
     """One edit for many facts, optimising W_O at all layers jointly; the model is left unchanged.
 
     Args:
-        asked: facts, or requests; the answer, where there is one, is covered as a whole.
+        asked: facts, or requests with an answer, all of whose tokens are taught.
         covariance: second moments of z over text at the layers edited.
         layers: blocks to edit; default the last half.
         kept: prompts that are to go on as before: as many and as varied as there are, of facts that
@@ -139,10 +152,11 @@ def creme_search(
     for request in requests:
         check_bridge_known(model, request)
     texts = list(dict.fromkeys([*(p for r in requests for p in r.keep), *kept]))
-    join = hook_name("resid_pre", min(editable.layers))
-    rows = _rows_of(model, requests, join), _kept_rows(model, texts, join) if texts else None
-    with frozen(model):
-        changes = _search(model, editable, covariance, how, rows, progress)
+    with frozen(model), pretransposed_weights(model):
+        passes = _Passes(model, min(editable.layers))
+        taught = _taught_rows(passes, model, requests, how.answer_weight)
+        held = _kept_rows(passes, model, texts) if texts and how.hold else None
+        changes = _search(model, editable, covariance, how, passes, taught, held, progress)
     asked_for = {"joint": [request.to_dict() for request in requests]}
     record = {
         "layers": list(editable.layers),
@@ -156,6 +170,66 @@ def creme_search(
 
 # -- rows -----------------------------------------------------------------------------------------
 
+#: Layer -> the change of its W_O.
+_Deltas = Mapping[int, Float[Tensor, "d_in d_model"]]
+
+
+class _Passes:
+    """Passes in two parts: up to the first block edited, and from there on, under changes of W_O."""
+
+    def __init__(self, model: HookedModel, layer: int) -> None:
+        self._model, self._layer = model, layer
+        self._join = hook_name("resid_pre", layer)
+        self._plain = plain_passes(model)
+
+    def entering(
+        self, tokens: Int[Tensor, "row pos"], scored: Int[Tensor, "row scored"]
+    ) -> Float[Tensor, "row pos d_model"]:
+        """The stream that enters the first block edited, which no change moves."""
+        if self._plain is not None:
+            return self._plain.entering(tokens, scored.max(1).values, self._layer)
+        return capture(self._model, tokens, [self._join])[0][self._join]
+
+    def said(
+        self,
+        entering: Float[Tensor, "row pos d_model"],
+        tokens: Int[Tensor, "row pos"],
+        scored: Int[Tensor, "row scored"],
+        deltas: _Deltas,
+    ) -> Float[Tensor, "row scored vocab"]:
+        """Log-probabilities at the positions scored."""
+        if self._plain is not None:
+            logits = self._plain.behind(entering, tokens, scored, self._layer, deltas)
+        else:
+            # One row goes through the blocks below; the rows wanted take its place behind them.
+            joins: Hook = self._join, lambda x: entering.to(x)
+            changed = [h for at, delta in deltas.items() for h in _hooks(at, delta)]
+            hooks = [joins, *changed]
+            logits = logits_at(self._model, tokens[:1], scored, hooks=hooks, grows=True)
+        return widen(logits).log_softmax(-1)
+
+    def as_it_is(
+        self, tokens: Int[Tensor, "row pos"], scored: Int[Tensor, "row scored"]
+    ) -> tuple[Float[Tensor, "row pos d_model"], Float[Tensor, "row scored vocab"]]:
+        """What enters the first block edited, and what is said, with no change."""
+        found = []
+        with torch.no_grad():
+            for rows in map(list, chunks(len(tokens), 128)):
+                entering = self.entering(tokens[rows], scored[rows])
+                said = self.said(entering, tokens[rows], scored[rows], {})
+                found.append((entering, said))
+        streams, said = map(torch.cat, zip(*found, strict=True))
+        return streams, said
+
+
+def _hooks(layer: int, delta: Float[Tensor, "d_in d_model"]) -> list[Hook]:
+    """A change of W_O as hooks."""
+
+    def act(z: Tensor, out: Tensor) -> Tensor:
+        return (out + (z.to(delta) @ delta).to(out.device)).to(out.dtype)
+
+    return matrix_hooks("W_O", layer, act)
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -163,69 +237,52 @@ class _Rows:
 
     Attributes:
         weights: one over the positions scored in a row, 0 at repeats.
+        entering: the stream that enters the first block edited.
         wanted: log-probabilities.
-        join: hook of the stream that enters the first block edited.
-        entering: that stream, which no change moves.
     """
 
     tokens: Int[Tensor, "row pos"]
     scored: Int[Tensor, "row scored"]
     weights: Float[Tensor, "row scored"]
-    wanted: Float[Tensor, "row scored vocab"]
-    join: str
     entering: Float[Tensor, "row pos d_model"]
+    wanted: Float[Tensor, "row scored vocab"]
 
     def apart(
-        self, model: HookedModel, hooks: Sequence[Hook], drawn: Int[Tensor, "drawn"]
+        self, passes: _Passes, deltas: _Deltas, drawn: Int[Tensor, "drawn"]
     ) -> Float[Tensor, "drawn"]:
         """KL(wanted || said) of the rows drawn, in nats a position."""
-        # One row goes through the blocks below; the rows drawn take its place behind them.
-        joins: Hook = self.join, lambda x: self.entering[drawn.to(x.device)].to(x)
-        tokens, scored = self.tokens[:1], self.scored[drawn]
-        logits = logits_at(model, tokens, scored, hooks=[joins, *hooks], grows=True)
-        said = widen(logits).log_softmax(-1)
-        apart = kl_divergence(self.wanted[drawn].to(said), said)
+        entering = self.entering[drawn.to(self.entering.device)]
+        said = passes.said(entering, self.tokens[drawn], self.scored[drawn], deltas)
+        apart = kl_divergence(self.wanted[drawn.to(self.wanted.device)].to(said), said)
         return (apart * self.weights[drawn].to(said)).sum(1)
 
 
-def _rows_of(model: HookedModel, requests: Sequence[Request], join: str) -> _Rows:
-    """Two-hop prompts, answers appended, to go on as the second-hop prompts do."""
+def _taught_rows(
+    passes: _Passes, model: HookedModel, requests: Sequence[Request], weight: float
+) -> _Rows:
+    """Two-hop prompts, answers appended, to go on as the second-hop prompts do and with the answer."""
     answers = [r.target for r in requests]
     two = teacher_forced(model, [r.two_hop_prompt for r in requests], answers)
     second = teacher_forced(model, [r.second_hop_prompt for r in requests], answers)
     # An answer has the same tokens behind both prompts, or the positions would not correspond.
     if not torch.equal(two.answers, second.answers):
         raise ValueError("an answer is split into other tokens behind its two prompts")
-    wanted, _ = _said(model, second.tokens, second.scored, join)
-    with torch.no_grad():
-        entering = [
-            capture(model, two.tokens[rows], [join])[0][join]
-            for rows in map(list, chunks(len(two.tokens), 128))
-        ]
-    return _Rows(two.tokens, two.scored, two.weights, wanted, join, torch.cat(entering))
+    _, said = passes.as_it_is(second.tokens, second.scored)
+    entering, _ = passes.as_it_is(two.tokens, two.scored)
+    wanted = said + math.log1p(-weight)
+    if weight:
+        at = two.answers.to(said.device)[..., None]
+        share = torch.full_like(said[..., :1], math.log(weight))
+        wanted.scatter_(2, at, torch.logaddexp(wanted.gather(2, at), share))
+    return _Rows(two.tokens, two.scored, two.weights, entering, wanted)
 
 
-def _kept_rows(model: HookedModel, texts: Sequence[str], join: str) -> _Rows:
+def _kept_rows(passes: _Passes, model: HookedModel, texts: Sequence[str]) -> _Rows:
     """Prompts that are to go on as they do."""
     batch = pad([encode(model, text).ids for text in texts])
     scored = batch.last[:, None]
-    wanted, entering = _said(model, batch.tokens, scored, join)
-    return _Rows(batch.tokens, scored, torch.ones(scored.shape), wanted, join, entering)
-
-
-def _said(
-    model: HookedModel, tokens: Int[Tensor, "row pos"], scored: Int[Tensor, "row scored"], join: str
-) -> tuple[Float[Tensor, "row scored vocab"], Float[Tensor, "row pos d_model"]]:
-    """Log-probabilities at the positions scored and the stream at `join`, of the model as it is."""
-    said, entering = [], []
-    with torch.no_grad():
-        for rows in map(list, chunks(len(tokens), 128)):
-            seen: dict[str, Tensor] = {}
-            hooks = storing(seen, [join], torch.clone)
-            logits = logits_at(model, tokens[rows], scored[rows], hooks=hooks)
-            said.append(widen(logits).log_softmax(-1))
-            entering.append(seen[join])
-    return torch.cat(said), torch.cat(entering)
+    entering, said = passes.as_it_is(batch.tokens, scored)
+    return _Rows(batch.tokens, scored, torch.ones(scored.shape), entering, said)
 
 
 # -- the search -----------------------------------------------------------------------------------
@@ -236,33 +293,21 @@ def _search(
     editable: Editable,
     covariance: Moments,
     how: JointSearch,
-    rows: tuple[_Rows, _Rows | None],
+    passes: _Passes,
+    taught: _Rows,
+    held: _Rows | None,
     progress: bool,
 ) -> list[Change]:
     """The changes of all layers."""
-    taught, kept = rows
-    factors: list[Tensor] = []
+    factors: dict[int, Tensor] = {}
     for layer in editable.layers:
         factor = covariance.factor(layer)
         unit = _unit(model, covariance, layer, factor.shape[1])
-        factors.append((factor * unit).to(device_of(model), editable.dtype))
+        factors[layer] = (factor * unit).to(device_of(model), editable.dtype)
     width = int(model.cfg.d_model)
-    lr = how.step_size(len(editable.layers), width)
-    found = [f.new_zeros(f.shape[1], width).requires_grad_() for f in factors]
-
-    def adding(factor: Tensor, b: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        def act(z: Tensor, out: Tensor) -> Tensor:
-            read = z.to(factor.dtype) @ factor.to(z.device)
-            return (out + (read @ b.to(z.device)).to(out.device)).to(out.dtype)
-
-        return act
-
-    hooks = [
-        hook
-        for layer, factor, b in zip(editable.layers, factors, found, strict=True)
-        for hook in matrix_hooks("W_O", layer, adding(factor, b))
-    ]
-    adam = torch.optim.Adam(found, lr=lr)
+    lr = how.step_size(len(factors), width)
+    found = {at: f.new_zeros(f.shape[1], width).requires_grad_() for at, f in factors.items()}
+    descent = _Descent(list(found.values()))
     draws = torch.Generator().manual_seed(how.seed)
 
     def drawn(part: _Rows) -> Tensor:
@@ -270,21 +315,41 @@ def _search(
 
     with torch.enable_grad():
         for step in progress_bar(range(how.steps), label="CREME search", show=progress):
-            adam.param_groups[0]["lr"] = lr * (1 - step / how.steps)
-            adam.zero_grad(set_to_none=True)
-            loss = (taught.apart(model, hooks, drawn(taught)) - how.enough).clamp_min(0).mean()
-            if kept is not None and how.hold:
-                loss = loss + how.hold * kept.apart(model, hooks, drawn(kept)).mean()
-            moved = torch.stack([b.square().mean() for b in found]).sum()
+            deltas = {at: factors[at] @ b for at, b in found.items()}
+            loss = (taught.apart(passes, deltas, drawn(taught)) - how.enough).clamp_min(0).mean()
+            if held is not None:
+                loss = loss + how.hold * held.apart(passes, deltas, drawn(held)).mean()
+            moved = torch.stack([b.square().mean() for b in found.values()]).sum()
             loss = loss + how.decay * moved.to(loss.device)
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss is {loss.item()} at step {step}; lower lr ({lr})")
             loss.backward()
-            adam.step()
-    return [
-        merge([editable.change(layer, factor.T, b.detach())])
-        for layer, factor, b in zip(editable.layers, factors, found, strict=True)
-    ]
+            descent.step(lr * (1 - step / how.steps))
+    return [merge([editable.change(at, factors[at].T, b.detach())]) for at, b in found.items()]
+
+
+class _Descent:
+    """Adam with one second moment for each matrix, the mean over its elements."""
+
+    def __init__(self, matrices: Sequence[Tensor]) -> None:
+        self._matrices = matrices
+        self._first = [torch.zeros_like(m) for m in matrices]
+        self._second = [0.0 for _ in matrices]
+        self._steps = 0
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One step down the gradients, which are cleared."""
+        self._steps += 1
+        for i, (matrix, mean) in enumerate(zip(self._matrices, self._first, strict=True)):
+            grad = matrix.grad
+            if grad is None:
+                continue
+            mean.mul_(0.9).add_(grad, alpha=0.1)
+            self._second[i] = 0.999 * self._second[i] + 0.001 * float(grad.square().mean())
+            size = (self._second[i] / (1 - 0.999**self._steps)) ** 0.5
+            matrix.sub_(mean, alpha=lr / (1 - 0.9**self._steps) / max(size, 1e-30))
+            matrix.grad = None
 
 
 def _unit(model: HookedModel, covariance: Moments, layer: int, rank: int) -> float:

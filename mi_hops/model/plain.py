@@ -7,7 +7,7 @@ all that is left out: attention is one fused kernel, and the difference is one o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -145,8 +145,12 @@ class _Linear:
     weight: Float[Tensor, "d_out d_in"]
     bias: Float[Tensor, "d_out"] | None
 
-    def __call__(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_out"]:
-        return functional.linear(x, self.weight, self.bias)
+    def __call__(
+        self, x: Float[Tensor, "token d_in"], added: Float[Tensor, "d_in d_out"] | None = None
+    ) -> Float[Tensor, "token d_out"]:
+        """With something added to the matrix, if given."""
+        weight = self.weight if added is None else self.weight + added.T
+        return functional.linear(x, weight, self.bias)
 
 
 def own_bias(module: Any, name: str) -> Float[Tensor, "d_out"] | None:
@@ -164,29 +168,67 @@ def _linear(module: Any, name: str, pattern: str) -> _Linear:
     return _Linear(turned, own_bias(module, name))
 
 
-def _distinct(
-    tokens: Int[Tensor, "row pos"], last: Int[Tensor, "row"], alike: bool
-) -> tuple[Int[Tensor, "token"], Int[Tensor, "token"], Int[Tensor, "distinct"]]:
-    """Where tokens are that are not padding, which distinct token each is, and where each of these is first.
+@dataclass(frozen=True)
+class _Distinct:
+    """Tokens of padded rows without the padding, and without what rows start with alike.
 
-    Two tokens are one if they and all before them in their rows agree. Places count through all rows.
+    Only attention needs every token in its row; the rest is computed once per distinct token. Two tokens
+    are one if they and all before them in their rows agree. Places count through all rows.
+
+    Attributes:
+        shape: rows and positions.
+        at: where tokens are that are not padding.
+        which: which distinct token each of these is.
+        first: where each distinct token is first.
     """
-    at: list[int] = []
-    which: list[int] = []
-    first: list[int] = []
-    known: dict[tuple[int, int], int] = {}
-    n_pos = tokens.shape[1]
-    for row, (ids, end) in enumerate(zip(tokens.tolist(), last.tolist(), strict=True)):
-        before = -1 if alike else -1 - row
-        for pos in range(end + 1):
-            key = before, ids[pos]
-            at.append(row * n_pos + pos)
-            if key not in known:
-                known[key] = len(first)
-                first.append(at[-1])
-            before = known[key]
-            which.append(before)
-    return torch.tensor(at), torch.tensor(which), torch.tensor(first)
+
+    shape: tuple[int, int]
+    at: Int[Tensor, "token"]
+    which: Int[Tensor, "token"]
+    first: Int[Tensor, "distinct"]
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Int[Tensor, "row pos"],
+        last: Int[Tensor, "row"],
+        place: torch.device,
+        *,
+        alike: bool = True,
+    ) -> _Distinct:
+        """Of tokens up to `last`; rows that are not alike before this pass share no token."""
+        at: list[int] = []
+        which: list[int] = []
+        first: list[int] = []
+        known: dict[tuple[int, int], int] = {}
+        n_rows, n_pos = tokens.shape
+        for row, (ids, end) in enumerate(zip(tokens.tolist(), last.tolist(), strict=True)):
+            before = -1 if alike else -1 - row
+            for pos in range(end + 1):
+                key = before, ids[pos]
+                at.append(row * n_pos + pos)
+                if key not in known:
+                    known[key] = len(first)
+                    first.append(at[-1])
+                before = known[key]
+                which.append(before)
+        return cls((n_rows, n_pos), *(torch.tensor(t, device=place) for t in (at, which, first)))
+
+    @property
+    def whole(self) -> bool:
+        """Whether every place has a token of its own."""
+        return len(self.first) == self.shape[0] * self.shape[1]
+
+    def in_rows(self, y: Float[Tensor, "distinct d"]) -> Float[Tensor, "row pos d"]:
+        """Each token in its row, and zeros at padding."""
+        if not self.whole:
+            full = y.new_zeros(self.shape[0] * self.shape[1], y.shape[-1])
+            y = full.index_copy(0, self.at, y[self.which])
+        return y.view(*self.shape, -1)
+
+    def among(self, places: Int[Tensor, "place"]) -> Int[Tensor, "place"]:
+        """Which distinct tokens stand at these places."""
+        return self.which[torch.searchsorted(self.at, places)]
 
 
 _IN, _OUT, _MLP = "head model d -> (head d) model", "head d model -> model (head d)", "i o -> o i"
@@ -214,6 +256,10 @@ def _activation(mlp: Any) -> Callable[[Tensor], Tensor]:
     return own
 
 
+#: Layer -> what is added to its W_O, ``[d_in, d_model]``.
+Added = Mapping[int, Float[Tensor, "d_in d_model"]]
+
+
 class PlainPasses:
     """Passes over the model's weights as they are now; made by `plain_passes`."""
 
@@ -229,44 +275,94 @@ class PlainPasses:
         self, tokens: Int[Tensor, "row pos"], last: Int[Tensor, "row"], slots: Slots
     ) -> Float[Tensor, "row vocab"]:
         """Logits at each row's position `last`."""
-        place, cfg = device_of(self._model), self._model.cfg
-        rows, n_pos = tokens.shape
-        # Only attention needs every token in its row. The rest is computed once per distinct token: not
-        # for padding, and once for what rows start with alike.
-        at, which, first = (t.to(place) for t in _distinct(tokens, last, slots.alike))
-        positions = slots.positions.expand(rows, -1).flatten()[first]
-        x = self._embed(tokens.to(place).flatten()[first], positions)
-        rotate = self._rotation(x, positions)
+        distinct = _Distinct.of(tokens, last, device_of(self._model), alike=slots.alike)
+        x = self._enter(tokens, distinct, slots)
+        return self._leave(self._through(x, distinct, slots, scored=last[:, None]))
+
+    def entering(
+        self, tokens: Int[Tensor, "row pos"], last: Int[Tensor, "row"], layer: int
+    ) -> Float[Tensor, "row pos d_model"]:
+        """The stream that enters a block, up to each row's position `last`."""
+        distinct = _Distinct.of(tokens, last, device_of(self._model))
+        slots = self._alone(tokens)
+        x = self._enter(tokens, distinct, slots)
+        return distinct.in_rows(self._through(x, distinct, slots, stop=layer))
+
+    def behind(
+        self,
+        entering: Float[Tensor, "row pos d_model"],
+        tokens: Int[Tensor, "row pos"],
+        scored: Int[Tensor, "row scored"],
+        layer: int,
+        added: Added,
+    ) -> Float[Tensor, "row scored vocab"]:
+        """Logits at `scored`, from the stream that enters a block on; differentiable in what is added.
+
+        Rows that start with the same tokens must enter with the same stream.
+        """
+        distinct = _Distinct.of(tokens, scored.max(1).values, device_of(self._model))
+        x = entering.flatten(0, 1)[distinct.first]
+        slots = self._alone(tokens)
+        x = self._through(x, distinct, slots, start=layer, scored=scored, added=added)
+        return self._leave(x).view(*scored.shape, -1)
+
+    def _alone(self, tokens: Int[Tensor, "row pos"]) -> Slots:
+        """Rows that go on behind nothing and leave nothing."""
+        where = torch.arange(tokens.shape[1], device=device_of(self._model))
+        seen = where[None] <= where[:, None]
+        return Slots(lambda layer, *new: new, seen[None, None], where[None], alike=True)
+
+    def _through(
+        self,
+        x: Float[Tensor, "distinct d_model"],
+        distinct: _Distinct,
+        slots: Slots,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        scored: Int[Tensor, "row scored"] | None = None,
+        added: Added | None = None,
+    ) -> Float[Tensor, "token d_model"]:
+        """The stream behind blocks; behind the last one only at the positions scored, row by row."""
+        (n_rows, n_pos), added = distinct.shape, added or {}
+        rotate = self._rotation(x, self._positions(distinct, slots))
         n_shared = self._blocks[0].q.weight.shape[0] // self._blocks[0].k.weight.shape[0]
         mask = x.new_zeros(slots.seen.shape).masked_fill_(~slots.seen, float("-inf"))
         mask = for_shared_heads(mask, n_shared)
-        whole = len(x) == rows * n_pos
 
-        def apart(y: Float[Tensor, "token head_d"]) -> Float[Tensor, "row head pos d"]:
-            full = y if whole else y.new_zeros(rows * n_pos, y.shape[-1])
-            if not whole:
-                full[at] = y[which]
-            return full.view(rows, n_pos, -1, cfg.d_head).transpose(1, 2)
+        def heads(y: Float[Tensor, "distinct head_d"]) -> Float[Tensor, "row head pos d"]:
+            return distinct.in_rows(y).unflatten(2, (-1, self._model.cfg.d_head)).transpose(1, 2)
 
-        for layer, block in enumerate(self._blocks):
+        for layer, block in enumerate(self._blocks[:stop][start:], start):
             y = normalise(x, *block.norms[0])
-            q, k, v = apart(rotate(block.q(y))), apart(rotate(block.k(y))), apart(block.v(y))
+            q, k, v = heads(rotate(block.q(y))), heads(rotate(block.k(y))), heads(block.v(y))
             k, v = slots.join(layer, k, v)
             z = attend(q, k, v, mask, block.scale).flatten(0, 1).flatten(1)
-            if layer == len(self._blocks) - 1:  # from here on only the last positions count
-                ends = torch.arange(rows) * n_pos + last
-                x = x[which[torch.searchsorted(at, ends.to(place))]]
-                z = z[ends.to(place)]
-            elif not whole:
-                z = z[first]
-            x += block.o(z)
+            if scored is not None and layer == len(self._blocks) - 1:
+                ends = (torch.arange(n_rows)[:, None] * n_pos + scored).flatten().to(x.device)
+                x, z = x[distinct.among(ends)], z[ends]
+            elif not distinct.whole:
+                z = z[distinct.first]
+            x = x + block.o(z, added.get(layer))
             y = normalise(x, *block.norms[1])
             if block.gate is None:
                 y = block.activation(block.enter(y))
             else:
                 y = block.activation(block.gate(y)).mul_(block.enter(y))
-            x += block.leave(y)
+            x = x + block.leave(y)
+        return x
+
+    def _leave(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token vocab"]:
         return self._unembed(normalise(x, *self._final))
+
+    def _enter(
+        self, tokens: Int[Tensor, "row pos"], distinct: _Distinct, slots: Slots
+    ) -> Float[Tensor, "distinct d_model"]:
+        ids = tokens.to(distinct.first.device).flatten()[distinct.first]
+        return self._embed(ids, self._positions(distinct, slots))
+
+    def _positions(self, distinct: _Distinct, slots: Slots) -> Int[Tensor, "distinct"]:
+        return slots.positions.expand(distinct.shape).flatten()[distinct.first]
 
     def _embed(
         self, ids: Int[Tensor, "token"], positions: Int[Tensor, "token"]

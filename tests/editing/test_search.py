@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 from mi_hops.editing import JointSearch, creme_joint, creme_search, second_moments
 from mi_hops.editing.change import matrix_hooks
@@ -13,7 +16,10 @@ from mi_hops.text.tokens import answer_ids, encode, pad
 from tests.editing.conftest import assert_same_bits, weights
 from tests.editing.test_creme import last_mean
 from tests.editing.test_moments import TEXTS
+from tests.models import cases
 
+#: The second hop's own words, with little decay.
+EXACT = {"answer_weight": 0.0, "decay": 0.01, "enough": 0.0}
 ONE = {"templates": ("{}",), "keep": None, "target": "clean"}
 
 
@@ -59,7 +65,7 @@ def test_the_search_brings_two_hops_to_the_second_hops_words(tiny, facts):
     wanted = {f.id: said(tiny, f.second_prompt()) for f in facts}
     apart = {f.id: float(kl_divergence(wanted[f.id], said(tiny, f.prompt()))) for f in facts}
     was = [said(tiny, t) for t in kept]
-    edit = creme_search(tiny, facts, c, kept=kept, steps=60, decay=0.01, enough=0.0)
+    edit = creme_search(tiny, facts, c, kept=kept, steps=60, **EXACT)
     assert edit.layers == (1, 2) and edit.settings["kept"] == 6
     with edit.applied(tiny):
         now = {f.id: float(kl_divergence(wanted[f.id], said(tiny, f.prompt()))) for f in facts}
@@ -67,7 +73,7 @@ def test_the_search_brings_two_hops_to_the_second_hops_words(tiny, facts):
         moved = sum(float(kl_divergence(a, said(tiny, t))) for a, t in zip(was, kept, strict=True))
     assert_same_bits(tiny, before)
     assert all(p.grad is None for p in tiny.parameters())
-    free = creme_search(tiny, facts, c, steps=60, decay=0.01, enough=0.0, own_hops=False)
+    free = creme_search(tiny, facts, c, steps=60, own_hops=False, **EXACT)
     with free.applied(tiny):
         unheld = sum(float(kl_divergence(a, said(tiny, t))) for a, t in zip(was, kept, strict=True))
     assert moved < 0.5 * unheld
@@ -88,7 +94,7 @@ def test_decay_is_the_share_of_the_output_that_moves(wide, facts):
 
 
 def test_a_first_step_has_the_learning_rates_size(wide, facts):
-    """Adam's first step is lr in every coordinate, so Δ moves the share lr^2 of the output."""
+    """lr is the root mean square of the first step in B, so Δ moves the share lr^2 of the output."""
     c = second_moments(wide, TEXTS, layers=[1])
     w = read_matrix(wide, "W_O", 1)
     edit = creme_search(wide, facts, c, layers=1, steps=1, lr=0.02, decay=0.0)
@@ -97,29 +103,62 @@ def test_a_first_step_has_the_learning_rates_size(wide, facts):
     assert float(moved / all_of_it) == pytest.approx(0.02**2, rel=1e-3)
 
 
-def test_the_first_step_goes_down_the_gradient(wide, facts):
-    """Adam's first step is the gradient's sign; the gradient is that of whole passes, prompt by prompt."""
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_first_step_goes_down_the_gradient(wide, facts, weight):
+    """The gradient is that of whole passes, prompt by prompt."""
     c = second_moments(wide, TEXTS, layers=[1])
-    options = {"steps": 1, "decay": 0.0, "enough": 0.0, "own_hops": False}
+    options = {"steps": 1, "decay": 0.0, "enough": 0.0, "own_hops": False, "answer_weight": weight}
     edit = creme_search(wide, facts[:2], c, layers=1, **options)
     delta = torch.zeros_like(edit.changes[0].delta()).requires_grad_()
 
-    def said(prompt, answer, hooks=()):
-        ids = [*encode(wide, prompt).ids, *answer_ids(wide, encode(wide, prompt), answer)[:-1]]
-        logits = forward(wide, torch.tensor([ids]), hooks=hooks)[0]
-        return logits[len(encode(wide, prompt).ids) - 1 :].log_softmax(-1)
+    def said(prompt, ids, hooks=()):
+        given = encode(wide, prompt).ids
+        logits = forward(wide, torch.tensor([[*given, *ids[:-1]]]), hooks=hooks)[0]
+        return logits[len(given) - 1 :].log_softmax(-1)
 
     hooks = matrix_hooks("W_O", 1, lambda z, out: out + z @ delta)
     with torch.enable_grad():
         loss = 0.0
         for fact in facts[:2]:
-            wanted = said(fact.second_prompt(), fact.answer).detach()
-            apart = wanted.exp() * (wanted - said(fact.prompt(), fact.answer, hooks))
+            ids = answer_ids(wide, encode(wide, fact.prompt()), fact.answer)
+            second = said(fact.second_prompt(), ids).detach().exp()
+            wanted = (1 - weight) * second + weight * one_hot(torch.tensor(ids), second.shape[1])
+            apart = wanted * (wanted.log() - said(fact.prompt(), ids, hooks))
             loss = loss + apart.sum(1).mean()
         (gradient,) = torch.autograd.grad(loss, delta)
     factor = c.factor(1).to(gradient)
     found = torch.linalg.lstsq(factor, edit.changes[0].delta().detach()).solution
-    assert torch.equal(found.sign(), -(factor.T @ gradient).sign())
+    step = -factor.T @ gradient
+    torch.testing.assert_close(found / found.norm(), step / step.norm(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama", "llama32"))
+def test_passes_by_hooks_find_what_plain_ones_find(load_tiny, facts, shape, backend):
+    model = load_tiny(shape, backend, "float32")
+    c = second_moments(model, TEXTS)
+    given = {"kept": TEXTS, "steps": 4, "rows": 3}
+    plain = creme_search(model, facts, c, **given)
+    with mock.patch("mi_hops.editing.search.plain_passes", lambda model: None):
+        hooks = creme_search(model, facts, c, **given)
+    for a, b in zip(plain.changes, hooks.changes, strict=True):
+        size = float(b.delta().norm())
+        assert float((a.delta() - b.delta()).norm()) < 1e-3 * size
+
+
+def test_the_answer_is_said_where_the_second_hop_says_another_token(wide, facts):
+    """Random models know no second hop; half of the weight on the answer's tokens says it all the same."""
+    c = second_moments(wide, TEXTS)
+    shared = {"steps": 50, "decay": 0.0, "enough": 0.0, "own_hops": False}
+    right = {}
+    for weight in (0.0, 0.5):
+        edit = creme_search(wide, facts[:3], c, answer_weight=weight, **shared)
+        with edit.applied(wide):
+            right[weight] = [
+                int(said(wide, f.prompt()).argmax())
+                == answer_ids(wide, encode(wide, f.prompt()), f.answer)[0]
+                for f in facts[:3]
+            ]
+    assert all(right[0.5]) and not all(right[0.0])
 
 
 def test_steps_are_smaller_where_more_is_moved(tiny, facts):
@@ -151,6 +190,7 @@ def test_the_same_seed_draws_the_same_rows(tiny, facts):
         ({"lr": 0.0}, "lr 0"),
         ({"decay": -1.0}, "decay -1"),
         ({"enough": -1.0}, "enough -1"),
+        ({"answer_weight": 1.0}, "answer_weight 1.0"),
         ({"layers": []}, "layers are"),
         ({"layers": [0]}, r"expected W_O at \[0\]"),
     ],
