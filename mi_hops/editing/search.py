@@ -186,9 +186,15 @@ class _Passes:
         self, tokens: Int[Tensor, "row pos"], scored: Int[Tensor, "row scored"]
     ) -> Float[Tensor, "row pos d_model"]:
         """The stream that enters the first block edited, which no change moves."""
-        if self._plain is not None:
-            return self._plain.entering(tokens, scored.max(1).values, self._layer)
-        return capture(self._model, tokens, [self._join])[0][self._join]
+        found = []
+        with torch.no_grad():
+            for rows in map(list, chunks(len(tokens), 128)):
+                if self._plain is not None:
+                    last = scored[rows].max(1).values
+                    found.append(self._plain.entering(tokens[rows], last, self._layer))
+                else:
+                    found.append(capture(self._model, tokens[rows], [self._join])[0][self._join])
+        return torch.cat(found)
 
     def said(
         self,
@@ -209,17 +215,15 @@ class _Passes:
         return widen(logits).log_softmax(-1)
 
     def as_it_is(
-        self, tokens: Int[Tensor, "row pos"], scored: Int[Tensor, "row scored"]
-    ) -> tuple[Float[Tensor, "row pos d_model"], Float[Tensor, "row scored vocab"]]:
-        """What enters the first block edited, and what is said, with no change."""
-        found = []
+        self,
+        entering: Float[Tensor, "row pos d_model"],
+        tokens: Int[Tensor, "row pos"],
+        scored: Int[Tensor, "row scored"],
+    ) -> Float[Tensor, "row scored vocab"]:
+        """Log-probabilities at the positions scored, with no change."""
         with torch.no_grad():
-            for rows in map(list, chunks(len(tokens), 128)):
-                entering = self.entering(tokens[rows], scored[rows])
-                said = self.said(entering, tokens[rows], scored[rows], {})
-                found.append((entering, said))
-        streams, said = map(torch.cat, zip(*found, strict=True))
-        return streams, said
+            parts = map(list, chunks(len(tokens), 128))
+            return torch.cat([self.said(entering[p], tokens[p], scored[p], {}) for p in parts])
 
 
 def _hooks(layer: int, delta: Float[Tensor, "d_in d_model"]) -> list[Hook]:
@@ -267,13 +271,13 @@ def _taught_rows(
     # An answer has the same tokens behind both prompts, or the positions would not correspond.
     if not torch.equal(two.answers, second.answers):
         raise ValueError("an answer is split into other tokens behind its two prompts")
-    _, said = passes.as_it_is(second.tokens, second.scored)
-    entering, _ = passes.as_it_is(two.tokens, two.scored)
-    wanted = said + math.log1p(-weight)
+    known = second.tokens, second.scored
+    wanted = passes.as_it_is(passes.entering(*known), *known) + math.log1p(-weight)
     if weight:
-        at = two.answers.to(said.device)[..., None]
-        share = torch.full_like(said[..., :1], math.log(weight))
+        at = two.answers.to(wanted.device)[..., None]
+        share = torch.full_like(wanted[..., :1], math.log(weight))
         wanted.scatter_(2, at, torch.logaddexp(wanted.gather(2, at), share))
+    entering = passes.entering(two.tokens, two.scored)
     return _Rows(two.tokens, two.scored, two.weights, entering, wanted)
 
 
@@ -281,7 +285,8 @@ def _kept_rows(passes: _Passes, model: HookedModel, texts: Sequence[str]) -> _Ro
     """Prompts that are to go on as they do."""
     batch = pad([encode(model, text).ids for text in texts])
     scored = batch.last[:, None]
-    entering, said = passes.as_it_is(batch.tokens, scored)
+    entering = passes.entering(batch.tokens, scored)
+    said = passes.as_it_is(entering, batch.tokens, scored)
     return _Rows(batch.tokens, scored, torch.ones(scored.shape), entering, said)
 
 

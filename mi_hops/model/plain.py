@@ -223,7 +223,7 @@ class _Distinct:
         """Each token in its row, and zeros at padding."""
         if not self.whole:
             full = y.new_zeros(self.shape[0] * self.shape[1], y.shape[-1])
-            y = full.index_copy(0, self.at, y[self.which])
+            y = full.index_copy_(0, self.at, y[self.which])
         return y.view(*self.shape, -1)
 
     def among(self, places: Int[Tensor, "place"]) -> Int[Tensor, "place"]:

@@ -1,0 +1,183 @@
+"""One CREME protocol over sizes and families: at which depth the answer is brought, and where an edit holds.
+
+``python -m benchmarks.sizes [--model hops-gpt2 hops-llama] [--cases 100]`` writes
+``docs/benchmarks/sizes.md`` from the rows kept in ``benchmarks/results/sizes/``. ``--train FOLDER --width
+256`` first trains a LLaMA of that width by the recipe of the bundled one (some two hours on two cores at
+5M parameters; a stopped run goes on), and ``--real FOLDER`` measures SmolLM2-135M on the questions of
+`benchmarks.many_edits_real`, whose folder it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.editing_setup import FORM, Setup, set_up
+from benchmarks.harness import keep, kept, table, write
+from benchmarks.many_edits_real import Asked
+from benchmarks.many_edits_real import set_up as set_up_real
+from mi_hops import CremeRepair, Hopland, locate, second_moments
+from mi_hops.reasoning import evaluate
+from mi_hops.result.statistics import bootstrap_ci
+from mi_hops.worlds.recipe import RECIPES
+from mi_hops.worlds.train import save, train
+
+PAGE = "sizes"
+KINDS = ("attn_out", "mlp_out")
+#: Layers edited, at most, evenly spread.
+MOST = 10
+STRENGTH = 0.7
+
+RULE = (
+    "Every model is asked questions of which it knows both hops and fails the answer: the bundled models and "
+    "those trained like them held-out questions of Hopland, SmolLM2 real ones behind worked examples (the "
+    "questions of [many edits](many-edits.md)). *Effect* is what replacing the output of one block's attention "
+    "(or MLP) at the last token by that of the second-hop prompt adds to the answer's probability; the mean "
+    f"over questions with its 95% bootstrap interval. *Edited there* is `creme` in that one layer (strength "
+    f"{STRENGTH}, C estimated, else as called), one edit a question; in models of more than {MOST} layers, at "
+    f"{MOST} of them, evenly spread. Nothing is chosen. Written before any number was read: the *place* is "
+    "the layer whose attention has the largest mean effect, its interval the middle 95% of the places in 2,000 "
+    "bootstrap samples of the questions; depth counts from 0 (the first layer) to 1 (the last). The place is in the "
+    "*middle* if the whole interval lies between depths 1/3 and 2/3, and attention is *the place* rather than "
+    "the MLP if its largest mean effect is larger in at least 97.5% of the samples."
+)
+
+
+def trained(folder: Path, width: int) -> str:
+    """A LLaMA of that width, trained by the bundled one's recipe; a stopped run goes on."""
+    if not (folder / "training.json").exists():
+        base = RECIPES["llama"]
+        recipe = replace(base, shape=replace(base.shape, d_model=width, d_mlp=4 * width))
+        world, state = Hopland(), folder.with_suffix(".state")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        model, tokenizer, log = train(world, "llama", recipe, state=state)
+        save(folder, model, tokenizer, recipe=recipe, world=world, log=log, measured={})
+    return str(folder)
+
+
+def measure(setup: Setup, form: str) -> dict[str, Any]:
+    """Effects of every layer, and edits at some."""
+    n, model = setup.n_layers, setup.model
+    found = locate(model, setup.report, form=form, kinds=KINDS)["effect"].sel(position="last")
+    effects = {kind: found.sel(kind=kind).values for kind in KINDS}
+    layers = sorted({round(i) for i in np.linspace(0, n - 1, min(n, MOST))})
+    c = second_moments(model, setup.corpus, layers=layers)
+    queries = setup.queries.of("correction", "specificity")
+    rows = {}
+    for layer in layers:
+        repair = CremeRepair(layers=[layer], form=form, covariance=c, strength=STRENGTH)
+        scores = evaluate(model, repair, queries, setup.report, generate=False)
+        shares = scores.table(n_resamples=500).loc[repair.name]
+        wanted = (("correction", "first_correct_after"), ("specificity", "first_correct_ratio"))
+        rows[layer] = [
+            [float(shares.loc[k][v]) for v in ("value", "lower", "upper")] for k in wanted
+        ]
+        print(layer, rows[layer], flush=True)
+    return {
+        "n": len(setup.report),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layers": n,
+        "effects": {k: np.round(v.astype(float), 5).tolist() for k, v in effects.items()},
+        "edited": rows,
+    }
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+def place(found: dict[str, Any]) -> dict[str, Any]:
+    """Where attention's largest effect is, over bootstrap samples of the questions."""
+    attention, mlp = (np.array(found["effects"][kind]) for kind in KINDS)
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(attention), size=(2000, len(attention)))
+    means = attention[drawn].mean(1)
+    depth = means.argmax(1) / (found["layers"] - 1)
+    larger = (means.max(1) > mlp[drawn].mean(1).max(1)).mean()
+    low, high = np.quantile(depth, [0.025, 0.975])
+    at = int(attention.mean(0).argmax())
+    return {
+        "layer": at,
+        "depth": at / (found["layers"] - 1),
+        "low": low,
+        "high": high,
+        "attention": float(attention.mean(0).max()),
+        "mlp": float(mlp.mean(0).max()),
+        "larger": float(larger),
+    }
+
+
+def page() -> str:
+    """The places of all models, and each one's curve."""
+    rows, curves = [], []
+    for name, found in sorted(kept(PAGE).items(), key=lambda item: item[1]["parameters"]):
+        at = place(found)
+        middle = at["low"] >= 1 / 3 and at["high"] <= 2 / 3
+        best = max(found["edited"].items(), key=lambda item: item[1][0][0])
+        rows.append(
+            [
+                name,
+                f"{found['parameters'] / 1e6:.1f}M",
+                found["n"],
+                f"{at['layer']} of {found['layers']}",
+                f"{at['depth']:.2f} ({at['low']:.2f} to {at['high']:.2f})",
+                "yes" if middle else "no",
+                f"{at['attention']:+.3f}, {at['mlp']:+.3f} ({at['larger']:.0%})",
+                f"{best[0]} ({100 * best[1][0][0]:.0f}%)",
+            ]
+        )
+        curves += [f"## {name}", curve(found)]
+    head = (
+        "model", "parameters", "questions", "place", "depth", "in the middle",
+        "largest effect: attention, MLP (samples in which attention's is larger)",
+        "edits correct most at",
+    )  # fmt: skip
+    return "\n\n".join([RULE, table(head, rows), *curves])
+
+
+def curve(found: dict[str, Any]) -> str:
+    """One row per layer."""
+    columns = []
+    for kind in KINDS:
+        values = np.array(found["effects"][kind])
+        low, high = bootstrap_ci(values)
+        columns.append([*zip(values.mean(0), low, high, strict=True)])
+    rows = []
+    for layer, effects in enumerate(zip(*columns, strict=True)):
+        shares = found["edited"].get(str(layer), found["edited"].get(layer))
+        said = [f"{v:.1%} ({a:.1%} to {b:.1%})" for v, a, b in shares] if shares else ["-", "-"]
+        depth = layer / (found["layers"] - 1)
+        cells = [f"{v:+.3f} ({a:+.3f} to {b:+.3f})" for v, a, b in effects]
+        rows.append([layer, f"{depth:.2f}", *cells, *said])
+    head = (
+        "layer", "depth", "effect of attention", "effect of MLP", "corrected, edited there",
+        "unrelated kept",
+    )  # fmt: skip
+    return table(head, rows)
+
+
+def main() -> None:
+    """Measure, keep what was measured, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", nargs="*", default=["hops-gpt2", "hops-llama"])
+    parser.add_argument("--train", type=Path, help="folder of a model to train (or trained)")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--real", type=Path, help="folder of benchmarks.many_edits_real")
+    parser.add_argument("--cases", type=int, default=100)
+    given = parser.parse_args()
+    names = [*given.model, *([trained(given.train, given.width)] if given.train else [])]
+    for name in names:
+        setup = set_up(name, cases=given.cases)
+        keep(PAGE, Path(name).name, measure(setup, FORM))
+    if given.real:
+        asked = Asked(given.real)
+        setup = set_up_real(asked, given.cases, apart=False)
+        keep(PAGE, setup.name, measure(setup, asked.form))
+    write(PAGE, "CREME over model sizes", page(), script="sizes")
+
+
+if __name__ == "__main__":
+    main()
