@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.editing_setup import FORM, Setup, set_up
+from benchmarks.editing_table import FIRST_RIGHT
 from benchmarks.harness import keep, kept, table, write
 from benchmarks.many_edits_real import Asked
 from benchmarks.many_edits_real import set_up as set_up_real
 from mi_hops import CremeRepair, Hopland, locate, second_moments
-from mi_hops.reasoning import evaluate
-from mi_hops.result.statistics import bootstrap_ci
+from mi_hops.result.statistics import bootstrap_ci, proportion_ci
+from mi_hops.sweep.metrics import target_of
+from mi_hops.sweep.scoring import score_prompts
+from mi_hops.text.tokens import encode
 from mi_hops.worlds.recipe import RECIPES
 from mi_hops.worlds.train import save, train
 
@@ -38,7 +41,7 @@ RULE = (
     "questions of [many edits](many-edits.md)). *Effect* is what replacing the output of one block's attention "
     "(or MLP) at the last token by that of the second-hop prompt adds to the answer's probability; the mean "
     f"over questions with its 95% bootstrap interval. *Edited there* is `creme` in that one layer (strength "
-    f"{STRENGTH}, C estimated, else as called), one edit a question; in models of more than {MOST} layers, at "
+    f"{STRENGTH}, C estimated, the bare prompt), one edit a question; in models of more than {MOST} layers, at "
     f"{MOST} of them, evenly spread. Nothing is chosen. Written before any number was read: the *place* is "
     "the layer whose attention has the largest mean effect, its interval the middle 95% of the places in 2,000 "
     "bootstrap samples of the questions; depth counts from 0 (the first layer) to 1 (the last). The place is in the "
@@ -66,15 +69,30 @@ def measure(setup: Setup, form: str) -> dict[str, Any]:
     effects = {kind: found.sel(kind=kind).values for kind in KINDS}
     layers = sorted({round(i) for i in np.linspace(0, n - 1, min(n, MOST))})
     c = second_moments(model, setup.corpus, layers=layers)
-    queries = setup.queries.of("correction", "specificity")
+    queries = list(setup.queries.of("correction", "specificity"))
+    prompts = [encode(model, q.prompt) for q in queries]
+    targets = [target_of(model, p, q.answer) for p, q in zip(prompts, queries, strict=True)]
+    case = {fact.id: i for i, fact in enumerate(setup.report)}
+    before = score_prompts(model, prompts, targets, FIRST_RIGHT)["first_right"]
     rows = {}
     for layer in layers:
-        repair = CremeRepair(layers=[layer], form=form, covariance=c, strength=STRENGTH)
-        scores = evaluate(model, repair, queries, setup.report, generate=False)
-        shares = scores.table(n_resamples=500).loc[repair.name]
-        wanted = (("correction", "first_correct_after"), ("specificity", "first_correct_ratio"))
+        repair = CremeRepair(
+            layers=[layer], form=form, covariance=c, strength=STRENGTH, templates=("{}",)
+        )
+        edits = repair.fit(model, setup.report)
+        states = [edits[case[q.case]] for q in queries]
+        right = score_prompts(model, prompts, targets, FIRST_RIGHT, repair=repair, states=states)
+        both = list(zip(queries, before > 0, right["first_right"].tolist(), strict=True))
+        corrected = [after for q, _, after in both if q.set == "correction"]
+        kept_of: dict[str, list[float]] = {}
+        for q, was, after in both:
+            if q.set == "specificity" and was:
+                kept_of.setdefault(q.case, []).append(after)
+        means = np.array([np.mean(values) for values in kept_of.values()])
+        share = sum(corrected) / len(corrected)
         rows[layer] = [
-            [float(shares.loc[k][v]) for v in ("value", "lower", "upper")] for k in wanted
+            [share, *proportion_ci(int(sum(corrected)), len(corrected))],
+            [float(means.mean()), *(float(x) for x in bootstrap_ci(means))],
         ]
         print(layer, rows[layer], flush=True)
     return {
