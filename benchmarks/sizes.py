@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.editing_setup import FORM, Setup, set_up
 from benchmarks.editing_table import FIRST_RIGHT
@@ -22,6 +23,7 @@ from benchmarks.harness import keep, kept, table, write
 from benchmarks.many_edits_real import Asked
 from benchmarks.many_edits_real import set_up as set_up_real
 from mi_hops import CremeRepair, Hopland, locate, second_moments
+from mi_hops.model import embedding, unembedding
 from mi_hops.result.statistics import bootstrap_ci, proportion_ci
 from mi_hops.sweep.metrics import target_of
 from mi_hops.sweep.scoring import score_prompts
@@ -62,6 +64,13 @@ def trained(folder: Path, width: int) -> str:
     return str(folder)
 
 
+def n_parameters(model: Any) -> int:
+    """Of the checkpoint: an unembedding tied to the embedding is not counted again."""
+    count = sum(p.numel() for p in model.parameters())
+    tied = torch.equal(unembedding(model)[0], embedding(model).T)
+    return count - (embedding(model).numel() if tied else 0)
+
+
 def measure(setup: Setup, form: str) -> dict[str, Any]:
     """Effects of every layer, and edits at some."""
     n, model = setup.n_layers, setup.model
@@ -97,7 +106,7 @@ def measure(setup: Setup, form: str) -> dict[str, Any]:
         print(layer, rows[layer], flush=True)
     return {
         "n": len(setup.report),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": n_parameters(model),
         "layers": n,
         "effects": {k: np.round(v.astype(float), 5).tolist() for k, v in effects.items()},
         "edited": rows,
