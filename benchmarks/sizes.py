@@ -48,7 +48,8 @@ RULE = (
     "the layer whose attention has the largest mean effect, its interval the middle 95% of the places in 2,000 "
     "bootstrap samples of the questions; depth counts from 0 (the first layer) to 1 (the last). The place is in the "
     "*middle* if the whole interval lies between depths 1/3 and 2/3, and attention is *the place* rather than "
-    "the MLP if its largest mean effect is larger in at least 97.5% of the samples."
+    "the MLP if its largest mean effect is larger in at least 97.5% of the samples. *Largest effects* are "
+    "attention's / the MLP's, with the share of samples in which attention's is larger."
 )
 
 
@@ -152,15 +153,14 @@ def page() -> str:
                 f"{at['layer']} of {found['layers']}",
                 f"{at['depth']:.2f} ({at['low']:.2f} to {at['high']:.2f})",
                 "yes" if middle else "no",
-                f"{at['attention']:+.3f}, {at['mlp']:+.3f} ({at['larger']:.0%})",
-                f"{best[0]} ({100 * best[1][0][0]:.0f}%)",
+                f"{at['attention']:+.3f} / {at['mlp']:+.3f} ({at['larger']:.0%})",
+                f"layer {best[0]} ({100 * best[1][0][0]:.0f}%)",
             ]
         )
         curves += [f"## {name}", curve(found)]
     head = (
         "model", "parameters", "questions", "place", "depth", "in the middle",
-        "largest effect: attention, MLP (samples in which attention's is larger)",
-        "edits correct most at",
+        "largest effects", "best edit",
     )  # fmt: skip
     return "\n\n".join([RULE, table(head, rows), *curves])
 
