@@ -37,10 +37,10 @@ APART, TRIED = 700, 100
 COUNTED = 300
 
 _SHARED: dict[str, Any] = {"layers": list(range(20, 30)), "enough": 0.1, "decay": 0.3}
-#: Label -> settings of the search and the number of prompts to keep.
-SETTINGS: dict[str, tuple[dict[str, Any], int]] = {
+#: Label -> settings of the search and the number of prompts to keep (None: all).
+SETTINGS: dict[str, tuple[dict[str, Any], int | None]] = {
     "CREME, searched": (_SHARED | {"steps": 40}, 1000),
-    "CREME, searched, more held": (_SHARED | {"steps": 60, "hold": 10.0}, 10_000),
+    "CREME, searched, more held": (_SHARED | {"steps": 60, "hold": 10.0}, None),
 }
 
 RULE = (

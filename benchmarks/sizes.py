@@ -44,7 +44,8 @@ RULE = (
     "(or MLP) at the last token by that of the second-hop prompt adds to the answer's probability; the mean "
     f"over questions with its 95% bootstrap interval. *Edited there* is `creme` in that one layer (strength "
     f"{STRENGTH}, C estimated, the bare prompt), one edit a question; in models of more than {MOST} layers, at "
-    f"{MOST} of them, evenly spread. Nothing is chosen. Written before any number was read: the *place* is "
+    f"{MOST} of them, evenly spread. (At first with all templates of `creme`, which took too long in SmolLM2; the "
+    "rows of the bundled models were read in that form too.) Nothing is chosen. Written before any number was read: the *place* is "
     "the layer whose attention has the largest mean effect, its interval the middle 95% of the places in 2,000 "
     "bootstrap samples of the questions; depth counts from 0 (the first layer) to 1 (the last). The place is in the "
     "*middle* if the whole interval lies between depths 1/3 and 2/3, and attention is *the place* rather than "
@@ -174,7 +175,7 @@ def curve(found: dict[str, Any]) -> str:
         columns.append([*zip(values.mean(0), low, high, strict=True)])
     rows = []
     for layer, effects in enumerate(zip(*columns, strict=True)):
-        shares = found["edited"].get(str(layer), found["edited"].get(layer))
+        shares = found["edited"].get(str(layer))
         said = [f"{v:.1%} ({a:.1%} to {b:.1%})" for v, a, b in shares] if shares else ["-", "-"]
         depth = layer / (found["layers"] - 1)
         cells = [f"{v:+.3f} ({a:+.3f} to {b:+.3f})" for v, a, b in effects]

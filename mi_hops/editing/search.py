@@ -26,7 +26,7 @@ and every other one feels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -50,7 +50,7 @@ from mi_hops.editing.teaching import chunks, frozen, teacher_forced
 from mi_hops.model import Hook, HookedModel, capture, device_of, hook_name, read_matrix
 from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.numeric import kl_divergence, widen
-from mi_hops.model.plain import plain_passes
+from mi_hops.model.plain import Added, plain_passes
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.scoring import logits_at
 from mi_hops.text.tokens import encode, pad
@@ -170,9 +170,6 @@ def creme_search(
 
 # -- rows -----------------------------------------------------------------------------------------
 
-#: Layer -> the change of its W_O.
-_Deltas = Mapping[int, Float[Tensor, "d_in d_model"]]
-
 
 class _Passes:
     """Passes in two parts: up to the first block edited, and from there on, under changes of W_O."""
@@ -201,7 +198,7 @@ class _Passes:
         entering: Float[Tensor, "row pos d_model"],
         tokens: Int[Tensor, "row pos"],
         scored: Int[Tensor, "row scored"],
-        deltas: _Deltas,
+        deltas: Added,
     ) -> Float[Tensor, "row scored vocab"]:
         """Log-probabilities at the positions scored."""
         if self._plain is not None:
@@ -252,7 +249,7 @@ class _Rows:
     wanted: Float[Tensor, "row scored vocab"]
 
     def apart(
-        self, passes: _Passes, deltas: _Deltas, drawn: Int[Tensor, "drawn"]
+        self, passes: _Passes, deltas: Added, drawn: Int[Tensor, "drawn"]
     ) -> Float[Tensor, "drawn"]:
         """KL(wanted || said) of the rows drawn, in nats a position."""
         entering = self.entering[drawn.to(self.entering.device)]
@@ -328,8 +325,8 @@ def _search(
             loss = loss + how.decay * moved.to(loss.device)
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss is {loss.item()} at step {step}; lower lr ({lr})")
-            loss.backward()
-            descent.step(lr * (1 - step / how.steps))
+            gradients = torch.autograd.grad(loss, list(found.values()))
+            descent.step(gradients, lr * (1 - step / how.steps))
     return [merge([editable.change(at, factors[at].T, b.detach())]) for at, b in found.items()]
 
 
@@ -343,18 +340,16 @@ class _Descent:
         self._steps = 0
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One step down the gradients, which are cleared."""
+    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
+        """One step down the gradients."""
         self._steps += 1
-        for i, (matrix, mean) in enumerate(zip(self._matrices, self._first, strict=True)):
-            grad = matrix.grad
-            if grad is None:
-                continue
+        for i, (matrix, grad, mean) in enumerate(
+            zip(self._matrices, gradients, self._first, strict=True)
+        ):
             mean.mul_(0.9).add_(grad, alpha=0.1)
             self._second[i] = 0.999 * self._second[i] + 0.001 * float(grad.square().mean())
             size = (self._second[i] / (1 - 0.999**self._steps)) ** 0.5
             matrix.sub_(mean, alpha=lr / (1 - 0.9**self._steps) / max(size, 1e-30))
-            matrix.grad = None
 
 
 def _unit(model: HookedModel, covariance: Moments, layer: int, rank: int) -> float:
