@@ -3,7 +3,7 @@
 ``python -m benchmarks.portability [--model hops-gpt2 hops-llama] [--hop first second]
 [--limit 200]`` writes ``docs/benchmarks/portability.md`` from the rows kept in
 ``benchmarks/results/portability/``, of which ``--only NAME ...`` measures some again.
-``--model smollm2-135m --limit 20`` asks a real model about real facts. Layers and strengths are chosen
+``--model smollm2-135m --choose 4`` asks a real model about real facts. Layers and strengths are chosen
 on other edits than those reported, by the rule that stands on the page.
 """
 
@@ -50,9 +50,10 @@ RULE = (
     "only; CREME and CREME on top are given the case's own two-hop question in that form, the second hop "
     "about the new bridge, and the answer for its tokens after the first; memory injection is given the "
     "new bridge's name. *Portability* is the mean over a case's two-hop questions through the edited "
-    "fact (its own, up to five others, each in all its forms) of which the other hop is known, then over "
+    "fact (its own, up to five others, in SmolLM2 two, each in all its forms) of which the other hop is known, then over "
     "cases. Layers (for LoRA its step size too, for AlphaEdit its threshold, for CREME and memory injection the strength) are those "
-    f"with the largest efficacy + portability on {CHOOSE} *other* edits of first hops, less four times "
+    f"with the largest efficacy + portability on {CHOOSE} *other* edits of first hops (in SmolLM2 four, and "
+    "five layers at 0.2 to 0.8 of the depth), less four times "
     f"the share of unrelated and of neighbouring facts lost beyond {1 - ENOUGH:.1%}; of equals, the fewest "
     "layers. CREME on top has the layers chosen on top of ROME. In the bundled models what is reported, what "
     "settings are chosen on and what C is counted on share no single fact. All shares are of first answer "
@@ -90,6 +91,8 @@ class Bench:
         form: that is taught.
         layers: blocks that settings may be chosen from.
         corpus: statements that C is counted on.
+        n_choose: edits that settings are chosen on.
+        per_case: other chains, neighbours and unrelated questions of each reported edit, at most.
     """
 
     model: Any
@@ -100,6 +103,7 @@ class Bench:
     corpus: list[str]
     layers: list[int]
     n_choose: int = CHOOSE
+    per_case: int = 5
     memo: dict[str, Any] = field(default_factory=dict)
 
 
@@ -134,8 +138,9 @@ def geo(name: str, limit: int, seed: int = 0) -> Bench:
         for split, n in (("choosing", 300), ("reported", max(300, 12 * limit)))
     )
     n_layers = model.cfg.n_layers
-    layers = [round(n_layers * share) for share in (0.2, 0.35, 0.5, 0.65)]
-    return Bench(model, name, form, choose, report, statements(of("choosing", 600), form), layers)
+    layers = [round(n_layers * share) for share in (0.2, 0.35, 0.5, 0.65, 0.8)]
+    corpus = statements(of("choosing", 600), form)
+    return Bench(model, name, form, choose, report, corpus, layers, per_case=2)
 
 
 def statements(facts: Sequence[TwoHopFact], form: str) -> list[str]:
@@ -333,7 +338,7 @@ def per_case(scores: Evaluation, repair: str) -> dict[str, list[float | None]]:
 def measure(bench: Bench, hop: str, n: int, only: Sequence[str] | None) -> None:
     """All rows of one hop, kept one by one."""
     edits = cases(bench.report, hop, n)
-    queries: QuerySets = portability_sets(edits, bench.report)
+    queries: QuerySets = portability_sets(edits, bench.report, per_case=bench.per_case)
     makers = methods(bench)
     labels = [label for label in makers if hop == "first" or label not in FIRST_ONLY]
     part = f"{bench.name.split('/')[-1]}-{hop}"
