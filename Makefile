@@ -96,10 +96,9 @@ format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The package, and what users of both model classes type (mypy and pyright).
+# Of the package; what users type is checked by mypy and pyright in tests/test_typing.py.
 types: env
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_typing.py
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: env

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,10 @@ from mi_hops.editing.baselines import TunedWeights, finetune_full
 from mi_hops.model.numeric import kl_divergence
 from mi_hops.reasoning.evaluate import Evaluation, evaluate
 from mi_hops.reasoning.gap import find_gap
-from mi_hops.reasoning.queries import QuerySets
+from mi_hops.reasoning.queries import Query, QuerySets
 from mi_hops.reasoning.sets import Known, build_sets
-from mi_hops.sweep.scoring import next_token_logits
+from mi_hops.sweep.metrics import NextToken, target_of
+from mi_hops.sweep.scoring import next_token_logits, score_prompts
 from mi_hops.text.tokens import encode
 
 FORM = "suffix"
@@ -126,6 +127,52 @@ def hops(fact: TwoHopFact) -> tuple[tuple[str, str], tuple[str, str]]:
 def covariance(setup: Setup, matrix: str = "W_O") -> Moments:
     """C of every layer, over statements of trained facts of which no question is scored."""
     return second_moments(setup.model, setup.corpus, matrix=matrix)
+
+
+FIRST_RIGHT = NextToken(
+    "first_right", "share", True, lambda x, target: (x.argmax(-1) == target.answer[0]).float()
+)
+
+
+class FirstTokens:
+    """Queries of some facts, encoded once, of which the first tokens are read under many repairs."""
+
+    def __init__(self, model: Any, queries: Iterable[Query], facts: Sequence[TwoHopFact]) -> None:
+        self._model, self._facts = model, list(facts)
+        self.queries = list(queries)
+        self._prompts = [encode(model, q.prompt) for q in self.queries]
+        self._targets = [
+            target_of(model, p, q.answer) for p, q in zip(self._prompts, self.queries, strict=True)
+        ]
+        place = {fact.id: i for i, fact in enumerate(self._facts)}
+        self._case = [place[q.case] for q in self.queries]
+
+    def within(self, *names: str) -> torch.Tensor:
+        """Which queries are of these sets."""
+        return torch.tensor([q.set in names for q in self.queries])
+
+    def right(self, repair: Any = None) -> torch.Tensor:
+        """Whether each query's first token is right: 1 or 0, under a repair that is fitted first."""
+        if repair is None:
+            return score_prompts(self._model, self._prompts, self._targets, FIRST_RIGHT)[
+                "first_right"
+            ]
+        fitted = repair.fit(self._model, self._facts)
+        states = [fitted[i] for i in self._case]
+        if isinstance(states[0], TunedWeights):
+            return self._right_tuned(states)
+        return score_prompts(
+            self._model, self._prompts, self._targets, FIRST_RIGHT, repair=repair, states=states
+        )["first_right"]
+
+    def _right_tuned(self, states: Sequence[TunedWeights]) -> torch.Tensor:
+        found = torch.zeros(len(states))
+        for state in {id(s): s for s in states}.values():
+            own = [i for i, s in enumerate(states) if s is state]
+            part = [self._prompts[i] for i in own], [self._targets[i] for i in own]
+            with state.applied(self._model):
+                found[own] = score_prompts(self._model, *part, FIRST_RIGHT)["first_right"]
+        return found
 
 
 class Timed:

@@ -34,16 +34,13 @@ from mi_hops.editing.baselines import (
     LoraRepair,
     MemitRepair,
     RomeRepair,
-    TunedWeights,
     train_editor,
 )
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.injection import MemoryInjection
 from mi_hops.model import Hook, capture, hook_name
-from mi_hops.sweep.metrics import NextToken, Target, target_of
 from mi_hops.sweep.repair import Repair, Rows
-from mi_hops.sweep.scoring import score_prompts
-from mi_hops.text.tokens import Prompt, TokenError, encode, last_position, pad
+from mi_hops.text.tokens import TokenError, encode, last_position, pad
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.7, 1.0)
 LORA_RATES = (0.001, 0.003, 0.01)
@@ -145,26 +142,14 @@ class Together:
         return edit_hooks(model, states)
 
 
-FIRST_RIGHT = NextToken(
-    "first_right", "share", True, lambda x, target: (x.argmax(-1) == target.answer[0]).float()
-)
-
-
 def chosen(setup: Setup, make: Callable[[Any], Any], options: Sequence[Any], n: int = 100) -> Any:
     """The repair whose option does best on the choosing half, by `RULE`; it says which that was."""
     facts, model = setup.choose[:n], setup.model
-    place = {f.id: i for i, f in enumerate(facts)}
-    queries = [q for q in setup.choosing if q.case in place]
-    prompts = [encode(model, q.prompt) for q in queries]
-    targets = [target_of(model, p, q.answer) for p, q in zip(prompts, queries, strict=True)]
-    own = torch.tensor([q.set == "correction" for q in queries])
+    asked = FirstTokens(model, setup.choosing.of_cases(*(f.id for f in facts)), facts)
+    own = asked.within("correction")
 
     def worth(option: Any) -> tuple[float, float]:
-        repair = make(option)
-        states = repair.fit(model, facts)
-        right = first_right(
-            model, prompts, targets, repair, [states[place[q.case]] for q in queries]
-        )
+        right = asked.right(make(option))
         corrected, kept = float(right[own].mean()), float(right[~own].mean())
         return round(corrected + 4 * min(kept, ENOUGH), 6), round(kept, 6)
 
@@ -173,22 +158,6 @@ def chosen(setup: Setup, make: Callable[[Any], Any], options: Sequence[Any], n: 
     repair = make(options[best])
     print(f"chosen for {repair.name}: {options[best]}, {found[best]}", flush=True)
     return repair
-
-
-def first_right(
-    model: Any, prompts: list[Prompt], targets: list[Target], repair: Any, states: list[Any]
-) -> torch.Tensor:
-    """Whether each prompt's first token is right under its state, a repair's or tuned weights."""
-    if not isinstance(states[0], TunedWeights):
-        options = {"repair": repair, "states": states}
-        return score_prompts(model, prompts, targets, FIRST_RIGHT, **options)["first_right"]
-    found = torch.zeros(len(prompts))
-    for state in {id(s): s for s in states}.values():
-        own = [i for i, s in enumerate(states) if s is state]
-        part = [prompts[i] for i in own], [targets[i] for i in own]
-        with state.applied(model):
-            found[own] = score_prompts(model, *part, FIRST_RIGHT)["first_right"]
-    return found
 
 
 def spans(n: int) -> list[list[int]]:

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.editing_setup import FORM, Setup, bytes_of, covariance, set_up
-from benchmarks.editing_table import FIRST_RIGHT
+from benchmarks.editing_setup import FORM, FirstTokens, Setup, bytes_of, covariance, set_up
 from benchmarks.harness import Peak, keep, kept, table, write
 from mi_hops import TwoHopFact
 from mi_hops.editing import (
@@ -36,9 +35,7 @@ from mi_hops.editing import (
 from mi_hops.editing.baselines import memit, memit_sequential
 from mi_hops.model import Hook
 from mi_hops.reasoning.evaluate import evaluate
-from mi_hops.sweep.metrics import target_of
 from mi_hops.sweep.repair import Rows
-from mi_hops.sweep.scoring import score_prompts
 from mi_hops.text.tokens import answer_ids, encode
 
 PAGE = "many-edits"
@@ -224,27 +221,16 @@ def chosen(setup: Setup, editor: Editor, n: int) -> dict[str, Any]:
     if len(editor.options) == 1:
         return editor.options[0]
     facts = setup.choose[:n]
-    where = {f.id: i for i, f in enumerate(facts)}
-    queries = [q for q in setup.choosing if q.case in where]
-    prompts = [encode(setup.model, q.prompt) for q in queries]
-    targets = [target_of(setup.model, p, q.answer) for p, q in zip(prompts, queries, strict=True)]
-    own = torch.tensor([q.set == "correction" for q in queries])
+    asked = FirstTokens(setup.model, setup.choosing.of_cases(*(f.id for f in facts)), facts)
+    own = asked.within("correction")
 
     def worth(option: dict[str, Any]) -> tuple[float, float]:
         repair = Many(editor, n, option)
         try:
-            states = repair.fit(setup.model, facts)
+            right = asked.right(repair)
         except SingularError as error:
             print(f"  {option}: {error}", flush=True)
             return -1.0, -1.0
-        right = score_prompts(
-            setup.model,
-            prompts,
-            targets,
-            FIRST_RIGHT,
-            repair=repair,
-            states=[states[where[q.case]] for q in queries],
-        )["first_right"]
         corrected, kept = float(right[own].mean()), float(right[~own].mean())
         print(f"  {option}: {corrected:.3f} {kept:.3f} ({repair.seconds:.2f} s)", flush=True)
         return round(corrected + 4 * min(kept, ENOUGH), 6), round(kept, 6)

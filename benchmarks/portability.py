@@ -16,10 +16,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import torch
-
-from benchmarks.editing_setup import Timed, deal, hops
-from benchmarks.editing_table import FIRST_RIGHT, named, spans
+from benchmarks.editing_setup import FirstTokens, Timed, deal, hops
+from benchmarks.editing_table import named, spans
 from benchmarks.harness import keep, kept, table, write
 from mi_hops import Hopland, find_gap, hop_edits, load_facts, load_model, second_moments
 from mi_hops.editing import CremeRepair, HopRepair, Moments, OnTop
@@ -34,9 +32,6 @@ from mi_hops.facts import HopEdit, TwoHopFact
 from mi_hops.injection import MemoryInjection
 from mi_hops.reasoning import Evaluation, Gap, QuerySets, evaluate, portability_sets
 from mi_hops.result.statistics import difference_ci
-from mi_hops.sweep.metrics import target_of
-from mi_hops.sweep.scoring import score_prompts
-from mi_hops.text.tokens import encode
 
 PAGE = "portability"
 CHOOSE = 12  # edits that settings are chosen on
@@ -185,29 +180,15 @@ class Chooser:
         self.bench = bench
         self.edits = cases(bench.choose, "first", bench.n_choose)
         sets = portability_sets(self.edits, bench.choose, per_case=3)
-        self.queries = list(sets.of("efficacy", "portability", "specificity", "same_relation"))
-        model = bench.model
-        self._prompts = [encode(model, q.prompt) for q in self.queries]
-        self._targets = [
-            target_of(model, p, q.answer) for p, q in zip(self._prompts, self.queries, strict=True)
-        ]
-        self._facts = [e.after for e in self.edits]
+        scored = sets.of("efficacy", "portability", "specificity", "same_relation")
+        self._asked = FirstTokens(bench.model, scored, [e.after for e in self.edits])
 
     def worth(self, repair: Any) -> float:
         """What `RULE` looks at."""
-        place = {f.id: i for i, f in enumerate(self._facts)}
-        states = repair.fit(self.bench.model, self._facts)
-        right = score_prompts(
-            self.bench.model,
-            self._prompts,
-            self._targets,
-            FIRST_RIGHT,
-            repair=repair,
-            states=[states[place[q.case]] for q in self.queries],
-        )["first_right"]
+        right = self._asked.right(repair)
 
         def mean(*sets: str) -> float:
-            return float(right[torch.tensor([q.set in sets for q in self.queries])].mean())
+            return float(right[self._asked.within(*sets)].mean())
 
         lost = max(0.0, ENOUGH - mean("specificity", "same_relation"))
         return round(mean("efficacy") + mean("portability") - 4 * lost, 6)

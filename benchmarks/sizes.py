@@ -17,17 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.editing_setup import FORM, Setup, set_up
-from benchmarks.editing_table import FIRST_RIGHT
+from benchmarks.editing_setup import FORM, FirstTokens, Setup, set_up
 from benchmarks.harness import keep, kept, table, write
 from benchmarks.many_edits_real import Asked
 from benchmarks.many_edits_real import set_up as set_up_real
 from mi_hops import CremeRepair, Hopland, locate, second_moments
 from mi_hops.model import embedding, unembedding
 from mi_hops.result.statistics import bootstrap_ci, proportion_ci
-from mi_hops.sweep.metrics import target_of
-from mi_hops.sweep.scoring import score_prompts
-from mi_hops.text.tokens import encode
 from mi_hops.worlds.recipe import RECIPES
 from mi_hops.worlds.train import save, train
 
@@ -80,20 +76,14 @@ def measure(setup: Setup, form: str) -> dict[str, Any]:
     effects = {kind: found.sel(kind=kind).values for kind in KINDS}
     layers = sorted({round(i) for i in np.linspace(0, n - 1, min(n, MOST))})
     c = second_moments(model, setup.corpus, layers=layers)
-    queries = list(setup.queries.of("correction", "specificity"))
-    prompts = [encode(model, q.prompt) for q in queries]
-    targets = [target_of(model, p, q.answer) for p, q in zip(prompts, queries, strict=True)]
-    case = {fact.id: i for i, fact in enumerate(setup.report)}
-    before = score_prompts(model, prompts, targets, FIRST_RIGHT)["first_right"]
+    asked = FirstTokens(model, setup.queries.of("correction", "specificity"), setup.report)
+    before = asked.right()
     rows = {}
     for layer in layers:
         repair = CremeRepair(
             layers=[layer], form=form, covariance=c, strength=STRENGTH, templates=("{}",)
         )
-        edits = repair.fit(model, setup.report)
-        states = [edits[case[q.case]] for q in queries]
-        right = score_prompts(model, prompts, targets, FIRST_RIGHT, repair=repair, states=states)
-        both = list(zip(queries, before > 0, right["first_right"].tolist(), strict=True))
+        both = list(zip(asked.queries, before > 0, asked.right(repair).tolist(), strict=True))
         corrected = [after for q, _, after in both if q.set == "correction"]
         kept_of: dict[str, list[float]] = {}
         for q, was, after in both:

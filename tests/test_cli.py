@@ -310,6 +310,7 @@ def test_train_world_refuses_a_folder_with_other_files(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_train_world_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     drawn = stop_training(monkeypatch, 3)
@@ -324,6 +325,7 @@ def test_train_world_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert (out / "model.safetensors").exists() and not (out / "unfinished.pt").exists()
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_train_world_writes_a_checkpoint_that_transformers_loads(tmp_path, family):
@@ -372,6 +374,7 @@ def _study(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_finished_study_is_reopened_without_torch_until_something_changes(tmp_path):
     out = tmp_path / "out"

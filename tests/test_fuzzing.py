@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks.fuzzing import fuzz
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.slow
 def test_no_damage_is_met_by_another_error():

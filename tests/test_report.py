@@ -25,6 +25,7 @@ from mi_hops.study.summary import headlines
 from mi_hops.worlds import Hopland
 from tests.reasoning.tiny_facts import SIZES, dictated, tiny_facts
 
+pytestmark = pytest.mark.once
 SMALL = StudySettings(sizes=SIZES)
 SECTIONS = ("gap", "lens", "erasure", "locate", "injection", "editing")
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"

@@ -19,6 +19,8 @@ from mi_hops.sweep import keep as keep_module
 from tests.reasoning.tiny_facts import SIZES, dictated, tiny_facts
 from tests.stopping import stop_making
 
+pytestmark = pytest.mark.once
+
 SMALL = StudySettings(sizes=replace(SIZES, edits=2, strengths=(4.0,)))
 
 
@@ -77,26 +79,26 @@ def test_workers_make_the_same_study_and_one_may_go_on_without_them(run, tmp_pat
     assert_equal(run(tmp_path / "stopped"), whole)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("gap.nc", "lens.nc", "tuned_lens/lens.safetensors", "editing.nc", "choices.json"),
-        "summary.json",
-    ],
-)
-def test_a_damaged_file_is_made_again(run, tmp_path, name):
-    study = run(tmp_path / "study")
-    path = study.folder / name
-    good = path.read_bytes()
+def flipped(good):
+    """The content with one bit changed in its middle."""
     data = bytearray(good)
     data[len(data) // 2] ^= 1
-    for damaged in (bytes(data), good[:-100]):
-        path.write_bytes(damaged)
-        again = run(study.folder)
-        assert_equal(again, study)
-        assert path.read_bytes() == good or name.endswith(("nc", "summary.json"))
-        assert all(again.sound(step) for step in (*again.settings["steps"], "summary"))
+    return bytes(data)
+
+
+@pytest.mark.slow
+def test_a_damaged_file_is_made_again(run, tmp_path):
+    study = run(tmp_path / "study")
+    names = ("gap.nc", "lens.nc", "tuned_lens/lens.safetensors", "editing.nc", "choices.json")
+    for name in (*names, "summary.json"):
+        path = study.folder / name
+        good = path.read_bytes()
+        for damaged in (flipped(good), good[:-100]):
+            path.write_bytes(damaged)
+            again = run(study.folder)
+            assert_equal(again, study)
+            assert path.read_bytes() == good or name.endswith(("nc", "summary.json")), name
+            assert all(again.sound(step) for step in (*again.settings["steps"], "summary")), name
 
 
 def test_a_damaged_budget_is_decided_anew(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.result.display import html_table, shorten
+from mi_hops.result.netcdf import read_header
 from mi_hops.result.result import Result
 from mi_hops.study.folder import Folder, read_json
 from mi_hops.study.steps import STEPS
@@ -73,7 +74,7 @@ class Study(Folder):
         found: dict[str, list[str]] = {}
         for step in self.settings["steps"]:
             if self.path(step).exists():
-                made = made_with(Result.load(self.path(step)).provenance)
+                made = made_with(read_header(self.path(step))["provenance"])
                 found.setdefault(made, []).append(step)
         return found
 

@@ -125,6 +125,7 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_processes_that_join_make_the_same_study_though_the_leader_is_killed(tmp_path):
     out = tmp_path / "joined"

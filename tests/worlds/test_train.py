@@ -16,6 +16,8 @@ from mi_hops.worlds.texts import Sampler, build_tokenizer
 from mi_hops.worlds.train import accuracy, measure, save, train
 from tests.stopping import stop_training
 
+pytestmark = pytest.mark.once
+
 SMALL = Hopland(people=8, works=3, companies=3, cities=3, countries=3)
 RECIPE = Recipe(
     steps=25,
