@@ -3,7 +3,8 @@
 ``python -m benchmarks.portability [--model hops-gpt2 hops-llama] [--hop first second]
 [--limit 200]`` writes ``docs/benchmarks/portability.md`` from the rows kept in
 ``benchmarks/results/portability/``, of which ``--only NAME ...`` measures some again.
-``--model smollm2-135m --choose 4`` asks a real model about real facts. Layers and strengths are chosen
+``--model smollm2-135m --folder FOLDER`` asks a real model about real facts; the folder is that of
+`benchmarks.many_edits_real`. Layers and strengths are chosen
 on other edits than those reported, by the rule that stands on the page.
 """
 
@@ -14,12 +15,15 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from benchmarks.editing_setup import FirstTokens, Timed, deal, hops
 from benchmarks.editing_table import named, spans
 from benchmarks.harness import keep, kept, table, write
-from mi_hops import Hopland, find_gap, hop_edits, load_facts, load_model, second_moments
+from benchmarks.many_edits_real import APART, COUNTED, MODEL, Asked
+from mi_hops import Hopland, find_gap, hop_edits, load_model, second_moments
 from mi_hops.editing import CremeRepair, HopRepair, Moments, OnTop
 from mi_hops.editing.baselines import (
     FineTuneRepair,
@@ -37,15 +41,16 @@ PAGE = "portability"
 CHOOSE = 12  # edits that settings are chosen on
 ENOUGH = 0.995
 STRENGTHS = (0.7, 1.0)
+TOGETHER = 2  # repairs that are scored against one unedited run
 
 RULE = (
     "A *case* is one single fact, drawn from a question whose hops and whose two-hop form the unedited "
     "model answers; it gets an object that the same relation has elsewhere (`hop_edits`), each edit is "
     "undone before the next, and no two cases edit one fact. Editors are taught the single hop in one form "
-    "only; CREME and CREME on top are given the case's own two-hop question in that form, the second hop "
+    "only, in SmolLM2 without the worked examples behind which all is asked; CREME and CREME on top are given the case's own two-hop question in that form, the second hop "
     "about the new bridge, and the answer for its tokens after the first; memory injection is given the "
     "new bridge's name. *Portability* is the mean over a case's two-hop questions through the edited "
-    "fact (its own, up to five others, in SmolLM2 two, each in all its forms) of which the other hop is known, then over "
+    "fact (its own, up to five others, in SmolLM2 one, each in all its forms) of which the other hop is known, then over "
     "cases. Layers (for LoRA its step size too, for AlphaEdit its threshold, for CREME and memory injection the strength) are those "
     f"with the largest efficacy + portability on {CHOOSE} *other* edits of first hops (in SmolLM2 four, and "
     "five layers at 0.2 to 0.8 of the depth), less four times "
@@ -119,23 +124,28 @@ def hopland(name: str, seed: int = 0) -> Bench:
     )
 
 
-def geo(name: str, limit: int, seed: int = 0) -> Bench:
-    """A real model: facts of the world, known by their first token; a few layers to choose from."""
-    rng, model, form = random.Random(seed), load_model(name), "prefix"
-    facts = load_facts("geo")
+def real(folder: Path) -> Bench:
+    """SmolLM2: facts of geography in the wordings and behind the worked examples of its study.
 
-    def of(split: str, n: int) -> list[TwoHopFact]:
-        found = [f for f in facts if f.split == split and "alike" not in f.meta]
-        return rng.sample(found, min(n, len(found)))
+    Cases are of facts that the study asked, settings are chosen on those that are set apart.
+    """
+    asked = Asked(folder)
+    model, form = asked.model, asked.form
+    choose = asked.gap("apart", asked.rest[-APART:])
+    report = asked.gap("studied", asked.studied)
+    layers = [round(model.cfg.n_layers * share) for share in (0.2, 0.35, 0.5, 0.65, 0.8)]
+    corpus = statements(choose.facts[:COUNTED], form)  # type: ignore[arg-type]
+    return Bench(model, MODEL, form, choose, report, corpus, layers, n_choose=4, per_case=1)
 
-    choose, report = (
-        find_gap(model, of(split, n), form=form, score="first_token")
-        for split, n in (("choosing", 300), ("reported", max(300, 12 * limit)))
-    )
-    n_layers = model.cfg.n_layers
-    layers = [round(n_layers * share) for share in (0.2, 0.35, 0.5, 0.65, 0.8)]
-    corpus = statements(of("choosing", 600), form)
-    return Bench(model, name, form, choose, report, corpus, layers, per_case=2)
+
+def bare(edit: HopEdit) -> HopEdit:
+    """The edit of a single fact as it is taught: its prompts without the worked examples before them."""
+
+    def last_line(form: str, text: str) -> str:
+        return text.rsplit("\n", 1)[-1]
+
+    before, after = (fact.with_prompts(last_line) for fact in (edit.before, edit.after))
+    return HopEdit(before=before, after=after, hops=edit.hops)
 
 
 def statements(facts: Sequence[TwoHopFact], form: str) -> list[str]:
@@ -239,14 +249,15 @@ def methods(bench: Bench) -> dict[str, Callable[[Sequence[HopEdit]], Any]]:
     def option(label: str) -> Any:
         make, options = raw[label]
         return chooser.best(
-            label, lambda x: HopRepair(make(x), chooser.edits, form=bench.form), options
+            label, lambda x: HopRepair(make(x), map(bare, chooser.edits), form=bench.form), options
         )
 
     def taught(label: str, edits: Sequence[HopEdit]) -> Any:
         key = f"{label}/{edits[0].id}/{len(edits)}"
         if key not in bench.memo:
             make = raw[label][0]
-            bench.memo[key] = Once(HopRepair(make(option(label)), edits, form=bench.form))
+            repair = HopRepair(make(option(label)), map(bare, edits), form=bench.form)
+            bench.memo[key] = Once(repair)
         return bench.memo[key]
 
     wanted = [(span, strength) for span in all_spans for strength in STRENGTHS]
@@ -317,7 +328,7 @@ def per_case(scores: Evaluation, repair: str) -> dict[str, list[float | None]]:
 
 
 def measure(bench: Bench, hop: str, n: int, only: Sequence[str] | None) -> None:
-    """All rows of one hop, kept one by one."""
+    """All rows of one hop, kept a few at a time."""
     edits = cases(bench.report, hop, n)
     queries: QuerySets = portability_sets(edits, bench.report, per_case=bench.per_case)
     makers = methods(bench)
@@ -325,14 +336,15 @@ def measure(bench: Bench, hop: str, n: int, only: Sequence[str] | None) -> None:
     part = f"{bench.name.split('/')[-1]}-{hop}"
     old = kept(PAGE).get(part, {}) if only else {}
     rows, each = old.get("rows", {}), old.get("cases", {})
-    for label in only or labels:
-        repair = Timed(makers[label](edits))
-        facts = [e.after for e in edits]
-        scores = evaluate(bench.model, repair, queries, facts, generate=False)
-        rows["unedited"] = row_of(scores, repair, len(edits), "before")
-        rows[label] = row_of(scores, repair, len(edits))
-        each[label] = per_case(scores, repair.name)
-        print(" | ".join(rows[label]), flush=True)
+    wanted, facts = iter(only or labels), [e.after for e in edits]
+    while together := list(islice(wanted, TOGETHER)):
+        repairs = {label: Timed(makers[label](edits)) for label in together}
+        scores = evaluate(bench.model, [*repairs.values()], queries, facts, generate=False)
+        for label, repair in repairs.items():
+            rows["unedited"] = row_of(scores, repair, len(edits), "before")
+            rows[label] = row_of(scores, repair, len(edits))
+            each[label] = per_case(scores, repair.name)
+            print(" | ".join(rows[label]), flush=True)
         rows = {name: rows[name] for name in ("unedited", *labels) if name in rows}
         found = {"n": len(edits), "sets": queries.describe(), "rows": rows, "cases": each}
         keep(PAGE, part, found)
@@ -375,12 +387,11 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["hops-gpt2", "hops-llama"])
     parser.add_argument("--hop", nargs="+", default=["first", "second"])
     parser.add_argument("--limit", type=int, default=200)
-    parser.add_argument("--choose", type=int, default=CHOOSE)
+    parser.add_argument("--folder", type=Path, help="what SmolLM2 was asked")
     parser.add_argument("--only", nargs="+")
     given = parser.parse_args()
     for name in given.model:
-        bench = hopland(name) if name.startswith("hops-") else geo(name, given.limit)
-        bench.n_choose = given.choose
+        bench = real(given.folder) if name == MODEL else hopland(name)
         print(bench.report.describe(), flush=True)
         for hop in given.hop:
             measure(bench, hop, given.limit, given.only)
