@@ -67,6 +67,15 @@ RULE = (
 )
 
 
+def editable(fact: TwoHopFact, form: str) -> bool:
+    """Whether both of its prompts ask in the same words."""
+    try:
+        Request.from_fact(fact, form)
+    except ValueError:
+        return False
+    return True
+
+
 class Asked:
     """Which questions the model fails; what was asked is kept in a folder."""
 
@@ -120,16 +129,8 @@ class Asked:
         for name, facts in parts.items():
             if n < edits:
                 found = self.gap(name, facts)
-                n += sum(self.editable(fact) for fact in found.failed)
+                n += sum(editable(fact, self.form) for fact in found.failed)
                 yield found
-
-    def editable(self, fact: TwoHopFact) -> bool:
-        """Whether both of its prompts ask in the same words."""
-        try:
-            Request.from_fact(fact, self.form)
-        except ValueError:
-            return False
-        return True
 
 
 def set_up(asked: Asked, edits: int, *, apart: bool) -> Setup:
@@ -143,7 +144,7 @@ def set_up(asked: Asked, edits: int, *, apart: bool) -> Setup:
     corpus = random.Random(SEED).sample(answered, len(answered) // 3)
     inside = {f.id for f in corpus}
     gaps = [asked.gap("apart", asked.rest[-APART:])] if apart else list(asked.gaps(edits))
-    report = [f for gap in gaps for f in gap.failed if asked.editable(f)][:edits]
+    report = [f for gap in gaps for f in gap.failed if editable(f, asked.form)][:edits]
     scored = {f.id for gap in (studied, *gaps) for f in (*gap.passed, *gap.failed)}
     practice = [*corpus, *(f for f in asked.studied if f.id not in scored)]
     random.Random(SEED).shuffle(practice)

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.editing_setup import FirstTokens, Timed, deal, hops
 from benchmarks.editing_table import named, spans
 from benchmarks.harness import keep, kept, table, write
-from benchmarks.many_edits_real import APART, COUNTED, MODEL, Asked
+from benchmarks.many_edits_real import APART, COUNTED, MODEL, Asked, editable
 from mi_hops import Hopland, find_gap, hop_edits, load_model, second_moments
 from mi_hops.editing import CremeRepair, HopRepair, Moments, OnTop
 from mi_hops.editing.baselines import (
@@ -140,11 +140,10 @@ def real(folder: Path) -> Bench:
 
 def bare(edit: HopEdit) -> HopEdit:
     """The edit of a single fact as it is taught: its prompts without the worked examples before them."""
-
-    def last_line(form: str, text: str) -> str:
-        return text.rsplit("\n", 1)[-1]
-
-    before, after = (fact.with_prompts(last_line) for fact in (edit.before, edit.after))
+    before, after = (
+        fact.with_prompts(lambda form, text: text.rpartition("\n")[2])
+        for fact in (edit.before, edit.after)
+    )
     return HopEdit(before=before, after=after, hops=edit.hops)
 
 
@@ -160,8 +159,23 @@ def cases(gap: Gap, hop: str, n: int, seed: int = 0) -> list[HopEdit]:
     facts = random.Random(f"{seed}/{hop}").sample(gap.passed, len(gap.passed))
     unique: dict[Any, HopEdit] = {}
     for edit in hop_edits(facts, hop, pool=gap.facts, seed=seed)[0]:  # type: ignore[arg-type]
-        unique.setdefault(edit.singles[0].key, edit)
+        edit = with_one_lead(edit)
+        if editable(edit.after, gap.form):
+            unique.setdefault(edit.singles[0].key, edit)
     return list(unique.values())[:n]
+
+
+def with_one_lead(edit: HopEdit) -> HopEdit:
+    """The edit, all prompts of its new chain behind the worked examples of its question.
+
+    The new chain has the second hop of another fact, behind that one's examples.
+    """
+
+    def led(form: str, text: str) -> str:
+        lead, line, _ = edit.after.prompts[form].rpartition("\n")
+        return lead + line + text.rpartition("\n")[2]
+
+    return HopEdit(before=edit.before, after=edit.after.with_prompts(led), hops=edit.hops)
 
 
 class Once:
