@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.editing_setup import COLUMNS, FORM, FullFineTune, Setup, covariance, score, set_up
+from benchmarks.editing_setup import (
+    COLUMNS,
+    FORM,
+    FirstTokens,
+    FullFineTune,
+    Setup,
+    covariance,
+    score,
+    set_up,
+)
 from benchmarks.harness import keep, kept, table, write
 from mi_hops.editing import (
     PAPER,
