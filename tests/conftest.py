@@ -21,14 +21,8 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A case named by ``slow_case`` is slow: the others of its test stay in the fast loop.
-
-    What is marked ``once`` is run with the TransformerLens that has HookedTransformer.
-    """
-    elsewhere = pytest.mark.skip("does not depend on TransformerLens: run once, on 3.9")
+    """A case named by ``slow_case`` is slow: the others of its test stay in the fast loop."""
     for item in items:
-        if item.get_closest_marker("once") and hooked_class() is None:
-            item.add_marker(elsewhere)
         for mark in item.iter_markers("slow_case"):
             if any(name in item.name.partition("[")[2] for name in mark.args):
                 item.add_marker(pytest.mark.slow)
