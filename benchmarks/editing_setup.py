@@ -153,26 +153,24 @@ class FirstTokens:
 
     def right(self, repair: Any = None) -> torch.Tensor:
         """Whether each query's first token is right: 1 or 0, under a repair that is fitted first."""
+        every = range(len(self.queries))
         if repair is None:
-            return score_prompts(self._model, self._prompts, self._targets, FIRST_RIGHT)[
-                "first_right"
-            ]
+            return self._right(every)
         fitted = repair.fit(self._model, self._facts)
         states = [fitted[i] for i in self._case]
-        if isinstance(states[0], TunedWeights):
-            return self._right_tuned(states)
-        return score_prompts(
-            self._model, self._prompts, self._targets, FIRST_RIGHT, repair=repair, states=states
-        )["first_right"]
-
-    def _right_tuned(self, states: Sequence[TunedWeights]) -> torch.Tensor:
+        if not isinstance(states[0], TunedWeights):
+            return self._right(every, repair=repair, states=states)
         found = torch.zeros(len(states))
         for state in {id(s): s for s in states}.values():
-            own = [i for i, s in enumerate(states) if s is state]
-            part = [self._prompts[i] for i in own], [self._targets[i] for i in own]
+            own = [i for i in every if states[i] is state]
             with state.applied(self._model):
-                found[own] = score_prompts(self._model, *part, FIRST_RIGHT)["first_right"]
+                found[own] = self._right(own)
         return found
+
+    def _right(self, which: Sequence[int], **options: Any) -> torch.Tensor:
+        prompts = [self._prompts[i] for i in which]
+        targets = [self._targets[i] for i in which]
+        return score_prompts(self._model, prompts, targets, FIRST_RIGHT, **options)["first_right"]
 
 
 class Timed:

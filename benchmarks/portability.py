@@ -47,19 +47,27 @@ RULE = (
     "A *case* is one single fact, drawn from a question whose hops and whose two-hop form the unedited "
     "model answers; it gets an object that the same relation has elsewhere (`hop_edits`), each edit is "
     "undone before the next, and no two cases edit one fact. Editors are taught the single hop in one form "
-    "only, in SmolLM2 without the worked examples behind which all is asked; CREME and CREME on top are given the case's own two-hop question in that form, the second hop "
+    "only; CREME and CREME on top are given the case's own two-hop question in that form, the second hop "
     "about the new bridge, and the answer for its tokens after the first; memory injection is given the "
     "new bridge's name. *Portability* is the mean over a case's two-hop questions through the edited "
-    "fact (its own, up to five others, in SmolLM2 one, each in all its forms) of which the other hop is known, then over "
+    "fact (its own, up to five others, each in all its forms) of which the other hop is known, then over "
     "cases. Layers (for LoRA its step size too, for AlphaEdit its threshold, for CREME and memory injection the strength) are those "
-    f"with the largest efficacy + portability on {CHOOSE} *other* edits of first hops (in SmolLM2 four, and "
-    "five layers at 0.2 to 0.8 of the depth), less four times "
+    f"with the largest efficacy + portability on {CHOOSE} *other* edits of first hops, less four times "
     f"the share of unrelated and of neighbouring facts lost beyond {1 - ENOUGH:.1%}; of equals, the fewest "
     "layers. CREME on top has the layers chosen on top of ROME. In the bundled models what is reported, what "
     "settings are chosen on and what C is counted on share no single fact. All shares are of first answer "
     "tokens, with 95% intervals over cases; the seconds of a pair are its CREME edit's. Before any number "
     "was read, the pair was to count as *better* than one of its parts where the 95% interval of the paired difference over cases, on the "
     "questions that CREME was not given (own question in other forms, and other chains), lies above 0."
+)
+
+#: What is different in SmolLM2; written before a row was read.
+REAL_RULE = (
+    "Questions are asked in the wordings and behind the worked examples of the [study of this model]"
+    "(real-model.md); single facts are taught without the examples. Cases are of facts that the study asked, "
+    "settings are chosen on four edits of facts set apart, from five layers at 0.2 to 0.8 of the depth. At most one "
+    "other chain, one neighbour and one unrelated question are asked for each case. Single facts that are scored "
+    "may be among what settings are chosen on and C is counted on."
 )
 
 #: Column -> (set, statistic).
@@ -390,6 +398,8 @@ def page() -> str:
     for name, found in kept(PAGE).items():
         model, hop = name.rsplit("-", 1)
         parts.append(f"## {model}: {found['n']} edits of a {hop} hop")
+        if model == MODEL:
+            parts.append(REAL_RULE)
         parts.append(table(HEAD, list(found["rows"].values())))
         parts += [compared(found["cases"]), found["sets"].replace("\n", "\n\n")]
     return "\n\n".join(parts)

@@ -99,7 +99,7 @@ def read(path: str | os.PathLike[str]) -> tuple[xr.Dataset, dict[str, Any]]:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The header alone, many times faster than `read`; raises what that raises."""
+    """The header alone, without reading the variables; raises what `read` raises."""
     import h5netcdf
 
     with _told(path), h5netcdf.File(path) as file:
