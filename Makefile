@@ -105,6 +105,7 @@ docs: env
 	$(BIN)/mkdocs build --strict
 
 # Wheel and sdist: what is in them, and whether the wheel works where nothing else is installed.
+dist-check: export OMP_NUM_THREADS ?= 1
 dist-check: env
 	rm -rf $(DIST)
 	$(BIN)/python -m hatchling build -d $(DIST)

@@ -24,7 +24,7 @@ assert len(mi_hops.load_facts("geo")) > 8000
 
 command = Path(sys.executable).with_name("mi-hops")
 with tempfile.TemporaryDirectory() as out:
-    options = ["--sizes", "quick", "--limit", "40", "--out", f"{out}/study", "--quiet"]
+    options = ["--sizes", "quick", "--limit", "12", "--out", f"{out}/study", "--quiet"]
     subprocess.run([command, "study", *options], check=True)
     report = Path(out, "study", "report.html")
     assert report.stat().st_size > 10_000
