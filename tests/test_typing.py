@@ -15,7 +15,7 @@ from mi_hops.model import hooked_class
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "tests" / "typing"
 MISSPELT = {4: "load_modle", 7: "find_gapp", 8: "pach"}
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 
 def _scripts() -> list[str]:

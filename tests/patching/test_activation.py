@@ -51,7 +51,7 @@ def test_layer_by_position_equals_the_loop(tiny, kind, direction):
         base, other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
         assert result["clean"].values[i] == pytest.approx(clean, abs=1e-5)
         assert result["corrupted"].values[i] == pytest.approx(corrupted, abs=1e-5)
-        for layer in range(3):
+        for layer in range(3) if direction == "denoise" else [1]:
             value = source(tiny, origins[i], kind, layer)
             for pos in range(N):
                 found = run(tiny, bases[i], [put(kind, layer, value, [pos])], **scores)
