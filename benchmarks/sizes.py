@@ -192,7 +192,7 @@ def main() -> None:
         keep(PAGE, Path(name).name, measure(setup, FORM))
     if given.real:
         asked = Asked(given.real)
-        setup = set_up_real(asked, given.cases, apart=False)
+        setup = set_up_real(asked, given.cases)
         keep(PAGE, setup.name, measure(setup, asked.form))
     write(PAGE, "CREME over model sizes", page(), script="sizes")
 
