@@ -98,12 +98,12 @@ def main() -> None:
     lens, kl = tuned_lens(model, others, asked.steps)
     text = (
         "## Where the answer is settled\n\nThe layer (blocks passed) from which a lens's top token stays the "
-        "one that the model gives in the end, at the token before the answer: `latent`, of the question "
-        "answered at once; `written`, where the steps of the reply aloud first say the right answer; `aloud`, "
-        "behind the mark. The tuned lens reads layers "
+        "model's final prediction, at the token before the answer: `latent`, of the question asked directly; "
+        "`written`, where the steps of the reply aloud first give the right answer; `aloud`, after the final "
+        '"So:". The tuned lens reads layers '
         f"{', '.join(map(str, TUNED))} and the last, so its numbers are rounded up to these; it was trained "
         f"for {asked.steps} steps of 96 tokens on worked examples of the other half (held-out KL to the "
-        f"output, nats, of the logit lens and after: {kl}).\n\n"
+        f"output, nats, of the logit lens and after training: {kl}).\n\n"
         + settled(model, found, {"logit": ("logit", None), "tuned": (lens, TUNED)})
     )
     print(text, flush=True)

@@ -131,7 +131,7 @@ def page() -> None:
         ],
     )
     reading = table(
-        ("model", "order", "n", "blocks", "rank", "probability", "answered less failed", "before the answer",
+        ("model", "order", "n", "blocks", "rank", "probability", "answered minus failed", "before the answer",
          "after it"),
         [
             [p["model"], p["form"], p["n"], p["layer"], f"{p['rank']:g}", interval(p["prob"], ".2f"),
@@ -140,8 +140,8 @@ def page() -> None:
         ],
     )  # fmt: skip
     causing = table(
-        ("model", "order", "n", "block", "control less bridge", "best attention", "effect",
-         "less the others (n)"),
+        ("model", "order", "n", "block", "control minus bridge", "best attention", "effect",
+         "minus other layers (n)"),
         [
             [p["model"], p["form"], p["n"], p["block"], interval(p["drop"]), p["attention"][0],
              f"{p['attention'][1]:+.2f}", f"{interval(p['stands_out'])} ({p['n_located']})"]
@@ -149,43 +149,43 @@ def page() -> None:
         ],
     )  # fmt: skip
     body = f"""
-`hops-*` were trained on answers alone, so nothing ever asked a state to spell the bridge. `apposed-*` are models of the
-same shape, trained from random weights on whole texts in which the bridge's name, or one word of it, may follow its description ("the author
-of Misery Stephen King is from ..."): first three layers, on facts and appositions, then all six, on compositions as well
-(`mi-hops train-world --appositions`). Both kinds answer questions whose two facts were part of other trained
-compositions, and mostly fail where the first fact was in none.
+`hops-*` were trained on answers only, so nothing pushed a hidden state to spell out the bridge. `apposed-*` have the
+same shape and were trained from random weights on whole texts in which the bridge's name, or one word of it, may follow
+its description ("the author of Misery Stephen King is from ..."): first three layers, on facts and appositions, then all
+six, on compositions as well (`mi-hops train-world --appositions`). Both kinds answer questions whose two facts were part
+of other trained compositions, and mostly fail where the first fact was part of none.
 
 Rules, fixed before the reported half was read: at most {SAMPLE} answered and {SAMPLE} failed held-out questions, every
-other one to choose and the rest to report; the layer is the one after 2 to 4 of 6 blocks with the
-largest mean probability of the bridge's first token in the logit lens at the first hop's last token; the block that is
-erased is the one with the largest mean effect on the choosing half. 95% intervals. A first look at some hundred of the
-same questions came before the rules.
+other one for choosing and the rest for reporting. The lens is read after that one of 2 to 4 (of 6) blocks where the mean
+probability of the bridge's first token is largest (logit lens, first hop's last token); the bridge is erased from the
+block where that has the largest mean effect on the choosing half. Intervals are 95%. Some hundred of the same questions
+had been looked at before the rules were fixed.
 
 ## What they answer
 
 {answering}
 
-Of {ASKED:,} held-out questions, those of which both hops are known; whole answers.
+Of {ASKED:,} held-out questions, those whose hops are both known; whole answers.
 
 ## Is the bridge readable?
 
 {reading}
 
-After *blocks* blocks: median *rank* of the bridge's first token and its mean *probability*. *Before the answer*: in how many
-questions the bridge at the first hop's last token reaches half of its largest probability at an earlier layer than
-the answer does at the last token.
+After *blocks* blocks: the median *rank* of the bridge's first token and its mean *probability*. *Before the answer*: the
+share of questions in which the bridge, at the first hop's last token, reaches half of its largest probability at an
+earlier layer than the answer does at the last token.
 
 ## Is it used?
 
 {causing}
 
-*Control less bridge*: by how much more P(answer) falls when the bridge is erased from a *block*'s output at the first hop's
-last token (exact form) than when another entity is. *Effect*: what copying the *best attention* layer's output at the last
-token from the second-hop prompt adds to P(answer) of failed questions; *less the others*: minus the mean effect
-of the other layers. That layer is chosen on every other question and reported on the rest.
+*Control minus bridge*: how much more P(answer) falls when the bridge is erased from the *block*'s output at the first
+hop's last token (exact form) than when another entity is. *Effect*: what copying the *best attention* layer's output at
+the last token from the second-hop prompt adds to P(answer) of failed questions; *minus other layers*: the same minus the
+other layers' mean effect. That layer is chosen on every other question and reported on the rest.
 
-The recipe was found by [trying others](natural-recipes.md), whose figures on {ASKED:,} or fewer of the same questions had been
-seen; what is reported here is of models trained once more by it.
+The recipe was found by [trying others](natural-recipes.md), whose results on {ASKED:,} or fewer of the same questions had
+been seen; the models reported here were then trained anew with it.
 """
     write(PAGE, "Models that spell the bridge and use it", body, script="appositions")
 

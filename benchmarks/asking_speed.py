@@ -98,21 +98,21 @@ def page() -> None:
     some = parts[0]
     body = f"""
 {some["n"]} questions of {some["shortest"]} to {some["longest"]} tokens (both hops and the two-hop question of
-{N_FACTS} facts of the bundled geography), up to {N_NEW} tokens greedily, on SmolLM2-135M in float32 on a CPU.
-Against it stands one left-padded batch of `transformers`' own `generate` on the same weights. Runs alternate,
-{some["pairs"]} pairs; the ratio is taken pair by pair. Below 1, `generate` is faster.
+{N_FACTS} facts of the bundled geography), up to {N_NEW} tokens generated greedily, on SmolLM2-135M in float32 on a CPU.
+The baseline is one left-padded batch through `transformers`' own `generate` on the same weights. Runs alternate,
+{some["pairs"]} pairs; ratios are taken pair by pair. Below 1, `generate` is faster.
 
 {table(columns, rows)}
 
-- While nothing is hooked, GPT-2 and LLaMA in float32 run as bare sums, on either class: no hook points, one
-  normalisation where TransformerLens has three, attention as one fused kernel.
-- Prompts of all lengths run together. Outside attention padding costs nothing, and tokens that several prompts
-  start with are computed once. Then all rows go on together, each at its own positions.
-- A start that is long or that many share, as a few-shot lead, is run before, and every row goes on behind its keys
+- While nothing is hooked, GPT-2 and LLaMA in float32 run without hook points on either class: one normalisation where
+  TransformerLens has three, attention as one fused kernel.
+- Prompts of all lengths run together. Outside attention, padding costs nothing and a prefix that several prompts share
+  is computed once; after that, each row continues at its own positions.
+- A prefix that is long or widely shared, such as a few-shot lead, is run first, and every row attends to its cached keys
   and values.
-- Rows that are done leave the batch. Here only the end of the text ends a row; with the usual stop strings more do.
-- Other families and half precision run through the model itself, prompts of about one length together. Under a
-  repair, and on a model with hooks of its user's own, prompts of one length run together, whole.
+- Finished rows leave the batch. Here only the end-of-text token ends a row; with the usual stop strings more rows end.
+- Other families and half precision run through the model itself, in batches of similar length. Under a repair, and with
+  the user's own hooks on the model, prompts of equal length are batched and run in full.
 """
     write(PAGE, "Asking: speed", body, script="asking_speed")
 

@@ -100,7 +100,7 @@ def curves(model, gap, form):
         notes.append(
             f"- {form}, {position}: the bridge (mean over its tokens) peaks after {peak} block(s) "
             f"at {passed[:, peak].mean():.3f} [{low:.3f}, {high:.3f}] on answered questions; "
-            f"answered less failed {gap_value:+.3f} [{gap_low:+.3f}, {gap_high:+.3f}]"
+            f"answered minus failed {gap_value:+.3f} [{gap_low:+.3f}, {gap_high:+.3f}]"
             + (
                 f"; the answer has half of its final probability after {half} blocks."
                 if position == "last"

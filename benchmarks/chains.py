@@ -203,8 +203,8 @@ def repair_part(model: Any, gap: Gap, form: str) -> str:
             injected.append([hops, k, *injection_cells(model, seen, form)])
     head = ["hops", "seen from bridge"]
     return (
-        "CREME (default layers and strength, C estimated), each question under its own edit, made from the "
-        "question on from the bridge:\n\n"
+        "CREME (default layers and strength, C estimated), each question under its own edit, which copies from the "
+        "question that starts at the bridge:\n\n"
         + table([*head, "that question answered", "corrected", "unrelated kept"], creme_rows)
         + "\n\nMemory injection of the bridge (unembedding, at the first hop's last token, layer and "
         "strength chosen on one half by first tokens corrected, the other half reported):\n\n"
@@ -268,10 +268,11 @@ SECTIONS = {
     "repair": "Repairs from each bridge",
 }
 ABOUT = (
-    "Everything is counted on whole answers, greedily, over the whole vocabulary. Brackets: exact 95% "
-    "intervals, in percent; chains share hops, so they are a little too narrow. The bundled models were "
-    "trained on single hops and questions of two: every longer question is held out by construction, "
-    "whatever its split says of the two-hop questions in it."
+    "All shares count whole answers, decoded greedily over the whole vocabulary. Brackets "
+    "are exact 95% intervals, in percent; chains share hops, so the intervals are a little "
+    "too narrow. The bundled models were trained on single hops and two-hop questions "
+    "only, so every longer question is held out, whatever the split of the two-hop "
+    "questions in it."
 )
 
 

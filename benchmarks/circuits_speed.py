@@ -283,16 +283,17 @@ def page(found: dict[str, list[list[Any]]]) -> str:
     rows = [row for name in SECTIONS[:3] for row in found.get(name, [])]
     outside = found.get("auto-circuit", [])
     return (
-        "The loop of EAP and EAP-IG is the published one: inputs of all heads split, every reader's "
-        "gradient hooked and multiplied at once with what all writers before it write, pairs in one "
-        "batch, one forward and backward pass a point; logit differences at the last of 16 tokens. "
-        "The loop of ACDC makes one pass for every edge and pair, with the passes of `faithfulness`. "
-        "Both are written for this page (the rows of ACDC before it took pairs together). EAP-IG's own "
-        "code keeps its scores on CUDA and was not run. EAP-IG with 16 pairs was run beside other work.\n\n"
+        "The EAP and EAP-IG loop follows the published code: split inputs for all heads, a hook on every "
+        "reader's gradient that multiplies it at once with what all writers before it write, all pairs in "
+        "one batch, one forward and backward pass per integration point; the metric is a logit difference "
+        "at the last of 16 tokens. The ACDC loop makes one pass per edge and pair, using the passes of "
+        "`faithfulness`. Both loops were written for this page (the ACDC rows were measured before it took "
+        "pairs together). EAP-IG's own code keeps its scores on CUDA and was not run. EAP-IG with 16 pairs "
+        "was timed while other work ran.\n\n"
         + table(COLUMNS, rows)
-        + "\n\n## The package auto-circuit\n\nIts own code (1.0.1 of the package index), pairs in one "
-        "batch, on a copy of the model: EAP as the gradient of its masks, ACDC at 0.01 nats in our order "
-        "of visiting edges. Differences are those of scores, and of the edges kept. With grouped queries it has "
+        + "\n\n## The package auto-circuit\n\nIts own code (1.0.1, from PyPI), pairs in one batch, on a copy "
+        "of the model: EAP as the gradient of its masks, ACDC at 0.01 nats with edges visited in our order. "
+        "Differences are between scores, and between the sets of edges kept. With grouped queries it has "
         "edges into every query head's own copy of a key and value; their scores are added up.\n\n"
         + (
             table([*COLUMNS[:6], "auto-circuit, s", "timings"], outside)

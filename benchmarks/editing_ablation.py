@@ -79,7 +79,7 @@ def main() -> None:
             groups.setdefault(group, []).extend(score(setup, [repair]))
             print(group, "|", " | ".join(groups[group][-1]), flush=True)
             keep(PAGE, name.split("/")[-1], {"n": len(setup.report), "groups": groups})
-            write(PAGE, "What of CREME matters", page(), script="editing_ablation")
+            write(PAGE, "Which choices in CREME matter", page(), script="editing_ablation")
 
 
 def page() -> str:
@@ -88,8 +88,8 @@ def page() -> str:
         f"Unless a row says otherwise: the last third of the layers, strength 1, {len(CONTEXTS)} "
         'templates, C by Ledoit and Wolf\'s rule over all tokens, `match="residual"`, '
         '`target="edited"`, both hops kept with slack 0.1, the whole answer covered (the row '
-        "*strength 1.0*). One choice is varied at a time, all of them on the same questions; none was "
-        "chosen by these rows."
+        "*strength 1.0*). Each row varies one choice, all on the same questions; no setting was chosen "
+        "by these rows."
     ]
     for name, found in kept(PAGE).items():
         parts.append(f"## {name}: {found['n']} failed held-out questions")

@@ -164,9 +164,9 @@ def page(found: dict[str, list[list[str]]]) -> str:
     """What has been measured so far."""
     timed = [row for section in ("making", "scoring") for row in found.get(section, [])]
     parts = [
-        "A LLaMA of about 100M parameters with random weights, 9 of 14 layers edited. The plain "
-        "making is the published procedure: three full passes over 22 prompts per layer. The plain "
-        "scoring applies an edit to the weights, scores its queries, and undoes it.",
+        "A LLaMA of about 100M parameters with random weights, 9 of 14 layers edited. *Plain* is, for "
+        "making an edit, the published procedure (three full passes over 22 prompts per layer), and for "
+        "scoring, applying an edit to the weights, scoring its queries, and undoing it.",
         table(COLUMNS, timed),
     ]
     if moments := found.get("memory"):

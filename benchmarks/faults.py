@@ -462,10 +462,10 @@ def page() -> str:
         rows = [[kind, *(c[k] for k in columns)] for kind, c in found["fuzzing"].items()]
         text += (
             "\n\n## Damaged inputs\n\nCounted by `python -m benchmarks.fuzzing`: a small file of each "
-            "kind with one to four damages at random (bits turned, pieces cut out, doubled, replaced, "
-            "the file cut off), half of them at its beginning. *Read*: what came back was still a file "
-            "of its kind (a changed letter of a name, or another weight where the format has no "
-            "checksum). *Refused*: an error of one sentence. *Lost*: anything else.\n\n"
+            "kind is damaged at one to four random places (bits flipped, pieces deleted, duplicated or "
+            "replaced, the file truncated), half of them at its beginning. *Read*: the result was still a "
+            "valid file of its kind (a changed letter in a name, or another weight where the format has no "
+            "checksum). *Refused*: a one-sentence error. *Lost*: anything else.\n\n"
         )
         text += table(("input", *columns), rows)
     return text

@@ -169,9 +169,9 @@ def body(found: dict[str, Any]) -> str:
         for name, row in found["tools"].items()
     )
     models = ", ".join(f"`{name}`" for name in found["models"])
-    return f"""Small models whose mechanism is known, because it was trained in
-(see [planted models](../methods/planted.md)), are shown to every tool that reads states or changes
-them: {models}. Each tool is asked, fact by fact, *is the bridge here?* at the planted place, and is right or wrong.
+    return f"""Tools that read states or change them are run on small models whose mechanism is known, because it was
+trained in (see [planted models](../methods/planted.md)): {models}. Each tool is asked, fact by fact, *is the bridge
+here?* at the planted place, and is right or wrong.
 
 ![Share of facts with a yes, by tool and kind of model](../images/ground-truth.svg)
 
@@ -179,13 +179,13 @@ them: {models}. Each tool is asked, fact by fact, *is the bridge here?* at the p
 
 {tools_table(found)}
 
-*Power*: facts with a yes where yes is true. *False alarms*: where no is true. Intervals resample the
+*Power*: share of facts with a yes where yes is true. *False alarms*: share with a yes where no is true. Intervals resample the
 seeds of a kind (where there are two), and facts within a model; they are rough, and say nothing about
-other kinds of plants. A model is *found* (or has
-*cried wolf*) if the tool says yes of at least half of its facts. *Layer error* and *role right* (is
-the highest share at the planted role?) are of the models whose true answer is yes. Tools that swap whole states
-are not scored on the role: first the one carries all there is and then the other. This criterion was dropped for
-them after their results had been seen (for attention knockout, which cuts them off, before).
+other kinds of planted models. A model is *found* (or has *cried wolf*) if the tool says yes for at least half of
+its facts. *Layer error* and *role right* (is the highest share at the planted role?) are over the models whose true
+answer is yes. Tools that swap whole states are not scored on the role, because all the information sits first in one
+role's state and later in the other's. This criterion was dropped for them after their results had been seen (for
+attention knockout, which cuts whole states off, before).
 
 ## Does a rising bridge in the lens mean use?
 
@@ -198,10 +198,10 @@ use: in the hidden models it says yes in {_share(found, "logit lens", "hidden")}
 what the unembedding reads, in {_share(found, "erasure, exact", "hidden")}; patching in
 {_share(found, "activation patching", "hidden")}, a probe in {_share(found, "probe", "hidden")}.
 
-## Does CREME repair a model that has nothing to mend?
+## Does CREME also correct models without a bridge to repair?
 
-In `decoy` and `shortcut` no state has a use for the bridge: answers are stored for pairs. So there is no
-implicit result that an edit could correct. Of failed questions that it was not chosen on, CREME corrects
+Yes. In `decoy` and `shortcut` the answers are stored for pairs and nothing uses the bridge, so there is no
+implicit result that an edit could correct. Of failed questions that its settings were not chosen on, CREME corrects
 {_corrected(found, "decoy") or "(not measured)"} in `decoy`,
 {_corrected(found, "shortcut") or "(no such model measured)"} in `shortcut`, and
 {_corrected(found, "serial")} in `serial`. {_creme_verdict(found)}
@@ -209,25 +209,25 @@ implicit result that an edit could correct. Of failed questions that it was not 
 {creme_table(found)}
 
 Blocks and strength are those that correct and keep most on the other half of the failed questions.
-`stored_wrong`: a wrong answer was taught; `not_stored`: none was; `first_unseen`: the first fact is in no
+`stored_wrong`: a wrong answer was trained; `not_stored`: none was; `first_unseen`: the first fact is in no
 trained composition, so the bridge does not get to its place.
 
 {_natural(found)}
 ## Rules
 
-Stated in `benchmarks/ground_truth_tools.py` before the models were asked (two were mended after a trial
-on two models, as is said there).
+Stated in `benchmarks/ground_truth_tools.py` before the models were asked (two were changed after a trial
+on two models, as that file says).
 
 {rules}
 
 ## Limits
 
-Small models, one-word names, one template order; the plants are cleaner than anything that training on
-text makes. A linear probe (and so the tuned lens) reads the bridge in earlier blocks than the planted one: the
-strict training says nothing about what else a state may hold, and a first hop that is computed early and
-written later is still computed early. So a probe's layer error is no fault of the probe. Seconds
-were taken on a machine that did other work as well. Attention knockout takes the whole token away, and with it whatever
-else it holds. Attention lenses, sparse autoencoders and path patching were not asked.
+Small models, one-word names, one template order; the planted mechanisms are cleaner than anything that training on
+text produces. A linear probe (and so the tuned lens) reads the bridge in earlier blocks than the planted one: the
+strict training does not constrain what else a state holds, and a first hop that is computed early and
+written later is still computed early. So a probe's layer error is not the probe's fault. Seconds
+were taken on a machine that did other work as well. Attention knockout takes the whole token away, with whatever
+else it holds. Sparse autoencoders and path patching were not tested.
 """
 
 
@@ -245,9 +245,7 @@ def _creme_verdict(found: dict[str, Any]) -> str:
     without, with_ = mean("shortcut", "decoy"), mean("serial", "serial-last", "hidden")
     if without >= 0.5:
         return (
-            f"On average {without:.0%} where there is nothing to mend and {with_:.0%} where there is: "
-            "**a correction by CREME is no evidence of a bridge that was there and failed.**"
+            f"On average it is {without:.0%} in models that do not use the bridge and {with_:.0%} in those that do: "
+            "**a correction by CREME is no evidence that a bridge was there and failed.**"
         )
-    return (
-        f"On average {without:.0%} where there is nothing to mend and {with_:.0%} where there is."
-    )
+    return f"On average it is {without:.0%} in models that do not use the bridge and {with_:.0%} in those that do."

@@ -2,7 +2,7 @@
 
 Each takes an `Asked` and gives a `Said`: for every fact whether the tool says yes, at every block and
 role. The rules stand here, as constants and in the docstrings, and were written before the models
-were asked; two were mended after a trial on two of the ten models, for which they made no sense:
+were asked; two were changed after a trial on two of the ten models, where they made no sense:
 attribution patching reads logits instead of probabilities, whose gradient is flat, and Patchscopes
 count as a reader of any code, as they claim. Attention knockout was added later, its rule likewise
 written first. Layers are blocks, a state "after block l".

@@ -23,12 +23,12 @@ CONTROLS = (*FAIR, "answer")
 PAGE = "injection-repair"
 PROMISING = 12  # cells of an encoding that are compared with their controls
 ABOUT = (
-    "Share of failed held-out questions whose first answer token becomes the model's first choice "
-    "over the whole vocabulary. Of each encoding the 12 cells that correct most questions of one half "
-    "are run with their controls there, and the one chosen with the largest share corrected, "
-    "times the smaller of 1 and a quarter of its ratio to the largest control. It is reported, with "
-    "its controls, on the other half. The answer itself as the memory is the upper bound, not a "
-    "control."
+    "Share of failed held-out questions for which the first answer token becomes the "
+    "model's top choice over the whole vocabulary. For each encoding, the 12 cells that "
+    "correct the most questions of one half are run again there with their controls; of "
+    "these, the cell is chosen that maximises the share corrected, times the smaller of 1 "
+    "and a quarter of its ratio to the largest control. It is reported, with its controls, "
+    "on the other half. Injecting the answer itself is an upper bound, not a control."
 )
 PLACES = {
     "first hop": "first hop", "last": "last", "first hop + last": ["first hop", "last"],

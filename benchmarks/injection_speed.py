@@ -125,7 +125,7 @@ def main() -> None:
     ]  # fmt: skip
     body = (
         "A model of GPT-2 small's size (random weights, float32), one prompt, 12 layers x 15 "
-        "strengths = 180 cells, Unembed. The other side is TransformerLens's `run_with_hooks`, one "
+        "strengths = 180 cells, Unembed. The baseline is TransformerLens's `run_with_hooks`, one "
         "forward pass per cell, with the memory encoded once. A memory *everywhere* changes every "
         "token from its layer on, so nothing of the prefix can be reused: what is saved is the "
         "layers below, the unembedding of unscored positions, and the cost of small matrix "

@@ -108,11 +108,11 @@ def coverage(ratios: np.ndarray, draws: int, seed: int) -> dict[str, list[float]
 def page() -> str:
     """One table for each population."""
     text = (
-        "Samples of n are drawn from a population whose value is known; counted is how often the "
-        "interval, said to be of 95%, holds it. r = (after - before) / before, the relative change. A "
-        "few values carry the mean of r, most samples lack them, and then no interval that is made of "
-        "the sample can reach the true mean. So this package gives such a mean no interval, and "
-        "puts the median, the trimmed mean and the mean of the logarithms beside it.\n\n"
+        "Samples of size n are drawn from a population whose true value is known; the tables show how "
+        "often a nominal 95% interval contains it. r = (after - before) / before is the relative change. "
+        "A few extreme values dominate the mean of r. Most samples contain none of them, and then no "
+        "interval computed from the sample can reach the true mean. So this package gives such a mean "
+        "no interval, and reports the median, the trimmed mean and the mean log change beside it.\n\n"
     )
     for found in kept(PAGE).values():
         rows = [

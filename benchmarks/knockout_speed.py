@@ -102,9 +102,9 @@ def compared(label: str, sweep: str, model: Any, prompt: Prompt, pairs: int) -> 
 def page(found: dict[str, list[Any]]) -> str:
     """What has been measured so far."""
     return (
-        "One full forward pass a cell there; here as a user calls it. Knockout: every block and every "
-        "key that the last token does not see. Back-patching: every late state into every earlier "
-        "block at the last token. Models have random weights, one prompt; values are logit "
+        "The loop runs one full forward pass per cell; the package's functions run as a user calls them. "
+        "Knockout: every block x every key hidden from the last token. Back-patching: every late state "
+        "into every earlier block at the last token. Random weights, one prompt; values are logit "
         "differences at the last token.\n\n" + table(COLUMNS, list(found.values()))
     )
 

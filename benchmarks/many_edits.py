@@ -75,20 +75,21 @@ ROOM = (
 CHOSEN_AT = {1: 10, 10: 10, 100: 100, 300: 300, 1000: 300}
 
 RULE = (
-    "Every editor is given the prompts of one form only (suffix), bare of context templates, and makes "
-    "*n* edits in one model. What is reported are the questions of ten models with one edit, of five with "
-    "10, of two with 100, and of one with more (all failed questions, where there are fewer than 1,000), each "
-    "asked in the model that has its edit and n - 1 "
-    "others; unrelated questions are those that the model "
-    "answered correctly before. Settings (column *chosen*) are those that correct the most first answer tokens "
-    f"on *other* failed questions, where each unrelated question answered wrongly beyond {1 - ENOUGH:.0%} "
-    "of them weighs as much as four that are not corrected; they are chosen for 10, 100 and 300 edits, "
-    "and those for 10 taken for single edits, those for 300 for more. As in [the other "
-    "table](editing-table.md), what is reported, what is chosen on, and what C is counted on and kept "
-    "prompts are drawn from share no single fact. *peak MiB* is the memory that making the edits of a "
-    "model took beyond what the process held before. The search is given 1,500 prompts to keep, the least "
-    "squares C alone. Seconds are of one thread, partly beside other work. An editor or a number of edits that "
-    "has no row was not measured yet."
+    "Every editor is given prompts in one form only (suffix), without context templates, "
+    "and makes *n* edits in one model. Reported are the questions of ten models with one "
+    "edit each, five with 10, two with 100, and one with more (all failed questions, if "
+    "there are fewer than 1,000); each question is asked in the model that has its edit "
+    "and n - 1 others. Unrelated questions are those that the model answered correctly "
+    "before. Settings (column *chosen*) are those that correct the most first answer "
+    "tokens on *other* failed questions, where each unrelated question answered wrongly "
+    f"beyond {1 - ENOUGH:.0%} of them costs as much as four questions not corrected. They "
+    "are chosen for 10, 100 and 300 edits; single edits use those for 10, more than 300 "
+    "those for 300. As in [the other table](editing-table.md), the reported questions, "
+    "those that settings are chosen on, and the text that C is estimated on and kept "
+    "prompts are drawn from share no single fact. *peak MiB* is the additional memory that "
+    "making a model's edits took. The search is given 1,500 prompts to keep, the least "
+    "squares only C. Seconds are of one thread, partly while other work ran. An editor or "
+    "a number of edits without a row has not been measured."
 )
 
 

@@ -203,10 +203,10 @@ def page() -> None:
         "blocks",
         "rank",
         "probability",
-        "answered less failed",
+        "answered minus failed",
         "before the answer",
         "block",
-        "control less bridge",
+        "control minus bridge",
     )
     body = WORDS.format(
         asked=ASKED,
@@ -239,20 +239,20 @@ def _figures(p: dict[str, Any]) -> list[str]:
 
 #: The page.
 WORDS = """
-A model can spell the bridge and hardly use what it spells. Goals for one that [uses it](appositions.md): seen parts at
-least 90% and unseen first facts at most 30%, rank at most 3, probability at least 0.2, answered less failed at least 0.1,
-before the answer in most questions, and control less bridge at least 0.2. All recipes here are GPT-2s of six
-blocks, trained on one core. Rules and columns are those of [the page on appositions](appositions.md), with {asked} questions and at
-most {n} answered ones in the reported half; cells with two values are suffix / prefix.
+A model can spell out the bridge and hardly use what it spells. Goals for one that [uses it](appositions.md): seen parts
+at least 90% and unseen first facts at most 30%, rank at most 3, probability at least 0.2, answered minus failed at least
+0.1, before the answer in most questions, and control minus bridge at least 0.2. All recipes train GPT-2s of six blocks on
+one core. Rules and columns are those of [the page on appositions](appositions.md), with {asked} questions and at most {n}
+answered ones in the reported half; cells with two values are suffix / prefix.
 
 ## What they answer
 
 {tried}
 
 *Facts known*: questions whose two single facts are both answered; the other two columns are shares of these. The first
-four recipes go on from `hops-gpt2`; what was measured as `spelling` had 200 steps of warm-up in place of 100. *Short*: an apposition may also be one word of the name. Only 17%
-of held-out questions have a bridge whose first word is its alone, so a state that spells the first word does not say which
-entity it is; all words together always do.
+four recipes continue from `hops-gpt2`; the measured `spelling` had 200 warm-up steps instead of 100. *Short*: an
+apposition may also be one word of the name. In only 17% of held-out questions is the bridge's first word unique to it, so
+a state that spells the first word does not identify the entity; all words together always do.
 
 ## Is the bridge readable, and used?
 
@@ -260,25 +260,25 @@ entity it is; all words together always do.
 
 ## What it comes to
 
-Going on from a model that has a code of its own leaves that code in use: with short names, early read-outs or upper
-blocks learned again, erasure does no more than in `spelling`. What helps is a model that never had another code. Three
-blocks first learn single facts, and to spell the bridge behind its description; three more are put on top of them, and all
-six learn compositions. Erasing the bridge then takes most of the answer away (`grown-longer`, `grown-settled`), and the bridge
-comes first in about four questions of five. Every goal is met, but in the suffix order unseen first facts (33% and 32%)
-and, by a hair, the seen parts of `grown-settled` (89.9%). It takes the updates that composing takes: after 500 (`grown`, `grown-free`) few questions were answered. Its price is
-single facts that are forgotten, most of which a short last stage brings back. In `grown-settled` control less bridge is
-{drops} after blocks 0 to 5: the bridge is read from the early blocks on, soon after it is first spelled.
-Which part matters (facts first, blocks added, short names) was not taken apart.
+A model that already has its own code for the bridge keeps using that code: with short names, early read-outs or upper
+blocks learned again, erasure has no more effect than in `spelling`. What helps is that the model never had another code.
+Three blocks first learn single facts, and to spell the bridge after its description; three more are then added on top,
+and all six learn compositions. Erasing the bridge then removes most of P(answer) (`grown-longer`, `grown-settled`), and
+the bridge comes first in about four questions of five. All goals are met except, in the suffix order, unseen first facts
+(33% and 32%) and, narrowly, the seen parts of `grown-settled` (89.9%). Learning to compose needs its updates: after 500
+(`grown`, `grown-free`) few questions were answered. The price is forgotten single facts, most of which a short last stage
+restores. In `grown-settled` control minus bridge is {drops} after blocks 0 to 5: the bridge is read from the early blocks
+on, soon after it is first spelled. Which part matters (facts first, added blocks, short names) was not separated.
 
-One seed, one family, few questions, and the recipes were tried one after the other with their figures in view: this is a
+One seed, one family, few questions, and the recipes were tried one after another with their results in view: this is a
 search, not a confirmation. The last recipe, with more steps in its last two stages and a seed for all of them, trained
 `apposed-gpt2` and, with weight decay 0.1, `apposed-llama`: [measured](appositions.md) on more questions.
 
-Not in the tables: `short` with noise as large as the spread of all states after 2 blocks, after which no question was left to
-measure. Before that, read on 300 held-out questions and never erased: commas on both sides of the bridge (rank above 60
-after 600 steps of 256); without commas and with a weight of 0.2 on all but the answer, half of the descriptions named (600 steps:
-seen parts 90%, rank 1, probability 0.65 after 4 blocks) or four fifths of them (1,200 steps: 91%, rank 1, 0.84); a tied model
-from random weights (400 steps: seen parts 9%). With `spelling` these are thirteen.
+Not in the tables: `short` with noise as large as the spread of all states after 2 blocks, which left no question to
+measure; and earlier recipes, read on 300 held-out questions and never erased: commas on both sides of the bridge (rank
+above 60 after 600 steps of 256); no commas and a weight of 0.2 on all but the answer, with half of the descriptions named
+(600 steps: seen parts 90%, rank 1, probability 0.65 after 4 blocks) or four fifths of them (1,200 steps: 91%, rank 1,
+0.84); a tied model from random weights (400 steps: seen parts 9%). Together with those in the tables, thirteen.
 """
 
 

@@ -386,24 +386,24 @@ def page(found: dict[str, list[list[Any]]]) -> str:
     parts = []
     if loops := [row for name in (*LOOPS, "llama") for row in found.get(name, [])]:
         parts.append(
-            "## Against TransformerLens's loops\n\nOne full forward pass per cell there; `patch` "
-            "here, as a user calls it, the clean run's activations and all labels included. "
-            "*Fewer operations* counts the multiplications of both; that ratio is what an ideal "
-            "machine would gain. Models have random weights; a cell's value is a logit difference at "
-            "the last token. Seconds are those of each section's own run.\n\n"
+            "## Against TransformerLens's loops\n\nThe loop runs one full forward pass per cell; `patch` "
+            "runs as a user calls it, including the clean run's activations and all labels. "
+            "*Fewer operations* is the ratio of multiplications, which an ideal machine would gain. "
+            "Models have random weights; a cell's value is a logit difference at "
+            "the last token. Seconds are from each section's own run.\n\n"
             + table(LOOP_COLUMNS, loops)
         )
     if found.get("libraries"):
         parts.append(
-            "## Against other libraries\n\nThe residual sweep of GPT-2 small in each one's natural "
+            "## Against other libraries\n\nThe residual sweep of GPT-2 small in each library's idiomatic "
             "code: one traced or intervened call per cell.\n\n"
             + table(LIBRARY_COLUMNS, found["libraries"])
         )
     if found.get("growth"):
         parts.append(
-            "## How cost grows\n\nThe residual sweep of a GPT-2 of width 768, one run each. *Peak* is "
-            "the memory the process takes at the most during its first sweep, beyond what it held "
-            "before; `PatchJob.plan` says beforehand what its rows and its copies of weights will take.\n\n"
+            "## How cost grows\n\nThe residual sweep of a GPT-2 of width 768, one run each. *Peak* is the "
+            "additional memory that the process's first sweep takes at most; the last column is what "
+            "`PatchJob.plan` predicts for its rows and its copies of weights.\n\n"
             + table(GROWTH_COLUMNS, found["growth"])
         )
     return "\n\n".join(parts)

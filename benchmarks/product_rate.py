@@ -108,12 +108,12 @@ def page() -> None:
     ]  # fmt: skip
     columns = ("model class", "step", "Gflop run", "seconds", "share of the product rate")
     body = f"""
-Each step of a study on {N_FACTS} facts of the bundled geography (8 where grids of layers are swept), asked behind
-{SHOTS} worked examples, on SmolLM2-135M in float32. *Gflop run* counts all matrix products that torch
-runs, attention's fused kernel not included; divided by the seconds it is compared with a bare product
-of 512 tokens with an MLP's matrix, run right before and after. The goal is {GOAL:.0%} in erasure, locating, injection
-and evaluation. A count of what is *run* says how well it is run; that little is run is another matter
-([patching](patching-speed.md) compares both with a forward pass per cell).
+Each step of a study on {N_FACTS} facts of the bundled geography (8 where grids of layers are swept), asked after
+{SHOTS} worked examples, on SmolLM2-135M in float32. *Gflop run* counts all matrix products that torch runs, without
+attention's fused kernel. Divided by the seconds, it is compared with the rate of a bare product of 512 tokens with an MLP's
+matrix, timed right before and after. The goal is {GOAL:.0%} in erasure, locating, injection and evaluation. The share says how
+efficiently the operations run, not how few they are ([patching](patching-speed.md) compares both with a forward pass per
+cell).
 
 {table(columns, rows)}
 """

@@ -306,7 +306,7 @@ def _parts(found: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{settings['model']} ({settings['weights']}, {settings['dtype']}, {settings['backend']}), "
         f"{found['n_layers']} layers, facts of `geo`. Wordings were chosen on other facts, per relation "
-        f"and form; {shots or 'no'} worked examples stand before each question. What is chosen on one "
+        f"and form; {shots or 'no'} worked examples precede each question. What is chosen on one "
         "half of the questions is reported on the other. Intervals are 95%."
     )
     yield "## What the papers claim, and what is found here"
@@ -316,8 +316,8 @@ def _parts(found: Mapping[str, Any]) -> Iterator[str]:
         rows.append([claim.says, claim.source, f"**{_WORDS[verdict]}**", words, claim.rule])
     yield table(["claim", "source (arXiv)", "here", "numbers", "holds if"], rows)
     yield (
-        "The rules stand in the script. When they were written, of all numbers only the gap of a smaller "
-        "run (116 facts) had been seen. A verdict is of one small model and of these facts; 'does not "
+        "The rules are in the script. When they were written, the gap of a smaller run (116 facts) was the "
+        "only number that had been seen. Verdicts are about one small model and these facts; 'does not "
         "hold' says nothing about larger models."
     )
     yield "## The gap"

@@ -383,13 +383,13 @@ def _estimate(scores: Any, repair: str, name: str, statistic: str) -> dict[str, 
 def section(found: Mapping[str, Any]) -> Iterator[str]:
     """CREME beside the baselines."""
     yield (
-        f"The same {found['n']} questions for every method (the reporting half, and behind it questions of "
+        f"The same {found['n']} questions for every method (the reporting half, plus questions of "
         "the other half that nothing was chosen on), one edit each, made "
-        "from the prompts with their worked examples; shares of first tokens unless named otherwise, in "
-        "percent, mean over cases with bootstrap intervals. *Kept* is accuracy (whole answers) after over accuracy before; "
+        "from the prompts with their worked examples; shares of first tokens unless stated otherwise, in "
+        "percent, means over cases with bootstrap intervals. *Kept* is accuracy (whole answers) after / accuracy before; "
         "the hops are asked in the form that no edit was given. Processor seconds (one thread of a busy "
-        "machine) and memory beyond what the process held are those of two edits made together; ROME's "
-        "and MEMIT's have the inverse of C in them, LoRA's the loading of the checkpoint. Script: `benchmarks.real_more`."
+        "machine) and additional memory are for two edits made together; ROME's and MEMIT's include "
+        "inverting C, LoRA's loading the checkpoint. Script: `benchmarks.real_more`."
     )
     rows = [
         [

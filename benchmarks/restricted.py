@@ -22,16 +22,18 @@ PAGE = "restricted"
 EVERYWHERE = "all heads"
 
 RULE = (
-    "The same edit (`creme` as called, with C: the last third of the blocks, strength 0.7) is made of all "
-    "heads of these blocks and of some of them. The heads of a question are chosen by patching, before any "
-    "edit: one head's z at the last token of the second-hop prompt is put into the two-hop prompt, and the "
-    "heads are taken in the order of what that adds to the log-probability of the answer's first token. "
-    "*first k* are the first of them, *last k* the last, *random k* drawn by lot for each question; *first k of all* "
-    "are chosen among the heads of every block. Nothing else is chosen, so no question is set aside for "
-    "choosing. Questions, C and columns are those of [the table of editors](editing-table.md); shares are "
-    "of first answer tokens, with 95% intervals over questions. Before any number was read: a restriction "
-    "*gains* (or *loses*) where the 95% interval of the paired difference to all heads lies above (below) 0; "
-    "for KL the other way round."
+    "The same edit (`creme` as called, with C: the last third of the blocks, strength 0.7) "
+    "is made with all heads of these blocks and with only some of them. A question's heads "
+    "are ranked by patching, before any edit: one head's z at the last token of the "
+    "second-hop prompt is patched into the two-hop prompt, and heads are ordered by what "
+    "that adds to the log-probability of the answer's first token. *first k* are the top k "
+    "heads, *last k* the bottom k, *random k* are drawn at random for each question; "
+    "*first k of all* are the top k among the heads of all blocks. Nothing else is chosen, "
+    "so no question is set aside for choosing. Questions, C and columns are those of [the "
+    "table of editors](editing-table.md); shares are of first answer tokens, with 95% "
+    "intervals over questions. Fixed before any number was read: a restriction *gains* (or "
+    "*loses*) if the 95% interval of the paired difference to all heads lies above (below) "
+    "0; for KL the other way round."
 )
 
 #: Column -> (set, score of a query, statistic of the table).
@@ -148,7 +150,7 @@ def main() -> None:
     given = parser.parse_args()
     for name in given.model:
         keep(PAGE, name, measure(set_up(name, cases=given.cases)))
-        write(PAGE, "Edits held to a question's heads", page(), script="restricted")
+        write(PAGE, "Edits restricted to a question's heads", page(), script="restricted")
 
 
 if __name__ == "__main__":

@@ -303,8 +303,8 @@ def page() -> str:
         starts = [run["start"] for run in runs[WAYS[2][0]]]
         text += (
             f"## Two workers on two cores\n\n{MODEL}, {n} facts of Hopland, medians of "
-            f"{len(starts)} run(s), seconds. The last column counts the different results, bit for bit, "
-            "over all runs: 1 is all equal.\n\n"
+            f"{len(starts)} run(s), seconds. The last column counts bitwise distinct results over all runs: "
+            "1 means that all are equal.\n\n"
         )
         columns = [
             "function",
@@ -314,20 +314,20 @@ def page() -> str:
         ]
         text += table([*columns, "results"], rows)
         text += (
-            "\n\nWhat comes first waits for the workers to start: Python, torch and the model took "
-            f"{statistics.median(starts):.1f} s, for both at once.\n\n"
+            "\n\nThe first call also waits for the workers to start: Python, torch and the model took "
+            f"{statistics.median(starts):.1f} s, both workers in parallel.\n\n"
         )
     if "tasks" in found:
         text += on_paper(found["tasks"])
     if "tokens" in found:
         text += (
-            f"## What a fact costs\n\nMeasured: tokens through all blocks for each fact (tokens of each "
-            f"block, summed over blocks and divided by their number), {MODEL} with {BLOCKS} blocks, "
-            "Hopland's prompts of about 11 tokens. Calculated from it: the same in a model of "
-            f"{LARGE['blocks']} blocks, where a sweep over layers has as many more rows, and the hours that "
+            f"## What a fact costs\n\nMeasured: tokens through all blocks per fact (each block's tokens, "
+            f"summed over blocks and divided by their number), {MODEL} with {BLOCKS} blocks, "
+            "Hopland's prompts of about 11 tokens. Calculated from that: the same in a model of "
+            f"{LARGE['blocks']} blocks, where a sweep over layers has proportionally more rows, and the hours that "
             f"{LARGE['facts']:,} facts take on one copy of a model of {LARGE['parameters']:.0e} parameters, "
-            f"at 2 operations per parameter and token and an assumed {LARGE['rate']:.0e} operations a second. "
-            "Twice as long a prompt takes twice as much.\n\n"
+            f"at 2 operations per parameter and token and an assumed {LARGE['rate']:.0e} operations per second. "
+            "Prompts twice as long cost twice as much.\n\n"
         )
         rows = []
         for name, n in found["tokens"].items():
@@ -339,8 +339,8 @@ def page() -> str:
     if "memory" in found:
         repeats = found["memory"]["repeats"]
         text += (
-            f"## Memory over {repeats} repeats\n\nOf the process, after the first tenth of the repeats, and "
-            "what the others added.\n\n"
+            f"## Memory over {repeats} repeats\n\nThe process's memory after the first tenth of the repeats, "
+            "and what the remaining ones added.\n\n"
         )
         rows = [
             [name, f"{before / 2**20:.0f}", f"{more / 2**20:+.1f}"]
@@ -351,8 +351,8 @@ def page() -> str:
         one, many = found["stream"]
         text += (
             f"## Memory for {many['facts']:,} facts\n\nFacts of Hopland from a file, each asked in one form "
-            "(`find_gap`), read through the lens, and counted in second moments; "
-            f"{MODEL}. The most memory beyond that of the process with the model in use: "
+            "(`find_gap`), read through the lens, and included in second moments; "
+            f"{MODEL}. Peak memory beyond that of the process with the model in use: "
             f"{one['MiB']:.0f} MiB for {one['facts']:,} facts, {many['MiB']:.0f} MiB for "
             f"{many['facts']:,}, {many['MiB'] - one['MiB']:+.0f} MiB.\n"
         )
@@ -363,13 +363,13 @@ def on_paper(found: dict[str, Any]) -> str:
     """How long many workers would take for ten thousand facts."""
     facts = LARGE["facts"]
     text = (
-        f"## To {ON_PAPER[-1]} workers, on paper\n\nA simulation, not a measurement. Measured here, one "
-        f"after the other, on {found['facts']} facts ({MODEL}): the seconds of each task, and those that "
-        "the process that asks spends itself (cutting, pickling, putting together). Calculated: "
-        f"{facts:,} facts, for which both are repeated as often as needed; whoever is free takes "
-        "the next task; workers are as fast as here, started, and have the model; sending takes no time. The "
-        "speed-up is over one process that does all of it. It ends where the own share does: the model is small, and "
-        "so are its tasks.\n\n"
+        f"## Up to {ON_PAPER[-1]} workers, calculated\n\nA simulation, not a measurement. Measured, one task "
+        f"after another, on {found['facts']} facts ({MODEL}): the seconds of each task, and the seconds that "
+        "the calling process spends itself (splitting, pickling, combining: its *own share*). Calculated: "
+        f"{facts:,} facts, for which both are repeated as often as needed; any free worker takes "
+        "the next task; workers are as fast as here, already started, and have the model; sending takes no time. "
+        "Speed-ups are over one process that does everything. The own share limits them: the model is small, so "
+        "its tasks are short.\n\n"
     )
     rows = []
     for name, times in found["functions"].items():

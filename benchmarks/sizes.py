@@ -34,19 +34,23 @@ MOST = 10
 STRENGTH = 0.7
 
 RULE = (
-    "Every model is asked questions of which it knows both hops and fails the answer: the bundled models and "
-    "those trained like them held-out questions of Hopland, SmolLM2 real ones behind worked examples (the "
-    "questions of [many edits](many-edits.md)). *Effect* is what replacing the output of one block's attention "
-    "(or MLP) at the last token by that of the second-hop prompt adds to the answer's probability; the mean "
-    f"over questions with its 95% bootstrap interval. *Edited there* is `creme` in that one layer (strength "
-    f"{STRENGTH}, C estimated, the bare prompt), one edit a question; in models of more than {MOST} layers, at "
-    f"{MOST} of them, evenly spread. (At first with all templates of `creme`, which took too long in SmolLM2; the "
-    "rows of the bundled models were read in that form too.) Nothing is chosen. Written before any number was read: the *place* is "
-    "the layer whose attention has the largest mean effect, its interval the middle 95% of the places in 2,000 "
-    "bootstrap samples of the questions; depth counts from 0 (the first layer) to 1 (the last). The place is in the "
-    "*middle* if the whole interval lies between depths 1/3 and 2/3, and attention is *the place* rather than "
-    "the MLP if its largest mean effect is larger in at least 97.5% of the samples. *Largest effects* are "
-    "attention's / the MLP's, with the share of samples in which attention's is larger."
+    "Every model is asked questions whose hops it knows and whose answer it gets wrong: "
+    "the bundled models, and those trained like them, held-out questions of Hopland; "
+    "SmolLM2 real ones after worked examples (the questions of [many "
+    "edits](many-edits.md)). *Effect* is what replacing the output of one block's "
+    "attention (or MLP) at the last token by that of the second-hop prompt adds to "
+    "P(answer), as a mean over questions with its 95% bootstrap interval. *Edited there* "
+    f"is `creme` in that one layer (strength {STRENGTH}, C estimated, the bare prompt), one "
+    f"edit per question; in models of more than {MOST} layers, in {MOST} evenly spaced "
+    "ones. (All templates of `creme` were used at first, which took too long in SmolLM2; "
+    "the bundled models' rows were read in that form too.) Nothing is chosen. Fixed before "
+    "any number was read: the *place* is the layer whose attention has the largest mean "
+    "effect, and its interval the middle 95% of the places in 2,000 bootstrap samples of "
+    "the questions; depth runs from 0 (the first layer) to 1 (the last). The place is in "
+    "the *middle* if the whole interval lies between depths 1/3 and 2/3, and attention is "
+    "*the place* rather than the MLP if its largest mean effect is the larger one in at "
+    "least 97.5% of the samples. *Largest effects* are attention's / the MLP's, with the "
+    "share of samples in which attention's is larger."
 )
 
 

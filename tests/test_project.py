@@ -51,8 +51,12 @@ def test_workflows_call_what_the_makefile_has():
         parts = re.findall(r"part: \[(.+)\]", _read(f".github/workflows/{name}.yml"))
         called = {part.strip() for line in parts for part in line.split(",")}
         assert called and called <= targets
-    in_ci = set(re.findall(r"make --no-print-directory ([\w-]+)", _read(".ci/run")))
-    assert {"lint", "types", "docs", "dist-check"} <= in_ci <= targets
+    in_ci = {
+        t
+        for line in re.findall(r"^(?:both|tests) (.+)$", _read(".ci/run"), re.M)
+        for t in line.split()
+    }
+    assert {"lint", "types", "docs", "dist-check", "test", "test-tl4"} <= in_ci <= targets
 
 
 def test_the_devcontainer_is_json():

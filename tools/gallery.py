@@ -121,7 +121,7 @@ SHOWN = {
     "lens": Shown(
         "Bridge and answer by layer",
         'mi_hops.fact_trajectories(model, facts).sel(position="first hop").plot("prob")',
-        "A line for each name that was tracked, bands are 95% bootstrap intervals over facts.",
+        "A line for each tracked name; bands are 95% bootstrap intervals over facts.",
         lambda: _traced().sel(position="first hop").plot("prob"),
     ),
     "map": Shown(
@@ -219,7 +219,7 @@ SHOWN = {
     "evaluation": Shown(
         "Repairs side by side",
         'mi_hops.evaluate(model, repairs, queries, cases).plot("first_correct")',
-        "Bars for the unrepaired model and each repair, whiskers are 95% bootstrap intervals.",
+        "Bars for the unrepaired model and each repair; whiskers are 95% bootstrap intervals.",
         lambda: _evaluated().plot("first_correct", n_resamples=200),
     ),
 }
