@@ -15,7 +15,7 @@ from mi_hops.lens.attention import AttentionLens
 from mi_hops.lens.examples import examples_of
 from mi_hops.lens.trained import TrainedLens, kl
 from mi_hops.lens.training import Corpus
-from mi_hops.lens.vectors import Layers, LogitLens, as_lens
+from mi_hops.lens.vectors import Layers, LogitLens, as_lens, resolve_layers
 from mi_hops.model import HookedModel, provenance
 from mi_hops.result.result import Result
 from mi_hops.text.corpus import token_batches
@@ -72,7 +72,9 @@ def evaluate_lens(
         {'example': 2, 'layer': 6}
     """
     as_lens(model, lens)
-    chosen = [layers] if isinstance(layers, int) else list(layers or lens.layers)
+    chosen = list(lens.layers)
+    if layers is not None:
+        _, chosen = resolve_layers(model, lens.kind, layers)
     for layer in chosen:
         lens.row(layer)
     plain = LogitLens(model, lens.norm)

@@ -356,7 +356,7 @@ def positions(prompt: Prompt, where: Where) -> tuple[int, ...]:
         return found
     if not -n <= where < n:
         raise TokenError(f"position {where} is out of range for {n} tokens {list(prompt.labels)}")
-    return (where % n,)
+    return (int(where % n),)
 
 
 def last_position(prompt: Prompt, where: Where) -> int:
