@@ -209,7 +209,7 @@ def _head(model: HookedModel, head: Head) -> tuple[int, int]:
 
 
 def _token_ids(model: HookedModel, given: Tokens) -> tuple[list[int], list[str]]:
-    items = [given] if isinstance(given, str | Integral) else list(given)
+    items = [given] if isinstance(given, str | int | Integral) else list(given)
     if not items:
         raise TokenError("no tokens were given; name at least one")
     ids = []

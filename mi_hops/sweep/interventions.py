@@ -83,7 +83,7 @@ class Intervention:
         base: int = 0,
     ) -> Intervention:
         """An intervention at one layer, or the same one in a window of layers."""
-        layers = (layer,) if isinstance(layer, Integral) else layer
+        layers = (layer,) if isinstance(layer, int | Integral) else layer
         where = None if positions is None else tuple(positions)
         return cls(tuple(Site(kind, int(i), where, head) for i in layers), change, base)
 
