@@ -118,10 +118,14 @@ class AttentionLens(TrainedLens):
         """Logits of one head's outputs.
 
         Raises:
-            ValueError: no head named, or a layer without parameters.
+            ValueError: no head named, one that does not exist, or a layer without parameters.
         """
-        if head is None:
-            raise ValueError("an attention lens reads one head's output; name it with head=")
+        n_heads = int(self.model.cfg.n_heads)
+        if head is None or not 0 <= head < n_heads:
+            raise ValueError(
+                f"head is {head}; an attention lens reads one head's output, name it with head=, one "
+                f"of 0..{n_heads - 1}"
+            )
         flat = vectors.reshape(-1, 1, vectors.shape[-1])
         read = self._read(flat, self.row(layer), slice(head, head + 1))
         return read.reshape(*vectors.shape[:-1], -1)

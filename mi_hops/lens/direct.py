@@ -24,6 +24,7 @@ from mi_hops.lens.tracking import Prompts, Row, Track, check_role, first_tokens,
 from mi_hops.lens.vectors import activations, head_outputs, in_batches
 from mi_hops.model import HookedModel, hook_name, linear_read_out, provenance, read_out, unembedding
 from mi_hops.model.numeric import widen
+from mi_hops.model.weights import require_linear
 from mi_hops.result.result import Result
 from mi_hops.sweep.pairs import Activations
 from mi_hops.text.tokens import Where
@@ -57,7 +58,8 @@ def logit_attribution(
             see; without it an additive constant of all tokens is shared out too.
 
     Returns:
-        Result, in logits, which add up to the baseline ``logit`` (``example, tracked``): ``heads``
+        Result, in logits (before the model's soft cap or scale, where it has one), which add up to the
+        baseline ``logit`` (``example, tracked``): ``heads``
         (``example, layer, head, tracked``), ``mlps`` and ``attention_biases`` (``example, layer,
         tracked``), ``embedding`` (with positions, where the model adds them) and ``constant`` (the
         norm's and the unembedding's biases) (``example, tracked``).
@@ -166,6 +168,8 @@ def _shares(
     start, final = (found[name] for name in ends)
     z, attention, mlps = (torch.stack([found[name] for name in each], dim=1) for each in names)
     heads = torch.stack([head_outputs(model, z[:, i], i) for i in layers], dim=1)
+    for i in layers if cache is None else ():
+        require_linear(model, "W_O", i, z[:, i], attention[:, i])
     error = (start + attention.sum(1) + mlps.sum(1) - final).norm() / final.norm()
     if error > 0.02:
         raise ValueError(
@@ -177,7 +181,7 @@ def _shares(
     def share(part: Tensor) -> Tensor:
         return einsum("row ... d, row token d -> row ... token", part, directions).cpu()
 
-    logits = read_out(model, final)
+    logits = read_out(model, final, whole=False)
     if centre:
         logits = logits - logits.mean(-1, keepdim=True)
     return {

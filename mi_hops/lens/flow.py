@@ -26,6 +26,7 @@ from mi_hops.model import (
     w_o,
 )
 from mi_hops.model.numeric import widen
+from mi_hops.model.weights import require_linear
 from mi_hops.result.result import Result
 from mi_hops.text.tokens import Where
 
@@ -53,7 +54,8 @@ def logit_flow(
         ``heads`` of `logit_attribution`.
 
     Raises:
-        ValueError: nothing to track, or positions that do not fit the prompts.
+        ValueError: nothing to track, positions that do not fit the prompts, or a model with a norm
+            behind its attention.
 
     Examples:
         >>> import mi_hops
@@ -70,7 +72,11 @@ def logit_flow(
 
     def read(chosen: list[int], tokens: Tensor, rows: Tensor) -> dict[str, Tensor]:
         end = hook_name("resid_post", layers[-1])
-        names = [hook_name(kind, i) for kind in ("pattern", "v", "mlp_out") for i in layers]
+        names = [
+            hook_name(kind, i)
+            for kind in ("pattern", "v", "z", "attn_out", "mlp_out")
+            for i in layers
+        ]
         found, _ = capture(model, tokens, [*names, end])
         where = at[chosen]
         place = unembedding(model)[0].device
@@ -85,6 +91,8 @@ def logit_flow(
             looked = pattern[rows.to(place), :, where.to(place)]
             value = widen(found[hook_name("v", i)]).to(place)
             value = value.repeat_interleave(looked.shape[1] // value.shape[2], dim=2)
+            z, out = (there(found[hook_name(kind, i)]) for kind in ("z", "attn_out"))
+            require_linear(model, "W_O", i, z, out)
             weight = w_o(model, i).detach().to(value)
             along = einsum("head e d, row token d -> row head e token", weight, directions)
             moved = einsum("row pos head e, row head e token -> row head pos token", value, along)

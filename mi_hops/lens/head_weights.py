@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -182,7 +183,7 @@ def _into_logits(model: HookedModel, dtype: torch.dtype) -> Float[Tensor, "d_mod
 
 def _chain(model: HookedModel, heads: Head | Sequence[Head]) -> list[tuple[int, int]]:
     single = isinstance(heads, str) or (
-        isinstance(heads, tuple) and len(heads) == 2 and all(isinstance(i, int) for i in heads)
+        isinstance(heads, tuple) and len(heads) == 2 and all(isinstance(i, Integral) for i in heads)
     )
     found = [_head(model, head) for head in ([heads] if single else heads)]  # type: ignore[arg-type]
     layers = [layer for layer, _ in found]
@@ -208,7 +209,7 @@ def _head(model: HookedModel, head: Head) -> tuple[int, int]:
 
 
 def _token_ids(model: HookedModel, given: Tokens) -> tuple[list[int], list[str]]:
-    items = [given] if isinstance(given, str | int) else list(given)
+    items = [given] if isinstance(given, str | int | Integral) else list(given)
     if not items:
         raise TokenError("no tokens were given; name at least one")
     ids = []

@@ -31,6 +31,7 @@ from mi_hops.model import (
     unembedding,
 )
 from mi_hops.model.numeric import widen
+from mi_hops.model.weights import require_linear
 from mi_hops.result.result import Result
 from mi_hops.text.corpus import token_batches
 from mi_hops.text.tokens import Batch, Prompt, Where
@@ -58,7 +59,8 @@ def neuron_attribution(
         `logit_attribution`.
 
     Raises:
-        ValueError: nothing to track, positions that do not fit the prompts, a layer out of range.
+        ValueError: nothing to track, positions that do not fit the prompts, a layer out of range, or
+            a model with a norm behind its MLPs.
         MissingHookError: a model whose MLPs have no hidden layer to read (mixtures of experts).
 
     Examples:
@@ -85,6 +87,7 @@ def neuron_attribution(
         for layer in wanted:
             hidden, out = (widen(found[hook_name(kind, layer)]).to(place) for kind in kinds)
             weight = live_matrix(model, "W_out", layer).detach().to(hidden)
+            require_linear(model, "W_out", layer, hidden, out)
             along = einsum("n d, row token d -> row n token", weight, directions)
             shares.append(hidden[:, :, None] * along)
             rest = out - hidden @ weight

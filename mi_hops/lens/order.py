@@ -30,8 +30,12 @@ def half_layers(values: np.ndarray) -> np.ndarray:
         >>> half_layers(np.array([[0.9, 0.1, 0.3, 0.5]])).tolist()
         [2]
     """
-    later = values[..., 1:]
-    return 1 + (later >= 0.5 * later.max(-1, keepdims=True)).argmax(-1)
+    return 1 + _risen(values[..., 1:])
+
+
+def _risen(values: np.ndarray) -> np.ndarray:
+    """Where along the last axis values first have half of their own peak."""
+    return (values >= 0.5 * values.max(-1, keepdims=True)).argmax(-1)
 
 
 def commitment(result: Result) -> xr.DataArray:
@@ -69,8 +73,9 @@ def commitment(result: Result) -> xr.DataArray:
 def who_comes_first(result: Result, *, position: str | Mapping[str, str] = "last") -> pd.DataFrame:
     """For each pair of tracked names, in how many questions one rises before the other.
 
-    A name has risen at the first layer at which it reaches half of its own largest probability over
-    layers. Of a chain this is the order of all bridges and the answer.
+    A name has risen at the first of the layers read at which it reaches half of its own largest
+    probability over them; the embedding is left out. Of a chain this is the order of all bridges and
+    the answer.
 
     Args:
         result: of `fact_trajectories`; with ``bridges="all"`` for all bridges of longer chains.
@@ -78,10 +83,10 @@ def who_comes_first(result: Result, *, position: str | Mapping[str, str] = "last
             the last token.
 
     Returns:
-        One row per pair: ``one``, ``other``; ``layer_one`` and ``layer_other``, the mean layers (blocks
-        passed); ``one_first`` and ``other_first``, shares of the ``n`` questions with their exact 95%
-        intervals (``one_first_low``, ...); what is left to 1 are ties. A peak may be tiny: the shares
-        say who is first, not that either is there.
+        One row per pair: ``one``, ``other``; ``layer_one`` and ``layer_other``, the mean layers (as
+        the result counts them); ``one_first`` and ``other_first``, shares of the ``n`` questions with
+        their exact 95% intervals (``one_first_low``, ...); what is left to 1 are ties. A peak may be
+        tiny: the shares say who is first, not that either is there.
 
     Raises:
         ValueError: a result without tracked names on several layers, or a position that it lacks.
@@ -102,6 +107,9 @@ def who_comes_first(result: Result, *, position: str | Mapping[str, str] = "last
             "this result has no names tracked through layers, example by example; make it with "
             "fact_trajectories"
         )
+    # The stream that enters block 0 is the prompt's own, nothing recalled.
+    streams = result.provenance.get("kind", "resid") in ("resid", "resid_pre")
+    layers = np.array([k for k in sorted(data["layer"].values.tolist()) if k or not streams])
     risen = {}
     for name in data["tracked"].values.tolist():
         at = position if isinstance(position, str) else position.get(name, "last")
@@ -109,8 +117,10 @@ def who_comes_first(result: Result, *, position: str | Mapping[str, str] = "last
             raise ValueError(
                 f"{name!r} is to be read at {at!r}; the result has {data['position'].values.tolist()}"
             )
-        values = data[SCORES.get(name.partition(" ")[0], "prob")].sel(tracked=name, position=at)
-        risen[name] = half_layers(values.transpose("example", "layer").values)
+        values = data[SCORES.get(name.partition(" ")[0], "prob")].sel(
+            tracked=name, position=at, layer=layers
+        )
+        risen[name] = layers[_risen(values.transpose("example", "layer").values)]
     rows = []
     for one, other in combinations(risen, 2):
         mine, its = risen[one], risen[other]

@@ -15,7 +15,7 @@ from mi_hops.lens.attention import AttentionLens
 from mi_hops.lens.examples import examples_of
 from mi_hops.lens.trained import TrainedLens, kl
 from mi_hops.lens.training import Corpus
-from mi_hops.lens.vectors import Layers, LogitLens, as_lens
+from mi_hops.lens.vectors import Layers, LogitLens, as_lens, resolve_layers
 from mi_hops.model import HookedModel, provenance
 from mi_hops.result.result import Result
 from mi_hops.text.corpus import token_batches
@@ -55,7 +55,7 @@ def evaluate_lens(
         Result on ``example`` (text) and ``layer``, each value a mean over the text's tokens:
         ``kl`` = KL(output || lens) and the baseline ``logit_lens_kl``, the same for the logit lens
         (nats); ``cross_entropy`` of the lens on the text's next tokens (nats; the last token of a
-        text has none), and ``excess_cross_entropy``, how much that is above the model's own, their
+        text has none, and a text of one token is NaN), and ``excess_cross_entropy``, how much that is above the model's own, their
         disagreement; ``agreement``, the share of tokens with the model's first choice; ``overlap``,
         the share of the model's `top_k` tokens among the lens's.
 
@@ -72,11 +72,14 @@ def evaluate_lens(
         {'example': 2, 'layer': 6}
     """
     as_lens(model, lens)
-    chosen = [layers] if isinstance(layers, int) else list(layers or lens.layers)
+    chosen = list(lens.layers)
+    if layers is not None:
+        _, chosen = resolve_layers(model, lens.kind, layers)
     for layer in chosen:
         lens.row(layer)
     plain = LogitLens(model, lens.norm)
     per_text: list[Tensor] = []
+    alone = False
     with torch.no_grad():
         for batch in token_batches(model, corpus, max_tokens=max_tokens, max_length=max_length):
             following = batch.tokens.roll(-1, dims=1)
@@ -87,9 +90,8 @@ def evaluate_lens(
                     logits, base = (_reading(x, example.read[layer], layer) for x in (lens, plain))
                     found = _compare(example.output, logits, base, *after, top_k)
                     sums[:, k].index_add_(0, rows, found.double().cpu())
-            # A text of one token has no next token.
-            n_next = (batch.lengths - 1).clamp_min(1)
-            counts = [n_next if "entropy" in name else batch.lengths for name in _UNITS]
+            alone |= bool((batch.lengths == 1).any())
+            counts = [batch.lengths - int("entropy" in name) for name in _UNITS]
             per_text.append(sums / torch.stack(counts, dim=-1)[:, None])
     values: dict[str, Any] = {
         name: (("example", "layer"), torch.cat([text[..., i] for text in per_text]))
@@ -101,6 +103,7 @@ def evaluate_lens(
         coords={"example": [str(i) for i in range(sum(map(len, per_text)))], "layer": chosen},
         units=_UNITS,
         title=f"{lens.name} lens against the model's output, mean over tokens",
+        allow_nonfinite=alone,  # a text of one token has no next one
         provenance=provenance(
             model,
             method="evaluate_lens",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, Protocol
 
 import torch
@@ -142,7 +143,9 @@ def resolve_layers(model: HookedModel, kind: str, layers: Layers) -> tuple[str, 
     n_layers = int(model.cfg.n_layers)
     if layers is None:
         return name, list(range(n_layers + (name == "resid")))
-    found = [layers] if isinstance(layers, int) else [int(layer) for layer in layers]
+    found = (
+        [int(layers)] if isinstance(layers, int | Integral) else [int(layer) for layer in layers]
+    )
     if not found:
         raise ValueError("layers is empty; name at least one, or pass None for all")
     if len(set(found)) < len(found):

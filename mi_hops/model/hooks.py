@@ -274,12 +274,29 @@ def forward(
             options |= {"past_kv_cache": cache, "attention_mask": tokens.new_ones(tokens.shape)}
     elif cache is not None:
         options |= {"past_key_values": cache, "use_cache": True, **getattr(cache, "options", {})}
-    if grows and backend_of(model) == "bridge" and (tokens.shape[0] > 1 or cache is not None):
-        options |= _broadcasting_mask(model, tokens.shape[1], cache)
+    if grows and backend_of(model) == "bridge":
+        hooks = [(name, _rows_apart(fn, tokens.shape[1])) for name, fn in hooks]
+        if tokens.shape[0] > 1 or cache is not None:
+            options |= _broadcasting_mask(model, tokens.shape[1], cache)
     with hooked(model, hooks):
         if stop_at_layer is None and _reads_in_place(model):
             return _unembed(model, model(tokens, **options, stop_at_layer=model.cfg.n_layers))
         return model(tokens, **options)
+
+
+def _rows_apart(fn: HookFn, width: int) -> HookFn:
+    """A hook function that sees ``[row, pos, d]`` also where rows and positions are one axis.
+
+    They are in the MLPs of OPT; TransformerLens takes them apart by the rows that entered the block.
+    """
+
+    def call(x: Tensor) -> Tensor | None:
+        if x.ndim != 2:
+            return fn(x)
+        out = fn(x.unflatten(0, (-1, width)))
+        return None if out is None else out.flatten(0, 1)
+
+    return call
 
 
 def _reads_in_place(model: HookedModel) -> bool:

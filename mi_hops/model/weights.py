@@ -11,9 +11,11 @@ from fancy_einsum import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mi_hops.model.classes import backend_of
 from mi_hops.model.hooks import require_layers
-from mi_hops.model.identity import dtype_of, missing_weight
+from mi_hops.model.identity import dtype_of, missing_weight, own_weight
 from mi_hops.model.numeric import wide_dtype
+from mi_hops.model.shortcuts import has_hooks
 from mi_hops.model.types import HookedModel
 
 #: Matrix -> the kinds of activation at its input and its output: ``out = in @ W (+ bias)``.
@@ -99,6 +101,36 @@ def overwrite(model: HookedModel, what: str, live: Callable[[], Tensor], value: 
         raise RuntimeError(f"writing {what} had no effect on {type(model).__name__}")
 
 
+def require_linear(
+    model: HookedModel,
+    matrix: str,
+    layer: int,
+    inputs: Float[Tensor, "row *in_axes"],
+    output: Float[Tensor, "row d_model"],
+) -> None:
+    """Refuse a block in which something acts behind a matrix, so that parts of its input write no part.
+
+    Hooks of the user's may add to an output, and then nothing is refused.
+
+    Args:
+        inputs, output: at the kinds of `MATRICES`, in float32 or wider.
+
+    Raises:
+        ValueError: an output that is not ``inputs @ matrix + bias``.
+    """
+    if has_hooks(model):
+        return
+    weight = live_matrix(model, matrix, layer).detach().to(inputs)
+    bias = own_weight(getattr(model.blocks[layer], _MODULES[matrix]), matrix.replace("W", "b"))
+    written = inputs.flatten(1) @ weight.flatten(0, -2)
+    rest = output - written - (0 if bias is None else bias.detach().to(output))
+    if rest.norm() > 0.05 * (written.norm() + output.norm()):
+        raise ValueError(
+            f"block {layer} does not write its {MATRICES[matrix][0]} @ {matrix} (is there a norm or a "
+            "scale behind it?), so single heads or neurons have no share of their own"
+        )
+
+
 def unembedding(
     model: HookedModel,
 ) -> tuple[Float[Tensor, "d_model vocab"], Float[Tensor, "vocab"]]:
@@ -162,6 +194,8 @@ def norm_parts(
         return own.detach().to(like)
 
     gain, shift = part(torch.ones, "w", "weight"), part(torch.zeros, "b", "bias")
+    if getattr(model.cfg, "rmsnorm_uses_offset", False):  # Gemma keeps what its gains are beyond 1
+        gain = 1 + gain
     return gain, shift, str(getattr(model.cfg, "normalization_type", "LN")).startswith("LN")
 
 
@@ -173,6 +207,8 @@ def linear_read_out(
     centre: bool = False,
 ) -> tuple[Float[Tensor, "row token d_model"], Float[Tensor, "row token"]]:
     """Final norm and unembedding as a linear map: the norm's scale is frozen at `residual`.
+
+    What the model does to its logits behind the unembedding (a soft cap, a scale) is left out.
 
     Args:
         ids: the tokens whose logits are made.
@@ -198,7 +234,7 @@ def linear_read_out(
         # Taking the mean out of a vector is taking it out of the direction.
         directions = directions - directions.mean(-1, keepdim=True)
     total = einsum("row d, row token d -> row token", residual, directions) + constant
-    want = read_out(model, residual)
+    want = read_out(model, residual, whole=False)
     if centre:
         want = want - want.mean(-1, keepdim=True)
     if not torch.allclose(total, want.gather(1, ids.to(want.device)), rtol=0.02, atol=0.05):
@@ -210,15 +246,31 @@ def linear_read_out(
 
 
 def read_out(
-    model: HookedModel, residual: Float[Tensor, "*rows d_model"], *, norm: bool = True
+    model: HookedModel,
+    residual: Float[Tensor, "*rows d_model"],
+    *,
+    norm: bool = True,
+    whole: bool = True,
 ) -> Float[Tensor, "*rows vocab"]:
     """Logits of a residual-stream vector: final norm (optional), then W_U and b_U, in float32+.
 
     With ``norm=True`` this is the model's own read-out (logit lens with ln_final); with False the
     raw one of the two papers.
+
+    Args:
+        whole: with what some models do to their logits in the end, such as a soft cap or a scale.
     """
     wide = wide_dtype(residual.dtype)
     if norm:
         residual = final_norm(model, residual)
     weight, bias = unembedding(model)
-    return residual.to(weight.device, wide) @ weight.to(wide) + bias.to(wide)
+    logits = residual.to(weight.device, wide) @ weight.to(wide) + bias.to(wide)
+    return _finished(model, logits) if whole else logits
+
+
+def _finished(model: HookedModel, logits: Tensor) -> Tensor:
+    """Logits as the model gives them, from those of the unembedding."""
+    if backend_of(model) == "bridge":
+        return model.adapter.apply_output_logits_transform(logits)
+    cap = float(getattr(model.cfg, "output_logits_soft_cap", None) or 0)
+    return cap * (logits / cap).tanh() if cap > 0 else logits

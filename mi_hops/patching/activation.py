@@ -444,8 +444,7 @@ class PatchJob:
         """Of the given activations' run, read out of the last block's stream if that is among them."""
         kind, layer = "resid_post", int(self.model.cfg.n_layers) - 1
         store = self.pairs.activations
-        capped = getattr(self.model.cfg, "output_logits_soft_cap", 0) > 0
-        if store is None or capped or hook_name(kind, layer) not in store.keys():  # noqa: SIM118
+        if store is None or hook_name(kind, layer) not in store.keys():  # noqa: SIM118
             return None
         (stream,) = self._given([(kind, layer)]).values()
         with torch.no_grad():

@@ -62,6 +62,7 @@ from mi_hops.text.tokens import align
 Method = Literal["gradient", "integrated", "atp*", "atp+qkfix"]
 
 
+@torch.inference_mode(False)  # gradients are taken, whatever the caller is in
 def attribute(
     model: HookedModel,
     pairs: PairsLike,

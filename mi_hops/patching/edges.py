@@ -55,6 +55,7 @@ from mi_hops.sweep.runs import Scored, score_and_capture
 from mi_hops.sweep.sites import Direction
 
 
+@torch.inference_mode(False)  # gradients are taken, whatever the caller is in
 def attribute_edges(
     model: HookedModel,
     pairs: PairsLike,

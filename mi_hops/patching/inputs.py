@@ -44,6 +44,7 @@ Baseline = Literal["zero", "mean", "corrupted"]
 Method = Literal["gradient", "integrated", "occlusion"]
 
 
+@torch.inference_mode(False)  # gradients are taken, whatever the caller is in
 def attribute_inputs(
     model: HookedModel,
     pairs: PairsLike,

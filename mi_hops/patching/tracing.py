@@ -133,7 +133,7 @@ def trace(
         sweep = Sweep(model, [scored[i]])
         found = []
         for draw in noise_draws(model, len(noised[i]), std, samples, (seed, i)):
-            with add_noise(model, sweep.batch.tokens.shape[1], noised[i], draw):
+            with add_noise(model, noised[i], draw):
                 found.append(sweep.run(tracer.interventions(), quiet))
         return [torch.stack([f.rows for f in found]), torch.stack([f.base[0] for f in found])]
 
@@ -253,22 +253,16 @@ def noise_draws(
 
 @contextmanager
 def add_noise(
-    model: HookedModel, width: int, span: Sequence[int], noise: Float[Tensor, "pos d_model"]
+    model: HookedModel, span: Sequence[int], noise: Float[Tensor, "pos d_model"]
 ) -> Iterator[None]:
     """Add noise to what enters block 0 at a span, in every pass made inside the ``with`` block.
 
-    Args:
-        width: tokens of a whole row; a pass over fewer is taken to be over the last of them.
+    As a hook is on the model, every pass is one from the first token on (`mi_hops.model.shortcuts`).
     """
 
     def fn(x: Tensor) -> Tensor:
-        start = width - x.shape[1]
-        here = [j for j, p in enumerate(span) if p >= start]
-        if not here:
-            return x
         x = x.clone()
-        where = [span[j] - start for j in here]
-        x[:, where] += noise[here].to(x.device, x.dtype)
+        x[:, list(span)] += noise.to(x.device, x.dtype)
         return x
 
     with hooked(model, [(hook_name("resid_pre", 0), fn)]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Generator, Tensor
@@ -82,9 +83,9 @@ class Intervention:
         base: int = 0,
     ) -> Intervention:
         """An intervention at one layer, or the same one in a window of layers."""
-        layers = (layer,) if isinstance(layer, int) else tuple(layer)
+        layers = (layer,) if isinstance(layer, int | Integral) else layer
         where = None if positions is None else tuple(positions)
-        return cls(tuple(Site(kind, i, where, head) for i in layers), change, base)
+        return cls(tuple(Site(kind, int(i), where, head) for i in layers), change, base)
 
     @property
     def pairs(self) -> list[tuple[Site, Change]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
@@ -268,7 +269,7 @@ def _is_activations(given: Any) -> TypeGuard[Activations]:
 def _ids(model: HookedModel, prompt: Prompt, answer: Any) -> tuple[int, ...]:
     if isinstance(answer, str):
         return answer_ids(model, prompt, answer)
-    found = torch.as_tensor(answer) if isinstance(answer, int | torch.Tensor) else None
+    found = torch.as_tensor(answer) if isinstance(answer, Integral | torch.Tensor) else None
     if found is None or found.ndim > 1 or found.is_floating_point() or not found.numel():
         raise ValueError(
             f"an answer is text, a Target, a token id or a tensor of them; got {_shown(answer)}"

@@ -82,5 +82,11 @@ def sample(
             )
             source.set_state(after)
             for i, ids in zip(chosen, more.tolist(), strict=True):
-                texts[i] = known[i].text + decode(model, ids)
+                texts[i] = known[i].text + _behind(model, known[i], ids)
     return texts
+
+
+def _behind(model: HookedModel, prompt: Prompt, ids: Sequence[int]) -> str:
+    """Text of tokens behind a prompt, with the space that some tokenizers leave out at a start."""
+    start, whole = decode(model, prompt.ids), decode(model, [*prompt.ids, *ids])
+    return whole.removeprefix(start) if whole.startswith(start) else decode(model, ids)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -217,7 +218,7 @@ def _parsed(name: str) -> tuple[str, int | None]:
 
 
 def _listed(given: Any) -> Any:
-    return (given,) if isinstance(given, int) else given
+    return (int(given),) if isinstance(given, Integral) else given
 
 
 def _distinct(what: str, given: Any, n: int) -> Sequence[int]:
@@ -226,7 +227,7 @@ def _distinct(what: str, given: Any, n: int) -> Sequence[int]:
         raise ValueError(
             f"{what}s {given!r}: expected a list of one or more of 0..{n - 1}, each once"
         )
-    return found
+    return [int(i) for i in found]
 
 
 def window_of(layer: int, width: int, n_layers: int) -> tuple[int, ...]:
@@ -327,7 +328,7 @@ def _resolved(
             )
         each = (tuple((i,) for i in range(lengths[0])),) * len(bases)
         return tuple(range(lengths[0])), True, each, each
-    single = isinstance(given, int | str | slice)
+    single = isinstance(given, Integral | str | slice)
     named: dict[Any, Any]
     if isinstance(given, Mapping):
         named = dict(given)
@@ -341,6 +342,8 @@ def _resolved(
     taken: list[list[tuple[int, ...]]] = [[] for _ in bases]
     put: list[list[tuple[int, ...]]] = [[] for _ in bases]
     for name, spec in named.items():
+        if isinstance(spec, np.ndarray | Tensor):
+            spec = spec.tolist()
         if isinstance(spec, list) and len(spec) != len(bases):
             raise ValueError(
                 f"position {name!r} lists {len(spec)} spans for {len(bases)} pairs; give one each"
@@ -366,7 +369,7 @@ def _label(where: Where) -> int | str:
     if isinstance(where, slice):
         bounds = (where.start, where.stop, where.step)
         return ":".join("" if b is None else str(b) for b in bounds).removesuffix(":")
-    return where
+    return where if isinstance(where, str) else int(where)
 
 
 def _d_mlp(model: HookedModel) -> int:

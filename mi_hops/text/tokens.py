@@ -301,7 +301,7 @@ def find_text(text: str, phrase: str) -> tuple[int, int]:
     """
     if not phrase.strip():
         raise TokenError("the span to look for is empty")
-    for haystack, needle in ((text, phrase), (text.lower(), phrase.lower())):
+    for haystack, needle in ((text, phrase), (_lowered(text), _lowered(phrase))):
         count = haystack.count(needle)
         if count == 1:
             start = haystack.index(needle)
@@ -312,6 +312,14 @@ def find_text(text: str, phrase: str) -> tuple[int, int]:
                 "positions instead"
             )
     raise TokenError(f"{phrase!r} does not occur in the prompt {text!r}")
+
+
+def _lowered(text: str) -> str:
+    """In small letters, one for each, so that places stay those of `text`: some are two when small."""
+    small = text.lower()
+    if len(small) == len(text):
+        return small
+    return "".join(c if len(c.lower()) > 1 else c.lower() for c in text)
 
 
 def positions(prompt: Prompt, where: Where) -> tuple[int, ...]:
@@ -348,7 +356,7 @@ def positions(prompt: Prompt, where: Where) -> tuple[int, ...]:
         return found
     if not -n <= where < n:
         raise TokenError(f"position {where} is out of range for {n} tokens {list(prompt.labels)}")
-    return (where % n,)
+    return (int(where % n),)
 
 
 def last_position(prompt: Prompt, where: Where) -> int:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mi_hops.lens import Readout, commitment, logit_lens
+from mi_hops.lens import Readout, commitment, fact_trajectories, logit_lens, who_comes_first
 from mi_hops.result.result import Result
 from mi_hops.text.tokens import encode
+from tests.reasoning.tiny_facts import tiny_facts
 
 TEXTS = ["w10 w11 w12", "w20 w21 w22 w23 w24", "w31", "w40 w41 w42 w43"]
 
@@ -70,6 +71,31 @@ def test_equal_to_the_tops_of_plain_transformers(load_tiny, checkpoints, shape, 
     assert found.values[:, 0].tolist() == alone == expected
     only_last = logit_lens(model, TEXTS, layers=3, readout=Readout(top_k=1))
     assert set(commitment(only_last).values.ravel().tolist()) == {3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "counted"),
+    [
+        ("resid", None, [1, 2, 3]),
+        ("resid", [2, 3], [2, 3]),
+        ("resid", [3, 1, 0], [1, 3]),
+        ("resid_pre", None, [1, 2]),
+        ("attn_out", None, [0, 1, 2]),
+    ],
+)
+def test_who_comes_first_counts_the_layers_that_were_read(load_tiny, kind, layers, counted):
+    model = load_tiny()
+    read = fact_trajectories(model, tiny_facts(model, 6), kind=kind, layers=layers)
+    first = []
+    for name, score in (("bridge", "mean_token_prob"), ("answer", "prob")):
+        curves = read[score].sel(tracked=name, position="last")
+        for i in range(curves.sizes["example"]):
+            curve = {k: curves.isel(example=i).sel(layer=k).item() for k in counted}
+            first.append(next(k for k in counted if curve[k] >= max(curve.values()) / 2))
+    bridge, answer = np.array(first).reshape(2, -1)
+    row = who_comes_first(read).iloc[0]
+    assert (row["layer_one"], row["layer_other"]) == (bridge.mean(), answer.mean())
+    assert (row["one_first"], row["n"]) == ((bridge < answer).mean(), len(bridge))
 
 
 def test_bad_input(load_tiny):

@@ -78,6 +78,9 @@ def test_the_sum_of_heads_is_the_sum_of_their_readings(tiny, variant, norm):
     outputs = example_of(tiny, lens).read[1]
     single = [lens.logits(outputs[:, h], layer=1, head=h) for h in range(4)]
     assert torch.allclose(lens.sum_logits(outputs, layer=1), sum(single), atol=1e-4)
+    for head in (None, -1, 4):
+        with pytest.raises(ValueError, match=rf"head is {head}; .* one of 0\.\.3"):
+            lens.logits(outputs[:, 0], layer=1, head=head)
 
 
 def test_losses_by_hand(tiny):
@@ -392,6 +395,16 @@ def test_evaluation_by_hand(tiny):
         both = list(zip(tops[: len(ids)], tops[len(ids) :], strict=True))
         assert np.isclose(got["agreement"], np.mean([a[0] == b[0] for a, b in both]))
         assert np.isclose(got["overlap"], np.mean([len(a[1] & b[1]) / 3 for a, b in both]))
+
+
+def test_a_text_of_one_token_has_no_next_token(load_tiny, checkpoints):
+    model = load_model(checkpoints["gpt2"], device="cpu", bos=False)
+    found = evaluate_lens(model, TunedLens(model), ["w1 w2 w3", "w7"])
+    whole = evaluate_lens(model, TunedLens(model), ["w1 w2 w3"])
+    for name in ("cross_entropy", "excess_cross_entropy"):
+        assert np.isnan(found[name][1]).all()
+        assert np.allclose(found.mean()[name], whole[name][0])
+    assert (found["kl"][1] > 0).all()
 
 
 def test_heads_are_evaluated_alone_and_left_out(tiny):

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
+from mi_hops.lens import TunedLens, evaluate_lens, logit_lens, read_head
 from mi_hops.model import hooked_class
 from mi_hops.patching import PatchJob, ablate, attribute, patch, path_patch, trace
-from mi_hops.sweep import FullLogits, Limits, Pairs, Sites, Target
+from mi_hops.sweep import FullLogits, Intervention, Limits, Pairs, Site, Sites, Target, scale
 from mi_hops.text.tokens import Prompt, encode
 from tests.patching.loops import ALL, ANSWERS, CLEAN, CORRUPTED, ONE, PAIRS, SCORE, changed, run
 
@@ -267,6 +268,33 @@ def test_a_permanent_hook_is_kept_and_acts(load_tiny, kind, shape, backend):
     assert not np.allclose(plain, patch(model, ONE, kind)["score"], atol=1e-3)
     model.reset_hooks(including_permanent=True)
     assert np.allclose(plain, patch(model, ONE, kind)["score"], atol=1e-5)
+
+
+def test_numbers_of_numpy(load_tiny):
+    """As arg max and arange give them."""
+    model, one, two = load_tiny(), np.int64(1), np.int64(2)
+    token = first_ids(model, ["w11"])[0].item()
+    sites = [
+        (Sites("z", layers=one, positions=two, heads=two), Sites("z", 1, 2, 2)),
+        (Sites("z", np.array([0, 2]), heads=np.array([1])), Sites("z", [0, 2], heads=[1])),
+        (Sites(positions=np.arange(1, 3)), Sites(positions=[1, 2])),
+        (Sites(positions={"there": np.array([2])}), Sites(positions={"there": [2]})),
+        (Sites("mlp_post", layers=one, neurons=two), Sites("mlp_post", 1, neurons=2)),
+    ]
+    for given, meant in sites:
+        found = patch(model, changed(ONE, answer=np.int64(token)), given)
+        expected = patch(model, changed(ONE, answer=token), meant)
+        assert same(found, expected)
+        for dim in expected["score"].dims:
+            labels = [each[dim].values.tolist() for each in (found, expected)]
+            assert labels[0] == labels[1], dim
+    assert Intervention.at("z", one, scale(0.0)).sites == (Site("z", 1),)
+    for layers in (one, np.array([1])):
+        assert logit_lens(model, CLEAN[0], layers=layers)["layer"].values.tolist() == [1]
+        lens = TunedLens(model, layers=layers, rank=2)
+        assert evaluate_lens(model, lens, CLEAN, layers=layers)["layer"].values.tolist() == [1]
+    read = read_head(model, (one, two), np.int64(token), top=2)
+    assert np.array_equal(read["score"], read_head(model, "L1H2", token, top=2)["score"])
 
 
 def test_representations_are_short(tiny):

@@ -107,6 +107,17 @@ SCARCE = {
 }
 
 
+@pytest.mark.parametrize("name", [*SCARCE, "inputs"])
+def test_gradients_are_taken_whatever_the_caller_has_switched_off(load_tiny, name):
+    calls = {name: call for name, (_, call) in SCARCE.items()}
+    calls["inputs"] = lambda m: patching.attribute_inputs(m, ALL, steps=3)["attribution"]
+    model = load_tiny()
+    expected = calls[name](model).values
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert np.array_equal(calls[name](model).values, expected, equal_nan=True)
+
+
 @pytest.mark.slow_case("llama-bridge")
 @pytest.mark.parametrize("name", SCARCE)
 def test_out_of_memory_halves_what_was_tried(tiny, name):

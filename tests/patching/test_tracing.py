@@ -78,8 +78,11 @@ def test_equals_the_loop(tiny, kind):
 @pytest.mark.parametrize("kind", ["resid_post", "resid_pre", "attn_out", "mlp_out"])
 def test_severed_equals_the_loop(tiny, cut, kind):
     text, subject, pos = TEXTS[0], SUBJECTS[0], 3
-    result = trace(tiny, ONE, subject, kind, severed=["none", cut], samples=1, seed=SEED)
-    assert result["indirect"].dims == ("example", "severed", "layer", "position")
+    # The whole of an answer of two tokens: its first is run behind the prompt.
+    asked, metrics = Pairs(text, answer="w11 w12"), ["first_prob", "answer_logprob"]
+    options = {"severed": ["none", cut], "samples": 1, "seed": SEED, "metric": metrics}
+    result = trace(tiny, asked, subject, kind, **options)
+    assert result["indirect"].dims == ("example", "severed", "layer", "position", "metric")
     std = 3.0 * float(embedding(tiny).float().std())
     noise = noise_hook(tiny, text, subject, next(noise_draws(tiny, 2, std, 1, (SEED, 0))))
     held = {"mlp": "mlp_out", "attn": "attn_out"}[cut]
@@ -90,9 +93,12 @@ def test_severed_equals_the_loop(tiny, cut, kind):
         first = layer if kind in same_block else layer + 1
         holds = [restore(tiny, text, held, b, pos, [noise]) for b in range(first, 3)]
         for variant, hooks in (("none", []), (cut, holds)):
-            expected = run(tiny, text, [noise, restored, *hooks], answer="w11", metric="first_prob")
-            got = result["score"].sel(example=0, severed=variant, layer=layer, position=pos)
-            assert float(got) == pytest.approx(expected, abs=1e-5)
+            for metric in metrics:
+                changes = [noise, restored, *hooks]
+                expected = run(tiny, text, changes, answer="w11 w12", metric=metric)
+                cell = {"severed": variant, "layer": layer, "position": pos, "metric": metric}
+                got = result["score"].sel(example=0, **cell)
+                assert float(got) == pytest.approx(expected, abs=1e-5)
 
 
 def test_identities(tiny):

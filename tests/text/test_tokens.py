@@ -139,6 +139,8 @@ def test_positions_refuse(model, where, message):
 def test_find_text_prefers_the_exact_case():
     assert find_text("The cat saw the dog", "the") == (12, 15)
     assert find_text("The author of Misery", "the author of Misery") == (0, 20)
+    assert find_text("İzmir, İstanbul and Ankara", "ankara") == (20, 26)  # "İ" is two when small
+    assert find_text("The mayor of İzmir", "the mayor of İzmir") == (0, 18)
 
 
 def test_answers_are_continuations(model):

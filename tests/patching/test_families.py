@@ -1,0 +1,83 @@
+"""A family whose MLPs see rows and positions as one axis (OPT), against single forward passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mi_hops.model import forward, hook_name, load_model
+from mi_hops.patching import Circuit, ablate, all_edges, faithfulness, path_patch
+from mi_hops.sweep import Pairs, Sites
+from mi_hops.text.tokens import encode
+from tests.models import WORDS, tokenizer
+from tests.patching.loops import ONE, PAIRS, changed, run
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory):
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    sizes = {"vocab_size": WORDS, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
+    depth = {"num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    folder = tmp_path_factory.mktemp("opt")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(OPTConfig(**sizes, **depth, **ids))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(10)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return load_model(folder, device="cpu", dtype="float32", backend="bridge")
+
+
+@pytest.mark.parametrize("kind", ["resid_mid", "mlp_post", "mlp_out"])
+def test_ablations_equal_the_loop(opt, kind):
+    texts = [PAIRS[0][0], "w2 w22 w5"]  # of unequal lengths
+    asked = Pairs(texts, answer="w11", wrong="w21")
+    found = ablate(opt, asked, Sites(kind, positions=[2, -1]), how="zero")["score"]
+    for i, text in enumerate(texts):
+        for layer in range(3):
+            for k, pos in enumerate((2, -1)):
+
+                def zero(x, pos=pos):
+                    x = x.clone()
+                    x[0, pos] = 0
+                    return x
+
+                hooks = [(hook_name(kind, layer), zero)]
+                expected = run(opt, text, hooks, answer="w11", wrong="w21")
+                assert float(found[i, layer, k]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_circuits_and_paths(opt):
+    pairs = changed(ONE, answer="w11", wrong="w21")
+    edges = all_edges(opt)
+    kept = faithfulness(opt, pairs, [Circuit(frozenset(edges))])["faithfulness"]
+    assert kept.item() == pytest.approx(1, abs=1e-3)
+    # All but one edge: the clean run with that path from the corrupted one.
+    cut = ("MLP0", "MLP1")
+    without = faithfulness(opt, pairs, [Circuit(frozenset(edges) - {cut})])["score"]
+    path = path_patch(opt, pairs, *cut, direction="noise")["score"]
+    assert without.item() == pytest.approx(path.item(), abs=1e-3)
+    tokens = [torch.tensor([encode(opt, text).ids]) for text in PAIRS[0]]
+    seen = {}
+
+    def look(name):
+        return lambda x: seen.update({name: x})
+
+    for side, ids in enumerate(tokens):
+        name = hook_name("mlp_out", 0)
+        with torch.no_grad():
+            forward(opt, ids, hooks=[(name, look(("write", side)))])
+    moved = seen["write", 1] - seen["write", 0]
+    block = opt.blocks[1]
+    with torch.no_grad():
+        middle = hook_name("resid_mid", 1)
+        forward(opt, tokens[0], hooks=[(middle, look("input"))])
+        own = block.original_component
+        value = own.fc2(own.activation_fn(own.fc1(own.final_layer_norm(seen["input"] + moved))))
+    hooks = [(hook_name("mlp_out", 1), lambda x: value.reshape(x.shape))]
+    expected = run(opt, PAIRS[0][0], hooks, answer="w11", wrong="w21")
+    assert path.item() == pytest.approx(expected, abs=1e-3)
