@@ -394,3 +394,24 @@ def test_optional_steps_are_those_of_patching(finished):
     assert told["source"] > told["target"] and 0 <= told["corrected"]["n"] <= len(names)
     text = (study.folder / "summary.json").read_text()
     assert "back_patching" in text
+
+
+def test_fed_back_corrects_where_the_first_token_comes_first():
+    from mi_hops import Hopland, Pairs, load_model
+    from mi_hops.patching import back_patch
+    from mi_hops.study.context import choosing
+    from mi_hops.study.steps import BackPatching
+
+    facts = Hopland().two_hop_facts("first_unseen")[:12]
+    asked = Pairs([f.prompt() for f in facts], answer=[f.answer for f in facts])
+    model, places = load_model("hops-gpt2"), {"last": -1}
+    fed = back_patch(model, asked, places, metric="rank")
+    told = BackPatching().summarise(fed, None)
+    right = back_patch(model, asked, places, metric="first_correct")
+    assert told["intact"]["value"] == pytest.approx(right["intact"].values.mean())
+    score = right["score"].transpose("example", ...)
+    assert told["anywhere"]["value"] == score.max(["position", "source", "target"]).mean()
+    cell = {name: told[name] for name in ("position", "source", "target")}
+    other = ~choosing(fed["example"].values)
+    assert told["corrected"]["value"] == pytest.approx(score.sel(cell).values[other].mean())
+    assert 0 < told["intact"]["value"] < 1 and 0 < told["corrected"]["value"]
