@@ -140,6 +140,7 @@ def test_cache(tiny, tmp_path, monkeypatch):
     file = tmp_path / "text.txt"
     file.write_text("\n".join(TEXTS))
     assert count(corpus=file) and not count(corpus=file)
+    assert not count(layers=np.array([1]))
     with torch.no_grad():
         w = tiny.blocks[0].attn.W_O
         old = w.data[0, 0, 0].clone()  # adding 1 and taking it away again loses bits
@@ -148,6 +149,19 @@ def test_cache(tiny, tmp_path, monkeypatch):
             assert count()  # other weights
         finally:
             w.data[0, 0, 0] = old
+
+
+def test_the_cache_tells_apart_what_makes_other_tokens(tiny, tmp_path, monkeypatch):
+    for name in ("text.txt", "text.jsonl"):
+        (tmp_path / name).write_text('{"text": "w1 w2 w3"}\n')
+
+    def counted(corpus):
+        return second_moments(tiny, corpus, layers=[1], cache=tmp_path).n
+
+    assert counted(tmp_path / "text.jsonl") == 4  # BOS, and three words
+    assert counted(tmp_path / "text.txt") == second_moments(tiny, tmp_path / "text.txt").n == 5
+    monkeypatch.setattr(tiny.cfg, "default_prepend_bos", False)
+    assert counted(tmp_path / "text.jsonl") == 3
 
 
 @pytest.mark.parametrize(
