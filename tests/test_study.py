@@ -6,6 +6,7 @@ import json
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -13,7 +14,7 @@ from mi_hops.model import fingerprint
 from mi_hops.study import STEPS as ALL_STEPS
 from mi_hops.study import Study, StudySettings, run_study, write_report
 from mi_hops.study.choose import choose_edit, layer_spans
-from mi_hops.study.run import load_study_facts
+from mi_hops.study.run import begin, load_study_facts
 from tests.reasoning.tiny_chains import tiny_chains
 from tests.reasoning.tiny_facts import SIZES, dictated, tiny_facts
 
@@ -255,6 +256,15 @@ def test_other_settings_are_not_overwritten(tiny, tmp_path):
     with pytest.raises(FileExistsError, match="facts_digest"):
         run(tiny, facts[:3], out)
     assert run(tiny, facts, out, seed=1, force=True).settings["seed"] == 1
+
+
+def test_facts_may_keep_what_json_does_not_know(tiny):
+    facts = tiny_facts(tiny, 2)
+    asked = [replace(fact, meta={"year": np.int64(1990)}) for fact in facts]
+    settings, same, plain = (
+        begin(tiny, given, StudySettings(), None, None, None)[2] for given in (asked, asked, facts)
+    )
+    assert settings == same and settings["facts_digest"] != plain["facts_digest"]
 
 
 @pytest.mark.slow

@@ -470,6 +470,8 @@ def _add(sums: _Sums, layer: int, part: Tensor) -> None:
 def _digested(corpus: Iterable[str | TwoHopFact], digest: Any) -> Iterator[str | TwoHopFact]:
     """The items as they are; what passes is added to `digest`."""
     for item in corpus:
-        text = json.dumps(item.to_dict()) if isinstance(item, TwoHopFact) else str(item)
+        text = str(item)
+        if isinstance(item, TwoHopFact):
+            text = json.dumps(item.to_dict(), default=str)
         digest.update(text.encode() + b"\0")
         yield item
