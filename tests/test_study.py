@@ -258,6 +258,12 @@ def test_other_settings_are_not_overwritten(tiny, tmp_path):
     assert run(tiny, facts, out, seed=1, force=True).settings["seed"] == 1
 
 
+def test_a_study_of_a_single_fact(tiny, tmp_path):
+    study = run(tiny, tiny_facts(tiny, 1), tmp_path / "study")
+    assert len(study.result("gap").facts) == 1 and "there is one text" in study.skipped("tuned")
+    assert write_report(study).is_file()
+
+
 def test_facts_may_keep_what_json_does_not_know(tiny):
     facts = tiny_facts(tiny, 2)
     asked = [replace(fact, meta={"year": np.int64(1990)}) for fact in facts]
