@@ -128,9 +128,7 @@ class MemoryInjection:
         if not layers or len(set(layers)) < len(layers):
             raise ValueError(f"layers is {self.layers}; expected one or more, each once")
         given: Any = self.strength
-        strengths = (
-            (float(given),) * len(layers) if isinstance(given, Real) else tuple(given)
-        )
+        strengths = (float(given),) * len(layers) if isinstance(given, Real) else tuple(given)
         if len(strengths) != len(layers):
             raise ValueError(f"{len(layers)} layers and {len(strengths)} strengths; give one each")
         object.__setattr__(self, "layers", layers)

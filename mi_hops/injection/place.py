@@ -61,7 +61,8 @@ class Place:
     def parts(self) -> list[Where]:
         """The positions one by one."""
         given: Any = self.positions
-        return [given] if isinstance(given, str | Integral | slice) else list(given)
+        single = isinstance(given, str | Integral | slice)
+        return [given] if single else list(given)
 
     @property
     def everywhere(self) -> bool:

@@ -413,7 +413,10 @@ def test_layers_strengths_and_positions_may_be_numpys(tiny):
     numbers = {"strengths": np.linspace(1, 2, 2), "positions": np.int64(-1)}
     grids = [
         injection_grid(tiny, FACTS[:2], layers=layers, controls=(), **how)
-        for layers, how in ((np.arange(2), numbers), ([0, 1], {"strengths": (1, 2), "positions": -1}))
+        for layers, how in (
+            (np.arange(2), numbers),
+            ([0, 1], {"strengths": (1, 2), "positions": -1}),
+        )
     ]
     assert grids[0].data.identical(grids[1].data)
     assert grids[0].provenance == grids[1].provenance
