@@ -6,6 +6,7 @@ import json
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -13,7 +14,7 @@ from mi_hops.model import fingerprint
 from mi_hops.study import STEPS as ALL_STEPS
 from mi_hops.study import Study, StudySettings, run_study, write_report
 from mi_hops.study.choose import choose_edit, layer_spans
-from mi_hops.study.run import load_study_facts
+from mi_hops.study.run import begin, load_study_facts
 from tests.reasoning.tiny_chains import tiny_chains
 from tests.reasoning.tiny_facts import SIZES, dictated, tiny_facts
 
@@ -257,6 +258,21 @@ def test_other_settings_are_not_overwritten(tiny, tmp_path):
     assert run(tiny, facts, out, seed=1, force=True).settings["seed"] == 1
 
 
+def test_a_study_of_a_single_fact(tiny, tmp_path):
+    study = run(tiny, tiny_facts(tiny, 1), tmp_path / "study")
+    assert len(study.result("gap").facts) == 1 and "there is one text" in study.skipped("tuned")
+    assert write_report(study).is_file()
+
+
+def test_facts_may_keep_what_json_does_not_know(tiny):
+    facts = tiny_facts(tiny, 2)
+    asked = [replace(fact, meta={"year": np.int64(1990)}) for fact in facts]
+    settings, same, plain = (
+        begin(tiny, given, StudySettings(), None, None, None)[2] for given in (asked, asked, facts)
+    )
+    assert settings == same and settings["facts_digest"] != plain["facts_digest"]
+
+
 @pytest.mark.slow
 def test_other_files_are_not_overwritten(tiny, tmp_path):
     facts = tiny_facts(tiny, 4)
@@ -394,3 +410,24 @@ def test_optional_steps_are_those_of_patching(finished):
     assert told["source"] > told["target"] and 0 <= told["corrected"]["n"] <= len(names)
     text = (study.folder / "summary.json").read_text()
     assert "back_patching" in text
+
+
+def test_fed_back_corrects_where_the_first_token_comes_first():
+    from mi_hops import Hopland, Pairs, load_model
+    from mi_hops.patching import back_patch
+    from mi_hops.study.context import choosing
+    from mi_hops.study.steps import BackPatching
+
+    facts = Hopland().two_hop_facts("first_unseen")[:12]
+    asked = Pairs([f.prompt() for f in facts], answer=[f.answer for f in facts])
+    model, places = load_model("hops-gpt2"), {"last": -1}
+    fed = back_patch(model, asked, places, metric="rank")
+    told = BackPatching().summarise(fed, None)
+    right = back_patch(model, asked, places, metric="first_correct")
+    assert told["intact"]["value"] == pytest.approx(right["intact"].values.mean())
+    score = right["score"].transpose("example", ...)
+    assert told["anywhere"]["value"] == score.max(["position", "source", "target"]).mean()
+    cell = {name: told[name] for name in ("position", "source", "target")}
+    other = ~choosing(fed["example"].values)
+    assert told["corrected"]["value"] == pytest.approx(score.sel(cell).values[other].mean())
+    assert 0 < told["intact"]["value"] < 1 and told["corrected"]["value"] > 0

@@ -109,6 +109,7 @@ def test_a_budget_is_spent_once(tmp_path, worded):
     [
         ({"shots": -1}, "shots is -1"),
         ({"budget": 0}, "minutes above 0"),
+        ({"limit": 0}, "limit is 0; expected at least one fact"),
         ({"score": "rank"}, "score is 'rank'"),
     ],
 )

@@ -79,7 +79,7 @@ class Change:
 
     def __post_init__(self) -> None:
         _kinds(self.matrix)
-        if not isinstance(self.layer, int):
+        if not isinstance(self.layer, int) or self.layer < 0:
             raise ValueError(f"layer is {self.layer!r}; expected a number from 0")
         if self.left is not None and self.left.device != self.right.device:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ def check_editable(
         WrongWeightsError: a covariance of other weights.
         MissingHookError: a model without the hooks an edit of that matrix needs.
     """
-    found = sorted([layers] if isinstance(layers, int) else [int(layer) for layer in layers])
+    given: Any = [layers] if isinstance(layers, Integral) else layers
+    found = sorted(int(layer) for layer in given)
     if not found or len(set(found)) != len(found):
         raise ValueError(f"layers are {layers}; expected one or more, each once")
     require_layers(model, found)

@@ -188,7 +188,8 @@ class Edit:
         replaced = list(zip(self.changes, top.originals, strict=True))
         for change, old in () if force else replaced:
             now = live_matrix(model, *change.site).detach()
-            if not torch.equal(now.reshape(old.shape), _sum(old, change).to(old.dtype)):
+            now = now.reshape(old.shape).to(old.device)  # the model may have been moved
+            if not torch.equal(now, _sum(old, change).to(old.dtype)):
                 raise ValueError(
                     f"{change} was changed by something else since the edit was applied; undo that "
                     "first, or pass force=True to put back the weights from before the edit"

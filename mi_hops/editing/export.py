@@ -105,7 +105,7 @@ def export_hf(
                 source, dtype=dtype or "auto", trust_remote_code=False
             )
             for (matrix, layer), value in edited.items():
-                _write(hf, matrix, layer, value)
+                write_hf(hf, matrix, layer, value)
             folder.mkdir()
             hf.save_pretrained(folder, max_shard_size=max_shard_size)
             if keep_tokenizer:
@@ -175,7 +175,7 @@ def _save_tokenizer(source: str, bos: bool, folder: Path) -> None:
         )
 
 
-def _write(hf: Any, matrix: str, layer: int, value: Tensor) -> None:
+def write_hf(hf: Any, matrix: str, layer: int, value: Tensor) -> None:
     """Put a matrix into a Hugging Face model in the order its module stores it."""
     from transformers.pytorch_utils import Conv1D
 

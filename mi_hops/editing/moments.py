@@ -40,6 +40,7 @@ from mi_hops.model import (
     dtype_of,
     fingerprint,
     live_matrix,
+    prepends_bos,
     processing_of,
     require_layers,
 )
@@ -346,7 +347,7 @@ def second_moments(
         >>> c.shrunk(4).shape
         torch.Size([128, 128])
     """
-    wanted = sorted(set(range(model.cfg.n_layers) if layers is None else layers))
+    wanted = sorted({int(i) for i in (range(model.cfg.n_layers) if layers is None else layers)})
     if not wanted:
         raise ValueError("no layers were given")
     require_layers(model, wanted)
@@ -371,7 +372,10 @@ def second_moments(
     source: dict[str, Any] = {"positions": positions, "max_tokens": max_tokens}
     made_for, path = fingerprint(model), None
     if cache is not None:
-        text = {**source, "text": digest.hexdigest()}
+        # What else decides the tokens: BOS, and whether a file is read as JSON Lines.
+        kind = Path(corpus).suffix if isinstance(corpus, str | os.PathLike) else ""
+        read = {"bos": prepends_bos(model), "jsonl": kind == ".jsonl"}
+        text = {**source, **read, "text": digest.hexdigest()}
         key = json.dumps([made_for, processing_of(model), matrix, wanted, text])
         path = Path(cache) / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
         if path.is_file():
@@ -466,6 +470,8 @@ def _add(sums: _Sums, layer: int, part: Tensor) -> None:
 def _digested(corpus: Iterable[str | TwoHopFact], digest: Any) -> Iterator[str | TwoHopFact]:
     """The items as they are; what passes is added to `digest`."""
     for item in corpus:
-        text = json.dumps(item.to_dict()) if isinstance(item, TwoHopFact) else str(item)
+        text = str(item)
+        if isinstance(item, TwoHopFact):
+            text = json.dumps(item.to_dict(), default=str)
         digest.update(text.encode() + b"\0")
         yield item

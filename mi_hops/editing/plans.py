@@ -19,6 +19,7 @@ from mi_hops.editing.request import (
     check_templates,
     fill,
     key_position,
+    require_second_hop,
 )
 from mi_hops.facts.templates import CONTEXTS
 from mi_hops.model import HookedModel
@@ -135,11 +136,7 @@ def plan_request(model: HookedModel, request: Request, how: CremeSettings) -> Pl
             and lacking.
         TokenError: a prompt that does not fit the context, or a span that cannot be found.
     """
-    if not request.second_hop_prompt:
-        raise ValueError(
-            f"edit request {request.id!r} has no second-hop prompt, whose computation CREME moves into "
-            "the two-hop prompt; give it and its bridge, or take an editor that teaches an answer"
-        )
+    require_second_hop(request)
     check_bridge_known(model, request)
     if how.cover == "answer" and not request.target:
         raise ValueError(

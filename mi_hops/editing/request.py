@@ -261,6 +261,19 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     return tuple(templates)
 
 
+def require_second_hop(request: Request) -> None:
+    """Refuse a request that only says what is to be taught.
+
+    Raises:
+        ValueError: no second-hop prompt.
+    """
+    if not request.second_hop_prompt:
+        raise ValueError(
+            f"edit request {request.id!r} has no second-hop prompt, whose computation CREME moves into "
+            "the two-hop prompt; give it and its bridge, or take an editor that teaches an answer"
+        )
+
+
 def check_bridge_known(model: HookedModel, request: Request) -> None:
     """Refuse a bridge with tokens that the tokenizer does not know.
 

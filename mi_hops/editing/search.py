@@ -45,6 +45,7 @@ from mi_hops.editing.request import (
     check_bridge_known,
     check_together,
     requests_of,
+    require_second_hop,
 )
 from mi_hops.editing.teaching import chunks, frozen, teacher_forced
 from mi_hops.model import Hook, HookedModel, capture, device_of, hook_name, read_matrix
@@ -150,6 +151,7 @@ def creme_search(
     chosen = range(n // 2, n) if layers is None else layers
     editable = check_editable(model, chosen, "W_O", covariance)
     for request in requests:
+        require_second_hop(request)
         check_bridge_known(model, request)
     texts = list(dict.fromkeys([*(p for r in requests for p in r.keep), *kept]))
     with frozen(model), pretransposed_weights(model):

@@ -44,9 +44,9 @@ class TwoHopFact:
         chain: the single hops of three or more; empty for two, whose hops are the fields above.
 
     Raises:
-        ValueError: an empty name, no prompt, an entity that occurs twice (a bridge that equals the
-            answer, say), a prompt that ends in white space, or a chain that does not lead through
-            the bridge to the answer.
+        ValueError: an empty name, no prompt, a bridge that equals the answer (in a chain: any entity
+            that occurs twice), a prompt that ends in white space, or a chain that does not lead
+            through the bridge to the answer.
 
     Examples:
         >>> import mi_hops

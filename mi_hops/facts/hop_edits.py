@@ -218,9 +218,10 @@ def hop_edits(
 
     The new object is one that the same relation has in another fact of the pool. For a new bridge, the
     pool must also have the second hop, so that the new chain's answer is known; for the second hop,
-    the object is the answer. Old and new answer differ, and neither the subject nor the prompt names
-    the new object. A single fact gets one new object, however many of the facts share it; facts whose
-    chain cannot follow it are left out, so that all edits can be made in one model.
+    the object is the answer. Old and new answer differ, the new object is not the subject (a new answer
+    not the bridge either), and no prompt names a new bridge. A single fact gets one new
+    object, however many of the facts share it; facts whose chain cannot follow it are left out, so that
+    all edits can be made in one model.
 
     Args:
         facts: the chains of which one hop is edited.

@@ -275,4 +275,5 @@ def _kept(value: Any) -> Any:
     """A cell for `TwoHopFact.meta`, as a plain Python value that JSON can hold."""
     if _missing(value):
         return None
-    return value.tolist() if hasattr(value, "tolist") else value
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    return plain if isinstance(plain, str | int | float | list | tuple | dict) else str(plain)

@@ -118,7 +118,14 @@ def memory_prompt(
     if not text.strip():
         raise TokenError(f"the memory is empty ({text!r}); there is nothing to inject")
     clean = text.strip()
-    return encode(model, f" {clean}" if leading_space else clean, prepend_bos=prepend_bos)
+    space = " " if leading_space and not _spaces_itself(model, clean.split()[0]) else ""
+    return encode(model, space + clean, prepend_bos=prepend_bos)
+
+
+def _spaces_itself(model: HookedModel, word: str) -> bool:
+    """Whether the tokenizer puts a space before a text; SentencePiece makes a token of one more."""
+    once, twice = (encode(model, t, prepend_bos=False).ids for t in (word, f"{word} {word}"))
+    return twice == once * 2
 
 
 def encode_memories(

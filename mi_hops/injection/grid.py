@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import product
+from numbers import Integral
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -88,7 +90,8 @@ def injection_grid(
     place, given = Place.of(positions), Controls.of(controls)
     encoders = {encoder.name: encoder for encoder in map(Encoder.of, encodings)}
     factors = [float(s) for s in strengths]
-    if not factors or not encoders or len(encoders) < len(encodings):
+    twice = len(encoders) < len(encodings) or len(set(factors)) < len(factors)
+    if not factors or not encoders or twice:
         raise ValueError(
             f"strengths {factors} and encodings {list(encodings)}: expected at least one strength and "
             "one encoding, each once"
@@ -144,8 +147,8 @@ def _layer_groups(
     model: HookedModel, layers: Sequence[int | Sequence[int]] | None
 ) -> dict[int | str, tuple[int, ...]]:
     """Label -> the layers that are injected into together; labels of one type."""
-    every = range(int(model.cfg.n_layers)) if layers is None else layers
-    groups = [(g,) if isinstance(g, int) else tuple(g) for g in every]
+    every: Any = range(int(model.cfg.n_layers)) if layers is None else layers
+    groups = [(g,) if isinstance(g, Integral) else tuple(g) for g in every]
     if not groups or not all(groups) or len(set(groups)) < len(groups):
         raise ValueError(
             f"layers is {layers}; expected at least one, no empty group, and each group once"

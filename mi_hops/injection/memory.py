@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain
+from numbers import Integral, Real
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -122,13 +123,12 @@ class MemoryInjection:
     absent: Absent = "raise"
 
     def __post_init__(self) -> None:
-        layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+        where: Any = (self.layers,) if isinstance(self.layers, Integral) else self.layers
+        layers = tuple(where)
         if not layers or len(set(layers)) < len(layers):
             raise ValueError(f"layers is {self.layers}; expected one or more, each once")
         given: Any = self.strength
-        strengths = (
-            (float(given),) * len(layers) if isinstance(given, int | float) else tuple(given)
-        )
+        strengths = (float(given),) * len(layers) if isinstance(given, Real) else tuple(given)
         if len(strengths) != len(layers):
             raise ValueError(f"{len(layers)} layers and {len(strengths)} strengths; give one each")
         object.__setattr__(self, "layers", layers)

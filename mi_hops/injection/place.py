@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -60,7 +61,8 @@ class Place:
     def parts(self) -> list[Where]:
         """The positions one by one."""
         given: Any = self.positions
-        return [given] if isinstance(given, str | int | slice) else list(given)
+        single = isinstance(given, str | Integral | slice)
+        return [given] if single else list(given)
 
     @property
     def everywhere(self) -> bool:
@@ -89,7 +91,7 @@ class Place:
         plain = [
             {"slice": [p.start, p.stop, p.step]} if isinstance(p, slice) else p for p in self.parts
         ]
-        one = isinstance(self.positions, str | int | slice)
+        one = isinstance(self.positions, str | Integral | slice)
         return vars(self) | {"positions": plain[0] if one else plain}
 
     @classmethod

@@ -46,7 +46,7 @@ def back_patch(
         pairs: prompts with their answers, ``Pairs(prompts, answer=...)``; corrupted ones are not run.
         positions: as in `Sites`; a pair ``(from, to)`` feeds the state of one place back at another.
         sources: default every block but the first, and the end; `targets`: every block.
-        metric: one; ``"rank"`` is 0 where the answer's first token is the model's.
+        metric: one; ``"rank"`` is 1 where the answer's first token is the model's.
 
     Returns:
         `Result` on ``example``, where positions are named ``position``, ``source`` and ``target``,

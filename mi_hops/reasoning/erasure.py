@@ -220,7 +220,7 @@ def erase_bridge(
 
     Raises:
         NoUsableFactError: no fact can be used.
-        ValueError: a bad layer.
+        ValueError: a bad layer, or no control.
 
     Examples:
         >>> import mi_hops
@@ -232,6 +232,8 @@ def erase_bridge(
     """
     layers = list(range(model.cfg.n_layers)) if layers is None else list(layers)
     require_layers(model, layers)
+    if controls < 1:
+        raise ValueError(f"controls is {controls}; expected at least 1 to compare the bridge with")
     cases, skipped = usable(model, facts, _case, purpose="erasure", form=form)
     eraser = Eraser(model, recheck=recheck)
     rng = random.Random(seed)

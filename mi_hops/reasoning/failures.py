@@ -111,7 +111,7 @@ def failure_types(
     the prompt) are skipped, with the reason. A failure with an empty answer is never ``hasty``.
 
     Args:
-        form: template order, the one `gap` was found with; default the gap's own.
+        form: template order, one that `gap` was found with; default its first.
         faint: share of the passed questions' median bridge peak under which a bridge counts as
             absent. Without a passed question rule 3 cannot be applied and is left out.
         limit: look at the first so many failures (and as many passed questions) only.
@@ -128,6 +128,7 @@ def failure_types(
         ['share', 'lower', 'upper', 'n']
     """
     form = gap.form if form is None else form
+    gap = gap.in_form(form) if form in gap.forms else gap
     said = dict(zip(gap.frame["id"], gap.frame["said"], strict=True))
 
     def failed_case(case: Case) -> _Read:

@@ -130,7 +130,7 @@ def _evaluations(parts: Sequence[Evaluation]) -> Evaluation:
 
 def _moments(parts: Sequence[Moments]) -> Moments:
     first = parts[0]
-    names = ("matrix", "fingerprint", "processing", "shrinkage", "layers")
+    names = ("matrix", "fingerprint", "processing", "shrinkage", "null_space", "layers")
     sources = [{k: v for k, v in part.source.items() if k != "text"} for part in parts]
     said = [{name: getattr(part, name) for name in names} for part in parts]
     _require_alike([{**a, **b} for a, b in zip(said, sources, strict=True)])

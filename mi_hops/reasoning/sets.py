@@ -95,7 +95,8 @@ def build_sets(
     Args:
         model: asked for the gap where neither `gap` nor `known` is given; not used otherwise.
         facts: the cases.
-        gap: what the unrepaired model answers, from `find_gap`.
+        gap: what the unrepaired model answers, from `find_gap`: in `form` where that was asked, else
+            in the gap's first form.
         known: the same from another source, instead of a gap.
         pool: facts that the other questions are drawn from; it may contain the cases. By default the
             facts of the gap, else the cases.
@@ -132,7 +133,8 @@ def build_sets(
     if known is None:
         if gap is None:
             gap = find_gap(model, facts if pool is None else pool, form=form)
-        known, form = Known.of(gap), gap.form if form is None else form
+        known = Known.of(gap.in_form(form) if form in gap.forms else gap)
+        form = gap.form if form is None else form
         pool = gap.facts if pool is None else pool
     require_form(facts, form)
     makers = _Makers(facts, facts if pool is None else pool, known, form, per_case, texts, seed)

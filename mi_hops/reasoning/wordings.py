@@ -147,7 +147,8 @@ def choose_wordings(
                 bar.update(1)
     best = np.nanmax(values[score], axis=2)
     weights = np.array([len(hops[name]) for name in names])[None, :, None]
-    s = int((best * weights).sum((0, 1)).argmax())
+    known = (best * weights).sum((0, 1)).round(6)  # hops known with each number of examples
+    s = min(np.flatnonzero(known == known.max()).tolist(), key=lambda i: shots[i])
     options = np.nanargmax(values[score][..., s], axis=2)
     chosen = [
         relations[name].wording(**{form: int(options[f, r]) for f, form in enumerate(forms)})

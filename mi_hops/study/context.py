@@ -124,7 +124,8 @@ class StudySettings:
             its share of the budget allows, at most what `sizes` says.
 
     Raises:
-        ValueError: an unknown name, score or step, a negative number of shots, a budget of nothing.
+        ValueError: an unknown name, score or step, a negative number of shots, a limit or budget of
+            nothing.
 
     Examples:
         >>> import mi_hops
@@ -162,6 +163,8 @@ class StudySettings:
                 f"shots is {self.shots} and budget {self.budget}; expected 0 or more worked examples, "
                 "and minutes above 0"
             )
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; expected at least one fact, or None")
 
 
 @dataclass

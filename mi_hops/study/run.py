@@ -214,5 +214,5 @@ def _thinned(facts: list[TwoHopFact], limit: int, seed: int) -> list[TwoHopFact]
 
 
 def _digest(facts: Sequence[TwoHopFact]) -> str:
-    text = "\n".join(json.dumps(f.to_dict(), sort_keys=True) for f in facts)
+    text = "\n".join(json.dumps(f.to_dict(), sort_keys=True, default=str) for f in facts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
@@ -384,6 +385,11 @@ def test_a_fact_without_a_second_hop_prompt(tiny):
     bare = fact.from_dict({k: v for k, v in fact.to_dict().items() if k != "second_prompts"})
     with pytest.raises(ValueError, match="one form of both"):
         paper(tiny, bare, layers=[1])
+
+
+def test_layers_may_be_numpys(tiny, fact):
+    for given in (np.int64(1), np.array([1])):
+        assert creme(tiny, fact, layers=given).layers == (1,)
 
 
 def test_singular_covariance(tiny, fact):

@@ -8,19 +8,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mi_hops.editing import creme, creme_joint, edit_hooks, second_moments
+from mi_hops.editing import Edit, creme, creme_joint, edit_hooks, second_moments
 from mi_hops.editing.baselines.finetune import finetune_many
 from mi_hops.editing.baselines.grace import GraceRepair
 from mi_hops.editing.baselines.knowledge_editor import EditorTraining, KnowledgeEditor, train_editor
 from mi_hops.editing.baselines.memit import memit
 from mi_hops.editing.baselines.rome import rome
 from mi_hops.editing.change import Change
-from mi_hops.model import forward
+from mi_hops.model import fingerprint, forward
 from mi_hops.sweep.repair import Rows
 from mi_hops.text.tokens import encode, pad
 from tests.editing.conftest import TEMPLATES, assert_same_bits, weights
 from tests.editing.test_knowledge_editor import practice
-from tests.places import FAR, NEAR, TwoPlaces
+from tests.places import FAR, NEAR, TwoPlaces, put
 
 SEARCH = {"templates": TEMPLATES, "steps": 3}
 
@@ -107,3 +107,20 @@ def test_a_change_lies_on_one_device():
     left, right = torch.zeros(1, 3), torch.zeros(1, 2, device="meta")
     with pytest.raises(ValueError, match="are on cpu and meta"):
         Change("W_O", 0, left, right)
+
+
+def test_an_edit_is_undone_where_the_model_was_moved_to(load_tiny):
+    model = load_tiny(fresh=True)
+    before = weights(model)
+    edit = Edit(
+        method="x",
+        changes=(Change("W_O", 1, torch.ones(1, 32), torch.ones(1, 32)),),
+        fingerprint=fingerprint(model),
+    )
+    with TwoPlaces():
+        edit.apply(model)
+        for p in model.parameters():
+            put(p, FAR)
+        edit.undo(model)
+    assert not edit.is_applied(model)
+    assert_same_bits(model, before)

@@ -325,6 +325,8 @@ def test_bad_edits():
         Change("W_O", 0, None, torch.ones(2, 2, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="unknown matrix 'W_Q'"):
         Change("W_Q", 0, None, torch.ones(2, 2))
+    with pytest.raises(ValueError, match="layer is -1; expected a number from 0"):
+        Change("W_O", -1, None, torch.ones(2, 2))
 
 
 # -- files ----------------------------------------------------------------------------------------

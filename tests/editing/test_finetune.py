@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mi_hops.editing import WrongWeightsError
+from mi_hops.editing import EditRepair, OnTop, WrongWeightsError, creme
 from mi_hops.editing.baselines import finetune_full
 from mi_hops.editing.baselines.finetune import FineTuneRepair, LoraRepair, finetune_many
 from mi_hops.editing.teaching import answer_loss, teacher_forced
@@ -147,6 +147,26 @@ def test_the_adapter_and_the_edit_give_the_same_logits(load_tiny, checkpoints, f
         got = model(tokens, return_type="logits")
         want = made[0](tokens).logits
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
+def test_lora_on_top_of_an_edit(load_tiny, checkpoints, facts, monkeypatch, shape, backend):
+    """The adapters are taught beside the weights as edited: both together give the edited logits."""
+    peft = pytest.importorskip("peft")
+    model = load_tiny(shape, backend)
+    made, real = [], peft.get_peft_model
+    monkeypatch.setattr(peft, "get_peft_model", lambda *args: made.append(real(*args)) or made[-1])
+    below = creme(model, facts[0], layers=[1])
+    repair = LoraRepair(checkpoints[shape], layers=[0, 1], steps=5, lr=0.05)
+    tokens = torch.tensor([[1, 9, 30, 7, 12]])
+    with below.applied(model):
+        (above,) = repair.fit(model, facts[1:2])
+        with above.applied(model), torch.no_grad():
+            got = model(tokens, return_type="logits")
+    with torch.no_grad():
+        torch.testing.assert_close(got, made[0](tokens).logits, atol=1e-4, rtol=1e-4)
+    (both,) = OnTop(EditRepair(below), repair).fit(model, facts[1:2])
+    assert torch.equal(both[1].changes[0].right, above.changes[0].right)
 
 
 def test_lora_refuses_another_checkpoint(load_tiny, checkpoints, facts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from mi_hops.editing import Moments, second_moments
 from mi_hops.editing import moments as module
 from mi_hops.model import capture, hook_name
 from mi_hops.text.tokens import encode
+from tests.reasoning.tiny_facts import tiny_fact
 
 TEXTS = [f"w{i} w{i + 3} " + "w7 " * (i % 4) + f"w{2 * i}" for i in range(1, 25)]
 
@@ -116,6 +118,9 @@ def test_the_text_is_always_recorded(tiny, tmp_path):
     digest = named(TEXTS)
     assert digest == named(iter(TEXTS)) == named(TEXTS, cache=tmp_path) != named(TEXTS[1:])
     assert digest == named(TEXTS, cache=tmp_path)  # read back
+    fact = tiny_fact("w3 w5", "w1 w3 w5")
+    kept = replace(fact, meta={"year": np.int64(1990)})  # what JSON does not know
+    assert named([kept]) not in (named([fact]), named(TEXTS))
     file = tmp_path / "text.txt"
     file.write_text("w1 w2")
     assert named(file) == hashlib.sha256(b"w1 w2").hexdigest()
@@ -140,6 +145,7 @@ def test_cache(tiny, tmp_path, monkeypatch):
     file = tmp_path / "text.txt"
     file.write_text("\n".join(TEXTS))
     assert count(corpus=file) and not count(corpus=file)
+    assert not count(layers=np.array([1]))
     with torch.no_grad():
         w = tiny.blocks[0].attn.W_O
         old = w.data[0, 0, 0].clone()  # adding 1 and taking it away again loses bits
@@ -148,6 +154,19 @@ def test_cache(tiny, tmp_path, monkeypatch):
             assert count()  # other weights
         finally:
             w.data[0, 0, 0] = old
+
+
+def test_the_cache_tells_apart_what_makes_other_tokens(tiny, tmp_path, monkeypatch):
+    for name in ("text.txt", "text.jsonl"):
+        (tmp_path / name).write_text('{"text": "w1 w2 w3"}\n')
+
+    def counted(corpus):
+        return second_moments(tiny, corpus, layers=[1], cache=tmp_path).n
+
+    assert counted(tmp_path / "text.jsonl") == 4  # BOS, and three words
+    assert counted(tmp_path / "text.txt") == second_moments(tiny, tmp_path / "text.txt").n == 5
+    monkeypatch.setattr(tiny.cfg, "default_prepend_bos", False)
+    assert counted(tmp_path / "text.jsonl") == 3
 
 
 @pytest.mark.parametrize(

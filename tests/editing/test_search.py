@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from mi_hops.editing import JointSearch, creme_joint, creme_search, second_moments
+from mi_hops.editing import JointSearch, Request, creme_joint, creme_search, second_moments
 from mi_hops.editing.change import matrix_hooks
 from mi_hops.model import forward, read_matrix
 from mi_hops.model.numeric import kl_divergence
@@ -203,3 +203,5 @@ def test_bad_input(tiny, facts, options, words):
         creme_search(tiny, facts, c, **({"layers": [1]} | options))
     with pytest.raises(ValueError, match="no facts"):
         creme_search(tiny, [], c, layers=[1])
+    with pytest.raises(ValueError, match="'' has no second-hop prompt"):
+        creme_search(tiny, [Request(two_hop_prompt="w3 w4", target="w5")], c, layers=[1])

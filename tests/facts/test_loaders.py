@@ -362,6 +362,7 @@ def test_a_frame_is_a_table_and_its_facts_can_be_saved(tmp_path):
             "asked": [None, float("nan"), pd.NA],
             "also": [["Low Wick", "Wyck"], None, None],
             "n": [1, 2, 3],
+            "day": pd.date_range("2020-01-01", periods=3),
         },
         index=[7, 8, 9],
     )
@@ -372,8 +373,10 @@ def test_a_frame_is_a_table_and_its_facts_can_be_saved(tmp_path):
     assert facts[0].answer_aliases == ("Low Wick", "Wyck")
     assert facts[0].meta == {"n": 1}
     assert [note.reason for note in facts.dropped] == ["bridge equals answer", "empty cell"]
-    path = save_jsonl(facts, tmp_path / "facts.jsonl")
-    assert load_jsonl(path).facts == facts.facts
+    dated = load_facts(frame, columns=COLUMNS | {"meta": ["n", "day"]}, on_error="drop")
+    assert dated[0].meta == {"n": 1, "day": "2020-01-01 00:00:00"}
+    path = save_jsonl(dated, tmp_path / "facts.jsonl")
+    assert load_jsonl(path).facts == dated.facts
 
 
 def test_columns_called_like_fields_need_no_naming(tmp_path):

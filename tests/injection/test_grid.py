@@ -267,6 +267,7 @@ def test_one_bridge_cannot_be_permuted():
         ({"layers": [3]}, "0..2"),
         ({"layers": []}, "at least one"),
         ({"strengths": ()}, "at least one strength"),
+        ({"strengths": (2, 2.0)}, "at least one strength and one encoding, each once"),
         ({"encodings": ("word2vec",)}, "unknown encoding"),
         ({"controls": ("noise",)}, "unknown control"),
         ({"positions": lambda: Place(kind="pattern")}, "cannot inject at"),
@@ -406,6 +407,22 @@ def test_the_chosen_cell_is_injected_as_the_grid_did(tiny, encoding, place, tmp_
     assert cell.injection(memory="answer", absent="leave").memory == "answer"
     with pytest.raises(ValueError, match="choose it with select_cell"):
         Cell("unembed", 0, 1.0, 0.5, 4).injection()
+
+
+def test_layers_strengths_and_positions_may_be_numpys(tiny):
+    numbers = {"strengths": np.linspace(1, 2, 2), "positions": np.int64(-1)}
+    grids = [
+        injection_grid(tiny, FACTS[:2], layers=layers, controls=(), **how)
+        for layers, how in (
+            (np.arange(2), numbers),
+            ([0, 1], {"strengths": (1, 2), "positions": -1}),
+        )
+    ]
+    assert grids[0].data.identical(grids[1].data)
+    assert grids[0].provenance == grids[1].provenance
+    cell = select_cell(grids[0])
+    one = MemoryInjection(np.int64(cell.layer), np.float32(cell.strength))
+    assert one.strengths == cell.injection().strengths
 
 
 def test_halves_part_the_examples():

@@ -111,6 +111,21 @@ def test_a_byte_level_memory_has_no_leading_space_unless_asked():
     assert memory_prompt(model, "George", leading_space=True).labels == (" George",)
 
 
+def test_a_memory_of_llama_2s_tokenizer_gets_no_second_space():
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<bos>", "▁", "▁George", "▁Eliot", "George"]
+    core = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>")
+    model = SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(n_ctx=16))
+    for space in (False, True):  # as it is in the middle of a sentence, either way
+        assert memory_prompt(model, "George Eliot", leading_space=space).ids == (3, 4)
+
+
 def test_heads_restriction_equals_a_change_of_their_z(tiny):
     vectors = encode_memories(tiny, ["w20 w21"])
     part = restrict_to_heads(tiny, vectors, [2])[0, 1]

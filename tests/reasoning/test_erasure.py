@@ -119,6 +119,11 @@ def test_controls_are_seeded_and_share_no_token(tiny):
     assert not (first == erase_bridge(tiny, facts, seed=2)["control"].values).all()
 
 
+def test_no_control_is_refused(tiny):
+    with pytest.raises(ValueError, match="controls is 0; expected at least 1"):
+        erase_bridge(tiny, tiny_facts(tiny, 2), controls=0)
+
+
 def test_a_fact_that_cannot_be_used_is_reported(tiny):
     from dataclasses import replace
 

@@ -117,6 +117,19 @@ def test_failure_types_follow_the_rule(tiny, monkeypatch):
     assert "distorted" not in failure_types(tiny, found, faint=0.0)["type"].values
 
 
+def test_failures_are_those_of_the_form_asked_for(tiny):
+    facts = tiny_facts(tiny)
+    both, one = (find_gap(tiny, facts, form=form) for form in (["suffix", "prefix"], "prefix"))
+    both.data["answer"][:] = 1.0
+    one.data["answer"][:] = 1.0
+    both.data["answer"].loc[{"asked": "two_hop", "form": "prefix"}] = [0, 0, 0, 1, 1, 1]
+    both.data["answer"].loc[{"asked": "two_hop", "form": "suffix"}] = [1, 0, 1, 1, 0, 1]
+    one.data["answer"].loc[{"asked": "two_hop"}] = [[0], [0], [0], [1], [1], [1]]
+    there = failure_types(tiny, both, form="prefix")
+    pd.testing.assert_frame_equal(there.frame, failure_types(tiny, one).frame)
+    assert there["example"].values.tolist() == ["0", "1", "2"]
+
+
 def test_failures_that_the_lens_cannot_read_are_reported(tiny):
     facts = tiny_facts(tiny, 4)
     facts[0] = replace(facts[0], first_hop="w80 w81")  # absent

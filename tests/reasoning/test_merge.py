@@ -87,6 +87,8 @@ def test_moments(model, tmp_path):
         assert merged.share(layer) == pytest.approx(whole.share(layer), rel=1e-5)
     with pytest.raises(ValueError, match="positions: all and last"):
         merge([moments(FACTS[:5]), moments(FACTS[5:], positions="last")])
+    with pytest.raises(ValueError, match=r"null_space: 0\.1 and None"):
+        merge([moments(FACTS[:5]).with_null_space(0.1), moments(FACTS[5:])])
     a, b = merged.save(tmp_path / "a.safetensors"), whole.save(tmp_path / "b.safetensors")
     assert merge([load_part(a), load_part(b)]).n == 2 * whole.n
 

@@ -251,6 +251,10 @@ def test_a_gap_says_what_is_known(tiny):
     assert from_gap.settings["form"] == "suffix"
     with pytest.raises(ValueError, match="give one of them"):
         build_sets(tiny, cases, gap=gap, known=known)
+    both, other = (find_gap(tiny, facts, form=form) for form in (["suffix", "prefix"], "prefix"))
+    in_other = build_sets(tiny, cases, gap=both, form="prefix", per_case=2)
+    assert in_other == build_sets(tiny, cases, gap=other, per_case=2)
+    assert in_other != build_sets(tiny, cases, known=known, pool=facts, form="prefix", per_case=2)
 
 
 def test_a_wrong_answer_that_is_right_is_left_out():

@@ -50,6 +50,17 @@ def test_only_facts_that_were_not_chosen_on_are_asked(choice, worded):
     }
 
 
+def test_of_equal_numbers_of_examples_the_smallest_is_chosen(worded, monkeypatch):
+    from types import SimpleNamespace
+
+    from mi_hops.reasoning import wordings
+
+    right = SimpleNamespace(right=True, first_token=True)
+    monkeypatch.setattr(wordings, "answered", lambda _, prompts, *more: [right] * len(prompts))
+    model = load_model("hops-gpt2")
+    assert choose_wordings(model, worded, shots=(2, 0, 1), per_relation=1).shots == 0
+
+
 def test_facts_without_wordings_are_refused(worded):
     model = load_model("hops-gpt2")
     with pytest.raises(ValueError, match="come in several wordings"):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mi_hops.editing.change import Change, matrix_hooks
 from mi_hops.editing.checks import check_editable
-from mi_hops.editing.edit import Edit
+from mi_hops.editing.edit import Edit, WrongWeightsError, applied_edits, check_weights
+from mi_hops.editing.export import write_hf
 from mi_hops.editing.request import Asked, Request, check_templates, requests_of
 from mi_hops.editing.rows import EditorRepair
 from mi_hops.editing.teaching import answer_loss, chunks, frozen, in_templates, minimise
@@ -157,7 +158,7 @@ def lora_many(
     """LoRA edits: `peft` adapters trained on one fact at a time, starting fresh for each.
 
     `peft` adapts Hugging Face modules, so the checkpoint is loaded once more beside the model that
-    is edited, and its weights must be the same. What the adapters add is scaled by 2 (alpha is
+    is edited, and its weights must be the same but for edits that are applied. What the adapters add is scaled by 2 (alpha is
     twice the rank).
 
     Args:
@@ -184,11 +185,13 @@ def lora_many(
     check_templates(templates)
     editable = check_editable(model, layers)
     place: dict[str, Any] = {"device": str(device_of(model)), "dtype": dtype_of(model)}
-    if fingerprint(load_model(source, backend="bridge", **place)) != editable.fingerprint:
+    try:
+        check_weights(model, fingerprint(load_model(source, backend="bridge", **place)))
+    except WrongWeightsError:
         raise ValueError(
             f"{source} holds other weights than the model to be edited; give the checkpoint it was "
             "loaded from"
-        )
+        ) from None
     hf: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint_path(source),
         dtype=place["dtype"],
@@ -198,6 +201,9 @@ def lora_many(
     family = hf.config.model_type
     if family not in _TARGETS:
         raise ValueError(f"LoRA knows the modules of {sorted(_TARGETS)}, not of {family!r}")
+    for edit in applied_edits(model):
+        for change in edit.changes:
+            write_hf(hf, *change.site, read_matrix(model, *change.site))
     numbers = "|".join(map(str, editable.layers))
     modules = "|".join(m.replace(".", r"\.") for m in _TARGETS[family])
     config = LoraConfig(

@@ -58,7 +58,7 @@ class BackPatching(Step):
             "position": str(right["position"].values[place]),
             "source": int(right["source"].values[source]),
             "target": int(right["target"].values[target]),
-            "intact": share_of((result["intact"].values == 0).astype(float)),
+            "intact": share_of((result["intact"].values == 1).astype(float)),
             "corrected": share_of(cell.values[~half]),
             "anywhere": share_of(right.max(["position", "source", "target"]).values),
         }
@@ -112,4 +112,4 @@ class BackPatching(Step):
 def _corrected(result: Result) -> xr.DataArray:
     """1 where the answer's first token comes first, NaN where nothing was fed back."""
     score = result["score"]
-    return (score == 0).where(score.notnull()).astype(float)
+    return (score == 1).where(score.notnull()).astype(float)

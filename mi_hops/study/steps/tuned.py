@@ -13,7 +13,7 @@ from mi_hops.facts.reading import Facts
 from mi_hops.lens import LensTraining, TunedLens, train_lens
 from mi_hops.result import plots
 from mi_hops.result.result import Result
-from mi_hops.study.context import EXAMPLES, Run, StudySettings
+from mi_hops.study.context import EXAMPLES, Run, Skip, StudySettings
 from mi_hops.study.folder import Folder
 from mi_hops.study.numbers import Headline, figures, mean
 from mi_hops.study.parts import Block, Figure, Table, Text, panel
@@ -58,6 +58,8 @@ class Tuned(Step):
         starts = [fact.prompt() for fact in run.draw(pool, TEXTS, "tuned")]
         seed = run.settings.seed
         texts = sample(run.model, starts, n_tokens=WRITTEN, seed=seed)
+        if len(set(texts)) < 2:
+            raise Skip("a lens is trained on some texts and judged on others; there is one text")
         cfg = run.model.cfg
 
         def train(lens: TunedLens, texts: list[str], steps: int, progress: bool) -> Result:
