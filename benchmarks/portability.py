@@ -69,7 +69,8 @@ RULE = (
 #: What is different in SmolLM2; written before a row was read.
 REAL_RULE = (
     "Questions are asked in the wordings and behind the worked examples of the [study of this model]"
-    "(real-model.md); single facts are taught without the examples. Cases are of facts that the study asked, "
+    "(real-model.md); single facts are taught without the examples, and ROME, MEMIT and CREME see prompts "
+    "without context templates, to save time. Cases are of facts that the study asked, "
     "settings are chosen on four edits of facts set apart, from five layers at 0.2 to 0.8 of the depth. At most one "
     "other chain, one neighbour and one unrelated question are asked for each case. Single facts that are scored "
     "may be among what settings are chosen on and C is counted on."
@@ -106,6 +107,7 @@ class Bench:
         corpus: statements that C is counted on.
         n_choose: edits that settings are chosen on.
         per_case: other chains, neighbours and unrelated questions of each reported edit, at most.
+        templates: of ROME, MEMIT and CREME; None for their own.
     """
 
     model: Any
@@ -117,6 +119,7 @@ class Bench:
     layers: list[int]
     n_choose: int = CHOOSE
     per_case: int = 5
+    templates: tuple[str, ...] | None = None
     memo: dict[str, Any] = field(default_factory=dict)
 
 
@@ -148,7 +151,18 @@ def real(folder: Path) -> Bench:
     report = asked.gap("studied", asked.studied)
     layers = [round(model.cfg.n_layers * share) for share in (0.2, 0.35, 0.5, 0.65, 0.8)]
     corpus = statements(choose.facts[:COUNTED], form)  # type: ignore[arg-type]
-    return Bench(model, MODEL, form, choose, report, corpus, layers, n_choose=4, per_case=1)
+    return Bench(
+        model,
+        MODEL,
+        form,
+        choose,
+        report,
+        corpus,
+        layers,
+        n_choose=4,
+        per_case=1,
+        templates=("{}",),
+    )
 
 
 def bare(edit: HopEdit) -> HopEdit:
@@ -245,6 +259,7 @@ def methods(bench: Bench) -> dict[str, Callable[[Sequence[HopEdit]], Any]]:
     def c(matrix: str) -> Moments:
         return second_moments(bench.model, bench.corpus, matrix=matrix, layers=bench.layers)
 
+    said = {} if bench.templates is None else {"templates": bench.templates}
     few, single = bench.layers, [[i] for i in bench.layers]
     pairs = [few[i : i + k] for k in (2, 3) for i in range(len(few) - k + 1)]
     all_spans = spans(len(few)) if few == list(range(len(few))) else [*single, *pairs]
@@ -252,15 +267,18 @@ def methods(bench: Bench) -> dict[str, Callable[[Sequence[HopEdit]], Any]]:
 
     def creme(x: Any, name: str = "CREME") -> CremeRepair:
         return CremeRepair(
-            layers=x[0], strength=x[1], covariance=c("W_O"), form=bench.form, name=name
+            layers=x[0], strength=x[1], covariance=c("W_O"), form=bench.form, name=name, **said
         )
 
     raw: dict[str, tuple[Callable[[Any], Any], Sequence[Any]]] = {
-        "rome": (lambda x: RomeRepair(layer=x, covariance=c("W_out")), few),
-        "memit": (lambda x: MemitRepair(layers=x, covariance=c("W_out")), pairs),
+        "rome": (lambda x: RomeRepair(layer=x, covariance=c("W_out"), **said), few),
+        "memit": (lambda x: MemitRepair(layers=x, covariance=c("W_out"), **said), pairs),
         "alphaedit": (
             lambda x: MemitRepair(
-                layers=x[0], covariance=c("W_out").with_null_space(x[1]), name="AlphaEdit"
+                layers=x[0],
+                covariance=c("W_out").with_null_space(x[1]),
+                name="AlphaEdit",
+                **said,
             ),
             [(layers, threshold) for layers in pairs for threshold in (0.1, 0.3)],
         ),
