@@ -200,7 +200,7 @@ what the unembedding reads, in {_share(found, "erasure, exact", "hidden")}; patc
 
 ## Does CREME also correct models without a bridge to repair?
 
-Yes. In `decoy` and `shortcut` the answers are stored for pairs and nothing uses the bridge, so there is no
+In `decoy` and `shortcut` the answers are stored for pairs and nothing uses the bridge, so there is no
 implicit result that an edit could correct. Of failed questions that its settings were not chosen on, CREME corrects
 {_corrected(found, "decoy") or "(not measured)"} in `decoy`,
 {_corrected(found, "shortcut") or "(no such model measured)"} in `shortcut`, and
