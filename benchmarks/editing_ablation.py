@@ -1,4 +1,4 @@
-"""What of CREME matters: layers, templates, C and its shrinkage, what is matched, what is kept.
+"""Which choices in CREME matter: layers, templates, C and its shrinkage, what is matched, what is kept.
 
 ``python -m benchmarks.editing_ablation [--model hops-gpt2 hops-llama] [--cases 100]`` writes
 ``docs/benchmarks/editing-ablation.md``. One choice is varied at a time.

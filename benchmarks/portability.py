@@ -69,8 +69,9 @@ RULE = (
 #: What is different in SmolLM2; written before a row was read.
 REAL_RULE = (
     "Questions are asked in the wordings and behind the worked examples of the [study of this model]"
-    "(real-model.md); single facts are taught without the examples, and ROME, MEMIT and CREME see prompts "
-    "without context templates, to save time. Cases are of facts that the study asked, "
+    "(real-model.md); single facts are taught behind them, too, and ROME, MEMIT and CREME see no other "
+    "context templates, to save time. (Before any row was read, ROME was chosen for facts taught without examples: "
+    "its worth was 0.78 with context templates and 0.15 without.) Cases are of facts that the study asked, "
     "settings are chosen on four edits of facts set apart, from five layers at 0.2 to 0.8 of the depth. At most one "
     "other chain, one neighbour and one unrelated question are asked for each case. Single facts that are scored "
     "may be among what settings are chosen on and C is counted on."
@@ -163,15 +164,6 @@ def real(folder: Path) -> Bench:
         per_case=1,
         templates=("{}",),
     )
-
-
-def bare(edit: HopEdit) -> HopEdit:
-    """The edit of a single fact as it is taught: its prompts without the worked examples before them."""
-    before, after = (
-        fact.with_prompts(lambda form, text: text.rpartition("\n")[2])
-        for fact in (edit.before, edit.after)
-    )
-    return HopEdit(before=before, after=after, hops=edit.hops)
 
 
 def statements(facts: Sequence[TwoHopFact], form: str) -> list[str]:
@@ -294,14 +286,14 @@ def methods(bench: Bench) -> dict[str, Callable[[Sequence[HopEdit]], Any]]:
     def option(label: str) -> Any:
         make, options = raw[label]
         return chooser.best(
-            label, lambda x: HopRepair(make(x), map(bare, chooser.edits), form=bench.form), options
+            label, lambda x: HopRepair(make(x), chooser.edits, form=bench.form), options
         )
 
     def taught(label: str, edits: Sequence[HopEdit]) -> Any:
         key = f"{label}/{edits[0].id}/{len(edits)}"
         if key not in bench.memo:
             make = raw[label][0]
-            repair = HopRepair(make(option(label)), map(bare, edits), form=bench.form)
+            repair = HopRepair(make(option(label)), edits, form=bench.form)
             bench.memo[key] = Once(repair)
         return bench.memo[key]
 
