@@ -55,8 +55,8 @@ def evaluate_lens(
         Result on ``example`` (text) and ``layer``, each value a mean over the text's tokens:
         ``kl`` = KL(output || lens) and the baseline ``logit_lens_kl``, the same for the logit lens
         (nats); ``cross_entropy`` of the lens on the text's next tokens (nats; the last token of a
-        text has none, and a text of one token is NaN), and ``excess_cross_entropy``, how much that is above the model's own, their
-        disagreement; ``agreement``, the share of tokens with the model's first choice; ``overlap``,
+        text has none, and a text of one token is NaN), and ``excess_cross_entropy``, how much that is
+        above the model's own, their disagreement; ``agreement``, the share of tokens with the model's first choice; ``overlap``,
         the share of the model's `top_k` tokens among the lens's.
 
     Raises:

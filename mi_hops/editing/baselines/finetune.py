@@ -158,8 +158,8 @@ def lora_many(
     """LoRA edits: `peft` adapters trained on one fact at a time, starting fresh for each.
 
     `peft` adapts Hugging Face modules, so the checkpoint is loaded once more beside the model that
-    is edited, and its weights must be the same but for edits that are applied. What the adapters add is scaled by 2 (alpha is
-    twice the rank).
+    is edited, and its weights must be the same but for edits that are applied. What the adapters add
+    is scaled by 2 (alpha is twice the rank).
 
     Args:
         asked: facts or requests; the two-hop prompt is taught its target.
