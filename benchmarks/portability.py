@@ -68,13 +68,15 @@ RULE = (
 
 #: What is different in SmolLM2; written before a row was read.
 REAL_RULE = (
-    "Questions are asked in the wordings and behind the worked examples of the [study of this model]"
-    "(real-model.md); single facts are taught behind them, too, and ROME, MEMIT and CREME see no other "
-    "context templates, to save time. (Before any row was read, ROME was chosen for facts taught without examples: "
-    "its worth was 0.78 with context templates and 0.15 without; behind examples it is 0.82.) Cases are of facts that the study asked, "
-    "settings are chosen on four edits of facts set apart, from five layers at 0.2 to 0.8 of the depth. At most one "
-    "other chain, one neighbour and one unrelated question are asked for each case. Single facts that are scored "
-    "may be among what settings are chosen on and C is counted on."
+    "Questions are asked in the wordings and behind the worked examples of the [study of "
+    "this model](real-model.md); single facts are taught behind them, too, and ROME, "
+    "MEMIT and CREME see no other context templates, to save time. (Before any row was "
+    "read, ROME was chosen for facts taught without examples: its worth was 0.78 with "
+    "context templates and 0.15 without; behind examples it is 0.82.) Cases are of facts "
+    "that the study asked, settings are chosen on four edits of facts set apart, from "
+    "five layers at 0.2 to 0.8 of the depth. At most one other chain, one neighbour and "
+    "one unrelated question are asked for each case. Single facts that are scored may be "
+    "among what settings are chosen on and C is counted on."
 )
 
 #: Column -> (set, statistic).
