@@ -279,6 +279,15 @@ class PlainPasses:
         x = self._enter(tokens, distinct, slots)
         return self._leave(self._through(x, distinct, slots, scored=last[:, None]))
 
+    def at(
+        self, tokens: Int[Tensor, "row pos"], scored: Int[Tensor, "row scored"]
+    ) -> Float[Tensor, "row scored vocab"]:
+        """Logits at `scored` of rows on their own."""
+        distinct = _Distinct.of(tokens, scored.max(1).values, device_of(self._model))
+        slots = self._alone(tokens)
+        x = self._through(self._enter(tokens, distinct, slots), distinct, slots, scored=scored)
+        return self._leave(x).view(*scored.shape, -1)
+
     def entering(
         self, tokens: Int[Tensor, "row pos"], last: Int[Tensor, "row"], layer: int
     ) -> Float[Tensor, "row pos d_model"]:

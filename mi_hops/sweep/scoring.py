@@ -12,6 +12,7 @@ from torch import Tensor
 from mi_hops.model import Hook, HookedModel, dtype_of, forward
 from mi_hops.model.cache import Prefix, Recorder, new_cache
 from mi_hops.model.numeric import wide_dtype
+from mi_hops.model.plain import plain_passes
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.metrics import MetricLike, Target, get_metrics, require_finite
 from mi_hops.sweep.repair import Repair, Rows
@@ -96,7 +97,11 @@ def score(
             active += repair.hooks(model, [given[r.prompt] for r in chosen], of_rows)
         width = max(len(r.positions) for r in chosen)
         at = torch.tensor([r.scored(width) for r in chosen])
-        logits = logits_at(model, batch.tokens, at, hooks=active)
+        plain = None if active else plain_passes(model)
+        if plain is None:
+            logits = logits_at(model, batch.tokens, at, hooks=active)
+        else:
+            logits = plain.at(batch.tokens, at)
         found = [
             each
             for run, row in zip(chosen, logits, strict=True)

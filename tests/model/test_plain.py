@@ -16,8 +16,10 @@ import mi_hops
 from mi_hops.model import forward, hooked_class
 from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.lean import lean_blocks
-from mi_hops.model.plain import plain_passes
+from mi_hops.model.plain import PlainPasses, plain_passes
 from mi_hops.model.shortcuts import is_touched
+from mi_hops.sweep import target_of
+from mi_hops.sweep.scoring import score_prompts
 from tests.models import SHAPES, cases
 
 PROMPTS = ["w7 w30 w22 w5", "w7 w30 w9", "w7 w30 w22 w5 w60 w11"]
@@ -146,6 +148,26 @@ def test_torchs_hooks_on_the_whole_model_and_on_the_unembedding_fire(load_tiny):
         with module.register_forward_hook(lambda module, given, out: 2 * out):
             torch.testing.assert_close(forward(model, tokens), 2 * logits)
     assert torch.equal(forward(model, tokens), logits)
+
+
+@pytest.mark.parametrize("shape, backend", cases(*SHAPES))
+def test_scores_are_those_of_the_models_own_passes(load_tiny, shape, backend):
+    model = load_tiny(shape, backend, "float32")
+    metrics = ("first_prob", "answer_logprob", "rank", "greedy")
+    prompts = [mi_hops.encode(model, text) for text in PROMPTS]
+    answers = ["w8", "w12 w3", "w40"]
+    targets = [target_of(model, p, answer) for p, answer in zip(prompts, answers, strict=True)]
+    at = mock.patch.object(PlainPasses, "at", autospec=True, side_effect=PlainPasses.at)
+    with at as plain:
+        found = score_prompts(model, prompts, targets, metrics)
+    assert plain.called
+    with at as plain:
+        # A hook that changes nothing.
+        hooks = [("blocks.0.hook_resid_post", lambda x: x)]
+        kept = score_prompts(model, prompts, targets, metrics, hooks=hooks)
+    assert not plain.called
+    for name in metrics:
+        torch.testing.assert_close(found[name], kept[name], rtol=1e-4, atol=1e-5)
 
 
 def test_weights_as_they_are_at_the_call(load_tiny):
