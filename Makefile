@@ -81,7 +81,7 @@ test: export OMP_NUM_THREADS ?= 1
 test: env
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) $(ARGS)
 
-# -- tests on TransformerLens 4.x, less what does not depend on it; checks and docs -----------
+# -- tests on TransformerLens 4.x, less what adds nothing there; checks and docs -----------
 
 test-tl4: export OMP_NUM_THREADS ?= 1
 test-tl4: env-tl4

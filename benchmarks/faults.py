@@ -68,6 +68,8 @@ class Trials:
             return child
         code, any_size = 1, resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
+            # A shell starts what runs in the background with it ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.stderr = (self.work / "errors.txt").open("w")
             keep_module.WRITE_EVERY = WRITE_EVERY
             before()

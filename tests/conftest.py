@@ -86,7 +86,7 @@ def tiny(request, load_tiny):
     return load_tiny(*request.param)
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=[pytest.param("gpt2", marks=pytest.mark.once), "llama"])
 def pair(request, checkpoints):
     """The same float64 model on one device and on two; each block fetches what it is given.
 

@@ -79,10 +79,19 @@ def _packages() -> set[str]:
     return {".".join(p.parent.relative_to(ROOT).parts) for p in inits}
 
 
+def _costly(page: Path) -> bool:
+    """Whether a page runs the real model or whole studies, which other tests do everywhere."""
+    return any(word in _code(page) for word in ('"smollm2-135m"', "run_study"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if _code(page).strip()],
+    [
+        pytest.param(page, marks=pytest.mark.once) if _costly(page) else page
+        for page in PAGES
+        if _code(page).strip()
+    ],
     ids=lambda page: page.relative_to(ROOT).as_posix(),
 )
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):

@@ -49,7 +49,12 @@ def _cpu_of_ended_children():
 @pytest.mark.slow
 # The machine may be busy with other things; cells have a limit of their own.
 @pytest.mark.timeout(1800)
-@each_notebook
+@pytest.mark.parametrize(
+    "path",
+    # One of all on every TransformerLens: the pages' code meets each wing.
+    [p if p.stem == "02_patching" else pytest.param(p, marks=pytest.mark.once) for p in PATHS],
+    ids=lambda path: path.stem,
+)
 def test_it_runs_from_top_to_bottom(path, refresh, monkeypatch):
     if "smollm2" in _code_cells(path)[0].source:
         require_real_model()

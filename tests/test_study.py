@@ -94,6 +94,7 @@ def test_a_model_with_folded_weights(load_tiny, dictate, tmp_path, shape, backen
     assert f"over the {31 if shape == 'gpt2' else 32} directions" in text
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_facts_that_a_step_cannot_use_are_left_out_of_it(knowing, tmp_path):
     model, facts = knowing
@@ -144,6 +145,7 @@ def test_chains_stand_among_the_facts(knowing, tmp_path):
     assert f"{first} / {second}" in text
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_step_that_can_use_no_fact_is_left_out(knowing, tmp_path):
     model, facts = knowing
@@ -188,6 +190,7 @@ def test_cells_are_small_and_unknown_steps_are_refused(finished):
         study.result("edit")
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_stopped_study_resumes(knowing, tmp_path, monkeypatch):
     from mi_hops.study.steps import locate as locate_module
@@ -211,6 +214,7 @@ def test_a_stopped_study_resumes(knowing, tmp_path, monkeypatch):
     assert {n: (out / n).stat().st_mtime_ns for n in done} == done
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_study_resumed_with_other_versions_says_so(knowing, tmp_path, monkeypatch):
     model, facts = knowing
@@ -246,6 +250,7 @@ def test_a_finished_study_is_reopened(finished, monkeypatch):
     assert run(model, facts, first.folder).summary == first.summary
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_other_settings_are_not_overwritten(tiny, tmp_path):
     facts = tiny_facts(tiny, 4)
@@ -273,6 +278,7 @@ def test_facts_may_keep_what_json_does_not_know(tiny):
     assert settings == same and settings["facts_digest"] != plain["facts_digest"]
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_other_files_are_not_overwritten(tiny, tmp_path):
     facts = tiny_facts(tiny, 4)

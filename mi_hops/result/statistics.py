@@ -134,15 +134,18 @@ def proportion_ci(k: int, n: int, *, level: float = 0.95) -> tuple[float, float]
     Raises:
         ValueError: Not 0 <= k <= n, or `level` out of range.
     """
-    from scipy.stats import binomtest
+    from scipy.special import betaincinv
 
     _check_settings(level, 1)
     if not 0 <= k <= n:
         raise ValueError(f"{k} of {n} is not a proportion; expected 0 <= k <= n")
     if n == 0:
         return 0.0, 1.0
-    interval = binomtest(int(k), int(n)).proportion_ci(confidence_level=level, method="exact")
-    return float(interval.low), float(interval.high)
+    # Quantiles of beta distributions: those of scipy.stats.binomtest, which searches for each.
+    tail = (1 - level) / 2
+    low = betaincinv(k, n - k + 1, tail) if k else 0.0
+    high = betaincinv(k + 1, n - k, 1 - tail) if k < n else 1.0
+    return float(low), float(high)
 
 
 def summarise_change(

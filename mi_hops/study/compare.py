@@ -68,8 +68,8 @@ def compare_studies(
         >>> import mi_hops, tempfile
         >>> from mi_hops.study import compare_studies
         >>> facts = mi_hops.Hopland().sample(train=0, held_out=1)
-        >>> out = tempfile.mkdtemp()
-        >>> study = mi_hops.run_study("hops-gpt2", facts, out=f"{out}/a", progress=False)
+        >>> out, few = tempfile.mkdtemp(), mi_hops.StudySettings(sizes="quick")
+        >>> study = mi_hops.run_study("hops-gpt2", facts, out=f"{out}/a", settings=few, progress=False)
         >>> compare_studies(study, study, f"{out}/both.html", names=["once", "again"]).name
         'both.html'
     """

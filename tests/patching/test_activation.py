@@ -44,6 +44,7 @@ ALONE = changed(ONE, corrupted=None)
 def test_layer_by_position_equals_the_loop(tiny, kind, direction):
     result = patch(tiny, ALL, kind, direction=direction)
     assert result["effect"].dims == ("example", "layer", "position")
+    score, change, effect = (result[name].values for name in ("score", "change", "effect"))
     origins, bases = (CLEAN, CORRUPTED) if direction == "denoise" else (CORRUPTED, CLEAN)
     for i in range(len(PAIRS)):
         scores = {"answer": ANSWERS[i], "wrong": WRONGS[i]}
@@ -55,11 +56,11 @@ def test_layer_by_position_equals_the_loop(tiny, kind, direction):
             value = source(tiny, origins[i], kind, layer)
             for pos in range(N):
                 found = run(tiny, bases[i], [put(kind, layer, value, [pos])], **scores)
-                at = {"example": i, "layer": layer, "position": pos}
-                assert float(result["score"].sel(at)) == pytest.approx(found, abs=1e-5)
-                assert float(result["change"].sel(at)) == pytest.approx(found - base, abs=1e-5)
-                effect = (found - base) / (other - base)
-                assert float(result["effect"].sel(at)) == pytest.approx(effect, abs=1e-4, rel=1e-4)
+                at = i, layer, pos
+                assert score[at] == pytest.approx(found, abs=1e-5)
+                assert change[at] == pytest.approx(found - base, abs=1e-5)
+                expected = (found - base) / (other - base)
+                assert effect[at] == pytest.approx(expected, abs=1e-4, rel=1e-4)
 
 
 @pytest.mark.slow_case("llama-bridge")

@@ -58,6 +58,7 @@ def tensors():
     return sum(type(o) is torch.Tensor for o in gc.get_objects())
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_fifty_repeats_leave_memory_flat(load_tiny, name):

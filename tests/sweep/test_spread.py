@@ -142,6 +142,7 @@ def test_on_the_bridge_as_well(bridge, name):
     assert executor.n > 1 and same(found, expected)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("matrix", ["W_O", "W_out"])
 def test_moments(model, matrix):
@@ -154,6 +155,7 @@ def test_moments(model, matrix):
     assert all(torch.equal(found.second[i], c) for i, c in expected.second.items())
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_moments_that_are_dear_to_send_are_counted_here(model, monkeypatch):
     expected = mi_hops.second_moments(model, FACTS, max_tokens=64)
@@ -177,6 +179,7 @@ def test_edits(model):
             assert torch.equal(x.left, y.left) and torch.equal(x.right, y.right)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_evaluate(model):
     gap, facts = facts_of(model)
@@ -189,6 +192,7 @@ def test_evaluate(model):
     assert executor.n > 3 and same(found.frame, expected.frame)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_processes_of_our_own():
     model = load_model("hops-llama")
@@ -198,6 +202,7 @@ def test_processes_of_our_own():
     assert len(active_children()) == n
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_process_that_is_killed_is_replaced():
     model = load_model("hops-gpt2")
@@ -327,6 +332,7 @@ def test_a_changed_or_hooked_model_works_here():
         assert executor.n == 6
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_model_from_elsewhere_needs_its_loader():
     import copy
@@ -354,6 +360,7 @@ def cluster(tmp_path_factory):
         yield cluster
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["find_gap", "erasure"])
 def test_dask(cluster, name):
@@ -363,6 +370,7 @@ def test_dask(cluster, name):
         assert same(WORK[name](model), expected)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["raises", "is killed"])
 def test_what_a_dask_worker_lost_is_done_again(cluster, how, tmp_path):

@@ -60,7 +60,8 @@ def write_report(study: Study, path: str | Path | None = None, *, overwrite: boo
     Examples:
         >>> import mi_hops, tempfile
         >>> facts = mi_hops.Hopland().sample(train=0, held_out=1)
-        >>> study = mi_hops.run_study("hops-gpt2", facts, out=tempfile.mkdtemp(), progress=False)
+        >>> out, few = tempfile.mkdtemp(), mi_hops.StudySettings(sizes="quick")
+        >>> study = mi_hops.run_study("hops-gpt2", facts, out=out, settings=few, progress=False)
         >>> mi_hops.write_report(study).name
         'report.html'
     """
