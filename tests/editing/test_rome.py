@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from mi_hops.editing import Request, second_moments
-from mi_hops.editing.baselines.rome import RomeRepair, ValueSearch, rome, rome_many, search_values
+from mi_hops.editing.baselines.rome import (
+    RomeRepair,
+    ValueSearch,
+    rome,
+    rome_many,
+    search_values,
+    teach_requests,
+)
 from mi_hops.editing.teaching import answer_loss, last_logp, teacher_forced
 from mi_hops.facts.templates import capitalise
 from mi_hops.model import capture, hook_name
@@ -108,6 +116,32 @@ def test_facts_of_a_batch_do_not_meet(load_tiny, facts):
 
 
 @pytest.mark.slow
+def test_searches_are_of_like_lengths_and_come_back_in_order(load_tiny, facts, monkeypatch):
+    model = load_tiny("llama", "bridge", "float64")
+    longer = [0, 8, 0, 8, 0]
+    asked = [
+        Request(
+            two_hop_prompt=" ".join(["w3"] * n + [f.prompt()]), first_hop=f.first_hop, target="w7"
+        )
+        for n, f in zip(longer, facts, strict=True)
+    ]
+    how = ValueSearch(**{**QUICK, "templates": ("{}",), "steps": 3})
+    together = []
+
+    def teach(model, part, how):
+        together.append([asked.index(request) for request in part])
+        return teach_requests(model, part, how)
+
+    monkeypatch.setattr(sys.modules[search_values.__module__], "teach_requests", teach)
+    found = search_values(model, asked, 1, how, batch_size=3)
+    assert together == [[0, 2, 4], [1, 3]]
+    for i, request in enumerate(asked):
+        alone = search_values(model, [request], 1, how)
+        for name in ("keys", "bare", "values"):
+            row, own = getattr(found, name)[i], getattr(alone, name)[0]
+            torch.testing.assert_close(row, own, atol=1e-9, rtol=1e-9)
+
+
 def test_clamp_and_decay_bound_the_value(load_tiny, fact):
     model = load_tiny("llama", "bridge")
     requests = [Request.from_fact(fact)]

@@ -160,10 +160,9 @@ class _Memit:
             **asdict(how),
         }
         end = hook_name("resid_post", where[-1])
-        parts = [[requests[i] for i in part] for part in chunks(n, self.batch_size)]
-        added = torch.cat(
-            [search_values(model, part, where[-1], how, hook=end).values for part in parts]
-        )
+        size = self.batch_size
+        added = search_values(model, requests, where[-1], how, hook=end, batch_size=size).values
+        parts = [[requests[i] for i in part] for part in chunks(n, size)]
         group_of = {i: g for g, members in enumerate(groups) for i in members}
 
         def edit(group: int) -> Edit:

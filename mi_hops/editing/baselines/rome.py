@@ -122,16 +122,17 @@ def rome_many(
     requests = requests_of(asked, how.form, taught=True)
     editable = check_editable(model, layer, "W_out", covariance)
     settings = {"layer": layer, "c": covariance is not None, **asdict(how)}
+    if not requests:
+        return []
+    found = search_values(model, requests, layer, how, batch_size=batch_size)
+    inverse = editable.inverse_times(layer, found.keys)
     edits = []
-    for part in chunks(len(requests), batch_size):
-        found = search_values(model, [requests[i] for i in part], layer, how)
-        inverse = editable.inverse_times(layer, found.keys)
-        for row, i in enumerate(part):
-            left = solve_keys(found.keys[row, None], inverse=inverse[row, None])
-            if how.repository:
-                left = left / (left @ found.bare[row])
-            change = editable.change(layer, left, found.values[row, None])
-            edits.append(editable.edit("rome", requests[i].to_dict(), [change], settings))
+    for i, request in enumerate(requests):
+        left = solve_keys(found.keys[i, None], inverse=inverse[i, None])
+        if how.repository:
+            left = left / (left @ found.bare[i])
+        change = editable.change(layer, left, found.values[i, None])
+        edits.append(editable.edit("rome", request.to_dict(), [change], settings))
     return edits
 
 
@@ -195,10 +196,38 @@ class Place:
 
 
 def search_values(
-    model: HookedModel, requests: Sequence[Request], layer: int, how: ValueSearch, hook: str = ""
+    model: HookedModel,
+    requests: Sequence[Request],
+    layer: int,
+    how: ValueSearch,
+    *,
+    hook: str = "",
+    batch_size: int = 16,
 ) -> Found:
-    """Additions to the MLP's output (or at another `hook`) by which each fact's prompt is answered."""
+    """Additions to the MLP's output (or at another `hook`) by which each fact's prompt is answered.
+
+    Requests of like length are searched for together: what comes before the first key of a batch is
+    run once, and not in every step.
+    """
     hook = hook or output_hook("W_out", layer)
+    lengths = [len(encode(model, r.two_hop_prompt).ids) for r in requests]
+    order = sorted(range(len(requests)), key=lengths.__getitem__)
+    parts = [
+        _search([requests[order[i]] for i in part], model, layer, how, hook)
+        for part in chunks(len(requests), batch_size)
+    ]
+    back = torch.tensor(order).argsort()
+    keys, bare, values = (
+        torch.cat([getattr(part, name) for part in parts])[back]
+        for name in ("keys", "bare", "values")
+    )
+    return Found(keys, bare, values)
+
+
+def _search(
+    requests: Sequence[Request], model: HookedModel, layer: int, how: ValueSearch, hook: str
+) -> Found:
+    """Of one batch."""
     n = len(requests)
     batch, place = teach_requests(model, requests, how)
     essence = [encode(model, _essence(r)) for r in requests]
