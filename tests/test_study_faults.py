@@ -94,7 +94,7 @@ def cut(good):
 @pytest.mark.slow
 def test_a_damaged_file_is_made_again(run, tmp_path):
     study = run(tmp_path / "study")
-    # Two at a time, of which neither is made from the other.
+    # Two at a time: each step looks at its own files alone.
     for names in (
         ("gap.nc", "tuned_lens/lens.safetensors"),
         ("lens.nc", "choices.json"),
