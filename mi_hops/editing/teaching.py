@@ -15,7 +15,7 @@ from mi_hops.editing.request import Request, fill
 from mi_hops.model import Hook, HookedModel
 from mi_hops.model.numeric import widen
 from mi_hops.sweep.scoring import logits_at, prefix_of
-from mi_hops.text.tokens import Prompt, answer_ids, encode, pad
+from mi_hops.text.tokens import Prompt, answer_ids, batches, encode, pad
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,26 @@ def frozen(model: HookedModel) -> Iterator[None]:
     finally:
         for p in wanted:
             p.requires_grad_(True)
+
+
+def alike_in_length(
+    model: HookedModel, requests: Sequence[Request], size: int
+) -> tuple[list[list[int]], Int[Tensor, "fact"]]:
+    """Requests to be searched for together: their two-hop prompts are of like length.
+
+    The less they differ, the less is padding, and the more of what comes before a change can be left
+    out (`TeacherForcedBatch.behind`).
+
+    Returns:
+        Batches of at most `size` places in the list, and where each request is in all batches
+        joined.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    rows = [encode(model, request.two_hop_prompt).ids for request in requests]
+    together = [places for places, _ in batches(rows, size)]
+    return together, torch.tensor([place for places in together for place in places]).argsort()
 
 
 def chunks(n: int, size: int) -> Iterator[range]:

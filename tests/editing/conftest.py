@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mi_hops.editing import PAPER, creme, creme_joint, creme_many
+from mi_hops.editing import PAPER, Request, creme, creme_joint, creme_many
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import read_matrix, write_matrix
 from tests.models import SHAPES, models
@@ -62,6 +62,16 @@ def fact():
 @pytest.fixture
 def facts():
     return [make_fact(i) for i in range(5)]
+
+
+def of_lengths(facts, longer):
+    """Requests of the facts' prompts, made longer by some words each."""
+    return [
+        Request(
+            two_hop_prompt=" ".join(["w3"] * n + [f.prompt()]), first_hop=f.first_hop, target="w7"
+        )
+        for n, f in zip(longer, facts, strict=False)
+    ]
 
 
 def weights(model):

@@ -11,7 +11,7 @@ from mi_hops.editing.baselines.finetune import FineTuneRepair, LoraRepair, finet
 from mi_hops.editing.teaching import answer_loss, teacher_forced
 from mi_hops.model import forward, read_matrix
 from mi_hops.sweep.repair import Repair
-from tests.editing.conftest import assert_same_bits, weights
+from tests.editing.conftest import assert_same_bits, of_lengths, weights
 from tests.models import cases
 
 
@@ -43,13 +43,16 @@ def test_ftl_learns_within_its_bound(tiny, facts, matrix):
     assert isinstance(FineTuneRepair(layers=[1]), Repair)
 
 
-def test_ftl_facts_of_a_batch_do_not_meet(load_tiny, facts):
+def test_ftl_facts_of_a_batch_do_not_meet_and_edits_come_back_in_order(load_tiny, facts):
     model = load_tiny("llama", "bridge", "float64")
-    together = finetune_many(model, facts[:3], layers=[1], steps=4)
-    alone = finetune_many(model, facts[1:2], layers=[1], steps=4)[0]
-    torch.testing.assert_close(
-        together[1].changes[0].delta(), alone.changes[0].delta(), atol=1e-9, rtol=1e-6
-    )
+    asked = of_lengths(facts, [8, 0, 8])
+    together = finetune_many(model, asked, layers=[1], steps=4, batch_size=2)
+    for request, edit in zip(asked, together, strict=True):
+        assert edit.request == request.to_dict()
+        alone = finetune_many(model, [request], layers=[1], steps=4)[0]
+        torch.testing.assert_close(
+            edit.changes[0].delta(), alone.changes[0].delta(), atol=1e-9, rtol=1e-6
+        )
 
 
 def test_ftl_refusals(tiny, facts):

@@ -14,7 +14,7 @@ from mi_hops.model import forward, hook_name, read_matrix, write_matrix
 from mi_hops.sweep.generate import generate
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.text.tokens import encode, pad
-from tests.editing.conftest import assert_same_bits, weights
+from tests.editing.conftest import assert_same_bits, of_lengths, weights
 from tests.editing.test_creme import last_mean
 from tests.editing.test_rome import QUICK, at_subject
 
@@ -142,6 +142,23 @@ def test_one_codebook_for_all_unless_asked_otherwise_and_no_radius_from_other_fa
     (alone,) = GraceRepair(**quick).fit(tiny, facts[:1])
     assert three[0].radii[0] == pytest.approx(alone.radii[0], rel=1e-4)
     assert alone.radii[0] == pytest.approx(0.01 * float(alone.keys[0].norm()))
+
+
+def test_codebooks_come_back_in_order_each_as_if_alone(load_tiny, facts):
+    model = load_tiny("llama", "bridge", "float64")
+    asked = of_lengths(facts, [8, 0, 8])
+    quick = {"layer": 1, "steps": 4, "shared": False}
+    for request, book in zip(
+        asked, GraceRepair(**quick, batch_size=2).fit(model, asked), strict=True
+    ):
+        (alone,) = GraceRepair(**quick).fit(model, [request])
+        for name in ("keys", "values"):
+            torch.testing.assert_close(
+                torch.stack(getattr(book, name)),
+                torch.stack(getattr(alone, name)),
+                atol=1e-9,
+                rtol=1e-9,
+            )
 
 
 @pytest.mark.slow_case("llama-bridge")

@@ -23,6 +23,7 @@ from mi_hops.model import capture, hook_name
 from mi_hops.model.numeric import kl_divergence
 from mi_hops.sweep.repair import Repair
 from mi_hops.text.tokens import encode, last_position
+from tests.editing.conftest import of_lengths
 from tests.editing.conftest import TEMPLATES, assert_same_bits, weights
 from tests.editing.test_creme import last_mean
 
@@ -118,13 +119,7 @@ def test_facts_of_a_batch_do_not_meet(load_tiny, facts):
 @pytest.mark.slow
 def test_searches_are_of_like_lengths_and_come_back_in_order(load_tiny, facts, monkeypatch):
     model = load_tiny("llama", "bridge", "float64")
-    longer = [0, 8, 0, 8, 0]
-    asked = [
-        Request(
-            two_hop_prompt=" ".join(["w3"] * n + [f.prompt()]), first_hop=f.first_hop, target="w7"
-        )
-        for n, f in zip(longer, facts, strict=True)
-    ]
+    asked = of_lengths(facts, [0, 8, 0, 8, 0])
     how = ValueSearch(**{**QUICK, "templates": ("{}",), "steps": 3})
     together = []
 

@@ -21,7 +21,13 @@ from mi_hops.editing.edit import Edit, WrongWeightsError, applied_edits, check_w
 from mi_hops.editing.export import write_hf
 from mi_hops.editing.request import Asked, Request, check_templates, requests_of
 from mi_hops.editing.rows import EditorRepair
-from mi_hops.editing.teaching import answer_loss, chunks, frozen, in_templates, minimise
+from mi_hops.editing.teaching import (
+    alike_in_length,
+    answer_loss,
+    frozen,
+    in_templates,
+    minimise,
+)
 from mi_hops.model import (
     HookedModel,
     checkpoint_path,
@@ -114,7 +120,8 @@ def finetune_many(
         return unit
 
     edits = []
-    for part in chunks(len(requests), batch_size):
+    together, back = alike_in_length(model, requests, batch_size)
+    for part in together:
         some = [requests[i] for i in part]
         found = search(some)
         for j, request in enumerate(some):
@@ -123,7 +130,7 @@ def finetune_many(
                 for layer, delta in found.items()
             ]
             edits.append(editable.edit("ft+l", request.to_dict(), changes, settings))
-    return edits
+    return [edits[i] for i in back.tolist()]
 
 
 class FineTuneRepair(EditorRepair):

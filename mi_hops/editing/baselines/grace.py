@@ -27,9 +27,9 @@ from torch import Tensor
 from mi_hops.editing.passes import activations
 from mi_hops.editing.request import Asked, Request, requests_of
 from mi_hops.editing.teaching import (
+    alike_in_length,
     answer_loss,
     answered_correctly,
-    chunks,
     frozen,
     minimise,
     teacher_forced,
@@ -130,7 +130,7 @@ class GraceRepair:
         form: str | None = None,
         steps: int = 100,
         lr: float = 0.5,
-        batch_size: int = 128,
+        batch_size: int = 32,
         name: str = "GRACE",
     ) -> None:
         if steps < 1 or lr <= 0 or radius <= 0:
@@ -174,7 +174,8 @@ class GraceRepair:
         """
         wide = wide_dtype(dtype_of(model))
         states, values, known = [], [], list[bool]()
-        for part in chunks(len(requests), self.batch_size):
+        together, back = alike_in_length(model, requests, self.batch_size)
+        for part in together:
             texts = [requests[i].two_hop_prompt for i in part]
             prompts = pad([encode(model, text).ids for text in texts])
             rows, last = torch.arange(len(texts)), prompts.last
@@ -195,7 +196,7 @@ class GraceRepair:
                 )
             states.append(entering.to(wide))
             values.append(value.detach())
-        return torch.cat(states), torch.cat(values), known
+        return torch.cat(states)[back], torch.cat(values)[back], [known[i] for i in back.tolist()]
 
     def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
         """Each row's prompt looked up in its own codebook, at the prompt's last token."""

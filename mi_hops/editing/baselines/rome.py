@@ -43,9 +43,9 @@ from mi_hops.editing.rows import EditorRepair
 from mi_hops.editing.solve import solve_keys
 from mi_hops.editing.teaching import (
     TeacherForcedBatch,
+    alike_in_length,
     answer_loss,
     cache_of,
-    chunks,
     frozen,
     in_templates,
     last_logp,
@@ -206,17 +206,11 @@ def search_values(
 ) -> Found:
     """Additions to the MLP's output (or at another `hook`) by which each fact's prompt is answered.
 
-    Requests of like length are searched for together: what comes before the first key of a batch is
-    run once, and not in every step.
+    What comes before the first key of a batch is run once, and not in every step.
     """
     hook = hook or output_hook("W_out", layer)
-    lengths = [len(encode(model, r.two_hop_prompt).ids) for r in requests]
-    order = sorted(range(len(requests)), key=lengths.__getitem__)
-    parts = [
-        _search([requests[order[i]] for i in part], model, layer, how, hook)
-        for part in chunks(len(requests), batch_size)
-    ]
-    back = torch.tensor(order).argsort()
+    together, back = alike_in_length(model, requests, batch_size)
+    parts = [_search([requests[i] for i in part], model, layer, how, hook) for part in together]
     keys, bare, values = (
         torch.cat([getattr(part, name) for part in parts])[back]
         for name in ("keys", "bare", "values")
