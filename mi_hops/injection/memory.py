@@ -42,7 +42,7 @@ from mi_hops.model import (
 from mi_hops.model.numeric import widen
 from mi_hops.model.types import PlainHook
 from mi_hops.sweep.pairs import Texts, as_prompts
-from mi_hops.sweep.repair import Rows
+from mi_hops.sweep.repair import LateHooks, Rows
 from mi_hops.text.tokens import Prompt, TokenError
 
 #: What is injected: a text, several that are added up, or a vector of one's own: ``[d_model]`` for
@@ -245,7 +245,7 @@ class MemoryInjection:
                 cells |= {(row, p): state.vectors for p in here if 0 <= p < rows.width}
         if not cells:
             return []
-        made: list[Hook] = []
+        made = LateHooks([], rows.offset + min(position for _, position in cells))
         for layer, strength in self.strengths.items():
             vectors = {cell: every[layer] for cell, every in cells.items()}
             add = adding_at(vectors, strength, relative=self.relative, n_rows=len(states))

@@ -23,7 +23,7 @@ from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import each_part
 from mi_hops.sweep.repair import Repair
 from mi_hops.sweep.scoring import check_states, logits_at, stepping
-from mi_hops.sweep.together import Part, plan_batches
+from mi_hops.sweep.together import Part, pass_cost, plan_batches
 from mi_hops.text.matching import STOP, check_stop, find_ends, matches
 from mi_hops.text.tokens import (
     Prompt,
@@ -165,11 +165,6 @@ def _replies(
 #: Prompts by number, and what is to be run of them.
 _Batch = tuple[Sequence[int], Any]
 
-#: What a pass costs besides its tokens, in tokens, by the kind of device: reading the weights, and
-#: on a GPU filling it.
-_PASS_COST = {"cpu": 64}
-_PASS_COST_ELSEWHERE = 1024
-
 
 class _Together:
     """Rows of unequal lengths: prompts part by part, then all of a batch step by step.
@@ -192,8 +187,7 @@ class _Together:
 
     def batches(self, batch_size: int) -> Iterator[tuple[list[int], list[Part]]]:
         """Rows, and the parts they are run in."""
-        cost = _PASS_COST.get(device_of(self._model).type, _PASS_COST_ELSEWHERE)
-        packed = self._plain is not None
+        cost, packed = pass_cost(self._model), self._plain is not None
         for parts in plan_batches(self._ids, batch_size, pass_cost=cost, packed=packed):
             yield [i for part in parts for i in part.rows], parts
 

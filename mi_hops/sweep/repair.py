@@ -25,6 +25,17 @@ class RowHooks(list[Hook]):
         self.changes = changes
 
 
+class LateHooks(list[Hook]):
+    """Hooks that neither read nor change anything before position `start`, which counts from a row's first.
+
+    What prompts begin with alike before it is then run once for all of them.
+    """
+
+    def __init__(self, hooks: Iterable[Hook], start: int) -> None:
+        super().__init__(hooks)
+        self.start = start
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of a forward pass, as far as a repair must know them.

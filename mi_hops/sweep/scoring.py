@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +12,16 @@ from torch import Tensor
 
 from mi_hops.model import Hook, HookedModel, dtype_of, forward
 from mi_hops.model.cache import Prefix, Recorder, new_cache
+from mi_hops.model.layout import pretransposed_weights
+from mi_hops.model.lean import lean_blocks
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.model.plain import PlainPasses, plain_passes
+from mi_hops.model.shortcuts import has_hooks, may_be_rewritten
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.metrics import MetricLike, Target, get_metrics, require_finite
-from mi_hops.sweep.repair import Repair, RowHooks, Rows
+from mi_hops.sweep.repair import LateHooks, Repair, RowHooks, Rows
 from mi_hops.sweep.runs import Run, Scored, plan_runs
+from mi_hops.sweep.together import pass_cost, plan_batches
 from mi_hops.text.tokens import Prompt, pad
 
 
@@ -87,55 +92,119 @@ def score(
     scores = torch.empty(len(prompts), len(metrics), dtype=wide)
     keys = [(s.prompt.text, s.prompt.ids, id(t)) for s, t in zip(prompts, given, strict=True)]
     runs = plan_runs(model, prompts, keys)
+    under = _Under(model, repair, hooks)
 
-    def of_repair(chosen: Sequence[Run], width: int) -> Sequence[Hook]:
-        if repair is None:
-            return ()
-        rows = Rows(tuple(prompts[run.prompt].prompt for run in chosen), width)
-        return repair.hooks(model, [given[run.prompt] for run in chosen], rows)
-
-    def plain_under(own: Sequence[Hook]) -> PlainPasses | None:
-        edited = not own or isinstance(own, RowHooks)
-        return plain_passes(model) if edited and not hooks else None
+    def rows_of(part: Sequence[int]) -> list[_Row]:
+        return [_Row(runs[i], prompts[runs[i].prompt].prompt, given[runs[i].prompt]) for i in part]
 
     def run(part: Sequence[int]) -> tuple[list[int], list[int], Tensor]:
-        chosen = [runs[i] for i in part]
-        batch = pad([run.tokens for run in chosen])
-        own = of_repair(chosen, batch.tokens.shape[1])
-        width = max(len(r.positions) for r in chosen)
-        at = torch.tensor([r.scored(width) for r in chosen])
-        if plain := plain_under(own):
-            changes = own.changes if isinstance(own, RowHooks) else None
-            logits = plain.at(batch.tokens, at, changes)
-        else:
-            logits = logits_at(model, batch.tokens, at, hooks=[*hooks, *own])
         found = [
             each
-            for run, row in zip(chosen, logits, strict=True)
-            for each in run.scores(row[None], prompts)
+            for i, row in zip(part, under.logits(rows_of(part)), strict=True)
+            for each in runs[i].scores(row[None], prompts)
         ]
         at_prompts, at_metrics, values = zip(*found, strict=True)
         return list(at_prompts), list(at_metrics), torch.cat(values).to("cpu", wide)
 
-    order = sorted(range(len(runs)), key=lambda i: (len(runs[i].tokens), i))
-    if runs and plain_under(of_repair(runs[:1], len(runs[0].tokens))):
-        # Padding costs nothing there, and what rows of one state begin with alike is computed once.
-        of_state = {id(state): i for i, state in enumerate(given)}
-        order.sort(key=lambda i: (of_state[id(given[runs[i].prompt])], runs[i].tokens))
     said = [(run.tokens, run.readings) for run in runs], [m.name for m in metrics]
-    with torch.no_grad():
+    around = (pretransposed_weights, lean_blocks)
+    with torch.no_grad(), pretransposed_weights(model), lean_blocks(model):
         for _, (at_prompts, at_metrics, values) in batched_with_oom_backoff(
-            order,
+            under.order(rows_of(range(len(runs))), batch_size),
             batch_size,
             run,
             kept=("scores", said),
             model=model,
             texts=lambda part: [prompts[runs[i].prompt].prompt.text for i in part],
+            around=around,
         ):
             scores[at_prompts, at_metrics] = values
     for m, each in enumerate(metrics):
         require_finite(each.name, scores[:, m])
     return scores
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A run, its prompt, and the repair's state for it."""
+
+    run: Run
+    prompt: Prompt
+    state: Any
+
+
+@dataclass(frozen=True)
+class _Under:
+    """Passes under a repair and further hooks, in which nothing is run twice that need not be."""
+
+    model: HookedModel
+    repair: Repair | None
+    hooks: Sequence[Hook]
+
+    def order(self, rows: Sequence[_Row], batch_size: int) -> list[int]:
+        """Rows in the order in which least is run, as indices."""
+        if rows and self._plain(self._own(rows[:1], 0, len(rows[0].run.tokens))):
+            # Padding costs nothing there, and what rows of one state begin with alike is computed once.
+            of_state = {id(row.state): i for i, row in enumerate(rows)}
+            order = range(len(rows))
+            return sorted(order, key=lambda i: (of_state[id(rows[i].state)], rows[i].run.tokens))
+        planned = plan_batches(_read(rows), batch_size, pass_cost=pass_cost(self.model))
+        return [i for parts in planned for part in parts for i in part.rows]
+
+    def logits(self, rows: Sequence[_Row]) -> list[Float[Tensor, "scored vocab"]]:
+        """Each row's logits at the positions it is read at, the last repeated as often as the widest needs."""
+        width = max(len(row.run.positions) for row in rows)
+        at = torch.tensor([row.run.scored(width) for row in rows])
+        tokens = pad([row.run.tokens for row in rows]).tokens
+        own = self._own(rows, 0, tokens.shape[1])
+        if plain := self._plain(own):
+            changes = own.changes if isinstance(own, RowHooks) else None
+            return list(plain.at(tokens, at, changes))
+        if not isinstance(own, LateHooks) or not self._may_split:
+            return list(logits_at(self.model, tokens, at, hooks=[*self.hooks, *own]))
+        found: dict[int, Tensor] = {}
+        for parts in plan_batches(_read(rows), len(rows), pass_cost=pass_cost(self.model)):
+            for part in parts:
+                some, start = [rows[i] for i in part.rows], part.starts[-1] if part.starts else 0
+                found |= zip(part.rows, self._behind(start, some, at[list(part.rows)]), strict=True)
+        return [found[i] for i in range(len(rows))]
+
+    @property
+    def _may_split(self) -> bool:
+        """Whether a pass may begin behind others' tokens."""
+        return not self.hooks and may_be_rewritten(self.model) and not has_hooks(self.model)
+
+    def _behind(
+        self, start: int, rows: Sequence[_Row], at: Int[Tensor, "row scored"]
+    ) -> Float[Tensor, "row scored vocab"]:
+        """Logits of rows that have the tokens before `start` in common, which are run once if that pays."""
+        tokens = pad([row.run.tokens for row in rows]).tokens
+        own = self._own(rows, 0, tokens.shape[1])
+        start = min(start, own.start) if isinstance(own, LateHooks) else 0
+        if (len(rows) - 1) * start <= pass_cost(self.model):
+            return logits_at(self.model, tokens, at, hooks=own)
+        cache = prefix_of(self.model, tokens[:1, :start]).view([0], start)
+        cache.rows = [0] * len(rows)
+        own = self._own(rows, start, tokens.shape[1] - start)
+        return logits_at(
+            self.model, tokens[:, start:], at - start, hooks=own, cache=cache, grows=True
+        )
+
+    def _own(self, rows: Sequence[_Row], offset: int, width: int) -> Sequence[Hook]:
+        """The repair's hooks for a pass over these positions."""
+        if self.repair is None:
+            return ()
+        asked = Rows(tuple(row.prompt for row in rows), width, offset)
+        return self.repair.hooks(self.model, [row.state for row in rows], asked)
+
+    def _plain(self, own: Sequence[Hook]) -> PlainPasses | None:
+        edited = not own or isinstance(own, RowHooks)
+        return plain_passes(self.model) if edited and not self.hooks else None
+
+
+def _read(rows: Sequence[_Row]) -> list[tuple[int, ...]]:
+    """The tokens up to the first position that is read: beyond it nothing can be shared."""
+    return [row.run.tokens[: row.run.positions[0] + 1] for row in rows]
 
 
 def check_states(

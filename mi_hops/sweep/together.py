@@ -7,8 +7,21 @@ from dataclasses import dataclass
 from itertools import groupby
 from os.path import commonprefix
 
+from mi_hops.model import HookedModel, device_of
+
 #: Beyond so many branchings the starts of prompts are no longer compared.
 _DEEPEST = 64
+
+
+#: What a pass costs besides its tokens, in tokens, by the kind of device: reading the weights, and
+#: on a GPU filling it.
+_PASS_COST = {"cpu": 64}
+_PASS_COST_ELSEWHERE = 1024
+
+
+def pass_cost(model: HookedModel) -> int:
+    """What a pass of the model costs besides its tokens, in tokens."""
+    return _PASS_COST.get(device_of(model).type, _PASS_COST_ELSEWHERE)
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,12 @@ def plan_batches(
         batch_size: rows of a batch, at most.
         pass_cost: what a pass costs besides its tokens, in tokens.
         packed: padding costs nothing, so that no part is cut for its length.
+
+    Raises:
+        ValueError: a batch_size below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     groups = _groups(prompts, pass_cost)
     rows = [
         (i, group)

@@ -23,8 +23,7 @@ from mi_hops.model import capture, hook_name
 from mi_hops.model.numeric import kl_divergence
 from mi_hops.sweep.repair import Repair
 from mi_hops.text.tokens import encode, last_position
-from tests.editing.conftest import of_lengths
-from tests.editing.conftest import TEMPLATES, assert_same_bits, weights
+from tests.editing.conftest import TEMPLATES, assert_same_bits, of_lengths, weights
 from tests.editing.test_creme import last_mean
 
 QUICK = {"templates": TEMPLATES, "steps": 12, "lr": 0.3, "kl": 0.0, "decay": 0.0, "clamp": 50.0}

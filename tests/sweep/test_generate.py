@@ -10,6 +10,7 @@ import torch
 
 from mi_hops.model import hook_name
 from mi_hops.model.plain import PlainPasses
+from mi_hops.sweep import together
 from mi_hops.sweep.generate import Generation, answered, end_ids, generate
 from mi_hops.sweep.metrics import Greedy, Target
 from mi_hops.sweep.scoring import logits_at, score_prompts
@@ -17,8 +18,6 @@ from mi_hops.sweep.together import plan_batches
 from mi_hops.text.matching import matches, normalise
 from mi_hops.text.tokens import TokenError, answer_ids, decode, encode
 from tests.repairs import AddVector, greedy_by_hand
-
-module = sys.modules["mi_hops.sweep.generate"]  # its name in the package is the function
 
 TEXTS = ("w1 w2 w3", "w9 w8 w4", "w5 w6 w7 w8 w9 w10", "w1 w2 w3", "w40", "w11 w12 w13")
 
@@ -64,7 +63,7 @@ MANY = [f"{LEAD} w{i} {'w4 ' * (i % 4)}w{i + 1}" for i in range(20, 32)] + [
 @pytest.mark.parametrize("pass_cost", [0, pytest.param(3, marks=pytest.mark.slow), 64])
 @pytest.mark.parametrize("batch_size", [3, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_common_lead_and_unequal_lengths_change_nothing(tiny, batch_size, pass_cost, monkeypatch):
-    monkeypatch.setitem(module._PASS_COST, "cpu", pass_cost)
+    monkeypatch.setitem(together._PASS_COST, "cpu", pass_cost)
     found = generate(tiny, MANY, max_new_tokens=6, batch_size=batch_size, stop=())
     for text, said in zip(MANY, found, strict=True):
         assert said.ids == greedy_by_hand(tiny, encode(tiny, text), 6), text
@@ -107,7 +106,7 @@ def test_the_lead_is_run_once(load_tiny, monkeypatch, precision):
         monkeypatch.setattr(
             sys.modules[f"mi_hops.sweep.{place}"], "logits_at", counted(logits_at, 1)
         )
-    monkeypatch.setitem(module._PASS_COST, "cpu", 8)
+    monkeypatch.setitem(together._PASS_COST, "cpu", 8)
     prompts = [f"{LEAD} w{i} w{i + 1}" for i in range(20, 40)]
     generate(model, prompts, max_new_tokens=3, batch_size=10, stop=())
     n = len(encode(model, LEAD))
@@ -266,11 +265,11 @@ def test_answered_rows_do_not_depend_on_each_other(tiny):
     repair = AddVector()
     states = [None if i % 3 else s for i, s in enumerate(repair.fit(tiny, TEXTS))]
     more = {"repair": repair, "max_new_tokens": 2, "stop": (" w3", " w1", " w5")}
-    together = answered(tiny, TEXTS, answers, aliases, states=states, **more)
+    found = answered(tiny, TEXTS, answers, aliases, states=states, **more)
     for i, text in enumerate(TEXTS):
         alone = answered(tiny, [text], [answers[i]], [aliases[i]], states=[states[i]], **more)
-        assert together[i].prob == pytest.approx(alone[0].prob, rel=1e-4)
-        assert replace(together[i], prob=alone[0].prob) == alone[0]
+        assert found[i].prob == pytest.approx(alone[0].prob, rel=1e-4)
+        assert replace(found[i], prob=alone[0].prob) == alone[0]
 
 
 def test_refusals(load_tiny):

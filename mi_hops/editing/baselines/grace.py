@@ -36,7 +36,7 @@ from mi_hops.editing.teaching import (
 )
 from mi_hops.model import Hook, HookedModel, dtype_of, hook_name, require_hooks, require_layers
 from mi_hops.model.numeric import wide_dtype
-from mi_hops.sweep.repair import Rows
+from mi_hops.sweep.repair import LateHooks, Rows
 from mi_hops.text.tokens import encode, pad
 
 
@@ -224,7 +224,8 @@ class GraceRepair:
                     out[row, at] = found[row].to(x.device, x.dtype)
             return out
 
-        return list(zip(self._ends, (look, put), strict=True))
+        start = rows.offset + min(at for _, at, _ in here)
+        return LateHooks(zip(self._ends, (look, put), strict=True), start)
 
 
 def _replacing(
