@@ -46,7 +46,7 @@ class Edit:
         method: what made it, e.g. ``"creme"``.
         changes: one per matrix; factors in float32 or wider.
         fingerprint: of the weights it was made for (`mi_hops.model.fingerprint`).
-        processing: whether those weights were processed (``"fold"``) or not (``"none"``).
+        processing: how those weights were processed (``"fold"``, ``"centre"``) or ``"none"``.
         request: what it was asked to do; plain JSON types.
         settings: how it was made; plain JSON types.
 

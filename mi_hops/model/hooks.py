@@ -259,6 +259,7 @@ def forward(
     Returns:
         Logits ``[row, pos, vocab]``, or the residual stream entering `stop_at_layer`.
     """
+    require_no_dropout(model)
     options: dict[str, Any] = {"return_type": "logits"}
     if stop_at_layer is not None:
         if not 0 <= stop_at_layer < model.cfg.n_layers:
@@ -282,6 +283,25 @@ def forward(
         if stop_at_layer is None and _reads_in_place(model):
             return _unembed(model, model(tokens, **options, stop_at_layer=model.cfg.n_layers))
         return model(tokens, **options)
+
+
+def require_no_dropout(model: HookedModel) -> None:
+    """Refuse a model whose passes differ by chance.
+
+    Raises:
+        ValueError: a model in training mode with dropout.
+    """
+    if not model.training:
+        return
+    for module in model.modules():
+        rate = getattr(
+            module, "p" if isinstance(module, torch.nn.Dropout) else "attention_dropout", 0
+        )
+        if module.training and isinstance(rate, float) and rate > 0:
+            raise ValueError(
+                f"the model is in training mode with dropout ({rate}), so that every pass gives other "
+                "numbers; call `model.eval()` first"
+            )
 
 
 def _rows_apart(fn: HookFn, width: int) -> HookFn:
@@ -377,15 +397,37 @@ def _attention_then_mlp(model: HookedModel) -> bool:
     return not getattr(cfg, "parallel_attn_mlp", False) and not cfg.attn_only
 
 
-def _broadcasting_mask(model: HookedModel, width: int, cache: Any) -> dict[str, Tensor]:
-    """Causal mask and positions with a batch axis of one, which fit any number of rows.
+def _broadcasting_mask(model: HookedModel, width: int, cache: Any) -> dict[str, Any]:
+    """Causal masks and positions with a batch axis of one, which fit any number of rows.
 
-    The Bridge's own would have the batch size that the pass began with.
+    The Bridge's own would have the batch size that the pass began with. Layers with a sliding window see
+    no more than that many positions.
+
+    Raises:
+        ValueError: a kind of attention that no such mask can be made for.
     """
+    config: Any = model.original_model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    kinds = kinds or {"sliding_attention" if window else "full_attention"}
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if getattr(model.cfg, "positional_embedding_type", None) == "alibi":
+        unknown.add("alibi")
+    if unknown:
+        raise ValueError(
+            f"attention of kind {sorted(unknown)} ({config.model_type}) does not run in the batches of a "
+            "sweep on a TransformerBridge; where HookedTransformer has the model, load it as one "
+            '(`load_model(..., backend="hooked")`)'
+        )
     past = 0 if cache is None else int(cache.get_seq_length())
     where = torch.arange(past, past + width, device=device_of(model))
-    seen = torch.arange(past + width, device=where.device)[None] <= where[:, None]
-    mask = additive_mask(model, seen[None, None])
+    back = where[:, None] - torch.arange(past + width, device=where.device)[None]
+    masks = {"full_attention": back >= 0}
+    if "sliding_attention" in kinds:
+        masks["sliding_attention"] = (back >= 0) & (back < window)
+    made = {kind: additive_mask(model, masks[kind][None, None]) for kind in kinds}
+    # One mask is for all layers; where there are two kinds of layers, each finds its own by name.
+    mask = made if len(kinds) > 1 else made.popitem()[1]
     return {"attention_mask": mask, "position_ids": where[None]}
 
 

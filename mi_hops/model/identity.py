@@ -35,11 +35,24 @@ def dtype_of(model: HookedModel) -> torch.dtype:
     return next(iter(model.parameters())).dtype
 
 
-def processing_of(model: HookedModel) -> Literal["none", "fold"]:
-    """Whether TransformerLens's weight processing (folding, centring) was applied."""
+def processing_of(model: HookedModel) -> Literal["none", "fold", "centre"]:
+    """What TransformerLens's weight processing did: norms folded away, or only weights centred."""
     if backend_of(model) == "bridge":
-        return "fold" if getattr(model, "_weights_processed", False) else "none"
-    return "fold" if str(model.cfg.normalization_type).endswith("Pre") else "none"
+        gains = getattr(model.ln_final, "weight", None)
+        processed = getattr(model, "_weights_processed", False)
+        folded = processed and (gains is None or bool((gains == gains[0]).all()))
+    else:
+        folded = str(model.cfg.normalization_type).endswith("Pre")
+        processed = True  # it does not say
+    if folded:
+        return "fold"
+    return "centre" if processed and _is_centred(model) else "none"
+
+
+def _is_centred(model: HookedModel) -> bool:
+    """Whether some rows of W_U or W_E have the mean 0, up to rounding."""
+    some = [w[:16].detach().float() for w in (own_weight(model, "W_U"), own_weight(model, "W_E"))]
+    return any(bool((w.mean(-1).abs() <= 1e-3 * w.std(-1)).all()) for w in some)
 
 
 def prepends_bos(model: HookedModel) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Protocol, TypeGuard, TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Int
 
 from mi_hops.model import HookedModel
 from mi_hops.sweep.metrics import Target
@@ -128,17 +130,31 @@ class Pairs:
         said = f" -> {_shown(self.answer[0])}" if self.answer else ""
         return f"Pairs: {n}, {len(self.skipped)} skipped; first: {_shown(one)}{more}{said}"
 
-    def select(self, keep: Sequence[int]) -> Pairs:
-        """The pairs of these numbers.
+    def select(self, keep: slice | Sequence[int] | Sequence[bool] | torch.Tensor) -> Pairs:
+        """Some of the pairs.
+
+        Args:
+            keep: their numbers, a slice of them, or for every pair whether it is kept; lists, arrays and
+                tensors alike.
 
         Raises:
-            ValueError: pairs whose activations are given.
+            ValueError: pairs whose activations are given; a mask that is not one value per pair.
+            IndexError: a number beyond the last pair.
         """
         if self.activations is not None:
             raise ValueError("pairs whose activations are given cannot be selected; index both")
+        where: Any = keep.cpu() if isinstance(keep, torch.Tensor) else keep
+        if not isinstance(where, slice):
+            where = np.asarray(where)
+            if where.dtype == bool and where.shape != (len(self),):
+                raise ValueError(
+                    f"got a mask of {where.size} for {len(self)} pairs; need one value each"
+                )
+            where = where if where.size else where.astype(int)
+        chosen = np.arange(len(self))[where].tolist()
 
         def part(items: Sequence[Item] | None) -> list[Item] | None:
-            return [items[i] for i in keep] if items else None
+            return [items[i] for i in chosen] if items else None
 
         return Pairs(
             part(self.clean) or [],
@@ -147,7 +163,7 @@ class Pairs:
             wrong=part(self.wrong),
             labels=part(self.labels),
             source=part(self.source),
-            roles={name: [at[i] for i in keep] for name, at in self.roles.items()},
+            roles={name: [at[i] for i in chosen] for name, at in self.roles.items()},
             skipped=self.skipped,
         )
 
@@ -218,7 +234,10 @@ def texts_of(given: Texts) -> list[Text]:
     single = isinstance(given, str | Prompt) or not isinstance(given, Iterable)
     texts: list[Any] = [given] if single else list(given)  # type: ignore[arg-type]
     for text in texts:
-        if not isinstance(text, str | Prompt | torch.Tensor) or getattr(text, "ndim", 1) != 1:
+        known = isinstance(text, str | Prompt) or (
+            isinstance(text, torch.Tensor) and text.ndim == 1
+        )
+        if not known:
             raise TokenError(
                 "a prompt is text, a Prompt, or a tensor of token ids [pos] (several: [batch pos]); "
                 f"got {_shown(text)}"
@@ -240,9 +259,31 @@ def as_prompts(model: HookedModel, given: Texts) -> list[Prompt]:
         if isinstance(t, Prompt)
         else encode(model, t)
         if isinstance(t, str)
-        else Prompt.from_tokens(model, t)
+        else _unpadded(model, t)
         for t in texts
     ]
+
+
+def _unpadded(model: HookedModel, ids: Int[torch.Tensor, "pos"]) -> Prompt:
+    """A prompt of token ids, none of which is padding.
+
+    Raises:
+        TokenError: ids that end in the padding token, or begin with it before any other BOS.
+    """
+    prompt = Prompt.from_tokens(model, ids)
+    pad, bos = (getattr(model.tokenizer, f"{name}_token_id", None) for name in ("pad", "bos"))
+    begun = prompt.ids[1:] if prompt.ids[0] == bos else prompt.ids
+    if pad is not None and begun and pad in (begun[0], begun[-1]):
+        raise TokenError(
+            f"token ids {_few(prompt.ids)} begin or end with the padding token ({pad}), which would be "
+            "read as text; pass the texts, or a list of rows each cut to its own length "
+            "(`Prompt.from_tokens(model, ids)` takes ids as they are)"
+        )
+    return prompt
+
+
+def _few(ids: Sequence[int]) -> str:
+    return str(list(ids)) if len(ids) <= 8 else f"[{ids[0]}, {ids[1]}, ..., {ids[-2]}, {ids[-1]}]"
 
 
 def one_each(what: str, given: Any, n: int) -> list[Any]:

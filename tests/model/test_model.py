@@ -213,6 +213,28 @@ def test_folded_weights_are_noticed(load_tiny, shape):
         assert M.provenance(folded)["processing"] == "fold"
 
 
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_weights_that_are_only_centred_are_noticed(load_tiny, backend):
+    model = load_tiny("gpt2", backend, fresh=True)
+    process = model.process_weights_ if backend == "hooked" else model.process_weights
+    process(fold_ln=False)
+    assert M.processing_of(model) == "centre"
+
+
+def test_a_model_in_training_mode_is_refused_if_it_drops(load_tiny):
+    tokens = torch.tensor([[1, 5, 6]])
+    dropping = load_tiny("gpt2", "bridge", fresh=True)
+    dropping.train()
+    with pytest.raises(ValueError, match=r"training mode with dropout \(0.1\).*model.eval"):
+        M.forward(dropping, tokens)
+    dropping.eval()
+    expected = M.forward(dropping, tokens)
+    without = load_tiny("llama", "bridge", fresh=True)
+    without.train()
+    M.forward(without, tokens)
+    assert torch.equal(M.forward(dropping, tokens), expected)
+
+
 def test_heads_are_counted_as_they_are(load_tiny):
     llama = load_tiny("llama")
     assert (M.n_kv_heads(llama), M.n_heads_of(llama, "v"), M.n_heads_of(llama, "z")) == (2, 2, 4)

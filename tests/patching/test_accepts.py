@@ -11,7 +11,7 @@ from mi_hops.lens import TunedLens, evaluate_lens, logit_lens, read_head
 from mi_hops.model import hooked_class
 from mi_hops.patching import PatchJob, ablate, attribute, patch, path_patch, trace
 from mi_hops.sweep import FullLogits, Intervention, Limits, Pairs, Site, Sites, Target, scale
-from mi_hops.text.tokens import Prompt, encode
+from mi_hops.text.tokens import Prompt, TokenError, encode
 from tests.patching.loops import ALL, ANSWERS, CLEAN, CORRUPTED, ONE, PAIRS, SCORE, changed, run
 
 
@@ -141,6 +141,38 @@ def test_activations_that_do_not_fit_are_refused(tiny):
         path_patch(tiny, changed(ONE, source=given))
     with pytest.raises(ValueError, match="cannot be selected"):
         Pairs(given, CORRUPTED).select([0])
+
+
+def test_rows_that_are_padded_are_refused(tiny):
+    one, two = (encode(tiny, text).ids for text in ("w1 w2 w3", "w4 w5"))
+    pad = tiny.tokenizer.pad_token_id
+    right = torch.tensor([[*one], [*two, pad]])
+    left = torch.tensor([[*one], [pad, *two]])
+    for padded in (right, left):
+        with pytest.raises(TokenError, match=rf"begin or end with the padding token \({pad}\)"):
+            logit_lens(tiny, padded)
+    rows = [torch.tensor(one), torch.tensor(two)]
+    tracked = {"track": {"a": ["w9", "w9"]}}
+    found, texts = (logit_lens(tiny, given, **tracked) for given in (rows, ["w1 w2 w3", "w4 w5"]))
+    assert np.allclose(found["logprob"], texts["logprob"], atol=1e-5)
+    logit_lens(tiny, Prompt.from_tokens(tiny, right[1]))  # as they are
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, pd.Series])
+def test_pairs_are_selected_by_mask_number_or_slice(kind):
+    pairs = Pairs(CLEAN, CORRUPTED, answer=ANSWERS)
+    assert pairs.select(kind([True, False, True])).clean == [CLEAN[0], CLEAN[2]]
+    assert pairs.select(kind([2, 0])).answer == [ANSWERS[2], ANSWERS[0]]
+    assert pairs.select(slice(1, None)).labels == [1, 2]
+    for mask in ([True, False], [True] * 4):
+        with pytest.raises(ValueError, match=rf"a mask of {len(mask)} for 3 pairs"):
+            pairs.select(kind(mask))
+    with pytest.raises(IndexError):
+        pairs.select(kind([3]))
+
+
+def test_numpy_texts_are_texts():
+    assert Pairs(np.array(CLEAN), np.array(CORRUPTED)).clean == list(CLEAN)
 
 
 def test_hook_names_are_kinds(tiny):

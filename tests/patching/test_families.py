@@ -1,4 +1,4 @@
-"""A family whose MLPs see rows and positions as one axis (OPT), against single forward passes."""
+"""Families that differ from GPT-2 and LLaMA (flat MLPs, windows), against single forward passes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mi_hops.model import forward, hook_name, load_model
-from mi_hops.patching import Circuit, ablate, all_edges, faithfulness, path_patch
+from mi_hops.patching import Circuit, ablate, all_edges, faithfulness, patch, path_patch
 from mi_hops.sweep import Pairs, Sites
 from mi_hops.text.tokens import encode
 from tests.models import WORDS, tokenizer
-from tests.patching.loops import ONE, PAIRS, changed, run
+from tests.patching.loops import ONE, PAIRS, changed, put, run, source
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +81,58 @@ def test_circuits_and_paths(opt):
     hooks = [(hook_name("mlp_out", 1), lambda x: value.reshape(x.shape))]
     expected = run(opt, PAIRS[0][0], hooks, answer="w11", wrong="w21")
     assert path.item() == pytest.approx(expected, abs=1e-3)
+
+
+WINDOWED = {"mistral": {}, "gemma2": {"head_dim": 8}, "starcoder2": {}}
+
+
+@pytest.mark.parametrize(
+    "family", ["mistral", "gemma2", pytest.param("starcoder2", marks=pytest.mark.slow)]
+)
+def test_layers_with_a_window_see_no_further_in_a_sweep(family, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": WORDS,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    made = AutoConfig.for_model(
+        family, sliding_window=3, **sizes, **heads, **ids, **WINDOWED[family]
+    )
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(made)
+    with torch.no_grad():
+        for p in plain.parameters():
+            if p.ndim > 1:
+                p.mul_(10)
+    plain.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model = load_model(tmp_path, device="cpu", dtype="float32", backend="bridge")
+    asked = {"answer": "w11", "wrong": "w21"}
+    pairs = Pairs(*zip(*PAIRS[:2], strict=True), **asked)
+    found = patch(model, pairs, Sites("resid_pre", positions=[2, -1]))["score"]
+    for i, (clean, corrupted) in enumerate(PAIRS[:2]):
+        width = len(encode(model, clean))
+        assert width > 5  # longer than the window
+        for layer in range(3):
+            value = source(model, clean, "resid_pre", layer)
+            for k, pos in enumerate((2, width - 1)):
+                hooks = [put("resid_pre", layer, value, [pos])]
+                expected = run(model, corrupted, hooks, **asked)
+                assert float(found[i, layer, k]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_attention_that_no_mask_can_be_made_for_is_refused(tmp_path):
+    from transformers import AutoModelForCausalLM, BloomConfig
+
+    sizes = {"vocab_size": WORDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    AutoModelForCausalLM.from_config(BloomConfig(**sizes)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model = load_model(tmp_path, device="cpu", dtype="float32", backend="bridge")
+    pairs = Pairs(*PAIRS[0], answer="w11", wrong="w21")
+    with pytest.raises(ValueError, match=r"'alibi'.*\(bloom\).*HookedTransformer"):
+        patch(model, pairs, Sites("resid_pre"))
