@@ -164,6 +164,17 @@ def reduce_scores(cases: np.ndarray, scores: Scores, **settings: Any) -> pd.Data
             return ends
         return proportion_ci(int(shares.sum()), len(shares), level=settings["level"])
 
+    def change(
+        moved: np.ndarray, before: Any, after: Any, ends: tuple[Any, Any]
+    ) -> tuple[Any, Any]:
+        # Where all cases begin alike (all wrong, or all right), what is uncertain is how they end.
+        found = np.unique(moved[~np.isnan(moved)])
+        begun = np.unique(before[~np.isnan(before)]) if before is not None else np.zeros(0)
+        if after is not None and len(begun) == 1 and begun[0] in (0, 1):
+            low, high = exact(after, (ends[0] + begun[0], ends[1] + begun[0]))
+            return low - begun[0], high - begun[0]
+        return ends if len(found) != 1 else (np.nan, np.nan)  # no variation to resample
+
     def add(name: str, values: np.ndarray, unit: str, value: float, ends: tuple[Any, Any]) -> None:
         known = ~np.isnan(values)
         n_cases = len(np.unique(codes[known]))
@@ -173,9 +184,13 @@ def reduce_scores(cases: np.ndarray, scores: Scores, **settings: Any) -> pd.Data
     if scores.means:
         grid = np.stack([_case_means(codes, v) for v, _ in scores.means.values()], axis=1)
         lower, upper = bootstrap_ci(grid, **settings)
+        of = dict(zip(scores.means, grid.T, strict=True))
         for i, (name, (values, unit)) in enumerate(scores.means.items()):
             ends = (lower[i], upper[i])
-            if unit == "share" and not name.endswith("_change"):
+            if unit == "share" and name.endswith("_change"):
+                stem = name.removesuffix("change")
+                ends = change(of[name], of.get(f"{stem}before"), of.get(f"{stem}after"), ends)
+            elif unit == "share":
                 ends = exact(grid[:, i], ends)
             if name.endswith("mean_relative_change"):
                 ends = NO_INTERVAL
@@ -197,8 +212,11 @@ def reduce_scores(cases: np.ndarray, scores: Scores, **settings: Any) -> pd.Data
         n_cases = codes.max() + 1
         hits = np.bincount(codes[known], weights=values[known], minlength=n_cases)
         counts = np.bincount(codes[known], minlength=n_cases).astype(float)
-        value, low, high = _ratio_ci(hits[counts > 0], counts[counts > 0], **settings)
-        add(name, values, "share of queries", value, (low, high))
+        hits, counts = hits[counts > 0], counts[counts > 0]
+        value, *ends = _ratio_ci(hits, counts, **settings)
+        if len(set(counts)) == 1 or value in (0, 1):  # then it is the share of cases as well
+            ends = exact(hits / counts, tuple(ends))
+        add(name, values, "share of queries", value, tuple(ends))
     for name, values in scores.counts.items():
         add(name, values, "queries", float(np.nansum(values)), (np.nan, np.nan))
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS))

@@ -137,7 +137,8 @@ def chain_scores(
         ``edit_wise``, all edited facts recalled as taught; ``instance_wise``, all single facts of the
         new chain recalled; ``multi_hop``, any wording of the case's own question answered with the
         new answer. Each with ``..._lower``, ``..._upper`` (Clopper-Pearson) and ``..._n``, the cases
-        that have such queries.
+        that were asked: ``instance_wise`` and ``multi_hop`` leave out those whose other hop the
+        unedited model does not know.
 
     Raises:
         ValueError: a score that the evaluation does not have, or no such sets.
@@ -164,8 +165,10 @@ def chain_scores(
         part = frame[frame["repair"] == repair]
         row = rows.setdefault(label, {})
         for name, (sets, reduce) in wanted.items():
-            asked = part[part["set"].isin(sets)]
-            each = asked.groupby("case")[f"{score}_{when}"].agg(reduce)
+            asked = part[part["set"].isin(sets)].groupby("case")[f"{score}_{when}"]
+            each = asked.agg(reduce)
+            if name == "instance_wise":
+                each = each[asked.size() == len(HOPS)]
             right, n = int(each.sum()), len(each)
             ends = proportion_ci(right, n, level=level) if n else (float("nan"),) * 2
             row |= with_interval(name, right / n if n else float("nan"), *ends, n)

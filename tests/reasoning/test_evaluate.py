@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.reasoning.aggregate import aggregate
+from mi_hops.reasoning.aggregate import Scores, aggregate, reduce_scores
 from mi_hops.reasoning.evaluate import evaluate
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.queries import Query
 from mi_hops.reasoning.sets import Known, build_sets
+from mi_hops.result.statistics import proportion_ci
 from mi_hops.sweep.generate import end_ids, generate
 from mi_hops.sweep.metrics import METRICS, Target, target_of
 from mi_hops.text.tokens import encode
@@ -449,6 +450,45 @@ def test_aggregate_leaves_out_the_tails_and_needs_no_wrong_answers():
     assert value["trimmed_mean_relative_change"] == pytest.approx(1)
     assert value["median_relative_change"] == pytest.approx(1)
     assert not any(name.startswith(("wrong", "target")) for name in value.index)
+
+
+def test_all_or_nothing_has_an_exact_interval_and_not_none_at_all():
+    n, upper = 8, 1 - 0.025 ** (1 / 8)
+    frame = pd.DataFrame({"case": range(n), "set": "s", "before": 0.1, "after": 0.2})
+    of = aggregate(frame.assign(wrong_before=0.2, wrong_after=0.1), n_resamples=20).loc["s"]
+    for name in ("share_improved", "target_over_wrong_after"):
+        assert of.loc[name, ["lower", "upper"]].tolist() == pytest.approx([1 - upper, 1])
+    none = of.loc["target_over_wrong_before"]
+    assert none[["lower", "upper"]].tolist() == pytest.approx([0, upper])
+    # 19 of 20 queries of a case each: the exact interval, whatever the bootstrap says.
+    ahead = pd.DataFrame({"case": range(20), "set": "s", "before": 0.1, "after": 0.2})
+    ahead["wrong_before"] = 0.2
+    ahead["wrong_after"] = [0.3] + [0.1] * 19
+    found = aggregate(ahead, n_resamples=20).loc[("s", "target_over_wrong_after")]
+    want = proportion_ci(19, 20)
+    assert found[["lower", "upper"]].tolist() == pytest.approx([float(end) for end in want])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (0, 1), (0, 0), (1, 0)])
+def test_the_interval_of_a_change_from_one_beginning_is_that_of_the_end(before, after):
+    cases, begun, ended = np.arange(8), np.full(8, float(before)), np.full(8, float(after))
+    scores = Scores(
+        means={
+            "first_correct_before": (begun, "share"),
+            "first_correct_after": (ended, "share"),
+            "first_correct_change": (ended - begun, "share"),
+        }
+    )
+    found = reduce_scores(cases, scores, level=0.95, n_resamples=50, seed=0)
+    end = found.loc["first_correct_after", ["lower", "upper"]].to_numpy(float)
+    change = found.loc["first_correct_change", ["lower", "upper"]].to_numpy(float)
+    assert change == pytest.approx(end - before)
+    assert change[1] - change[0] > 0.3
+    mixed = {"first_correct_before": (np.arange(8) % 2.0, "share")}
+    mixed["first_correct_after"] = mixed["first_correct_before"]
+    mixed["first_correct_change"] = (np.zeros(8), "share")
+    found = reduce_scores(cases, Scores(means=mixed), level=0.95, n_resamples=50, seed=0)
+    assert found.loc["first_correct_change", ["lower", "upper"]].isna().all()
 
 
 def test_aggregate_keeps_repairs_apart_and_is_seeded():

@@ -198,14 +198,13 @@ def test_mquakes_numbers_by_hand():
         ("b", "portability_own", 0, 0),
         ("c", "efficacy", 1, 1),
         ("c", "other_hop", 1, 0),
+        ("d", "efficacy", 0, 1),  # whose other hop is not known, so that nobody asked it
     ]
     frame = pd.DataFrame(rows, columns=["case", "set", "exact_match_before", "exact_match_after"])
-    found = chain_scores(Evaluation(frame.assign(repair="R"), ("a", "b", "c"), (), {}))
-    assert found.loc["R", ["edit_wise", "instance_wise", "multi_hop"]].tolist() == [
-        2 / 3,
-        1 / 3,
-        1 / 2,
-    ]
-    assert found.loc["unrepaired", "edit_wise"] == 1 / 3 and found.loc["R", "multi_hop_n"] == 2
+    found = chain_scores(Evaluation(frame.assign(repair="R"), ("a", "b", "c", "d"), (), {}))
+    names = ["edit_wise", "instance_wise", "multi_hop"]
+    assert found.loc["R", names].tolist() == [3 / 4, 1 / 3, 1 / 2]
+    assert found.loc["R", [f"{name}_n" for name in names]].tolist() == [4, 3, 2]
+    assert found.loc["unrepaired", "edit_wise"] == 1 / 4
     with pytest.raises(ValueError, match="generation_correct"):
         chain_scores(Evaluation(frame.assign(repair="R"), ("a",), (), {}), "generation_correct")
