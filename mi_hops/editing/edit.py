@@ -143,12 +143,17 @@ class Edit:
 
         Raises:
             WrongWeightsError: the model has other weights.
-            AppliedError: this edit is applied already.
+            AppliedError: this edit, or one that equals it, is applied already.
             ValueError: matrices of another shape, or weights that are or would be non-finite.
         """
         stack = _STACKS.get(model, [])
         if self.is_applied(model):
             raise AppliedError(f"already applied to this model: {self}; undo it first")
+        if equal := [edit for edit in applied_edits(model) if self.equals(edit)]:
+            raise AppliedError(
+                f"an equal edit is applied to this model already: {equal[0]} (a copy, read from its file "
+                "again?); undo that one first, or choose the strength of a single one"
+            )
         before = check_weights(model, self.fingerprint) if check else fingerprint(model)
         for change in self.changes:
             change.check_fits(model)
@@ -218,6 +223,18 @@ class Edit:
     def is_applied(self, model: HookedModel) -> bool:
         """Whether it is applied to `model`."""
         return any(edit is self for edit in applied_edits(model))
+
+    def equals(self, other: Edit) -> bool:
+        """Whether the other one makes the same changes of the same weights."""
+        mine, theirs = (
+            {(c.site, name): t.cpu() for c in edit.changes for name, t in c.tensors.items()}
+            for edit in (self, other)
+        )
+        return (
+            self.fingerprint == other.fingerprint
+            and mine.keys() == theirs.keys()
+            and all(torch.equal(mine[key], theirs[key]) for key in mine)
+        )
 
     def check(self, model: HookedModel) -> None:
         """Refuse a model with other weights (see `apply`)."""

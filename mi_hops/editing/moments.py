@@ -48,7 +48,7 @@ from mi_hops.model.numeric import widen
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import each_made_elsewhere
 from mi_hops.sweep.keep import Running
-from mi_hops.text.corpus import token_batches
+from mi_hops.text.corpus import require_file, token_batches
 from mi_hops.text.tokens import Batch
 
 Positions = Literal["all", "last"]
@@ -356,6 +356,7 @@ def second_moments(
         raise ValueError(f"positions is {positions!r}; expected 'all' or 'last'")
     digest = hashlib.sha256()
     if isinstance(corpus, str | os.PathLike):
+        require_file(corpus)
         with open(corpus, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -413,7 +414,8 @@ def second_moments(
     def state() -> tuple[Any, ...]:
         return n, n_batches, sums, fourths
 
-    batches = itertools.islice(token_batches(model, corpus, max_tokens=max_tokens), n_batches, None)
+    every = token_batches(model, corpus, max_tokens=max_tokens, ends=positions == "last")
+    batches = itertools.islice(every, n_batches, None)
     d_in = live_matrix(model, matrix, wanted[0]).numel() // int(model.cfg.d_model)
     parts = each_made_elsewhere(
         model,

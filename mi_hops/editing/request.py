@@ -209,7 +209,8 @@ def requests_of(
     Raises:
         ValueError: a fact without the prompts of that form, or (with `taught`) without an answer.
     """
-    found = [a if isinstance(a, Request) else Request.from_fact(a, form, keep) for a in asked]
+    given = [asked] if isinstance(asked, Request | TwoHopFact) else asked
+    found = [a if isinstance(a, Request) else Request.from_fact(a, form, keep) for a in given]
     for request in found if taught else ():
         if not request.target:
             raise ValueError(f"edit request {request.id!r} has no target answer to teach")
@@ -254,6 +255,8 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: none at all, or one without exactly one ``{}``.
     """
+    if isinstance(templates, str):
+        raise ValueError(f"templates is {templates!r}; expected a sequence of context templates")
     if not templates:
         raise ValueError("no context templates; pass ('{}',) for the bare prompt")
     for template in templates:

@@ -82,9 +82,9 @@ def require_not_applied(model: HookedModel, edits: Sequence[Edit]) -> None:
     Raises:
         AppliedError: with the first such edit.
     """
-    applied = {id(edit) for edit in applied_edits(model)}
-    for edit in edits:
-        if id(edit) in applied:
+    applied = applied_edits(model)
+    for edit in {id(edit): edit for edit in edits}.values():
+        if any(edit.equals(other) for other in applied):
             raise AppliedError(
                 f"{edit} is applied to the model's weights, and scoring it would add it once more; "
                 "undo it first"

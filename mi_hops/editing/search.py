@@ -102,6 +102,7 @@ class JointSearch:
         return 0.05 * min(1, 3 * 128 / (n_layers * width)) if self.lr is None else self.lr
 
 
+@torch.inference_mode(False)  # gradients are taken, whatever the caller is in
 def creme_search(
     model: HookedModel,
     asked: Iterable[Asked],

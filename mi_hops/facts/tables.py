@@ -259,6 +259,8 @@ def _missing(value: Any) -> bool:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas makes floats of a column of integers with a gap
     return "" if _missing(value) else str(value)
 
 

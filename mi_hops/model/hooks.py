@@ -407,7 +407,7 @@ def _broadcasting_mask(model: HookedModel, width: int, cache: Any) -> dict[str, 
         ValueError: a kind of attention that no such mask can be made for.
     """
     config: Any = model.original_model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
+    window: Any = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     kinds = kinds or {"sliding_attention" if window else "full_attention"}
     unknown = kinds - {"full_attention", "sliding_attention"}

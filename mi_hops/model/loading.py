@@ -101,7 +101,8 @@ def load_model(
     elif bos and tokenizer.bos_token_id is None:
         raise ValueError("bos=True, but the tokenizer of this checkpoint has no BOS token")
     if backend is None:
-        backend = "hooked" if hooked_class() and family in _HOOKED_FAMILIES else "bridge"
+        fits = hooked_class() and family in _HOOKED_FAMILIES and not _has_llama_biases(config)
+        backend = "hooked" if fits else "bridge"
     if backend == "hooked":
         if hooked_class() is None:
             raise ValueError(
@@ -351,8 +352,12 @@ def _gpt2_shape(c: Any) -> dict[str, Any]:
 _GELU = {"gelu_new": "gelu_pytorch_tanh"}
 
 
+def _has_llama_biases(config: Any) -> bool:
+    return bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False))
+
+
 def _llama_shape(c: Any) -> dict[str, Any]:
-    if getattr(c, "attention_bias", False) or getattr(c, "mlp_bias", False):
+    if _has_llama_biases(c):
         raise ValueError(
             "TransformerLens's LLaMA converter drops attention and MLP biases, and this checkpoint "
             "has some; use backend='bridge'"

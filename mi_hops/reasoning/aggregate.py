@@ -213,10 +213,10 @@ def reduce_scores(cases: np.ndarray, scores: Scores, **settings: Any) -> pd.Data
         hits = np.bincount(codes[known], weights=values[known], minlength=n_cases)
         counts = np.bincount(codes[known], minlength=n_cases).astype(float)
         hits, counts = hits[counts > 0], counts[counts > 0]
-        value, *ends = _ratio_ci(hits, counts, **settings)
+        value, low, high = _ratio_ci(hits, counts, **settings)
         if len(set(counts)) == 1 or value in (0, 1):  # then it is the share of cases as well
-            ends = exact(hits / counts, tuple(ends))
-        add(name, values, "share of queries", value, tuple(ends))
+            low, high = exact(hits / counts, (low, high))
+        add(name, values, "share of queries", value, (low, high))
     for name, values in scores.counts.items():
         add(name, values, "queries", float(np.nansum(values)), (np.nan, np.nan))
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS))

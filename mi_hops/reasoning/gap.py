@@ -314,7 +314,7 @@ def find_gap(
         >>> len(gap.passed) + len(gap.failed) <= len(facts)
         True
     """
-    facts = list(facts)
+    facts = [facts] if isinstance(facts, TwoHopFact) else list(facts)
     if not facts:
         raise ValueError("no facts to ask; load some with load_facts")
     check_score(score)

@@ -56,7 +56,7 @@ def progress_bar(
         maxinterval=LINE_EVERY,
         ascii=True,
         file=_Lines(),
-        bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left",
+        bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left{postfix}",
     )
 
 

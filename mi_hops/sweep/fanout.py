@@ -28,8 +28,9 @@ from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.interventions import HEAD_AXIS, Intervention, Site
 from mi_hops.sweep.keep import keep
 from mi_hops.sweep.limits import Limits
+from mi_hops.sweep.pairs import Texts, as_prompts
 from mi_hops.sweep.passes import Pass, Row, entry_hook, make_row, plan_passes, run_pass
-from mi_hops.text.tokens import Batch
+from mi_hops.text.tokens import Batch, pad
 
 Reduce = Callable[["Tensor", list[int]], "Tensor"]
 
@@ -50,7 +51,7 @@ class FanOut:
 
 def fan_out(
     model: HookedModel,
-    prompts: Batch,
+    prompts: Batch | Texts,
     interventions: Sequence[Intervention],
     *,
     scored: Sequence[Sequence[int]] | None = None,
@@ -61,7 +62,7 @@ def fan_out(
     """Run all interventions in as few passes as the memory budget allows.
 
     Args:
-        prompts: base prompts, right-padded (`mi_hops.text.tokens.pad`).
+        prompts: base prompts: texts or token ids, or already padded (`mi_hops.text.tokens.pad`).
         interventions: rows to run; none is allowed (then only the base is run).
         scored: for each base the positions to unembed, as many for every base; default each
             prompt's last token.
@@ -91,6 +92,8 @@ def fan_out(
         >>> out.rows.shape == (3, 1, model.cfg.d_vocab)  # [row, scored position, vocab]
         True
     """
+    if not isinstance(prompts, Batch):
+        prompts = pad([prompt.ids for prompt in as_prompts(model, prompts)])
     where = _scored(prompts, scored)
     _check(model, prompts, interventions)
     reduce = reduce or (lambda logits, bases: logits)

@@ -21,6 +21,7 @@ from mi_hops.model.row_cache import RowCache, takes_unequal_rows
 from mi_hops.model.shortcuts import is_touched
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import each_part
+from mi_hops.sweep.pairs import Texts, prompts_of
 from mi_hops.sweep.repair import Repair
 from mi_hops.sweep.scoring import check_states, logits_at, stepping
 from mi_hops.sweep.together import Part, pass_cost, plan_batches
@@ -30,7 +31,6 @@ from mi_hops.text.tokens import (
     answer_ids,
     batches_by_length,
     decode,
-    encode,
     pad,
     require_room,
 )
@@ -79,7 +79,7 @@ def _as_lists(replies: Sequence[_Reply]) -> list[list[Any]]:
 
 def generate(
     model: HookedModel,
-    prompts: Sequence[Prompt | str],
+    prompts: Texts,
     *,
     max_new_tokens: int = 8,
     batch_size: int = 64,
@@ -113,7 +113,7 @@ def generate(
         'Vera van Nystrom'
     """
     check_stop(stop)
-    known = [encode(model, p) if isinstance(p, str) else p for p in prompts]
+    known = prompts_of(model, prompts)
     given = check_states(len(known), repair, states)
     asks = [
         _Ask(prompt, state, max_new_tokens, tuple(stop))
@@ -364,8 +364,8 @@ class Answered:
 
 def answered(
     model: HookedModel,
-    prompts: Sequence[Prompt | str],
-    answers: Sequence[str],
+    prompts: Texts,
+    answers: str | Sequence[str],
     aliases: Sequence[Sequence[str]] | None = None,
     *,
     max_new_tokens: int = 8,
@@ -395,13 +395,13 @@ def answered(
         >>> [one.exact for one in found]
         [True, True, True, True]
     """
-    others = [()] * len(prompts) if aliases is None else list(aliases)
-    if not len(prompts) == len(answers) == len(others):
+    known, answers = prompts_of(model, prompts), [answers] if isinstance(answers, str) else answers
+    others = [()] * len(known) if aliases is None else list(aliases)
+    if not len(known) == len(answers) == len(others):
         raise ValueError(
-            f"got {len(prompts)} prompts, {len(answers)} answers and {len(others)} lists of "
+            f"got {len(known)} prompts, {len(answers)} answers and {len(others)} lists of "
             "aliases; need one of each"
         )
-    known = [encode(model, p) if isinstance(p, str) else p for p in prompts]
     given = check_states(len(known), repair, states)
     firsts = [answer_ids(model, p, a)[0] for p, a in zip(known, answers, strict=True)]
     check_stop(stop)

@@ -251,16 +251,21 @@ def as_prompts(model: HookedModel, given: Texts) -> list[Prompt]:
     Raises:
         TokenError: no prompt at all, something that is none, or one that cannot be encoded.
     """
-    texts = texts_of(given)
-    if not texts:
+    prompts = prompts_of(model, given)
+    if not prompts:
         raise TokenError("no prompts were given; pass a string or a sequence of strings")
+    return prompts
+
+
+def prompts_of(model: HookedModel, given: Texts) -> list[Prompt]:
+    """As `as_prompts`, where there may also be none."""
     return [
         t
         if isinstance(t, Prompt)
         else encode(model, t)
         if isinstance(t, str)
         else _unpadded(model, t)
-        for t in texts
+        for t in texts_of(given)
     ]
 
 

@@ -10,14 +10,15 @@ import torch
 
 from mi_hops.model import HookedModel
 from mi_hops.sweep.keep import keep
+from mi_hops.sweep.pairs import Texts, prompts_of
 from mi_hops.sweep.repair import Repair
 from mi_hops.sweep.scoring import check_states, stepping
-from mi_hops.text.tokens import Batch, Prompt, batches_by_length, decode, encode, require_room
+from mi_hops.text.tokens import Batch, Prompt, batches_by_length, decode, require_room
 
 
 def sample(
     model: HookedModel,
-    prompts: Sequence[Prompt | str],
+    prompts: Texts,
     *,
     n_tokens: int,
     temperature: float = 1.0,
@@ -55,7 +56,7 @@ def sample(
         )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; expected 1 token or more, or None for all")
-    known = [encode(model, p) if isinstance(p, str) else p for p in prompts]
+    known = prompts_of(model, prompts)
     given = check_states(len(known), repair, states)
     for prompt in known:
         require_room(model, prompt.text, len(prompt), n_tokens)

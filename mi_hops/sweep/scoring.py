@@ -19,6 +19,7 @@ from mi_hops.model.plain import PlainPasses, plain_passes
 from mi_hops.model.shortcuts import has_hooks, may_be_rewritten
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.metrics import MetricLike, Target, get_metrics, require_finite
+from mi_hops.sweep.pairs import Texts, prompts_of
 from mi_hops.sweep.repair import LateHooks, Repair, RowHooks, Rows
 from mi_hops.sweep.runs import Run, Scored, plan_runs
 from mi_hops.sweep.together import pass_cost, plan_batches
@@ -27,7 +28,7 @@ from mi_hops.text.tokens import Prompt, pad
 
 def score_prompts(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: Texts,
     targets: Sequence[Target],
     metrics: MetricLike | Sequence[MetricLike],
     *,
@@ -63,7 +64,7 @@ def score_prompts(
         >>> mi_hops.score_prompts(model, prompts, targets, "first_prob")["first_prob"].shape
         torch.Size([4])
     """
-    wanted = tuple(get_metrics(metrics))
+    wanted, prompts = tuple(get_metrics(metrics)), prompts_of(model, prompts)
     if len(targets) != len(prompts):
         raise ValueError(f"got {len(prompts)} prompts and {len(targets)} targets; need one each")
     scored = [Scored(p, t, wanted) for p, t in zip(prompts, targets, strict=True)]

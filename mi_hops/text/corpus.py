@@ -55,6 +55,7 @@ def token_batches(
     *,
     max_tokens: int = 4096,
     max_length: int | None = None,
+    ends: bool = False,
 ) -> Iterator[Batch]:
     """Right-padded batches of a corpus, in its own order, one batch in memory at a time.
 
@@ -67,6 +68,7 @@ def token_batches(
         max_tokens: bound on rows times width of a batch, padding included.
         max_length: longer texts are cut into pieces of as many tokens, BOS included; default the
             model's context, or `max_tokens` where that is less.
+        ends: of longer texts only the piece that ends them.
 
     Raises:
         ValueError: limits that contradict one another or the model's context; a path that is not a
@@ -87,12 +89,22 @@ def token_batches(
         )
     source = f"the {type(texts).__name__} given"
     if isinstance(texts, str | Path):
-        source = repr(str(texts)[:80])
-        if not os.path.isfile(texts):
-            raise ValueError(
-                f"{source} is not a file; give the path of one, or put a single text in a list"
-            )
-    return _packed(_pieces(tokenizer, _texts(texts), bos, length), max_tokens, source)
+        source = require_file(texts)
+    return _packed(_pieces(tokenizer, _texts(texts), bos, length, ends), max_tokens, source)
+
+
+def require_file(path: str | os.PathLike[str]) -> str:
+    """The path as messages name it; refuses one that is none, such as a text.
+
+    Raises:
+        ValueError: no such file.
+    """
+    shown = repr(str(path)[:80])
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"{shown} is not a file; give the path of one, or put a single text in a list"
+        )
+    return shown
 
 
 def _packed(pieces: Iterable[list[int]], max_tokens: int, source: str) -> Iterator[Batch]:
@@ -105,7 +117,7 @@ def _packed(pieces: Iterable[list[int]], max_tokens: int, source: str) -> Iterat
 
 
 def _pieces(
-    tokenizer: Any, texts: Iterable[str], bos: int | None, length: int
+    tokenizer: Any, texts: Iterable[str], bos: int | None, length: int, ends: bool
 ) -> Iterator[list[int]]:
     start = [] if bos is None else [bos]
     room = length - len(start)
@@ -116,7 +128,8 @@ def _pieces(
         if ids and ids[0] == tokenizer.bos_token_id:
             ids = ids[1:]
         for at in range(0, len(ids), room):
-            yield [*start, *ids[at : at + room]]
+            if not ends or at + room >= len(ids):
+                yield [*start, *ids[at : at + room]]
 
 
 def _texts(source: Iterable[str | TwoHopFact] | str | Path) -> Iterator[str]:

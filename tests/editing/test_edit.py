@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from copy import deepcopy
 from unittest import mock
 
 import pytest
@@ -35,7 +36,7 @@ from mi_hops.sweep import target_of
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.sweep.scoring import logits_at, score_prompts
 from mi_hops.text.tokens import encode
-from tests.editing.conftest import assert_same_bits, break_copies, weights
+from tests.editing.conftest import assert_same_bits, break_copies, make_fact, weights
 from tests.models import SHAPES, cases
 
 TOKENS = torch.tensor([[1, 9, 30, 7, 12], [1, 4, 5, 6, 50], [1, 80, 3, 2, 8]])
@@ -115,6 +116,11 @@ def test_order_of_undoing(tiny):
         first.undo(tiny)
     with pytest.raises(AppliedError, match="already applied"):
         first.apply(tiny)
+    for copied in (deepcopy(first), deepcopy(second)):
+        with pytest.raises(AppliedError, match="an equal edit is applied"):
+            copied.apply(tiny)
+        with pytest.raises(AppliedError, match="undo it first"):
+            EditRepair(copied).fit(tiny, [make_fact()])
     second.undo(tiny)
     with pytest.raises(AppliedError, match="not applied"):
         second.undo(tiny)

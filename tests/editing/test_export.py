@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from mi_hops.editing import Edit, WrongWeightsError, creme, creme_many, export_hf
-from mi_hops.model import forward, load_model
+from mi_hops.model import backend_of, forward, load_model
 from mi_hops.sweep.generate import generate
 from mi_hops.worlds.hopland import Hopland
 from tests.editing.conftest import assert_same_bits, weights
 from tests.editing.test_edit import TOKENS, random_edit
-from tests.models import cases
+from tests.models import cases, save_checkpoint
 
 
 def plain_logits(folder):
@@ -100,6 +100,18 @@ def test_half_precision(load_tiny, checkpoints, tmp_path, fact):
     with pytest.raises(WrongWeightsError):
         export_hf(checkpoints["llama"], edit, tmp_path / "no", dtype="bfloat16")
     assert export_hf(checkpoints["llama"], edit, tmp_path / "y", dtype="bfloat16", check=False)
+
+
+def test_a_llama_with_biases_loads_and_is_exported_by_the_bridge(tmp_path, fact):
+    folder = save_checkpoint("llama", tmp_path / "biased", attention_bias=True, mlp_bias=True)
+    model = load_model(folder, device="cpu")  # the class that keeps them is chosen
+    assert backend_of(model) == "bridge"
+    edit = creme(model, fact, layers=[1])
+    with edit.applied(model), torch.no_grad():
+        want = forward(model, TOKENS)
+    for number, source in enumerate((model, folder)):
+        got, _ = plain_logits(export_hf(source, edit, tmp_path / str(number)))
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_refusals(load_tiny, checkpoints, tmp_path, fact):

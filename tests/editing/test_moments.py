@@ -43,6 +43,21 @@ def test_equal_the_direct_computation(tiny, positions):
         assert moments.fourth[layer] == pytest.approx(float(fourth), rel=1e-4)
 
 
+def test_last_is_the_end_of_a_text_however_long_it_is(load_tiny):
+    model = load_tiny("llama")
+    text = " ".join(f"w{i % 80}" for i in range(130))  # two pieces of the context's 64 and a rest
+    moments = second_moments(model, [text, "w1 w2"], layers=[1], positions="last")
+    assert moments.n == 2
+    rest = " ".join(text.split()[126:])
+    alone = second_moments(model, [rest, "w1 w2"], layers=[1], positions="last")
+    torch.testing.assert_close(moments.second[1], alone.second[1])
+
+
+def test_a_text_in_place_of_a_corpus_is_refused(load_tiny):
+    with pytest.raises(ValueError, match="put a single text in a list"):
+        second_moments(load_tiny("llama"), "w1 w2 w3")
+
+
 def test_of_an_mlp(tiny):
     moments = second_moments(tiny, TEXTS, layers=[1], matrix="W_out", max_tokens=64)
     x = inputs(tiny, 1, "mlp_post")

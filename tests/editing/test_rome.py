@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mi_hops.editing import Request, second_moments
+from mi_hops.editing.baselines import FineTuneRepair, GraceRepair
 from mi_hops.editing.baselines.rome import (
     RomeRepair,
     ValueSearch,
@@ -231,3 +232,21 @@ def test_the_choices_of_the_repository(load_tiny, facts):
     assert made < 59  # the second search ended early
     together = rome_many(model, facts[:3], layer=1, covariance=c, steps=60, **options)
     torch.testing.assert_close(together[0].changes[0].delta(), want, atol=1e-6, rtol=1e-4)
+
+
+def test_editors_take_gradients_under_inference_mode(load_tiny, facts):
+    model = load_tiny("gpt2")
+    expected = rome_many(model, facts[:1], layer=1, **QUICK)[0]
+    with torch.inference_mode():
+        found = rome_many(model, facts[:1], layer=1, **QUICK)[0]
+        FineTuneRepair(layers=[1], steps=2).fit(model, facts[:1])
+        GraceRepair(layer=1, steps=2).fit(model, facts[:1])
+    torch.testing.assert_close(found.changes[0].delta(), expected.changes[0].delta())
+
+
+def test_one_fact_is_a_list_of_one_and_templates_are_no_text(load_tiny, fact):
+    model = load_tiny("gpt2")
+    one, each = (rome_many(model, asked, layer=1, **QUICK) for asked in (fact, [fact]))
+    assert torch.equal(one[0].changes[0].delta(), each[0].changes[0].delta())
+    with pytest.raises(ValueError, match="templates is '{}'; expected a sequence"):
+        rome_many(model, fact, layer=1, templates="{}")

@@ -29,6 +29,17 @@ def test_piped_bars_are_lines(monkeypatch, capsys):
     assert "whole: 1 of 2" in said and "outer: 1 of 3" in said and "inner: 2 of 3" in said
 
 
+def test_a_line_says_what_is_being_done(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    with progress_bar(total=2, label="study", show=True) as bar:
+        for step in ("gap", "lens"):
+            bar.set_postfix_str(step, refresh=False)
+            bar.update(0)
+            bar.update(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("study: 1 of 2") and line.endswith(", gap") for line in lines)
+
+
 def test_nothing_is_shown_unasked(capsys):
     for _ in progress_bar(range(3), label="quiet"):
         pass

@@ -14,7 +14,7 @@ from mi_hops.sweep.fanout import FanOut, fan_out, plan_fan_out
 from mi_hops.sweep.interventions import HEAD_AXIS, Intervention, Site, ablate, add, replace, scale
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.passes import Pass
-from mi_hops.text.tokens import pad
+from mi_hops.text.tokens import encode, pad
 from tests.models import cases
 
 PROMPTS = [[1, 7, 8, 9, 30, 31, 12], [1, 40, 41, 6], [1, 22, 5, 17, 18]]
@@ -371,3 +371,14 @@ def test_refuses_wrong_key_value_head(load_tiny):
 def test_refuses_value_of_wrong_shape(tiny):
     with pytest.raises(ValueError, match="does not fit"):
         fan_out(tiny, pad(PROMPTS), [Intervention.at("resid_pre", 0, add(torch.ones(5)))])
+
+
+def test_prompts_may_be_texts_or_tokens(load_tiny):
+    model = load_tiny("llama")
+    texts = ["w1 w2 w3", "w4 w5 w6"]
+    rows = [Intervention.at("mlp_out", 1, scale(0.0), base=1)]
+    ids = [encode(model, text).ids for text in texts]
+    expected = fan_out(model, pad(ids), rows)
+    for given in (texts, torch.tensor(ids)):
+        found = fan_out(model, given, rows)
+        assert torch.equal(found.rows, expected.rows) and torch.equal(found.base, expected.base)

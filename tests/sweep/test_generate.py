@@ -13,6 +13,7 @@ from mi_hops.model.plain import PlainPasses
 from mi_hops.sweep import together
 from mi_hops.sweep.generate import Generation, answered, end_ids, generate
 from mi_hops.sweep.metrics import Greedy, Target
+from mi_hops.sweep.sample import sample
 from mi_hops.sweep.scoring import logits_at, score_prompts
 from mi_hops.sweep.together import plan_batches
 from mi_hops.text.matching import matches, normalise
@@ -372,3 +373,17 @@ def test_normalise_leaves_something():
     assert normalise("the") == "the"
     assert normalise("?!") == "?!"
     assert normalise("") == ""
+
+
+def test_one_text_is_one_prompt_and_tokens_are_prompts(load_tiny):
+    model = load_tiny("llama")
+    (alone,) = generate(model, "w1 w2 w3", stop=())
+    assert alone == generate(model, ["w1 w2 w3"], stop=())[0]
+    tokens = torch.tensor([encode(model, text).ids for text in ("w1 w2 w3", "w4 w5 w6")])
+    texts = generate(model, ["w1 w2 w3", "w4 w5 w6"], stop=())
+    assert generate(model, tokens, stop=()) == texts
+    assert sample(model, "w1 w2", n_tokens=2) == sample(model, ["w1 w2"], n_tokens=2)
+    assert answered(model, "w1 w2", "w5") == answered(model, ["w1 w2"], ["w5"])
+    target = Target((7,))
+    one, same = (score_prompts(model, p, [target], "rank")["rank"] for p in ("w1", ["w1"]))
+    assert torch.equal(one, same)

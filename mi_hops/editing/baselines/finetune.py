@@ -39,6 +39,7 @@ from mi_hops.model import (
 )
 
 
+@torch.inference_mode(False)  # gradients are taken, whatever the caller is in
 def finetune_many(
     model: HookedModel,
     asked: Iterable[Asked],
@@ -149,6 +150,7 @@ _TARGETS = {
 }
 
 
+@torch.inference_mode(False)  # gradients are taken, whatever the caller is in
 def lora_many(
     model: HookedModel,
     asked: Iterable[Asked],

@@ -65,6 +65,7 @@ class TunedWeights:
             yield self
 
 
+@torch.inference_mode(False)  # gradients are taken, whatever the caller is in
 def finetune_full(
     model: HookedModel,
     asked: Iterable[Asked],

@@ -138,6 +138,7 @@ class GraceRepair:
         self.layer, self.radius, self.shared, self.form = layer, radius, shared, form
         self.steps, self.lr, self.batch_size, self.name = steps, lr, batch_size, name
 
+    @torch.inference_mode(False)  # gradients are taken, whatever the caller is in
     def fit(self, model: HookedModel, facts: Sequence[Asked]) -> list[Codebook]:
         """One codebook per fact (or one shared by all); facts already known add nothing."""
         requests = requests_of(facts, self.form, taught=True)

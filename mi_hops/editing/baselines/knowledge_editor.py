@@ -145,6 +145,7 @@ class KnowledgeEditor:
 
     # -- use -------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # gradients are taken, whatever the caller is in
     def edits(
         self, model: HookedModel, asked: Iterable[Asked], *, form: str | None = None, loop: int = 1
     ) -> list[Edit]:
@@ -303,6 +304,7 @@ class KnowledgeEditorRepair(EditorRepair):
 # -- training -------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)  # gradients are taken, whatever the caller is in
 def train_editor(
     model: HookedModel, facts: Sequence[TwoHopFact], *, progress: bool = False, **settings: Any
 ) -> KnowledgeEditor:

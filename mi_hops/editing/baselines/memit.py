@@ -40,6 +40,7 @@ def memit(model: HookedModel, asked: Iterable[Asked], **settings: Any) -> Edit:
     return memit_many(model, asked, joint=True, **settings)[0]
 
 
+@torch.inference_mode(False)  # gradients are taken, whatever the caller is in
 def memit_many(
     model: HookedModel,
     asked: Iterable[Asked],
@@ -76,6 +77,7 @@ def memit_many(
     return edits * len(requests) if joint else edits
 
 
+@torch.inference_mode(False)  # gradients are taken, whatever the caller is in
 def memit_sequential(
     model: HookedModel,
     asked: Iterable[Asked],

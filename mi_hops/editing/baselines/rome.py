@@ -96,6 +96,7 @@ class ValueSearch:
             )
 
 
+@torch.inference_mode(False)  # gradients are taken, whatever the caller is in
 def rome_many(
     model: HookedModel,
     asked: Iterable[Asked],
