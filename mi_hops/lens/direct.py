@@ -23,6 +23,7 @@ from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.tracking import Prompts, Row, Track, check_role, first_tokens, rows_at
 from mi_hops.lens.vectors import activations, head_outputs, in_batches
 from mi_hops.model import HookedModel, hook_name, linear_read_out, provenance, read_out, unembedding
+from mi_hops.model.hooks import mlp_input
 from mi_hops.model.numeric import widen
 from mi_hops.model.weights import require_linear
 from mi_hops.result.result import Result
@@ -162,11 +163,16 @@ def _shares(
     layers = range(int(model.cfg.n_layers))
     ends = (hook_name("resid_pre", 0), hook_name("resid_post", layers[-1]))
     names = [[hook_name(kind, i) for i in layers] for kind in ("z", "attn_out", "mlp_out")]
-    found = activations(model, tokens, cells, [*ends, *chain(*names)], cache)
+    has_mlps = mlp_input(model, 0) is not None
+    read = names if has_mlps else names[:2]
+    found = activations(model, tokens, cells, [*ends, *chain(*read)], cache)
     place = unembedding(model)[0].device  # shares are added up where logits are made
     found = {name: widen(x).to(place) for name, x in found.items()}
     start, final = (found[name] for name in ends)
-    z, attention, mlps = (torch.stack([found[name] for name in each], dim=1) for each in names)
+    z, attention = (torch.stack([found[name] for name in each], dim=1) for each in names[:2])
+    mlps = torch.zeros_like(attention)
+    if has_mlps:
+        mlps = torch.stack([found[name] for name in names[2]], dim=1)
     heads = torch.stack([head_outputs(model, z[:, i], i) for i in layers], dim=1)
     for i in layers if cache is None else ():
         require_linear(model, "W_O", i, z[:, i], attention[:, i])

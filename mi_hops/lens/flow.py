@@ -25,6 +25,7 @@ from mi_hops.model import (
     unembedding,
     w_o,
 )
+from mi_hops.model.hooks import mlp_input
 from mi_hops.model.numeric import widen
 from mi_hops.model.weights import require_linear
 from mi_hops.result.result import Result
@@ -72,11 +73,9 @@ def logit_flow(
 
     def read(chosen: list[int], tokens: Tensor, rows: Tensor) -> dict[str, Tensor]:
         end = hook_name("resid_post", layers[-1])
-        names = [
-            hook_name(kind, i)
-            for kind in ("pattern", "v", "z", "attn_out", "mlp_out")
-            for i in layers
-        ]
+        has_mlps = mlp_input(model, 0) is not None
+        kinds = ["pattern", "v", "z", "attn_out", *["mlp_out"] * has_mlps]
+        names = [hook_name(kind, i) for kind in kinds for i in layers]
         found, _ = capture(model, tokens, [*names, end])
         where = at[chosen]
         place = unembedding(model)[0].device
@@ -97,7 +96,7 @@ def logit_flow(
             along = einsum("head e d, row token d -> row head e token", weight, directions)
             moved = einsum("row pos head e, row head e token -> row head pos token", value, along)
             flow.append(looked[..., None] * moved)
-            wrote = there(found[hook_name("mlp_out", i)])
+            wrote = there(found[hook_name("mlp_out", i)]) if has_mlps else torch.zeros_like(out)
             mlps.append(einsum("row d, row token d -> row token", wrote, directions))
         stacked = torch.stack(flow, 1)
         stacked = stacked if by_head else stacked.sum(2)

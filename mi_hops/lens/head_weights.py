@@ -178,7 +178,7 @@ def _behind(
 def _into_logits(model: HookedModel, dtype: torch.dtype) -> Float[Tensor, "d_model vocab"]:
     """W_U behind the final norm, relative to the mean over the vocabulary."""
     u = unembedding(model)[0].to(dtype)
-    return _behind(model, model.ln_final, u - u.mean(1, keepdim=True))
+    return _behind(model, getattr(model, "ln_final", None), u - u.mean(1, keepdim=True))
 
 
 def _chain(model: HookedModel, heads: Head | Sequence[Head]) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -341,7 +341,8 @@ def _unembed(model: HookedModel, residual: Tensor) -> Tensor:
     On a CPU that copy takes as long as half of GPT-2 small's blocks do for a short prompt.
     """
     end = model.unembed
-    x = end.hook_in(model.ln_final(residual))
+    norm = getattr(model, "ln_final", None)  # none where the config has no norms
+    x = end.hook_in(residual if norm is None else norm(residual))
     weight, bias = end.W_U.to(x.device), end.b_U.to(x.device)
     return end.hook_out(torch.nn.functional.linear(x, weight.T, bias))
 
@@ -390,6 +391,15 @@ def earliest_cut(model: HookedModel, *, after_attention: bool) -> str:
     if after_attention and _attention_then_mlp(model):
         return hook_name("resid_mid", last)
     return hook_name("resid_post", last)
+
+
+def mlp_input(model: HookedModel, layer: int) -> Literal["resid_mid", "resid_pre"] | None:
+    """What the MLP of a block reads: in parallel blocks what attention reads; None where there is none."""
+    if getattr(model.blocks[layer], "mlp", None) is None:
+        return None
+    return (
+        "resid_pre" if hook_point(model, f"blocks.{layer}.hook_resid_mid") is None else "resid_mid"
+    )
 
 
 def _attention_then_mlp(model: HookedModel) -> bool:

@@ -169,11 +169,17 @@ def require_unquantised(weight: Tensor, what: str) -> None:
 def final_norm(
     model: HookedModel, residual: Float[Tensor, "*rows d_model"]
 ) -> Float[Tensor, "*rows d_model"]:
-    """The final norm of residual-stream vectors, in the model's dtype, where the norm lies."""
-    own = next(iter(model.ln_final.parameters()), None)  # none where it is folded away
+    """The final norm of residual-stream vectors, in the model's dtype, where the norm lies.
+
+    Of a model without norms (TransformerLens's ``normalization_type=None``), the vectors as they are.
+    """
+    norm = getattr(model, "ln_final", None)
+    if norm is None:
+        return residual.to(dtype_of(model))
+    own = next(iter(norm.parameters()), None)  # none where it is folded away
     place = residual.device if own is None else own.device
     flat = residual.reshape(-1, 1, residual.shape[-1]).to(place, dtype_of(model))
-    return model.ln_final(flat).reshape(residual.shape)
+    return norm(flat).reshape(residual.shape)
 
 
 def norm_parts(
@@ -219,7 +225,7 @@ def linear_read_out(
         ValueError: a final norm that is neither LayerNorm nor RMSNorm.
     """
     weight, bias = (t.to(residual.dtype) for t in unembedding(model))
-    gain, shift, layer_norm = norm_parts(model, model.ln_final, residual)
+    gain, shift, layer_norm = norm_parts(model, getattr(model, "ln_final", None), residual)
     centred = residual - residual.mean(-1, keepdim=True) if layer_norm else residual
     normed = final_norm(model, residual).to(residual)
     # The scale as the norm applied it, whatever its epsilon.

@@ -32,6 +32,7 @@ from mi_hops.patching.nodes import (
     Node,
     Writes,
     all_edges,
+    read_hooks,
     readers,
     require_edges,
     writers,
@@ -53,6 +54,7 @@ class CircuitRunner:
         self.model = model
         self.writers, self.readers = writers(model, "all"), readers(model, "all")
         self.edges = set(all_edges(model))
+        self.mlps = {v.layer: v for v in self.readers if v.role == "mlp"}
         self._row = {u.name: i for i, u in enumerate(self.writers)}
         self._column = {v.name: j for j, v in enumerate(self.readers)}
 
@@ -127,8 +129,9 @@ class ReadyPairs:
         self.where = [i - self.start for i in scored]
         self.tokens = torch.tensor([clean[0].ids[tail]])
         kinds = [("resid_pre", i) for i in range(n_layers)]
-        kinds += [("resid_mid", i) for i in range(n_layers)] + [("resid_post", n_layers - 1)]
-        names = [hook_name(kind, layer) for kind, layer in kinds]
+        kinds += [(read_hooks(mlp)[0], mlp.layer) for mlp in runner.mlps.values()]
+        kinds.append(("resid_post", n_layers - 1))
+        names = list(dict.fromkeys(hook_name(kind, layer) for kind, layer in kinds))
         self.streams = {k: x[:, tail] for k, x in captured(self.model, corrupt, names).items()}
         first = hook_name("resid_pre", 0)
         change = captured(self.model, clean, [first])[first][:, tail] - self.streams[first]
@@ -212,6 +215,7 @@ class _CircuitPass:
         self.wide = wide_dtype(dtype_of(self.model))
         runner = pairs.runner
         self.columns = {node: j for j, node in enumerate(runner.readers)}
+        self.mlps = runner.mlps
         self.splits, self.own_inputs, self.where = pairs.splits, pairs.own_inputs, pairs.where
         self.cache = pairs.cache()
         # What each writer writes beyond its corrupted write. Writers come in the order in which they
@@ -241,7 +245,9 @@ class _CircuitPass:
         # In the last block nothing is needed but what is scored.
         last = self.where if self.splits else _ALL
         for layer in range(begin, n_layers):
-            if layer == begin and self.first is not None and self.first.role == "mlp":
+            mlp = self.mlps.get(layer)
+            behind = None if mlp is None or mlp.beside else mlp
+            if layer == begin and behind is not None and self.first == behind:
                 if not self.splits:
                     hooks.append((hook_name("resid_pre", layer), self._repeat))
             elif self.own_inputs:
@@ -249,8 +255,10 @@ class _CircuitPass:
             else:
                 hooks += self._attention_by_rows(layer)
             at = last if layer == n_layers - 1 else _ALL
-            hooks.append((hook_name("resid_mid", layer), partial(self._enter_mlp, layer, at)))
-            hooks.append((hook_name("mlp_out", layer), partial(self._mlp, at)))
+            if behind is not None:
+                hooks.append((hook_name("resid_mid", layer), partial(self._enter_mlp, behind, at)))
+            if mlp is not None:
+                hooks.append((hook_name("mlp_out", layer), partial(self._mlp, at)))
         hooks.append((hook_name("resid_post", n_layers - 1), partial(self._leave, n_layers, last)))
         if not self.splits:
             hooks.append(("unembed.hook_in", lambda x: x[:, self.where]))
@@ -331,7 +339,11 @@ class _CircuitPass:
     def _enter(self, layer: int, inputs: Sequence[Node], x: Tensor) -> Tensor:
         name = hook_name("resid_pre", layer)
         rows = rearrange(self._inputs(inputs, name), "row reader ... -> (row reader) ...")
-        main = self.pairs.streams[name].repeat_interleave(self.shape[1], 0)
+        mlp = self.mlps.get(layer)
+        if mlp is not None and mlp.beside:  # nothing else reads the main rows
+            main = self._inputs([mlp], name)[:, 0]
+        else:
+            main = self.pairs.streams[name].repeat_interleave(self.shape[1], 0)
         return torch.cat([main.to(x), rows.to(x)])
 
     def _gather(self, own: slice, n_inputs: int, x: Tensor) -> Tensor:
@@ -345,8 +357,8 @@ class _CircuitPass:
         spec = "row pos head d_head, head d_head d_model -> row head pos d_model"
         self._write(einsum(spec, x[: self.n].to(self.wide), weight))
 
-    def _enter_mlp(self, layer: int, at: slice | list[int], x: Tensor) -> Tensor:
-        main = self._inputs([Node("mlp", layer)], hook_name("resid_mid", layer), at)[:, 0].to(x)
+    def _enter_mlp(self, mlp: Node, at: slice | list[int], x: Tensor) -> Tensor:
+        main = self._inputs([mlp], hook_name("resid_mid", mlp.layer), at)[:, 0].to(x)
         return main if self.splits else torch.cat([main, x[self.n :]])
 
     def _mlp(self, at: slice | list[int], x: Tensor) -> None:

@@ -27,7 +27,7 @@ from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_hops.model import HookedModel, dtype_of, hook_name, require_hooks
+from mi_hops.model import HookedModel, dtype_of, hook_name
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.activation import PatchJob
 from mi_hops.patching.core import require_effect
@@ -236,8 +236,6 @@ class _Estimator:
         groups = defaultdict(list)  # readers that one pass backward serves
         for j, reader in enumerate(self.targets):
             groups[(reader.stage, *_hooks(reader))].append(j)
-        mlps = [hook_name("resid_mid", v.layer) for v in self.targets if v.role == "mlp"]
-        require_hooks(model, mlps)  # in parallel blocks the MLP reads no attention
         results = list(dict.fromkeys(result for _, _, result in groups))
         entries = [entry for _, entry, _ in groups if entry is not None]
         run = record(model, prompts, list(dict.fromkeys([*results, *entries])), start=start)
@@ -279,7 +277,7 @@ def _hooks(reader: Node) -> tuple[str | None, str]:
     """Where a reader's input enters, None for the logits, and what it makes of it (there, the stream)."""
     if reader.role == "logits":
         return None, hook_name("resid_post", reader.layer - 1)
+    entry, result = read_hooks(reader)
     # The stream before the MLP is the attention's write plus what is left alone; where the Bridge has
     # a hook point for it, that lies on another branch.
-    kind = "attn_out" if reader.role == "mlp" else "resid_pre"
-    return hook_name(kind, reader.layer), read_hooks(reader)[1]
+    return hook_name("attn_out" if entry == "resid_mid" else entry, reader.layer), result

@@ -28,6 +28,7 @@ from mi_hops.model import (
     provenance,
     w_o,
 )
+from mi_hops.model.hooks import mlp_input
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.patching.activation import PatchJob
 from mi_hops.patching.core import captured
@@ -53,11 +54,14 @@ class Node:
         role: what it is.
         layer: its block; 0 for the embedding and the number of blocks for the logits.
         head: for heads and their inputs.
+        beside: of an MLP: it runs beside the attention of its block, whose input it reads (parallel
+            blocks, as in Pythia), and not behind it.
     """
 
     role: Role
     layer: int
     head: int | None = None
+    beside: bool = False
 
     @property
     def name(self) -> str:
@@ -74,7 +78,7 @@ class Node:
         """When it acts: writers reach the readers of later stages only."""
         if self.role == "embed":
             return -1
-        return 2 * self.layer + (self.role == "mlp")
+        return 2 * self.layer + (self.role == "mlp" and not self.beside)
 
     def reaches(self, reader: Node) -> bool:
         """Whether there is an edge from this writer to `reader`."""
@@ -89,7 +93,7 @@ def writers(model: HookedModel, given: str | Iterable[str]) -> list[Node]:
     """
     layers = range(int(model.cfg.n_layers))
     heads = [Node("head", i, h) for i in layers for h in range(n_heads_of(model, "z"))]
-    mlps = [Node("mlp", i) for i in layers]
+    mlps = _mlps(model)
     attns = [Node("attn", i) for i in layers]
     embed = [Node("embed", 0)]
     groups = {
@@ -109,7 +113,7 @@ def readers(model: HookedModel, given: str | Iterable[str]) -> list[Node]:
         ValueError: an unknown name, or a layer or head that does not exist.
     """
     n_layers = int(model.cfg.n_layers)
-    groups: dict[str, list[Node]] = {"mlps": [Node("mlp", i) for i in range(n_layers)]}
+    groups: dict[str, list[Node]] = {"mlps": _mlps(model)}
     inputs: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
     for role in inputs:
         groups[role] = [
@@ -120,6 +124,12 @@ def readers(model: HookedModel, given: str | Iterable[str]) -> list[Node]:
     known = {n.name: n for n in every}
     groups["all"] = sorted(every, key=lambda n: (n.stage, n.role))
     return _named("reader", given, groups, known)
+
+
+def _mlps(model: HookedModel) -> list[Node]:
+    """The MLPs; none where blocks are attention only."""
+    read = {i: mlp_input(model, i) for i in range(int(model.cfg.n_layers))}
+    return [Node("mlp", i, beside=kind == "resid_pre") for i, kind in read.items() if kind]
 
 
 def all_edges(model: HookedModel) -> list[Edge]:
@@ -264,7 +274,8 @@ class Writes:
 def read_hooks(reader: Node) -> tuple[str, str]:
     """Where a reader's input enters its block, and the hook point of what it makes of it."""
     if reader.role == "mlp":
-        return "resid_mid", hook_name("mlp_out", reader.layer)
+        entry = "resid_pre" if reader.beside else "resid_mid"
+        return entry, hook_name("mlp_out", reader.layer)
     return "resid_pre", hook_name(reader.role, reader.layer)
 
 
