@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -31,10 +32,11 @@ ROLES = ("first hop", "last")
 #: ``[batch, pos]``), or label -> prompt.
 Prompts = Texts | Mapping[str, Text]
 
-#: One name: its text, several spellings of it (the first is the main one), or token ids.
-Spelling = str | Sequence[str] | Sequence[int]
+#: One name: its text, several spellings of it (the first is the main one), a token id, or several.
+Spelling = str | int | Sequence[str] | Sequence[int]
 
-#: Name -> what to follow: a spelling for one prompt, a sequence of them for several.
+#: Name -> what to follow: a text or token id for all prompts, a spelling for one prompt, or a sequence
+#: of spellings for several.
 Track = Mapping[str, Spelling | Sequence[Spelling]]
 
 #: Where to read: "last", "each" token by itself (prompts of one length), a position, or role -> a
@@ -77,7 +79,8 @@ def spell(model: HookedModel, prompt: Prompt, spelling: Spelling) -> list[tuple[
     Raises:
         TokenError: an empty name, or ids outside the vocabulary.
     """
-    items: list[Any] = [spelling] if isinstance(spelling, str) else list(spelling)
+    given: Any = spelling
+    items: list[Any] = [given] if isinstance(given, str | Integral) else list(given)
     if not items:
         raise TokenError(f"a tracked name has no spelling and no token (prompt {prompt.text!r})")
     if all(isinstance(item, str) for item in items):
@@ -100,13 +103,17 @@ def spell_all(
         alone: `track` was given for one prompt (name -> spelling), not as one spelling per prompt.
     """
     each: dict[str, Sequence[Any]] = {}
-    for name, given in (track or {}).items():
-        if not alone and (isinstance(given, str) or len(given) != len(prompts)):
-            got = repr(given) if isinstance(given, str) else f"{len(given)} of them"
+    for name, spellings in (track or {}).items():
+        given: Any = spellings
+        if alone or isinstance(given, str | Integral):  # one for all
+            each[name] = [given] * len(prompts)
+        elif len(given) != len(prompts):
             raise ValueError(
-                f"track[{name!r}] must give one spelling for each of {len(prompts)} prompts, got {got}"
+                f"track[{name!r}] must give one spelling for each of {len(prompts)} prompts, got "
+                f"{len(given)} of them"
             )
-        each[name] = [given] if alone else given
+        else:
+            each[name] = given
     return [
         {name: spell(model, prompt, given[i]) for name, given in each.items()}
         for i, prompt in enumerate(prompts)

@@ -261,6 +261,30 @@ def _cached(cache: Activations, name: str, tokens: Tensor) -> Tensor:
     return found
 
 
+def _require_own_tokens(model: HookedModel, prompts: Sequence[Prompt], cache: Activations) -> None:
+    """Refuse a cache of other prompts, by the token embeddings that it holds, if any.
+
+    An embedding that is no token's has been changed by a hook, which is the user's business.
+
+    Raises:
+        ValueError: a position that holds another token's embedding.
+    """
+    held = cache["hook_embed"] if "hook_embed" in cache.keys() else torch.empty(0)  # noqa: SIM118
+    held = held if held.ndim == 3 else held[None]
+    if held.shape[:2] != (len(prompts), max(map(len, prompts))):
+        return  # where it is read, its shape is told
+    table = model.W_E.detach()
+    for row, prompt in zip(held, prompts, strict=True):
+        own = table[list(prompt.ids)].to(row)
+        apart = (row[: len(prompt)] - own).abs().amax(1) > 1e-3 * own.abs().max()
+        for at in apart.nonzero()[:1].flatten().tolist():
+            if int((table.to(row) == row[at]).all(1).sum()):
+                raise ValueError(
+                    f"the cache is of other prompts: position {at} of {prompt.text!r} is another token "
+                    "there; pass the prompts (or tokens) that the cache was made of"
+                )
+
+
 def states_at(
     model: HookedModel,
     prompts: Sequence[Prompt],
@@ -296,6 +320,8 @@ def in_batches(
     """
     parts, order = [], []
     size = batch_size if cache is None else len(prompts)
+    if cache is not None:
+        _require_own_tokens(model, prompts, cache)
 
     def rows_of(chosen: list[int]) -> Tensor:
         return torch.arange(len(chosen)) if cache is None else torch.tensor(chosen)

@@ -464,7 +464,7 @@ def capture(
         ``(activations by name, logits or None)``. Without `logits` the pass stops after the last
         named block.
     """
-    wanted = list(dict.fromkeys(names))
+    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     require_hooks(model, wanted)
     found: dict[str, Tensor] = {}
     hooks = [*hooks, *storing(found, wanted, Tensor.detach)]

@@ -52,7 +52,8 @@ class Pairs:
             `ActivationCache`), of one prompt or one per pair: then the clean prompts are not run.
         corrupted: one prompt for all, or one each.
         answer: the answer to the clean prompt, on which both runs are scored; one for all pairs or
-            one each. None if no metric reads it.
+            one each. None if no metric reads it. A text follows its prompt behind a space (" 4" after
+            "2 + 2 ="); for an answer without one ("4" after "2+2=") give its token ids.
         wrong: the competing answer, where the metric compares two (``logit_diff``).
         labels: of the pairs; default their numbers.
         source: take activations from these prompts instead (one, or one per pair), or from these
@@ -93,11 +94,16 @@ class Pairs:
         elif _is_activations(source):
             self.activations = source
         self.clean = [] if self.activations is clean else texts_of(clean)  # type: ignore[arg-type]
-        worse = [] if corrupted is None else texts_of(corrupted)
+        worse = [] if corrupted is None or _is_activations(corrupted) else texts_of(corrupted)
         n = len(worse if self.activations is clean else self.clean)
         if not n:
             raise TokenError("no prompts were given; pass a string or a sequence of strings")
         self.corrupted = worse * n if len(worse) == 1 else worse
+        if _is_activations(corrupted):
+            raise ValueError(
+                "activations stand for the clean run: Pairs(cache, corrupted prompts); or put both prompts "
+                "and give the run to take from as source="
+            )
         if self.corrupted and len(self.corrupted) != n:
             raise ValueError(f"got {n} clean and {len(worse)} corrupted prompts; give one, or {n}")
         self.answer = None if answer is None else one_each("answer", answer, n)

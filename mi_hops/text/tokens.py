@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -354,6 +355,12 @@ def positions(prompt: Prompt, where: Where) -> tuple[int, ...]:
         if not found:
             raise TokenError(f"{where} selects none of the {n} tokens {list(prompt.labels)}")
         return found
+    index: Any = where
+    if not isinstance(index, Integral):
+        raise TokenError(
+            f"a position is an index, a slice, a substring, 'last' or 'all'; got {where!r} (tokens apart "
+            "from one another are positions of their own)"
+        )
     if not -n <= where < n:
         raise TokenError(f"position {where} is out of range for {n} tokens {list(prompt.labels)}")
     return (int(where % n),)

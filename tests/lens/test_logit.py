@@ -309,12 +309,13 @@ def test_vocabulary_is_kept_only_when_asked_for(load_tiny):
         (lambda m: logit_lens(m, TEXTS, positions="each"), "prompts of one length"),
         (lambda m: logit_lens(m, TEXTS, positions={"a": [1, 2]}), "got 2 of .* for 3 examples"),
         (lambda m: logit_lens(m, TEXTS, positions={}), "no role"),
-        (lambda m: logit_lens(m, TEXTS, track={"a": "w1"}), "one spelling for each of 3"),
+        (lambda m: logit_lens(m, TEXTS, track={"a": ["w1"] * 2}), "one spelling for each of 3"),
         (lambda m: logit_lens(m, TEXT, track={"a": [90]}), "outside the vocabulary"),
         (lambda m: logit_lens(m, TEXT, track={"a": []}), "no spelling"),
         (lambda m: logit_lens(m, TEXT, track={"a": " "}), "empty answer"),
         (lambda m: logit_lens(m, TEXT, positions="w66"), "does not occur"),
         (lambda m: logit_lens(m, TEXT, positions=6), "out of range"),
+        (lambda m: logit_lens(m, TEXT, positions={"a": [[2, 3]]}), r"is an index, .*got \[2, 3\]"),
         (lambda m: logit_lens(m, TEXT, positions="all"), "use positions='each'"),
         (lambda m: logit_lens(m, TEXT, lens="tuned"), "unknown lens 'tuned'"),
         (lambda m: logit_lens(m, TEXT, kind="blocks.1.hook_mlp_out", layers=1), "names its layer"),
@@ -337,3 +338,24 @@ def test_a_quantised_unembedding_is_refused(tiny, monkeypatch):
 def test_a_missing_span_is_a_token_error(load_tiny):
     with pytest.raises(TokenError):
         logit_lens(load_tiny(), TEXT, positions="w66")
+
+
+def test_one_name_or_token_for_all_prompts(tiny):
+    named = {"text": "w1", "id": 7}
+    each = {"text": ["w1"] * 3, "id": [[7]] * 3}
+    found, expected = (logit_lens(tiny, TEXTS, track=track)["logprob"] for track in (named, each))
+    assert np.array_equal(found, expected)
+    apart = logit_lens(tiny, TEXTS, track={"id": [7, 8, 9]})["logprob"]
+    assert np.array_equal(apart[0], expected.sel(tracked=["id"])[0])
+
+
+def test_a_cache_of_other_prompts_is_refused(tiny):
+    _, cache = tiny.run_with_cache(torch.tensor([encode(tiny, TEXT).ids]))
+    logit_lens(tiny, TEXT, cache=cache)
+    words = TEXT.split()
+    with pytest.raises(ValueError, match="cache is of other prompts: position 2"):
+        logit_lens(tiny, " ".join([words[0], "w77", *words[2:]]), cache=cache)
+    noise = [("hook_embed", lambda x, hook: x + 0.1 * torch.ones_like(x))]
+    with tiny.hooks(fwd_hooks=noise):
+        _, cache = tiny.run_with_cache(torch.tensor([encode(tiny, TEXT).ids]))
+    logit_lens(tiny, TEXT, cache=cache)  # changed by a hook, but of these tokens

@@ -134,6 +134,8 @@ def test_activations_that_do_not_fit_are_refused(tiny):
             patch(tiny, pairs, **{"sites": "mlp_out", "metric": lambda x: x[:, 0], **options})
     with pytest.raises(ValueError, match="come with the corrupted prompts"):
         Pairs(given)
+    with pytest.raises(ValueError, match="activations stand for the clean run"):
+        Pairs(CLEAN, given)
     fits = {"blocks.1.hook_mlp_out": torch.zeros(7, tiny.cfg.d_model)}
     with pytest.raises(ValueError, match="not activations"):
         attribute(tiny, changed(ONE, source=fits), Sites("mlp_out", layers=1), method="atp*")

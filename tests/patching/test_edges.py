@@ -405,3 +405,10 @@ def test_refuses(tiny):
         faithfulness(tiny, ONE, [])
     with pytest.raises(ValueError, match="threshold is 0"):
         acdc(tiny, PAIRS[0], threshold=0)
+
+
+def test_estimates_are_read_back_as_a_result(load_tiny, tmp_path):
+    found = attribute_edges(load_tiny("gpt2"), ONE, "mlps", "logits")
+    path = found.save(tmp_path / "edges.nc")
+    again = type(found).load(path)
+    assert np.array_equal(again["change"], found["change"], equal_nan=True)
