@@ -16,7 +16,6 @@ from benchmarks.harness import keep, kept, table, write
 from mi_hops import Pairs, Sites, TwoHopFact, patch
 from mi_hops.editing import EditorRepair, creme, default_layers
 from mi_hops.reasoning.evaluate import evaluate
-from mi_hops.result.statistics import difference_ci
 
 PAGE = "restricted"
 EVERYWHERE = "all heads"
@@ -109,7 +108,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     scores = evaluate(
         setup.model, repairs, setup.queries, setup.report, generate=False, progress=True
     )
-    shares, each = scores.table(n_resamples=500), scores.cases()
+    shares = scores.table(n_resamples=500)
     rows, differences = [], []
     for repair in repairs:
         row, against = [repair.name], [repair.name]
@@ -117,12 +116,15 @@ def measure(setup: Setup) -> dict[str, Any]:
             cell = shares.loc[(repair.name, name, statistic)]
             ends = f"({cell['lower']:.1%} to {cell['upper']:.1%})"
             row.append(f"{cell['value']:.4f}" if score == "kl" else f"{cell['value']:.1%} {ends}")
-            mine, all_heads = (each.loc[r].loc[name][score] for r in (repair.name, EVERYWHERE))
-            mean, low, high = map(float, difference_ci(mine, all_heads[mine.index], paired=True))
+            found = scores.difference(
+                repair.name, EVERYWHERE, score.removesuffix("_after"), sets=[name]
+            )
+            mean, low, high = found.loc[name, ["value", "lower", "upper"]]
             if score == "kl":
                 low, high, text = -high, -low, f"{mean:+.4f}"
             else:
-                text = f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+                spread = "" if low != low else f" ({100 * low:+.1f} to {100 * high:+.1f})"
+                text = f"{100 * mean:+.1f}{spread}"
             against.append(text + (" gains" if low > 0 else " loses" if high < 0 else ""))
         rows.append([*row, f"{repair.seconds:.3f}", f"{repair.n_bytes:,}"])
         differences.append(against)

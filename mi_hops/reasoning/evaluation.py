@@ -17,6 +17,7 @@ from mi_hops.result import plots
 from mi_hops.result.display import html_table, shorten
 from mi_hops.result.names import readable
 from mi_hops.result.result import Result
+from mi_hops.result.statistics import difference_ci
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -126,7 +127,18 @@ class Evaluation:
         both = pd.concat([table, counts])
         order = {group: i for i, group in enumerate(groups)}
         place = [order[repair, name] for repair, name, _ in both.index]
-        return both.iloc[np.argsort(place, kind="stable")]
+        both = both.iloc[np.argsort(place, kind="stable")]
+        # Repairs and sets in this order make an index that pandas looks up without a warning.
+        parts = [
+            pd.factorize(both.index.get_level_values(i), sort=i == 2)
+            for i in range(both.index.nlevels)
+        ]
+        both.index = pd.MultiIndex(
+            levels=[names for _, names in parts],
+            codes=[codes for codes, _ in parts],
+            names=both.index.names,
+        )
+        return both
 
     def _sets(self) -> list[str]:
         """All sets, also those without any query."""
@@ -182,6 +194,57 @@ class Evaluation:
         data = pd.concat([before, after]).rename(columns={"n_cases": "n"})
         data = data.sort_values("set", key=lambda s: s.map(chosen.index), kind="stable")
         return data.sort_values("model", key=lambda s: s != UNREPAIRED, kind="stable")
+
+    def difference(
+        self,
+        repair: str,
+        other: str,
+        score: str = "first_correct",
+        *,
+        sets: Sequence[str] | None = None,
+        level: float = 0.95,
+        n_resamples: int = 2000,
+        seed: int | None = None,
+    ) -> pd.DataFrame:
+        """By how much one repair scores higher than another, case by case.
+
+        Args:
+            score: as in `summary`, or ``"kl"``.
+            sets: which, in order; by default all that both repairs were asked.
+            level, n_resamples, seed: of the bootstrap over cases; the seed of the evaluation by
+                default.
+
+        Returns:
+            Frame indexed by set: ``value``, the mean over cases of the difference of their means over
+            queries; ``lower`` and ``upper``, NaN where all cases have the same difference; ``n``, the
+            cases.
+
+        Raises:
+            ValueError: a repair, score or set that the evaluation does not have.
+        """
+        means = self.cases()
+        column = score if score in means else f"{score}_after"
+        if column not in means:
+            known = [c.removesuffix("_after") for c in means if c.endswith("_after") or c == "kl"]
+            raise ValueError(f"no score {score!r}; expected one of {known}")
+        if unknown := {repair, other} - set(self._repairs()):
+            raise ValueError(f"no repair {sorted(unknown)}; there are {self._repairs()}")
+        both = pd.concat([means.loc[name][column] for name in (repair, other)], axis=1).dropna()
+        asked = in_order(set(both.index.get_level_values("set")))
+        chosen = asked if sets is None else list(sets)
+        if unknown := set(chosen) - set(asked):
+            raise ValueError(f"no set(s) {sorted(unknown)} that both were asked; there are {asked}")
+        seed = self.provenance.get("seed", 0) if seed is None else seed
+        rows = {}
+        for name in chosen:
+            mine, theirs = both.loc[name].to_numpy().T
+            value, *ends = difference_ci(
+                mine, theirs, paired=True, level=level, n_resamples=n_resamples, seed=seed
+            )
+            same = len(np.unique(mine - theirs)) == 1
+            lower, upper = (np.nan if same else float(end) for end in ends)
+            rows[name] = {"value": float(value), "lower": lower, "upper": upper, "n": len(mine)}
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("set")
 
     def cases(self) -> pd.DataFrame:
         """Means over the queries of each repair, set and case; index (repair, set, case)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -213,6 +214,9 @@ def test_a_case_without_state_is_left_as_it_is_and_said(scored):
 def test_the_table_averages_over_cases_and_counts_them(scored, sets):
     table = scored.table(n_resamples=200)
     assert table.index.is_unique
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of an index that is not in order
+        assert len(table.loc["say", "correction"]) == len(table.loc[("say", "correction")])
     right = table.loc[("say", "correction", "first_correct_after")]
     assert right["value"] == pytest.approx(2 / 3)
     assert (right["n_queries"], right["n_cases"], right["unit"]) == (3, 3, "share")
@@ -514,3 +518,24 @@ def test_aggregate_keeps_repairs_apart_and_is_seeded():
 def test_aggregate_refuses_bad_tables(frame, message):
     with pytest.raises(ValueError, match=message):
         aggregate(frame)
+
+
+def test_the_difference_of_two_repairs_is_taken_case_by_case(scored):
+    found = scored.difference("say", "none", "mean_token_prob", n_resamples=200)
+    cases = scored.cases()["mean_token_prob_after"]
+    for name, row in found.iterrows():
+        mine, theirs = (cases.loc[(repair, name)] for repair in ("say", "none"))
+        assert row["value"] == pytest.approx((mine - theirs).mean()) and row["n"] == len(mine)
+        assert row["lower"] <= row["value"] <= row["upper"] or math.isnan(row["lower"])
+    swapped = scored.difference("none", "say", "mean_token_prob", n_resamples=200)
+    assert (found["value"] + swapped["value"]).abs().max() < 1e-12
+    itself = scored.difference("say", "say", sets=["correction"])
+    assert itself.loc["correction", "value"] == 0 and math.isnan(itself.loc["correction", "lower"])
+    for given, message in (
+        (("say", "nobody"), "no repair .'nobody'."),
+        (("say", "none", "luck"), "no score 'luck'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scored.difference(*given)
+    with pytest.raises(ValueError, match="no set.s. .'elsewhere'."):
+        scored.difference("say", "none", sets=["elsewhere"])
