@@ -64,9 +64,13 @@ class Both:
             found = score_prompts(self.model, self.prompts, self.targets, "first_prob")
         else:
             found = score_prompts(
-                self.model, self.prompts, self.targets, "first_prob",
-                repair=EditRepair({}), states=states,
-            )  # fmt: skip
+                self.model,
+                self.prompts,
+                self.targets,
+                "first_prob",
+                repair=EditRepair({}),
+                states=states,
+            )
         return found["first_prob"]
 
     @torch.no_grad()

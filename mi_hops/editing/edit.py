@@ -193,6 +193,11 @@ class Edit:
         replaced = list(zip(self.changes, top.originals, strict=True))
         for change, old in () if force else replaced:
             now = live_matrix(model, *change.site).detach()
+            if now.dtype != old.dtype:
+                raise ValueError(
+                    f"the model was in {old.dtype} when the edit was applied and is in {now.dtype} now, "
+                    "where its weights are rounded; put it back first, or pass force=True"
+                )
             now = now.reshape(old.shape).to(old.device)  # the model may have been moved
             if not torch.equal(now, _sum(old, change).to(old.dtype)):
                 raise ValueError(
@@ -322,7 +327,8 @@ def stack(edits: Sequence[Edit], *, check: bool = True) -> Edit:
     if check and wrong:
         raise ValueError(
             f"the first edit is for weights {first.fingerprint}, {len(wrong)} of {len(edits)} are "
-            f"for others ({wrong[0].fingerprint}); make them on one model, or pass check=False"
+            f"for others ({wrong[0].fingerprint}); edits made one after the other, each on the edited "
+            "model, are stacked with stack(edits, check=False)"
         )
     by_site: dict[tuple[str, int], list[Change]] = {}
     for edit in edits:

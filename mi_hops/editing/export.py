@@ -15,7 +15,6 @@ from torch import Tensor
 from mi_hops.editing.edit import Edit, stack
 from mi_hops.model import (
     HookedModel,
-    backend_of,
     checkpoint_path,
     dtype_of,
     load_model,
@@ -99,9 +98,7 @@ def export_hf(
     try:
         with replacing(out, overwrite=overwrite) as folder:
             source, dtype = _source(model_or_path, dtype)
-            given = None if isinstance(model_or_path, str | Path) else model_or_path
-            backend = None if given is None else backend_of(given)
-            model = load_model(source, device="cpu", dtype=dtype, backend=backend)
+            model = load_model(source, device="cpu", dtype=dtype)
             with edit.applied(model, check=check):
                 edited = {c.site: read_matrix(model, *c.site) for c in edit.changes}
             hf = AutoModelForCausalLM.from_pretrained(
@@ -116,7 +113,8 @@ def export_hf(
                     folder
                 )
             else:
-                _save_tokenizer(source, prepends_bos(given or model), folder)
+                given = model if isinstance(model_or_path, str | Path) else model_or_path
+                _save_tokenizer(source, prepends_bos(given), folder)
             record = {
                 "method": edit.method,
                 "changed": [str(c) for c in edit.changes],

@@ -103,10 +103,10 @@ def load_memory_injections(
     sentences = next((s for s in SENTENCE_COLUMNS if set(s) <= set(found)), None)
     if sentences is None:
         either = " or ".join(str(list(names)) for names in SENTENCE_COLUMNS)
-        raise FactsFileError(
-            f"{path}: expected the columns {either}; it has {found}. A table of other columns is "
-            "read with columns={field: column}"
-        )
+        hint = "A table of other columns is read with columns={field: column}"
+        if len(found) == 1 and ";" in found[0]:
+            hint = "Its columns are separated by semicolons; write them with commas"
+        raise FactsFileError(f"{path}: expected the columns {either}; it has {found}. {hint}")
     require_columns(frame, ENTITY_COLUMNS, source=str(path))
     has_facts = set(FACT_COLUMNS) <= set(found)
     stem = Path(path).stem

@@ -260,6 +260,12 @@ def as_prompts(model: HookedModel, given: Texts) -> list[Prompt]:
     prompts = prompts_of(model, given)
     if not prompts:
         raise TokenError("no prompts were given; pass a string or a sequence of strings")
+    lengths = {len(prompt) for prompt in prompts}
+    if len(lengths) > 1 and getattr(model.cfg, "attention_dir", "causal") == "bidirectional":
+        raise TokenError(
+            f"prompts of {sorted(lengths)} tokens, and this model's attention is not causal, so that padding "
+            "would be read; give prompts of one length at a time"
+        )
     return prompts
 
 

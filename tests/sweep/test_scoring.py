@@ -95,9 +95,14 @@ def test_rows_behind_one_lead_score_as_they_do_alone(tiny, given, shared, batch_
     prompts = [encode(tiny, text) for text in TEXTS]
     targets = [target_of(tiny, p, a) for p, a in zip(prompts, ANSWERS, strict=True)]
     found = score_prompts(
-        tiny, prompts, targets, "answer_logprob",
-        repair=repair, states=states, batch_size=batch_size,
-    )["answer_logprob"]  # fmt: skip
+        tiny,
+        prompts,
+        targets,
+        "answer_logprob",
+        repair=repair,
+        states=states,
+        batch_size=batch_size,
+    )["answer_logprob"]
     assert bool(starts_run) == shared
     assert all(rows == 1 and width >= 3 for rows, width in starts_run)
     for row in zip(found, prompts, targets, states, strict=True):
