@@ -7,8 +7,8 @@ object already, which some records of CounterFact name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -33,12 +33,32 @@ _SLOT = "{}"
 _NQ = "nq question: "
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A prompt by which a record tests its edit.
+
+    Attributes:
+        set: ``"efficacy"`` (the prompt taught), ``"wordings"`` (paraphrases of it), ``"same_relation"``
+            (CounterFact's neighbours, of which the old object is true) or ``"specificity"`` (zsRE's
+            unrelated question).
+        answer, aliases: what is right once the edit is made.
+        wrong: what competes with it: the old object; of neighbours the new one; None where unknown.
+    """
+
+    set: str
+    prompt: str
+    answer: str
+    aliases: tuple[str, ...] = ()
+    wrong: str | None = None
+
+
 @dataclass(frozen=True, repr=False)
 class Requests(Sequence[Request]):
     """The requests of one file, in order, with a record of dropped and repaired rows.
 
     Attributes:
         requests: those that can be used.
+        probes: request id -> the prompts by which its record tests the edit.
         source: the file.
         read: number of records read, the dropped ones included.
         dropped: one note per record that was left out.
@@ -50,6 +70,7 @@ class Requests(Sequence[Request]):
     read: int
     dropped: tuple[RowNote, ...] = ()
     repaired: tuple[RowNote, ...] = ()
+    probes: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -84,10 +105,11 @@ def load_requests(
     """Load the edits requested by a CounterFact or zsRE file.
 
     Read of a record of CounterFact: ``requested_rewrite`` (``prompt`` with ``{}``, ``subject``,
-    ``target_new``, ``target_true``) and, where they are there, ``neighborhood_prompts`` and
-    ``attribute_prompts``; of zsRE: ``src``, ``subject``, ``alt``, ``answers`` and ``loc``. The subject is
-    the request's ``first_hop``; prompts about neighbours (CounterFact) or the unrelated question (zsRE)
-    are its ``keep``.
+    ``target_new``, ``target_true``) and, where they are there, ``paraphrase_prompts``,
+    ``neighborhood_prompts`` and ``attribute_prompts``; of zsRE: ``src``, ``subject``, ``alt``,
+    ``answers``, ``rephrase``, ``loc`` and ``loc_ans``. The subject is the request's ``first_hop``;
+    prompts about neighbours (CounterFact) or the unrelated question (zsRE) are its ``keep``. What tests
+    the edit is kept as `probes`, which `mi_hops.reasoning.request_sets` makes queries of.
 
     Args:
         path: a JSON list of such records.
@@ -122,7 +144,7 @@ def load_requests(
             'it goes with target="new"'
         )
 
-    def build(row: int, record: Any, fixes: RowFixes) -> Request:
+    def build(row: int, record: Any, fixes: RowFixes) -> _Read:
         if isinstance(record, dict) and "requested_rewrite" in record:
             return _counterfact(row, record, target, second_hop)
         if second_hop:
@@ -130,29 +152,62 @@ def load_requests(
         return _zsre(row, record, target)
 
     path = existing_file(path)
-    return Requests(*collect_rows(read_records(path), build, source=str(path), on_error=on_error))
+    found, source, n, dropped, repaired = collect_rows(
+        read_records(path), build, source=str(path), on_error=on_error
+    )
+    probes = {one.id: one.probes for one in found}
+    return Requests(tuple(one.request for one in found), source, n, dropped, repaired, probes)
 
 
-def _counterfact(row: int, record: Any, target: str, second_hop: bool) -> Request:
+@dataclass(frozen=True)
+class _Read:
+    request: Request
+    probes: tuple[Probe, ...]
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+
+def _counterfact(row: int, record: Any, target: str, second_hop: bool) -> _Read:
     rewrite = field_of(record, "requested_rewrite", dict)
     template, subject = (field_of(rewrite, name, str).strip() for name in ("prompt", "subject"))
     answer = field_of(field_of(rewrite, f"target_{target}", dict), "str", str).strip()
+    against = f"target_{'true' if target == 'new' else 'new'}"
+    other = field_of(rewrite[against], "str", str).strip() if against in rewrite else ""
     if template.count(_SLOT) != 1:
         raise BadRow("unreadable prompt", f"{template!r} has no slot '{{}}' for the subject")
     _needed(subject, answer)
     second, bridge = "", ""
     if second_hop:
         second, bridge = _in_the_same_words(template, texts_of(record, "attribute_prompts"))
-    keep = texts_of(record, "neighborhood_prompts") if "neighborhood_prompts" in record else []
-    return Request(
-        two_hop_prompt=template.replace(_SLOT, subject),
+    asked = template.replace(_SLOT, subject)
+    keep, paraphrases = (
+        _prompts(record, f"{name}_prompts") for name in ("neighborhood", "paraphrase")
+    )
+    request = Request(
+        two_hop_prompt=asked,
         second_hop_prompt=second,
         bridge=bridge,
         target=answer,
         first_hop=subject,
-        keep=tuple(dict.fromkeys(k.strip() for k in keep if k.strip())),
+        keep=keep,
         id=f"counterfact-{record.get('case_id', row)}",
     )
+    wrong = other or None
+    probes = [Probe("efficacy", asked.strip(), answer, wrong=wrong)]
+    probes += [Probe("wordings", text, answer, wrong=wrong) for text in paraphrases]
+    # Of the neighbours the old object is true, whichever is taught.
+    true, false = (other, answer) if target == "new" else (answer, wrong)
+    if true:
+        probes += [Probe("same_relation", text, true, wrong=false) for text in keep]
+    return _Read(request, tuple(probes))
+
+
+def _prompts(record: Any, name: str) -> tuple[str, ...]:
+    """The different texts of a field that a record may lack."""
+    texts = texts_of(record, name) if name in record else []
+    return tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
 
 
 def _in_the_same_words(template: str, prompts: list[str]) -> tuple[str, str]:
@@ -165,10 +220,15 @@ def _in_the_same_words(template: str, prompts: list[str]) -> tuple[str, str]:
     raise DropRow("no second-hop prompt", f"no attribute prompt in the words of {template!r}")
 
 
-def _zsre(row: int, record: Any, target: str) -> Request:
+def _zsre(row: int, record: Any, target: str) -> _Read:
     asked, subject = (field_of(record, name, str).strip() for name in ("src", "subject"))
-    answers = [field_of(record, "alt", str)] if target == "new" else texts_of(record, "answers")
-    answer = answers[0].strip() if answers else ""
+    both = {"new": [str(record.get("alt") or "").strip()]}
+    if target == "new":
+        field_of(record, "alt", str)
+    if target == "true" or "answers" in record:
+        both["true"] = [text.strip() for text in texts_of(record, "answers")]
+    answers = both[target]
+    answer = answers[0] if answers else ""
     _needed(subject, answer)
     span = find(subject, asked)
     if span is None:
@@ -176,13 +236,21 @@ def _zsre(row: int, record: Any, target: str) -> Request:
     other = str(record.get("loc", "")).strip().removeprefix(_NQ)
     if other and not other.endswith("?"):
         other += "?"
-    return Request(
+    request = Request(
         two_hop_prompt=asked,
         target=answer,
         first_hop=asked[slice(*span)],
         keep=(other,) if other else (),
         id=f"zsre-{record.get('case_id', row)}",
     )
+    against = both.get("true" if target == "new" else "new", [])
+    wrong = next(filter(None, against), None)
+    aliases = tuple(filter(None, answers[1:]))
+    texts = {"efficacy": asked, "wordings": str(record.get("rephrase", "")).strip()}
+    probes = [Probe(name, text, answer, aliases, wrong) for name, text in texts.items() if text]
+    if other and (known := str(record.get("loc_ans", "")).strip()):
+        probes.append(Probe("specificity", other, known))
+    return _Read(request, tuple(probes))
 
 
 def _needed(subject: str, answer: str) -> None:

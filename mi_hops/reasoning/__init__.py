@@ -22,6 +22,7 @@ from .portability import chain_scores as chain_scores
 from .portability import portability_sets as portability_sets
 from .queries import Query as Query
 from .queries import QuerySets as QuerySets
+from .request_sets import request_sets as request_sets
 from .sequential import evaluate_sequential as evaluate_sequential
 from .sequential import retention as retention
 from .sets import Known as Known

@@ -15,13 +15,13 @@ _DEEPEST = 64
 
 #: What a pass costs besides its tokens, in tokens, by the kind of device: reading the weights, and
 #: on a GPU filling it.
-_PASS_COST = {"cpu": 64}
-_PASS_COST_ELSEWHERE = 1024
+PASS_COST = {"cpu": 64}
+PASS_COST_ELSEWHERE = 1024
 
 
 def pass_cost(model: HookedModel) -> int:
     """What a pass of the model costs besides its tokens, in tokens."""
-    return _PASS_COST.get(device_of(model).type, _PASS_COST_ELSEWHERE)
+    return PASS_COST.get(device_of(model).type, PASS_COST_ELSEWHERE)
 
 
 @dataclass(frozen=True)

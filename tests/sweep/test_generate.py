@@ -64,7 +64,7 @@ MANY = [f"{LEAD} w{i} {'w4 ' * (i % 4)}w{i + 1}" for i in range(20, 32)] + [
 @pytest.mark.parametrize("pass_cost", [0, pytest.param(3, marks=pytest.mark.slow), 64])
 @pytest.mark.parametrize("batch_size", [3, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_common_lead_and_unequal_lengths_change_nothing(tiny, batch_size, pass_cost, monkeypatch):
-    monkeypatch.setitem(together._PASS_COST, "cpu", pass_cost)
+    monkeypatch.setitem(together.PASS_COST, "cpu", pass_cost)
     found = generate(tiny, MANY, max_new_tokens=6, batch_size=batch_size, stop=())
     for text, said in zip(MANY, found, strict=True):
         assert said.ids == greedy_by_hand(tiny, encode(tiny, text), 6), text
@@ -107,7 +107,7 @@ def test_the_lead_is_run_once(load_tiny, monkeypatch, precision):
         monkeypatch.setattr(
             sys.modules[f"mi_hops.sweep.{place}"], "logits_at", counted(logits_at, 1)
         )
-    monkeypatch.setitem(together._PASS_COST, "cpu", 8)
+    monkeypatch.setitem(together.PASS_COST, "cpu", 8)
     prompts = [f"{LEAD} w{i} w{i + 1}" for i in range(20, 40)]
     generate(model, prompts, max_new_tokens=3, batch_size=10, stop=())
     n = len(encode(model, LEAD))
