@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_hops.model import HookedModel, capture, dtype_of, hook_name, provenance
-from mi_hops.model.numeric import widen
+from mi_hops.model.numeric import wide_dtype, widen
 from mi_hops.result.result import Result
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.limits import Limits
@@ -67,7 +67,8 @@ def head_scores(
         "duplicate_token": head_detector.get_duplicate_token_head_detection_pattern,
     }
     layers, heads = range(int(model.cfg.n_layers)), range(int(model.cfg.n_heads))
-    found = {k: torch.zeros(len(rows), len(layers), len(heads)) for k in detectors}
+    shape, wide = (len(rows), len(layers), len(heads)), wide_dtype(dtype_of(model))
+    found = {k: torch.zeros(shape, dtype=wide) for k in detectors}
     for i, row in enumerate(rows):
         patterns = _patterns(model, row)
         for kind, detector in detectors.items():
@@ -78,7 +79,7 @@ def head_scores(
                     f"no query of sequence {i} has a place for a {kind} head to look at"
                 )
             looked = einsum(
-                "layer head query key, query key -> layer head", patterns, expected.float()
+                "layer head query key, query key -> layer head", patterns, expected.to(patterns)
             )
             found[kind][i] = looked / queries
     dims = ("example", "layer", "head")
@@ -130,7 +131,7 @@ def attention_to(
     found = as_prompts(model, asked.clean)
     spans = one_each("span", span, len(found))
     layers, heads = range(int(model.cfg.n_layers)), range(int(model.cfg.n_heads))
-    values = torch.zeros(len(found), len(layers), len(heads))
+    values = torch.zeros(len(found), len(layers), len(heads), dtype=wide_dtype(dtype_of(model)))
     for i, (prompt, where) in enumerate(zip(found, spans, strict=True)):
         at = last_position(prompt, query)
         keys = [p for p in positions(prompt, where) if p <= at]
@@ -151,11 +152,11 @@ def attention_to(
 
 
 def _patterns(model: HookedModel, row: Int[Tensor, "pos"]) -> Float[Tensor, "layer head query key"]:
-    """All attention patterns of one row, in float32, on the CPU."""
+    """All attention patterns of one row, in float32 or wider, on the CPU."""
     names = [hook_name("pattern", layer) for layer in range(int(model.cfg.n_layers))]
     with torch.no_grad():
         found, _ = capture(model, row[None], names)
-    return torch.stack([found[name][0].float().cpu() for name in names])
+    return torch.stack([widen(found[name][0]).cpu() for name in names])
 
 
 def composition(model: HookedModel, mode: Composition) -> Result:

@@ -129,3 +129,12 @@ def test_refuses(tiny):
             head_scores(tiny, **options)
     with pytest.raises(ValueError, match="no query of sequence 0"):
         head_scores(tiny, tokens=torch.tensor([[1, 5, 6, 7]]))
+
+
+def test_a_float64_model_is_read_in_float64(load_tiny):
+    model = load_tiny("gpt2", dtype="float64")
+    assert head_scores(model, samples=1, length=6)["induction"].dtype == np.float64
+    looked = attention_to(model, "w1 w2 w3", "w2")["attention"]
+    assert looked.dtype == np.float64
+    pattern = source(model, "w1 w2 w3", "pattern", 1)[:, -1, 2]
+    assert looked[0, 1].values == pytest.approx(pattern.numpy(), abs=1e-12)
