@@ -25,6 +25,7 @@ def bundled_models() -> list[str]:
     return sorted(p.parent.name for p in CHECKPOINTS.glob("*/config.json"))
 
 
+@torch.inference_mode(False)  # else gradients could never flow through the weights
 def load_model(
     name_or_path: str | Path,
     *,

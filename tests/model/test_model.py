@@ -235,6 +235,13 @@ def test_a_model_in_training_mode_is_refused_if_it_drops(load_tiny):
     assert torch.equal(M.forward(dropping, tokens), expected)
 
 
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_a_model_loaded_in_inference_mode_gives_gradients(load_tiny, backend):
+    with torch.inference_mode():
+        model = load_tiny("gpt2", backend, fresh=True)
+    assert not any(p.is_inference() for p in model.parameters())
+
+
 def test_heads_are_counted_as_they_are(load_tiny):
     llama = load_tiny("llama")
     assert (M.n_kv_heads(llama), M.n_heads_of(llama, "v"), M.n_heads_of(llama, "z")) == (2, 2, 4)
