@@ -222,13 +222,10 @@ def _in_the_same_words(template: str, prompts: list[str]) -> tuple[str, str]:
 
 def _zsre(row: int, record: Any, target: str) -> _Read:
     asked, subject = (field_of(record, name, str).strip() for name in ("src", "subject"))
-    both = {"new": [str(record.get("alt") or "").strip()]}
-    if target == "new":
-        field_of(record, "alt", str)
-    if target == "true" or "answers" in record:
-        both["true"] = [text.strip() for text in texts_of(record, "answers")]
-    answers = both[target]
-    answer = answers[0] if answers else ""
+    new = [field_of(record, "alt", str).strip()] if target == "new" or "alt" in record else []
+    true = texts_of(record, "answers") if target == "true" or "answers" in record else []
+    answers, others = (new, true) if target == "new" else (true, new)
+    answer = answers[0].strip() if answers else ""
     _needed(subject, answer)
     span = find(subject, asked)
     if span is None:
@@ -243,9 +240,8 @@ def _zsre(row: int, record: Any, target: str) -> _Read:
         keep=(other,) if other else (),
         id=f"zsre-{record.get('case_id', row)}",
     )
-    against = both.get("true" if target == "new" else "new", [])
-    wrong = next(filter(None, against), None)
-    aliases = tuple(filter(None, answers[1:]))
+    wrong = others[0].strip() or None if others else None
+    aliases = tuple(text.strip() for text in answers[1:] if text.strip())
     texts = {"efficacy": asked, "wordings": str(record.get("rephrase", "")).strip()}
     probes = [Probe(name, text, answer, aliases, wrong) for name, text in texts.items() if text]
     if other and (known := str(record.get("loc_ans", "")).strip()):

@@ -285,7 +285,7 @@ def _unpadded(model: HookedModel, ids: Int[torch.Tensor, "pos"]) -> Prompt:
     """A prompt of token ids, none of which is padding.
 
     Raises:
-        TokenError: ids that end in the padding token, or begin with it before any other BOS.
+        TokenError: ids that end in the padding token, or begin with it, behind BOS or not.
     """
     prompt = Prompt.from_tokens(model, ids)
     pad, bos = (getattr(model.tokenizer, f"{name}_token_id", None) for name in ("pad", "bos"))
