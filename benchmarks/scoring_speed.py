@@ -128,12 +128,12 @@ def page() -> None:
     )  # fmt: skip
     some = parts[0]
     body = f"""
-The probability of the answer's first token after {N_FACTS} two-hop questions of the bundled geography, on
-SmolLM2-135M in float32 on a CPU: unedited, and with {N_EDITS} rank-one edits of one layer's W_O, each asked about
-{N_FACTS // N_EDITS} of the questions. Here one call of `score_prompts` takes all rows, each under its own edit, and no weight is
-changed. The baseline runs `transformers` on the same weights: one left-padded batch, of which the last position alone
-is unembedded; with edits, one batch for each, which is added to the weights before and taken away afterwards. Runs alternate,
-{some["pairs"]} pairs; ratios are taken pair by pair. Below 1, `transformers` is faster.
+The probability of the answer's first token after {N_FACTS} two-hop questions of the bundled geography, on SmolLM2-135M in
+float32 on a CPU: unedited, and with {N_EDITS} rank-one edits of one layer's W_O, each asked about {N_FACTS // N_EDITS} of the questions. Here
+one call of `score_prompts` takes all rows, each under its own edit, and no weight is changed. The baseline runs
+`transformers` on the same weights: one left-padded batch, of which the last position alone is unembedded; with edits,
+one batch for each, which is added to the weights before and taken away afterwards. Runs alternate, {some["pairs"]} pairs; ratios
+are taken pair by pair. Below 1, `transformers` is faster.
 
 {table(columns, rows)}
 
