@@ -560,3 +560,15 @@ def test_nothing_floods_a_cell(tiny, facts):
             method="<b>", changes=edit.changes, fingerprint="<b>", request={"two_hop_prompt": "<b>"}
         )._repr_html_()
     )
+
+
+def test_a_model_rounded_since_is_told_before_it_is_undone(load_tiny):
+    model = load_tiny("gpt2", fresh=True)
+    edit = random_edit(model)
+    edit.apply(model)
+    model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="was in torch.float32 .* is in torch.bfloat16 now"):
+        edit.undo(model)
+    model.to(torch.float32)
+    edit.undo(model, force=True)
+    assert applied_edits(model) == ()

@@ -537,3 +537,26 @@ def test_the_published_set_made_from_2wikimultihop(published):
 def test_the_bundled_facts_have_a_name():
     facts = load_facts("hopland")
     assert len(facts) > 1000 and {"first_unseen", "second_unseen"} <= {f.split for f in facts}
+
+
+def test_whole_numbers_beside_a_gap_are_whole_numbers():
+    import pandas as pd
+
+    frame = pd.DataFrame(
+        {
+            "who": ["Ada", "Bo"],
+            "what": [1947, None],  # floats, to pandas
+            "phrase": ["the cook"] * 2,
+            "query": ["The year of the cook is"] * 2,
+        }
+    )
+    given = ("bridge", "answer", "first_hop", "prompts.suffix")
+    facts = load_facts(frame, columns={k: COLUMNS[k] for k in given}, on_error="drop")
+    assert [fact.answer for fact in facts] == ["1947"]
+
+
+def test_columns_between_semicolons_are_told(tmp_path):
+    path = tmp_path / "made.csv"
+    path.write_text("explicit_sentence;obscure_sentence\na;b\n", encoding="utf-8")
+    with pytest.raises(FactsFileError, match="separated by semicolons"):
+        load_memory_injections(path)

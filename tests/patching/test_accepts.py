@@ -335,3 +335,11 @@ def test_representations_are_short(tiny):
     many = Pairs([f"w{i % 60} w2" for i in range(3000)], "w61 w2", answer="w3")
     for thing in (many, Sites("z", layers=list(range(2000))), PatchJob(tiny, ONE)):
         assert len(repr(thing)) < 1000
+
+
+def test_padding_is_not_read_where_attention_is_not_causal(load_tiny, monkeypatch):
+    model = load_tiny("gpt2", "hooked")
+    monkeypatch.setattr(model.cfg, "attention_dir", "bidirectional")
+    logit_lens(model, ["w1 w2", "w3 w4"])
+    with pytest.raises(TokenError, match="attention is not causal"):
+        logit_lens(model, ["w1 w2", "w3 w4 w5"])

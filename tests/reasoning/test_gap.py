@@ -224,3 +224,11 @@ def test_both_scores_are_kept(tiny):
     assert found.frame["other_form"].tolist() == other.tolist()
     with pytest.raises(ValueError, match="score is 'rank'; expected one of"):
         find_gap(tiny, facts, score="rank")
+
+
+def test_facts_may_come_from_a_generator_or_alone(load_tiny):
+    model = load_tiny()
+    facts = tiny_facts(model, 3)
+    found = find_gap(model, iter(facts))
+    assert found.frame["id"].tolist() == [f.id for f in facts]
+    assert find_gap(model, facts[0]).frame["id"].tolist() == [facts[0].id]
