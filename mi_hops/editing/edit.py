@@ -231,14 +231,14 @@ class Edit:
 
     def equals(self, other: Edit) -> bool:
         """Whether the other one makes the same changes of the same weights."""
+        if self.fingerprint != other.fingerprint:
+            return False
         mine, theirs = (
-            {(c.site, name): t.cpu() for c in edit.changes for name, t in c.tensors.items()}
+            {(c.site, name): t for c in edit.changes for name, t in c.tensors.items()}
             for edit in (self, other)
         )
-        return (
-            self.fingerprint == other.fingerprint
-            and mine.keys() == theirs.keys()
-            and all(torch.equal(mine[key], theirs[key]) for key in mine)
+        return mine.keys() == theirs.keys() and all(
+            torch.equal(tensor, theirs[key].to(tensor.device)) for key, tensor in mine.items()
         )
 
     def check(self, model: HookedModel) -> None:

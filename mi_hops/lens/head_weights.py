@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mi_hops.model import HookedModel, embedding, norm_parts, provenance, unembedding
+from mi_hops.model.identity import ln_final
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.result.result import Result
 from mi_hops.text.tokens import TokenError
@@ -178,7 +179,7 @@ def _behind(
 def _into_logits(model: HookedModel, dtype: torch.dtype) -> Float[Tensor, "d_model vocab"]:
     """W_U behind the final norm, relative to the mean over the vocabulary."""
     u = unembedding(model)[0].to(dtype)
-    return _behind(model, getattr(model, "ln_final", None), u - u.mean(1, keepdim=True))
+    return _behind(model, ln_final(model), u - u.mean(1, keepdim=True))
 
 
 def _chain(model: HookedModel, heads: Head | Sequence[Head]) -> list[tuple[int, int]]:

@@ -32,6 +32,7 @@ from mi_hops.model import (
     provenance,
     unembedding,
 )
+from mi_hops.model.identity import ln_final
 from mi_hops.model.numeric import kl_divergence, wide_dtype
 from mi_hops.result.files import replacing
 
@@ -298,7 +299,7 @@ def _folder(source: str | Path) -> Path:
 def unembedding_hash(model: HookedModel) -> str:
     """A digest of W_U, b_U and the final norm: what a lens reads through."""
     digest = hashlib.sha256()
-    norm = getattr(model, "ln_final", None)
+    norm = ln_final(model)
     tensors = [*unembedding(model), *(p.detach() for p in (norm.parameters() if norm else ()))]
     for tensor in tensors:
         flat = tensor.reshape(-1)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 from mi_hops.model.classes import backend_of
-from mi_hops.model.identity import device_of, dtype_of
+from mi_hops.model.identity import device_of, dtype_of, ln_final
 from mi_hops.model.shortcuts import is_foreign
 from mi_hops.model.types import Hook, HookedModel, HookFn, MissingHookError, PlainHook
 
@@ -294,9 +294,9 @@ def require_no_dropout(model: HookedModel) -> None:
     if not model.training:
         return
     for module in model.modules():
-        rate = getattr(
-            module, "p" if isinstance(module, torch.nn.Dropout) else "attention_dropout", 0
-        )
+        # Looked up as it is kept: this runs before every pass, over all hook points too.
+        name = "p" if isinstance(module, torch.nn.Dropout) else "attention_dropout"
+        rate = module.__dict__.get(name, 0)
         if module.training and isinstance(rate, float) and rate > 0:
             raise ValueError(
                 f"the model is in training mode with dropout ({rate}), so that every pass gives other "
@@ -341,7 +341,7 @@ def _unembed(model: HookedModel, residual: Tensor) -> Tensor:
     On a CPU that copy takes as long as half of GPT-2 small's blocks do for a short prompt.
     """
     end = model.unembed
-    norm = getattr(model, "ln_final", None)  # none where the config has no norms
+    norm = ln_final(model)
     x = end.hook_in(residual if norm is None else norm(residual))
     weight, bias = end.W_U.to(x.device), end.b_U.to(x.device)
     return end.hook_out(torch.nn.functional.linear(x, weight.T, bias))

@@ -35,10 +35,15 @@ def dtype_of(model: HookedModel) -> torch.dtype:
     return next(iter(model.parameters())).dtype
 
 
+def ln_final(model: HookedModel) -> Any | None:
+    """The final norm; None for a HookedTransformer whose config has no norms."""
+    return getattr(model, "ln_final", None)
+
+
 def processing_of(model: HookedModel) -> Literal["none", "fold", "centre"]:
     """What TransformerLens's weight processing did: norms folded away, or only weights centred."""
     if backend_of(model) == "bridge":
-        gains = getattr(getattr(model, "ln_final", None), "weight", None)
+        gains = getattr(ln_final(model), "weight", None)
         processed = getattr(model, "_weights_processed", False)
         folded = processed and (gains is None or bool((gains == gains[0]).all()))
     else:
@@ -130,8 +135,8 @@ def _owners(model: HookedModel) -> Iterator[tuple[str, Any, str]]:
     """Modules with weights, their names, and which of `_WEIGHTS` they hold."""
     yield "", model, "embed"
     yield "", model, "unembed"
-    if getattr(model, "ln_final", None) is not None:
-        yield "ln_final", model.ln_final, "norm"
+    if (norm := ln_final(model)) is not None:
+        yield "ln_final", norm, "norm"
     if getattr(model, "pos_embed", None) is not None:
         yield "pos_embed", model.pos_embed, "pos_embed"
     parts = {"attn": "attn", "mlp": "mlp", "ln1": "norm", "ln2": "norm"}

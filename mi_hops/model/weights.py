@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mi_hops.model.classes import backend_of
 from mi_hops.model.hooks import require_layers
-from mi_hops.model.identity import dtype_of, missing_weight, own_weight
+from mi_hops.model.identity import dtype_of, ln_final, missing_weight, own_weight
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.model.shortcuts import has_hooks
 from mi_hops.model.types import HookedModel
@@ -173,7 +173,7 @@ def final_norm(
 
     Of a model without norms (TransformerLens's ``normalization_type=None``), the vectors as they are.
     """
-    norm = getattr(model, "ln_final", None)
+    norm = ln_final(model)
     if norm is None:
         return residual.to(dtype_of(model))
     own = next(iter(norm.parameters()), None)  # none where it is folded away
@@ -225,7 +225,7 @@ def linear_read_out(
         ValueError: a final norm that is neither LayerNorm nor RMSNorm.
     """
     weight, bias = (t.to(residual.dtype) for t in unembedding(model))
-    gain, shift, layer_norm = norm_parts(model, getattr(model, "ln_final", None), residual)
+    gain, shift, layer_norm = norm_parts(model, ln_final(model), residual)
     centred = residual - residual.mean(-1, keepdim=True) if layer_norm else residual
     normed = final_norm(model, residual).to(residual)
     # The scale as the norm applied it, whatever its epsilon.

@@ -179,10 +179,7 @@ class Evaluation:
     ) -> pd.DataFrame:
         """Rows of the table for one score: ``model`` is ``"unrepaired"``, then each repair."""
         table = self.table(**options).reset_index()
-        known = list(dict.fromkeys(table["set"]))
-        chosen = known if sets is None else list(sets)
-        if set(chosen) - set(known):
-            raise ValueError(f"no set(s) {sorted(set(chosen) - set(known))}; there are {known}")
+        chosen = _some(sets, list(dict.fromkeys(table["set"])))
         rows = table[table["set"].isin(chosen)]
         after = rows[rows["statistic"] == f"{score}_after"].assign(model=lambda t: t["repair"])
         before = rows[rows["statistic"] == f"{score}_before"].assign(model=UNREPAIRED)
@@ -230,13 +227,9 @@ class Evaluation:
         if unknown := {repair, other} - set(self._repairs()):
             raise ValueError(f"no repair {sorted(unknown)}; there are {self._repairs()}")
         both = pd.concat([means.loc[name][column] for name in (repair, other)], axis=1).dropna()
-        asked = in_order(set(both.index.get_level_values("set")))
-        chosen = asked if sets is None else list(sets)
-        if unknown := set(chosen) - set(asked):
-            raise ValueError(f"no set(s) {sorted(unknown)} that both were asked; there are {asked}")
         seed = self.provenance.get("seed", 0) if seed is None else seed
         rows = {}
-        for name in chosen:
+        for name in _some(sets, in_order(set(both.index.get_level_values("set")))):
             mine, theirs = both.loc[name].to_numpy().T
             value, *ends = difference_ci(
                 mine, theirs, paired=True, level=level, n_resamples=n_resamples, seed=seed
@@ -376,6 +369,14 @@ class Evaluation:
         scores.means["kl"] = (column("kl"), "nats")
         scores.means = {n: mean for n, mean in scores.means.items() if not np.isnan(mean[0]).all()}
         return scores
+
+
+def _some(sets: Sequence[str] | None, known: list[str]) -> list[str]:
+    """The sets asked for, or all; refuses others."""
+    chosen = known if sets is None else list(sets)
+    if unknown := set(chosen) - set(known):
+        raise ValueError(f"no set(s) {sorted(unknown)}; there are {known}")
+    return chosen
 
 
 def _with_perplexity(table: pd.DataFrame) -> pd.DataFrame:

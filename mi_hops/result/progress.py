@@ -49,7 +49,13 @@ def progress_bar(
         return tqdm(items, **options)
     from tqdm import tqdm as plain
 
-    return plain(
+    class Piped(plain):
+        """What is being done shows in the next line that is due, and makes none of its own."""
+
+        def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+            super().set_postfix_str(s, refresh=False)
+
+    return Piped(
         items,
         **options,
         mininterval=LINE_EVERY,

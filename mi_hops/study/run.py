@@ -86,23 +86,20 @@ def run_study(
         prepare(Path(out), asked, force=force)
         study = Study.open(out)
         _warn_of_other_versions(study, asked)
-        run = Run(loaded, chosen, study, settings, progress)
+        run, steps = Run(loaded, chosen, study, settings, progress), steps_of(study)
         with (
             nullcontext() if executor is None else spread(loaded, executor),
-            progress_bar(total=len(steps_of(study)), label="study", show=progress) as bar,
+            progress_bar(total=len(steps), label="study", show=progress) as bar,
         ):
-            for step in steps_of(study):
-                bar.set_postfix_str(step.name, refresh=False)
-                bar.update(0)
-                if study.done(step.name):
-                    bar.update(1)
-                    continue
-                with study.working(step.name, asked, files=step.files, progress=progress):
-                    try:
-                        step.run(run).save(study.path(step.name), overwrite=True)
-                    except (Skip, NoUsableFactError) as reason:
-                        study.write(f"{step.name}.skipped", f"{reason}\n")
-                bar.update(1)
+            for step in steps:
+                bar.set_postfix_str(step.name)
+                if not study.done(step.name):
+                    with study.working(step.name, asked, files=step.files, progress=progress):
+                        try:
+                            step.run(run).save(study.path(step.name), overwrite=True)
+                        except (Skip, NoUsableFactError) as reason:
+                            study.write(f"{step.name}.skipped", f"{reason}\n")
+                bar.update()
         if not study.sound("summary"):
             study.write("summary.json", json.dumps(summarise(study), indent=1) + "\n")
             study.record("summary")

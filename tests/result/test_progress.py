@@ -31,12 +31,14 @@ def test_piped_bars_are_lines(monkeypatch, capsys):
 
 def test_a_line_says_what_is_being_done(monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    said = ""
     with progress_bar(total=2, label="study", show=True) as bar:
         for step in ("gap", "lens"):
-            bar.set_postfix_str(step, refresh=False)
-            bar.update(0)
+            said += capsys.readouterr().err
+            bar.set_postfix_str(step)
+            assert capsys.readouterr().err == ""  # what is being done is no line of its own
             bar.update(1)
-    lines = capsys.readouterr().err.splitlines()
+    lines = (said + capsys.readouterr().err).splitlines()
     assert any(line.startswith("study: 1 of 2") and line.endswith(", gap") for line in lines)
 
 
