@@ -48,14 +48,19 @@ def theirs(plain: Any, tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return found[:, batch["input_ids"].shape[1] :].tolist()
 
 
-def measure(backend: Any, pairs: int) -> None:
-    """Both in turn on one model, without and with the lead."""
+def both(backend: Any) -> tuple[Any, Any, Any]:
+    """SmolLM2, the same weights in plain ``transformers``, and a tokenizer that pads on the left."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = load_model("smollm2-135m", backend=backend, device="cpu")
     folder = model.tokenizer.name_or_path
     plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    return model, plain, AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+
+def measure(backend: Any, pairs: int) -> None:
+    """Both in turn on one model, without and with the lead."""
+    model, plain, tokenizer = both(backend)
     texts, lead = questions()
     for shots, start in ((0, ""), (SHOTS, lead)):
         asked = [start + text for text in texts]

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from typing import Any
 
 import torch
 
-from benchmarks.asking_speed import FORM, SHOTS
+from benchmarks.asking_speed import FORM, SHOTS, both
 from benchmarks.harness import CLASSES, Peak, backends, keep, kept, paired, table, write
-from mi_hops import encode, load_facts, load_model, score_prompts
+from mi_hops import encode, load_facts, score_prompts
 from mi_hops.editing import Change, Edit, EditRepair
 from mi_hops.facts.wordings import few_shot_lead
 from mi_hops.model import fingerprint
@@ -32,16 +33,11 @@ def random_edit(model: Any, seed: int) -> Edit:
     return Edit(method="random", changes=(change,), fingerprint=fingerprint(model))
 
 
-class Both:
+class Asked:
     """The same questions, scored here and by ``transformers`` on the same weights."""
 
-    def __init__(self, backend: Any, shots: int, edited: bool) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.model = load_model("smollm2-135m", backend=backend, device="cpu")
-        folder = self.model.tokenizer.name_or_path
-        self.plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    def __init__(self, models: tuple[Any, Any, Any], shots: int, edited: bool) -> None:
+        self.model, self.plain, self.tokenizer = models
         facts = load_facts("geo")
         self.facts, others = facts[:N_FACTS], facts[N_FACTS:]
         lead = few_shot_lead(self.facts[0], others, shots=shots, form=FORM) if shots else ""
@@ -91,18 +87,20 @@ class Both:
         return torch.cat(found)
 
 
-def measure(backend: Any, shots: int, edited: bool, pairs: int) -> None:
+def measure(
+    backend: Any, models: tuple[Any, Any, Any], shots: int, edited: bool, pairs: int
+) -> None:
     """Both in turn on one model."""
-    both = Both(backend, shots, edited)
-    apart = (both.ours() - both.theirs()).abs().max().item()
+    asked = Asked(models, shots, edited)
+    apart = (asked.ours() - asked.theirs()).abs().max().item()
     with Peak() as peak:
-        both.ours()
+        asked.ours()
     with Peak() as plain_peak:
-        both.theirs()
-    lengths = [len(prompt) for prompt in both.prompts]
-    found = paired(both.ours, both.theirs, pairs=pairs)
+        asked.theirs()
+    lengths = [len(prompt) for prompt in asked.prompts]
+    found = paired(asked.ours, asked.theirs, pairs=pairs)
     found |= {
-        "backend": backend, "shots": shots, "lead": both.lead, "edited": edited, "apart": apart,
+        "backend": backend, "shots": shots, "lead": asked.lead, "edited": edited, "apart": apart,
         "shortest": min(lengths), "longest": max(lengths),
         "mib": peak.mib, "plain_mib": plain_peak.mib,
     }  # fmt: skip
@@ -151,9 +149,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for backend in backends():
-        for shots in (0, SHOTS):
-            for edited in (False, True):
-                measure(backend, shots, edited, options.pairs)
+        models = both(backend)
+        for shots, edited in product((0, SHOTS), (False, True)):
+            measure(backend, models, shots, edited, options.pairs)
     page()
 
 

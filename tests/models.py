@@ -95,6 +95,23 @@ def config(shape: str) -> Any:
     return LlamaConfig(**base, head_dim=16, tie_word_embeddings=True, rope_parameters=rope)
 
 
+def bridge_of(config: Any, folder: Path, scale: float = 1.0) -> Any:
+    """A random model of any family, its matrices made larger by `scale`, saved and loaded as a Bridge."""
+    from transformers import AutoModelForCausalLM
+
+    from mi_hops.model import load_model
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(scale)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return load_model(folder, device="cpu", dtype="float32", backend="bridge")
+
+
 def save_checkpoint(shape: str, folder: Path, seed: int = 0, **changes: int) -> Path:
     """Write a randomised checkpoint with its tokenizer; `changes` to its config come on top."""
     from transformers import AutoModelForCausalLM

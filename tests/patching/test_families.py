@@ -5,31 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mi_hops.model import forward, hook_name, load_model
+from mi_hops.model import forward, hook_name
 from mi_hops.patching import Circuit, ablate, all_edges, faithfulness, patch, path_patch
 from mi_hops.sweep import Pairs, Sites
 from mi_hops.text.tokens import encode
-from tests.models import WORDS, tokenizer
+from tests.models import WORDS, bridge_of
 from tests.patching.loops import ONE, PAIRS, changed, put, run, source
 
 
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory):
-    from transformers import AutoModelForCausalLM, OPTConfig
+    from transformers import OPTConfig
 
     sizes = {"vocab_size": WORDS, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
     depth = {"num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    folder = tmp_path_factory.mktemp("opt")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(OPTConfig(**sizes, **depth, **ids))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.mul_(10)
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return load_model(folder, device="cpu", dtype="float32", backend="bridge")
+    return bridge_of(OPTConfig(**sizes, **depth, **ids), tmp_path_factory.mktemp("opt"), 10)
 
 
 @pytest.mark.parametrize("kind", ["resid_mid", "mlp_post", "mlp_out"])
@@ -90,7 +81,7 @@ WINDOWED = {"mistral": {}, "gemma2": {"head_dim": 8}, "starcoder2": {}}
     "family", ["mistral", "gemma2", pytest.param("starcoder2", marks=pytest.mark.slow)]
 )
 def test_layers_with_a_window_see_no_further_in_a_sweep(family, tmp_path):
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     sizes = {
         "vocab_size": WORDS,
@@ -103,15 +94,7 @@ def test_layers_with_a_window_see_no_further_in_a_sweep(family, tmp_path):
     made = AutoConfig.for_model(
         family, sliding_window=3, **sizes, **heads, **ids, **WINDOWED[family]
     )
-    torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(made)
-    with torch.no_grad():
-        for p in plain.parameters():
-            if p.ndim > 1:
-                p.mul_(10)
-    plain.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    model = load_model(tmp_path, device="cpu", dtype="float32", backend="bridge")
+    model = bridge_of(made, tmp_path, 10)
     asked = {"answer": "w11", "wrong": "w21"}
     pairs = Pairs(*zip(*PAIRS[:2], strict=True), **asked)
     found = patch(model, pairs, Sites("resid_pre", positions=[2, -1]))["score"]
@@ -127,12 +110,10 @@ def test_layers_with_a_window_see_no_further_in_a_sweep(family, tmp_path):
 
 
 def test_attention_that_no_mask_can_be_made_for_is_refused(tmp_path):
-    from transformers import AutoModelForCausalLM, BloomConfig
+    from transformers import BloomConfig
 
     sizes = {"vocab_size": WORDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}
-    AutoModelForCausalLM.from_config(BloomConfig(**sizes)).save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    model = load_model(tmp_path, device="cpu", dtype="float32", backend="bridge")
+    model = bridge_of(BloomConfig(**sizes), tmp_path)
     pairs = Pairs(*PAIRS[0], answer="w11", wrong="w21")
     with pytest.raises(ValueError, match=r"'alibi'.*\(bloom\).*HookedTransformer"):
         patch(model, pairs, Sites("resid_pre"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mi_hops.lens import logit_attribution, logit_flow, logit_lens
-from mi_hops.model import forward, hooked_class, load_model, provenance
+from mi_hops.model import forward, hooked_class, provenance
 from mi_hops.patching import (
     Circuit,
     acdc,
@@ -20,7 +20,7 @@ from mi_hops.patching import (
 )
 from mi_hops.sweep import Pairs, Sites
 from mi_hops.text.tokens import encode
-from tests.models import WORDS, tokenizer
+from tests.models import WORDS, bridge_of, tokenizer
 from tests.patching.loops import PAIRS, changed, put, run, source
 
 ONE = Pairs(*PAIRS[0], answer="w11", wrong="w21")
@@ -29,21 +29,12 @@ ONE = Pairs(*PAIRS[0], answer="w11", wrong="w21")
 @pytest.fixture(scope="module")
 def neox(tmp_path_factory):
     """A tiny Pythia: attention and MLP read the same stream."""
-    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+    from transformers import GPTNeoXConfig
 
     sizes = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48}
     depth = {"num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    folder = tmp_path_factory.mktemp("neox")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(GPTNeoXConfig(**sizes, **depth, **ids))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.mul_(8)
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return load_model(folder, device="cpu", dtype="float32", backend="bridge")
+    return bridge_of(GPTNeoXConfig(**sizes, **depth, **ids), tmp_path_factory.mktemp("neox"), 8)
 
 
 @pytest.fixture(scope="module")
