@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,13 @@ import torch
 from benchmarks.harness import Peak
 from mi_hops import Hopland, TwoHopFact, load_model
 from mi_hops.editing import Moments, second_moments
-from mi_hops.editing.baselines import TunedWeights, finetune_full
-from mi_hops.model.numeric import kl_divergence
-from mi_hops.reasoning.evaluate import Evaluation, evaluate
+from mi_hops.reasoning.evaluate import evaluate
 from mi_hops.reasoning.gap import find_gap
 from mi_hops.reasoning.queries import Query, QuerySets
 from mi_hops.reasoning.sets import Known, build_sets
 from mi_hops.sweep.metrics import NextToken, target_of
-from mi_hops.sweep.scoring import next_token_logits, score_prompts
+from mi_hops.sweep.repair import InPlaceRepair, Repair
+from mi_hops.sweep.scoring import score_prompts
 from mi_hops.text.tokens import encode
 
 FORM = "suffix"
@@ -156,14 +156,13 @@ class FirstTokens:
         every = range(len(self.queries))
         if repair is None:
             return self._right(every)
-        fitted = repair.fit(self._model, self._facts)
-        states = [fitted[i] for i in self._case]
-        if not isinstance(states[0], TunedWeights):
-            return self._right(every, repair=repair, states=states)
-        found = torch.zeros(len(states))
-        for state in {id(s): s for s in states}.values():
-            own = [i for i in every if states[i] is state]
-            with state.applied(self._model):
+        if isinstance(repair, Repair):
+            fitted = repair.fit(self._model, self._facts)
+            return self._right(every, repair=repair, states=[fitted[i] for i in self._case])
+        found = torch.zeros(len(self.queries))
+        for case, fact in enumerate(self._facts):
+            own = [i for i in every if self._case[i] == case]
+            with repair.applied(self._model, fact):
                 found[own] = self._right(own)
         return found
 
@@ -176,14 +175,9 @@ class FirstTokens:
 class Timed:
     """A repair with the seconds and the memory of its fit and the bytes of its states."""
 
-    def __init__(self, repair: Any) -> None:
-        self.repair, self.n_bytes = repair, 0
+    def __init__(self, repair: Repair) -> None:
+        self.repair, self.name, self.n_bytes = repair, repair.name, 0
         self.seconds = self.peak = float("nan")
-
-    @property
-    def name(self) -> str:
-        """The repair's."""
-        return str(self.repair.name)
 
     def fit(self, model: Any, facts: Sequence[TwoHopFact]) -> Any:
         """The repair's, timed."""
@@ -198,6 +192,35 @@ class Timed:
     def hooks(self, model: Any, states: Any, rows: Any) -> Any:
         """The repair's."""
         return self.repair.hooks(model, states, rows)
+
+
+class TimedInPlace:
+    """The same of an in-place repair: seconds per fact, memory of the fact that took most."""
+
+    def __init__(self, repair: InPlaceRepair) -> None:
+        self.repair, self.name, self.n_bytes, self.peak = repair, repair.name, 0, 0.0
+        self._seconds: list[float] = []
+
+    @property
+    def seconds(self) -> float:
+        """Mean over the facts there were."""
+        return sum(self._seconds) / len(self._seconds)
+
+    @contextmanager
+    def applied(self, model: Any, fact: TwoHopFact) -> Iterator[Any]:
+        """The repair's, timed."""
+        with ExitStack() as stack:
+            with Peak() as peak:
+                start = time.perf_counter()
+                state = stack.enter_context(self.repair.applied(model, fact))
+                self._seconds.append(time.perf_counter() - start)
+            self.peak, self.n_bytes = max(self.peak, peak.mib), bytes_of(state)
+            yield state
+
+
+def timed(repair: Repair | InPlaceRepair) -> Timed | TimedInPlace:
+    """The repair with what it costs."""
+    return Timed(repair) if isinstance(repair, Repair) else TimedInPlace(repair)
 
 
 def bytes_of(state: Any) -> int:
@@ -232,74 +255,14 @@ COLUMNS = (
 )
 
 
-class FullFineTune:
-    """Full fine-tuning, beside the repairs; its states are put into the weights, not on rows."""
-
-    name = "full fine-tuning"
-
-    def __init__(self, lr: float) -> None:
-        self.lr = lr
-
-    def fit(self, model: Any, facts: Sequence[TwoHopFact]) -> list[TunedWeights]:
-        """One set of weights a fact."""
-        return finetune_full(model, facts, form=FORM, lr=self.lr)
-
-
-class Untouched:
-    """A repair that leaves every row alone."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def fit(self, model: Any, facts: Sequence[TwoHopFact]) -> list[None]:
-        """Nothing, for each fact."""
-        return [None] * len(facts)
-
-    def hooks(self, model: Any, states: Any, rows: Any) -> list[Any]:
-        """None."""
-        return []
-
-
-def evaluate_tuned(setup: Setup, timed: Timed) -> Evaluation:
-    """What `evaluate` gives, of states that change all weights: case by case, in the model tuned for it."""
-    model, repair = setup.model, Untouched(timed.name)
-    found = evaluate(model, repair, setup.queries, setup.report, generate=False)
-    frame = found.frame.set_index("query_id", drop=False)
-
-    def said(ids: Any) -> torch.Tensor:
-        prompts = [encode(model, text) for text in frame.loc[ids, "prompt"]]
-        return torch.stack(next_token_logits(model, prompts)).log_softmax(-1)
-
-    costs = []
-    for fact in setup.report:
-        ids = frame.index[(frame["case"] == fact.id) & frame["kl"].notna()]
-        before = said(ids) if len(ids) else None
-        (state,) = timed.fit(model, [fact])
-        costs.append((timed.seconds, timed.peak))
-        with state.applied(model):
-            own = setup.queries.of_cases(fact.id)
-            part = evaluate(model, repair, own, [fact], generate=False).frame
-            if before is not None:
-                frame.loc[ids, "kl"] = kl_divergence(before, said(ids)).double().numpy()
-        part = part.set_index("query_id")
-        for column in (c for c in part if c.endswith("_after")):
-            frame.loc[part.index, column] = part[column]
-    seconds, peaks = zip(*costs, strict=True)
-    timed.seconds, timed.peak = sum(seconds) / len(seconds), max(peaks)
-    return Evaluation(frame.reset_index(drop=True), found.case_ids, found.skipped, found.provenance)
-
-
 def score(setup: Setup, repairs: Sequence[Any]) -> list[list[str]]:
     """One row of `COLUMNS` a repair; shares of first answer tokens unless named otherwise."""
-    return [row_of(setup, Timed(repair)) for repair in repairs]
+    return [row_of(setup, timed(repair)) for repair in repairs]
 
 
-def row_of(setup: Setup, repair: Timed) -> list[str]:
+def row_of(setup: Setup, repair: Timed | TimedInPlace) -> list[str]:
     """One row of `COLUMNS`."""
-    if isinstance(repair.repair, FullFineTune):
-        found = evaluate_tuned(setup, repair)
-    else:
-        found = evaluate(setup.model, repair, setup.queries, setup.report, generate=False)
+    found = evaluate(setup.model, repair, setup.queries, setup.report, generate=False)
     table = found.table(n_resamples=500).loc[repair.name]
 
     def get(name: str, stat: str) -> float:

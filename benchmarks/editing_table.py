@@ -19,7 +19,6 @@ from benchmarks.editing_setup import (
     COLUMNS,
     FORM,
     FirstTokens,
-    FullFineTune,
     Setup,
     covariance,
     score,
@@ -37,6 +36,7 @@ from mi_hops.editing import (
 )
 from mi_hops.editing.baselines import (
     FineTuneRepair,
+    FullFineTuneRepair,
     GraceRepair,
     KnowledgeEditor,
     KnowledgeEditorRepair,
@@ -258,7 +258,9 @@ def candidates(setup: Setup, c: Moments, c_mlp: Moments) -> dict[str, Callable[[
         "ft+l": lambda: chosen(
             setup, lambda x: FineTuneRepair(layers=[x], form=FORM), singles, SLOW
         ),
-        "full": lambda: chosen(setup, FullFineTune, FULL_RATES, SLOW),
+        "full": lambda: chosen(
+            setup, lambda x: FullFineTuneRepair(form=FORM, lr=x), FULL_RATES, SLOW
+        ),
         "lora": lambda: chosen(
             setup,
             lambda x: LoraRepair(setup.name, layers=x[0], lr=x[1], form=FORM),

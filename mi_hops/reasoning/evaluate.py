@@ -1,15 +1,16 @@
-"""Did a repair hold, spread, and do no harm? One score for everything that meets the `Repair` protocol.
+"""Did a repair hold, spread, and do no harm? One score for everything that meets a `Repair` protocol.
 
 All queries are asked of the unrepaired model once, and then with each repair on, every row of a batch
-under the repair of its own case. The result is a table with one row per repair and query; its
+under the repair of its own case; a repair of the model itself is asked case by case. The result is a table with one row per repair and query; its
 averages are made by `aggregate`.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from mi_hops.editing import Edit, EditRepair
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model import Hook, HookedModel, dtype_of, provenance
+from mi_hops.model import Hook, HookedModel, dtype_of, fingerprint, provenance
 from mi_hops.model.numeric import kl_divergence, wide_dtype
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.queries import PLACE, Query, QuerySets, require_unique
@@ -39,9 +40,12 @@ from mi_hops.sweep.metrics import (
     require_finite,
     target_of,
 )
-from mi_hops.sweep.repair import Repair, Rows
-from mi_hops.sweep.scoring import logits_at, score_prompts
+from mi_hops.sweep.repair import InPlaceRepair, Repair, Rows
+from mi_hops.sweep.scoring import logits_at, next_token_logits, score_prompts
 from mi_hops.text.tokens import Batch, batches, encode
+
+#: What can be scored; an `Edit` stands for itself on every row.
+Repairs: TypeAlias = Repair | InPlaceRepair | Edit
 
 #: Sets in which the whole next-token distribution should stay as it was.
 KL_SETS = ("specificity", "specificity_same_relation", "neutral")
@@ -89,7 +93,7 @@ class _StatementLoss:
 
 def evaluate(
     model: HookedModel,
-    repairs: Repair | Edit | Sequence[Repair | Edit],
+    repairs: Repairs | Sequence[Repairs],
     queries: QuerySets | Iterable[Query],
     facts: Sequence[TwoHopFact],
     *,
@@ -102,7 +106,8 @@ def evaluate(
 ) -> Evaluation:
     """Score repairs on sets of queries, before and after each repair.
 
-    Each repair is fitted to all `facts` at once; each query is run under the state of its case.
+    Each repair is fitted to all `facts` at once; each query is run under the state of its case. An
+    `InPlaceRepair` changes the model for one fact after another, and is asked that fact's queries.
 
     Args:
         repairs: one or several, each with its own name; an `Edit` stands for itself on every row.
@@ -121,8 +126,8 @@ def evaluate(
 
     Raises:
         ValueError: no queries, no repairs or two of one name, a query of an unknown case, facts
-            with one id, a repair that gives another number of states than there are facts, or a
-            score that is not finite.
+            with one id, a repair that gives another number of states than there are facts, an
+            in-place repair that does not restore the model, or a score that is not finite.
         TokenError: an answer that cannot be tokenised after its prompt, or too long a prompt.
 
     Examples:
@@ -139,24 +144,24 @@ def evaluate(
     asked, skipped = _checked(named, queries, facts)
     extra = get_metrics(metrics) if len(metrics) else []
     job = _Job(model, asked, extra, batch_size, max_new_tokens if generate else 0)
-    index = {fact.id: i for i, fact in enumerate(facts)}
     total = (1 + len(named)) * len(asked)
+    states: dict[str, Sequence[Any]] = {}
+    after, kl = {}, {}
     with progress_bar(label="evaluate", show=progress, total=total, unit="query") as bar:
         before = job.scores(None, None)
         bar.update(len(asked))
-        states, after = [], []
         for repair in named:
-            fitted = list(repair.fit(model, facts))
-            if len(fitted) != len(facts):
-                raise ValueError(
-                    f"repair {repair.name!r} gave {len(fitted)} states for {len(facts)} facts; a "
-                    "Repair's fit must return one per fact"
-                )
-            states.append([fitted[index[q.case]] for q in asked])
-            after.append(job.scores(repair, states[-1]))
+            if isinstance(repair, Repair):
+                states[repair.name] = job.states(repair, facts)
+                after[repair.name] = job.scores(repair, states[repair.name])
+            else:
+                states[repair.name] = [repair] * len(asked)
+                after[repair.name], kl[repair.name] = job.in_place(repair, facts)
             bar.update(len(asked))
-    kl = job.divergences(named, states)
-    frames = [job.frame(*columns, before) for columns in zip(named, states, after, kl, strict=True)]
+    by_row = [repair for repair in named if isinstance(repair, Repair)]
+    found = job.divergences(by_row, [states[repair.name] for repair in by_row])
+    kl |= {repair.name: values for repair, values in zip(by_row, found, strict=True)}
+    frames = [job.frame(n, given, after[n], kl[n], before) for n, given in states.items()]
     settings: dict[str, Any] = {
         "method": "evaluate",
         "seed": seed,
@@ -172,7 +177,7 @@ def evaluate(
     return Evaluation(frame, ids, skipped, provenance(model, **settings))
 
 
-def named_repairs(repairs: Repair | Edit | Sequence[Repair | Edit]) -> list[Repair]:
+def named_repairs(repairs: Repairs | Sequence[Repairs]) -> list[Repair | InPlaceRepair]:
     """Repairs as a list; edits among them as repairs, numbered where there are several.
 
     Raises:
@@ -181,20 +186,23 @@ def named_repairs(repairs: Repair | Edit | Sequence[Repair | Edit]) -> list[Repa
     given: list[Any] = list(repairs) if isinstance(repairs, list | tuple) else [repairs]
     edits = [item for item in given if isinstance(item, Edit)]
     names = {id(e): "edit" if len(edits) == 1 else f"edit {i}" for i, e in enumerate(edits, 1)}
-    named: list[Repair] = []
+    named: list[Repair | InPlaceRepair] = []
     for item in given:
         if isinstance(item, Edit):
             item = EditRepair(item, name=names[id(item)])
-        if not isinstance(item, Repair):
+        if not isinstance(item, Repair | InPlaceRepair):
             raise ValueError(
-                f"{item!r:.80} is not a repair; expected an Edit, or an object with name, fit and hooks"
+                f"{item!r:.80} is not a repair; expected an Edit, or an object with name, fit and hooks "
+                "(or with name and applied)"
             )
         named.append(item)
     return named
 
 
 def _checked(
-    repairs: Sequence[Repair], queries: QuerySets | Iterable[Query], facts: Sequence[TwoHopFact]
+    repairs: Sequence[Repair | InPlaceRepair],
+    queries: QuerySets | Iterable[Query],
+    facts: Sequence[TwoHopFact],
 ) -> tuple[list[Query], tuple[tuple[str, str, str], ...]]:
     """The queries in the order of their sets, and (set, case, reason) of what was skipped."""
     names = [r.name for r in repairs]
@@ -234,7 +242,7 @@ class _Job:
         max_new_tokens: int,
     ) -> None:
         self.model, self.queries, self.batch_size = model, queries, batch_size
-        self.max_new_tokens = max_new_tokens
+        self.extra, self.max_new_tokens = metrics, max_new_tokens
         texts = {q.prompt: encode(model, q.prompt) for q in queries}
         self.prompts = [texts[q.prompt] for q in queries]
         self.targets = [
@@ -267,9 +275,47 @@ class _Job:
             found["said"], found["generation_correct"] = self._said(states, options)
         return found
 
+    def states(self, repair: Repair, facts: Sequence[TwoHopFact]) -> list[Any]:
+        """Of each query, from the repair's fit."""
+        made = list(repair.fit(self.model, facts))
+        if len(made) != len(facts):
+            raise ValueError(
+                f"repair {repair.name!r} gave {len(made)} states for {len(facts)} facts; a "
+                "Repair's fit must return one per fact"
+            )
+        of_case = {fact.id: state for fact, state in zip(facts, made, strict=True)}
+        return [of_case[q.case] for q in self.queries]
+
+    def in_place(
+        self, repair: InPlaceRepair, facts: Sequence[TwoHopFact]
+    ) -> tuple[dict[str, Any], Float[np.ndarray, "query"]]:
+        """Column -> values, and divergences, with the model repaired for one fact after another."""
+        columns: dict[str, list[Any]] = defaultdict(lambda: [np.nan] * len(self.queries))
+        kl, whole = np.full(len(self.queries), np.nan), fingerprint(self.model)
+        for fact in facts:
+            rows = [i for i, q in enumerate(self.queries) if q.case == fact.id]
+            if not rows:
+                continue
+            queries = [self.queries[i] for i in rows]
+            own = _Job(self.model, queries, self.extra, self.batch_size, self.max_new_tokens)
+            before = own.next_logprobs()
+            with repair.applied(self.model, fact):
+                found = own.scores(None, None)
+                changed = kl_divergence(before, own.next_logprobs()).double()
+            if fingerprint(self.model) != whole:
+                raise ValueError(
+                    f"repair {repair.name!r} left the model changed after fact {fact.id!r}; its applied "
+                    "must restore the model at the end of the with block (load the model again)"
+                )
+            for name, values in found.items():
+                for i, value in zip(rows, values, strict=True):
+                    columns[name][i] = value
+            kl[[rows[i] for i in own.kl_rows]] = changed.numpy()
+        return dict(columns), kl
+
     def frame(
         self,
-        repair: Repair,
+        repair: str,
         states: Sequence[Any],
         after: dict[str, Any],
         kl: np.ndarray,
@@ -280,7 +326,7 @@ class _Job:
         frame = pd.DataFrame({n: [getattr(q, n) for q in self.queries] for n in names})
         # Text and None, not NaN, whatever the version of pandas makes of None.
         frame["wrong"] = pd.Series([q.wrong for q in self.queries], dtype=object)
-        frame.insert(0, "repair", repair.name)
+        frame.insert(0, "repair", repair)
         frame["repaired"] = [state is not None for state in states]
         for name in after:
             frame[f"{name}_before"] = before[name]
@@ -302,6 +348,14 @@ class _Job:
             score = score_prompts(self.model, prompts, targets, loss, states=given, **options)
             found[rows] = score["statement_loss"].double().numpy()
         return found
+
+    def next_logprobs(self) -> Float[Tensor, "query vocab"]:
+        """Of each query that is in `KL_SETS`, of the model as it is."""
+        prompts = [self.prompts[i] for i in self.kl_rows]
+        if not prompts:
+            return torch.empty(0, 1)
+        logits = next_token_logits(self.model, prompts, batch_size=self.batch_size)
+        return torch.stack(logits).log_softmax(-1)
 
     def divergences(
         self, repairs: Sequence[Repair], states: Sequence[Sequence[Any]]

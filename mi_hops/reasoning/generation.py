@@ -21,10 +21,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mi_hops.editing import Edit
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import HookedModel, provenance
-from mi_hops.reasoning.evaluate import named_repairs
+from mi_hops.reasoning.evaluate import Repairs, named_repairs
 from mi_hops.reasoning.evaluation import UNREPAIRED
 from mi_hops.result.result import Result
 from mi_hops.sweep.repair import Repair
@@ -75,7 +74,7 @@ def word_weights(texts: Sequence[str]) -> dict[str, float]:
 
 def fluency(
     model: HookedModel,
-    repairs: Repair | Edit | Sequence[Repair | Edit],
+    repairs: Repairs | Sequence[Repairs],
     facts: Sequence[TwoHopFact],
     *,
     form: str | None = None,
@@ -88,7 +87,8 @@ def fluency(
     """Entropy and consistency of the text that each repaired model writes after its case's prompt.
 
     Each repair is fitted to all facts at once, and each fact's two-hop prompt is continued under its
-    own state, and once unrepaired. The texts are drawn with one seed.
+    own state, and once unrepaired. The texts are drawn with one seed, under an `InPlaceRepair` each
+    alone.
 
     Args:
         form: of the prompts; default each fact's first.
@@ -121,8 +121,15 @@ def fluency(
     how = {"n_tokens": n_tokens, "top_k": top_k, "seed": seed, "batch_size": batch_size}
     columns = [sample(model, prompts, **how)]  # type: ignore[arg-type]
     for repair in named:
-        states = list(repair.fit(model, facts))
-        columns.append(sample(model, prompts, repair=repair, states=states, **how))  # type: ignore[arg-type]
+        if isinstance(repair, Repair):
+            states = list(repair.fit(model, facts))
+            columns.append(sample(model, prompts, repair=repair, states=states, **how))  # type: ignore[arg-type]
+            continue
+        alone = []
+        for fact, prompt in zip(facts, prompts, strict=True):
+            with repair.applied(model, fact):
+                alone += sample(model, [prompt], **how)  # type: ignore[arg-type]
+        columns.append(alone)
     texts = np.array(columns, dtype=object).T
     written = [[text[len(p) :] for text in row] for row, p in zip(texts, prompts, strict=True)]
     given = references or {}

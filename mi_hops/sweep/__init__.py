@@ -27,6 +27,7 @@ from .metrics import get_metric as get_metric
 from .metrics import target_of as target_of
 from .normalising import Normalised as Normalised
 from .pairs import Pairs as Pairs
+from .repair import InPlaceRepair as InPlaceRepair
 from .repair import Repair as Repair
 from .repair import Rows as Rows
 from .sample import sample as sample

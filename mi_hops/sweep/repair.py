@@ -1,13 +1,15 @@
-"""The Repair protocol: what can be switched on over a model for a fact, per row, and off.
+"""The Repair protocols: what can be switched on over a model for a fact, per row or in place, and off.
 
 An edit, a memory injection, a state transplant or a codebook all meet it, so that one function
 scores them and one batch can hold a different repair in every row. A repair is *fitted* to facts
-(one state per fact) and then gives hooks that act on each row by that row's state only.
+(one state per fact) and then gives hooks that act on each row by that row's state only. What changes
+the model itself, as an editor of your own may do, is an *in-place* repair instead, one fact at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -72,4 +74,18 @@ class Repair(Protocol):
 
     def hooks(self, model: HookedModel, states: Sequence[Any | None], rows: Rows) -> list[Hook]:
         """Hooks for a pass in which ``states[r]`` acts on row r; None leaves the row alone."""
+        ...
+
+
+@runtime_checkable
+class InPlaceRepair(Protocol):
+    """Anything that changes the model itself for one fact, and changes it back."""
+
+    @property
+    def name(self) -> str:
+        """Short label for tables and figures."""
+        ...
+
+    def applied(self, model: HookedModel, fact: TwoHopFact) -> AbstractContextManager[Any]:
+        """The model repaired for this fact for the length of a ``with`` block."""
         ...

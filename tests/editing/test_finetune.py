@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from mi_hops.editing import EditRepair, OnTop, WrongWeightsError, creme
-from mi_hops.editing.baselines import finetune_full
+from mi_hops.editing.baselines import FullFineTuneRepair, finetune_full
 from mi_hops.editing.baselines.finetune import FineTuneRepair, LoraRepair, finetune_many
 from mi_hops.editing.teaching import answer_loss, teacher_forced
 from mi_hops.model import forward, read_matrix
-from mi_hops.sweep.repair import Repair
+from mi_hops.reasoning import Query, evaluate
+from mi_hops.sweep import Repair, target_of
+from mi_hops.text import encode
 from tests.editing.conftest import assert_same_bits, of_lengths, weights
 from tests.models import cases
 
@@ -109,6 +111,25 @@ def test_full_fine_tuning_is_what_plain_transformers_does(load_tiny, checkpoints
     # transformers keeps LLaMA's norm in float32, which Adam's first steps make much of.
     atol = {"gpt2": 1e-6, "llama": 1e-3}[shape]
     torch.testing.assert_close(got, want, atol=atol, rtol=0)
+
+
+def test_full_fine_tuning_is_scored_like_a_repair(tiny, facts):
+    before = weights(tiny)
+    asked = [
+        Query(
+            case=f.id, set="correction", query_id=f.id, prompt=f.prompt("suffix"), answer=f.answer
+        )
+        for f in facts[:2]
+    ]
+    repair = FullFineTuneRepair(form="suffix", steps=8, lr=0.01)
+    found = evaluate(tiny, repair, asked, facts[:2], generate=False).frame
+    assert_same_bits(tiny, before)
+    assert (found["repair"] == "full fine-tuning").all()
+    tuned = finetune_full(tiny, facts[:2], **repair.options)
+    n = [len(target_of(tiny, encode(tiny, q.prompt), q.answer).answer) for q in asked]
+    old, new = zip(*losses(tiny, facts[:2], tuned), strict=True)
+    assert (-found["answer_logprob_before"] / n).tolist() == pytest.approx(old, abs=1e-3)
+    assert (-found["answer_logprob_after"] / n).tolist() == pytest.approx(new, abs=1e-3)
 
 
 def test_full_fine_tuning_refusals(tiny, load_tiny, facts):

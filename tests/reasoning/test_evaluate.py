@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from mi_hops.facts.fact import TwoHopFact
+from mi_hops.model import fingerprint
 from mi_hops.reasoning.aggregate import Scores, aggregate, reduce_scores
 from mi_hops.reasoning.evaluate import evaluate
 from mi_hops.reasoning.evaluation import Evaluation
@@ -55,6 +57,18 @@ class Say:
             return out
 
         return [("unembed.hook_in", fn)]
+
+
+class InPlace:
+    """Puts each case's edit into the weights."""
+
+    name = "in place"
+
+    def __init__(self, edits):
+        self.edits = edits
+
+    def applied(self, model, fact):
+        return self.edits[fact.id].applied(model)
 
 
 def _fact(i):
@@ -299,6 +313,41 @@ def test_one_repair_and_an_edit_are_repairs(load_tiny, sets):
     assert two.summary(n_resamples=20).index.tolist()[1:] == ["edit 1", AddVector().name, "edit 2"]
     with pytest.raises(ValueError, match="'creme' is not a repair; expected an Edit"):
         evaluate(model, "creme", sets, CASES)
+
+
+@pytest.mark.parametrize("tiny", MODELS, indirect=True, ids="-".join)
+def test_edits_in_the_weights_score_as_on_rows(tiny, sets):
+    from mi_hops.editing import EditRepair, creme_many
+
+    made = creme_many(tiny, CASES, layers=[0, 1], form="suffix", keep=None)
+    edits = {fact.id: edit for fact, edit in zip(CASES, made, strict=True)}
+    repairs = [InPlace(edits), EditRepair(edits, name="on rows")]
+    before = fingerprint(tiny)
+    found = evaluate(tiny, repairs, sets, CASES, metrics=["first_logprob"], max_new_tokens=4)
+    assert fingerprint(tiny) == before
+    ours, rows = (found.frame[found.frame["repair"] == r.name] for r in repairs)
+    assert ours["kl"].max() > 1e-4 and not np.allclose(
+        ours["first_prob_after"], ours["first_prob_before"], rtol=0.01
+    )
+    pd.testing.assert_frame_equal(
+        ours.drop(columns="repair").reset_index(drop=True),
+        rows.drop(columns="repair").reset_index(drop=True),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+
+
+def test_a_repair_that_does_not_restore_the_model_is_refused(load_tiny, sets):
+    from mi_hops.editing import creme
+
+    class Stays(InPlace):
+        @contextmanager
+        def applied(self, model, fact):
+            creme(model, fact, layers=[1], form="suffix").apply(model)
+            yield
+
+    with pytest.raises(ValueError, match="'in place' left the model changed after fact 'f0'"):
+        evaluate(load_tiny(fresh=True), Stays({}), sets, CASES, generate=False)
 
 
 def test_the_unrepaired_model_is_asked_once_for_all_repairs(load_tiny, sets, monkeypatch):

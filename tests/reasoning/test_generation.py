@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mi_hops
-from mi_hops.editing import creme
+from mi_hops.editing import EditRepair, creme
 from mi_hops.model import forward
 from mi_hops.reasoning import fluency, generation_entropy
 from mi_hops.reasoning.generation import consistency, word_weights
@@ -80,6 +80,21 @@ def test_edits_by_hooks_write_what_edited_weights_write(load_tiny):
     assert edited == again != plain
     written = edited[len(fact.prompt("suffix")) :]
     assert found["entropy"].values[0, 1] == pytest.approx(generation_entropy(written))
+
+
+def test_what_is_changed_in_place_writes_as_on_rows(load_tiny):
+    class InPlace:
+        name = "in place"
+
+        def applied(self, model, fact):
+            return edits[fact.id].applied(model)
+
+    model, facts = load_tiny(), [make_fact(0), make_fact(1)]
+    edits = {f.id: creme(model, f, layers=[1, 2], form="suffix") for f in facts}
+    how = {"form": "suffix", "n_tokens": 12, "top_k": 1}
+    found = fluency(model, [InPlace(), EditRepair(edits, name="on rows")], facts, **how)
+    unrepaired, ours, rows = found["text"].values.T.tolist()
+    assert ours == rows != unrepaired
 
 
 def test_refusals(load_tiny):

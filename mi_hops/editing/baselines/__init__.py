@@ -4,6 +4,7 @@ from .finetune import FineTuneRepair as FineTuneRepair
 from .finetune import LoraRepair as LoraRepair
 from .finetune import finetune_many as finetune_many
 from .finetune import lora_many as lora_many
+from .full import FullFineTuneRepair as FullFineTuneRepair
 from .full import TunedWeights as TunedWeights
 from .full import finetune_full as finetune_full
 from .grace import Codebook as Codebook

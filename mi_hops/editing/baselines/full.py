@@ -2,7 +2,8 @@
 
 Plain Adam, no bound, no decay, nothing kept: what constrained editors (FT+L among them) are to be
 better than. Embeddings, norms and biases move as well, so it is no `Edit`, which is a change of output
-matrices alone, and no hook can put it on one row of a batch: it is applied to the weights.
+matrices alone, and no hook can put it on one row of a batch: it is applied to the weights, and
+`mi_hops.evaluate` takes it as an in-place repair.
 """
 
 from __future__ import annotations
@@ -136,6 +137,36 @@ def _tuned(model: HookedModel, request: Request, how: Mapping[str, Any]) -> dict
             for name, p in named.items():
                 p.requires_grad_(wanted[name])
                 p.grad = None
+
+
+class FullFineTuneRepair:
+    """Full fine-tuning as a `mi_hops.sweep.repair.InPlaceRepair`: one fact at a time, then undone.
+
+    Args:
+        name: label in tables.
+        options: of `finetune_full`.
+
+    Examples:
+        >>> import mi_hops
+        >>> from mi_hops.editing.baselines import FullFineTuneRepair
+        >>> model = mi_hops.load_model("hops-gpt2")
+        >>> gap = mi_hops.find_gap(model, mi_hops.Hopland().sample(train=0, held_out=20))
+        >>> queries = mi_hops.build_sets(model, gap.failed[:2], gap=gap, per_case=1)
+        >>> repair = FullFineTuneRepair(steps=2)
+        >>> scores = mi_hops.evaluate(model, repair, queries, gap.failed[:2], generate=False)
+        >>> scores.summary().index.tolist()
+        ['unrepaired', 'full fine-tuning']
+    """
+
+    def __init__(self, *, name: str = "full fine-tuning", **options: Any) -> None:
+        self.name, self.options = name, options
+
+    @contextmanager
+    def applied(self, model: HookedModel, fact: Asked) -> Iterator[TunedWeights]:
+        """The model tuned on this fact for the length of a ``with`` block."""
+        (tuned,) = finetune_full(model, [fact], **self.options)
+        with tuned.applied(model):
+            yield tuned
 
 
 @contextmanager
