@@ -170,8 +170,9 @@ def train_lens(
             state.before = keep(evaluate, "evaluation", state.step)
             state.best = list(state.before)
         stream = _stream(train, settings, skip=state.step)
-        with progress_bar(total=settings.steps, label=lens.name, show=progress) as bar:
-            bar.update(state.step)
+        with progress_bar(
+            total=settings.steps, done=state.step, label=lens.name, show=progress
+        ) as bar:
             while state.step < settings.steps and state.waited < settings.patience:
                 training.step(model, next(stream))
                 bar.update()

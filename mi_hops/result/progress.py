@@ -33,18 +33,21 @@ def progress_bar(
     label: str,
     show: bool = False,
     total: int | None = None,
+    done: int = 0,
     unit: str = "it",
 ) -> Any:
     """A tqdm bar over `items`, or one of `total` steps to be moved by ``update``.
 
     Args:
+        done: steps that an earlier run made, which say nothing about the speed of this one.
         show: False gives a bar that prints nothing, but inside `showing_progress`.
     """
     from tqdm.auto import tqdm
 
     inside = _inside.get()
-    options: dict[str, Any] = {"total": total, "desc": label, "unit": unit, "leave": not inside}
-    options |= {"delay": SHOWN_AFTER * inside, "disable": not (show or inside)}
+    options: dict[str, Any] = {"total": total, "initial": done, "desc": label, "unit": unit}
+    options |= {"leave": not inside, "delay": SHOWN_AFTER * inside}
+    options |= {"disable": not (show or inside)}
     if sys.stderr.isatty() or _in_notebook() or options["disable"]:
         return tqdm(items, **options)
     from tqdm import tqdm as plain

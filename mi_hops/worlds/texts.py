@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 END = "."
 
-#: Pieces of similar length that a batch is cut into, which saves padding.
-MICRO_BATCHES = 4
+#: Tokens of a row of trees, and rows that are run at a time.
+WIDTH, ROWS = 128, 32
 
 #: Tokens of a text, and how many of them are its prompt.
 Tokenised = tuple[list[int], int]
@@ -97,6 +98,81 @@ def padded(rows: Sequence[list[int]]) -> Tensor:
     return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows])
 
 
+@dataclass(frozen=True)
+class Trees:
+    """Texts as trees of tokens, a few in each row: what texts begin with alike is there, and run, once.
+
+    Attributes:
+        tokens: [row, pos]
+        depths: [row, pos], the place of each token in its text.
+        seen: [row, 1, pos, pos], true where a token comes before another one in a text, or is the same.
+        where: flat places in `tokens` of what is scored, once for each text.
+        targets: the token that follows there.
+    """
+
+    tokens: Tensor
+    depths: Tensor
+    seen: Tensor
+    where: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class _Row:
+    """A row of trees under way, to which texts are added in the order of their tokens."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.depths: list[int] = []
+        self.paths: list[list[int]] = []
+        self.scored: list[tuple[int, int]] = []
+        self._path: list[int] = []
+
+    def room_for(self, text: Tokenised) -> bool:
+        """Whether the text fits; an empty row has room for any."""
+        new = len(text[0]) - 1 - self._shared(text[0])
+        return not self.tokens or len(self.tokens) + new <= WIDTH
+
+    def add(self, text: Tokenised) -> None:
+        """All but the text's last token, after which nothing is read."""
+        tokens, prompt = text
+        del self._path[self._shared(tokens) :]
+        for token in tokens[len(self._path) : -1]:
+            self._path.append(len(self.tokens))
+            self.tokens.append(token)
+            self.depths.append(len(self._path) - 1)
+            self.paths.append(list(self._path))
+        self.scored += zip(self._path[prompt - 1 :], tokens[prompt:], strict=True)
+
+    def _shared(self, tokens: list[int]) -> int:
+        before = (self.tokens[i] for i in self._path)
+        pairs = zip(before, tokens[:-1], strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def trees(texts: Sequence[Tokenised]) -> Iterator[Trees]:
+    """All texts, `ROWS` rows of trees at a time; rows are filled up with single tokens."""
+    rows = [_Row()]
+    for text in sorted(texts):
+        if not rows[-1].room_for(text):
+            rows.append(_Row())
+        rows[-1].add(text)
+    for start in range(0, len(rows), ROWS):
+        part = rows[start : start + ROWS]
+        width = max(len(row.tokens) for row in part)
+        seen = torch.eye(width, dtype=torch.bool).repeat(len(part), 1, 1, 1)
+        for r, row in enumerate(part):
+            for i, path in enumerate(row.paths):
+                seen[r, 0, i, path] = True
+        filled = [[*row.tokens, *[0] * (width - len(row.tokens))] for row in part]
+        depths = [[*row.depths, *[0] * (width - len(row.tokens))] for row in part]
+        scored = [(r * width + i, t) for r, row in enumerate(part) for i, t in row.scored]
+        where, targets = torch.tensor(scored).T
+        yield Trees(torch.tensor(filled), torch.tensor(depths), seen, where, targets)
+
+
 def _apposed(fact: TwoHopFact, form: str, name: str) -> str:
     """The prompt with a name of the bridge behind its description."""
     prompt = fact.prompts[form]
@@ -136,7 +212,7 @@ class Sampler:
         self.recipe, self.rng = recipe, random.Random(recipe.seed)
 
     def draw(self) -> list[Tokenised]:
-        """`batch_size` sequences, sorted by length."""
+        """`batch_size` sequences."""
         texts, rng = self.recipe.texts, self.rng
         batch = []
         for form in rng.choices(FORMS, texts.forms, k=self.recipe.batch_size):
@@ -148,26 +224,11 @@ class Sampler:
                 lead = rng.choice(self.contexts)
                 tokens, prompt = [tokens[0], *lead, *tokens[1:]], prompt + len(lead)
             batch.append((tokens, prompt))
-        return sorted(batch, key=lambda pair: len(pair[0]))
+        return batch
 
-    def micro_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-        """(tokens [row, pos], flat scored positions, targets, scored positions of the whole batch).
-
-        Padding is never scored.
-        """
-        batch = self.draw()
+    def batch(self) -> list[Tokenised]:
+        """What is drawn, with as many tokens as prompt as are not scored."""
+        drawn = self.draw()
         if self.recipe.texts.apposed:
-            batch = [(tokens, 1) for tokens, _ in batch]  # all but BOS is scored
-        total = sum(len(tokens) - prompt for tokens, prompt in batch)
-        size = math.ceil(len(batch) / MICRO_BATCHES)
-        for start in range(0, len(batch), size):
-            piece = batch[start : start + size]
-            rows = padded([tokens for tokens, _ in piece])
-            where = torch.tensor(
-                [
-                    r * rows.shape[1] + j
-                    for r, (tokens, prompt) in enumerate(piece)
-                    for j in range(prompt - 1, len(tokens) - 1)
-                ]
-            )
-            yield rows, where, rows.flatten()[where + 1], total
+            return [(tokens, 1) for tokens, _ in drawn]  # all but BOS is scored
+        return drawn

@@ -30,7 +30,7 @@ from mi_hops.result.progress import progress_bar
 from mi_hops.worlds.card import model_card
 from mi_hops.worlds.hopland import Hopland
 from mi_hops.worlds.recipe import RECIPES, AdamW, Family, Recipe
-from mi_hops.worlds.texts import Sampler, build_tokenizer, padded, sequences
+from mi_hops.worlds.texts import Sampler, Trees, build_tokenizer, padded, sequences, trees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -142,16 +142,26 @@ def measure(
     return report
 
 
+def loss_of(model: PreTrainedModel, part: Trees) -> Tensor:
+    """Cross-entropy of all that is scored, summed, in nats."""
+    tokens, depths, seen, where, targets = (
+        t.to(model.device) for t in (part.tokens, part.depths, part.seen, part.where, part.targets)
+    )
+    given = {"attention_mask": seen, "position_ids": depths, "use_cache": False}
+    hidden = model.base_model(tokens, **given).last_hidden_state
+    logits = model.lm_head(rearrange(hidden, "row pos d -> (row pos) d")[where])
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
 def _update(
     model: PreTrainedModel, sampler: Sampler, optimiser: torch.optim.Optimizer, clip: float
 ) -> float:
     """One update; the loss of its batch, nats per scored token."""
     loss_of_batch = 0.0
-    for tokens, where, targets, total in sampler.micro_batches():
-        tokens, where, targets = (t.to(model.device) for t in (tokens, where, targets))
-        hidden = model.base_model(tokens, use_cache=False).last_hidden_state
-        logits = model.lm_head(rearrange(hidden, "row pos d -> (row pos) d")[where])
-        loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / total
+    batch = sampler.batch()
+    total = sum(len(tokens) - prompt for tokens, prompt in batch)
+    for part in trees(batch):
+        loss = loss_of(model, part) / total
         loss.backward()
         loss_of_batch += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -271,8 +281,7 @@ def train(
     stages, at, kept_at = recipe.stages, found.get("stage", 0), time.monotonic()
     step, total = found.get("step", 0), sum(stage.steps for stage in stages)
     weights: dict[str, Tensor] = {}
-    with progress_bar(total=total, label=f"train {family}", show=progress) as bar:
-        bar.update(step)
+    with progress_bar(total=total, done=step, label=f"train {family}", show=progress) as bar:
         for i, part in enumerate(stages[at:], at):
             model = build_model(family, tokenizer, part).train()
             _take_over(model, weights)

@@ -42,6 +42,16 @@ def test_a_line_says_what_is_being_done(monkeypatch, capsys):
     assert any(line.startswith("study: 1 of 2") and line.endswith(", gap") for line in lines)
 
 
+def test_what_an_earlier_run_did_is_not_this_ones_speed(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    with progress_bar(total=100, done=60, label="train", show=True) as bar:
+        bar.update()
+        speed = bar.format_dict
+    said = capsys.readouterr().err
+    assert "train: 60 of 100" in said and "train: 61 of 100" in said
+    assert speed["n"] - speed["initial"] == 1
+
+
 def test_nothing_is_shown_unasked(capsys):
     for _ in progress_bar(range(3), label="quiet"):
         pass

@@ -12,8 +12,8 @@ from mi_hops.facts.templates import CONTEXTS, FORMS
 from mi_hops.worlds import Hopland
 from mi_hops.worlds import train as training
 from mi_hops.worlds.recipe import AdamW, Recipe, Shape, Texts
-from mi_hops.worlds.texts import Sampler, build_tokenizer
-from mi_hops.worlds.train import accuracy, measure, save, train
+from mi_hops.worlds.texts import Sampler, build_tokenizer, trees
+from mi_hops.worlds.train import accuracy, loss_of, measure, save, train
 from tests.stopping import stop_training
 
 pytestmark = pytest.mark.once
@@ -54,19 +54,43 @@ def test_tokenizer_gives_every_text_back(family):
 def test_batches_score_answers_and_their_end_only():
     tokenizer, sampler = sampler_of("gpt2")
     names = {o.object for o in SMALL.facts.values()}
-    seen, totals = 0, set()
-    for tokens, where, targets, total in sampler.micro_batches():
-        flat = tokens.reshape(-1)
-        assert torch.equal(flat[where + 1], targets)
-        width = tokens.shape[1]
-        for row in range(len(tokens)):
-            mine = targets[(where >= row * width) & (where < (row + 1) * width)]
-            text = tokenizer.decode(mine.tolist()).strip()
-            assert text.endswith(".")
-            assert text[:-1] in names
-        seen += len(targets)
-        totals.add(total)
-    assert totals == {seen}
+    batch = sampler.batch()
+    for tokens, prompt in batch:
+        text = tokenizer.decode(tokens[prompt:]).strip()
+        assert text.endswith(".")
+        assert text[:-1] in names
+    targets = torch.cat([part.targets for part in trees(batch)]).tolist()
+    assert sorted(targets) == sorted(t for tokens, prompt in batch for t in tokens[prompt:])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("width, rows", [(12, 3), (1000, 1)])
+def test_texts_in_trees_have_the_loss_and_the_gradient_of_texts_alone(
+    family, width, rows, monkeypatch
+):
+    monkeypatch.setattr("mi_hops.worlds.texts.WIDTH", width)
+    monkeypatch.setattr("mi_hops.worlds.texts.ROWS", rows)
+    tokenizer, sampler = sampler_of(family, texts=Texts(apposed=0.2))
+    batch = [(t, p) for (t, _), (_, p) in zip(sampler.batch(), sampler.draw(), strict=True)]
+    batch = [(t, min(p, len(t) - 1)) for t, p in batch]  # any part of a text may be scored
+    model = training.build_model(family, tokenizer, RECIPE).double()
+    parts = list(trees(batch))
+    if rows == 1:  # nothing is there twice
+        begun = {tuple(t[:i]) for t, _ in batch for i in range(1, len(t))}
+        assert [part.tokens.numel() for part in parts] == [len(begun)]
+    loss = sum(loss_of(model, part) for part in parts)
+    loss.backward()
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    alone = 0.0
+    for tokens, prompt in batch:
+        logits = model(torch.tensor([tokens])).logits[0, prompt - 1 : -1]
+        targets = torch.tensor(tokens[prompt:])
+        alone = alone + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    alone.backward()
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-6)
+    for ours, p in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -96,11 +120,9 @@ def test_in_an_apposition_the_bridge_follows_its_description():
 @pytest.mark.slow
 def test_with_appositions_all_tokens_are_scored():
     _, sampler = sampler_of("gpt2", texts=Texts(apposed=0.5))
-    for tokens, where, targets, _ in sampler.micro_batches():
-        flat = tokens.reshape(-1)
-        assert torch.equal(flat[where + 1], targets)
-        firsts = range(0, tokens.numel(), tokens.shape[1])
-        assert set(firsts) <= set(where.tolist())  # BOS's successor, in every row
+    batch = sampler.batch()
+    targets = torch.cat([part.targets for part in trees(batch)]).tolist()
+    assert sorted(targets) == sorted(t for tokens, _ in batch for t in tokens[1:])
 
 
 @pytest.mark.slow
