@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.sizes [--model hops-gpt2 hops-llama] [--cases 100]`` writes
 ``docs/benchmarks/sizes.md`` from the rows kept in ``benchmarks/results/sizes/``. ``--train FOLDER --width
-256`` first trains a LLaMA of that width by the recipe of the bundled one (some two hours on two cores at
-5M parameters; a stopped run goes on), and ``--real FOLDER`` measures SmolLM2-135M on the questions of
+256`` first trains a LLaMA of that width by the recipe of the bundled one (5M parameters, about 75 minutes on
+one core; a stopped run goes on), and ``--real FOLDER`` measures SmolLM2-135M on the questions of
 `benchmarks.many_edits_real`, whose folder it is.
 """
 

@@ -116,9 +116,6 @@ class Trees:
     where: Tensor
     targets: Tensor
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
 
 class _Row:
     """A row of trees under way, to which texts are added in the order of their tokens."""
