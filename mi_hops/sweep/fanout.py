@@ -222,13 +222,22 @@ def _check(model: HookedModel, prompts: Batch, interventions: Sequence[Intervent
                     f"0..{n_heads - 1} (key/value heads are counted as they are)"
                 )
         if site.positions is not None:
-            wrong = [p for p in site.positions if not 0 <= p < lengths[base]]
+            wrong = [p for p in site.positions if not -lengths[base] <= p < lengths[base]]
             if wrong or not site.positions:
                 raise ValueError(
                     f"positions {list(site.positions)} of {site.kind!r} do not fit a prompt of "
                     f"{lengths[base]} tokens"
                 )
     require_hooks(model, {hook_name(site.kind, site.layer) for site, _ in seen})
+
+
+def _placed(item: Intervention, length: int) -> Intervention:
+    """The intervention with all positions named, counted from the prompt's first token."""
+    sites = tuple(
+        replace(site, positions=tuple(range(length)[p] for p in site.positions or range(length)))
+        for site in item.sites
+    )
+    return replace(item, sites=sites)
 
 
 def plan_fan_out(
@@ -258,5 +267,9 @@ def _planned(
     """
     plain = is_touched(model)
     limits = replace(limits, reuse_prefix=limits.reuse_prefix and not plain)
-    rows = [make_row(model, item, seen, plain=plain) for item in interventions]
+    lengths = prompts.lengths.tolist()
+    rows = [
+        make_row(model, _placed(item, lengths[item.base]), lengths[item.base], seen, plain=plain)
+        for item in interventions
+    ]
     return rows, plan_passes(model, prompts, rows, where, limits), plain

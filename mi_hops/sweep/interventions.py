@@ -40,8 +40,8 @@ class Site:
     Attributes:
         kind: activation kind, a key of `HEAD_AXIS`.
         layer: block, from 0.
-        positions: token positions of the base prompt (query positions for ``pattern``); None for
-            all of them.
+        positions: token positions of the base prompt (query positions for ``pattern``), -1 being
+            its last; None for all of them.
         head: one head (a key/value head for ``k`` and ``v``), or None for all.
     """
 

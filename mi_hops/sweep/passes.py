@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,8 +61,7 @@ def plan_passes(
 
 def _start(row: Row, scored: Sequence[int]) -> int:
     """The first position whose value can differ from the base's, or is needed."""
-    touched = [0 if s.positions is None else min(s.positions) for s, _ in row.pairs]
-    return min(*touched, *scored)
+    return min(*(min(s.positions or ()) for s, _ in row.pairs), *scored)
 
 
 # A pass costs about as much as this many tokens through every block, whatever its size: on a CPU the
@@ -117,6 +116,8 @@ def row_bytes(model: HookedModel, width: int, n_scored: int) -> int:
 # -- running -------------------------------------------------------------------------------------
 
 
+#: Hook points of a block up to the residual stream between attention and MLP.
+_UP_TO_RESID_MID = ("hook_resid_pre", "ln1.", "attn.", "hook_attn_out", "hook_resid_mid")
 #: What a block computes after the residual stream between attention and MLP.
 _AFTER_RESID_MID = ("mlp_pre", "mlp_post", "mlp_out", "resid_post")
 
@@ -130,17 +131,24 @@ class Row:
             attention and its MLP.
         pairs: the changes from there on.
         base: the row it is a copy of.
+        length: tokens of its base, behind which there is padding.
         needs: hooks whose activation of the base the first change is made of.
     """
 
     join: int
     pairs: list[tuple[Site, Change]]
     base: int
+    length: int
     needs: tuple[str, ...] = ()
 
 
 def make_row(
-    model: HookedModel, item: Intervention, seen: Mapping[str, Tensor], *, plain: bool = False
+    model: HookedModel,
+    item: Intervention,
+    length: int,
+    seen: Mapping[str, Tensor],
+    *,
+    plain: bool = False,
 ) -> Row:
     """The latest place the row can join, and its changes put there.
 
@@ -149,28 +157,31 @@ def make_row(
     of which `seen` will hold when the row joins, if what it `needs` is remembered there.
 
     Args:
+        item: whose sites all name their positions.
         plain: join at the input of the first block that is changed, and change what was named: hooks
             of the user's act on what lies between.
     """
     if plain:
-        return Row(2 * min(site.layer for site in item.sites), item.pairs, item.base)
-    pairs = []
+        return Row(2 * min(site.layer for site in item.sites), item.pairs, item.base, length)
+    outputs, pairs = [], []
     for site, change in item.pairs:
         if site.kind == "resid_post" and site.layer + 1 < model.cfg.n_layers:
-            site = Site("resid_pre", site.layer + 1, site.positions, site.head)
-        pairs.append((site, change))
+            outputs.append((replace(site, kind="resid_pre", layer=site.layer + 1), change))
+        else:
+            pairs.append((site, change))
+    pairs = [*outputs, *pairs]  # a block's output is changed before the next one's input
     needs: tuple[str, ...] = ()
     if (late := _late(model, item)) is not None:
         site, into, before = late
         own = next(change for each, change in pairs if each == site)
         needs = hook_name(before, site.layer), hook_name(site.kind, site.layer)
-        added = _added(seen, *needs, _index(item.base, site, 0), own)
+        added = _added(seen, *needs, item.base, _index(site, 0, length), own)
         # First, so that another change of the same stream finds it.
         pairs = [(into, added), *((each, change) for each, change in pairs if each != site)]
     first = min(site.layer for site, _ in pairs)
     kinds = {site.kind for site, _ in pairs if site.layer == first}
     halfway = splits_blocks(model) and kinds <= {"resid_mid", *_AFTER_RESID_MID}
-    return Row(2 * first + halfway, pairs, item.base, needs)
+    return Row(2 * first + halfway, pairs, item.base, length, needs)
 
 
 def _late(model: HookedModel, item: Intervention) -> tuple[Site, Site, str] | None:
@@ -191,12 +202,18 @@ def _late(model: HookedModel, item: Intervention) -> tuple[Site, Site, str] | No
 
 
 def _added(
-    seen: Mapping[str, Tensor], before: str, output: str, index: tuple[Any, ...], change: Change
+    seen: Mapping[str, Tensor],
+    before: str,
+    output: str,
+    base: int,
+    index: tuple[Any, ...],
+    change: Change,
 ) -> Change:
     """The base's stream before a site plus what `change` makes of the base's output there."""
 
     def fn(stream: Tensor) -> Tensor:
-        return (seen[before][index] + change(seen[output][index].clone())).to(stream)
+        made = change(seen[output][base][index].clone())
+        return (seen[before][base][index] + made).to(stream)
 
     return fn
 
@@ -262,16 +279,18 @@ def _cut(
 ) -> Hook:
     """A hook that keeps ``where[row]`` of each row, as early as nothing else is changed or watched.
 
-    Where `watched` is None, that is before the unembedding.
+    Where `watched` is None, or has what is neither in a block before the last nor in the last one's
+    attention, that is before the unembedding.
     """
-    name = "unembed.hook_in"
-    if watched is not None:
-        last = model.cfg.n_layers - 1
+    name, last = "unembed.hook_in", model.cfg.n_layers - 1
+    before = ("hook_", *(f"blocks.{i}." for i in range(last)))
+    before += tuple(f"blocks.{last}.{part}" for part in _UP_TO_RESID_MID)
+    if watched is not None and all(each.startswith(before) for each in watched):
         touched = any(
             site.layer == last and site.kind in _AFTER_RESID_MID
             for item in items
             for site, _ in item.pairs
-        ) or any(hook_name(kind, last) in watched for kind in _AFTER_RESID_MID)
+        )
         name = earliest_cut(model, after_attention=not touched)
 
     def keep_scored(x: Tensor) -> Tensor:
@@ -282,18 +301,18 @@ def _cut(
 
 
 def _change_hooks(items: Sequence[Row], n_bases: int, start: int) -> list[Hook]:
-    by_name: dict[str, list[tuple[int, Site, Change]]] = {}
+    by_name: dict[str, list[tuple[int, tuple[Any, ...], Change]]] = {}
     for row, item in enumerate(items, start=n_bases):
         for site, change in item.pairs:
             name = hook_name(site.kind, site.layer)
-            by_name.setdefault(name, []).append((row, site, change))
+            index = _index(site, start, item.length)
+            by_name.setdefault(name, []).append((row, index, change))
 
-    def apply(todo: list[tuple[int, Site, Change]]) -> Callable[[Tensor], Tensor]:
+    def apply(todo: list[tuple[int, tuple[Any, ...], Change]]) -> Callable[[Tensor], Tensor]:
         def fn(x: Tensor) -> Tensor:
             x = x.clone()
-            for row, site, change in todo:
-                index = _index(row, site, start)
-                x[index] = change(x[index])
+            for row, index, change in todo:
+                x[row][index] = change(x[row][index])
             return x
 
         return fn
@@ -301,15 +320,13 @@ def _change_hooks(items: Sequence[Row], n_bases: int, start: int) -> list[Hook]:
     return [(name, apply(todo)) for name, todo in by_name.items()]
 
 
-def _index(row: int, site: Site, start: int) -> tuple[Any, ...]:
-    """What of a hook's activation an intervention sees, as an index."""
-    where: Any = slice(None)
-    if site.positions is not None:
-        shifted = [p - start for p in site.positions]
-        contiguous = shifted == list(range(shifted[0], shifted[-1] + 1))
-        where = slice(shifted[0], shifted[-1] + 1) if contiguous else shifted
+def _index(site: Site, start: int, length: int) -> tuple[Any, ...]:
+    """What of a row's activation an intervention sees, as an index: nothing of the padding."""
+    shifted = [p - start for p in site.positions or ()]
+    contiguous = shifted == list(range(shifted[0], shifted[-1] + 1))
+    where: Any = slice(shifted[0], shifted[-1] + 1) if contiguous else shifted
     head: Any = slice(None) if site.head is None else site.head
     axis = HEAD_AXIS[site.kind]
     if axis is None:
-        return (row, where)
-    return (row, head, where) if axis == 1 else (row, where, head)
+        return (where,)
+    return (head, where, slice(length)) if axis == 1 else (where, head)

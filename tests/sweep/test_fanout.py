@@ -10,6 +10,7 @@ import torch
 from transformer_lens.hook_points import HookPoint
 
 from mi_hops.model import capture, forward, hook_name, n_heads_of
+from mi_hops.model.hooks import hook_point
 from mi_hops.sweep.fanout import FanOut, fan_out, plan_fan_out
 from mi_hops.sweep.interventions import HEAD_AXIS, Intervention, Site, ablate, add, replace, scale
 from mi_hops.sweep.limits import Limits
@@ -36,7 +37,7 @@ def loop(model, prompts, items, scored):
                 if HEAD_AXIS[site.kind] is None:
                     x[0, where] = change(x[0, where])
                 elif site.kind == "pattern":
-                    x[0, heads, where] = change(x[0, heads, where])
+                    x[0][heads, where] = change(x[0][heads, where])
                 else:
                     x[0, where, heads] = change(x[0, where, heads])
                 return x
@@ -45,6 +46,14 @@ def loop(model, prompts, items, scored):
         with torch.no_grad():
             rows.append(forward(model, tokens, hooks=hooks)[0, scored[item.base]])
     return torch.stack(rows)
+
+
+def over_positions(x):
+    return x - x.mean(0, keepdim=True)
+
+
+def uniform(x):
+    return torch.full_like(x, 1 / x.shape[-1])
 
 
 def every_kind(model, prompts):
@@ -80,11 +89,27 @@ def every_kind(model, prompts):
         )
     )
     items.append(Intervention.at("mlp_out", range(3), scale(2.0), positions=[3, 1], base=1))
+    # What mixes positions, keys or heads: no padding is among them.
+    for base, length in enumerate(prompts.lengths.tolist()):
+        for kind in ("resid_pre", "mlp_out", "z", "resid_post"):
+            items.append(Intervention.at(kind, 1, over_positions, base=base))
+        for where in (None, [length - 1], [1, 3]):
+            items.append(Intervention.at("pattern", 1, uniform, positions=where, base=base))
+    by_head = torch.linspace(0.1, 1.0, model.cfg.n_heads)[:, None, None]
+    items.append(Intervention.at("pattern", 0, lambda x: x * by_head.to(x), positions=[4, 1]))
     # A row whose first change is made with the stream behind it, and others of that same stream.
     for behind in (Site("resid_pre", 1, (2,)), Site("resid_post", 0, (2,)), Site("q", 1, (2,))):
         for sites in permutations((Site("mlp_out", 0, (2,)), behind)):
             changes = tuple(scale(2.0) if s.kind == "mlp_out" else scale(-0.5) for s in sites)
             items.append(Intervention(sites, changes))
+    # The output of a block, and the input of the next, which are one stream.
+    for sites in permutations((Site("resid_post", 0, (2,)), Site("resid_pre", 1, (2,)))):
+        changes = tuple(ablate() if s.kind == "resid_post" else scale(-0.5) for s in sites)
+        shift = add(torch.randn(model.cfg.d_model, generator=g))
+        items += [
+            Intervention(sites, changes),
+            Intervention(sites, tuple(shift if c is not changes[0] else c for c in changes)),
+        ]
     items.append(
         Intervention(
             (Site("resid_mid", 1, (1, 2)), Site("attn_out", 1)), (scale(0.5), scale(2.0)), 2
@@ -152,6 +177,9 @@ def test_bases_are_observed_as_they_are(tiny):
     prompts = pad(PROMPTS)
     kinds = ("resid_pre", "resid_mid", "z", "pattern", "mlp_post", "resid_post")
     names = [hook_name(kind, layer) for kind in kinds for layer in (1, 2)]
+    names += ["hook_embed", "blocks.2.ln2.hook_normalized", "ln_final.hook_normalized"]
+    names += ["ln_final.hook_scale", "unembed.hook_in"]
+    names = [name for name in names if hook_point(tiny, name) is not None]
     expected, _ = capture(tiny, prompts.tokens, names)
     items = [
         Intervention.at("resid_pre", 1, scale(0.0), positions=[2], base=base) for base in range(3)
@@ -163,7 +191,11 @@ def test_bases_are_observed_as_they_are(tiny):
         out = fan_out(tiny, prompts, rows, observe=observe)
         assert torch.allclose(out.rows, fan_out(tiny, prompts, rows).rows, atol=1e-6)
         for name in names:
-            assert torch.allclose(seen[name], expected[name], atol=1e-5), name
+            torch.testing.assert_close(seen[name], expected[name], atol=1e-5, rtol=1e-5)
+        for name in names:  # each alone, so that none keeps the pass whole for the others
+            seen.clear()
+            fan_out(tiny, prompts, rows, observe={name: observe[name]})
+            assert seen[name].shape == expected[name].shape, name
 
 
 def test_reduce_is_applied_with_bases(tiny):
@@ -371,6 +403,19 @@ def test_refuses_wrong_key_value_head(load_tiny):
 def test_refuses_value_of_wrong_shape(tiny):
     with pytest.raises(ValueError, match="does not fit"):
         fan_out(tiny, pad(PROMPTS), [Intervention.at("resid_pre", 0, add(torch.ones(5)))])
+
+
+def test_positions_count_from_the_end_as_well(tiny):
+    prompts = pad(PROMPTS)
+    last = [n - 1 for n in prompts.lengths.tolist()]
+
+    def rows(where):
+        items = [
+            Intervention.at("z", 1, scale(2.0), positions=[where(b)], base=b) for b in range(3)
+        ]
+        return fan_out(tiny, prompts, items).rows
+
+    assert torch.equal(rows(lambda b: -1), rows(lambda b: last[b]))
 
 
 def test_prompts_may_be_texts_or_tokens(load_tiny):
