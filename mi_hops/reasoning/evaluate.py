@@ -22,6 +22,7 @@ from mi_hops.editing import Edit, EditRepair
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel, dtype_of, fingerprint, provenance
 from mi_hops.model.numeric import kl_divergence, wide_dtype
+from mi_hops.model.shortcuts import is_touched
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.queries import PLACE, Query, QuerySets, require_unique
 from mi_hops.result.progress import progress_bar
@@ -42,7 +43,7 @@ from mi_hops.sweep.metrics import (
 )
 from mi_hops.sweep.repair import InPlaceRepair, Repair, Rows
 from mi_hops.sweep.scoring import logits_at, next_token_logits, score_prompts
-from mi_hops.text.tokens import Batch, batches, encode
+from mi_hops.text.tokens import Batch, batches, batches_by_length, encode
 
 #: What can be scored; an `Edit` stands for itself on every row.
 Repairs: TypeAlias = Repair | InPlaceRepair | Edit
@@ -372,7 +373,9 @@ class _Job:
         with torch.no_grad(), progress_bar(label="divergences", total=total, unit="query") as bar:
             for (chosen, _), kl in each_part(
                 self.model,
-                batches([p.ids for p in prompts], self.batch_size),
+                (batches_by_length if is_touched(self.model) else batches)(
+                    [p.ids for p in prompts], self.batch_size
+                ),
                 lambda part: self._divergences(*part, repairs, states),
                 kept=lambda part: (
                     "kl",

@@ -89,6 +89,7 @@ def batched_with_oom_backoff(
     model: HookedModel | None = None,
     texts: Callable[[Sequence[Any]], Sequence[str]] = lambda part: list(map(str, part)),
     around: Sequence[Around] = (),
+    alike: Callable[[Item], Any] | None = None,
 ) -> Iterator[tuple[Sequence[Item], Found]]:
     """Each part of at most `size` items, in order, with what `run` makes of it.
 
@@ -100,6 +101,7 @@ def batched_with_oom_backoff(
         model: whose workers (`spread`) may do it, where it is kept; then a part for which their
             memory does not suffice is halved by itself, here.
         texts, around: as in `each_part`.
+        alike: what the items of a part have in common, of each item.
 
     Raises:
         ValueError: a size below 1.
@@ -107,6 +109,13 @@ def batched_with_oom_backoff(
     """
     if size < 1:
         raise ValueError(f"batch_size is {size}; expected at least 1")
+
+    def end_of(start: int) -> int:
+        within = range(start, min(start + size, len(items)))
+        if alike is None:
+            return within.stop
+        first = alike(items[start])
+        return next((i for i in within if alike(items[i]) != first), within.stop)
 
     def attempt(part: Sequence[Item]) -> list[Found]:
         """Nothing where memory runs out; a resumed process then halves the part as well."""
@@ -119,7 +128,10 @@ def batched_with_oom_backoff(
 
     start = 0
     if model is not None and kept is not None and spreading(model):
-        parts = [(i, items[i : i + size]) for i in range(0, len(items), size)]
+        parts = []
+        while start < len(items):
+            parts.append((start, items[start : end_of(start)]))
+            start += len(parts[-1][1])
         for (_, part), found in each_part(
             model,
             parts,
@@ -131,10 +143,10 @@ def batched_with_oom_backoff(
             if found:
                 yield part, found[0]
             else:
-                yield from batched_with_oom_backoff(part, len(part) // 2, run)
+                yield from batched_with_oom_backoff(part, len(part) // 2, run, alike=alike)
         return
     while start < len(items):
-        part = items[start : start + size]
+        part = items[start : end_of(start)]
         make = partial(attempt, part)
         found = make() if kept is None else keep(make, *kept, start, len(part))
         if not found:

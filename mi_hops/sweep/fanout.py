@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,8 @@ def fan_out(
     where = _scored(prompts, scored)
     _check(model, prompts, interventions)
     reduce = reduce or (lambda logits, bases: logits)
+    if len(set(prompts.lengths.tolist())) > 1 and is_touched(model):
+        return _by_length(model, prompts, interventions, where, reduce, limits, observe or {})
     n_bases = prompts.tokens.shape[0]
     base: Tensor | None = None
     prefix: Prefix | None = None
@@ -165,6 +168,61 @@ def fan_out(
     assert base is not None  # there is at least one pass
     found = [v for v in out if v is not None]
     return FanOut(base, torch.stack(found) if found else base[:0])
+
+
+def _by_length(
+    model: HookedModel,
+    prompts: Batch,
+    interventions: Sequence[Intervention],
+    where: list[list[int]],
+    reduce: Reduce,
+    limits: Limits,
+    observe: Mapping[str, Callable[[Tensor], None]],
+) -> FanOut:
+    """The fan-out of prompts of one length after the other: hooks of the user's look at any position.
+
+    All bases are run once before, and shown.
+    """
+    lengths, width = prompts.lengths.tolist(), prompts.tokens.shape[1]
+    groups = [[i for i, n in enumerate(lengths) if n == size] for size in sorted(set(lengths))]
+    shown: dict[str, dict[int, Tensor]] = {name: {} for name in observe}
+
+    def part(group: list[int], items: Sequence[Intervention], **options: Any) -> FanOut:
+        tokens = [prompts.tokens[i, : lengths[i]].tolist() for i in group]
+        items = [replace(item, base=group.index(item.base)) for item in items]
+        scored = [where[i] for i in group]
+
+        def own(logits: Tensor, bases: list[int]) -> Tensor:
+            return reduce(logits, [group[base] for base in bases])
+
+        return fan_out(model, pad(tokens), items, scored=scored, reduce=own, **options)
+
+    def take(name: str, group: list[int]) -> Callable[[Tensor], None]:
+        return lambda x: shown[name].update(zip(group, x.detach().clone(), strict=True))
+
+    bases: dict[int, Tensor] = {}
+    for group in groups:
+        took = {name: take(name, group) for name in observe}
+        bases |= zip(group, part(group, [], observe=took).base, strict=True)
+    for name, fn in observe.items():
+        axes = (1, 2) if name.endswith(("hook_pattern", "hook_attn_scores")) else (0,)
+        fn(torch.stack([_widened(shown[name][i], width, axes) for i in range(len(lengths))]))
+    rows: dict[int, Tensor] = {}
+    for group in groups:
+        mine = [i for i, item in enumerate(interventions) if item.base in group]
+        if mine:
+            found = part(group, [interventions[i] for i in mine], limits=limits).rows
+            rows |= zip(mine, found, strict=True)
+    base = torch.stack([bases[i] for i in range(len(lengths))])
+    every = [rows[i] for i in range(len(interventions))]
+    return FanOut(base, torch.stack(every) if every else base[:0])
+
+
+def _widened(x: Tensor, width: int, axes: Sequence[int]) -> Tensor:
+    """A row's activation with zeros where there is padding, along the axes of positions."""
+    out = x.new_zeros([width if axis in axes else n for axis, n in enumerate(x.shape)])
+    out[tuple(slice(n) for n in x.shape)] = x
+    return out
 
 
 def _of_first(n_rows: int, fn: Callable[[Tensor], None]) -> Callable[[Tensor], None]:

@@ -21,6 +21,7 @@ from mi_hops.model.hooks import storing
 from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.lean import lean_blocks
 from mi_hops.model.numeric import wide_dtype
+from mi_hops.model.shortcuts import is_touched
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.fanout import fan_out, plan_fan_out
@@ -86,6 +87,9 @@ class Run:
 def plan_runs(model: HookedModel, prompts: Sequence[Scored], keys: Sequence[Hashable]) -> list[Run]:
     """The fewest runs that serve all metrics of all prompts.
 
+    Where the model has hooks of the user's, which may look at any position, nothing is read before
+    the end of a run.
+
     Args:
         keys: one per prompt; prompts of one key have the same tokens and may share runs.
 
@@ -99,6 +103,7 @@ def plan_runs(model: HookedModel, prompts: Sequence[Scored], keys: Sequence[Hash
             at = tuple(item.prompt.last + s for s in plan.scored)
             asked.setdefault(key, []).append((plan.extra, i, m, at))
     runs: list[Run] = []
+    touched = is_touched(model)
     for wanted in asked.values():
         serving: dict[tuple[int, ...], Run] = {}  # appended tokens, and every start of them
         for extra, i, m, at in sorted(wanted, key=lambda w: -len(w[0])):
@@ -107,7 +112,7 @@ def plan_runs(model: HookedModel, prompts: Sequence[Scored], keys: Sequence[Hash
                 require_room(model, prompt.text, len(prompt), len(extra), "of its answer")
                 run = Run(i, (*prompt.ids, *extra))
                 runs.append(run)
-                for end in range(len(extra) + 1):
+                for end in range(len(extra) * touched, len(extra) + 1):
                     serving.setdefault(extra[:end], run)
             serving[extra].readings.append((i, m, at))
     return runs

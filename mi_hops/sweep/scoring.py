@@ -16,7 +16,7 @@ from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.lean import lean_blocks
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.model.plain import PlainPasses, plain_passes
-from mi_hops.model.shortcuts import has_hooks, may_be_rewritten
+from mi_hops.model.shortcuts import is_touched, may_be_rewritten
 from mi_hops.sweep.batching import batched_with_oom_backoff
 from mi_hops.sweep.metrics import MetricLike, Target, get_metrics, require_finite
 from mi_hops.sweep.pairs import Texts, prompts_of
@@ -85,7 +85,8 @@ def score(
     """Scores of prompts that carry their own targets and metrics; otherwise as `score_prompts`.
 
     Rows are padded on the right, and only the scored positions are unembedded. Prompts with the
-    same tokens, state and appended answer tokens are run once.
+    same tokens, state and appended answer tokens are run once. Where the model has hooks of the
+    user's, which may look at any position, rows of one length are run together instead.
     """
     given = check_states(len(prompts), repair, states)
     wide = wide_dtype(dtype_of(model))
@@ -93,7 +94,7 @@ def score(
     scores = torch.empty(len(prompts), len(metrics), dtype=wide)
     keys = [(s.prompt.text, s.prompt.ids, id(t)) for s, t in zip(prompts, given, strict=True)]
     runs = plan_runs(model, prompts, keys)
-    under = _Under(model, repair, hooks)
+    under = _Under(model, repair, hooks, touched=is_touched(model))
 
     def rows_of(part: Sequence[int]) -> list[_Row]:
         return [_Row(runs[i], prompts[runs[i].prompt].prompt, given[runs[i].prompt]) for i in part]
@@ -118,6 +119,7 @@ def score(
             model=model,
             texts=lambda part: [prompts[runs[i].prompt].prompt.text for i in part],
             around=around,
+            alike=(lambda i: len(runs[i].tokens)) if under.touched else None,
         ):
             scores[at_prompts, at_metrics] = values
     for m, each in enumerate(metrics):
@@ -141,9 +143,12 @@ class _Under:
     model: HookedModel
     repair: Repair | None
     hooks: Sequence[Hook]
+    touched: bool
 
     def order(self, rows: Sequence[_Row], batch_size: int) -> list[int]:
-        """Rows in the order in which least is run, as indices."""
+        """Rows in the order in which least is run, as indices; by length where hooks of the user's look on."""
+        if self.touched:
+            return sorted(range(len(rows)), key=lambda i: len(rows[i].run.tokens))
         if rows and self._plain(self._own(rows[:1], 0, len(rows[0].run.tokens))):
             # Padding costs nothing there, and what rows of one state begin with alike is computed once.
             of_state = {id(row.state): i for i, row in enumerate(rows)}
@@ -173,7 +178,7 @@ class _Under:
     @property
     def _may_split(self) -> bool:
         """Whether a pass may begin behind others' tokens."""
-        return not self.hooks and may_be_rewritten(self.model) and not has_hooks(self.model)
+        return not self.hooks and not self.touched and may_be_rewritten(self.model)
 
     def _behind(
         self, start: int, rows: Sequence[_Row], at: Int[Tensor, "row scored"]
@@ -240,7 +245,8 @@ def next_token_logits(
 
     found: dict[int, Tensor] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for part, logits in batched_with_oom_backoff(order, batch_size, run):
+    alike = (lambda i: len(prompts[i])) if is_touched(model) else None
+    for part, logits in batched_with_oom_backoff(order, batch_size, run, alike=alike):
         found |= zip(part, logits, strict=True)
     return [found[i] for i in range(len(prompts))]
 

@@ -339,6 +339,49 @@ def test_hooks_of_the_users_act_in_every_row(load_tiny, user, shape, backend):
     assert not torch.allclose(got, before, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape, backend", cases("gpt2", "llama"))
+def test_hooks_of_the_users_see_no_padding(load_tiny, shape, backend):
+    """Whatever a hook reads from the end of a prompt, a prompt's values are its own alone."""
+    model, prompts = load_tiny(shape, backend), pad(PROMPTS)
+
+    def last(x, hook):
+        x = x.clone()
+        x[:, -1] = x.mean(1) - 2 * x[:, -1]
+        return x
+
+    items = [
+        Intervention.at(kind, layer, scale(2.0), positions=[1], base=base)
+        for base in range(3)
+        for kind, layer in (("mlp_out", 0), ("z", 1), ("resid_post", 1))
+    ]
+    scored = [[n - 1] for n in prompts.lengths.tolist()]
+    seen, bases = {}, [Intervention((Site("resid_pre", 0),), scale(1.0), base) for base in range(3)]
+    names = [hook_name(kind, 2) for kind in ("mlp_out", "pattern")]
+    observe = {n: lambda x, n=n: seen.update({n: x}) for n in names}
+    with model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", last)]):
+        got = fan_out(
+            model,
+            prompts,
+            items,
+            observe=observe,
+            reduce=lambda x, i: x[:, 0] + x[:, 0] * len(i) * 0,
+        )
+        torch.testing.assert_close(
+            got.rows, loop(model, prompts, items, scored)[:, 0], atol=2e-5, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            got.base, loop(model, prompts, bases, scored)[:, 0], atol=2e-5, rtol=1e-4
+        )
+        for base, n in enumerate(prompts.lengths.tolist()):
+            own, _ = capture(model, prompts.tokens[base : base + 1, :n], names)
+            mlp, pattern = (own[name][0] for name in names)
+            torch.testing.assert_close(seen[names[0]][base, :n], mlp, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                seen[names[1]][base, :, :n, :n], pattern, atol=1e-5, rtol=1e-4
+            )
+    assert {x.shape[1 if "mlp" in name else 2] for name, x in seen.items()} == {7}
+
+
 def test_out_of_memory_halves_the_pass(tiny, monkeypatch):
     from mi_hops.sweep import fanout
 
