@@ -15,9 +15,13 @@ from mi_hops.model.types import HookedModel, MissingHookError
 
 
 def n_kv_heads(model: HookedModel) -> int:
-    """Number of key/value heads; less than ``cfg.n_heads`` under grouped-query attention."""
+    """Number of key/value heads; less than ``cfg.n_heads`` under grouped-query attention.
+
+    TransformerLens's ``ungroup_grouped_query_attention`` gives each query head its own copy.
+    """
     found = getattr(model.cfg, "n_key_value_heads", None)
-    return int(found) if found else int(model.cfg.n_heads)
+    copied = getattr(model.cfg, "ungroup_grouped_query_attention", False)
+    return int(found) if found and not copied else int(model.cfg.n_heads)
 
 
 def n_heads_of(model: HookedModel, kind: str) -> int:

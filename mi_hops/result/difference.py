@@ -35,9 +35,7 @@ def subtract(a: Result, b: Result) -> dict[str, Any]:
                 f"{name!r} has the dimensions {left.dims} and {right.dims}; average or select so "
                 "that both sides have the same"
             )
-        units = [side.attrs.get("units") for side in (left, right)]
-        if units[0] != units[1]:
-            raise ValueError(f"{name!r} is in {units[0]} and in {units[1]}; units must be equal")
+        require_same_unit(left, right)
         for dim in map(str, left.dims):
             right = matched(right, left, dim)
         found[name] = (left.astype(float) - right.astype(float)).assign_attrs(left.attrs)
@@ -49,6 +47,17 @@ def subtract(a: Result, b: Result) -> dict[str, Any]:
         "skipped": dict.fromkeys([*a.skipped, *b.skipped]),
         "allow_nonfinite": True,
     }
+
+
+def require_same_unit(left: xr.DataArray, right: xr.DataArray) -> None:
+    """That both sides are in one unit.
+
+    Raises:
+        ValueError: they are not; both units are named.
+    """
+    units = [side.attrs.get("units") for side in (left, right)]
+    if units[0] != units[1]:
+        raise ValueError(f"{left.name!r} is in {units[0]} and in {units[1]}; units must be equal")
 
 
 def difference(
@@ -96,7 +105,7 @@ def matched(right: xr.DataArray, left: xr.DataArray, dim: str, hint: str = "") -
             )
         return right
     ours, theirs = left[dim].values.tolist(), right[dim].values.tolist()
-    if len(set(ours)) < len(ours) or sorted(map(str, ours)) != sorted(map(str, theirs)):
+    if len(set(ours)) < len(ours) or len(ours) != len(theirs) or set(ours) != set(theirs):
         odd = list(set(ours) ^ set(theirs))[:5] or "labels that repeat"
         raise ValueError(f"the two sides do not pair up along {dim!r}: {odd}{hint}")
     return right.sel({dim: left[dim]})

@@ -23,6 +23,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +31,7 @@ import numpy as np
 
 from mi_hops.result import intervals, netcdf
 from mi_hops.result.checks import as_labels, check_finite
-from mi_hops.result.difference import difference, subtract
+from mi_hops.result.difference import difference, require_same_unit, subtract
 from mi_hops.result.display import shorten
 from mi_hops.result.names import shared_tokens
 from mi_hops.result.statistics import Statistic, to_numpy
@@ -105,7 +106,7 @@ class Result:
         self.provenance: dict[str, Any] = netcdf.json_copy(provenance, "provenance")
         self.title = title
         self.skipped: list[tuple[str, str]] = [(str(who), str(why)) for who, why in skipped]
-        self._used = used if used is None or isinstance(used, int) else len(used)
+        self._used = int(used) if isinstance(used, Integral) else used and len(used)
         slashed = [name for name in self.data.variables if "/" in str(name)]
         if slashed:  # said now, not when a long sweep is saved
             raise ValueError(f"names {slashed} have a slash, which NetCDF cannot hold; rename them")
@@ -264,7 +265,7 @@ class Result:
             raise ValueError(f"no dimension {sorted(unknown)}; there are {list(self.data.dims)}")
         try:
             part = self.data.sel(labels)
-        except KeyError as error:
+        except (KeyError, IndexError) as error:
             known = {dim: self.data[dim].values.tolist()[:20] for dim in labels}
             raise ValueError(f"no {labels} in the result; labels begin with {known}") from error
         used = self._used
@@ -334,8 +335,8 @@ class Result:
             ``n_other``, the values on each side. NaN intervals where a side has fewer than two.
 
         Raises:
-            ValueError: Both or neither of `other` and `groups`, labels that do not match, groups
-                that are not true or false.
+            ValueError: Both or neither of `other` and `groups`, labels that do not match, results in
+                different units, groups that are not true or false.
         """
         left = self.numbers(variable, dim)
         if groups is not None and other is None:
@@ -355,7 +356,8 @@ class Result:
         """Long form: one row per variable, cell and example.
 
         Columns: ``variable``, ``role`` (value or baseline), the dimensions and further labels (empty
-        where a variable does not have them), ``value``.
+        where a variable does not have them), ``value``. A dimension or label that is called like one
+        of the other columns is found under ``role (label)`` and the like.
         """
         import pandas as pd
 
@@ -366,6 +368,8 @@ class Result:
             else:
                 labels = {label: [coord.item()] for label, coord in variable.coords.items()}
                 frame = pd.DataFrame({**labels, "value": [variable.item()]})
+            taken = {c: f"{c} (label)" for c in ("variable", "role") if c in frame}
+            frame = frame.rename(columns=taken)
             frame.insert(0, "role", variable.attrs.get("role", "value"))
             frame.insert(0, "variable", str(name))
             frames.append(frame)
@@ -438,7 +442,9 @@ class Result:
             return self.numbers(other, dim)
         if isinstance(other, Result):
             name = variable if variable is not None else self.main
-            return other.numbers(name if name in other.data else None, dim)
+            found = other.numbers(name if name in other.data else None, dim)
+            require_same_unit(self.numbers(variable), found)
+            return found
         if dim not in other.dims:
             raise ValueError(f"the other side has no dimension {dim!r}; it has {other.dims}")
         return other.astype(float)

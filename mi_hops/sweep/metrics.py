@@ -30,7 +30,7 @@ class Target:
         wrong: token ids of a competing answer, for metrics that compare two.
 
     Raises:
-        ValueError: an answer without tokens.
+        ValueError: an answer without tokens, or a negative id.
     """
 
     answer: tuple[int, ...]
@@ -41,6 +41,8 @@ class Target:
         object.__setattr__(self, "wrong", tuple(int(i) for i in self.wrong))
         if not self.answer:
             raise ValueError("a target needs at least one answer token, got none")
+        if min(*self.answer, *self.wrong, 0) < 0:
+            raise ValueError(f"token ids are 0 or more; got {self.answer} and {self.wrong}")
 
 
 def target_of(model: HookedModel, prompt: Prompt, answer: str, wrong: str | None = None) -> Target:

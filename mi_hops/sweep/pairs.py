@@ -288,7 +288,7 @@ def _unpadded(model: HookedModel, ids: Int[torch.Tensor, "pos"]) -> Prompt:
         TokenError: ids that end in the padding token, or begin with it, behind BOS or not.
     """
     prompt = Prompt.from_tokens(model, ids)
-    pad, bos = (getattr(model.tokenizer, f"{name}_token_id", None) for name in ("pad", "bos"))
+    pad, bos = _special(model)
     begun = prompt.ids[1:] if prompt.ids[0] == bos else prompt.ids
     if pad is not None and begun and pad in (begun[0], begun[-1]):
         raise TokenError(
@@ -297,6 +297,12 @@ def _unpadded(model: HookedModel, ids: Int[torch.Tensor, "pos"]) -> Prompt:
             "(`Prompt.from_tokens(model, ids)` takes ids as they are)"
         )
     return prompt
+
+
+def _special(model: HookedModel) -> tuple[int | None, int | None]:
+    """The ids of padding and BOS."""
+    pad, bos = (getattr(model.tokenizer, f"{name}_token_id", None) for name in ("pad", "bos"))
+    return pad, bos
 
 
 def _few(ids: Sequence[int]) -> str:
@@ -332,7 +338,18 @@ def _ids(model: HookedModel, prompt: Prompt, answer: Any) -> tuple[int, ...]:
         raise ValueError(
             f"an answer is text, a Target, a token id or a tensor of them; got {_shown(answer)}"
         )
-    return tuple(found.reshape(-1).tolist())
+    ids = tuple(found.reshape(-1).tolist())
+    size = int(model.cfg.d_vocab)
+    if not all(0 <= i < size for i in ids):
+        raise ValueError(f"answer tokens {_few(ids)} are not all in the vocabulary, 0..{size - 1}")
+    pad, bos = _special(model)
+    if len(ids) > 1 and (ids[0] in (pad, bos) or ids[-1] == pad):
+        raise ValueError(
+            f"answer tokens {_few(ids)} begin with BOS or have padding, which would be scored as part of "
+            "the answer; pass the text, or tokens made with prepend_bos=False, each row cut to its own "
+            "length (`Target(ids)` takes ids as they are)"
+        )
+    return ids
 
 
 def _shown(given: Any) -> str:

@@ -70,8 +70,9 @@ def matches(
         raise ValueError("the answer to compare with is empty")
     check_stop(stop)
     ends = find_ends(text, stop)
-    if ends and not text[: ends[0]].strip():
-        return False  # over before it began
-    accepted = {normalise(a) for a in (answer, *aliases) if a.strip()}
+    said = [a.strip() for a in (answer, *aliases) if a.strip()]
+    if ends and not text[: ends[0]].strip():  # over before any other answer began
+        said = [a for a in said if a.startswith(tuple(stop))]
+    accepted = {normalise(a) for a in said}
     candidates = [text[:end] for end in ends] + ([text] if finished else [])
     return any(c.strip() and normalise(c) in accepted for c in candidates)

@@ -303,13 +303,12 @@ def find_text(text: str, phrase: str) -> tuple[int, int]:
     if not phrase.strip():
         raise TokenError("the span to look for is empty")
     for haystack, needle in ((text, phrase), (_lowered(text), _lowered(phrase))):
-        count = haystack.count(needle)
-        if count == 1:
-            start = haystack.index(needle)
-            return start, start + len(needle)
-        if count > 1:
+        starts = [i for i in range(len(haystack)) if haystack.startswith(needle, i)]
+        if len(starts) == 1:
+            return starts[0], starts[0] + len(needle)
+        if starts:
             raise TokenError(
-                f"{phrase!r} occurs {count} times in {text!r}; pass an index or a slice of token "
+                f"{phrase!r} occurs {len(starts)} times in {text!r}; pass an index or a slice of token "
                 "positions instead"
             )
     raise TokenError(f"{phrase!r} does not occur in the prompt {text!r}")
@@ -413,7 +412,7 @@ class Batch:
         return torch.arange(self.tokens.shape[1])[None] < self.lengths[:, None]
 
 
-def pad(rows: Sequence[Sequence[int]]) -> Batch:
+def pad(rows: Iterable[Sequence[int] | Int[Tensor, "pos"]]) -> Batch:
     """Pad token lists on the right into one batch.
 
     Raises:
@@ -424,6 +423,7 @@ def pad(rows: Sequence[Sequence[int]]) -> Batch:
         >>> mi_hops.pad([[5, 6, 7], [8]]).tokens.tolist()
         [[5, 6, 7], [8, 0, 0]]
     """
+    rows = list(rows)
     if not rows or not all(len(r) for r in rows):
         raise TokenError("a batch needs at least one row, and every row at least one token")
     tokens = [torch.as_tensor(list(row), dtype=torch.long) for row in rows]

@@ -29,6 +29,51 @@ def same(found, expected, names=("score", "change", "effect", "clean", "corrupte
     return True
 
 
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (lambda own: [1, *own], "begin with BOS or have padding"),
+        (lambda own: [*own, 0, 0], "begin with BOS or have padding"),
+        (lambda own: [-100], "not all in the vocabulary, 0.."),
+        (lambda own: [10**6], "not all in the vocabulary"),
+    ],
+)
+def test_answer_tokens_that_are_none_are_refused(load_tiny, answer, message):
+    model = load_tiny("llama")
+    assert (model.tokenizer.bos_token_id, model.tokenizer.pad_token_id) == (1, 0)
+    own = first_ids(model, ["w11"]).tolist()
+    pairs = Pairs(CLEAN[0], CORRUPTED[0], answer=torch.tensor(answer(own)), wrong="w21")
+    with pytest.raises(ValueError, match=message):
+        patch(model, pairs, "attn_out")
+    with pytest.raises(ValueError, match="token ids are 0 or more"):
+        Target((-1,))
+
+
+def test_heads_that_got_their_own_copies_are_counted(load_tiny):
+    """TransformerLens's option to ungroup grouped-query attention."""
+    if hooked_class() is None:
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    model = load_tiny("llama", "hooked", fresh=True)
+    model.set_ungroup_grouped_query_attention(True)
+    pairs = Pairs(CLEAN[0], CORRUPTED[0], answer="w11", wrong="w21")
+    n = model.cfg.n_heads
+    found = patch(model, pairs, Sites("v", layers=[0]), metric="logit_diff")
+    assert found["score"].dims == ("example", "layer", "head") and found["score"].shape[-1] == n
+    tokens = ids(model, [CLEAN[0], CORRUPTED[0]])
+    _, cache = model.run_with_cache(tokens[:1], names_filter="blocks.0.attn.hook_v")
+    right, wrong = first_ids(model, ["w11", "w21"]).tolist()
+    for head in range(n):
+
+        def put(x, hook, head=head):
+            x[:, :, head] = cache["blocks.0.attn.hook_v"][:, :, head]
+            return x
+
+        with torch.no_grad():
+            logits = model.run_with_hooks(tokens[1:], fwd_hooks=[("blocks.0.attn.hook_v", put)])
+        score = (logits[0, -1, right] - logits[0, -1, wrong]).item()
+        assert found["score"].values[0, 0, head] == pytest.approx(score, abs=1e-4)
+
+
 @pytest.mark.slow_case("llama-bridge")
 def test_token_ids(tiny):
     expected = patch(tiny, changed(ALL, answer="w11", wrong="w21"), "attn_out")

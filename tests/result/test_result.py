@@ -206,6 +206,32 @@ def test_paired_difference_matches_examples_by_label():
         result.difference_ci(result["effect"].isel(layer=[0]))
 
 
+def test_differences_of_other_units_or_labels_are_refused():
+    probability = make(units={"effect": "probability", "clean": "logits"})
+    with pytest.raises(ValueError, match="'effect' is in logits and in probability"):
+        make().difference_ci(probability)
+
+    def numbered(labels):
+        return Result.from_arrays(
+            {"x": ("example", np.arange(3.0))}, coords={"example": labels}, provenance={}
+        )
+
+    for subtract in (lambda a, b: a - b, lambda a, b: a.difference_ci(b)):
+        with pytest.raises(ValueError, match="do not pair up"):
+            subtract(numbered([0, 1, 2]), numbered(["0", "1", "2"]))
+
+
+def test_counts_labels_and_columns_of_any_kind():
+    plain = Result.from_arrays(
+        {"x": (("example", "role"), np.ones((2, 2)))}, provenance={}, used=np.int64(2)
+    )
+    assert plain.n_used == 2
+    with pytest.raises(ValueError, match="no {'example': 7} in the result"):
+        plain.sel(example=7)
+    frame = plain.to_dataframe()
+    assert set(frame["role"]) == {"value"} and frame["role (label)"].tolist() == [0, 1, 0, 1]
+
+
 def test_groups_are_compared_unpaired():
     result = make(9)
     passed = np.arange(9) < 4

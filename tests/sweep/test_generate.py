@@ -355,6 +355,13 @@ def test_does_not_match(text):
     assert not matches(text, "New York", ["NYC", "", " "])
 
 
+def test_an_answer_may_begin_like_an_end():
+    assert (
+        matches(".NET", ".NET") and matches(".NET. It", ".NET") and matches(".NET", "C#", [".NET"])
+    )
+    assert not matches(".NET", "Java") and not matches(". Java", "Java", [".NET"])
+
+
 def test_aliases_and_unfinished_texts():
     assert matches("NYC", "New York", ["NYC"])
     assert not matches("New York", "New York", finished=False)  # "City" may follow

@@ -14,7 +14,7 @@ from mi_hops.model import forward, hook_name
 from mi_hops.sweep import together
 from mi_hops.sweep.metrics import target_of
 from mi_hops.sweep.repair import LateHooks, Rows
-from mi_hops.sweep.scoring import score_prompts
+from mi_hops.sweep.scoring import next_token_logits, score_prompts
 from mi_hops.text.tokens import encode
 from tests.repairs import AddVector
 
@@ -120,6 +120,32 @@ def test_with_a_users_hook_every_pass_is_whole(tiny, starts_run):
     given = score_prompts(*asked, repair=repair, states=states, hooks=acting)["first_logprob"]
     assert starts_run == []
     torch.testing.assert_close(found, given, atol=1e-5, rtol=1e-5)
+
+
+def test_a_users_hook_sees_no_padding_and_no_other_metrics_tokens(tiny):
+    def last(x, hook=None):
+        x = x.clone()
+        x[:, -1] = x.mean(1) - 2 * x[:, -1]
+        return x
+
+    names, repair, states = ["first_logprob", "answer_logprob"], *at_the_last_token(tiny)
+    prompts = [encode(tiny, text) for text in TEXTS]
+    targets = [target_of(tiny, p, a) for p, a in zip(prompts, ANSWERS, strict=True)]
+    plain = score_prompts(tiny, prompts, targets, names)
+    for options in ({}, {"repair": repair, "states": states}):
+        with tiny.hooks(fwd_hooks=[(hook_name("mlp_out", 1), last)]):
+            together = score_prompts(tiny, prompts, targets, names, **options)
+            for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+                one = {k: [v[i]] if k == "states" else v for k, v in options.items()}
+                for name in names:
+                    alone = score_prompts(tiny, [prompt], [target], name, **one)[name].item()
+                    assert together[name][i].item() == pytest.approx(alone, abs=1e-4), name
+            nexts = next_token_logits(tiny, prompts)
+            for own, prompt in zip(nexts, prompts, strict=True):
+                torch.testing.assert_close(
+                    own, next_token_logits(tiny, [prompt])[0], atol=1e-4, rtol=1e-4
+                )
+        assert not torch.allclose(together["first_logprob"], plain["first_logprob"], atol=0.1)
 
 
 def test_where_late_hooks_begin(load_tiny):

@@ -141,6 +141,8 @@ def test_find_text_prefers_the_exact_case():
     assert find_text("The author of Misery", "the author of Misery") == (0, 20)
     assert find_text("İzmir, İstanbul and Ankara", "ankara") == (20, 26)  # "İ" is two when small
     assert find_text("The mayor of İzmir", "the mayor of İzmir") == (0, 18)
+    with pytest.raises(TokenError, match="'ana' occurs 2 times"):  # which overlap
+        find_text("banana split", "ana")
 
 
 def test_answers_are_continuations(model):
@@ -226,6 +228,9 @@ def test_padding():
     assert batch.mask.sum(1).tolist() == [3, 1, 2]
     with pytest.raises(TokenError, match="at least one"):
         pad([])
+    whole = torch.tensor([[5, 6], [7, 8]])
+    for rows in (whole, whole.numpy(), iter(whole.tolist())):
+        assert pad(rows).tokens.equal(whole)
 
 
 def test_batches_cover_every_row_once():
