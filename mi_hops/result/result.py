@@ -23,7 +23,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,7 +105,10 @@ class Result:
         self.provenance: dict[str, Any] = netcdf.json_copy(provenance, "provenance")
         self.title = title
         self.skipped: list[tuple[str, str]] = [(str(who), str(why)) for who, why in skipped]
-        self._used = int(used) if isinstance(used, Integral) else used and len(used)
+        if isinstance(used, int | np.integer):
+            self._used: int | None = int(used)
+        else:
+            self._used = None if used is None else len(used)
         slashed = [name for name in self.data.variables if "/" in str(name)]
         if slashed:  # said now, not when a long sweep is saved
             raise ValueError(f"names {slashed} have a slash, which NetCDF cannot hold; rename them")
