@@ -35,7 +35,7 @@ from mi_hops.model import (
 )
 from mi_hops.model.numeric import kl_divergence
 from mi_hops.result.progress import progress_bar
-from mi_hops.sweep.batching import each_part
+from mi_hops.sweep.batching import batches_for, each_part
 from mi_hops.sweep.interventions import Site
 from mi_hops.sweep.pairs import Activations
 from mi_hops.text.tokens import Prompt, batches
@@ -326,10 +326,11 @@ def in_batches(
     def rows_of(chosen: list[int]) -> Tensor:
         return torch.arange(len(chosen)) if cache is None else torch.tensor(chosen)
 
+    ids = [p.ids for p in prompts]
     with torch.no_grad(), progress_bar(label="lens", total=len(prompts), unit="prompt") as bar:
         for (chosen, _), found in each_part(
             model if cache is None else None,  # workers do not have the cache
-            batches([p.ids for p in prompts], size),
+            batches_for(model, ids, size) if cache is None else batches(ids, size),
             lambda part: read(part[0], part[1].tokens, rows_of(part[0])),
             kept=lambda part: ("read", [prompts[i].ids for i in part[0]]),
             texts=lambda part: [prompts[i].text for i in part[0]],

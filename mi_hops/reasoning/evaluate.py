@@ -22,11 +22,10 @@ from mi_hops.editing import Edit, EditRepair
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel, dtype_of, fingerprint, provenance
 from mi_hops.model.numeric import kl_divergence, wide_dtype
-from mi_hops.model.shortcuts import is_touched
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.queries import PLACE, Query, QuerySets, require_unique
 from mi_hops.result.progress import progress_bar
-from mi_hops.sweep.batching import each_part
+from mi_hops.sweep.batching import batches_for, each_part
 from mi_hops.sweep.generate import answered, end_ids
 from mi_hops.sweep.metrics import (
     AnswerLogprob,
@@ -43,7 +42,7 @@ from mi_hops.sweep.metrics import (
 )
 from mi_hops.sweep.repair import InPlaceRepair, Repair, Rows
 from mi_hops.sweep.scoring import logits_at, next_token_logits, score_prompts
-from mi_hops.text.tokens import Batch, batches, batches_by_length, encode
+from mi_hops.text.tokens import Batch, encode
 
 #: What can be scored; an `Edit` stands for itself on every row.
 Repairs: TypeAlias = Repair | InPlaceRepair | Edit
@@ -373,9 +372,7 @@ class _Job:
         with torch.no_grad(), progress_bar(label="divergences", total=total, unit="query") as bar:
             for (chosen, _), kl in each_part(
                 self.model,
-                (batches_by_length if is_touched(self.model) else batches)(
-                    [p.ids for p in prompts], self.batch_size
-                ),
+                batches_for(self.model, [p.ids for p in prompts], self.batch_size),
                 lambda part: self._divergences(*part, repairs, states),
                 kept=lambda part: (
                     "kl",

@@ -8,9 +8,11 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from mi_hops.model import HookedModel
+from mi_hops.model.shortcuts import is_touched
 from mi_hops.sweep.fanout import out_of_memory
 from mi_hops.sweep.keep import in_order, keep, keep_each
 from mi_hops.sweep.spread import Around, spreading
+from mi_hops.text.tokens import Batch, batches, batches_by_length
 
 Item = TypeVar("Item")
 Part = TypeVar("Part")
@@ -18,6 +20,13 @@ Found = TypeVar("Found")
 
 #: Parts whose values may be in memory at once, and their bytes.
 WINDOW, MOST_SENT = 32, 2**31
+
+
+def batches_for(
+    model: HookedModel, rows: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """(indices into `rows`, right-padded batch) pairs; without padding where a hook of the user's may see it."""
+    yield from (batches_by_length if is_touched(model) else batches)(rows, batch_size)
 
 
 def each_part(

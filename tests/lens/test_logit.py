@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from html import unescape
 
 import numpy as np
@@ -97,7 +98,22 @@ def test_head_lenses_and_the_bias_add_up_to_the_attention_output_lens(tiny):
     assert heads.shape == (1, 6, 4, 32)
 
 
-def test_padded_batches_equal_one_prompt_at_a_time(tiny):
+def from_the_end(model):
+    def fn(x, hook):
+        x = x.clone()
+        x[:, -1] = x.mean(1) - 2 * x[:, -1]
+        return x
+
+    return model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", fn)])
+
+
+@pytest.mark.parametrize("hooked", [nullcontext, from_the_end])
+def test_padded_batches_equal_one_prompt_at_a_time(tiny, hooked):
+    with hooked(tiny):
+        check_batches(tiny)
+
+
+def check_batches(tiny):
     track = {"a": ["w7 w8", "w9", "w10 w11 w12"]}
     where = {"first": [1, "w8", slice(1, 3)], "last": -1}
     both = logit_lens(
