@@ -98,8 +98,8 @@ def fan_out(
     where = _scored(prompts, scored)
     _check(model, prompts, interventions)
     reduce = reduce or (lambda logits, bases: logits)
-    if len(set(prompts.lengths.tolist())) > 1 and is_touched(model):
-        return _by_length(model, prompts, interventions, where, reduce, limits, observe or {})
+    if alone := _alone(model, prompts, interventions, where):
+        return _by_length(model, prompts, alone, len(interventions), reduce, limits, observe or {})
     n_bases = prompts.tokens.shape[0]
     base: Tensor | None = None
     prefix: Prefix | None = None
@@ -170,52 +170,73 @@ def fan_out(
     return FanOut(base, torch.stack(found) if found else base[:0])
 
 
-def _by_length(
+@dataclass(frozen=True)
+class _Alike:
+    """Prompts of one length, and the interventions on them, by their numbers and made ready to run."""
+
+    bases: list[int]
+    prompts: Batch
+    scored: list[list[int]]
+    rows: list[int]
+    items: list[Intervention]
+
+
+def _alone(
     model: HookedModel,
     prompts: Batch,
     interventions: Sequence[Intervention],
     where: list[list[int]],
+) -> list[_Alike]:
+    """Prompts by length, where hooks of the user's would see padding; else nothing."""
+    lengths = prompts.lengths.tolist()
+    if len(set(lengths)) == 1 or not is_touched(model):
+        return []
+    found = []
+    for length in sorted(set(lengths)):
+        bases = [i for i, n in enumerate(lengths) if n == length]
+        place = {base: i for i, base in enumerate(bases)}
+        rows = [i for i, item in enumerate(interventions) if item.base in place]
+        items = [replace(interventions[i], base=place[interventions[i].base]) for i in rows]
+        tokens = pad(prompts.tokens[bases, :length])
+        found.append(_Alike(bases, tokens, [where[i] for i in bases], rows, items))
+    return found
+
+
+def _by_length(
+    model: HookedModel,
+    prompts: Batch,
+    groups: Sequence[_Alike],
+    n_rows: int,
     reduce: Reduce,
     limits: Limits,
     observe: Mapping[str, Callable[[Tensor], None]],
 ) -> FanOut:
-    """The fan-out of prompts of one length after the other: hooks of the user's look at any position.
-
-    All bases are run once before, and shown.
-    """
-    lengths, width = prompts.lengths.tolist(), prompts.tokens.shape[1]
-    groups = [[i for i, n in enumerate(lengths) if n == size] for size in sorted(set(lengths))]
+    """The fan-out of one group after the other. All bases are run once before, and shown."""
+    n_bases, width = prompts.tokens.shape
     shown: dict[str, dict[int, Tensor]] = {name: {} for name in observe}
 
-    def part(group: list[int], items: Sequence[Intervention], **options: Any) -> FanOut:
-        tokens = [prompts.tokens[i, : lengths[i]].tolist() for i in group]
-        items = [replace(item, base=group.index(item.base)) for item in items]
-        scored = [where[i] for i in group]
-
+    def run(group: _Alike, items: Sequence[Intervention], **options: Any) -> FanOut:
         def own(logits: Tensor, bases: list[int]) -> Tensor:
-            return reduce(logits, [group[base] for base in bases])
+            return reduce(logits, [group.bases[base] for base in bases])
 
-        return fan_out(model, pad(tokens), items, scored=scored, reduce=own, **options)
+        return fan_out(model, group.prompts, items, scored=group.scored, reduce=own, **options)
 
-    def take(name: str, group: list[int]) -> Callable[[Tensor], None]:
-        return lambda x: shown[name].update(zip(group, x.detach().clone(), strict=True))
+    def take(name: str, group: _Alike) -> Callable[[Tensor], None]:
+        return lambda x: shown[name].update(zip(group.bases, x.detach().clone(), strict=True))
 
     bases: dict[int, Tensor] = {}
     for group in groups:
         took = {name: take(name, group) for name in observe}
-        bases |= zip(group, part(group, [], observe=took).base, strict=True)
+        bases |= zip(group.bases, run(group, [], observe=took).base, strict=True)
     for name, fn in observe.items():
         axes = (1, 2) if name.endswith(("hook_pattern", "hook_attn_scores")) else (0,)
-        fn(torch.stack([_widened(shown[name][i], width, axes) for i in range(len(lengths))]))
+        fn(torch.stack([_widened(shown[name][i], width, axes) for i in range(n_bases)]))
     rows: dict[int, Tensor] = {}
     for group in groups:
-        mine = [i for i, item in enumerate(interventions) if item.base in group]
-        if mine:
-            found = part(group, [interventions[i] for i in mine], limits=limits).rows
-            rows |= zip(mine, found, strict=True)
-    base = torch.stack([bases[i] for i in range(len(lengths))])
-    every = [rows[i] for i in range(len(interventions))]
-    return FanOut(base, torch.stack(every) if every else base[:0])
+        if group.rows:
+            rows |= zip(group.rows, run(group, group.items, limits=limits).rows, strict=True)
+    base = torch.stack([bases[i] for i in range(n_bases)])
+    return FanOut(base, torch.stack([rows[i] for i in range(n_rows)]) if n_rows else base[:0])
 
 
 def _widened(x: Tensor, width: int, axes: Sequence[int]) -> Tensor:
@@ -308,7 +329,12 @@ def plan_fan_out(
 ) -> list[Pass]:
     """All passes that a fan-out would make; nothing runs."""
     where = _scored(prompts, scored)
-    return _planned(model, prompts, interventions, where, limits, {})[1]
+    plan = []
+    for group in _alone(model, prompts, interventions, where):
+        own = _planned(model, group.prompts, group.items, group.scored, limits, {})[1]
+        plan.append(Pass(0, ()))
+        plan += [Pass(p.start, tuple(group.rows[i] for i in p.members)) for p in own if group.rows]
+    return plan or _planned(model, prompts, interventions, where, limits, {})[1]
 
 
 def _planned(

@@ -277,16 +277,7 @@ def test_labels_and_plot(tiny):
 def test_plan_tells_what_runs(tiny, pairs, more):
     sites, limits = Sites("z", positions="each"), Limits(batch_size=2, max_rows=50)
     job = PatchJob(tiny, pairs, sites, limits=limits, **more)
-    plan = job.plan()
-    assert "forwards" in plan._repr_html_()
-    assert len(repr(job)) < 2000
-    assert plan.cells == 3 * N * 4
-    assert plan.rows == plan.cells * 3
-    assert plan.widest <= 50
-    assert plan.bytes == plan.activation_bytes + plan.pass_bytes + plan.weight_bytes > 0
-    held = 2 * 3 * N * 4 * tiny.cfg.d_head * 4  # pairs, layers, tokens, heads, width, bytes
-    assert plan.activation_bytes == held
-    calls, widths = [], []
+    plain, calls, widths = job.plan(), [], []
 
     def count(module, arguments, output):
         widths.append((output if isinstance(output, torch.Tensor) else output[0]).shape[0])
@@ -296,10 +287,21 @@ def test_plan_tells_what_runs(tiny, pairs, more):
         tiny.blocks[2].register_forward_hook(count),
     ]
     try:
+        plan = (
+            job.plan()
+        )  # these hooks see no padding and no other metric's tokens, which takes more passes
         job.run()
     finally:
         for handle in handles:
             handle.remove()
+    assert "forwards" in plan._repr_html_()
+    assert len(repr(job)) < 2000
+    assert plan.cells == 3 * N * 4
+    assert plain.rows == plan.cells * 3 <= plan.rows and plain.forwards <= plan.forwards
+    assert plan.widest <= 50
+    assert plan.bytes == plan.activation_bytes + plan.pass_bytes + plan.weight_bytes > 0
+    held = 2 * 3 * N * 4 * tiny.cfg.d_head * 4  # pairs, layers, tokens, heads, width, bytes
+    assert plan.activation_bytes == held
     assert len(calls) == plan.forwards
     assert plan.pass_bytes >= max(widths) * row_bytes(tiny, N, 1)
 
