@@ -136,9 +136,24 @@ def test_full_fine_tuning_refusals(tiny, load_tiny, facts):
     with pytest.raises(ValueError, match="above 0"):
         finetune_full(tiny, facts, steps=0)
     (tuned,) = finetune_full(tiny, facts[:1], steps=1)
+    with pytest.raises(ValueError, match="float16"):
+        finetune_full(load_tiny("gpt2", "bridge", "float16"), facts[:1], steps=1)
     other = load_tiny("llama32", "bridge")
     with pytest.raises(WrongWeightsError, match="tuned from weights"), tuned.applied(other):
         pass
+
+
+def test_full_fine_tuning_gives_no_weights_that_are_not_finite(load_tiny, fact, monkeypatch):
+    model = load_tiny("gpt2", "bridge")
+    before = weights(model)
+    monkeypatch.setattr(
+        torch.optim.Adam,
+        "step",
+        lambda self: self.param_groups[0]["params"][0].data.fill_(torch.nan),
+    )
+    with pytest.raises(ValueError, match="not finite after tuning"):
+        finetune_full(model, [fact], steps=1)
+    assert_same_bits(model, before)
 
 
 @pytest.mark.slow

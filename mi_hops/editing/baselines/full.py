@@ -93,7 +93,7 @@ def finetune_full(
 
     Raises:
         ValueError: a number of steps or a rate that is not positive, requests without target, weights
-            that are quantised, or a loss that is not finite.
+            that are quantised or in float16, or a loss or a tuned weight that is not finite.
 
     Examples:
         >>> import mi_hops
@@ -106,6 +106,11 @@ def finetune_full(
     """
     if steps < 1 or lr <= 0:
         raise ValueError(f"steps {steps}, lr {lr}; expected both above 0")
+    if any(p.dtype == torch.float16 for p in model.parameters()):
+        raise ValueError(
+            "the weights are in float16, whose range is too small for Adam (it would divide by 0); load "
+            "the model with dtype='bfloat16' or 'float32'"
+        )
     requests = requests_of(asked, form, taught=True)
     check_templates(templates)
     settings = {"templates": list(templates), "steps": steps, "lr": lr}
@@ -132,6 +137,11 @@ def _tuned(model: HookedModel, request: Request, how: Mapping[str, Any]) -> dict
                 p.requires_grad_(True)
             minimise(list(named.values()), loss, steps=how["steps"], lr=how["lr"])
             moved = [name for name, p in named.items() if not torch.equal(p, old[name])]
+            if wrong := [name for name in moved if not torch.isfinite(named[name]).all()]:
+                raise ValueError(
+                    f"{', '.join(wrong[:3])} ({len(wrong)} parameters in all) are not finite after tuning; "
+                    f"lower lr ({how['lr']})"
+                )
             return {name: named[name].detach().clone() for name in moved}
         finally:
             for name, p in named.items():
