@@ -371,17 +371,16 @@ def describe(model: HookedModel, start: int = 0) -> str:
 def check_weights(model: HookedModel, made_for: str, what: str = "the edit was") -> str:
     """Refuse weights that `what` was not made for; returns the present fingerprint.
 
-    The present weights are right, and those under all edits now applied: edits made for one model
-    may be stacked, and an edit made on an edited model goes on top.
+    The present weights are right, and those under any edit now applied: edits made for one model,
+    edited or not, may be stacked, and an edit made on an edited model goes on top.
 
     Raises:
         WrongWeightsError: with the fingerprints.
     """
     now = fingerprint(model)
-    stack = _STACKS.get(model)
-    base = stack[0].before if stack else now
-    if made_for not in (now, base):
-        under = "" if now == base else f" (under the edits applied: {base})"
+    below = list(dict.fromkeys(each.before for each in _STACKS.get(model, ())))
+    if made_for not in (now, *below):
+        under = f" (under the edits applied: {', '.join(below)})" if below else ""
         raise WrongWeightsError(
             f"{what} made for weights {made_for}, this model's are {now}{under}; make it again on "
             "this model, or load the model it was made on with the same dtype and weight processing"

@@ -9,7 +9,7 @@ from textwrap import shorten
 from typing import Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.facts.hop_edits import SingleFact
+from mi_hops.facts.hop_edits import SingleFact, single_fact
 from mi_hops.model import HookedModel
 from mi_hops.text.matching import ARTICLES
 from mi_hops.text.tokens import Prompt, encode, find_text, last_position
@@ -145,7 +145,7 @@ class Request:
         return cls(
             two_hop_prompt=fact.prompt(form),
             second_hop_prompt=fact.second_prompt(form),
-            bridge=fact.bridge,
+            bridge=single_fact(fact, "second").named,
             target=fact.answer,
             first_hop=fact.first_hop,
             keep=tuple(dict.fromkeys(kept)),

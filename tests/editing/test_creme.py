@@ -18,6 +18,7 @@ from mi_hops.editing import (
     edit_hooks,
     second_moments,
 )
+from mi_hops.facts import load_chains, load_geo
 from mi_hops.model import capture, dtype_of, forward, hook_name, read_matrix, write_matrix
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.text.tokens import encode, pad
@@ -256,10 +257,14 @@ def test_works_beside_edits_that_are_applied(wide, facts):
     first = paper(wide, facts[0], layers=[1], templates=("{}",))
     with first.applied(wide):
         second = paper(wide, facts[1], layers=[1], templates=("{}",))
+        third = paper(wide, facts[2], layers=[1], templates=("{}",))
         want = last_mean(wide, [facts[1].second_prompt()], "attn_out", 1)
     assert second.fingerprint != first.fingerprint
     with pytest.raises(ValueError, match="made for weights"):
         second.apply(wide)
+    assert third.fingerprint == second.fingerprint  # both made on the once edited model
+    with first.applied(wide), third.applied(wide), second.applied(wide):
+        pass
     with first.applied(wide), second.applied(wide):
         got = last_mean(wide, [facts[1].prompt()], "attn_out", 1)
         torch.testing.assert_close(got, want)
@@ -350,6 +355,16 @@ def test_case_articles_and_longer_words_are_no_other_question(
     Request(
         two_hop_prompt=two_hop, second_hop_prompt=second_hop, bridge=bridge, first_hop=first_hop
     )
+
+
+@pytest.mark.parametrize(
+    "facts", [load_geo(), [c.at(1) for c in load_chains()]], ids=["geo", "chains"]
+)
+def test_every_bundled_fact_makes_a_request_in_every_form(facts):
+    for fact in facts:
+        for form in fact.prompts:
+            named = Request.from_fact(fact, form).bridge
+            assert named == fact.meta.get("in_text", {}).get("bridge", fact.bridge)
 
 
 @pytest.mark.parametrize(

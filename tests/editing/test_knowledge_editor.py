@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mi_hops.editing import WrongWeightsError
+from mi_hops.editing.baselines import finetune_many
 from mi_hops.editing.baselines.knowledge_editor import (
     EditorTraining,
     KnowledgeEditor,
@@ -153,6 +154,19 @@ def test_training_makes_edits_that_work(load_tiny, tmp_path):
     (tmp_path / "junk").write_bytes(b"junk")
     with pytest.raises(ValueError, match="not a knowledge editor"):
         KnowledgeEditor.load(tmp_path / "junk", model)
+
+
+def test_an_editor_read_under_an_edit_is_of_the_weights_it_was_trained_on(
+    load_tiny, facts, tmp_path
+):
+    model = load_tiny("llama", "bridge")
+    editor = KnowledgeEditor(model, EditorTraining(layers=(1,), width=4))
+    path = editor.save(tmp_path / "editor.safetensors")
+    with finetune_many(model, facts[:1], layers=1, steps=1)[0].applied(model):
+        loaded = KnowledgeEditor.load(path, model)
+    assert loaded.fingerprint == editor.fingerprint
+    want, got = (each.edits(model, facts[1:2])[0] for each in (editor, loaded))
+    assert got.equals(want)
 
 
 def test_one_seed_one_editor(load_tiny):

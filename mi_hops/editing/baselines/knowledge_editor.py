@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -267,7 +267,12 @@ class KnowledgeEditor:
             ValueError: another suffix.
             FileExistsError: the file exists, and `overwrite` is off.
         """
-        head = {"fingerprint": self.fingerprint, "how": asdict(self.how), "log": self.log}
+        head = {
+            "fingerprint": self.fingerprint,
+            "how": asdict(self.how),
+            "log": self.log,
+            "norms": self._norms,
+        }
         return save_tensors(path, _KEY, head, self.network.state_dict(), overwrite)
 
     @classmethod
@@ -284,6 +289,10 @@ class KnowledgeEditor:
         editor = cls(model, EditorTraining(**head["how"]))
         editor.network.load_state_dict(state)
         editor.log = head["log"]
+        # Edits may lie on the model now; it is of the weights under them that the editor knows.
+        editor.fingerprint = head["fingerprint"]
+        editor._editable = replace(editor._editable, fingerprint=editor.fingerprint)
+        editor._norms = head.get("norms", editor._norms)  # older files have none
         return editor
 
 
