@@ -181,7 +181,7 @@ class HopEdit:
         """
         if hop != "first":
             single_fact(fact, hop)  # refuses another hop
-            after = {"answer": new, "answer_aliases": tuple(aliases)}
+            after = {"answer": new, "answer_aliases": aliases}
             return cls(before=fact, after=_changed(fact, new, {}, **after), hops=(hop,))
         if not answer:
             raise ValueError(
@@ -199,7 +199,7 @@ class HopEdit:
             prompts[form] = text[: at[0]] + new + text[at[1] :]
         changes = {
             "bridge": new,
-            "bridge_aliases": tuple(aliases),
+            "bridge_aliases": aliases,
             "answer": answer,
             "answer_aliases": (),
             "second_prompts": prompts,

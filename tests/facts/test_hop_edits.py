@@ -129,8 +129,9 @@ def test_an_object_of_ones_own(chains):
             ),
             "does not name the bridge",
         ),
+        (lambda f: HopEdit.of(f, "second", "X", aliases="XY"), "got the text 'XY'"),
     ],
-    ids="old alias old-bridge no-answer hop moved other-question none unnamed".split(),
+    ids="old alias old-bridge no-answer hop moved other-question none unnamed text".split(),
 )
 def test_edits_that_are_none(chains, make, words):
     with pytest.raises(ValueError, match=words):
