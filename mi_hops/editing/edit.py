@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mi_hops.editing.change import Change, merge
-from mi_hops.editing.files import load_tensors, save_tensors
+from mi_hops.editing.files import json_text, load_tensors, save_tensors
 from mi_hops.model import HookedModel, fingerprint, live_matrix, read_matrix, write_matrix
 
 _FORMAT = 1
@@ -47,8 +47,8 @@ class Edit:
         changes: one per matrix; factors in float32 or wider.
         fingerprint: of the weights it was made for (`mi_hops.model.fingerprint`).
         processing: how those weights were processed (``"fold"``, ``"centre"``) or ``"none"``.
-        request: what it was asked to do; plain JSON types.
-        settings: how it was made; plain JSON types.
+        request: what it was asked to do; plain JSON types (numpy's numbers become Python's).
+        settings: how it was made; the same.
 
     Raises:
         ValueError: no changes, two of one matrix, or a request or settings that are not JSON.
@@ -80,7 +80,7 @@ class Edit:
             )
         for name in ("request", "settings"):
             try:
-                plain = json.loads(json.dumps(dict(getattr(self, name)), allow_nan=False))
+                plain = json.loads(json_text(dict(getattr(self, name)), allow_nan=False))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name} of an edit must be plain JSON types: {error}") from error
             object.__setattr__(self, name, plain)

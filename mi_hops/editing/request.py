@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.hop_edits import SingleFact, single_fact
+from mi_hops.facts.hops import several_texts
 from mi_hops.model import HookedModel
 from mi_hops.text.matching import ARTICLES
 from mi_hops.text.tokens import Prompt, encode, find_text, last_position
@@ -38,8 +39,8 @@ class Request:
 
     Raises:
         ValueError: an empty prompt (a second-hop prompt may be left out where there is a target), a
-            second-hop prompt without bridge or the other way round, two prompts that are equal (such an edit changes nothing), a
-            bridge that does not appear in the second-hop prompt; with a first hop, one that does not
+            second-hop prompt without bridge or the other way round, two prompts that are equal (such an
+            edit changes nothing), a single text as `keep`, a bridge that does not appear in the second-hop prompt; with a first hop, one that does not
             appear in the two-hop prompt or appears there twice, or a second-hop prompt that is not
             the two-hop prompt with the bridge in its place (case, white space and an article before
             the name aside).
@@ -54,7 +55,8 @@ class Request:
     id: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(self.keep))
+        keep = several_texts(self.keep, f"edit request {self.id!r}, keep")
+        object.__setattr__(self, "keep", keep)
         second = (self.second_hop_prompt, self.bridge)
         needed = ("two_hop_prompt", *(("second_hop_prompt", "bridge") if any(second) else ()))
         for name in needed:
@@ -141,7 +143,7 @@ class Request:
             hops = (fact.first_prompts, fact.second_prompts)
             kept = tuple(prompts[form] for prompts in hops if form in prompts)
         elif keep is not None:
-            kept = tuple(keep(fact))
+            kept = several_texts(keep(fact), f"what keep gives for fact {fact.id!r}")
         return cls(
             two_hop_prompt=fact.prompt(form),
             second_hop_prompt=fact.second_prompt(form),

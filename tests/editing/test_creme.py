@@ -14,6 +14,7 @@ from mi_hops.editing import (
     Request,
     SingularError,
     creme,
+    creme_joint,
     default_layers,
     edit_hooks,
     second_moments,
@@ -332,8 +333,14 @@ def request_with(**changes):
         ),
         (lambda: Request.from_slot("w3 w4", first_hop="w5", bridge="w6"), "exactly one slot"),
         (lambda: Request.from_slot("{} w3 {}", first_hop="w5", bridge="w6"), "exactly one slot"),
+        (lambda: request_with(keep="w7 w8"), "keep: got the text 'w7 w8'"),
+        (
+            lambda: Request.from_fact(make_fact(), keep=lambda fact: fact.first_prompt()),
+            "what keep gives for fact 'f0': got the text",
+        ),
     ],
-    ids="null no-bridge empty no-first-hop two-first-hops before behind no-slot two-slots".split(),
+    ids="null no-bridge empty no-first-hop two-first-hops before behind no-slot two-slots text "
+    "function".split(),
 )
 def test_requests_that_cannot_be_met(make, words):
     with pytest.raises(ValueError, match=words):
@@ -402,9 +409,15 @@ def test_a_fact_without_a_second_hop_prompt(tiny):
         paper(tiny, bare, layers=[1])
 
 
-def test_layers_may_be_numpys(tiny, fact):
+def test_numbers_may_be_numpys(tiny, fact, facts):
     for given in (np.int64(1), np.array([1])):
         assert creme(tiny, fact, layers=given).layers == (1,)
+    half = creme(tiny, fact, layers=1, strength=np.float32(0.5))
+    assert (
+        half.equals(creme(tiny, fact, layers=1, strength=0.5)) and half.settings["strength"] == 0.5
+    )
+    joint = creme_joint(tiny, facts[:2], layers=1, ridge=np.float32(0.5))
+    assert joint.equals(creme_joint(tiny, facts[:2], layers=1, ridge=0.5))
 
 
 def test_singular_covariance(tiny, fact):

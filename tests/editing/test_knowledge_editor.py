@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -160,7 +161,7 @@ def test_an_editor_read_under_an_edit_is_of_the_weights_it_was_trained_on(
     load_tiny, facts, tmp_path
 ):
     model = load_tiny("llama", "bridge")
-    editor = KnowledgeEditor(model, EditorTraining(layers=(1,), width=4))
+    editor = KnowledgeEditor(model, EditorTraining(layers=np.arange(1, 2), width=np.int64(4)))
     path = editor.save(tmp_path / "editor.safetensors")
     with finetune_many(model, facts[:1], layers=1, steps=1)[0].applied(model):
         loaded = KnowledgeEditor.load(path, model)
@@ -187,6 +188,10 @@ def test_unrelated_facts_share_no_entity():
     assert {unrelated(fact, new, pool, rng).id for _ in range(20)} == {"far"}
     with pytest.raises(ValueError, match="none is unrelated to 'f0'"):
         unrelated(fact, new, pool[:3], rng)
+
+
+def test_one_layer_may_be_a_number():
+    assert EditorTraining(layers=1) == EditorTraining(layers=(1,))
 
 
 def test_refusals(tiny):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,6 +103,15 @@ def test_the_target_becomes_likely_and_the_model_stays(tiny, facts):
             old = answer_loss(tiny, batch).item()
             with edit.applied(tiny):
                 assert answer_loss(tiny, batch).item() < old - 1
+
+
+def test_numbers_may_be_numpys(load_tiny, fact):
+    model = load_tiny("gpt2", "bridge")
+    one, other = (
+        rome(model, fact, layer=number(1), steps=number(2), templates=("{}",))
+        for number in (int, np.int64)
+    )
+    assert other.equals(one) and other.settings == one.settings
 
 
 @pytest.mark.slow

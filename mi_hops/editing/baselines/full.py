@@ -113,7 +113,7 @@ def finetune_full(
         )
     requests = requests_of(asked, form, taught=True)
     check_templates(templates)
-    settings = {"templates": list(templates), "steps": steps, "lr": lr}
+    settings = {"templates": list(templates), "steps": int(steps), "lr": float(lr)}
     made_for = fingerprint(model)
     return [
         TunedWeights(_tuned(model, r, settings), made_for, r.to_dict(), settings) for r in requests

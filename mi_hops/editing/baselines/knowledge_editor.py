@@ -23,6 +23,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -65,7 +66,7 @@ class EditorTraining:
     """How the hypernetwork is built and trained.
 
     Attributes:
-        layers, matrix: what it edits.
+        layers, matrix: what it edits; one layer or several.
         width: of the LSTM, each way.
         steps, batch_size, lr: of Adam.
         margin: m above, in nats, or in units of the norm of all edited matrices.
@@ -86,7 +87,8 @@ class EditorTraining:
     constraint: Constraint = "kl"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
+        given: Any = [self.layers] if isinstance(self.layers, Integral) else self.layers
+        object.__setattr__(self, "layers", tuple(int(layer) for layer in given))
         if self.constraint not in ("kl", "norm"):
             raise ValueError(f"constraint is {self.constraint!r}; expected 'kl' or 'norm'")
         numbers = (self.width, self.steps, self.batch_size, self.lr, self.margin, self.scale)
@@ -140,7 +142,7 @@ class KnowledgeEditor:
         with torch.random.fork_rng():
             torch.manual_seed(how.seed)
             shapes = [(w.shape[0], w.shape[1]) for w in weights]
-            self.network = _Network(int(model.cfg.d_model), shapes, how.width)
+            self.network = _Network(int(model.cfg.d_model), shapes, int(how.width))
         self.network.to(weights[0].device)
 
     # -- use -------------------------------------------------------------------------------------
