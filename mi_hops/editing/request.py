@@ -13,7 +13,7 @@ from mi_hops.facts.hop_edits import SingleFact, single_fact
 from mi_hops.facts.hops import several_texts
 from mi_hops.model import HookedModel
 from mi_hops.text.matching import ARTICLES
-from mi_hops.text.tokens import Prompt, encode, find_text, last_position
+from mi_hops.text.tokens import Prompt, encode, find_text
 
 Position = Literal["last", "first hop"]
 Keep = Literal["hops"] | Callable[[TwoHopFact], Sequence[str]] | None
@@ -291,7 +291,7 @@ def check_bridge_known(model: HookedModel, request: Request) -> None:
     if unknown in {None, *(getattr(tokenizer, f"{k}_token_id", None) for k in ("bos", "eos"))}:
         return
     prompt = encode(model, request.second_hop_prompt)
-    start, end = find_text(request.second_hop_prompt, request.bridge)
+    start, end = _span(request.second_hop_prompt, request.bridge)
     for token, (a, b) in zip(prompt.ids, prompt.offsets, strict=True):
         if token == unknown and a < end and b > start:
             raise ValueError(
@@ -300,13 +300,32 @@ def check_bridge_known(model: HookedModel, request: Request) -> None:
             )
 
 
-def key_position(prompt: Prompt, phrase: str, position: Position) -> int:
-    """The token an edit reads: the last one of the prompt, or of `phrase`."""
+def key_position(prompt: Prompt, phrase: str, position: Position, template: str = "{}") -> int:
+    """The token an edit reads: the last one of the prompt, or of `phrase`.
+
+    The phrase is looked for as `Request` does, whole words first, and only in what was put into the
+    template, whose own words may be the same.
+    """
     if position == "last":
         return prompt.last
     if not phrase:
         raise ValueError("position 'first hop' needs a request that names its first hop")
-    return last_position(prompt, phrase)
+    before, after = map(len, template.split("{}"))
+    end = before + _span(prompt.text[before : len(prompt.text) - after], phrase)[1]
+    return max(i for i, (a, b) in enumerate(prompt.offsets) if a < end and b > a)
+
+
+def _span(text: str, phrase: str) -> tuple[int, int]:
+    """Where a phrase stands in a text, case and white space aside; as whole words if it ever does.
+
+    Raises:
+        TokenError: nowhere, or several times.
+    """
+    words = r"\s+".join(map(re.escape, phrase.split()))
+    found = [m.span() for m in re.finditer(words, text, re.IGNORECASE)]
+    whole = [(a, b) for a, b in found if not re.search(r"\w", text[a - 1 : a] + text[b : b + 1])]
+    places = whole or found
+    return places[0] if len(places) == 1 else find_text(text, phrase)
 
 
 def _plain(text: str) -> str:
