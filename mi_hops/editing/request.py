@@ -91,7 +91,7 @@ class Request:
 
     def _start(self) -> int:
         """Where the first hop begins in the two-hop prompt; refuses one that is not there once."""
-        places = _places(_plain(self.first_hop), _plain(self.two_hop_prompt))
+        places = places_of(self.first_hop, self.two_hop_prompt)
         if len(places) != 1:
             how = f"appears {len(places)} times" if places else "does not appear"
             raise ValueError(
@@ -332,8 +332,9 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _places(phrase: str, text: str) -> list[int]:
-    """Where a phrase begins in a text, as whole words if it ever does."""
+def places_of(phrase: str, text: str) -> list[int]:
+    """Where a phrase begins in a text, both in plain small letters, as whole words if it ever does."""
+    phrase, text = _plain(phrase), _plain(text)
     found = [m.start() for m in re.finditer(re.escape(phrase), text)]
     ends = [(i, text[i - 1 : i] + text[i + len(phrase) : i + len(phrase) + 1]) for i in found]
     return [i for i, around in ends if not re.search(r"\w", around)] or found
