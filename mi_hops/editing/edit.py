@@ -221,9 +221,9 @@ class Edit:
                 self.apply(model, check=check)
                 yield self
             finally:
-                _unwind(model, depth)
+                unwind(model, depth)
         finally:
-            _unwind(model, depth)
+            unwind(model, depth)
 
     def is_applied(self, model: HookedModel) -> bool:
         """Whether it is applied to `model`."""
@@ -388,7 +388,7 @@ def check_weights(model: HookedModel, made_for: str, what: str = "the edit was")
     return now
 
 
-def _unwind(model: HookedModel, depth: int) -> None:
+def unwind(model: HookedModel, depth: int) -> None:
     """Undo the edits above the lowest `depth` ones, whatever else happened to those weights.
 
     After a failure it can be called again and goes on where it stopped.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mi_hops.editing.edit import WrongWeightsError
+from mi_hops.editing.edit import WrongWeightsError, applied_edits, unwind
 from mi_hops.editing.request import Asked, Request, check_templates, requests_of
 from mi_hops.editing.teaching import answer_loss, in_templates, minimise
 from mi_hops.model import HookedModel, fingerprint, require_unquantised
@@ -181,10 +181,15 @@ class FullFineTuneRepair:
 
 @contextmanager
 def _put_back(model: HookedModel) -> Iterator[dict[str, Tensor]]:
-    """Parameters are after the block what they were before it, bit for bit; gives copies of them."""
+    """Parameters are after the block what they were before it, bit for bit; gives copies of them.
+
+    Edits that were applied inside and are still there are undone as well.
+    """
+    depth = len(applied_edits(model))
     old = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def write() -> None:
+        unwind(model, depth)
         for name, p in model.named_parameters():
             p.data.copy_(old[name])
 
