@@ -80,9 +80,10 @@ class Change:
 
     def __post_init__(self) -> None:
         _kinds(self.matrix)
-        if not isinstance(self.layer, Integral) or self.layer < 0:
-            raise ValueError(f"layer is {self.layer!r}; expected a number from 0")
-        object.__setattr__(self, "layer", int(self.layer))
+        layer: Any = self.layer  # numpy's integers will do
+        if not isinstance(layer, Integral) or int(layer) < 0:
+            raise ValueError(f"layer is {layer!r}; expected a number from 0")
+        object.__setattr__(self, "layer", int(layer))
         if self.left is not None and self.left.device != self.right.device:
             raise ValueError(
                 f"factors of {self} are on {self.left.device} and {self.right.device}; expected one "

@@ -87,7 +87,8 @@ class EditorTraining:
     constraint: Constraint = "kl"
 
     def __post_init__(self) -> None:
-        given: Any = [self.layers] if isinstance(self.layers, Integral) else self.layers
+        given: Any = self.layers
+        given = [given] if isinstance(given, Integral) else given
         object.__setattr__(self, "layers", tuple(int(layer) for layer in given))
         if self.constraint not in ("kl", "norm"):
             raise ValueError(f"constraint is {self.constraint!r}; expected 'kl' or 'norm'")
