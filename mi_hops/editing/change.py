@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -79,8 +80,10 @@ class Change:
 
     def __post_init__(self) -> None:
         _kinds(self.matrix)
-        if not isinstance(self.layer, int) or self.layer < 0:
-            raise ValueError(f"layer is {self.layer!r}; expected a number from 0")
+        layer: Any = self.layer  # numpy's integers will do
+        if not isinstance(layer, Integral) or int(layer) < 0:
+            raise ValueError(f"layer is {layer!r}; expected a number from 0")
+        object.__setattr__(self, "layer", int(layer))
         if self.left is not None and self.left.device != self.right.device:
             raise ValueError(
                 f"factors of {self} are on {self.left.device} and {self.right.device}; expected one "

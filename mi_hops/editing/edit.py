@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mi_hops.editing.change import Change, merge
-from mi_hops.editing.files import load_tensors, save_tensors
+from mi_hops.editing.files import json_text, load_tensors, save_tensors
 from mi_hops.model import HookedModel, fingerprint, live_matrix, read_matrix, write_matrix
 
 _FORMAT = 1
@@ -47,8 +47,8 @@ class Edit:
         changes: one per matrix; factors in float32 or wider.
         fingerprint: of the weights it was made for (`mi_hops.model.fingerprint`).
         processing: how those weights were processed (``"fold"``, ``"centre"``) or ``"none"``.
-        request: what it was asked to do; plain JSON types.
-        settings: how it was made; plain JSON types.
+        request: what it was asked to do; plain JSON types (numpy's numbers become Python's).
+        settings: how it was made; the same.
 
     Raises:
         ValueError: no changes, two of one matrix, or a request or settings that are not JSON.
@@ -80,7 +80,7 @@ class Edit:
             )
         for name in ("request", "settings"):
             try:
-                plain = json.loads(json.dumps(dict(getattr(self, name)), allow_nan=False))
+                plain = json.loads(json_text(dict(getattr(self, name)), allow_nan=False))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name} of an edit must be plain JSON types: {error}") from error
             object.__setattr__(self, name, plain)
@@ -221,9 +221,9 @@ class Edit:
                 self.apply(model, check=check)
                 yield self
             finally:
-                _unwind(model, depth)
+                unwind(model, depth)
         finally:
-            _unwind(model, depth)
+            unwind(model, depth)
 
     def is_applied(self, model: HookedModel) -> bool:
         """Whether it is applied to `model`."""
@@ -371,17 +371,16 @@ def describe(model: HookedModel, start: int = 0) -> str:
 def check_weights(model: HookedModel, made_for: str, what: str = "the edit was") -> str:
     """Refuse weights that `what` was not made for; returns the present fingerprint.
 
-    The present weights are right, and those under all edits now applied: edits made for one model
-    may be stacked, and an edit made on an edited model goes on top.
+    The present weights are right, and those under any edit now applied: edits made for one model,
+    edited or not, may be stacked, and an edit made on an edited model goes on top.
 
     Raises:
         WrongWeightsError: with the fingerprints.
     """
     now = fingerprint(model)
-    stack = _STACKS.get(model)
-    base = stack[0].before if stack else now
-    if made_for not in (now, base):
-        under = "" if now == base else f" (under the edits applied: {base})"
+    below = list(dict.fromkeys(each.before for each in _STACKS.get(model, ())))
+    if made_for not in (now, *below):
+        under = f" (under the edits applied: {', '.join(below)})" if below else ""
         raise WrongWeightsError(
             f"{what} made for weights {made_for}, this model's are {now}{under}; make it again on "
             "this model, or load the model it was made on with the same dtype and weight processing"
@@ -389,7 +388,7 @@ def check_weights(model: HookedModel, made_for: str, what: str = "the edit was")
     return now
 
 
-def _unwind(model: HookedModel, depth: int) -> None:
+def unwind(model: HookedModel, depth: int) -> None:
     """Undo the edits above the lowest `depth` ones, whatever else happened to those weights.
 
     After a failure it can be called again and goes on where it stopped.

@@ -7,11 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from mi_hops.result.files import replacing
 
 SUFFIX = ".safetensors"
+
+
+def json_text(value: Any, *, allow_nan: bool = True) -> str:
+    """JSON of plain types and of numpy's numbers and arrays.
+
+    Raises:
+        TypeError: something else.
+        ValueError: without `allow_nan`, a number that is not finite.
+    """
+
+    def plain(other: Any) -> Any:
+        if isinstance(other, np.generic | np.ndarray):
+            return other.tolist()
+        raise TypeError(f"{type(other).__name__} is not JSON")
+
+    return json.dumps(value, default=plain, allow_nan=allow_nan)
 
 
 def save_tensors(
@@ -31,7 +48,7 @@ def save_tensors(
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(plain, {key: json.dumps(head)})
+    content = save(plain, {key: json_text(head)})
     with replacing(path, suffix=SUFFIX, overwrite=overwrite) as partial:
         partial.write_bytes(content)
     return Path(path)

@@ -152,7 +152,7 @@ def plan_request(model: HookedModel, request: Request, how: CremeSettings) -> Pl
         at = []
         for template in how.templates:
             prompt = encode(model, fill(template, text))
-            key = key_position(prompt, phrase, how.position)
+            key = key_position(prompt, phrase, how.position, template)
             extra: tuple[int, ...] = ()
             if how.cover == "answer":
                 extra = answer_ids(model, prompt, request.target)[:-1]

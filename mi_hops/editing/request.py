@@ -9,10 +9,11 @@ from textwrap import shorten
 from typing import Any, Literal
 
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.facts.hop_edits import SingleFact
+from mi_hops.facts.hop_edits import SingleFact, single_fact
+from mi_hops.facts.hops import several_texts
 from mi_hops.model import HookedModel
 from mi_hops.text.matching import ARTICLES
-from mi_hops.text.tokens import Prompt, encode, find_text, last_position
+from mi_hops.text.tokens import Prompt, encode, find_text
 
 Position = Literal["last", "first hop"]
 Keep = Literal["hops"] | Callable[[TwoHopFact], Sequence[str]] | None
@@ -38,8 +39,8 @@ class Request:
 
     Raises:
         ValueError: an empty prompt (a second-hop prompt may be left out where there is a target), a
-            second-hop prompt without bridge or the other way round, two prompts that are equal (such an edit changes nothing), a
-            bridge that does not appear in the second-hop prompt; with a first hop, one that does not
+            second-hop prompt without bridge or the other way round, two prompts that are equal (such an
+            edit changes nothing), a single text as `keep`, a bridge that does not appear in the second-hop prompt; with a first hop, one that does not
             appear in the two-hop prompt or appears there twice, or a second-hop prompt that is not
             the two-hop prompt with the bridge in its place (case, white space and an article before
             the name aside).
@@ -54,7 +55,8 @@ class Request:
     id: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(self.keep))
+        keep = several_texts(self.keep, f"edit request {self.id!r}, keep")
+        object.__setattr__(self, "keep", keep)
         second = (self.second_hop_prompt, self.bridge)
         needed = ("two_hop_prompt", *(("second_hop_prompt", "bridge") if any(second) else ()))
         for name in needed:
@@ -89,7 +91,7 @@ class Request:
 
     def _start(self) -> int:
         """Where the first hop begins in the two-hop prompt; refuses one that is not there once."""
-        places = _places(_plain(self.first_hop), _plain(self.two_hop_prompt))
+        places = places_of(self.first_hop, self.two_hop_prompt)
         if len(places) != 1:
             how = f"appears {len(places)} times" if places else "does not appear"
             raise ValueError(
@@ -141,11 +143,11 @@ class Request:
             hops = (fact.first_prompts, fact.second_prompts)
             kept = tuple(prompts[form] for prompts in hops if form in prompts)
         elif keep is not None:
-            kept = tuple(keep(fact))
+            kept = several_texts(keep(fact), f"what keep gives for fact {fact.id!r}")
         return cls(
             two_hop_prompt=fact.prompt(form),
             second_hop_prompt=fact.second_prompt(form),
-            bridge=fact.bridge,
+            bridge=single_fact(fact, "second").named,
             target=fact.answer,
             first_hop=fact.first_hop,
             keep=tuple(dict.fromkeys(kept)),
@@ -289,7 +291,7 @@ def check_bridge_known(model: HookedModel, request: Request) -> None:
     if unknown in {None, *(getattr(tokenizer, f"{k}_token_id", None) for k in ("bos", "eos"))}:
         return
     prompt = encode(model, request.second_hop_prompt)
-    start, end = find_text(request.second_hop_prompt, request.bridge)
+    start, end = _span(request.second_hop_prompt, request.bridge)
     for token, (a, b) in zip(prompt.ids, prompt.offsets, strict=True):
         if token == unknown and a < end and b > start:
             raise ValueError(
@@ -298,21 +300,41 @@ def check_bridge_known(model: HookedModel, request: Request) -> None:
             )
 
 
-def key_position(prompt: Prompt, phrase: str, position: Position) -> int:
-    """The token an edit reads: the last one of the prompt, or of `phrase`."""
+def key_position(prompt: Prompt, phrase: str, position: Position, template: str = "{}") -> int:
+    """The token an edit reads: the last one of the prompt, or of `phrase`.
+
+    The phrase is looked for as `Request` does, whole words first, and only in what was put into the
+    template, whose own words may be the same.
+    """
     if position == "last":
         return prompt.last
     if not phrase:
         raise ValueError("position 'first hop' needs a request that names its first hop")
-    return last_position(prompt, phrase)
+    before, after = map(len, template.split("{}"))
+    end = before + _span(prompt.text[before : len(prompt.text) - after], phrase)[1]
+    return max(i for i, (a, b) in enumerate(prompt.offsets) if a < end and b > a)
+
+
+def _span(text: str, phrase: str) -> tuple[int, int]:
+    """Where a phrase stands in a text, case and white space aside; as whole words if it ever does.
+
+    Raises:
+        TokenError: nowhere, or several times.
+    """
+    words = r"\s+".join(map(re.escape, phrase.split()))
+    found = [m.span() for m in re.finditer(words, text, re.IGNORECASE)]
+    whole = [(a, b) for a, b in found if not re.search(r"\w", text[a - 1 : a] + text[b : b + 1])]
+    places = whole or found
+    return places[0] if len(places) == 1 else find_text(text, phrase)
 
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _places(phrase: str, text: str) -> list[int]:
-    """Where a phrase begins in a text, as whole words if it ever does."""
+def places_of(phrase: str, text: str) -> list[int]:
+    """Where a phrase begins in a text, both in plain small letters, as whole words if it ever does."""
+    phrase, text = _plain(phrase), _plain(text)
     found = [m.start() for m in re.finditer(re.escape(phrase), text)]
     ends = [(i, text[i - 1 : i] + text[i + len(phrase) : i + len(phrase) + 1]) for i in found]
     return [i for i, around in ends if not re.search(r"\w", around)] or found

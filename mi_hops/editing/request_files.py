@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from mi_hops.editing.request import Request
+from mi_hops.editing.request import Request, places_of
 from mi_hops.facts.phrases import counterpart
 from mi_hops.facts.reading import (
     BadRow,
@@ -118,7 +118,8 @@ def load_requests(
             without one, zsRE's all, are dropped and reported.
         target: ``"new"``, the counterfactual object, or ``"true"``, the world's (zsRE: its first
             answer), which is what published tables for zsRE teach.
-        on_error: what to do with a record that lacks a field: "raise", or "drop" with a note.
+        on_error: what to do with a record that lacks a field: "raise", or "drop" with a note. A record
+            without a target, or whose prompt does not name its subject exactly once, is always dropped.
 
     Raises:
         FileNotFoundError: no such file.
@@ -185,6 +186,7 @@ def _counterfact(row: int, record: Any, target: str, second_hop: bool) -> _Read:
     keep, paraphrases = (
         _prompts(record, f"{name}_prompts") for name in ("neighborhood", "paraphrase")
     )
+    _once(subject, asked)
     request = Request(
         two_hop_prompt=asked,
         second_hop_prompt=second,
@@ -230,6 +232,7 @@ def _zsre(row: int, record: Any, target: str) -> _Read:
     span = find(subject, asked)
     if span is None:
         raise DropRow("subject not in its question", f"{subject!r} is not in {asked!r}")
+    _once(subject, asked)
     other = str(record.get("loc", "")).strip().removeprefix(_NQ)
     if other and not other.endswith("?"):
         other += "?"
@@ -247,6 +250,11 @@ def _zsre(row: int, record: Any, target: str) -> _Read:
     if other and (known := str(record.get("loc_ans", "")).strip()):
         probes.append(Probe("specificity", other, known))
     return _Read(request, tuple(probes))
+
+
+def _once(subject: str, asked: str) -> None:
+    if len(places_of(subject, asked)) > 1:
+        raise DropRow("subject twice in its prompt", f"{subject!r} is more than once in {asked!r}")
 
 
 def _needed(subject: str, answer: str) -> None:

@@ -48,6 +48,7 @@ from mi_hops.editing.request import (
     require_second_hop,
 )
 from mi_hops.editing.teaching import chunks, frozen, teacher_forced
+from mi_hops.facts.hops import several_texts
 from mi_hops.model import Hook, HookedModel, capture, device_of, hook_name, read_matrix
 from mi_hops.model.layout import pretransposed_weights
 from mi_hops.model.numeric import kl_divergence, widen
@@ -109,7 +110,7 @@ def creme_search(
     covariance: Moments,
     *,
     layers: int | Sequence[int] | None = None,
-    kept: Sequence[str] = (),
+    kept: Iterable[str] = (),
     progress: bool = False,
     **search: object,
 ) -> Edit:
@@ -143,6 +144,7 @@ def creme_search(
         (3, 4, 5)
     """
     how = JointSearch(**search)  # type: ignore[arg-type]
+    kept = several_texts(kept, "kept")
     keep: Keep = "hops" if how.own_hops else None
     requests = requests_of(asked, how.form, keep, taught=True)
     if not requests:

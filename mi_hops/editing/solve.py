@@ -52,8 +52,8 @@ def solve_keys(
             "a key is zero or not finite, or has no part in the null space that edits are held to, so "
             "no change of the weight acts on it"
         )
-    penalty = torch.full((len(a),), slack, dtype=torch.float64, device=a.device)
-    penalty[:n] = ridge
+    penalty = torch.full((len(a),), float(slack), dtype=torch.float64, device=a.device)
+    penalty[:n] = float(ridge)
     m = m + torch.diag(penalty * scale)
     # Scaled to a unit diagonal, the factor's smallest pivot measures dependence, not size.
     unit = m.diagonal().clamp_min(torch.finfo(m.dtype).tiny).rsqrt()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mi_hops.facts.hops import Hop, asked, phrase, repeated, worded
+from mi_hops.facts.hops import Hop, asked, phrase, repeated, several_texts, worded
 from mi_hops.facts.templates import Wording
 from mi_hops.result.display import shorten
 
@@ -97,7 +97,8 @@ class TwoHopFact:
                         "empty or end in white space (the answer brings its own space)"
                     )
         for name in ("paraphrases", "bridge_aliases", "answer_aliases"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            texts = several_texts(getattr(self, name), f"fact {self.id!r}, {name}")
+            object.__setattr__(self, name, texts)
 
     def _check_chain(self) -> None:
         route = " -> ".join(self.names)
@@ -177,7 +178,7 @@ class TwoHopFact:
             prompts=prompts,
             first_prompts=asked(hops, prompts, 0, at),
             second_prompts=asked(hops, prompts, at, n),
-            paraphrases=tuple(paraphrases),
+            paraphrases=several_texts(paraphrases, f"fact {id!r}, paraphrases"),
             bridge_aliases=before[-1].aliases,
             answer_aliases=after[-1].aliases,
             split=split,

@@ -7,7 +7,7 @@ twice, as it was and as it is to be, so that whatever takes facts takes the new 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -181,7 +181,7 @@ class HopEdit:
         """
         if hop != "first":
             single_fact(fact, hop)  # refuses another hop
-            after = {"answer": new, "answer_aliases": tuple(aliases)}
+            after = {"answer": new, "answer_aliases": aliases}
             return cls(before=fact, after=_changed(fact, new, {}, **after), hops=(hop,))
         if not answer:
             raise ValueError(
@@ -199,7 +199,7 @@ class HopEdit:
             prompts[form] = text[: at[0]] + new + text[at[1] :]
         changes = {
             "bridge": new,
-            "bridge_aliases": tuple(aliases),
+            "bridge_aliases": aliases,
             "answer": answer,
             "answer_aliases": (),
             "second_prompts": prompts,
@@ -208,11 +208,12 @@ class HopEdit:
 
 
 def hop_edits(
-    facts: Sequence[TwoHopFact],
+    facts: Iterable[TwoHopFact],
     hop: WhichHop,
     *,
-    pool: Sequence[TwoHopFact] | None = None,
+    pool: Iterable[TwoHopFact] | None = None,
     seed: int = 0,
+    together: bool = False,
 ) -> tuple[list[HopEdit], list[tuple[str, str]]]:
     """Edits of one hop per fact, with objects of other facts; and (id, reason) for facts without.
 
@@ -220,14 +221,17 @@ def hop_edits(
     pool must also have the second hop, so that the new chain's answer is known; for the second hop,
     the object is the answer. Old and new answer differ, the new object is not the subject (a new answer
     not the bridge either), and no prompt names a new bridge. A single fact gets one new
-    object, however many of the facts share it; facts whose chain cannot follow it are left out, so that
-    all edits can be made in one model.
+    object, however many of the facts share it; facts whose chain cannot follow it are left out. Still,
+    one edit of the list may change the hop of another chain that this one leaves alone, whose answer
+    (`HopEdit.after`) is then another where both are made in one model; see `together`.
 
     Args:
         facts: the chains of which one hop is edited.
         hop: which.
         pool: facts that objects are taken from; default `facts`.
         seed: of the draw, single fact by single fact, whatever else is in the list.
+        together: also leave out, in favour of facts earlier in the list, whatever would make an answer
+            wrong in one model with all edits.
 
     Raises:
         ValueError: another hop than ``"first"`` or ``"second"``.
@@ -241,6 +245,7 @@ def hop_edits(
     """
     # A fact lends its answer to those of its second relation; a new bridge is lent by a fact that
     # leads on from it by the second relation that is asked for.
+    facts = list(facts)
     objects: dict[str, set[str]] = {}
     lenders: dict[tuple[str, str], TwoHopFact] = {}
     for fact in facts if pool is None else pool:
@@ -249,6 +254,7 @@ def hop_edits(
             objects.setdefault(single.relation, set()).add(plain(single.object))
             lenders.setdefault((plain(single.object), fact.relation2), fact)
     given: dict[tuple[str, str], str] = {}
+    relied_on: set[tuple[str, str]] = set()  # the other hops of the chains taken
     edits: list[HopEdit] = []
     left_out: list[tuple[str, str]] = []
     for fact in facts:
@@ -261,14 +267,24 @@ def hop_edits(
         if single.key in given:
             names = [name for name in names if name == given[single.key]]
         found = (lenders.get((name, fact.relation2)) for name in names)
-        donor = next((d for d in found if d is not None and _fits(fact, d, hop)), None)
+        donor, clash = None, False
+        for lender in found:
+            if lender is not None and _fits(fact, lender, hop):
+                other = _other_hop(fact, lender, hop)
+                if not (together and (single.key in relied_on or other in given)):
+                    donor = lender
+                    break
+                clash = True
         if donor is None:
             why = "no other object of its relation leads to a known answer"
             if single.key in given:
                 why = "the object that this single fact was given leads to no other known answer"
+            if clash:
+                why = "in one model with an edit before it, its answer or that one's would be wrong"
             left_out.append((fact.id, why))
             continue
         given[single.key] = plain(single_fact(donor, hop).object)
+        relied_on.add(_other_hop(fact, donor, hop))
         edits.append(_taken(fact, donor, hop))
     return edits, left_out
 
@@ -292,6 +308,11 @@ def _fits(fact: TwoHopFact, donor: TwoHopFact, hop: WhichHop) -> bool:
         or new_bridge.says(fact.subject)
         or any(find(donor.bridge, text) for text in (*fact.prompts.values(), *fact.paraphrases))
     )
+
+
+def _other_hop(fact: TwoHopFact, donor: TwoHopFact, hop: WhichHop) -> tuple[str, str]:
+    """Key of the hop of the new chain that is not edited."""
+    return single_fact(donor, "second").key if hop == "first" else single_fact(fact, "first").key
 
 
 def _taken(fact: TwoHopFact, donor: TwoHopFact, hop: WhichHop) -> HopEdit:

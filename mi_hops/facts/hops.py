@@ -9,13 +9,24 @@ follows by putting a name in the place of its description, or the other way roun
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mi_hops.facts.templates import Wording, capitalise, first_hop_phrase, prompts_about
 
 _ARTICLE = "the "
+
+
+def several_texts(texts: Iterable[str], what: str) -> tuple[str, ...]:
+    """The texts as a tuple; refuses a single one, which would fall into its characters.
+
+    Raises:
+        ValueError: a string.
+    """
+    if isinstance(texts, str):
+        raise ValueError(f"{what}: got the text {texts!r}; expected a list of texts, [{texts!r}]")
+    return tuple(texts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +51,7 @@ class Hop:
     in_text: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "aliases", tuple(self.aliases))
+        object.__setattr__(self, "aliases", several_texts(self.aliases, "aliases of a hop"))
 
     @property
     def text(self) -> str:

@@ -19,6 +19,9 @@ from mi_hops.facts.fact import TwoHopFact
 from mi_hops.injection.encodings import memory_prompt
 from mi_hops.model import HookedModel
 
+# How byte-level and SentencePiece vocabularies write the space before a word.
+_SPACE = "Ġ▁"
+
 #: Built-in memories. ``norm_matched`` is not a text: a random direction of the bridge vector's length.
 CONTROLS = ("random_word", "permuted_bridge", "answer", "norm_matched")
 
@@ -188,18 +191,24 @@ def _random_words(
 
 
 def whole_words(model: HookedModel) -> list[str]:
-    """Tokens that are words by themselves: letters only, and one token again when tokenised."""
+    """Tokens that are words by themselves: letters only, and one token again when tokenised.
+
+    Where the vocabulary marks the space before a word, what stands without it may be a part of a
+    word and is none of them. A vocabulary without a word of letters only gives those with digits.
+    """
     tokenizer = model.tokenizer
     special = set(tokenizer.all_special_ids)
-    texts = tokenizer.batch_decode([[i] for i in range(min(len(tokenizer), model.cfg.d_vocab))])
-    words = dict.fromkeys(
-        text.strip() for i, text in enumerate(texts) if i not in special and text.strip().isalnum()
-    )
-    ids = tokenizer(list(words), add_special_tokens=False)["input_ids"] if words else []
+    ids = [i for i in range(min(len(tokenizer), model.cfg.d_vocab)) if i not in special]
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    marked = [i for i, token in zip(ids, tokens, strict=True) if token and token[0] in _SPACE]
+    texts = tokenizer.batch_decode([[i] for i in marked or ids])
+    words = list(dict.fromkeys(text.strip() for text in texts if text.strip().isalnum()))
+    words = [word for word in words if word.isalpha()] or words
+    again = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
     unknown = tokenizer.unk_token_id
     return [
         word
-        for word, found in zip(words, ids, strict=True)
+        for word, found in zip(words, again, strict=True)
         if len(found) == 1 and found[0] != unknown
     ]
 

@@ -228,10 +228,10 @@ class Hopland:
         ]
 
     def sample(self, *, train: int = 500, held_out: int = 450, seed: int = 0) -> list[TwoHopFact]:
-        """A seeded sample of two-hop facts for a study, keeping all facts of a first hop together.
+        """A seeded sample of two-hop facts for a study, drawn first hop by first hop.
 
-        All held-out questions of a drawn first hop come together, so that a question has others
-        with the same first hop beside it. First hops are drawn until every held-out split but
+        A held-out split takes all its questions of a drawn first hop or, once it is full, none of
+        them, so that a question has others with the same first hop beside it. First hops are drawn until every held-out split but
         ``both_unseen`` has `held_out` questions (or all there are); `train` trained questions of
         the drawn first hops are added.
         """

@@ -14,10 +14,12 @@ from mi_hops.editing import (
     Request,
     SingularError,
     creme,
+    creme_joint,
     default_layers,
     edit_hooks,
     second_moments,
 )
+from mi_hops.facts import load_chains, load_geo
 from mi_hops.model import capture, dtype_of, forward, hook_name, read_matrix, write_matrix
 from mi_hops.sweep.repair import Repair, Rows
 from mi_hops.text.tokens import encode, pad
@@ -256,10 +258,14 @@ def test_works_beside_edits_that_are_applied(wide, facts):
     first = paper(wide, facts[0], layers=[1], templates=("{}",))
     with first.applied(wide):
         second = paper(wide, facts[1], layers=[1], templates=("{}",))
+        third = paper(wide, facts[2], layers=[1], templates=("{}",))
         want = last_mean(wide, [facts[1].second_prompt()], "attn_out", 1)
     assert second.fingerprint != first.fingerprint
     with pytest.raises(ValueError, match="made for weights"):
         second.apply(wide)
+    assert third.fingerprint == second.fingerprint  # both made on the once edited model
+    with first.applied(wide), third.applied(wide), second.applied(wide):
+        pass
     with first.applied(wide), second.applied(wide):
         got = last_mean(wide, [facts[1].prompt()], "attn_out", 1)
         torch.testing.assert_close(got, want)
@@ -327,8 +333,14 @@ def request_with(**changes):
         ),
         (lambda: Request.from_slot("w3 w4", first_hop="w5", bridge="w6"), "exactly one slot"),
         (lambda: Request.from_slot("{} w3 {}", first_hop="w5", bridge="w6"), "exactly one slot"),
+        (lambda: request_with(keep="w7 w8"), "keep: got the text 'w7 w8'"),
+        (
+            lambda: Request.from_fact(make_fact(), keep=lambda fact: fact.first_prompt()),
+            "what keep gives for fact 'f0': got the text",
+        ),
     ],
-    ids="null no-bridge empty no-first-hop two-first-hops before behind no-slot two-slots".split(),
+    ids="null no-bridge empty no-first-hop two-first-hops before behind no-slot two-slots text "
+    "function".split(),
 )
 def test_requests_that_cannot_be_met(make, words):
     with pytest.raises(ValueError, match=words):
@@ -350,6 +362,16 @@ def test_case_articles_and_longer_words_are_no_other_question(
     Request(
         two_hop_prompt=two_hop, second_hop_prompt=second_hop, bridge=bridge, first_hop=first_hop
     )
+
+
+@pytest.mark.parametrize(
+    "facts", [load_geo(), [c.at(1) for c in load_chains()]], ids=["geo", "chains"]
+)
+def test_every_bundled_fact_makes_a_request_in_every_form(facts):
+    for fact in facts:
+        for form in fact.prompts:
+            named = Request.from_fact(fact, form).bridge
+            assert named == fact.meta.get("in_text", {}).get("bridge", fact.bridge)
 
 
 @pytest.mark.parametrize(
@@ -387,9 +409,15 @@ def test_a_fact_without_a_second_hop_prompt(tiny):
         paper(tiny, bare, layers=[1])
 
 
-def test_layers_may_be_numpys(tiny, fact):
+def test_numbers_may_be_numpys(tiny, fact, facts):
     for given in (np.int64(1), np.array([1])):
         assert creme(tiny, fact, layers=given).layers == (1,)
+    half = creme(tiny, fact, layers=1, strength=np.float32(0.5))
+    assert (
+        half.equals(creme(tiny, fact, layers=1, strength=0.5)) and half.settings["strength"] == 0.5
+    )
+    joint = creme_joint(tiny, facts[:2], layers=1, ridge=np.float32(0.5))
+    assert joint.equals(creme_joint(tiny, facts[:2], layers=1, ridge=0.5))
 
 
 def test_singular_covariance(tiny, fact):

@@ -7,6 +7,7 @@ import os
 from copy import deepcopy
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -376,6 +377,8 @@ def test_bad_edits():
         Change("W_O", 0, None, torch.ones(2, 2, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="unknown matrix 'W_Q'"):
         Change("W_Q", 0, None, torch.ones(2, 2))
+    with pytest.raises(ValueError, match="plain JSON"):
+        Edit(method="x", changes=(change,), fingerprint="", settings={"a": np.float32("nan")})
     with pytest.raises(ValueError, match="layer is -1; expected a number from 0"):
         Change("W_O", -1, None, torch.ones(2, 2))
 

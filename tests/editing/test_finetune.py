@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mi_hops.editing import EditRepair, OnTop, WrongWeightsError, creme
+from mi_hops.editing import EditRepair, OnTop, WrongWeightsError, applied_edits, creme
 from mi_hops.editing.baselines import FullFineTuneRepair, finetune_full
 from mi_hops.editing.baselines.finetune import FineTuneRepair, LoraRepair, finetune_many
 from mi_hops.editing.teaching import answer_loss, teacher_forced
@@ -79,7 +79,9 @@ def test_full_fine_tuning_moves_everything_and_is_undone_bit_for_bit(tiny, facts
     for name, value in alone.values.items():
         assert torch.equal(value, tuned[1].values[name])
     with pytest.raises(KeyError), tuned[0].applied(tiny):
+        creme(tiny, facts[2], layers=[1]).apply(tiny)
         raise KeyError
+    assert applied_edits(tiny) == ()
     assert_same_bits(tiny, before)
 
 
@@ -136,9 +138,24 @@ def test_full_fine_tuning_refusals(tiny, load_tiny, facts):
     with pytest.raises(ValueError, match="above 0"):
         finetune_full(tiny, facts, steps=0)
     (tuned,) = finetune_full(tiny, facts[:1], steps=1)
+    with pytest.raises(ValueError, match="float16"):
+        finetune_full(load_tiny("gpt2", "bridge", "float16"), facts[:1], steps=1)
     other = load_tiny("llama32", "bridge")
     with pytest.raises(WrongWeightsError, match="tuned from weights"), tuned.applied(other):
         pass
+
+
+def test_full_fine_tuning_gives_no_weights_that_are_not_finite(load_tiny, fact, monkeypatch):
+    model = load_tiny("gpt2", "bridge")
+    before = weights(model)
+    monkeypatch.setattr(
+        torch.optim.Adam,
+        "step",
+        lambda self: self.param_groups[0]["params"][0].data.fill_(torch.nan),
+    )
+    with pytest.raises(ValueError, match="not finite after tuning"):
+        finetune_full(model, [fact], steps=1)
+    assert_same_bits(model, before)
 
 
 @pytest.mark.slow
@@ -156,8 +173,14 @@ def test_lora_edits_are_what_peft_taught(load_tiny, checkpoints, facts, shape, b
     assert all(c.rank == 3 for c in edits[0].changes)
     for old, new in losses(model, facts[:2], edits):
         assert new < old - 2
-    again = repair.fit(model, facts[1:2])  # the seed starts afresh with each fit
-    assert not torch.equal(again[0].changes[0].right, edits[0].changes[0].right)
+
+
+def test_a_lora_edit_does_not_depend_on_those_before_it(load_tiny, checkpoints, facts):
+    pytest.importorskip("peft")
+    repair = LoraRepair(checkpoints["gpt2"], layers=1, steps=2, lr=0.05)
+    model = load_tiny("gpt2", "bridge")
+    (_, second), (alone,) = repair.fit(model, facts[:2]), repair.fit(model, facts[1:2])
+    assert second.equals(alone)
 
 
 def test_the_adapter_and_the_edit_give_the_same_logits(load_tiny, checkpoints, fact, monkeypatch):

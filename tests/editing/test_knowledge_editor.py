@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from mi_hops.editing import WrongWeightsError
+from mi_hops.editing.baselines import finetune_many
 from mi_hops.editing.baselines.knowledge_editor import (
     EditorTraining,
     KnowledgeEditor,
@@ -155,6 +157,19 @@ def test_training_makes_edits_that_work(load_tiny, tmp_path):
         KnowledgeEditor.load(tmp_path / "junk", model)
 
 
+def test_an_editor_read_under_an_edit_is_of_the_weights_it_was_trained_on(
+    load_tiny, facts, tmp_path
+):
+    model = load_tiny("llama", "bridge")
+    editor = KnowledgeEditor(model, EditorTraining(layers=np.arange(1, 2), width=np.int64(4)))
+    path = editor.save(tmp_path / "editor.safetensors")
+    with finetune_many(model, facts[:1], layers=1, steps=1)[0].applied(model):
+        loaded = KnowledgeEditor.load(path, model)
+    assert loaded.fingerprint == editor.fingerprint
+    want, got = (each.edits(model, facts[1:2])[0] for each in (editor, loaded))
+    assert got.equals(want)
+
+
 def test_one_seed_one_editor(load_tiny):
     model = load_tiny("llama", "bridge")
     made = [
@@ -173,6 +188,10 @@ def test_unrelated_facts_share_no_entity():
     assert {unrelated(fact, new, pool, rng).id for _ in range(20)} == {"far"}
     with pytest.raises(ValueError, match="none is unrelated to 'f0'"):
         unrelated(fact, new, pool[:3], rng)
+
+
+def test_one_layer_may_be_a_number():
+    assert EditorTraining(layers=1) == EditorTraining(layers=(1,))
 
 
 def test_refusals(tiny):

@@ -98,10 +98,12 @@ def test_the_codebooks_rule():
     assert book.learn(vector(0, 0), vector(1, 1), "a", 1.0) == "add"
     assert book.learn(vector(5, 0), vector(2, 2), "b", 1.0) == "add"
     assert book.learn(vector(0, 1.5), vector(3, 3), "a", 1.0) == "expand"
-    assert book.radii == [1.5, 1.0] and len(book.keys) == 2
+    assert book.radii == pytest.approx([1.5, 1.0], rel=2e-5) and len(book.keys) == 2
+    assert book.lookup(vector(0, 1.500001)) is not None  # the same prompt run alone
+    expanded = book.radii[0]
     assert torch.equal(book.lookup(vector(0, 1.5)), vector(1, 1))
     assert book.learn(vector(0, 0.5), vector(9, 9), "a", 1.0) == "expand"
-    assert book.radii[0] == 1.5  # it never shrinks by expanding
+    assert book.radii[0] == expanded  # it never shrinks by expanding
     assert book.learn(vector(0, 2), vector(4, 4), "c", 1.0) == "split"
     assert book.radii == [1.0, 1.0, 1.0]
     for state, value in (((0, 0.4), 1), ((0, 1.6), 4), ((5.5, 0), 2)):
@@ -210,3 +212,9 @@ def test_grace_refusals(tiny, facts):
         GraceRepair(layer=0, radius=-1.0)
     with pytest.raises(ValueError, match="out of range"):
         GraceRepair(layer=5).fit(tiny, facts)
+    two = [Request(two_hop_prompt="w3 w4", target=answer, id=answer) for answer in ("w5", "w6")]
+    quick = {"layer": 1, "steps": 1}
+    with pytest.raises(ValueError, match="'w5' and 'w6' contradict one another"):
+        GraceRepair(**quick).fit(tiny, two)
+    assert len(GraceRepair(**quick, shared=False).fit(tiny, two)) == 2
+    assert GraceRepair(**quick).fit(tiny, []) == []

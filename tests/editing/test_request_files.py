@@ -93,6 +93,16 @@ def test_records_that_ask_for_nothing_are_counted(tmp_path):
     assert [n.reason for n in requests.dropped] == ["no target", "subject not in its question"]
 
 
+def test_a_prompt_that_names_its_subject_again_is_dropped(tmp_path):
+    rewrite = COUNTERFACT["requested_rewrite"] | {
+        "prompt": "The language of {} was",
+        "subject": "Language",
+    }
+    twice = ZSRE | {"src": "Which town is Quill Mill in, Quill Mill?"}
+    requests = load_requests(write(tmp_path, COUNTERFACT | {"requested_rewrite": rewrite}, twice))
+    assert [n.reason for n in requests.dropped] == ["subject twice in its prompt"] * 2
+
+
 def test_malformed_records(tmp_path):
     with pytest.raises(FactsFileError, match=r"record 0: no field 'src'"):
         load_requests(write(tmp_path, without(ZSRE, "src")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from mi_hops.editing.baselines.rome import (
     search_values,
     teach_requests,
 )
+from mi_hops.editing.request import key_position
 from mi_hops.editing.teaching import answer_loss, last_logp, teacher_forced
 from mi_hops.facts.templates import capitalise
 from mi_hops.model import capture, hook_name
@@ -102,6 +104,33 @@ def test_the_target_becomes_likely_and_the_model_stays(tiny, facts):
             old = answer_loss(tiny, batch).item()
             with edit.applied(tiny):
                 assert answer_loss(tiny, batch).item() < old - 1
+
+
+@pytest.mark.parametrize(
+    "template, text, phrase, want",
+    [
+        ("w5 is late. {}", "w3 w5 w0", "w5", 5),  # not the template's own
+        ("{}", "w3 w5 w50 w0", "w5", 2),  # nor a part of a longer word
+        ("w4 {} w5", "w3  W5\tw6 w0", "w5 w6", 4),  # case and white space aside
+        ("{}", "w50 w0", "w5", 1),
+    ],
+)
+def test_the_key_is_at_the_first_hop_as_the_request_has_it(load_tiny, template, text, phrase, want):
+    model = load_tiny("gpt2", "bridge")
+    request = Request(two_hop_prompt=text, first_hop=phrase, target="w7")
+    how = ValueSearch(templates=("{}", template))
+    batch, place = teach_requests(model, [request], how)
+    assert place.position.tolist()[1] == want, batch.prompts[1].labels
+    assert key_position(batch.prompts[1], phrase, "first hop", template) == want
+
+
+def test_numbers_may_be_numpys(load_tiny, fact):
+    model = load_tiny("gpt2", "bridge")
+    one, other = (
+        rome(model, fact, layer=number(1), steps=number(2), templates=("{}",))
+        for number in (int, np.int64)
+    )
+    assert other.equals(one) and other.settings == one.settings
 
 
 @pytest.mark.slow

@@ -179,7 +179,9 @@ def test_what_is_close_enough_is_not_moved(tiny, facts):
 def test_the_same_seed_draws_the_same_rows(tiny, facts):
     c = second_moments(tiny, TEXTS, layers=[2])
     given = {"layers": 2, "steps": 3, "rows": 2, "kept": TEXTS}
-    a, b, other = (creme_search(tiny, facts, c, seed=s, **given) for s in (0, 0, 1))
+    a, other = (creme_search(tiny, facts, c, seed=s, **given) for s in (0, 1))
+    b = creme_search(tiny, facts, c, seed=0, **(given | {"kept": iter(TEXTS)}))
+    assert b.settings["kept"] == len(TEXTS)
     assert torch.equal(a.changes[0].delta(), b.changes[0].delta())
     assert not torch.equal(a.changes[0].delta(), other.changes[0].delta())
 
@@ -203,5 +205,7 @@ def test_bad_input(tiny, facts, options, words):
         creme_search(tiny, facts, c, **({"layers": [1]} | options))
     with pytest.raises(ValueError, match="no facts"):
         creme_search(tiny, [], c, layers=[1])
+    with pytest.raises(ValueError, match="kept: got the text 'w3 w4'"):
+        creme_search(tiny, facts, c, layers=[1], kept="w3 w4")
     with pytest.raises(ValueError, match="'' has no second-hop prompt"):
         creme_search(tiny, [Request(two_hop_prompt="w3 w4", target="w5")], c, layers=[1])

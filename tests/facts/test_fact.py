@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mi_hops.facts import TwoHopFact
+from mi_hops.facts import Hop, TwoHopFact
 
 MISERY = {
     "id": "misery",
@@ -48,6 +48,14 @@ def test_a_bridge_that_is_the_answer_is_refused_whatever_its_case():
 def test_a_prompt_that_is_empty_or_ends_in_white_space_is_refused(table, text):
     with pytest.raises(ValueError, match=rf"{table}\['suffix'\]"):
         TwoHopFact(**{**MISERY, table: {"suffix": text}})
+
+
+@pytest.mark.parametrize("field", ["paraphrases", "bridge_aliases", "answer_aliases"])
+def test_a_text_where_a_list_of_texts_belongs_is_refused(field):
+    with pytest.raises(ValueError, match=rf"'misery', {field}: got the text 'USA'.*\['USA'\]"):
+        TwoHopFact(**MISERY, **{field: "USA"})
+    with pytest.raises(ValueError, match="aliases of a hop: got the text 'USA'"):
+        Hop(relation="r", object="US", aliases="USA")
 
 
 def test_a_fact_needs_a_prompt():

@@ -65,6 +65,21 @@ def test_a_single_fact_gets_one_object_whatever_else_is_in_the_list(chains, hop)
     }
 
 
+@pytest.mark.parametrize("hop", ["first", "second"])
+def test_edits_for_one_model_leave_each_others_other_hop_alone(chains, hop):
+    def wrong(edits):
+        """Chains whose unedited hop another edit changes."""
+        taught = {single.key for edit in edits for single in edit.singles}
+        other = "second" if hop == "first" else "first"
+        return [e for e in edits if single_fact(e.after, other).key in taught]
+
+    assert wrong(hop_edits(chains, hop)[0])
+    edits, left_out = hop_edits(iter(chains), hop, together=True)
+    assert len(edits) > 20 and not wrong(edits)
+    assert len(edits) + len(left_out) == len(chains)
+    assert any("in one model" in why for _, why in left_out)
+
+
 def test_names_in_running_text_follow_the_new_objects():
     facts = load_geo()
     edits, _ = hop_edits(facts[:300], "first", pool=facts)
@@ -114,8 +129,9 @@ def test_an_object_of_ones_own(chains):
             ),
             "does not name the bridge",
         ),
+        (lambda f: HopEdit.of(f, "second", "X", aliases="XY"), "got the text 'XY'"),
     ],
-    ids="old alias old-bridge no-answer hop moved other-question none unnamed".split(),
+    ids="old alias old-bridge no-answer hop moved other-question none unnamed text".split(),
 )
 def test_edits_that_are_none(chains, make, words):
     with pytest.raises(ValueError, match=words):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.injection import (
@@ -196,6 +199,17 @@ def test_controls(load_tiny):
         assert texts["permuted_bridge"][i] in {f.bridge for f in FACTS} - {item.bridge}
     assert texts == Controls(names, seed=3).texts(model, FACTS)
     assert texts != Controls(names, seed=4).texts(model, FACTS)
+
+
+def test_random_words_are_whole_and_of_letters():
+    tokens = ["<s>", *"abcdeĠ2", "Ġa", "Ġab", "ab", "cd", "Ġ2"]
+    merges = [("Ġ", "a"), ("Ġa", "b"), ("a", "b"), ("c", "d"), ("Ġ", "2")]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
+    model = SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(d_vocab=len(tokens)))
+    assert whole_words(model) == ["a", "ab"]  # "cd" and "e" only ever stand inside a word
 
 
 def test_norm_matched_vectors_have_the_lengths_and_no_direction_in_common(load_tiny):

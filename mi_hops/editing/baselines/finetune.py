@@ -178,7 +178,7 @@ def lora_many(
         form: of the prompts taught.
         templates: contexts the loss is averaged over.
         steps, lr: of Adam.
-        seed: of the adapters' random half.
+        seed: of the adapters' random half, the same for each fact.
 
     Raises:
         ValueError: `peft` is not installed (the extra ``edit``), a checkpoint of other weights or of
@@ -233,10 +233,9 @@ def lora_many(
         "lr": lr,
         "seed": seed,
     }
-    generator = torch.Generator().manual_seed(seed)
     edits = []
     for request in requests:
-        _reset(adapted, generator)
+        _reset(adapted, torch.Generator().manual_seed(seed))  # whatever requests came before
         _teach(adapted, model, request, templates, steps, lr)
         changes = _changes(adapted, family)
         edits.append(editable.edit("lora", request.to_dict(), changes, settings))

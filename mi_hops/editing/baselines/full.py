@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mi_hops.editing.edit import WrongWeightsError
+from mi_hops.editing.edit import WrongWeightsError, applied_edits, unwind
 from mi_hops.editing.request import Asked, Request, check_templates, requests_of
 from mi_hops.editing.teaching import answer_loss, in_templates, minimise
 from mi_hops.model import HookedModel, fingerprint, require_unquantised
@@ -93,7 +93,7 @@ def finetune_full(
 
     Raises:
         ValueError: a number of steps or a rate that is not positive, requests without target, weights
-            that are quantised, or a loss that is not finite.
+            that are quantised or in float16, or a loss or a tuned weight that is not finite.
 
     Examples:
         >>> import mi_hops
@@ -106,9 +106,14 @@ def finetune_full(
     """
     if steps < 1 or lr <= 0:
         raise ValueError(f"steps {steps}, lr {lr}; expected both above 0")
+    if any(p.dtype == torch.float16 for p in model.parameters()):
+        raise ValueError(
+            "the weights are in float16, whose range is too small for Adam (it would divide by 0); load "
+            "the model with dtype='bfloat16' or 'float32'"
+        )
     requests = requests_of(asked, form, taught=True)
     check_templates(templates)
-    settings = {"templates": list(templates), "steps": steps, "lr": lr}
+    settings = {"templates": list(templates), "steps": int(steps), "lr": float(lr)}
     made_for = fingerprint(model)
     return [
         TunedWeights(_tuned(model, r, settings), made_for, r.to_dict(), settings) for r in requests
@@ -132,6 +137,11 @@ def _tuned(model: HookedModel, request: Request, how: Mapping[str, Any]) -> dict
                 p.requires_grad_(True)
             minimise(list(named.values()), loss, steps=how["steps"], lr=how["lr"])
             moved = [name for name, p in named.items() if not torch.equal(p, old[name])]
+            if wrong := [name for name in moved if not torch.isfinite(named[name]).all()]:
+                raise ValueError(
+                    f"{', '.join(wrong[:3])} ({len(wrong)} parameters in all) are not finite after tuning; "
+                    f"lower lr ({how['lr']})"
+                )
             return {name: named[name].detach().clone() for name in moved}
         finally:
             for name, p in named.items():
@@ -171,10 +181,15 @@ class FullFineTuneRepair:
 
 @contextmanager
 def _put_back(model: HookedModel) -> Iterator[dict[str, Tensor]]:
-    """Parameters are after the block what they were before it, bit for bit; gives copies of them."""
+    """Parameters are after the block what they were before it, bit for bit; gives copies of them.
+
+    Edits that were applied inside and are still there are undone as well.
+    """
+    depth = len(applied_edits(model))
     old = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def write() -> None:
+        unwind(model, depth)
         for name, p in model.named_parameters():
             p.data.copy_(old[name])
 

@@ -7,7 +7,7 @@ The rule for a prompt that is answered wrongly, codebook included, with state h,
 the distance to the nearest key i::
 
     no entry, or d > radius_i + radius:  add (h, value, radius, y)
-    the same answer:                     radius_i <- max(radius_i, d)
+    the same answer:                     radius_i <- max(radius_i, d), a hair more for d's rounding
     another answer:                      radius_i <- d/2, and add (h, value, d/2, y)
 
 A prompt that is answered correctly already is not learned. (The paper's text lets the same answer add
@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_hops.editing.passes import activations
-from mi_hops.editing.request import Asked, Request, requests_of
+from mi_hops.editing.request import Asked, Request, check_together, requests_of
 from mi_hops.editing.teaching import (
     alike_in_length,
     answer_loss,
@@ -38,6 +38,9 @@ from mi_hops.model import Hook, HookedModel, dtype_of, hook_name, require_hooks,
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.sweep.repair import LateHooks, Rows
 from mi_hops.text.tokens import encode, pad
+
+# More than float32 rounds, and nothing to a distance between prompts.
+_HAIR = 1 + 1e-5
 
 
 @dataclass(repr=False)
@@ -67,7 +70,8 @@ class Codebook:
             distance, i = self.nearest(state)
             if distance <= self.radii[i] + radius:
                 if self.answers[i] == answer:
-                    self.radii[i] = max(self.radii[i], distance)
+                    # Run in another batch, the same prompt's state differs by rounding.
+                    self.radii[i] = max(self.radii[i], distance * _HAIR)
                     return "expand"
                 self.radii[i] = distance / 2
                 self._add(state, value, distance / 2, answer)
@@ -140,10 +144,19 @@ class GraceRepair:
 
     @torch.inference_mode(False)  # gradients are taken, whatever the caller is in
     def fit(self, model: HookedModel, facts: Sequence[Asked]) -> list[Codebook]:
-        """One codebook per fact (or one shared by all); facts already known add nothing."""
+        """One codebook per fact (or one shared by all); facts already known add nothing.
+
+        Raises:
+            ValueError: requests without target, or a shared codebook that is to give one prompt two
+                answers.
+        """
         requests = requests_of(facts, self.form, taught=True)
+        if self.shared:
+            check_together(requests)
         require_layers(model, [self.layer])
         require_hooks(model, self._ends)
+        if not requests:
+            return []
         states, values, known = self._search(model, requests)
         one = Codebook(self.layer)
         books = [one if self.shared else Codebook(self.layer) for _ in requests]

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -65,7 +66,7 @@ class EditorTraining:
     """How the hypernetwork is built and trained.
 
     Attributes:
-        layers, matrix: what it edits.
+        layers, matrix: what it edits; one layer or several.
         width: of the LSTM, each way.
         steps, batch_size, lr: of Adam.
         margin: m above, in nats, or in units of the norm of all edited matrices.
@@ -86,7 +87,9 @@ class EditorTraining:
     constraint: Constraint = "kl"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
+        given: Any = self.layers
+        given = [given] if isinstance(given, Integral) else given
+        object.__setattr__(self, "layers", tuple(int(layer) for layer in given))
         if self.constraint not in ("kl", "norm"):
             raise ValueError(f"constraint is {self.constraint!r}; expected 'kl' or 'norm'")
         numbers = (self.width, self.steps, self.batch_size, self.lr, self.margin, self.scale)
@@ -140,7 +143,7 @@ class KnowledgeEditor:
         with torch.random.fork_rng():
             torch.manual_seed(how.seed)
             shapes = [(w.shape[0], w.shape[1]) for w in weights]
-            self.network = _Network(int(model.cfg.d_model), shapes, how.width)
+            self.network = _Network(int(model.cfg.d_model), shapes, int(how.width))
         self.network.to(weights[0].device)
 
     # -- use -------------------------------------------------------------------------------------
@@ -267,7 +270,12 @@ class KnowledgeEditor:
             ValueError: another suffix.
             FileExistsError: the file exists, and `overwrite` is off.
         """
-        head = {"fingerprint": self.fingerprint, "how": asdict(self.how), "log": self.log}
+        head = {
+            "fingerprint": self.fingerprint,
+            "how": asdict(self.how),
+            "log": self.log,
+            "norms": self._norms,
+        }
         return save_tensors(path, _KEY, head, self.network.state_dict(), overwrite)
 
     @classmethod
@@ -284,6 +292,10 @@ class KnowledgeEditor:
         editor = cls(model, EditorTraining(**head["how"]))
         editor.network.load_state_dict(state)
         editor.log = head["log"]
+        # Edits may lie on the model now; it is of the weights under them that the editor knows.
+        editor.fingerprint = head["fingerprint"]
+        editor._editable = replace(editor._editable, fingerprint=editor.fingerprint)
+        editor._norms = head.get("norms", editor._norms)  # older files have none
         return editor
 
 

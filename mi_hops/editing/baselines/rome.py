@@ -278,9 +278,10 @@ def teach_requests(
     """Each request's prompt in every template with its target, and the places of the keys."""
     batch = in_templates(model, requests, how.templates)
     facts = repeat(torch.arange(len(requests)), "fact -> (fact t)", t=len(how.templates))
+    templates = how.templates * len(requests)
     positions = [
-        key_position(prompt, requests[i].first_hop, how.position)
-        for i, prompt in zip(facts.tolist(), batch.prompts, strict=True)
+        key_position(prompt, requests[i].first_hop, how.position, template)
+        for i, prompt, template in zip(facts.tolist(), batch.prompts, templates, strict=True)
     ]
     return batch, Place(facts, torch.tensor(positions))
 
@@ -298,4 +299,4 @@ def _essence(request: Request) -> str:
 def _tail(prompt: Prompt, request: Request) -> int:
     """Tokens of the essence prompt after the first hop."""
     phrase = request.first_hop or request.two_hop_prompt
-    return prompt.last - key_position(prompt, capitalise(phrase), "first hop")
+    return prompt.last - key_position(prompt, capitalise(phrase), "first hop", "{} is")
