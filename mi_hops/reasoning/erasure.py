@@ -21,7 +21,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -193,7 +193,7 @@ def erase_bridge(
     facts: Sequence[TwoHopFact],
     *,
     form: str | None = None,
-    variants: Sequence[Variant] = ("published", "exact"),
+    variants: Variant | Sequence[Variant] = ("published", "exact"),
     layers: Sequence[int] | None = None,
     controls: int = 3,
     recheck: float = 10.0,
@@ -208,7 +208,7 @@ def erase_bridge(
         controls: entities erased instead of the bridge, each another fact's bridge with as many
             tokens and none of them the bridge's, the answer's or the prompt's (random tokens where
             there are too few such entities); their values are averaged.
-        variants: forms of the erasure (see the module's description).
+        variants: forms of the erasure, one or several (see the module's description).
         limits: facts and rows in one pass.
 
     Returns:
@@ -220,7 +220,7 @@ def erase_bridge(
 
     Raises:
         NoUsableFactError: no fact can be used.
-        ValueError: a bad layer, or no control.
+        ValueError: a bad layer, unknown or repeated variants, or no control.
 
     Examples:
         >>> import mi_hops
@@ -234,6 +234,10 @@ def erase_bridge(
     require_layers(model, layers)
     if controls < 1:
         raise ValueError(f"controls is {controls}; expected at least 1 to compare the bridge with")
+    named = (variants,) if isinstance(variants, str) else tuple(variants)
+    known = get_args(Variant)
+    if not named or len(set(named)) < len(named) or not set(named) <= set(known):
+        raise ValueError(f"variants is {variants!r}; expected one or more of {known}, each once")
     cases, skipped = usable(model, facts, _case, purpose="erasure", form=form)
     eraser = Eraser(model, recheck=recheck)
     rng = random.Random(seed)
@@ -248,7 +252,7 @@ def erase_bridge(
         case = cases[i]
         forms = [
             eraser.erasure(variant, tokens, case.target.answer)
-            for variant in variants
+            for variant in named
             for tokens in erased[i]
         ]
 
@@ -288,7 +292,7 @@ def erase_bridge(
     scores = rearrange(
         torch.stack(found.rows).squeeze(-1).double().numpy(),
         "example (variant erased position layer) -> erased example variant position layer",
-        variant=len(variants),
+        variant=len(named),
         erased=1 + controls,
         position=len(ROLES),
     )
@@ -298,7 +302,7 @@ def erase_bridge(
         {name: (dims, array) for name, array in values.items()},
         coords={
             "example": [case.fact.id for case in cases],
-            "variant": list(variants),
+            "variant": list(named),
             "position": list(ROLES),
             "layer": layers,
         },

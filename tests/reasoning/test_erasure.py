@@ -124,6 +124,17 @@ def test_no_control_is_refused(tiny):
         erase_bridge(tiny, tiny_facts(tiny, 2), controls=0)
 
 
+@pytest.mark.parametrize("given", ["exat", ("published", "exat"), (), ("exact", "exact")])
+def test_variants_that_are_none_are_refused(tiny, given):
+    with pytest.raises(ValueError, match="variants is .*expected one or more of .'published'"):
+        erase_bridge(tiny, tiny_facts(tiny, 2), variants=given)
+
+
+def test_one_variant_may_be_named_by_itself(tiny):
+    result = erase_bridge(tiny, tiny_facts(tiny, 2), variants="exact", layers=[1], controls=1)
+    assert result["variant"].values.tolist() == ["exact"]
+
+
 def test_a_fact_that_cannot_be_used_is_reported(tiny):
     from dataclasses import replace
 
