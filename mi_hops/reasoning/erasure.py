@@ -11,8 +11,9 @@ in the lens, and the forward pass goes on. Two forms, both on the raw lens v = W
 * ``exact``: the shortest change of h that sets the bridge's logits to the minimum and leaves the
   answer's logits exactly where they are.
 
-The control erases another entity's tokens, as many of them, by the same formula (the published
-code gave its control no recheck; here it is treated alike).
+Tokens that the bridge shares with the answer are kept, not lowered. The control erases another
+entity's tokens, as many as are lowered of the bridge, by the same formula (the published code gave
+its control no recheck; here it is treated alike).
 """
 
 from __future__ import annotations
@@ -206,8 +207,8 @@ def erase_bridge(
         form: template order of the two-hop prompt.
         layers: blocks whose output is changed, one at a time; default all.
         controls: entities erased instead of the bridge, each another fact's bridge with as many
-            tokens and none of them the bridge's, the answer's or the prompt's (random tokens where
-            there are too few such entities); their values are averaged.
+            tokens as are lowered of this one and none of them the bridge's, the answer's or the
+            prompt's (random tokens where there are too few such entities); their values are averaged.
         variants: forms of the erasure, one or several (see the module's description).
         limits: facts and rows in one pass.
 
@@ -326,12 +327,16 @@ def erase_bridge(
 def _controls(
     case: _Erasure, pool: Sequence[tuple[int, ...]], n: int, rng: random.Random, vocab: int
 ) -> list[tuple[int, ...]]:
-    """`n` token sets of the bridge's size that share no token with bridge, answer or prompt."""
+    """`n` token sets that share no token with bridge, answer or prompt.
+
+    Each has as many tokens as the bridge has lowered: those it shares with the answer are kept.
+    """
     taken = {*case.bridge, *case.target.answer, *case.prompt.ids}
-    fit = [c for c in pool if len(c) == len(case.bridge) and not taken & set(c)]
+    lowered = len({*case.bridge} - {*case.target.answer})
+    fit = [c for c in pool if len({*c}) == lowered and not taken & set(c)]
     drawn: list[tuple[int, ...]] = rng.sample(fit, min(n, len(fit)))
     while len(drawn) < n:
-        tokens = tuple(rng.sample(range(vocab), len(case.bridge)))
+        tokens = tuple(rng.sample(range(vocab), lowered))
         if not taken & set(tokens):
             drawn.append(tokens)
     return drawn
