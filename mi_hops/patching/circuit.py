@@ -205,7 +205,8 @@ def faithfulness(
         ``edges`` along ``circuit`` gives their sizes; baselines ``clean`` and ``corrupted``.
 
     Raises:
-        ValueError: no circuits, an edge the model does not have, several metrics.
+        ValueError: no circuits, an edge the model does not have, several metrics, or a residual
+            stream that is not the sum of what is written to it (a hook that scales it).
         TokenError: pairs that do not correspond token by token.
 
     Examples:

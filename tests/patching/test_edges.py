@@ -262,6 +262,32 @@ def test_circuits_by_identities(tiny):
     assert list(found["edges"].values) == [len(c) for c in cut.values()]
 
 
+@pytest.mark.parametrize("place", ["resid_pre", "resid_post"])
+def test_a_hook_that_scales_the_stream_is_refused(tiny, place):
+    """The edges' writes do not add up to the clean run then; a constant shift cancels out."""
+    whole = [Circuit(frozenset(all_edges(tiny)))]
+    hooked = {"scale": lambda x, hook: 0.5 * x, "shift": lambda x, hook: x + 0.5}
+    with tiny.hooks(fwd_hooks=[(f"blocks.1.hook_{place}", hooked["scale"])]):
+        with pytest.raises(ValueError, match="does not add up to the residual stream.* remove the"):
+            faithfulness(tiny, ONE, whole)
+        with pytest.raises(ValueError, match="does not add up to the residual stream"):
+            acdc(tiny, ONE, threshold=0.1)
+    with tiny.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", hooked["shift"])]):
+        none = faithfulness(tiny, ONE, [Circuit(frozenset())])["faithfulness"].item()
+    assert none == pytest.approx(0, abs=1e-4)
+    with tiny.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", hooked["scale"])]):
+        found = faithfulness(tiny, ONE, whole)["faithfulness"].item()
+    assert found == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_rounding_of_half_precision_is_no_scale(load_tiny, shape, dtype):
+    model = load_tiny(shape, "bridge", dtype)
+    found = faithfulness(model, ALL, [Circuit(frozenset(all_edges(model)))])
+    assert np.isfinite(found["score"]).all()
+
+
 def test_cutting_what_a_head_reads_noises_it(load_tiny):
     """On a grouped model its key/value head is shared, so the whole group must lose its inputs."""
     for shape, heads in (("gpt2", [2]), ("llama", [2, 3])):
