@@ -310,6 +310,14 @@ def test_nothing_to_ask(tiny, tmp_path):
     assert not (tmp_path / "study").exists()
 
 
+def test_two_facts_of_one_id_are_refused_before_anything_is_written(load_tiny, tmp_path):
+    model = load_tiny()
+    one, other = tiny_facts(model, 2)
+    with pytest.raises(ValueError, match="fact ids must be unique; these are not: .'0'"):
+        run(model, [one, replace(other, id=one.id)], tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
 def test_a_prompt_longer_than_the_context(tiny, tmp_path):
     facts = tiny_facts(tiny, 2)
     long = replace(facts[1], id="long", prompts={"suffix": facts[1].prompt() + " w5" * 80})

@@ -13,7 +13,7 @@ from mi_hops.reasoning.gap import find_gap
 from mi_hops.study import run_study, write_report
 from mi_hops.study.context import Run
 from mi_hops.study.steps import STEPS
-from tests.reasoning.tiny_facts import SIZES
+from tests.reasoning.tiny_facts import SIZES, set_outcomes, tiny_facts
 from tests.reasoning.worded_facts import worded_facts
 
 SMALL = replace(SIZES, wordings=2)
@@ -62,6 +62,25 @@ def test_wordings_and_lead_are_chosen_first(model, worded, tmp_path):
     # The same facts, asked by hand, give the same gap.
     again = find_gap(model, gap.facts, form=gap.form, score="first_token")
     assert [f.id for f in again.failed] == [f.id for f in gap.failed]
+
+
+@pytest.mark.parametrize(
+    ("score", "words"), [("answer", "(whole answer)"), ("first_token", "(first token)")]
+)
+def test_the_gap_is_drawn_by_the_score_of_the_study(load_tiny, score, words):
+    model = load_tiny()
+    facts = tiny_facts(model)
+    gap = set_outcomes(find_gap(model, facts, form="suffix", score=score), [True] * len(facts))
+    gap.data["first_token"][:] = 1.0
+    gap.data["first_token"].loc[{"asked": "two_hop"}] = 0.0
+    (step,) = (step for step in STEPS if step.name == "gap")
+    summary = {"gap": step.summarise(gap, EMPTY), "left_out": {}}
+    blocks = list(step.section(gap, SimpleNamespace(summary=summary)))
+    by_split, hops = (block for block in blocks if block.kind == "figure")
+    answered = 1.0 if score == "answer" else 0.0
+    assert [*by_split.panels[0][1].data[0].y] == [answered]
+    assert [*hops.panels[0][1].data[0].y] == [1.0, 1.0, answered]
+    assert words in by_split.caption and words in hops.caption
 
 
 def test_a_lead_without_facts_to_take_it_from_is_refused(worded):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from fancy_einsum import einsum
+from jaxtyping import Float
 from torch import Tensor
 
 from mi_hops.lens.tracking import Prompts, Track, first_tokens, rows_at
@@ -55,8 +56,9 @@ def logit_flow(
         ``heads`` of `logit_attribution`.
 
     Raises:
-        ValueError: nothing to track, positions that do not fit the prompts, or a model with a norm
-            behind its attention.
+        ValueError: nothing to track, positions that do not fit the prompts, a model with a norm
+            behind its attention, or one whose heads hand on something else than values weighted by
+            the pattern (a hook on z, for instance).
 
     Examples:
         >>> import mi_hops
@@ -92,6 +94,7 @@ def logit_flow(
             value = value.repeat_interleave(looked.shape[1] // value.shape[2], dim=2)
             z, out = (there(found[hook_name(kind, i)]) for kind in ("z", "attn_out"))
             require_linear(model, "W_O", i, z, out)
+            _require_weighted(i, looked, value, z, found[hook_name("z", i)].dtype)
             weight = w_o(model, i).detach().to(value)
             along = einsum("head e d, row token d -> row head e token", weight, directions)
             moved = einsum("row pos head e, row head e token -> row head pos token", value, along)
@@ -127,3 +130,26 @@ def logit_flow(
         title="Logit moved by attention, from each token",
         allow_nonfinite=True,  # prompts of several lengths
     )
+
+
+def _require_weighted(
+    layer: int,
+    looked: Float[Tensor, "row head pos"],
+    value: Float[Tensor, "row pos head d_head"],
+    z: Float[Tensor, "row head d_head"],
+    dtype: torch.dtype,
+) -> None:
+    """Refuse heads that hand on something else than values as the pattern weights them.
+
+    Args:
+        dtype: that the model computed z in.
+    """
+    spec = "row head pos, row pos head e -> row head e"
+    off = (einsum(spec, looked, value) - z).norm(dim=-1)
+    tolerance = 5e-2 if torch.finfo(dtype).bits < 32 else 1e-3
+    if bool((off > tolerance * einsum(spec, looked, value.abs()).norm(dim=-1)).any()):
+        raise ValueError(
+            f"z of block {layer} is not pattern @ v (off by up to {float(off.max()):.2g}), so its heads' "
+            "logits cannot be divided among tokens. Does a hook on the model change z? Remove it, or "
+            "read the heads with logit_attribution"
+        )

@@ -120,7 +120,7 @@ def logit_lens(
     Returns:
         Result with dimensions ``example, layer, position`` (and ``head`` for ``"result"``):
         ``entropy`` (nats), ``kl`` = KL(output || lens) (nats), ``top_tokens``, ``top_probs`` (with
-        ``k``), ``logprobs`` (with ``vocab``); and with a dimension ``tracked``: ``prob``,
+        ``k``, labelled ``top_id``), ``logprobs`` (with ``vocab``); and with a dimension ``tracked``: ``prob``,
         ``logprob`` (nats), ``rank`` (1 = top) of the main spelling's first token, ``mean_token_prob``,
         the mean probability of all its tokens at this one position (the papers' score), and
         ``any_prob``, the summed probability of the distinct first tokens of all spellings.
@@ -411,6 +411,10 @@ class _Reader:
         if rows[0].tracked:
             labels["tracked"] = list(rows[0].tracked)
         values = variables(self.model, found, dims)
+        if (
+            "top_ids" in found
+        ):  # texts do not tell all tokens apart: parts of a character are all alike
+            labels["top_id"] = ((*dims, LAST["top_ids"]), found["top_ids"].long())
         what = rows[0].prompt.text if len(rows) == 1 else f"{len(rows)} prompts"
         return Result.from_arrays(
             values,

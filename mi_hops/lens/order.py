@@ -64,10 +64,13 @@ def commitment(result: Result) -> xr.DataArray:
             "this result has no top tokens through layers; read with readout=Readout(top_k=1)"
         )
     top = result["top_tokens"].isel(k=0).sortby("layer")
-    same = (top == top.isel(layer=-1)).transpose(..., "layer").values
+    # Texts where a file of an earlier version has no ids: several tokens may decode to one text.
+    told = (top["top_id"] if "top_id" in top.coords else top).transpose(..., "layer").values
+    same = told == told[..., -1:]
     stays = np.cumprod(same[..., ::-1], axis=-1).sum(-1)
     first = top["layer"].values[top.sizes["layer"] - stays]
-    return top.isel(layer=-1, drop=True).copy(data=first).rename("commitment")
+    last = top.drop_vars("top_id", errors="ignore").isel(layer=-1, drop=True)
+    return last.copy(data=first).rename("commitment")
 
 
 def who_comes_first(result: Result, *, position: str | Mapping[str, str] = "last") -> pd.DataFrame:

@@ -50,5 +50,7 @@ def faithfulness_areas(curve: Result) -> Areas:
         raise ValueError(
             f"the clean and the corrupted runs score the same on average ({clean:.4g})"
         )
+    from scipy.integrate import trapezoid  # numpy has it under this name from 2.0 on
+
     found = (score - corrupted) / (clean - corrupted)
-    return Areas(float(np.trapezoid(found, share)), float(np.trapezoid(np.abs(1 - found), share)))
+    return Areas(float(trapezoid(found, share)), float(trapezoid(np.abs(1 - found), share)))

@@ -131,8 +131,9 @@ def extract(
         select: ``"top"`` takes the best edges wherever they are; ``"greedy"`` grows the circuit
             from the logits, each time by the best edge into what it already holds, so that small
             circuits hang together (Hanna et al. 2024).
-        by: ``"size"`` takes the largest changes of either sign, ``"serving"`` those that serve the
-            answer only (lower it when corrupted, raise it when restored).
+        by: ``"size"`` takes the largest changes of either sign, ``"serving"`` only those that move
+            the score the way the other run does: towards the corrupted run's mean score when
+            corrupted, towards the clean one's when restored.
         prune: drop edges that then lead nowhere; the circuit may be smaller than asked for.
 
     Raises:
@@ -148,8 +149,10 @@ def extract(
     if not 1 <= n_edges <= len(edges):
         raise ValueError(f"n_edges is {n_edges}; expected 1 to {len(edges)}, the edges scored")
     if by == "serving":
-        sign = -1 if scores.provenance.get("direction") == "noise" else 1
-        edges = edges[sign * edges > 0]
+        # Not by the sign of the change alone: of a rank or a divergence, lower is better.
+        way = float(scores["clean"].mean() - scores["corrupted"].mean())
+        way = -way if scores.provenance.get("direction") == "noise" else way
+        edges = edges[edges * way > 0]
     elif by != "size":
         raise ValueError(f"by is {by!r}; expected 'size' or 'serving'")
     if select not in ("top", "greedy"):
@@ -202,7 +205,8 @@ def faithfulness(
         ``edges`` along ``circuit`` gives their sizes; baselines ``clean`` and ``corrupted``.
 
     Raises:
-        ValueError: no circuits, an edge the model does not have, several metrics.
+        ValueError: no circuits, an edge the model does not have, several metrics, or a residual
+            stream that is not the sum of what is written to it (a hook that scales it).
         TokenError: pairs that do not correspond token by token.
 
     Examples:

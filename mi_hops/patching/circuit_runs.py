@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -101,6 +101,9 @@ class ReadyPairs:
         streams: by hook name, the corrupted stream ``[pair, pos, d_model]``.
         corrupt: ``[pair, writer, pos, d_model]``, what writers write in the corrupted runs.
         embed_change: ``[pair, pos, d_model]``, what the clean embedding is beyond the corrupted one.
+
+    Raises:
+        ValueError: writes that do not add up to the stream (a hook that scales it, for instance).
     """
 
     def __init__(
@@ -132,11 +135,16 @@ class ReadyPairs:
         kinds += [(read_hooks(mlp)[0], mlp.layer) for mlp in runner.mlps.values()]
         kinds.append(("resid_post", n_layers - 1))
         names = list(dict.fromkeys(hook_name(kind, layer) for kind, layer in kinds))
-        self.streams = {k: x[:, tail] for k, x in captured(self.model, corrupt, names).items()}
+        written = Writes.hook_names(runner.writers)
+        there = captured(self.model, corrupt, dict.fromkeys([*names, *written]))
+        self.streams = {name: there[name][:, tail] for name in names}
+        steps = self._steps(names[-1])
+        here = captured(self.model, clean, dict.fromkeys(name for name, _ in steps))
+        _require_sums(here, there, steps)
         first = hook_name("resid_pre", 0)
-        change = captured(self.model, clean, [first])[first][:, tail] - self.streams[first]
+        change = here[first][:, tail] - self.streams[first]
         self.embed_change = change.to(wide_dtype(change.dtype))
-        writes = Writes(self.model, corrupt, runner.writers)
+        writes = Writes(self.model, corrupt, runner.writers, there)
         self.corrupt = torch.stack(
             [
                 torch.stack([writes(u, i)[tail].to(self.embed_change) for u in runner.writers])
@@ -150,6 +158,17 @@ class ReadyPairs:
 
     def __len__(self) -> int:
         return len(self.sweeps)
+
+    def _steps(self, end: str) -> list[tuple[str, bool]]:
+        """Writes (True; of all heads of a block together) and streams read (False), in order."""
+        steps = [(hook_name("resid_pre", 0), True)]
+        for layer in range(int(self.model.cfg.n_layers)):
+            mlp = self.runner.mlps.get(layer)
+            steps += [(hook_name("resid_pre", layer), False), (hook_name("attn_out", layer), True)]
+            if mlp is not None:
+                steps += [] if mlp.beside else [(hook_name("resid_mid", layer), False)]
+                steps.append((hook_name("mlp_out", layer), True))
+        return [*steps, (end, False)]
 
     def cache(self) -> Any:
         """Keys and values before the tail, for a pass that begins with one row; None without any."""
@@ -180,6 +199,38 @@ class ReadyPairs:
             found.append(item.metrics[0].score(rows, item.target).cpu())
             require_finite(item.metrics[0].name, found[-1])
         return torch.stack(found), run.changes
+
+
+def _require_sums(
+    clean: Mapping[str, Tensor], corrupted: Mapping[str, Tensor], steps: Sequence[tuple[str, bool]]
+) -> None:
+    """Refuse streams whose difference, where they are read, is not that of what was written before.
+
+    Every addition to a stream rounds by a part of the dtype's eps, independently of the others.
+
+    Args:
+        steps: hook names in the order of the forward pass, and whether it is a write or a stream.
+    """
+    like = clean[steps[-1][0]]
+    eps = max(torch.finfo(clean[name].dtype).eps for name, _ in steps)
+    moved = torch.zeros_like(like, dtype=wide_dtype(like.dtype))
+    size = torch.zeros_like(moved)
+    n_written = 0
+    for name, written in steps:
+        one, other = clean[name].to(moved), corrupted[name].to(moved)
+        if written:
+            moved, size = moved + (one - other), size + one.abs() + other.abs()
+            n_written += 1
+            continue
+        off = (one - other - moved).norm(dim=-1)
+        if bool((off > eps * n_written**0.5 * size.norm(dim=-1)).any()):
+            raise ValueError(
+                "what the embedding, attention and MLPs write does not add up to the residual stream: "
+                f"at {name} the clean and the corrupted run are {float(off.max()):.2g} away from what "
+                "was written before. Does a hook on the model change the stream, or a block scale it? "
+                "A circuit's edges are not defined then; remove the hook, or change what is written "
+                "(z, mlp_out)"
+            )
 
 
 def _longer(prompt: Prompt, extra: Sequence[int]) -> Prompt:

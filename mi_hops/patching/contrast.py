@@ -1,7 +1,7 @@
 """Pairs of two-hop questions that differ in their first hop only, ready to be patched.
 
 A fact is paired with another one of the same two relations and as many tokens everywhere, but with
-another bridge and an answer that starts otherwise: what is patched from one into the other then
+another prompt, another bridge and an answer that starts otherwise: what is patched from one into the other then
 carries the first hop's difference, and a logit difference of the two answers measures it.
 """
 
@@ -63,7 +63,8 @@ def contrast(
         fitting = [
             other
             for other in by_shape[shape]
-            if other.fact.bridge != case.fact.bridge
+            if other.prompt.text != case.prompt.text  # a first hop with several bridges
+            and other.fact.bridge != case.fact.bridge
             and other.target.answer[0] != case.target.answer[0]
         ]
         if not fitting:

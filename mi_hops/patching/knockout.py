@@ -54,7 +54,8 @@ def knockout(
         intact run's score), and per example the baseline ``intact``.
 
     Raises:
-        ValueError: as in `patch`; queries that would see no key at all.
+        ValueError: as in `patch`; queries that would see no key at all, or whose attention to all
+            other keys is 0 in the model's dtype.
         TokenError: positions that are not in a prompt.
 
     Examples:
@@ -110,6 +111,13 @@ def _blocked(keys: Sequence[int]) -> Change:
     def change(x: Tensor) -> Tensor:
         x = x.clone()
         x[..., where] = 0
-        return x / x.sum(-1, keepdim=True)
+        left = x.sum(-1, keepdim=True)
+        if bool((left == 0).any()):
+            raise ValueError(
+                f"without the blocked keys no attention is left: in {x.dtype} they have all the weight "
+                "of a query, and what the other keys get is rounded to 0. Load the model in float32 or "
+                "bfloat16, whose numbers go nearer to 0, or block fewer keys"
+            )
+        return x / left
 
     return change

@@ -82,8 +82,8 @@ def trace(
         metric), ``effect`` (as a share of the total effect; NaN where that is 0), ``score``
         (restored run's) and ``spread``, the standard error of ``indirect`` over samples (NaN for
         one sample); baselines per example ``clean``, ``noisy``, ``total`` and ``total_spread``, the
-        standard error of ``total`` over samples. The provenance names the positions that got noise
-        in each prompt (``noised``).
+        standard error of ``total`` over samples. A label ``noised`` along ``example`` names the
+        positions that got noise, as text (``"3 4"``).
 
     Raises:
         ValueError: as in `patch`; noise or samples that are not positive, or noise that changes no
@@ -159,7 +159,7 @@ def trace(
             coords={"severed": np.asarray(variants), **grid.coords},
             cells=grid.cells * len(variants),
         )
-    return GridSweep(model, bases, grid, metrics, pairs.labels, limits).result(
+    result = GridSweep(model, bases, grid, metrics, pairs.labels, limits).result(
         {
             "indirect": indirect.mean(1),
             "effect": effect,
@@ -180,10 +180,13 @@ def trace(
         noise_std=std,
         samples=samples,
         seed=seed,
-        noised=[list(span) for span in noised],
         window=sites.window,
         severed=list(variants),
     )
+    # A label, not a setting: traces of other prompts merge.
+    spans = np.array([" ".join(map(str, span)) for span in noised], dtype=object)
+    result.data.coords["noised"] = ("example", spans)
+    return result
 
 
 def _strength(noise: float | str) -> tuple[float, bool]:

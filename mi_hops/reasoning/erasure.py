@@ -11,8 +11,9 @@ in the lens, and the forward pass goes on. Two forms, both on the raw lens v = W
 * ``exact``: the shortest change of h that sets the bridge's logits to the minimum and leaves the
   answer's logits exactly where they are.
 
-The control erases another entity's tokens, as many of them, by the same formula (the published
-code gave its control no recheck; here it is treated alike).
+Tokens that the bridge shares with the answer are kept, not lowered. The control erases another
+entity's tokens, as many as are lowered of the bridge, by the same formula (the published code gave
+its control no recheck; here it is treated alike).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -193,7 +194,7 @@ def erase_bridge(
     facts: Sequence[TwoHopFact],
     *,
     form: str | None = None,
-    variants: Sequence[Variant] = ("published", "exact"),
+    variants: Variant | Sequence[Variant] = ("published", "exact"),
     layers: Sequence[int] | None = None,
     controls: int = 3,
     recheck: float = 10.0,
@@ -206,9 +207,9 @@ def erase_bridge(
         form: template order of the two-hop prompt.
         layers: blocks whose output is changed, one at a time; default all.
         controls: entities erased instead of the bridge, each another fact's bridge with as many
-            tokens and none of them the bridge's, the answer's or the prompt's (random tokens where
-            there are too few such entities); their values are averaged.
-        variants: forms of the erasure (see the module's description).
+            tokens as are lowered of this one and none of them the bridge's, the answer's or the
+            prompt's (random tokens where there are too few such entities); their values are averaged.
+        variants: forms of the erasure, one or several (see the module's description).
         limits: facts and rows in one pass.
 
     Returns:
@@ -220,7 +221,7 @@ def erase_bridge(
 
     Raises:
         NoUsableFactError: no fact can be used.
-        ValueError: a bad layer, or no control.
+        ValueError: a bad layer, unknown or repeated variants, or no control.
 
     Examples:
         >>> import mi_hops
@@ -234,6 +235,10 @@ def erase_bridge(
     require_layers(model, layers)
     if controls < 1:
         raise ValueError(f"controls is {controls}; expected at least 1 to compare the bridge with")
+    named = (variants,) if isinstance(variants, str) else tuple(variants)
+    known = get_args(Variant)
+    if not named or len(set(named)) < len(named) or not set(named) <= set(known):
+        raise ValueError(f"variants is {variants!r}; expected one or more of {known}, each once")
     cases, skipped = usable(model, facts, _case, purpose="erasure", form=form)
     eraser = Eraser(model, recheck=recheck)
     rng = random.Random(seed)
@@ -248,7 +253,7 @@ def erase_bridge(
         case = cases[i]
         forms = [
             eraser.erasure(variant, tokens, case.target.answer)
-            for variant in variants
+            for variant in named
             for tokens in erased[i]
         ]
 
@@ -288,7 +293,7 @@ def erase_bridge(
     scores = rearrange(
         torch.stack(found.rows).squeeze(-1).double().numpy(),
         "example (variant erased position layer) -> erased example variant position layer",
-        variant=len(variants),
+        variant=len(named),
         erased=1 + controls,
         position=len(ROLES),
     )
@@ -298,7 +303,7 @@ def erase_bridge(
         {name: (dims, array) for name, array in values.items()},
         coords={
             "example": [case.fact.id for case in cases],
-            "variant": list(variants),
+            "variant": list(named),
             "position": list(ROLES),
             "layer": layers,
         },
@@ -322,12 +327,16 @@ def erase_bridge(
 def _controls(
     case: _Erasure, pool: Sequence[tuple[int, ...]], n: int, rng: random.Random, vocab: int
 ) -> list[tuple[int, ...]]:
-    """`n` token sets of the bridge's size that share no token with bridge, answer or prompt."""
+    """`n` token sets that share no token with bridge, answer or prompt.
+
+    Each has as many tokens as the bridge has lowered: those it shares with the answer are kept.
+    """
     taken = {*case.bridge, *case.target.answer, *case.prompt.ids}
-    fit = [c for c in pool if len(c) == len(case.bridge) and not taken & set(c)]
+    lowered = len({*case.bridge} - {*case.target.answer})
+    fit = [c for c in pool if len({*c}) == lowered and not taken & set(c)]
     drawn: list[tuple[int, ...]] = rng.sample(fit, min(n, len(fit)))
     while len(drawn) < n:
-        tokens = tuple(rng.sample(range(vocab), len(case.bridge)))
+        tokens = tuple(rng.sample(range(vocab), lowered))
         if not taken & set(tokens):
             drawn.append(tokens)
     return drawn

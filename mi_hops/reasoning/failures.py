@@ -118,6 +118,7 @@ def failure_types(
 
     Raises:
         NoUsableFactError: there is no failure, or none that the lens can read.
+        ValueError: a form that the gap was not asked in.
 
     Examples:
         >>> import mi_hops
@@ -127,8 +128,13 @@ def failure_types(
         >>> list(kinds.shares().columns)
         ['share', 'lower', 'upper', 'n']
     """
+    if form is not None and form not in gap.forms:
+        raise ValueError(
+            f"form is {form!r}; the gap was asked in {list(gap.forms)}, and answers in one form say "
+            "nothing about another; name one of these, or pass find_gap this form"
+        )
     form = gap.form if form is None else form
-    gap = gap.in_form(form) if form in gap.forms else gap
+    gap = gap if form is None else gap.in_form(form)
     said = dict(zip(gap.frame["id"], gap.frame["said"], strict=True))
 
     def failed_case(case: Case) -> _Read:

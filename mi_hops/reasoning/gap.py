@@ -19,6 +19,7 @@ import xarray as xr
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.forms import require_form
 from mi_hops.model import HookedModel, provenance
+from mi_hops.reasoning.queries import require_unique
 from mi_hops.result import plots
 from mi_hops.result.display import html_table
 from mi_hops.result.result import Result
@@ -304,7 +305,7 @@ def find_gap(
         `Gap`: ``passed`` and ``failed`` facts, the ``gap`` with its interval, tables, a figure.
 
     Raises:
-        ValueError: no facts, a form that no fact has, or an unknown score.
+        ValueError: no facts, two of one id, a form that no fact has, or an unknown score.
 
     Examples:
         >>> import mi_hops
@@ -318,6 +319,7 @@ def find_gap(
     if not facts:
         raise ValueError("no facts to ask; load some with load_facts")
     check_score(score)
+    require_unique("fact ids", (fact.id for fact in facts))
     forms = [form] if form is None or isinstance(form, str) else list(form)
     for name in forms:
         require_form(facts, name)

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from mi_hops.editing import Moments
+from mi_hops.patching.verify import Attribution
 from mi_hops.reasoning.evaluation import Evaluation
 from mi_hops.reasoning.queries import in_order
 from mi_hops.result.result import Result
@@ -25,7 +26,8 @@ def merge(parts: Iterable[Part]) -> Part:
     """Merge results, evaluations or second moments of different examples, as if made together.
 
     Values are joined along ``example`` (evaluations: case by case), and what was skipped is counted
-    together. Moments are weighted by their tokens, which makes them those of the whole text. What was
+    together. An `Attribution` becomes a plain `Result`, as where it is loaded: the parts verify, the
+    whole does not. Moments are weighted by their tokens, which makes them those of the whole text. What was
     chosen or drawn from all examples of a part (controls, cells) stays as that part had it.
 
     Args:
@@ -43,7 +45,9 @@ def merge(parts: Iterable[Part]) -> Part:
         >>> mi_hops.merge(halves).facts == tuple(facts)
         True
     """
-    given = list(parts)
+    given: list[Any] = [
+        part.sel() if isinstance(part, Attribution) else part for part in parts
+    ]  # without a model
     if not given:
         raise ValueError("nothing to merge; expected results, evaluations or moments")
     kinds = sorted({type(part).__name__ for part in given})

@@ -46,7 +46,7 @@ import pandas as pd
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.hop_edits import HOPS, HopEdit, SingleFact, plain, single_fact
 from mi_hops.reasoning.aggregate import with_interval
-from mi_hops.reasoning.evaluation import UNREPAIRED, Evaluation
+from mi_hops.reasoning.evaluation import ACCURACIES, UNREPAIRED, Evaluation
 from mi_hops.reasoning.gap import Gap, hop_prompt
 from mi_hops.reasoning.queries import Draft, Query, QuerySets, require_unique
 from mi_hops.reasoning.sets import names_of, shuffled, with_first_hop
@@ -141,10 +141,15 @@ def chain_scores(
         unedited model does not know.
 
     Raises:
-        ValueError: a score that the evaluation does not have, or no such sets.
+        ValueError: a score that is no accuracy, or that the evaluation does not have, or no such sets.
 
     Source: arXiv 2305.14795, section 4.
     """
+    if score not in ACCURACIES:
+        raise ValueError(
+            f"score is {score!r}; expected an accuracy, right or wrong of each question, one of "
+            f"{list(ACCURACIES)}"
+        )
     frame = evaluation.frame
     if f"{score}_after" not in frame or not {"efficacy", "portability_own"} & set(frame["set"]):
         raise ValueError(

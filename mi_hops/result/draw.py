@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 #: Units whose values cannot be negative, drawn on a white-to-blue scale.
 POSITIVE_UNITS = frozenset({"probability", "share", "rank"})
 
+#: Variables that are differences of scores, in the scores' own unit -> baselines that are such too.
+DIFFERENCES: Mapping[str, tuple[str, ...]] = {
+    "change": (),
+    "attribution": (),
+    "indirect": ("total",),
+    "spread": ("total_spread",),
+}
+
 #: Dimensions that make the axes of a heatmap, up and across.
 GRID = ("layer", "head", "kv_head", "sender", "receiver", "position", "strength")
 _HEAD = re.compile(r"L(\d+)H(\d+)(\.[qkv])?")
@@ -64,7 +72,7 @@ def draw(
         columns = columns.assign_coords({dim: plots.axis_labels(array, dim) for dim in axes})
     columns = columns.drop_vars("token", errors="ignore")
     options |= {"x": axes[0], "y": "estimate", "group": axes[1] if len(axes) > 1 else None}
-    options |= {"labels": {"estimate": label}, "references": _scalar_baselines(result, unit)}
+    options |= {"labels": {"estimate": label}, "references": _scalar_baselines(result, name, unit)}
     if ends is not None:
         options["interval"] = ("lower", "upper")
     chosen = plots.lines if kind == "lines" else plots.bars
@@ -107,12 +115,20 @@ def _heads_as_grid(values: Any) -> Any:
     return values
 
 
-def _scalar_baselines(result: Result, unit: str | None) -> dict[str, float]:
-    """Means of the baselines of this unit that have no dimension but example."""
+def _scalar_baselines(result: Result, variable: str, unit: str | None) -> dict[str, float]:
+    """Means of the baselines on a variable's scale that have no dimension but example.
+
+    They have its unit, and are differences of scores where it is one (`DIFFERENCES`): where a run
+    starts from tells nothing on an axis of changes.
+    """
+    differences = [name for names in DIFFERENCES.values() for name in names]
     found = {}
     for name in result.baselines:
         array = result[name]
+        alike = name in DIFFERENCES.get(variable, ()) or (
+            variable not in DIFFERENCES and name not in differences
+        )
         same = array.attrs.get("units") == unit and array.dtype.kind in "biuf"
-        if same and set(array.dims) <= {"example"} and array.notnull().any():
+        if alike and same and set(array.dims) <= {"example"} and array.notnull().any():
             found[name] = float(array.astype(float).mean())
     return found

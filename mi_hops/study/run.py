@@ -22,6 +22,7 @@ from mi_hops.facts.loaders import load_facts
 from mi_hops.facts.reading import Facts
 from mi_hops.facts.unusable import NoUsableFactError
 from mi_hops.model import HookedModel, load_model, provenance
+from mi_hops.reasoning.queries import require_unique
 from mi_hops.reasoning.wordings import CHOOSING
 from mi_hops.result.progress import progress_bar
 from mi_hops.study.context import Run, Skip, StudySettings
@@ -69,7 +70,8 @@ def run_study(
         FileExistsError: the folder holds other files, or a study with other settings.
         BlockingIOError: another process is running a study there.
         TokenError: a prompt that is empty or longer than the model's context.
-        ValueError: a facts file that cannot be read, no facts; see also `load_model` and `spread`.
+        ValueError: a facts file that cannot be read, no facts, two of one id; see also
+            `load_model` and `spread`.
         TaskError: tasks of an executor failed; what is finished is kept.
 
     Examples:
@@ -118,7 +120,8 @@ def begin(
 
     Raises:
         TokenError: a prompt that is empty or longer than the model's context.
-        ValueError: a facts file that cannot be read, no facts; see also `load_model`.
+        ValueError: a facts file that cannot be read, no facts, two of one id; see also
+            `load_model`.
     """
     chosen, source = load_study_facts(facts, settings)
     loaded = (
@@ -181,6 +184,9 @@ def load_study_facts(
     """The facts of a study (bundled ones for None), thinned to the limit, and their source.
 
     Facts for choosing wordings are kept besides.
+
+    Raises:
+        ValueError: no usable fact, or two of one id.
     """
     facts = "hopland" if facts is None else facts
     if isinstance(facts, str | Path) or not isinstance(facts, Sequence):
@@ -192,6 +198,7 @@ def load_study_facts(
         source = {"file": file, "report": replace(given, source=file).describe()}
     if not given:
         raise ValueError(f"no usable fact in {source['file']}: {source['report']}")
+    require_unique("fact ids", (fact.id for fact in given))  # steps look facts up by them
     limit = settings.size.facts if settings.limit is None else settings.limit
     keep = {id(f) for f in given if given.relations and f.split == CHOOSING}
     asked = [f for f in given if id(f) not in keep]

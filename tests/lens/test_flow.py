@@ -52,6 +52,31 @@ def test_a_token_that_is_not_attended_to_moves_nothing(load_tiny):
     assert np.allclose(ratio, (value[:3] @ direction).detach(), atol=1e-4)
 
 
+def test_a_hook_that_changes_z_is_refused(tiny):
+    """The tokens that a head looked at do not say what it then hands on."""
+
+    def without_a_head(z, hook):
+        z = z.clone()
+        z[:, :, 1] = 0
+        return z
+
+    with (
+        tiny.hooks(fwd_hooks=[("blocks.1.attn.hook_z", without_a_head)]),
+        pytest.raises(ValueError, match="z of block 1 is not pattern @ v .*Does a hook"),
+    ):
+        logit_flow(tiny, PROMPTS, TRACK)
+    with tiny.hooks(fwd_hooks=[("blocks.1.attn.hook_v", without_a_head)]):
+        flow = logit_flow(tiny, PROMPTS, TRACK, by_head=True)["flow"].sum("position")
+        assert np.allclose(flow, logit_attribution(tiny, PROMPTS, TRACK)["heads"], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_rounding_of_half_precision_is_no_hook(load_tiny, shape, dtype):
+    flow = logit_flow(load_tiny(shape, "bridge", dtype), PROMPTS, TRACK)["flow"]
+    assert np.isfinite(flow.sel(position=0)).all()
+
+
 def test_it_is_shown_as_text(load_tiny):
     flow = logit_flow(load_tiny(), PROMPTS[0], {"a": "w7"})
     text = coloured_text(flow.sel(layer=2, tracked="a"))

@@ -73,6 +73,18 @@ def test_equal_to_the_tops_of_plain_transformers(load_tiny, checkpoints, shape, 
     assert set(commitment(only_last).values.ravel().tolist()) == {3}
 
 
+def test_tokens_that_decode_alike_are_told_apart(load_tiny, monkeypatch, tmp_path):
+    """Parts of a character all decode to one sign."""
+    model, readout = load_tiny(fresh=True), Readout(top_k=2)
+    expected = commitment(logit_lens(model, TEXTS, readout=readout))
+    monkeypatch.setattr(model.tokenizer, "decode", lambda ids, **options: "\ufffd")
+    read = logit_lens(model, TEXTS, readout=readout)
+    assert set(read["top_tokens"].values.ravel()) == {"\ufffd"}
+    assert (commitment(read) == expected).all() and not (expected == 0).all()
+    again = Result.load(read.save(tmp_path / "read.nc"))
+    assert commitment(again).identical(commitment(read))
+
+
 @pytest.mark.parametrize(
     ("kind", "layers", "counted"),
     [

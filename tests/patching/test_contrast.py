@@ -67,6 +67,15 @@ def test_goes_into_patching_as_it_is(tiny):
     assert part.roles["last"] == [pairs.roles["last"][i] for i in (1, 3)]
 
 
+def test_no_question_is_its_own_partner(load_tiny):
+    """A first hop with two bridges gives two facts of one prompt, and nothing to patch between them."""
+    model, other_bridge = load_tiny(), fact("a again", "w1", "w36", "w48")
+    with pytest.raises(ValueError, match="none of 2 facts has a partner"):
+        contrast(model, [FACTS[0], other_bridge])
+    pairs = contrast(model, [FACTS[0], other_bridge, FACTS[1]])
+    assert pairs.corrupted[:2] == [FACTS[1].prompt()] * 2 and len(pairs) == 3
+
+
 def test_seeded_and_partners(tiny):
     one, two = (contrast(tiny, FACTS, seed=3) for _ in range(2))
     assert vars(one) == vars(two)

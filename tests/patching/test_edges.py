@@ -262,6 +262,32 @@ def test_circuits_by_identities(tiny):
     assert list(found["edges"].values) == [len(c) for c in cut.values()]
 
 
+@pytest.mark.parametrize("place", ["resid_pre", "resid_post"])
+def test_a_hook_that_scales_the_stream_is_refused(tiny, place):
+    """The edges' writes do not add up to the clean run then; a constant shift cancels out."""
+    whole = [Circuit(frozenset(all_edges(tiny)))]
+    hooked = {"scale": lambda x, hook: 0.5 * x, "shift": lambda x, hook: x + 0.5}
+    with tiny.hooks(fwd_hooks=[(f"blocks.1.hook_{place}", hooked["scale"])]):
+        with pytest.raises(ValueError, match="does not add up to the residual stream.* remove the"):
+            faithfulness(tiny, ONE, whole)
+        with pytest.raises(ValueError, match="does not add up to the residual stream"):
+            acdc(tiny, ONE, threshold=0.1)
+    with tiny.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", hooked["shift"])]):
+        none = faithfulness(tiny, ONE, [Circuit(frozenset())])["faithfulness"].item()
+    assert none == pytest.approx(0, abs=1e-4)
+    with tiny.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", hooked["scale"])]):
+        found = faithfulness(tiny, ONE, whole)["faithfulness"].item()
+    assert found == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_rounding_of_half_precision_is_no_scale(load_tiny, shape, dtype):
+    model = load_tiny(shape, "bridge", dtype)
+    found = faithfulness(model, ALL, [Circuit(frozenset(all_edges(model)))])
+    assert np.isfinite(found["score"]).all()
+
+
 def test_cutting_what_a_head_reads_noises_it(load_tiny):
     """On a grouped model its key/value head is shared, so the whole group must lose its inputs."""
     for shape, heads in (("gpt2", [2]), ("llama", [2, 3])):
@@ -319,8 +345,6 @@ def test_extraction_and_faithfulness_curve(tiny):
     mean = scores["change"].mean("example")
     sizes = [abs(float(mean.sel(sender=u, receiver=v))) for u, v in some.edges]
     assert min(sizes) >= np.sort(np.abs(mean.values[np.isfinite(mean.values)]))[-10] - 1e-12
-    serving = extract(tiny, scores, 10, by="serving", prune=False)
-    assert all(float(mean.sel(sender=u, receiver=v)) < 0 for u, v in serving.edges)
     grown = extract(tiny, scores, 8, select="greedy", prune=False)
     assert len(grown) == 8
     into_logits = mean.sel(receiver="logits")
@@ -339,6 +363,18 @@ def test_extraction_and_faithfulness_curve(tiny):
         extract(tiny, scores, n + 1)
     with pytest.raises(ValueError, match="'size' or 'serving'"):
         extract(tiny, scores, 2, by="rank")
+
+
+@pytest.mark.parametrize("direction", ["noise", "denoise"])
+@pytest.mark.parametrize("metric", ["logit_diff", "kl"])
+def test_serving_edges_lead_to_the_other_run(load_tiny, direction, metric):
+    """Of a divergence lower is better; the share of the way to the other run tells for any metric."""
+    model = load_tiny("llama", "hooked")
+    scores = path_patch(model, ONE, "mlps", "all", metric=metric, direction=direction)
+    share = scores["effect"].mean("example").transpose("sender", "receiver").to_series().dropna()
+    chosen = extract(model, scores, len(share), by="serving", prune=False)
+    assert chosen.edges == set(share[share > 0].index)
+    assert chosen.edges
 
 
 def test_acdc_keeps_what_matters(load_tiny):

@@ -44,6 +44,20 @@ def test_blocked_everywhere_is_an_attention_mask(load_tiny, checkpoints, shape, 
                 assert got == pytest.approx(expected, rel=1e-4), (i, name)
 
 
+def test_a_key_with_all_the_weight_leaves_nothing(tiny):
+    """As in float16, where a score that lies 18 below the highest one gives a weight of 0."""
+
+    def all_on_the_first(pattern, hook):
+        alone = torch.zeros_like(pattern)
+        alone[..., 0] = 1
+        return alone
+
+    with tiny.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", all_on_the_first)]):
+        assert np.isfinite(knockout(tiny, ONE, {"other": 1})["score"]).all()
+        with pytest.raises(ValueError, match="no attention is left: in torch.float32 .* bfloat16"):
+            knockout(tiny, ONE, {"first": 0})
+
+
 def test_one_block_equals_scores_of_minus_infinity(load_tiny):
     for shape in ("gpt2", "llama"):
         model = load_tiny(shape, "hooked", "float64")

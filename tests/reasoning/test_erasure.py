@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -119,14 +121,39 @@ def test_controls_are_seeded_and_share_no_token(tiny):
     assert not (first == erase_bridge(tiny, facts, seed=2)["control"].values).all()
 
 
+def test_controls_lower_as_many_tokens_as_the_bridge(load_tiny, monkeypatch):
+    """A token that bridge and answer share is kept, so the bridge has one less to lower."""
+    model, erasure, lowered = load_tiny(), Eraser.erasure, []
+
+    def counted(self, *arguments):
+        made = erasure(self, *arguments)
+        lowered.append(len(made.down))
+        return made
+
+    monkeypatch.setattr(Eraser, "erasure", counted)
+    facts = [replace(f, bridge=f"{f.bridge} w{50 + i}") for i, f in enumerate(tiny_facts(model, 4))]
+    facts[0] = replace(facts[0], answer=f"{facts[0].bridge.split()[0]} w72")
+    erase_bridge(model, facts, variants="exact", layers=[1], controls=2)
+    assert lowered == [1] * 3 + [2] * 9
+
+
 def test_no_control_is_refused(tiny):
     with pytest.raises(ValueError, match="controls is 0; expected at least 1"):
         erase_bridge(tiny, tiny_facts(tiny, 2), controls=0)
 
 
-def test_a_fact_that_cannot_be_used_is_reported(tiny):
-    from dataclasses import replace
+@pytest.mark.parametrize("given", ["exat", ("published", "exat"), (), ("exact", "exact")])
+def test_variants_that_are_none_are_refused(tiny, given):
+    with pytest.raises(ValueError, match="variants is .*expected one or more of .'published'"):
+        erase_bridge(tiny, tiny_facts(tiny, 2), variants=given)
 
+
+def test_one_variant_may_be_named_by_itself(tiny):
+    result = erase_bridge(tiny, tiny_facts(tiny, 2), variants="exact", layers=[1], controls=1)
+    assert result["variant"].values.tolist() == ["exact"]
+
+
+def test_a_fact_that_cannot_be_used_is_reported(tiny):
     facts = tiny_facts(tiny, 2)
     broken = replace(facts[0], id="broken", first_hop="w80 w81")
     result = erase_bridge(tiny, [*facts, broken])

@@ -130,6 +130,14 @@ def test_failures_are_those_of_the_form_asked_for(tiny):
     assert there["example"].values.tolist() == ["0", "1", "2"]
 
 
+def test_a_form_that_the_gap_was_not_asked_in_is_refused(load_tiny):
+    model = load_tiny()
+    for asked in ("suffix", None):
+        found = set_outcomes(find_gap(model, tiny_facts(model, 2), form=asked), [False, False])
+        with pytest.raises(ValueError, match="form is 'prefix'; the gap was asked in .*name one"):
+            failure_types(model, found, form="prefix")
+
+
 def test_failures_that_the_lens_cannot_read_are_reported(tiny):
     facts = tiny_facts(tiny, 4)
     facts[0] = replace(facts[0], first_hop="w80 w81")  # absent
@@ -205,6 +213,13 @@ def test_figures_and_cells_are_small(tiny, tmp_path):
 def test_a_form_that_no_fact_has_is_refused_with_a_hint(tiny):
     with pytest.raises(ValueError, match="'sufix'; they have .*; did you mean 'suffix'"):
         find_gap(tiny, tiny_facts(tiny, 2), form="sufix")
+
+
+def test_two_facts_of_one_id_are_refused(load_tiny):
+    model = load_tiny()
+    one, other = tiny_facts(model, 2)
+    with pytest.raises(ValueError, match="fact ids must be unique; these are not: .'0'"):
+        find_gap(model, [one, replace(other, id=one.id)])
 
 
 def test_both_scores_are_kept(tiny):

@@ -13,6 +13,9 @@ from mi_hops import Hopland, Limits, load_model, merge
 from mi_hops.cli import app
 from mi_hops.reasoning import Gap
 from mi_hops.reasoning.merge import load_part
+from mi_hops.result.result import Result
+from mi_hops.sweep import Pairs
+from tests.patching.loops import ALL, ANSWERS, CLEAN
 
 FACTS = Hopland().sample(train=0, held_out=3)
 
@@ -48,6 +51,34 @@ def test_a_sweep_with_one_batch_each(model):
     whole, merged = sweep(FACTS[:4]), merge([sweep(FACTS[:2]), sweep(FACTS[2:4])])
     assert merged.data.identical(whole.data) and merged.skipped == whole.skipped
     assert merged.n_used == whole.n_used
+
+
+def test_estimates_are_merged_as_a_result(load_tiny, tmp_path):
+    """A whole Attribution would hold a model that patches the first part only."""
+    model, site = load_tiny(), mi_hops.Sites("resid_pre", positions={"last": -1})
+
+    def attribute(chosen):
+        return mi_hops.attribute(model, ALL.select(chosen), site)
+
+    whole, merged = attribute([0, 1, 2]), merge([attribute([0, 1]), attribute([2])])
+    assert type(merged) is Result and merged.provenance == whole.provenance
+    np.testing.assert_allclose(merged["change"], whole["change"], atol=1e-5)
+    loaded = load_part(attribute([0, 1]).save(tmp_path / "part.nc"))
+    assert merge([loaded, attribute([2])])["change"].equals(merged["change"])
+
+
+def test_traces_whose_subjects_are_elsewhere(load_tiny, tmp_path):
+    model = load_tiny()
+
+    def trace(i, subject):
+        pair = Pairs(CLEAN[i], answer=ANSWERS[i], labels=[str(i)])
+        return mi_hops.trace(model, pair, subject, mi_hops.Sites(positions={"last": -1}), samples=1)
+
+    merged = merge([trace(0, slice(2, 4)), trace(1, 1)])
+    assert merged["noised"].values.tolist() == ["2 3", "1"]
+    again = Result.load(merged.save(tmp_path / "traces.nc"))
+    assert again["noised"].values.tolist() == ["2 3", "1"]
+    assert merged.sel(example=["1"])["noised"].values.tolist() == ["1"]
 
 
 @pytest.mark.slow

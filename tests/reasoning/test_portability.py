@@ -208,3 +208,6 @@ def test_mquakes_numbers_by_hand():
     assert found.loc["unrepaired", "edit_wise"] == 1 / 4
     with pytest.raises(ValueError, match="generation_correct"):
         chain_scores(Evaluation(frame.assign(repair="R"), ("a",), (), {}), "generation_correct")
+    probable = frame.assign(repair="R", first_prob_before=0.2, first_prob_after=0.7)
+    with pytest.raises(ValueError, match="'first_prob'; expected an accuracy"):
+        chain_scores(Evaluation(probable, ("a", "b", "c", "d"), (), {}), "first_prob")

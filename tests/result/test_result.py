@@ -468,6 +468,29 @@ def test_one_axis_makes_lines_with_bands_and_baselines():
     assert names == ["0", "1", "2"]
 
 
+@pytest.mark.parametrize(
+    ("variable", "drawn"),
+    [
+        ("score", {"clean": 0.9, "noisy": 0.2}),
+        ("indirect", {"total": 0.7}),
+        ("change", {}),
+        ("attribution", {}),
+        ("spread", {"total_spread": 0.1}),
+    ],
+)
+def test_baselines_are_drawn_on_like_quantities_only(variable, drawn):
+    """A score of 0.9 is no place on an axis of changes, though their unit is one."""
+    baselines = {"clean": 0.9, "noisy": 0.2, "total": 0.7, "total_spread": 0.1}
+    result = Result.from_arrays(
+        {variable: (("example", "layer"), np.full((2, 3), 0.1))},
+        baselines={name: ("example", [value] * 2) for name, value in baselines.items()},
+        units=dict.fromkeys((variable, *baselines), "probability"),
+        provenance={},
+    )
+    lines = sorted(shape.y0 for shape in result.plot(kind="lines").layout.shapes)
+    assert lines == pytest.approx(sorted(drawn.values()))
+
+
 def test_text_axes_make_bars_and_positive_units_a_sequential_scale():
     values = np.array([[True, False], [True, True], [False, True]])
     result = Result.from_arrays(

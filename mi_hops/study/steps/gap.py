@@ -142,8 +142,8 @@ class GapStep(Step):
             yield Text(text, style="note")
         elif not known:
             yield Text(_none_known(summary), style="note")
-        yield from _by_split(summary["forms"])
-        yield _hops(summary["forms"])
+        yield from _by_split(summary["forms"], summary["score"])
+        yield _hops(summary["forms"], summary["score"])
         yield _table(summary, form)
         yield _scores(summary)
         if len(summary["by_relations"]) > 1:
@@ -308,7 +308,7 @@ def _of_form(gap: Gap) -> dict[str, Any]:
     return {**_shares(frame), "by_split": splits}
 
 
-def _by_split(forms: Mapping[str, Any]) -> Iterator[Figure | Table]:
+def _by_split(forms: Mapping[str, Any], score: Score) -> Iterator[Figure | Table]:
     rows, cells = [], []
     splits: dict[str, None] = {}
     for form, entry in forms.items():
@@ -316,7 +316,9 @@ def _by_split(forms: Mapping[str, Any]) -> Iterator[Figure | Table]:
             splits[split] = None
             name, known, whole = _split(split), scores["known"], scores["two_hop_of_known"]
             first = scores["first_token_of_known"]
-            rows.append(row(whole, split=name, form=form))
+            # The bars are of what the study counts: only then is the rest to 100% its gap.
+            counted = first if score == "first_token" else whole
+            rows.append(row(counted, split=name, form=form))
             shares = [percent(x, n=False) for x in (known, first, whole)]
             cells.append([name, form, shares[0], str(known["n"]), *shares[1:], str(whole["n"])])
     plot = bars(rows, x="split", group="form")
@@ -324,10 +326,10 @@ def _by_split(forms: Mapping[str, Any]) -> Iterator[Figure | Table]:
         meaning = "; ".join(f"{_split(s)}: {_SPLITS[s]}" for s in splits if s in _SPLITS)
         counts = [r["n"] for r in rows]
         caption = (
-            "Share of two-hop questions answered correctly (whole answer) among facts whose two hops "
-            f"the model both knows, by split of the facts and form of the question; n = {min(counts)}"
-            f" to {max(counts)} facts per bar (on hover), whiskers are exact 95% intervals. What a "
-            "bar lacks to 100% is the gap."
+            f"Share of two-hop questions answered correctly ({_WORDS[score]}) among facts whose two "
+            "hops the model both knows, by split of the facts and form of the question; "
+            f"n = {min(counts)} to {max(counts)} facts per bar (on hover), whiskers are exact 95% "
+            "intervals. What a bar lacks to 100% is the gap."
         )
         if meaning:
             caption += f" Splits: {meaning}."
@@ -345,7 +347,7 @@ def _by_split(forms: Mapping[str, Any]) -> Iterator[Figure | Table]:
     )
 
 
-def _hops(forms: Mapping[str, Any]) -> Figure | Text:
+def _hops(forms: Mapping[str, Any], score: Score) -> Figure | Text:
     rows = [
         row(entry[key], asked=words, form=form)
         for form, entry in forms.items()
@@ -357,9 +359,9 @@ def _hops(forms: Mapping[str, Any]) -> Figure | Text:
     return Figure(
         "The hops by themselves",
         [("", plot)],
-        f"Share of all n = {rows[0]['n']} facts whose question is answered correctly (whole answer), "
-        "for each hop alone and for the two-hop question, by form; whiskers are exact 95% "
-        "intervals. If the hops were independent and combining them cost nothing, the third group "
+        f"Share of all n = {rows[0]['n']} facts whose question is answered correctly "
+        f"({_WORDS[score]}), for each hop alone and for the two-hop question, by form; whiskers are "
+        "exact 95% intervals. If the hops were independent and combining them cost nothing, the third group "
         "would be near the product of the first two.",
         width=600,
     )
