@@ -422,7 +422,7 @@ class Result:
         bootstrap interval, heatmaps show it on hover. With one example the position axis carries its
         tokens. Two of (layer, head, position, strength) make a heatmap, with a panel for each value of
         a third dimension; one of them with numbers makes lines, any other axis bars, grouped by a
-        second dimension. Scalar baselines of the same unit are dotted lines.
+        second dimension. Scalar baselines of the same unit and kind are dotted lines.
 
         Args:
             variable: The main variable by default.
