@@ -411,9 +411,7 @@ class _Reader:
         if rows[0].tracked:
             labels["tracked"] = list(rows[0].tracked)
         values = variables(self.model, found, dims)
-        if (
-            "top_ids" in found
-        ):  # texts do not tell all tokens apart: parts of a character are all alike
+        if "top_ids" in found:  # by their texts, parts of a character are all alike
             labels["top_id"] = ((*dims, LAST["top_ids"]), found["top_ids"].long())
         what = rows[0].prompt.text if len(rows) == 1 else f"{len(rows)} prompts"
         return Result.from_arrays(

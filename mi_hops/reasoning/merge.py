@@ -45,9 +45,8 @@ def merge(parts: Iterable[Part]) -> Part:
         >>> mi_hops.merge(halves).facts == tuple(facts)
         True
     """
-    given: list[Any] = [
-        part.sel() if isinstance(part, Attribution) else part for part in parts
-    ]  # without a model
+    # `sel` gives a plain result, which holds no model.
+    given: list[Any] = [p.sel() if isinstance(p, Attribution) else p for p in parts]
     if not given:
         raise ValueError("nothing to merge; expected results, evaluations or moments")
     kinds = sorted({type(part).__name__ for part in given})
