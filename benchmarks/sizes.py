@@ -32,6 +32,8 @@ KINDS = ("attn_out", "mlp_out")
 #: Layers edited, at most, evenly spread.
 MOST = 10
 STRENGTH = 0.7
+#: The width from which a model is trained with matrix products in bfloat16.
+IN_BFLOAT16 = 512
 
 RULE = (
     "Every model is asked questions whose hops it knows and whose answer it gets wrong: "
@@ -58,7 +60,8 @@ def trained(folder: Path, width: int) -> str:
     """A LLaMA of that width, trained by the bundled one's recipe; a stopped run goes on."""
     if not (folder / "training.json").exists():
         base = RECIPES["llama"]
-        recipe = replace(base, shape=replace(base.shape, d_model=width, d_mlp=4 * width))
+        shape = replace(base.shape, d_model=width, d_mlp=4 * width)
+        recipe = replace(base, shape=shape, bfloat16=width >= IN_BFLOAT16)
         world, state = Hopland(), folder.with_suffix(".state")
         folder.parent.mkdir(parents=True, exist_ok=True)
         model, tokenizer, log = train(world, "llama", recipe, state=state)

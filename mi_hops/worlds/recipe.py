@@ -60,6 +60,8 @@ class Recipe:
         steps, batch_size: number of updates and sequences in each.
         half: the trained weights are rounded to float16 and written so, in half the space; they are
             loaded as float32.
+        bfloat16: matrix products are run in bfloat16, which is faster in wide models; weights, their
+            updates and the loss stay in float32.
         then: further stages, each with a fresh optimiser and a batch order of its own. A stage with
             more layers keeps the trained ones and adds new ones with random weights. The stages'
             own `half`, `seed` and `then` are ignored.
@@ -70,6 +72,7 @@ class Recipe:
     batch_size: int = 512
     texts: Texts = Texts()
     half: bool = False
+    bfloat16: bool = False
     adamw: AdamW = AdamW()
     shape: Shape = Shape()
     then: tuple[Recipe, ...] = ()

@@ -153,18 +153,18 @@ def loss_of(model: PreTrainedModel, part: Trees) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def _update(
-    model: PreTrainedModel, sampler: Sampler, optimiser: torch.optim.Optimizer, clip: float
-) -> float:
+def _update(model: PreTrainedModel, sampler: Sampler, optimiser: torch.optim.Optimizer) -> float:
     """One update; the loss of its batch, nats per scored token."""
-    loss_of_batch = 0.0
+    loss_of_batch, recipe = 0.0, sampler.recipe
     batch = sampler.batch()
     total = sum(len(tokens) - prompt for tokens, prompt in batch)
     for part in trees(batch):
-        loss = loss_of(model, part) / total
+        # Around one part alone: autocast keeps weights it has cast until its block ends.
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            loss = loss_of(model, part) / total
         loss.backward()
         loss_of_batch += loss.item()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.adamw.clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return loss_of_batch
@@ -183,7 +183,7 @@ class Training:
         while self.step < recipe.steps:
             for group in self.optimiser.param_groups:
                 group["lr"] = recipe.adamw.lr * _rate(self.step, recipe)
-            loss = _update(self.model, self.sampler, self.optimiser, recipe.adamw.clip)
+            loss = _update(self.model, self.sampler, self.optimiser)
             self.step += 1
             yield loss
 
