@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
@@ -23,7 +23,7 @@ from benchmarks.editing_setup import FirstTokens, Timed, deal, hops
 from benchmarks.editing_table import named, spans
 from benchmarks.harness import keep, kept, table, write
 from benchmarks.many_edits_real import APART, COUNTED, MODEL, Asked, editable
-from mi_hops import Hopland, find_gap, hop_edits, load_model, second_moments
+from mi_hops import Hopland, find_gap, hop_edits, load_model, merge, second_moments
 from mi_hops.editing import CremeRepair, HopRepair, Moments, OnTop
 from mi_hops.editing.baselines import (
     FineTuneRepair,
@@ -73,10 +73,12 @@ REAL_RULE = (
     "MEMIT and CREME see no other context templates, to save time. (Before any row was "
     "read, ROME was chosen for facts taught without examples: its worth was 0.78 with "
     "context templates and 0.15 without; behind examples it is 0.82.) Cases are of facts "
-    "that the study asked, settings are chosen on four edits of facts set apart, from "
-    "five layers at 0.2 to 0.8 of the depth. At most one other chain, one neighbour and "
-    "one unrelated question are asked for each case. Single facts that are scored may be "
-    "among what settings are chosen on and C is counted on."
+    "that the study asked; these have fewer than 200 second hops that can be edited, so "
+    "other facts are asked, 200 at a time, until there are enough. Settings are chosen on "
+    "four edits of facts set apart, from five layers at 0.2 to 0.8 of the depth. At most "
+    "one other chain, one neighbour and one unrelated question are asked for each case. "
+    "Single facts that are scored may be among what settings are chosen on and C is "
+    "counted on."
 )
 
 #: Column -> (set, statistic).
@@ -102,9 +104,10 @@ NOT_GIVEN = ("portability_wordings", "portability_chains")
 
 @dataclass
 class Bench:
-    """A model, edits to choose settings on, and the gap that reported edits are drawn from.
+    """A model, edits to choose settings on, and the gaps that reported edits are drawn from.
 
     Attributes:
+        report: as many of these gaps are taken, in turn, as it takes for the edits wanted.
         form: that is taught.
         layers: blocks that settings may be chosen from.
         corpus: statements that C is counted on.
@@ -117,7 +120,7 @@ class Bench:
     name: str
     form: str
     choose: Gap
-    report: Gap
+    report: Callable[[], Iterator[Gap]]
     corpus: list[str]
     layers: list[int]
     n_choose: int = CHOOSE
@@ -139,19 +142,25 @@ def hopland(name: str, seed: int = 0) -> Bench:
     choose, report = (find_gap(model, made_of(w, 2000), form=form) for w in ("choose", "report"))
     layers = list(range(model.cfg.n_layers))
     return Bench(
-        model, name, form, choose, report, statements(made_of("practice", 1500), form), layers
+        model,
+        name,
+        form,
+        choose,
+        lambda: iter([report]),
+        statements(made_of("practice", 1500), form),
+        layers,
     )
 
 
 def real(folder: Path) -> Bench:
     """SmolLM2: facts of geography in the wordings and behind the worked examples of its study.
 
-    Cases are of facts that the study asked, settings are chosen on those that are set apart.
+    Cases are of facts that the study asked, and of as many others as it takes; settings are chosen on
+    those that are set apart.
     """
     asked = Asked(folder)
     model, form = asked.model, asked.form
     choose = asked.gap("apart", asked.rest[-APART:])
-    report = asked.gap("studied", asked.studied)
     layers = [round(model.cfg.n_layers * share) for share in (0.2, 0.35, 0.5, 0.65, 0.8)]
     corpus = statements(choose.facts[:COUNTED], form)  # type: ignore[arg-type]
     return Bench(
@@ -159,7 +168,7 @@ def real(folder: Path) -> Bench:
         MODEL,
         form,
         choose,
-        report,
+        asked.gaps,
         corpus,
         layers,
         n_choose=4,
@@ -184,6 +193,18 @@ def cases(gap: Gap, hop: str, n: int, seed: int = 0) -> list[HopEdit]:
         if editable(edit.after, gap.form):
             unique.setdefault(edit.singles[0].key, edit)
     return list(unique.values())[:n]
+
+
+def reported(bench: Bench, hop: str, n: int) -> tuple[Gap, list[HopEdit]]:
+    """The edits that are reported, and the gap they are drawn from."""
+    parts: list[Gap] = []
+    edits: list[HopEdit] = []
+    for part in bench.report():
+        parts.append(part)
+        edits = cases(merge(parts), hop, n)
+        if len(edits) == n:
+            break
+    return merge(parts), edits
 
 
 def with_one_lead(edit: HopEdit) -> HopEdit:
@@ -368,8 +389,9 @@ def per_case(scores: Evaluation, repair: str) -> dict[str, list[float | None]]:
 
 def measure(bench: Bench, hop: str, n: int, only: Sequence[str] | None) -> None:
     """All rows of one hop, kept a few at a time."""
-    edits = cases(bench.report, hop, n)
-    queries: QuerySets = portability_sets(edits, bench.report, per_case=bench.per_case)
+    gap, edits = reported(bench, hop, n)
+    print(gap.describe(), flush=True)
+    queries: QuerySets = portability_sets(edits, gap, per_case=bench.per_case)
     makers = methods(bench)
     labels = [label for label in makers if hop == "first" or label not in FIRST_ONLY]
     part = f"{bench.name.split('/')[-1]}-{hop}"
@@ -433,7 +455,6 @@ def main() -> None:
     given = parser.parse_args()
     for name in given.model:
         bench = real(given.folder) if name == MODEL else hopland(name)
-        print(bench.report.describe(), flush=True)
         for hop in given.hop:
             measure(bench, hop, given.limit, given.only)
 

@@ -156,6 +156,19 @@ def test_a_later_stage_goes_on_from_what_there_is(family):
     assert {name for name in new if ".2." in name} == set(new) - set(there)
 
 
+def test_in_bfloat16_weights_stay_float32_and_losses_differ_by_rounding():
+    losses = {}
+    for low in (False, True):
+        recipe = replace(RECIPE, steps=12, bfloat16=low)
+        model, _, log = train(SMALL, "llama", recipe, progress=False, log_every=1)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        losses[low] = torch.tensor([record["loss"] for record in log])
+    assert not torch.equal(losses[True], losses[False])
+    # Stale casts of the weights would keep the loss from falling.
+    torch.testing.assert_close(losses[True], losses[False], rtol=0.02, atol=0.0)
+    assert losses[True][-1] < 0.95 * losses[True][0]
+
+
 def test_a_stage_of_another_shape_is_refused():
     wider = replace(RECIPE, steps=1, shape=replace(RECIPE.shape, d_model=64))
     with pytest.raises(ValueError, match="may have more layers, and everything else must be equal"):
