@@ -29,7 +29,6 @@ from torch import Tensor
 from mi_hops.editing.change import Change, matrix_hooks
 from mi_hops.editing.checks import Editable, Layers, check_editable
 from mi_hops.editing.edit import Edit
-from mi_hops.editing.passes import run_blocks
 from mi_hops.editing.plans import (
     CremeSettings,
     Plan,
@@ -42,7 +41,7 @@ from mi_hops.editing.request import Asked, Request, requests_of
 from mi_hops.editing.rows import EditorRepair
 from mi_hops.editing.solve import solve_keys
 from mi_hops.facts.fact import TwoHopFact
-from mi_hops.model import Hook, HookedModel, hook_name
+from mi_hops.model import Hook, HookedModel, capture, hook_name
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import each_part
 from mi_hops.text.tokens import pad
@@ -254,7 +253,8 @@ class CremeRun:
             if self._how.match == "residual":
                 hooks.append((hook_name("resid_pre", layer), self._keep_stream))
             hooks += matrix_hooks("W_O", layer, self._editor(layer))
-        run_blocks(self._model, batch.tokens, self._editable.layers[-1], hooks)
+        with torch.no_grad():
+            capture(self._model, batch.tokens, (), hooks=hooks)
         return self._found
 
     def _keep_stream(self, x: Tensor) -> None:

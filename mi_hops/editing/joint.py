@@ -130,7 +130,7 @@ def _gather(
         part = [plans[i] for i in members]
         tokens = pad([row for plan in part for row in plan.rows]).tokens
         rows = [below if on else None for plan in part for on in plan.edited(how.target)]
-        before, z, stream = activations(model, tokens, goal, names, edit_hooks(model, rows))
+        before, z, stream = activations(model, tokens, names, edit_hooks(model, rows))
         if how.match == "residual":  # what enters the block may come from another device
             stream = stream + before.to(stream.device)
         start = 0

@@ -30,13 +30,13 @@ from torch import Tensor
 
 from mi_hops.editing.change import input_hook
 from mi_hops.editing.files import load_tensors, save_tensors
-from mi_hops.editing.passes import run_blocks
 from mi_hops.editing.solve import SingularError
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import (
     Hook,
     HookedModel,
     HookFn,
+    capture,
     dtype_of,
     fingerprint,
     live_matrix,
@@ -48,12 +48,11 @@ from mi_hops.model.numeric import widen
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import each_made_elsewhere
 from mi_hops.sweep.keep import Running
-from mi_hops.text.corpus import require_file, token_batches
+from mi_hops.text.corpus import Corpus, require_file, token_batches
 from mi_hops.text.tokens import Batch
 
 Positions = Literal["all", "last"]
 Shrinkage = float | Literal["ledoit-wolf"]
-Corpus = Iterable[str | TwoHopFact] | str | Path
 _Sums = dict[int, Tensor]
 _KEY = "mi_hops_moments"
 _ROUNDING = 1e-6  # of activations in float32
@@ -404,7 +403,8 @@ def second_moments(
         found: list[Hook] = [
             (hook, adder(layer)) for hook, layer in zip(hooks, wanted, strict=True)
         ]
-        run_blocks(model, batch.tokens, wanted[-1], found)
+        with torch.no_grad():
+            capture(model, batch.tokens, (), hooks=found)
 
     def alone(batch: Batch) -> tuple[_Sums, _Sums]:
         found: tuple[_Sums, _Sums] = {}, {}

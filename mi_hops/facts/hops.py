@@ -13,9 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mi_hops.facts.templates import Wording, capitalise, first_hop_phrase, prompts_about
-
-_ARTICLE = "the "
+from mi_hops.facts.templates import (
+    Wording,
+    capitalise,
+    first_hop_phrase,
+    prompts_about,
+    without_article,
+)
 
 
 def several_texts(texts: Iterable[str], what: str) -> tuple[str, ...]:
@@ -135,10 +139,8 @@ def put(text: str, old: str, new: str) -> str:
         return ""
     start, end = found[0].span()
     before = text[:start]
-    if not before or before.endswith("\n"):
-        new = capitalise(new)
-    elif f" {before}".casefold().endswith(f" {_ARTICLE}") and new.startswith(_ARTICLE):
-        new = new.removeprefix(_ARTICLE)
+    begins = not before or before.endswith("\n")
+    new = capitalise(new) if begins else without_article(new, before)
     return before + new + text[end:]
 
 

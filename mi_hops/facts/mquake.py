@@ -32,7 +32,7 @@ from mi_hops.facts.reading import (
     triple,
 )
 from mi_hops.facts.tables import find, refuse_named
-from mi_hops.facts.templates import SLOT, Wording, capitalise, doubled_article
+from mi_hops.facts.templates import SLOT, Wording, capitalise, without_article
 
 
 def load_mquake(
@@ -182,11 +182,10 @@ def _edited(record: Any) -> dict[str, Any]:
 def _fill(template: str, thing: str, fixes: RowFixes) -> str:
     """`template` about `thing`; "the [X]" about "the author" has one article, which is noted."""
     before, after = template.split(SLOT)
-    if doubled_article(before, thing):
-        once = before + thing[len("the ") :]
-        fixes.note("doubled article", f"{before + thing!r} became {once!r}")
-        return once + after
-    return before + thing + after
+    said = without_article(thing, before)
+    if said != thing:
+        fixes.note("doubled article", f"{before + thing!r} became {before + said!r}")
+    return before + said + after
 
 
 def _about(wording: Wording, thing: str, fixes: RowFixes) -> dict[str, str]:

@@ -59,6 +59,11 @@ def doubled_article(before: str, thing: str) -> bool:
     return f" {before}".casefold().endswith(" the ") and thing.casefold().startswith("the ")
 
 
+def without_article(thing: str, before: str) -> str:
+    """`thing`, less the article that the text before it ends in."""
+    return thing[len("the ") :] if doubled_article(before, thing) else thing
+
+
 def prompts_about(wording: Wording, thing: str) -> dict[str, str]:
     """All forms of the prompt that asks for a relation of `thing`, keyed by form."""
     return {

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mi_hops.model import (
     HookedModel,
-    capture,
     device_of,
     dtype_of,
     embedding,
@@ -30,7 +29,8 @@ from mi_hops.model import (
     w_o,
 )
 from mi_hops.model.numeric import wide_dtype
-from mi_hops.text.tokens import Prompt, TokenError, batches, encode
+from mi_hops.sweep.batching import each_captured
+from mi_hops.text.tokens import Prompt, TokenError, encode
 
 #: ``unembed``: rows of W_U^T (the paper's default); ``embed``: rows of W_E, no positions;
 #: ``layerwise_code``: the attention output of the injected layer at the memory's last token, the
@@ -189,15 +189,9 @@ def _at_last_token(
     names = [hook_name(kind, layer) for layer in range(int(model.cfg.n_layers))]
     place, wide = device_of(model), wide_dtype(dtype_of(model))
     found: dict[int, Tensor] = {}
-    with torch.no_grad():
-        for chosen, batch in batches([p.ids for p in prompts], batch_size):
-            store, _ = capture(model, batch.tokens, names)
-            rows = torch.arange(len(chosen))
-            last = [
-                x[rows.to(x.device), batch.last.to(x.device)].to(place, wide)
-                for x in (store[name] for name in names)
-            ]
-            found |= zip(chosen, torch.stack(last, dim=1), strict=True)
+    for i, activations in each_captured(model, prompts, names, batch_size):
+        last = prompts[i].last
+        found[i] = torch.stack([activations[name][last].to(place, wide) for name in names])
     return torch.stack([found[i] for i in range(len(prompts))])
 
 

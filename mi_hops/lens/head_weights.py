@@ -110,7 +110,7 @@ def copying(model: HookedModel) -> Result:
     all are negative, about 0 for random weights.
 
     Returns:
-        `Result` ``copying`` on ``layer, head``.
+        `Result` ``copying`` on ``layer, head``; NaN for a head that writes nothing.
     """
     weight = embedding(model)
     wide = wide_dtype(weight.dtype)
@@ -129,6 +129,7 @@ def copying(model: HookedModel) -> Result:
         units={"copying": "share"},
         provenance=provenance(model, method="eigenvalue copying score"),
         title="Copying score of the OV circuit",
+        allow_nonfinite=True,
     )
 
 

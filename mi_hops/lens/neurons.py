@@ -20,7 +20,6 @@ from torch import Tensor
 from mi_hops.lens.examples import real_cells
 from mi_hops.lens.sae import check_reads
 from mi_hops.lens.tracking import Prompts, Track, first_tokens, rows_at
-from mi_hops.lens.training import Corpus
 from mi_hops.lens.vectors import Layers, activations, hook_of, in_batches, resolve_layers
 from mi_hops.model import (
     HookedModel,
@@ -33,7 +32,7 @@ from mi_hops.model import (
 from mi_hops.model.numeric import widen
 from mi_hops.model.weights import require_linear
 from mi_hops.result.result import Result
-from mi_hops.text.corpus import token_batches
+from mi_hops.text.corpus import Corpus, token_batches
 from mi_hops.text.tokens import Batch, Prompt, Where
 
 

@@ -31,7 +31,6 @@ from mi_hops.lens.tracking import (
     spell_all,
     tracked_tokens,
 )
-from mi_hops.lens.training import Corpus
 from mi_hops.lens.vectors import Layers, gather, resolve_layers, states_at, statistics, stream_site
 from mi_hops.model import Hook, HookedModel, fingerprint, hook_name, provenance
 from mi_hops.model.numeric import widen
@@ -43,7 +42,7 @@ from mi_hops.sweep.generate import Generation, generate
 from mi_hops.sweep.interventions import Intervention, replace
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.repair import Rows
-from mi_hops.text.corpus import token_batches
+from mi_hops.text.corpus import Corpus, token_batches
 from mi_hops.text.matching import STOP
 from mi_hops.text.tokens import Prompt, Where, pad
 

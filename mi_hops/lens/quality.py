@@ -14,11 +14,10 @@ from torch import Tensor
 from mi_hops.lens.attention import AttentionLens
 from mi_hops.lens.examples import examples_of
 from mi_hops.lens.trained import TrainedLens, kl
-from mi_hops.lens.training import Corpus
 from mi_hops.lens.vectors import Layers, LogitLens, as_lens, resolve_layers
 from mi_hops.model import HookedModel, provenance
 from mi_hops.result.result import Result
-from mi_hops.text.corpus import token_batches
+from mi_hops.text.corpus import Corpus, token_batches
 
 _UNITS = {
     "kl": "nats",

@@ -23,7 +23,6 @@ from mi_hops.cases import Case, usable
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.examples import real_cells
 from mi_hops.lens.tracking import at_role, check_role
-from mi_hops.lens.training import Corpus
 from mi_hops.lens.vectors import gather, hook_of, resolve_layers, states_at, stream_site
 from mi_hops.model import HookedModel, device_of, fingerprint, provenance
 from mi_hops.result.result import Result
@@ -31,7 +30,7 @@ from mi_hops.sweep.interventions import Change, Intervention
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import get_metrics
 from mi_hops.sweep.runs import Scored, run_sweep
-from mi_hops.text.corpus import token_batches
+from mi_hops.text.corpus import Corpus, token_batches
 from mi_hops.text.tokens import Batch
 
 #: Where a trained autoencoder remembers the weights that it belongs to.

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mi_hops.model import HookedModel, capture, hook_name, provenance
+from mi_hops.model import HookedModel, hook_name, provenance
 from mi_hops.model.numeric import wide_dtype
 from mi_hops.result.result import Result
-from mi_hops.sweep.batching import batched_with_oom_backoff
+from mi_hops.sweep.batching import each_captured
 from mi_hops.sweep.pairs import Texts, as_prompts
-from mi_hops.text.tokens import Prompt, Where, pad
+from mi_hops.text.tokens import Prompt, Where
 from mi_hops.text.tokens import positions as positions_of
 
 if TYPE_CHECKING:
@@ -91,18 +91,12 @@ def _grams(
     if not 3 <= n <= _MOST_TOKENS:
         raise ValueError(f"got {n} tokens to compare; expected 3 to {_MOST_TOKENS:,}")
 
-    def run(part: Sequence[int]) -> list[Tensor]:
-        with torch.no_grad():
-            found, _ = capture(model, pad([prompts[i].ids for i in part]).tokens, names)
-        if any(x.ndim != 3 for x in found.values()):
+    parts: list[list[Tensor]] = [[] for _ in prompts]
+    for i, found in each_captured(model, prompts, names, batch_size):
+        if any(x.ndim != 2 for x in found.values()):
             raise ValueError(f"{kind!r} has an axis of heads; expected one of [row, pos, d]")
-        rows = [
-            torch.cat([found[name][row, list(spans[i])] for row, i in enumerate(part)])
-            for name in names
-        ]
-        return [x.to("cpu", wide_dtype(x.dtype)) for x in rows]
-
-    parts = [x for _, x in batched_with_oom_backoff(range(len(prompts)), batch_size, run)]
+        read = (found[name][list(spans[i])] for name in names)
+        parts[i] = [x.to("cpu", wide_dtype(x.dtype)) for x in read]
     grams = []
     for layer in layers:
         states = torch.cat([part[layer] for part in parts]).double()

@@ -21,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mi_hops.facts.fact import TwoHopFact
 from mi_hops.lens.examples import examples_of, make_example, real_cells
 from mi_hops.lens.trained import TrainedLens
 from mi_hops.lens.vectors import as_lens
@@ -30,14 +29,11 @@ from mi_hops.result.files import replacing
 from mi_hops.result.progress import progress_bar
 from mi_hops.result.result import Result
 from mi_hops.sweep.keep import Running, keep
-from mi_hops.text.corpus import token_batches
+from mi_hops.text.corpus import Corpus, token_batches
 from mi_hops.text.tokens import Batch, batches_in_order
 
 if TYPE_CHECKING:
     from torch.optim import Adam
-
-#: Texts or facts (as their statements), or the path of a file; read once, kept as tokens.
-Corpus = Iterable[str | TwoHopFact] | str | Path
 
 #: Tokens of one text.
 TokenRow = tuple[int, ...]

@@ -462,13 +462,16 @@ def capture(
 
     Returns:
         ``(activations by name, logits or None)``. Without `logits` the pass stops after the last
-        named block.
+        block that has a name or a hook; after the model's last one, one position is unembedded.
     """
     wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     require_hooks(model, wanted)
     found: dict[str, Tensor] = {}
     hooks = [*hooks, *storing(found, wanted, Tensor.detach)]
-    stop = None if logits else _last_block(model, [name for name, _ in hooks])
+    stop = None if logits else _last_block([name for name, _ in hooks])
+    if stop == model.cfg.n_layers:
+        stop = None  # a model that stops before its end has no last stream
+        hooks.append(("unembed.hook_in", lambda x: x[:, :1]))
     out = forward(model, tokens, hooks=hooks, stop_at_layer=stop)
     return found, out if logits else None
 
@@ -487,10 +490,9 @@ def storing(
     return [(name, look(name)) for name in names]
 
 
-def _last_block(model: HookedModel, names: Iterable[str]) -> int | None:
-    """The block to stop before once all names have fired, or None to run to the end."""
+def _last_block(names: Iterable[str]) -> int | None:
+    """The block to stop before once all names have fired, or None if some fire behind the blocks."""
     blocks = [name for name in names if name not in ("hook_embed", "hook_pos_embed")]
     if not all(name.startswith("blocks.") for name in blocks):
         return None
-    stop = 1 + max((int(name.split(".")[1]) for name in blocks), default=-1)
-    return stop if stop < model.cfg.n_layers else None
+    return 1 + max((int(name.split(".")[1]) for name in blocks), default=-1)

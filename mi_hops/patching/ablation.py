@@ -16,7 +16,7 @@ where none are given, at a score of 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from einops import reduce
@@ -30,15 +30,13 @@ from mi_hops.patching.core import (
     ChangesOf,
     GridSweep,
     Metrics,
-    captured,
     put,
     require_effect,
     taken,
 )
 from mi_hops.result.result import Result
-from mi_hops.sweep.batching import batched_with_oom_backoff
-from mi_hops.sweep.interventions import HEAD_AXIS, Change
-from mi_hops.sweep.interventions import ablate as zero
+from mi_hops.sweep.batching import each_captured
+from mi_hops.sweep.interventions import HEAD_AXIS, Change, zero
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike
 from mi_hops.sweep.normalising import normalised
@@ -194,17 +192,12 @@ def _means(model: HookedModel, others: Sequence[Prompt], grid: Grid, batch_size:
     sums: dict[str, Tensor] = {}
     count = 0
     names = grid.hook_names()
-    for part, found in batched_with_oom_backoff(
-        others, batch_size, lambda part: captured(model, part, names)
-    ):
-        for row, prompt in enumerate(part):
-            first = int(prompt.has_bos and len(prompt) > 1)
-            count += len(prompt) - first
-            for name, activation in found.items():
-                total = reduce(
-                    activation[row, first : len(prompt)].to(wide), "pos ... -> ...", "sum"
-                )
-                sums[name] = sums[name] + total if name in sums else total
+    for i, found in each_captured(model, others, names, batch_size):
+        n, first = len(others[i]), int(others[i].has_bos and len(others[i]) > 1)
+        count += n - first
+        for name, activation in found.items():
+            total = reduce(activation[first:n].to(wide), "pos ... -> ...", "sum")
+            sums[name] = sums[name] + total if name in sums else total
     means = {name: total / count for name, total in sums.items()}
 
     def change_of(cell: Cell, layer: int, sample: int) -> Change:
@@ -221,19 +214,13 @@ def _position_means(
     wide = wide_dtype(dtype_of(model))
     sums: dict[tuple[str, int], Tensor] = {}
     whole = {(cell.kind, layer, cell.span) for cell in grid.cells for layer in cell.layers}
-    placed = list(zip(others, grid.base, strict=True))
-
-    def run(part: Sequence[tuple[Prompt, Any]]) -> dict[str, Tensor]:
-        return captured(model, [prompt for prompt, _ in part], grid.hook_names())
-
-    for part, found in batched_with_oom_backoff(placed, batch_size, run):
-        for row, (prompt, where) in enumerate(part):
-            for kind, layer, span in whole:
-                name = hook_name(kind, layer)
-                every_head = Cell(kind, (layer,), span)
-                value = taken(found[name][row], every_head, where[span], len(prompt)).to(wide)
-                key = (name, span)
-                sums[key] = sums[key] + value if key in sums else value
+    for i, found in each_captured(model, others, grid.hook_names(), batch_size):
+        for kind, layer, span in whole:
+            name = hook_name(kind, layer)
+            every_head = Cell(kind, (layer,), span)
+            value = taken(found[name], every_head, grid.base[i][span], len(others[i])).to(wide)
+            key = (name, span)
+            sums[key] = sums[key] + value if key in sums else value
     means = {key: total / len(others) for key, total in sums.items()}
 
     def change_of(cell: Cell, layer: int, sample: int) -> Change:
@@ -261,11 +248,9 @@ def _resamples(
         if not held.keys() >= set(drawn[example]):
             held.clear()
             needed = sorted({other for i in group_of[example] for other in drawn[i]})
-            for part, found in batched_with_oom_backoff(
-                needed, len(needed), lambda part: captured(model, [others[i] for i in part], names)
-            ):
-                for r, other in enumerate(part):
-                    held[other] = {name: x[r] for name, x in found.items()}
+            prompts = [others[i] for i in needed]
+            for i, found in each_captured(model, prompts, names, len(needed)):
+                held[needed[i]] = found
         own = [held[other] for other in drawn[example]]
 
         def change_of(cell: Cell, layer: int, sample: int) -> Change:

@@ -347,7 +347,7 @@ def job_of_nodes(
         )
     every = Sites("resid_pre", layers=0, positions="all")
     job = PatchJob(model, pairs, every, metric=metric, direction=direction, limits=limits)
-    assert job.one_metric
+    _ = job.one_metric  # several are refused
     return job
 
 

@@ -11,6 +11,7 @@ block at their noisy values: what of the effect is then lost went through these 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -74,7 +75,8 @@ def trace(
         noise: standard deviation, in units of that of the token embedding's entries; ``"s3"`` takes
             three times that of the subjects' own embeddings, as the published repository does.
         samples: noisy runs per prompt.
-        seed: of the noise; each prompt draws its own, whatever else is traced.
+        seed: of the noise; each prompt draws its own by its tokens and its span, whatever else is
+            traced.
 
     Returns:
         `Result` on ``example``, then ``severed``, ``kind``, ``layer``, ``position``, ``head`` and
@@ -132,7 +134,7 @@ def trace(
         tracer = _Tracer(model, bases[i], grid.base[i], grid, variants, states)
         sweep = Sweep(model, [scored[i]])
         found = []
-        for draw in noise_draws(model, len(noised[i]), std, samples, (seed, i)):
+        for draw in noise_draws(model, bases[i], noised[i], std, samples, seed):
             with add_noise(model, noised[i], draw):
                 found.append(sweep.run(tracer.interventions(), quiet))
         return [torch.stack([f.rows for f in found]), torch.stack([f.base[0] for f in found])]
@@ -246,12 +248,19 @@ def subject_roles(
 
 
 def noise_draws(
-    model: HookedModel, width: int, std: float, samples: int, seed: tuple[int, int]
+    model: HookedModel,
+    prompt: Prompt,
+    span: Sequence[int],
+    std: float,
+    samples: int,
+    seed: int,
 ) -> Iterator[Float[Tensor, "pos d_model"]]:
     """Noise for the span of one prompt, in float32 on the CPU, so that devices agree."""
-    generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
+    what = repr((int(seed), list(prompt.ids), list(span))).encode()
+    drawn = int.from_bytes(hashlib.sha256(what).digest()[:8], "big", signed=True)
+    generator = torch.Generator().manual_seed(drawn)
     for _ in range(samples):
-        yield std * torch.randn(width, int(model.cfg.d_model), generator=generator)
+        yield std * torch.randn(len(span), int(model.cfg.d_model), generator=generator)
 
 
 @contextmanager

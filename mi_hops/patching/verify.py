@@ -114,14 +114,7 @@ class Attribution(Result):
         beside = change.copy(data=patched.reshape(change.shape).astype(change.dtype))
         told = {k: None if np.isnan(v) else v for k, v in numbers.items()}
         told |= {"n_cells": len(order), "n_examples": len(change)}
-        result = Result(
-            self.data.assign(exact=beside),
-            provenance={**self.provenance, "verification": told},
-            title=self.title,
-            main=self.main,
-            skipped=self.skipped,
-            allow_nonfinite=True,
-        )
+        result = self.assign({"exact": beside}, provenance={"verification": told})
         return Verification(
             **numbers, n_cells=len(order), n_examples=len(change), table=table, result=result
         )

@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mi_hops.result.statistics import NO_INTERVAL, bootstrap_ci, proportion_ci
+from mi_hops.result.statistics import (
+    NO_INTERVAL,
+    bootstrap_ci,
+    log_change,
+    proportion_ci,
+    relative_change,
+)
 
 COLUMNS = ("value", "lower", "upper", "n_queries", "n_cases", "unit")
 
@@ -100,7 +106,7 @@ def change_scores(
     wrong_after: np.ndarray | None = None,
 ) -> Scores:
     """The statistics of `aggregate` for probabilities ``[query]``."""
-    relative, logs = _relative(before, after), _log_ratio(before, after)
+    relative, logs = relative_change(before, after), log_change(before, after)
     fraction = "fraction of before"
     scores = Scores(
         means={
@@ -126,9 +132,9 @@ def change_scores(
     for when, right, wrong in (("before", before, wrong_before), ("after", after, wrong_after)):
         ahead = np.where(known, right > wrong, np.nan)
         scores.query_shares[f"target_over_wrong_{when}"] = ahead
-    wrong_relative = np.where(known, _relative(wrong_before, wrong_after), np.nan)
+    wrong_relative = np.where(known, relative_change(wrong_before, wrong_after), np.nan)
     scores.means["wrong_mean_relative_change"] = (wrong_relative, fraction)
-    scores.means["wrong_mean_log_change"] = (_log_ratio(wrong_before, wrong_after), "nats")
+    scores.means["wrong_mean_log_change"] = (log_change(wrong_before, wrong_after), "nats")
     return scores
 
 
@@ -263,17 +269,6 @@ def _check(frame: pd.DataFrame) -> None:
                 f"{name} is {values[row]} in row {row} (case {frame['case'].iloc[row]!r}); expected "
                 "a probability: finite and not negative"
             )
-
-
-def _relative(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    return np.divide(after - before, before, out=np.zeros(len(before)), where=before > 0)
-
-
-def _log_ratio(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    both = (before > 0) & (after > 0)
-    logs = np.full(len(before), np.nan)
-    logs[both] = np.log(after[both]) - np.log(before[both])
-    return logs
 
 
 def _case_means(codes: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -335,6 +335,11 @@ def _controls(
     lowered = len({*case.bridge} - {*case.target.answer})
     fit = [c for c in pool if len({*c}) == lowered and not taken & set(c)]
     drawn: list[tuple[int, ...]] = rng.sample(fit, min(n, len(fit)))
+    if len(drawn) < n and vocab - len(taken) < lowered:
+        raise ValueError(
+            f"fact {case.fact.id!r} leaves no {lowered} of {vocab} tokens for a control that shares none "
+            "with its bridge, answer and prompt; leave the fact out"
+        )
     while len(drawn) < n:
         tokens = tuple(rng.sample(range(vocab), lowered))
         if not taken & set(tokens):

@@ -85,6 +85,8 @@ def locate(
         >>> located["effect"].dims
         ('example', 'kind', 'position', 'layer')
     """
+    if not kinds:
+        raise ValueError(f"no kinds; expected one or more of {list(KINDS)}")
     cases, skipped = usable(model, facts, _guided, purpose="locating", form=form)
     parts = []
     # Only some prompts have tokens between the first hop and the last; of the kinds, only attention

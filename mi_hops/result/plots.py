@@ -362,22 +362,3 @@ def bars(
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.06)
     apply_style(figure, title, {"height": 420, **layout}, legend=group)
     return figure
-
-
-def to_html(
-    figure: go.Figure, *, include_plotlyjs: bool | str = False, div_id: str | None = None
-) -> str:
-    """One ``<div>`` with the figure, to be put into a page.
-
-    Args:
-        include_plotlyjs: False leaves plotly.js to the page (several figures share one copy); True
-            writes it into the div; other values as in plotly's own `to_html`.
-        div_id: Identifier of the div, unique in the page; a random one by default, so name it where
-            the page has to come out the same each time.
-    """
-    return figure.to_html(
-        full_html=False,
-        include_plotlyjs=include_plotlyjs,
-        div_id=div_id,
-        config={"displaylogo": False, "responsive": True},
-    )

@@ -190,10 +190,7 @@ def summarise_change(
         if bad.size:
             raise ValueError(f"{name}[{bad[0]}] is {side[bad[0]]}; expected finite, not negative")
     n = len(pre)
-    relative = np.divide(post - pre, pre, out=np.zeros(n), where=pre > 0)
-    both = (pre > 0) & (post > 0)
-    logs = np.full(n, np.nan)
-    logs[both] = np.log(post[both]) - np.log(pre[both])
+    relative, logs = relative_change(pre, post), log_change(pre, post)
     statistics: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int, str]] = {
         "mean_relative_change": (lambda i: relative[i].mean(-1), n, "fraction of before"),
         "mean_relative_change_within_2sd": (
@@ -202,7 +199,11 @@ def summarise_change(
             "fraction of before",
         ),
         "median_relative_change": (lambda i: np.median(relative[i], -1), n, "fraction of before"),
-        "mean_log_change": (lambda i: _quiet_mean(logs[i], -1), int(both.sum()), "nats"),
+        "mean_log_change": (
+            lambda i: _quiet_mean(logs[i], -1),
+            int((~np.isnan(logs)).sum()),
+            "nats",
+        ),
         "ratio_of_means_change": (
             lambda i: _ratio(post[i].mean(-1), pre[i].mean(-1)) - 1,
             n,
@@ -237,6 +238,19 @@ def summarise_change(
     return frame.rename_axis("statistic")
 
 
+def relative_change(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """(after - before) / before [example]; 0 where before is 0."""
+    return np.divide(after - before, before, out=np.zeros(len(before)), where=before > 0)
+
+
+def log_change(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """log(after / before) [example], in nats; NaN where either is 0."""
+    both = (before > 0) & (after > 0)
+    logs = np.full(len(before), np.nan)
+    logs[both] = np.log(after[both]) - np.log(before[both])
+    return logs
+
+
 def _kept(r: np.ndarray) -> np.ndarray:
     """Which of r [..., example] lie within two population standard deviations of their mean."""
     kept = np.abs(r - r.mean(-1, keepdims=True)) <= 2 * r.std(-1, keepdims=True)
@@ -250,7 +264,7 @@ def _mean_within_2sd(r: np.ndarray) -> np.ndarray:
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-    """Quotient, NaN where the denominator is 0."""
+    """Quotient, NaN where the denominator is not positive."""
     return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=np.asarray(bottom) > 0)
 
 

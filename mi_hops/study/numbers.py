@@ -87,11 +87,11 @@ def percent(given: Estimate, *, n: bool = True) -> str:
     return f"{text} {_spread(given, _hundredth, n)}"
 
 
-def points(given: Estimate, unit: str = "percentage points", *, n: bool = False) -> str:
+def points(given: Estimate, unit: str = "percentage points") -> str:
     """A difference of shares: ``+12.5 percentage points [+3.1, +22.0]``."""
     if given["value"] is None:
         return "no case"
-    return " ".join(filter(None, (_point(given["value"]), unit, _spread(given, _point, n))))
+    return " ".join(filter(None, (_point(given["value"]), unit, _spread(given, _point, False))))
 
 
 def number(given: Estimate, *, n: bool = True, signed: bool = True) -> str:

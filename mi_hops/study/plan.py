@@ -23,7 +23,7 @@ from mi_hops.study.step import Asked
 from mi_hops.study.steps import STEPS
 from mi_hops.study.steps.wordings import FORMS, SHOTS
 from mi_hops.sweep.passes import CPU_MEMORY
-from mi_hops.text.tokens import encode, pad
+from mi_hops.text.tokens import TokenError, encode, last_position, pad
 
 #: Questions that lengths are averaged over, and that are timed.
 _LOOKED_AT, _TIMED = 64, 8
@@ -152,9 +152,11 @@ def _asked(model: HookedModel, facts: Facts, settings: StudySettings) -> Asked:
 
 def _tail(model: HookedModel, fact: TwoHopFact) -> int:
     """Tokens of the question from its first hop's last one on."""
-    text = fact.prompt()
-    before = text[: text.find(fact.first_hop) + len(fact.first_hop)]
-    return len(encode(model, text)) - (len(encode(model, before)) if before else 0) + 1
+    prompt = encode(model, fact.prompt())
+    try:
+        return prompt.last - last_position(prompt, fact.first_hop) + 1
+    except TokenError:  # the phrase is not there, or twice; steps leave such facts out
+        return len(prompt)
 
 
 def _seconds_per_token(model: HookedModel, facts: Sequence[TwoHopFact]) -> float:

@@ -207,7 +207,7 @@ def load_study_facts(
 
 
 def _thinned(facts: list[TwoHopFact], limit: int, seed: int) -> list[TwoHopFact]:
-    """A seeded sample with each split's share, in the given order."""
+    """A seeded sample with about each split's share, in the given order."""
     if limit >= len(facts):
         return facts
     rng = random.Random(seed)

@@ -11,11 +11,11 @@ from .generate import generate as generate
 from .interventions import Change as Change
 from .interventions import Intervention as Intervention
 from .interventions import Site as Site
-from .interventions import ablate as ablate
 from .interventions import add as add
 from .interventions import noise as noise
 from .interventions import replace as replace
 from .interventions import scale as scale
+from .interventions import zero as zero
 from .limits import Limits as Limits
 from .metrics import KL as KL
 from .metrics import METRICS as METRICS

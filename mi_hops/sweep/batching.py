@@ -7,12 +7,15 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
-from mi_hops.model import HookedModel
+import torch
+from torch import Tensor
+
+from mi_hops.model import HookedModel, capture
 from mi_hops.model.shortcuts import is_touched
 from mi_hops.sweep.fanout import out_of_memory
 from mi_hops.sweep.keep import in_order, keep, keep_each
 from mi_hops.sweep.spread import Around, spreading
-from mi_hops.text.tokens import Batch, batches, batches_by_length
+from mi_hops.text.tokens import Batch, Prompt, batches, batches_by_length, pad
 
 Item = TypeVar("Item")
 Part = TypeVar("Part")
@@ -27,6 +30,30 @@ def batches_for(
 ) -> Iterator[tuple[list[int], Batch]]:
     """(indices into `rows`, right-padded batch) pairs; without padding where a hook of the user's may see it."""
     yield from (batches_by_length if is_touched(model) else batches)(rows, batch_size)
+
+
+def each_captured(
+    model: HookedModel, prompts: Sequence[Prompt], names: Iterable[str], batch_size: int
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(index, activations by hook name) of each prompt, with what padding there is behind its tokens.
+
+    A hook of the user's sees no padding: then prompts of one length run together, the shortest first.
+    """
+    names, length = list(names), lambda i: len(prompts[i])
+    touched, order = is_touched(model), range(len(prompts))
+
+    def run(part: Sequence[int]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return capture(model, pad([prompts[i].ids for i in part]).tokens, names)[0]
+
+    for part, found in batched_with_oom_backoff(
+        sorted(order, key=length) if touched else order,
+        batch_size,
+        run,
+        alike=length if touched else None,
+    ):
+        for row, i in enumerate(part):
+            yield i, {name: x[row] for name, x in found.items()}
 
 
 def each_part(

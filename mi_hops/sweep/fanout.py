@@ -85,10 +85,10 @@ def fan_out(
 
     Examples:
         >>> import mi_hops
-        >>> from mi_hops.sweep import ablate
+        >>> from mi_hops.sweep import zero
         >>> model = mi_hops.load_model("hops-gpt2")
         >>> prompt = mi_hops.encode(model, "The spouse of Joren Ashby is")
-        >>> rows = [mi_hops.Intervention.at("attn_out", i, ablate()) for i in range(3)]
+        >>> rows = [mi_hops.Intervention.at("attn_out", i, zero()) for i in range(3)]
         >>> out = mi_hops.fan_out(model, mi_hops.pad([prompt.ids]), rows)
         >>> out.rows.shape == (3, 1, model.cfg.d_vocab)  # [row, scored position, vocab]
         True

@@ -62,8 +62,8 @@ class Intervention:
 
     Examples:
         >>> import mi_hops
-        >>> from mi_hops.sweep import ablate
-        >>> mi_hops.Intervention.at("attn_out", 2, ablate(), positions=[-1]).sites
+        >>> from mi_hops.sweep import zero
+        >>> mi_hops.Intervention.at("attn_out", 2, zero(), positions=[-1]).sites
         (Site(kind='attn_out', layer=2, positions=(-1,), head=None),)
     """
 
@@ -113,9 +113,9 @@ def scale(factor: float) -> Change:
     return lambda x: x * factor
 
 
-def ablate(mean: Tensor | None = None) -> Change:
-    """Zero ablation, or mean ablation if a `mean` activation is given."""
-    return torch.zeros_like if mean is None else replace(mean)
+def zero() -> Change:
+    """Put zeros in place of the activation (zero ablation)."""
+    return torch.zeros_like
 
 
 def noise(std: float, generator: Generator) -> Change:

@@ -12,6 +12,9 @@ from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import HookedModel, prepends_bos
 from mi_hops.text.tokens import Batch, batches_in_order
 
+#: Texts, facts (as their statements), or the path of a file.
+Corpus = Iterable[str | TwoHopFact] | str | Path
+
 Hop = Literal["first", "second", "two_hop"]
 HOPS: tuple[Hop, ...] = ("first", "second", "two_hop")
 

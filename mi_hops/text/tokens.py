@@ -227,8 +227,8 @@ def _warn_unknown(model: HookedModel, prompt: Prompt, what: str, start: int = 0)
     )
 
 
-def _shortened(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[:most]}..."
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _tokenizer(model: HookedModel) -> Any:

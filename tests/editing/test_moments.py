@@ -143,8 +143,8 @@ def test_the_text_is_always_recorded(tiny, tmp_path):
 
 def test_cache(tiny, tmp_path, monkeypatch):
     runs = []
-    real = module.run_blocks
-    monkeypatch.setattr(module, "run_blocks", lambda *a: runs.append(1) or real(*a))
+    real = module.capture
+    monkeypatch.setattr(module, "capture", lambda *a, **k: runs.append(1) or real(*a, **k))
 
     def count(**changes):
         before = len(runs)

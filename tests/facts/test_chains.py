@@ -258,6 +258,7 @@ def test_names_and_descriptions_change_places():
     assert put("X and X", "X", "Y") == ""
     assert put("the Moss home", "Moss", "the author of X") == "the author of X home"
     assert put("A", "", "B") == ""
+    assert put("A fan of the band is", "band", "The Beatles") == "A fan of the Beatles is"
 
 
 @pytest.mark.parametrize(

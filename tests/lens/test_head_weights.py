@@ -81,6 +81,14 @@ def test_the_top_are_the_largest_of_all(wide):
     assert best["target"].values[0, 0] == wide.tokenizer.decode([int(every[0].argmax())])
 
 
+def test_a_head_that_writes_nothing_has_no_copying_score(load_tiny):
+    model = load_tiny("gpt2", fresh=True)
+    with torch.no_grad():
+        model.blocks[1].attn.W_O[0] = 0
+    found = copying(model)["copying"]
+    assert np.isnan(found[1, 0]) and np.isfinite(found).sum() == found.size - 1
+
+
 def test_bad_input(load_tiny):
     model = load_tiny()
     with pytest.raises(ValueError, match="head is 'H3'; expected 'L2H3'"):

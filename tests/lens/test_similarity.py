@@ -42,6 +42,16 @@ def test_equals_the_formula(tiny, load_tiny):
             assert float(across[i, j]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_users_hook_sees_no_padding(tiny):
+    def centre(x, hook):
+        return x - x.mean(1, keepdim=True)
+
+    uneven = [text if i % 2 else f"{text} w3" for i, text in enumerate(TEXTS)]
+    with tiny.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", centre)]):
+        one, many = (similarity(tiny, uneven, batch_size=size)["cka"] for size in (1, 16))
+    assert np.allclose(one, many, atol=1e-6)
+
+
 def test_all_tokens_and_what_is_refused(tiny):
     every = similarity(tiny, TEXTS, positions=slice(1, None))
     assert every.provenance["n_tokens"] == 4 * len(TEXTS)

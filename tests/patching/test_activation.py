@@ -364,6 +364,23 @@ def test_ablated_neurons(tiny, how):
         assert float(result["score"][0, 0, j]) == pytest.approx(found, abs=1e-5)
 
 
+@pytest.mark.parametrize("how", ["mean", "position_mean"])
+def test_references_meet_a_users_hook_without_padding(tiny, how):
+    def centre(x, hook):
+        return x - x.mean(1, keepdim=True)
+
+    sites = Sites("mlp_out", positions={"last": -1})
+    reference = ["w1 w2", "w3 w4 w5 w6 w7 w8 w9", "w5 w6 w9"]
+    with tiny.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", centre)]):
+        one, many = (
+            ablate(
+                tiny, ALONE, sites, how=how, reference=reference, limits=Limits(batch_size=size)
+            )["score"]
+            for size in (1, 8)
+        )
+    assert np.allclose(one, many, atol=1e-5)
+
+
 def test_mean_of_a_prompt_alone_at_its_own_place_is_refused(tiny):
     with pytest.raises(ValueError, match="would change nothing"):
         ablate(tiny, ALONE, how="position_mean")

@@ -17,7 +17,7 @@ from mi_hops.patching.nodes import read_hooks, readers, writers
 from mi_hops.patching.tracing import noise_draws
 from mi_hops.sweep import Pairs, Sites
 from mi_hops.sweep.interventions import HEAD_AXIS
-from mi_hops.text.tokens import encode
+from mi_hops.text.tokens import encode, positions
 from tests.patching.loops import ALL, ANSWERS, PAIRS, WRONGS, changed, put, run, source, write
 from tests.patching.test_tracing import noise_hook
 
@@ -179,7 +179,9 @@ def test_tracing(precise, kind):
     asked, sites = Pairs(text, answer="w11 w12"), Sites(kind, positions=[2, 6])
     found = trace(model, asked, subject, sites, samples=1, seed=seed, metric="answer_logprob")
     std = 3.0 * float(embedding(model).float().std())
-    noise = noise_hook(model, text, subject, next(noise_draws(model, 2, std, 1, (seed, 0))))
+    prompt = encode(model, text)
+    draw = next(noise_draws(model, prompt, positions(prompt, subject), std, 1, seed))
+    noise = noise_hook(model, text, subject, draw)
     for layer in range(3):
         value = source(model, text, kind, layer)
         for p, pos in enumerate((2, 6)):

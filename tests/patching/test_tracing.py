@@ -48,8 +48,9 @@ def test_equals_the_loop(tiny, kind):
     std = NOISE * float(embedding(tiny).float().std())
     assert result.provenance["noise_std"] == pytest.approx(std)
     for i, text in enumerate(TEXTS):
-        width = len(positions(encode(tiny, text), SUBJECTS[i]))
-        draws = list(noise_draws(tiny, width, std, SAMPLES, (SEED, i)))
+        prompt = encode(tiny, text)
+        span = positions(prompt, SUBJECTS[i])
+        draws = list(noise_draws(tiny, prompt, span, std, SAMPLES, SEED))
         noises = [noise_hook(tiny, text, SUBJECTS[i], d) for d in draws]
         clean = run(tiny, text, answer=ANSWERS[i], **score)
         each_noisy = [run(tiny, text, [n], answer=ANSWERS[i], **score) for n in noises]
@@ -85,7 +86,9 @@ def test_severed_equals_the_loop(tiny, cut, kind):
     result = trace(tiny, asked, subject, kind, **options)
     assert result["indirect"].dims == ("example", "severed", "layer", "position", "metric")
     std = 3.0 * float(embedding(tiny).float().std())
-    noise = noise_hook(tiny, text, subject, next(noise_draws(tiny, 2, std, 1, (SEED, 0))))
+    prompt = encode(tiny, text)
+    draw = next(noise_draws(tiny, prompt, positions(prompt, subject), std, 1, SEED))
+    noise = noise_hook(tiny, text, subject, draw)
     held = {"mlp": "mlp_out", "attn": "attn_out"}[cut]
     # By the order of things in a block: attention reads resid_pre, the MLP what attention wrote.
     same_block = {"mlp": ("resid_pre", "attn_out"), "attn": ("resid_pre",)}[cut]
@@ -120,7 +123,10 @@ def test_seeded_and_free_of_other_prompts(tiny):
     one = trace(tiny, ASKED, SUBJECTS, seed=1, **options)["score"]
     two = trace(tiny, ONE, SUBJECTS[0], seed=1, **options)["score"]
     three = trace(tiny, ONE, SUBJECTS[0], seed=2, **options)["score"]
+    last = Pairs(TEXTS[-1], answer=ANSWERS[-1])
+    four = trace(tiny, last, SUBJECTS[-1], seed=1, **options)["score"]
     assert np.allclose(one[0], two[0], atol=1e-6)
+    assert np.allclose(one[-1], four[0], atol=1e-6)
     assert not np.allclose(two, three)
     assert torch.equal(state, torch.get_rng_state())
     alone = trace(tiny, ONE, SUBJECTS[0], samples=1)

@@ -137,6 +137,12 @@ def test_controls_lower_as_many_tokens_as_the_bridge(load_tiny, monkeypatch):
     assert lowered == [1] * 3 + [2] * 9
 
 
+def test_a_bridge_that_leaves_no_tokens_for_a_control_is_refused(tiny):
+    fact = replace(tiny_facts(tiny, 1)[0], bridge=" ".join(f"w{i}" for i in range(35, 85)))
+    with pytest.raises(ValueError, match="leaves no 49 of 90 tokens for a control"):
+        erase_bridge(tiny, [fact], variants="exact", layers=[1], controls=1)
+
+
 def test_no_control_is_refused(tiny):
     with pytest.raises(ValueError, match="controls is 0; expected at least 1"):
         erase_bridge(tiny, tiny_facts(tiny, 2), controls=0)

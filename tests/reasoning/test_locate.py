@@ -72,6 +72,8 @@ def test_prompts_that_end_differently_are_skipped(tiny):
     assert "do not end alike" in result.skipped[0][1]
     with pytest.raises(ValueError, match="no fact can be used"):
         locate(tiny, [odd])
+    with pytest.raises(ValueError, match="no kinds; expected one or more"):
+        locate(tiny, facts, kinds=())
     with pytest.raises(ValueError, match="window is 0"):
         locate(tiny, facts, window=0)
 

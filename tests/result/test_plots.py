@@ -331,13 +331,6 @@ def test_figures_become_pictures(grid, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(begin)
 
 
-def test_html_leaves_plotlyjs_to_the_page(grid):
-    figure = heatmap(grid)
-    html = plots.to_html(figure, div_id="first")
-    assert 'id="first"' in html and "<html" not in html and len(html) < 50_000
-    assert plots.to_html(figure, div_id="first") == html
-
-
 def test_plotly_is_imported_late_and_its_settings_left_alone():
     code = (
         "import sys, mi_hops.result.plots, mi_hops.result.result\n"

@@ -12,7 +12,7 @@ from transformer_lens.hook_points import HookPoint
 from mi_hops.model import capture, forward, hook_name, n_heads_of
 from mi_hops.model.hooks import hook_point
 from mi_hops.sweep.fanout import FanOut, fan_out, plan_fan_out
-from mi_hops.sweep.interventions import HEAD_AXIS, Intervention, Site, ablate, add, replace, scale
+from mi_hops.sweep.interventions import HEAD_AXIS, Intervention, Site, add, replace, scale, zero
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.passes import Pass
 from mi_hops.text.tokens import encode, pad
@@ -81,7 +81,7 @@ def every_kind(model, prompts):
                                 kind, layer, replace(value), positions=where, head=head, base=base
                             )
                         )
-                    items.append(Intervention.at(kind, layer, ablate(), base=base))
+                    items.append(Intervention.at(kind, layer, zero(), base=base))
     items.append(Intervention.at("attn_out", range(3), scale(2.0), positions=[1, 3], base=0))
     items.append(
         Intervention(
@@ -104,7 +104,7 @@ def every_kind(model, prompts):
             items.append(Intervention(sites, changes))
     # The output of a block, and the input of the next, which are one stream.
     for sites in permutations((Site("resid_post", 0, (2,)), Site("resid_pre", 1, (2,)))):
-        changes = tuple(ablate() if s.kind == "resid_post" else scale(-0.5) for s in sites)
+        changes = tuple(zero() if s.kind == "resid_post" else scale(-0.5) for s in sites)
         shift = add(torch.randn(model.cfg.d_model, generator=g))
         items += [
             Intervention(sites, changes),

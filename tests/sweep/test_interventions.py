@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mi_hops.sweep.interventions import ablate, add, noise, replace, scale
+from mi_hops.sweep.interventions import add, noise, replace, scale, zero
 from mi_hops.sweep.repair import Repair
 from tests.repairs import NoRepair
 
@@ -17,14 +17,13 @@ def test_by_hand():
     assert torch.equal(add(v, 2)(X), X + 2 * v)
     assert torch.equal(replace(v)(X), v.expand(2, 3))
     assert torch.equal(scale(-2)(X), -2 * X)
-    assert torch.equal(ablate()(X), torch.zeros(2, 3))
-    assert torch.equal(ablate(v)(X), v.expand(2, 3))
+    assert torch.equal(zero()(X), torch.zeros(2, 3))
 
 
 def test_nothing_is_changed_in_place_and_dtype_is_kept():
     x = X.to(torch.bfloat16)
     before = x.clone()
-    for change in (add(X), replace(X), scale(0.0), ablate(), noise(1.0, torch.Generator())):
+    for change in (add(X), replace(X), scale(0.0), zero(), noise(1.0, torch.Generator())):
         assert change(x).dtype == torch.bfloat16
     assert torch.equal(x, before)
 

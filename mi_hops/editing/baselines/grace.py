@@ -193,7 +193,7 @@ class GraceRepair:
             texts = [requests[i].two_hop_prompt for i in part]
             prompts = pad([encode(model, text).ids for text in texts])
             rows, last = torch.arange(len(texts)), prompts.last
-            found = activations(model, prompts.tokens, self.layer, self._ends)
+            found = activations(model, prompts.tokens, self._ends)
             entering, leaving = (x[rows, last].detach().clone() for x in found)
             value = leaving.to(wide).requires_grad_(True)
             batch = teacher_forced(model, texts, [requests[i].target for i in part])

@@ -221,6 +221,6 @@ def _read(
     batch, place = teach_requests(model, requests, how)
     hooks = edit_hooks(model, [below[i] for i in place.fact.tolist()])
     names = (input_hook("W_out", layers[0]), hook_name("resid_post", layers[1]))
-    keys, stream = activations(model, batch.tokens, layers[1], names, hooks)
+    keys, stream = activations(model, batch.tokens, names, hooks)
     n = len(requests)
     return mean_by_fact(place.at_keys(keys), n), mean_by_fact(place.at_keys(stream), n)

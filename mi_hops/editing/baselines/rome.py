@@ -230,7 +230,7 @@ def _search(
     at_essence = Place(torch.arange(n), torch.tensor(ends))
     at_key, at_output = (
         place.at_keys(x)
-        for x in activations(model, batch.tokens, layer, (input_hook("W_out", layer), hook))
+        for x in activations(model, batch.tokens, (input_hook("W_out", layer), hook))
     )
     keys, bare = mean_by_fact(at_key, n), at_key[:: len(how.templates)]
     output = at_output[:: len(how.templates)] if how.repository else mean_by_fact(at_output, n)

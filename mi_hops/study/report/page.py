@@ -133,7 +133,7 @@ def _sections(study: Study) -> list[Section]:
 def _draw(plot: go.Figure, name: str, title: str) -> Any:
     """The data of a plot, and the place that the page's script draws it in once all is laid out.
 
-    A plot drawn at once, as `plots.to_html` does, is as wide as its row, for the panels that will
+    A plot drawn at once, as plotly's own HTML does, is as wide as its row, for the panels that will
     stand beside it are not there yet. The template is the page's own, one for light and one for dark.
     """
     figure = json.loads(str(plot.to_json()))
