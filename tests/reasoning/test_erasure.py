@@ -139,7 +139,7 @@ def test_controls_lower_as_many_tokens_as_the_bridge(load_tiny, monkeypatch):
 
 def test_a_bridge_that_leaves_no_tokens_for_a_control_is_refused(tiny):
     fact = replace(tiny_facts(tiny, 1)[0], bridge=" ".join(f"w{i}" for i in range(35, 85)))
-    with pytest.raises(ValueError, match="leaves no 49 of 90 tokens for a control"):
+    with pytest.raises(ValueError, match=r"leaves no \d+ of 90 tokens for a control"):
         erase_bridge(tiny, [fact], variants="exact", layers=[1], controls=1)
 
 
