@@ -15,7 +15,8 @@ import random
 
 from benchmarks.harness import keep, kept, table, write
 from mi_hops import Hopland, encode, injection_grid, load_model, score_prompts
-from mi_hops.injection import ENCODINGS, STREAMS, Cell, Place, cell_report, split_halves
+from mi_hops.injection import ENCODINGS, STREAMS, Cell, Place, cell_report
+from mi_hops.result import split_halves
 from mi_hops.sweep import target_of
 
 FAIR = ("random_word", "permuted_bridge", "norm_matched")

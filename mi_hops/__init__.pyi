@@ -36,7 +36,6 @@ from .injection import injection_grid as injection_grid
 from .injection import permuted_bridges as permuted_bridges
 from .injection import select_cell as select_cell
 from .injection import side_effects as side_effects
-from .injection import split_halves as split_halves
 from .lens import AttentionLens as AttentionLens
 from .lens import LensTraining as LensTraining
 from .lens import TunedLens as TunedLens
@@ -74,6 +73,7 @@ from .reasoning import located_layers as located_layers
 from .reasoning import merge as merge
 from .reasoning import portability_sets as portability_sets
 from .result import Result as Result
+from .result import split_halves as split_halves
 from .study import Sizes as Sizes
 from .study import Study as Study
 from .study import StudySettings as StudySettings

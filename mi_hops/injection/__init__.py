@@ -21,5 +21,4 @@ from .place import Place as Place
 from .select import Cell as Cell
 from .select import cell_report as cell_report
 from .select import select_cell as select_cell
-from .select import split_halves as split_halves
 from .side_effects import side_effects as side_effects

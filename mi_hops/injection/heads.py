@@ -19,9 +19,9 @@ from mi_hops.injection.cases import DEFAULT_METRICS, Cases, Row
 from mi_hops.injection.controls import Controls, ControlsLike
 from mi_hops.injection.encodings import restrict_to_heads
 from mi_hops.injection.memory import MemoryInjection
-from mi_hops.injection.select import split_halves
 from mi_hops.model import HookedModel, provenance, require_layers
 from mi_hops.result.result import Result
+from mi_hops.result.statistics import split_halves
 from mi_hops.sweep.limits import Limits
 from mi_hops.sweep.metrics import MetricLike, get_metrics
 

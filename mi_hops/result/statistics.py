@@ -9,7 +9,7 @@ missing values, single values and empty samples are answered rather than refused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -236,6 +236,31 @@ def summarise_change(
     columns = ["value", "lower", "upper", "n", "unit"]
     frame = pd.DataFrame.from_dict(table, orient="index", columns=columns)
     return frame.rename_axis("statistic")
+
+
+def split_halves(ids: Sequence[Hashable], *, seed: int = 0) -> tuple[list[Any], list[Any]]:
+    """Two random halves of some labels (to choose on, to report on), each in the given order.
+
+    Raises:
+        ValueError: fewer than two labels, or repeated ones.
+
+    Examples:
+        >>> import mi_hops
+        >>> mi_hops.split_halves(["a", "b", "c", "d"])
+        (['a', 'c'], ['b', 'd'])
+    """
+    labels = list(ids)
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise ValueError(
+            f"expected at least two distinct labels to split, got {len(labels)} "
+            f"({len(set(labels))} distinct)"
+        )
+    order = np.random.default_rng(seed).permutation(len(labels))
+    first = set(order[: (len(labels) + 1) // 2].tolist())
+    return (
+        [label for i, label in enumerate(labels) if i in first],
+        [label for i, label in enumerate(labels) if i not in first],
+    )
 
 
 def relative_change(before: np.ndarray, after: np.ndarray) -> np.ndarray:

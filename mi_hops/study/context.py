@@ -16,10 +16,10 @@ from mi_hops.facts.fact import TwoHopFact
 from mi_hops.facts.reading import Facts
 from mi_hops.facts.unusable import count_reasons, describe_reasons
 from mi_hops.facts.wordings import with_lead
-from mi_hops.injection.select import split_halves
 from mi_hops.model import HookedModel
 from mi_hops.reasoning.gap import Gap, Score, check_score
 from mi_hops.reasoning.wordings import CHOOSING, WordingChoice
+from mi_hops.result.statistics import split_halves
 from mi_hops.study.folder import Folder
 from mi_hops.sweep.keep import keeping_nothing
 from mi_hops.sweep.limits import Limits

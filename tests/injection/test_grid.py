@@ -25,9 +25,9 @@ from mi_hops.injection import (
     permuted_bridges,
     restrict_to_heads,
     select_cell,
-    split_halves,
 )
 from mi_hops.injection.controls import norm_matched, whole_words
+from mi_hops.result import split_halves
 from mi_hops.result.result import Result
 from mi_hops.result.statistics import summarise_change
 from mi_hops.sweep.limits import Limits

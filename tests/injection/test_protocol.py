@@ -16,10 +16,10 @@ from mi_hops.injection import (
     greedy_heads,
     injection_grid,
     side_effects,
-    split_halves,
 )
 from mi_hops.injection.controls import Controls
 from mi_hops.model import forward, hook_name
+from mi_hops.result import split_halves
 from mi_hops.text.tokens import encode
 from tests.injection.test_grid import FACTS, fact, one_by_one
 
