@@ -49,7 +49,7 @@ def settled(model, found, lenses):
     for name, (lens, layers) in lenses.items():
         counts = commitment_table(aloud_commitment(model, found, lens=lens, layers=layers))
         rows += [
-            [name, r.way, r.replies, r.n, f"{r.layer:.1f} [{r.low:.1f}, {r.high:.1f}]"]
+            [name, r.way, r.replies, r.n, f"{r.layer:.1f} [{r.lower:.1f}, {r.upper:.1f}]"]
             for r in counts.itertuples()
             if r.n > 1
         ]
@@ -74,7 +74,7 @@ def main() -> None:
     )
     counts = aloud_table(found)
     rows = [
-        [r.outcome, r.n, r.k, f"{r.share:.0%} [{r.low:.0%}, {r.high:.0%}]" if r.n else "-"]
+        [r.outcome, r.n, r.k, f"{r.share:.0%} [{r.lower:.0%}, {r.upper:.0%}]" if r.n else "-"]
         for r in counts.itertuples()
     ]
     data = found.data

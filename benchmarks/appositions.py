@@ -68,7 +68,7 @@ def figures(
     lens, other = read(passed), read(failed)
     at, missed = bridge(lens, "prob")[:, layer], bridge(other, "prob")[:, layer]
     first = who_comes_first(lens, position={"bridge": "first hop", "answer": "last"}).iloc[0]
-    order = [first[k] for k in ("one_first", "one_first_low", "one_first_high", "other_first")]
+    order = [first[k] for k in ("one_first", "one_first_lower", "one_first_upper", "other_first")]
     erased = {
         half: erase_bridge(model, some, form=form, variants=["exact"])
         for half, some in (("choose", chosen), ("report", passed))

@@ -168,8 +168,8 @@ def lens_part(model: Any, groups: dict[str, list[TwoHopFact]], form: str) -> str
             cells = [
                 "{:.1%} [{:.1f}, {:.1f}]".format(
                     row[f"{who}_first"],
-                    100 * row[f"{who}_first_low"],
-                    100 * row[f"{who}_first_high"],
+                    100 * row[f"{who}_first_lower"],
+                    100 * row[f"{who}_first_upper"],
                 )
                 for who in ("one", "other")
             ]

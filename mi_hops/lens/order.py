@@ -88,7 +88,7 @@ def who_comes_first(result: Result, *, position: str | Mapping[str, str] = "last
     Returns:
         One row per pair: ``one``, ``other``; ``layer_one`` and ``layer_other``, the mean layers (as
         the result counts them); ``one_first`` and ``other_first``, shares of the ``n`` questions with
-        their exact 95% intervals (``one_first_low``, ...); what is left to 1 are ties. A peak may be
+        their exact 95% intervals (``one_first_lower``, ...); what is left to 1 are ties. A peak may be
         tiny: the shares say who is first, not that either is there.
 
     Raises:
@@ -130,6 +130,6 @@ def who_comes_first(result: Result, *, position: str | Mapping[str, str] = "last
         row = {"one": one, "other": other, "layer_one": mine.mean(), "layer_other": its.mean()}
         for name, first in (("one_first", mine < its), ("other_first", mine > its)):
             low, high = proportion_ci(int(first.sum()), len(first))
-            row |= {name: first.mean(), f"{name}_low": low, f"{name}_high": high}
+            row |= {name: first.mean(), f"{name}_lower": low, f"{name}_upper": high}
         rows.append({**row, "n": len(mine)})
     return pd.DataFrame(rows)

@@ -206,14 +206,14 @@ def aloud_table(found: Result) -> pd.DataFrame:
 
     Returns:
         One row per outcome: ``n`` (facts it was tried on), ``k`` (of these), ``share`` and its exact 95%
-        interval ``low``, ``high``. Swaps are counted among facts whose bridge was written.
+        interval ``lower``, ``upper``. Swaps are counted among facts whose bridge was written.
     """
     rows = []
     for name, words in OUTCOMES.items():
         values = found.numbers(name).dropna("example").values
         k, n = int(values.sum()), len(values)
         rows.append((words, n, k, k / n if n else float("nan"), *proportion_ci(k, n)))
-    return pd.DataFrame(rows, columns=["outcome", "n", "k", "share", "low", "high"])
+    return pd.DataFrame(rows, columns=["outcome", "n", "k", "share", "lower", "upper"])
 
 
 @dataclass(frozen=True)

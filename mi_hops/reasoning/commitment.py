@@ -96,7 +96,7 @@ def commitment_table(found: Result) -> pd.DataFrame:
         One row per ``way`` and ``replies`` (all, answered, not answered, and the difference of the last
         two), and one for the difference of each later way from ``latent``, fact by fact: ``n`` (facts;
         of a difference between groups, of the smaller one), ``layer`` (mean) and its bootstrap 95%
-        interval ``low``, ``high``, NaN where there are fewer than two.
+        interval ``lower``, ``upper``, NaN where there are fewer than two.
 
     Raises:
         ValueError: a result that is not of `aloud_commitment`.
@@ -121,8 +121,8 @@ def commitment_table(found: Result) -> pd.DataFrame:
         if way != "latent":
             change = difference_ci(layer[known], latent[known], paired=True)
             rows.append((f"{way} - latent", "all", int(known.sum()), *change))
-    table = pd.DataFrame(rows, columns=["way", "replies", "n", "layer", "low", "high"])
-    return table.astype(dict.fromkeys(("layer", "low", "high"), float))
+    table = pd.DataFrame(rows, columns=["way", "replies", "n", "layer", "lower", "upper"])
+    return table.astype(dict.fromkeys(("layer", "lower", "upper"), float))
 
 
 def _texts(found: Result) -> dict[tuple[int, str], str]:

@@ -396,7 +396,7 @@ def _share(name: str, correct: pd.Series) -> dict[str, float]:
     """A share and its exact 95% interval as columns; NaN of nothing."""
     n, k = len(correct), int(correct.sum())
     low, high = proportion_ci(k, n) if n else (float("nan"), float("nan"))
-    return {name: k / n if n else float("nan"), f"{name}_low": low, f"{name}_high": high}
+    return {name: k / n if n else float("nan"), f"{name}_lower": low, f"{name}_upper": high}
 
 
 def _unaskable(fact: TwoHopFact, forms: Sequence[str | None]) -> str:

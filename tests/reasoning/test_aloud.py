@@ -84,7 +84,9 @@ def test_questions_follow_worked_examples_and_replies_are_read(monkeypatch, load
     table = aloud_table(found).set_index("outcome")
     row = table.loc["after a swap: the other bridge's answer"]
     assert (row["n"], row["k"], row["share"]) == (2, 1, 0.5)
-    assert 0 < table.loc["answered aloud", "low"] < 0.75 < table.loc["answered aloud", "high"] < 1
+    assert (
+        0 < table.loc["answered aloud", "lower"] < 0.75 < table.loc["answered aloud", "upper"] < 1
+    )
 
 
 def test_one_at_a_time_says_the_same_as_all_together(tiny):

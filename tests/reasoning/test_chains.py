@@ -49,7 +49,7 @@ def test_a_chain_is_in_the_gap_where_every_hop_is_known(monkeypatch, load_tiny):
     assert found["says_bridge"].values[:, 0].tolist() == [1 - i % 2 for i in range(16)]
     (row,) = found.by_hops().to_dict("records")
     assert (row["hops"], row["n"], row["n_known"], row["n_failed"]) == (3, 16, 2, 1)
-    assert (row["gap"], row["gap_low"], row["gap_high"]) == (0.5, *proportion_ci(1, 2))
+    assert (row["gap"], row["gap_lower"], row["gap_upper"]) == (0.5, *proportion_ci(1, 2))
     assert found.by_split().set_index("split")["n_known"].to_dict() == {"a": 0, "b": 2}
     assert np.isnan(found.by_split().set_index("split").loc["a", "gap"])
     assert "questions with every hop known" in found.describe()
@@ -146,7 +146,7 @@ def test_who_comes_first_by_hand():
     first = table.loc[("bridge 1", "bridge 2")]
     assert (first["layer_one"], first["layer_other"]) == (1.5, 2.0)
     assert (first["one_first"], first["other_first"], first["n"]) == (0.5, 0.0, 2)
-    assert (first["one_first_low"], first["one_first_high"]) == proportion_ci(1, 2)
+    assert (first["one_first_lower"], first["one_first_upper"]) == proportion_ci(1, 2)
     assert table.loc[("bridge 2", "answer"), "one_first"] == 1.0
     assert len(table) == 3
     with pytest.raises(ValueError, match="'bridge 1' is to be read at 'hop 1'; the result has"):

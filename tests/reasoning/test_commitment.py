@@ -94,7 +94,7 @@ def test_the_table_counts_ways_and_replies(dictated, load_tiny):
         pytest.approx(-1 / 3),
     ]
     row = table.loc[("written", "all")]
-    assert (row["n"], row["layer"]) == (1, 1) and math.isnan(row["low"])
+    assert (row["n"], row["layer"]) == (1, 1) and math.isnan(row["lower"])
     assert table.loc[("written", "not answered"), "n"] == 0
 
 
