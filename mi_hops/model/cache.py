@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mi_hops.model import HookedModel, backend_of, device_of, n_kv_heads
+from mi_hops.model.classes import backend_of
 from mi_hops.model.hooks import storing
+from mi_hops.model.identity import device_of, n_kv_heads
+from mi_hops.model.types import HookedModel
 
 
 def new_cache(model: HookedModel, rows: int) -> Any:

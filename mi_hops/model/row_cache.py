@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mi_hops.model import HookedModel, backend_of, device_of
 from mi_hops.model.cache import HookedCache, Join, bridge_cache
+from mi_hops.model.classes import backend_of
 from mi_hops.model.hooks import additive_mask
+from mi_hops.model.identity import device_of
 from mi_hops.model.plain import Slots
+from mi_hops.model.types import HookedModel
 
 
 def takes_unequal_rows(model: HookedModel) -> bool:
