@@ -470,7 +470,7 @@ def capture(
     hooks = [*hooks, *storing(found, wanted, Tensor.detach)]
     stop = None if logits else _last_block([name for name, _ in hooks])
     if stop == model.cfg.n_layers:
-        stop = None  # a model that stops before its end has no last stream
+        stop = None  # to the end, but not through the vocabulary
         hooks.append(("unembed.hook_in", lambda x: x[:, :1]))
     out = forward(model, tokens, hooks=hooks, stop_at_layer=stop)
     return found, out if logits else None
