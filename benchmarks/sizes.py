@@ -16,21 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 
 from benchmarks.editing_setup import FORM, FirstTokens, Setup, set_up
-from benchmarks.harness import keep, kept, table, write
+from benchmarks.harness import DOCS, keep, kept, table, write
 from benchmarks.many_edits_real import Asked
 from benchmarks.many_edits_real import set_up as set_up_real
 from mi_hops import Hopland, TwoHopFact, creme, locate, second_moments
 from mi_hops.editing import Edit, EditRepair, SingularError
 from mi_hops.model import embedding, unembedding
+from mi_hops.result.plots import lines
 from mi_hops.result.statistics import bootstrap_ci, proportion_ci
 from mi_hops.worlds.recipe import RECIPES
 from mi_hops.worlds.train import save, train
 
 PAGE = "sizes"
 KINDS = ("attn_out", "mlp_out")
+TITLE = "Effect of one layer's attention at the last token"
+THEMES = {"light": "plotly_white", "dark": "plotly_dark"}
 #: Layers edited, at most, evenly spread.
 MOST = 10
 STRENGTH = 0.7
@@ -184,7 +189,35 @@ def page() -> str:
         "model", "parameters", "questions", "place", "depth", "in the middle",
         "largest effects", "best edit",
     )  # fmt: skip
-    return "\n\n".join([RULE, table(head, rows), *curves])
+    shown = [f"![{TITLE}](../images/{PAGE}-{theme}.png#only-{theme})" for theme in THEMES]
+    return "\n\n".join([RULE, table(head, rows), "\n".join(shown), *curves])
+
+
+def draw() -> None:
+    """The effect of attention over the depth of every model, with its 95% interval."""
+    rows = []
+    for name, found in sorted(kept(PAGE).items(), key=lambda item: item[1]["parameters"]):
+        values = np.array(found["effects"]["attn_out"])
+        low, high = bootstrap_ci(values)
+        label = f"{name} ({found['parameters'] / 1e6:.0f}M)"
+        depth = np.linspace(0, 1, found["layers"])
+        rows += [[label, *row] for row in zip(depth, values.mean(0), low, high, strict=True)]
+    frame = pd.DataFrame(rows, columns=["model", "depth", "effect", "lower", "upper"])
+    labels = {"depth": "depth of the layer", "effect": "added to P(answer)"}
+    figure = lines(
+        frame,
+        x="depth",
+        y="effect",
+        group="model",
+        interval=("lower", "upper"),
+        title=TITLE,
+        labels=labels,
+        width=800,
+        height=420,
+    )
+    for theme, template in THEMES.items():
+        themed = go.Figure(figure).update_layout(template=template)
+        themed.write_image(DOCS.parent / "images" / f"{PAGE}-{theme}.png", scale=1.5)
 
 
 def curve(found: dict[str, Any]) -> str:
@@ -230,6 +263,7 @@ def main() -> None:
         setup = set_up_real(asked, given.cases)
         keep(PAGE, setup.name, measure(setup, asked.form))
     write(PAGE, "CREME over model sizes", page(), script="sizes")
+    draw()
 
 
 if __name__ == "__main__":
