@@ -39,12 +39,12 @@ from mi_hops.editing.plans import (
 )
 from mi_hops.editing.request import Asked, Request, requests_of
 from mi_hops.editing.rows import EditorRepair
-from mi_hops.editing.solve import solve_keys
+from mi_hops.editing.solve import SingularError, solve_keys
 from mi_hops.facts.fact import TwoHopFact
 from mi_hops.model import Hook, HookedModel, capture, hook_name
 from mi_hops.result.progress import progress_bar
 from mi_hops.sweep.batching import each_part
-from mi_hops.text.tokens import pad
+from mi_hops.text.tokens import decode, pad
 
 
 @overload
@@ -280,9 +280,13 @@ class CremeRun:
             edited = out.clone()
             for i, part in enumerate(inverse.split(sizes)):
                 keys, kept, residual = read[i]
-                left = solve_keys(
-                    keys, kept if len(kept) else None, inverse=part, slack=self._how.slack
-                )
+                try:
+                    left = solve_keys(
+                        keys, kept if len(kept) else None, inverse=part, slack=self._how.slack
+                    )
+                except SingularError as error:
+                    asked = decode(self._model, self._plans[i].rows[0])
+                    raise SingularError(f"edit of {asked!r} in layer {layer}: {error}") from None
                 change = self._editable.change(layer, left, self._how.strength * residual)
                 self._found[i].append(change)
                 acts = self._plans[i].edited(self._how.target)
