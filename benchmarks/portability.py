@@ -440,7 +440,9 @@ def page() -> str:
         if model == MODEL:
             parts.append(REAL_RULE)
         parts.append(table(HEAD, list(found["rows"].values())))
-        parts += [compared(found["cases"]), found["sets"].replace("\n", "\n\n")]
+        if any("+creme" in label for label in found["cases"]):
+            parts.append(compared(found["cases"]))
+        parts.append(found["sets"].replace("\n", "\n\n"))
     return "\n\n".join(parts)
 
 
