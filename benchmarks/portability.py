@@ -197,14 +197,11 @@ def cases(gap: Gap, hop: str, n: int, seed: int = 0) -> list[HopEdit]:
 
 def reported(bench: Bench, hop: str, n: int) -> tuple[Gap, list[HopEdit]]:
     """The edits that are reported, and the gap they are drawn from."""
-    parts: list[Gap] = []
-    edits: list[HopEdit] = []
-    for part in bench.report():
-        parts.append(part)
-        edits = cases(merge(parts), hop, n)
-        if len(edits) == n:
-            break
-    return merge(parts), edits
+    parts = bench.report()
+    gap = next(parts)
+    while len(edits := cases(gap, hop, n)) < n and (part := next(parts, None)):
+        gap = merge([gap, part])
+    return gap, edits
 
 
 def with_one_lead(edit: HopEdit) -> HopEdit:

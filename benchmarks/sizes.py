@@ -3,8 +3,8 @@
 ``python -m benchmarks.sizes [--model hops-gpt2 hops-llama] [--cases 100]`` writes
 ``docs/benchmarks/sizes.md`` from the rows kept in ``benchmarks/results/sizes/``. ``--train FOLDER --width
 256`` first trains a LLaMA of that width by the recipe of the bundled one (5M parameters, about 75 minutes on
-one core; 20M at ``--width 512``, about 90 minutes on two; a stopped run goes on), and ``--real FOLDER`` measures SmolLM2-135M on the questions of
-`benchmarks.many_edits_real`, whose folder it is.
+one core; 20M at ``--width 512``, about 90 minutes on two; a stopped run goes on), and ``--real FOLDER``
+measures SmolLM2-135M on the questions of `benchmarks.many_edits_real`, whose folder it is.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ IN_BFLOAT16 = 512
 RULE = (
     "Every model is asked questions whose hops it knows and whose answer it gets wrong: "
     "the bundled models, and LLaMAs trained by their recipe (the 20M one with matrix products "
-    "in bfloat16), held-out questions of Hopland; SmolLM2 real ones after worked examples (the questions of [many "
-    "edits](many-edits.md)). *Effect* is what replacing the output of one block's "
+    "in bfloat16), held-out questions of Hopland; SmolLM2 real ones after worked examples "
+    "(the questions of [many edits](many-edits.md)). *Effect* is what replacing the output of one block's "
     "attention (or MLP) at the last token by that of the second-hop prompt adds to "
     "P(answer), as a mean over questions with its 95% bootstrap interval. *Edited there* "
     f"is `creme` in that one layer (strength {STRENGTH}, C estimated, the bare prompt), one "

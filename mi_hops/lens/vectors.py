@@ -23,10 +23,10 @@ from torch import Tensor
 from mi_hops.model import (
     Hook,
     HookedModel,
+    capture,
     device_of,
     final_norm,
     fingerprint,
-    forward,
     hook_name,
     read_out,
     require_hooks,
@@ -236,9 +236,7 @@ def activations(
     reads: list[Hook] = [(name, keep(name)) for name in hooks]
     if final:
         reads.append(("unembed.hook_in", keep_final))
-    last = 1 + max((int(name.split(".")[1]) for name in hooks), default=0)
-    stop = None if final or last == model.cfg.n_layers else last
-    forward(model, tokens, hooks=reads, stop_at_layer=stop)
+    capture(model, tokens, (), hooks=reads)
     return kept
 
 

@@ -258,7 +258,7 @@ def test_a_cache_is_read_instead_of_running_the_model(tiny, kind, monkeypatch):
     _, cache = tiny.run_with_cache(torch.tensor([encode(tiny, TEXT).ids]))
     options = {"positions": "each", "kind": kind, "track": {"a": "w7 w8"}}
     want = logit_lens(tiny, TEXT, **options)
-    monkeypatch.setattr(vectors, "forward", None)  # nothing may run
+    monkeypatch.setattr(vectors, "capture", None)  # nothing may run
     for given in (cache, cache.remove_batch_dim()):
         got = logit_lens(tiny, TEXT, cache=given, **options)
         for name in ("prob", "kl", "entropy"):
